@@ -1,0 +1,1 @@
+"""The operator: makes the object store converge to each FineTuneJob's spec."""

@@ -1,0 +1,1 @@
+"""The API: pydantic types and the CustomResourceDefinition made of them."""

@@ -1,0 +1,305 @@
+"""FineTuneJob: the Kind that a user commits. Docstrings are what `kubectl explain` prints."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from finetune_operator.api.base import (
+    Condition,
+    EnvVar,
+    Name,
+    Preserved,
+    Resources,
+    SecretKeyReference,
+    SecretReference,
+    Toleration,
+    Volume,
+)
+from finetune_trainer import config
+from finetune_trainer.config import Base, Stage
+
+
+class ModelSpec(config.Model):
+    """The base model to fine-tune."""
+
+    token_secret_ref: SecretKeyReference | None = None
+    """Secret with a Hugging Face token, for gated or private models."""
+
+
+class StorageSpec(config.Storage):
+    """How to reach the object store of every `s3://` URI in the spec."""
+
+    secret_ref: SecretReference | None = None
+    """Secret with the keys AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if need be,
+    AWS_SESSION_TOKEN. Leave it out with workload identity (serviceAccountName). The operator
+    passes it on by reference and may not read it."""
+
+
+class PodSettings(Base):
+    """How one stage's pod is run."""
+
+    image: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """Trainer image; left out, the one that the operator was installed with."""
+
+    resources: Resources = Resources()
+    """Requests and limits. Ask for a GPU here: `limits: {nvidia.com/gpu: 1}`."""
+
+    node_selector: dict[str, str] = {}
+    """Labels that a node must have."""
+
+    tolerations: Annotated[tuple[Toleration, ...], Field(max_length=64)] = ()
+    """Taints that the pod tolerates."""
+
+    affinity: Preserved | None = None
+    """Affinity rules (core/v1 Affinity)."""
+
+    priority_class_name: Name | None = None
+    """PriorityClass of the pod."""
+
+    runtime_class_name: Name | None = None
+    """RuntimeClass of the pod, e.g. `nvidia`."""
+
+    env: Annotated[tuple[EnvVar, ...], Field(max_length=128)] = ()
+    """Further environment variables with plain values."""
+
+    volumes: Annotated[tuple[Volume, ...], Field(max_length=16)] = ()
+    """PersistentVolumeClaims to mount."""
+
+    labels: dict[str, str] = {}
+    """Further labels of the pod."""
+
+    annotations: dict[str, str] = {}
+    """Further annotations of the pod."""
+
+
+class StagesSpec(Base):
+    """Pod settings per stage: prepare and export need no GPU."""
+
+    prepare: PodSettings = PodSettings()
+    """The pod that checks data and model."""
+
+    train: PodSettings = PodSettings()
+    """The pod that trains; give this one the GPU."""
+
+    export: PodSettings = PodSettings()
+    """The pod that merges, converts and quantizes."""
+
+
+class FineTuneJobSpec(Base):
+    """The model that should be in the bucket. Editing it reruns only what the edit touches."""
+
+    model: ModelSpec
+    dataset: config.Dataset
+    training: config.Training = config.Training()
+    export: config.Export = config.Export()
+    output: config.Output
+    storage: StorageSpec = StorageSpec()
+
+    service_account_name: Name | None = None
+    """ServiceAccount of the pods, for workload identity. Left out, the operator makes one that may
+    do nothing but report progress."""
+
+    stages: StagesSpec = StagesSpec()
+
+    backoff_limit: Annotated[int, Field(ge=0, le=100)] = 2
+    """Further attempts of a stage after a failure that a retry can cure. Bad data or a bad spec is
+    never tried again; an evicted or preempted pod is tried again free of charge."""
+
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0)] = 86400
+    """Seconds that finished pods and their logs are kept. The result in the object store and in
+    status does not depend on them."""
+
+    def run_config(
+        self, job: config.JobReference, resolved: config.Resolved | None
+    ) -> config.RunConfig:
+        """The part of the spec that the trainer is told: no Secret names, no pod settings."""
+        fields = config.RunConfig.model_fields.keys() & type(self).model_fields.keys()
+        data = {name: getattr(self, name).model_dump(by_alias=False) for name in fields}
+        data["model"].pop("token_secret_ref")
+        data["storage"].pop("secret_ref")
+        return config.RunConfig.model_validate({**data, "job": job, "resolved": resolved})
+
+
+class Phase(StrEnum):
+    """One word for people; machines read the conditions."""
+
+    PENDING = "Pending"
+    PREPARING = "Preparing"
+    TRAINING = "Training"
+    EXPORTING = "Exporting"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+
+class StageState(StrEnum):
+    """Where a stage is."""
+
+    PENDING = "Pending"
+    RUNNING = "Running"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+
+class StageStatus(Base):
+    """One stage of the run."""
+
+    name: Stage
+    """prepare, train or export."""
+
+    state: StageState = StageState.PENDING
+    """Pending, Running, Succeeded or Failed."""
+
+    fingerprint: str | None = None
+    """SHA-256 over what can change the stage's result."""
+
+    cached: bool = False
+    """True when the object store already held the result, so that no pod was started."""
+
+    attempt: int = 0
+    """Attempts so far."""
+
+    failures: int = 0
+    """Failed attempts that count against backoffLimit."""
+
+    reason: str | None = None
+    """Why it is in this state, or why the last attempt failed."""
+
+    message: str | None = None
+    """The same for people."""
+
+    start_time: str | None = None
+    """When the current attempt started (RFC 3339)."""
+
+    completion_time: str | None = None
+    """When it ended (RFC 3339)."""
+
+
+class Progress(Base):
+    """How far the running stage is. Written by the trainer itself, at most every 10 seconds."""
+
+    stage: Stage | None = None
+    """The stage that reports."""
+
+    step: int | None = None
+    """Steps done."""
+
+    total_steps: int | None = None
+    """Steps in all."""
+
+    percent: str | None = None
+    """Share done, e.g. 35%."""
+
+    epoch: float | None = None
+    """Passes over the data so far."""
+
+    loss: float | None = None
+    """Training loss at the last logging step."""
+
+    learning_rate: float | None = None
+    """Learning rate at the last logging step."""
+
+    tokens_per_second: float | None = None
+    """Tokens trained on per second, padding not counted."""
+
+    eta: str | None = None
+    """Time left in this stage, e.g. 4m10s."""
+
+    message: str | None = None
+    """What is being done."""
+
+    last_update_time: str | None = None
+    """When this was written (RFC 3339)."""
+
+
+class ArtifactStatus(Base):
+    """A file in the output folder."""
+
+    uri: str
+    """Where it is."""
+
+    bytes: int
+    """Its size."""
+
+    sha256: str
+    """SHA-256 of its content, in hexadecimal."""
+
+
+class Lineage(Base):
+    """What the artifacts were made from."""
+
+    dataset_etag: Annotated[str | None, Field(alias="datasetETag")] = None
+    """ETag of the dataset at the time."""
+
+    dataset_rows: int | None = None
+    """Examples trained on."""
+
+    model_revision: str | None = None
+    """Commit or digest of the base model."""
+
+    image: str | None = None
+    """Trainer image that exported."""
+
+
+class FineTuneJobStatus(Base):
+    """The observed state. `progress` is the trainer's, everything else is the operator's."""
+
+    observed_generation: int | None = None
+    """The metadata.generation that this status is about."""
+
+    phase: Phase | None = None
+    """Pending, Preparing, Training, Exporting, Succeeded or Failed."""
+
+    stage: Stage | None = None
+    """The stage that runs, or ran last."""
+
+    conditions: Annotated[
+        tuple[Condition, ...],
+        Field(
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["type"],
+            }
+        ),
+    ] = ()
+    """Ready (the artifacts are there), Progressing (a stage is at work) and Degraded (it failed,
+    or something needs attention)."""
+
+    stages: Annotated[
+        tuple[StageStatus, ...],
+        Field(
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["name"],
+            }
+        ),
+    ] = ()
+    """prepare, train and export, in this order."""
+
+    progress: Progress | None = None
+    """Live progress of the running stage."""
+
+    artifacts: tuple[ArtifactStatus, ...] = ()
+    """Files in the output folder. The manifest lists them all."""
+
+    manifest_uri: str | None = None
+    """The manifest, which names every file with size and SHA-256."""
+
+    metrics: dict[str, float] = {}
+    """Figures of the training, e.g. trainLoss."""
+
+    lineage: Lineage | None = None
+    """What the artifacts were made from."""
+
+
+class FineTuneJob(Base):
+    """Fine-tunes a causal language model on a CSV and leaves adapter, merged model and GGUF files
+    in an object store."""
+
+    spec: FineTuneJobSpec
+    """What should be in the object store."""
+
+    status: FineTuneJobStatus = FineTuneJobStatus()
+    """What is there, and what is being done about it."""
