@@ -1,0 +1,99 @@
+"""The chart renders, validates for the newest Kubernetes, and grants exactly what it should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import helm_python as helm
+import kubernetes_validate
+import pytest
+import yaml
+
+CHART = Path(__file__).parents[2] / "charts" / "finetune-operator"
+
+
+def render(**values: Any) -> list[dict[str, Any]]:
+    with helm.Chart.load(CHART) as chart:
+        rendered = chart.render(values, name="finetune-operator", namespace="finetune-system")
+    texts = [text for name, text in rendered.items() if name.endswith(".yaml")]
+    return [doc for text in texts for doc in yaml.safe_load_all(text) if doc]
+
+
+def named(objects: list[dict[str, Any]], kind: str, name: str = "finetune-operator") -> Any:
+    return next(o for o in objects if o["kind"] == kind and o["metadata"]["name"] == name)
+
+
+def test_lints_without_errors() -> None:
+    findings = helm.lint(CHART)
+    assert findings["errors"] == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"watchNamespaces": ["team-a", "team-b"]},
+        {
+            "imagePullSecrets": ["pull"],
+            "podLabels": {"team": "ml"},
+            "podAnnotations": {"note": "x"},
+            "nodeSelector": {"kubernetes.io/os": "linux"},
+            "tolerations": [{"operator": "Exists"}],
+            "priorityClassName": "high",
+        },
+        {"crds": {"enabled": False}},
+    ],
+    ids=["defaults", "two namespaces", "every pod setting", "without the CRD"],
+)
+def test_renders_valid_objects(values: dict[str, Any]) -> None:
+    objects = render(**values)
+    for document in objects:
+        kubernetes_validate.validate(document, "1.37", strict=True)
+    kinds = [o["kind"] for o in objects]
+    assert ("CustomResourceDefinition" in kinds) is values.get("crds", {}).get("enabled", True)
+
+
+def test_the_operator_may_do_exactly_this() -> None:
+    rules = named(render(), "ClusterRole")["rules"]
+    granted = {
+        (group, resource): sorted(rule["verbs"])
+        for rule in rules
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+    }
+    assert granted == {
+        ("finetune.dev", "finetunejobs"): ["get", "list", "watch"],
+        ("finetune.dev", "finetunejobs/status"): ["patch"],
+        ("finetune.dev", "finetunejobs/finalizers"): ["update"],
+        ("batch", "jobs"): ["create", "delete", "get", "list", "watch"],
+        ("", "pods"): ["get", "list", "watch"],
+        ("", "configmaps"): ["create", "get"],
+        ("", "serviceaccounts"): ["create", "get"],
+        ("rbac.authorization.k8s.io", "roles"): ["create", "get"],
+        ("rbac.authorization.k8s.io", "rolebindings"): ["create", "get"],
+        ("", "events"): ["create", "patch"],
+    }
+
+
+def test_watching_namespaces_needs_no_cluster_wide_rights() -> None:
+    objects = render(watchNamespaces=["team-a"])
+    assert named(objects, "Role")["metadata"]["namespace"] == "team-a"
+    assert not [o for o in objects if o["kind"] == "ClusterRoleBinding"]
+
+
+def test_the_operators_pod_is_restricted() -> None:
+    pod = named(render(), "Deployment")["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    (container,) = pod["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def test_uninstalling_keeps_the_definition_and_so_every_job() -> None:
+    definition = named(render(), "CustomResourceDefinition", "finetunejobs.finetune.dev")
+    assert definition["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"

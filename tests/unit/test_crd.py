@@ -1,0 +1,139 @@
+"""The CustomResourceDefinition is structural, documented, and its rules say no where they should."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cel
+import kubernetes_validate
+import pytest
+import yaml
+
+from finetune_operator.api import crd
+from finetune_operator.api.finetunejob import FineTuneJobSpec
+from finetune_trainer import config
+
+ROOT = Path(__file__).parents[2]
+
+
+def schemas(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    yield path, node
+    for name, child in node.get("properties", {}).items():
+        yield from schemas(child, f"{path}.{name}")
+    for key in ("items", "additionalProperties"):
+        if isinstance(node.get(key), dict):
+            yield from schemas(node[key], f"{path}[]")
+
+
+@pytest.fixture(scope="module")
+def root_schema() -> dict[str, Any]:
+    version = crd.custom_resource_definition()["spec"]["versions"][0]
+    schema: dict[str, Any] = version["schema"]["openAPIV3Schema"]
+    return schema
+
+
+def test_is_valid_for_the_newest_kubernetes() -> None:
+    kubernetes_validate.validate(crd.custom_resource_definition(), "1.37", strict=True)
+
+
+def test_is_structural(root_schema: dict[str, Any]) -> None:
+    for path, node in schemas(root_schema):
+        assert not {"$ref", "anyOf", "oneOf", "allOf", "title", "const"} & node.keys(), path
+        assert node.get("additionalProperties") is not False, path
+        assert "null" not in str(node.get("type")), path
+        typed = node.get("type") or node.get("x-kubernetes-int-or-string")
+        assert typed, f"{path} has no type"
+
+
+def test_every_field_is_documented(root_schema: dict[str, Any]) -> None:
+    standard = {".apiVersion", ".kind", ".metadata"}
+    bare = [
+        path
+        for path, node in schemas(root_schema)
+        if path and not path.endswith("[]") and "description" not in node and path not in standard
+    ]
+    assert bare == []
+
+
+def test_status_has_no_defaults(root_schema: dict[str, Any]) -> None:
+    status = root_schema["properties"]["status"]
+    assert [path for path, node in schemas(status) if "default" in node] == []
+
+
+def test_defaults_are_the_guides(root_schema: dict[str, Any]) -> None:
+    training = root_schema["properties"]["spec"]["properties"]["training"]["properties"]
+    defaults = {name: node["default"] for name, node in training.items() if name != "lora"}
+    assert defaults == {
+        "method": "lora",
+        "epochs": 3,
+        "learningRate": 2e-4,
+        "batchSize": 2,
+        "gradientAccumulationSteps": 4,
+        "maxSequenceLength": 2048,
+        "warmupRatio": 0.03,
+        "scheduler": "linear",
+        "weightDecay": 0.0,
+        "seed": 42,
+        "loggingSteps": 10,
+    }
+    lora = training["lora"]["properties"]
+    assert lora["r"]["default"] == 16
+    assert lora["targetModules"]["default"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "accepted"),
+    [
+        ("model.source", "meta-llama/Llama-3.2-1B", True),
+        ("model.source", "s3://models/llama", True),
+        ("model.source", "/mnt/models/llama", True),
+        ("model.source", "llama", False),
+        ("model.source", "https://example.org/llama", False),
+        ("dataset.source", "s3://data/faq.csv", True),
+        ("dataset.source", "faq.csv", False),
+        ("output.uri", "/mnt/out", True),
+        ("output.uri", "gs://bucket/out", False),
+        ("storage.endpoint", "http://10.0.0.1:8333", True),
+        ("storage.endpoint", "minio:9000", False),
+        ("training.epochs", 3, True),
+        ("training.epochs", "auto", True),
+        ("training.epochs", 0, False),
+        ("training.epochs", "many", False),
+    ],
+)
+def test_rules_are_evaluated_as_cel(
+    root_schema: dict[str, Any], path: str, value: object, accepted: bool
+) -> None:
+    node = root_schema["properties"]["spec"]
+    for name in path.split("."):
+        node = node["properties"][name]
+    for rule in node["x-kubernetes-validations"]:
+        assert cel.evaluate(rule["rule"], {"self": value}) is accepted
+        assert rule["message"].startswith("must ")
+
+
+def test_strings_that_rules_look_at_are_bounded(root_schema: dict[str, Any]) -> None:
+    """The API server estimates a rule's cost from maxLength and refuses what looks dear."""
+    for path, node in schemas(root_schema):
+        if "x-kubernetes-validations" in node and node.get("type") == "string":
+            assert "maxLength" in node, path
+
+
+def test_generated_files_are_fresh(tmp_path: Path) -> None:
+    for folder in ("crds", "charts"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    crd.main(tmp_path)
+    chart_copy = "charts/finetune-operator/files/finetunejob-crd.yaml"
+    for file in ("crds/finetune.dev_finetunejobs.yaml", chart_copy):
+        assert (tmp_path / file).read_text() == (ROOT / file).read_text(), "run `make generate`"
+
+
+def test_example_is_what_the_types_accept() -> None:
+    for file in sorted((ROOT / "examples").glob("finetunejob*.yaml")):
+        document = yaml.safe_load(file.read_text())
+        spec = FineTuneJobSpec.model_validate(document["spec"])
+        run = spec.run_config(config.JobReference(name="a", namespace="b"), None)
+        assert run.training == spec.training
