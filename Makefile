@@ -1,0 +1,122 @@
+# finetune-operator: `make help` lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# What one machine trains with; the guide's names. Empty: the trainer's own default.
+DATASET    ?=
+BASE_MODEL ?=
+EPOCHS     ?=
+OUTPUT     ?= models
+TRAIN_ARGS ?=
+
+# llama.cpp's converter, laid out from the same sdist as the library.
+export LLAMA_CPP_DIR := $(CURDIR)/$(VENV)/llama.cpp
+
+##@ Main job
+
+.PHONY: demo
+demo: build ## A cluster, a bucket, a FineTuneJob: from CSV to an answering GGUF
+	$(BIN)/python -m tests.e2e.demo up
+
+.PHONY: demo-down
+demo-down: ## Remove everything that demo started (what was built stays in the cache)
+	$(BIN)/python -m tests.e2e.demo down
+
+##@ One machine, no Kubernetes
+
+.PHONY: build
+build: $(READY) ## Set up .venv with everything, llama.cpp included
+
+.PHONY: train
+train: build ## Fine-tune: make train DATASET=my.csv BASE_MODEL=org/name-or-folder
+	$(BIN)/finetune-trainer local train --output "$(OUTPUT)" \
+	  $(if $(DATASET),--dataset "$(DATASET)") $(if $(BASE_MODEL),--base-model "$(BASE_MODEL)") \
+	  $(if $(EPOCHS),--epochs "$(EPOCHS)") $(TRAIN_ARGS)
+
+.PHONY: merge
+merge: build ## Merge the adapter of the last `make train` into its base model
+	$(BIN)/finetune-trainer local merge --output "$(OUTPUT)"
+
+.PHONY: gguf
+gguf: build ## Convert the merged model to GGUF and quantize it
+	$(BIN)/finetune-trainer local gguf --output "$(OUTPUT)"
+
+##@ Development
+
+.PHONY: test
+test: lint verify ## Every test: unit, integration on a real control plane, end to end on a real node
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: test-unit
+test-unit: build ## Tests that need no cluster
+	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
+
+.PHONY: test-integration
+test-integration: build ## Tests on a real API server, store and model, without a node
+	$(BIN)/python -m pytest tests/integration $(PYTEST_ARGS)
+
+.PHONY: test-e2e
+test-e2e: build ## The main job on a real node
+	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: build ## ruff, mypy, import-linter, hadolint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/hadolint images/operator/Dockerfile images/trainer/Dockerfile
+
+.PHONY: format
+format: build ## Let ruff put the code in order
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.PHONY: generate
+generate: build ## Write crds/ and the chart's copy from the API's types
+	$(BIN)/python -m finetune_operator.api.crd .
+
+.PHONY: verify
+verify: build ## Prove, in a temporary folder, that generated files are fresh
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cp -r crds charts "$$folder"; \
+	$(BIN)/python -m finetune_operator.api.crd "$$folder"; \
+	for part in crds charts; do \
+	  diff -r "$$part" "$$folder/$$part" || { echo 'Generated files are stale: run `make generate`.'; exit 1; }; \
+	done; echo 'Generated files are fresh.'
+
+.PHONY: images
+images: build ## Build both images with Docker or buildah
+	$(BIN)/python -m tests.cluster.images build
+
+.PHONY: constraints
+constraints: build ## Resolve the pins anew, keeping those that still fit (UPGRADE=1: newest)
+	$(BIN)/python constraints/update.py $(if $(UPGRADE),--upgrade)
+
+.PHONY: clean
+clean: ## Remove .venv and caches of the tools (the cache folder stays)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+.PHONY: help
+help: ## This list
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
+	  /^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The wheel of llama-cpp-python is compiled once per version and machine and kept in the cache.
+$(READY): pyproject.toml constraints/dev.txt images/trainer/llama_cpp.py
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed (PYTHON=python3.12 make …)")'
+	@echo "Setting up $(VENV): about 3 minutes, and 6 more where llama.cpp has to be compiled once."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints/dev.txt pip
+	$(BIN)/python images/trainer/llama_cpp.py --wheel-dir $(VENV)/wheels | tee $(VENV)/llama_cpp.txt
+	ln -sfn "$$(sed -n 's/^converter=//p' $(VENV)/llama_cpp.txt)" $(VENV)/llama.cpp
+	$(BIN)/python -m pip install --constraint constraints/dev.txt --find-links $(VENV)/wheels \
+	  --progress-bar off --editable '.[operator,trainer,dev]' \
+	  | grep --line-buffered -E '^(Collecting|Installing|Successfully)' | cut -c1-100
+	touch $@
