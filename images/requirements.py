@@ -1,0 +1,22 @@
+#!/usr/bin/env python3
+"""Print the requirements of one extra of pyproject.toml, one a line.
+
+An image's build installs these in a layer of their own, before the project's code is there, so
+that a change of code leaves the gigabyte below it alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+
+
+def requirements(pyproject: Path, extra: str) -> list[str]:
+    """List what the package itself and its extra ask for."""
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    return sorted([*project["dependencies"], *project["optional-dependencies"][extra]])
+
+
+if __name__ == "__main__":
+    print("\n".join(requirements(Path(sys.argv[1]), sys.argv[2])))

@@ -1,0 +1,198 @@
+"""Builds the project's two images, with Docker where it runs and with buildah elsewhere.
+
+An image's tag is a hash of the files that it is made of, so an unchanged image is never built or
+loaded twice, and a changed one never passes for the old. Both tools keep the layers below the
+code, so a change of code takes seconds. Each image ends as one archive in the cache, which
+`kind load image-archive` or `ctr images import` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import functools
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cluster.errors import Unavailable
+from tests.cluster.image_base import base_image
+from tests.cluster.llama import get_llama_cpp, offer_to_image
+from tests.cluster.paths import REPOSITORY, cache_dir
+from tests.cluster.pip_settings import PipSettings, pip_settings
+from tests.cluster.process import run
+from tests.cluster.progress import step
+
+APT_PACKAGES = ("buildah", "runc", "mmdebstrap")
+"""What a Debian machine without Docker needs."""
+
+NAMES = ("operator", "trainer")
+SHARED_INPUTS = (".dockerignore", "pyproject.toml", "images/*.py", "trainer/finetune_trainer/**/*")
+INPUTS = {
+    "operator": (
+        "images/operator/*",
+        "constraints/operator.txt",
+        "operator/finetune_operator/**/*",
+    ),
+    "trainer": ("images/trainer/*", "constraints/trainer.txt"),
+}
+KEEP_ARCHIVES = 2
+STEP_LINE = re.compile(r"^(?:\[\d+/\d+\] )?STEP \d+/\d+: .*|^#\d+ \[.*")
+
+
+@dataclass(frozen=True)
+class Image:
+    """One built image: its name for a pod's spec, and the archive to load it from."""
+
+    name: str
+    reference: str
+    archive: Path
+
+
+@dataclass(frozen=True)
+class Images:
+    """The two images of the project."""
+
+    operator: Image
+    trainer: Image
+
+
+def build_images() -> Images:
+    """Build what has changed, and return both."""
+    return Images(operator=build_image("operator"), trainer=build_image("trainer"))
+
+
+def build_image(name: str) -> Image:
+    """Build and archive one image, unless its archive is there already."""
+    reference = f"localhost/finetune-operator/{name}:{content_hash(name)}"
+    archive = cache_dir() / "images" / f"{name}-{reference.rpartition(':')[2]}.tar"
+    image = Image(name, reference, archive)
+    with locked():
+        if archive.exists():
+            archive.touch()
+            return image
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        builder = build_with_docker if docker_works() else build_with_buildah
+        builder(image, archive.with_suffix(".part"))
+        archive.with_suffix(".part").replace(archive)
+        prune(name)
+    return image
+
+
+def content_hash(name: str, root: Path = REPOSITORY) -> str:
+    """Hash the files that an image is made of: their paths and bytes."""
+    patterns = (*SHARED_INPUTS, *INPUTS[name])
+    files = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+    digest = hashlib.sha256()
+    for path in sorted(file for file in files if "__pycache__" not in file.parts):
+        digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@functools.cache
+def docker_works() -> bool:
+    """Whether there is a Docker daemon; the command alone proves nothing."""
+    if not shutil.which("docker"):
+        return False
+    info = subprocess.run(["docker", "info"], capture_output=True, timeout=30, check=False)
+    return info.returncode == 0
+
+
+def build_with_docker(image: Image, archive: Path) -> None:
+    """Build from the public base image; llama.cpp is compiled in it, with its C library."""
+    settings = pip_settings()
+    command = ["docker", "build", "--progress=plain"]
+    _build(image, command, settings)
+    with step(f"Archive of the {image.name} image"):
+        run(["docker", "save", "-o", str(archive), image.reference], log=_log(image.name))
+
+
+def build_with_buildah(image: Image, archive: Path) -> None:
+    """Build from a base of the machine's own release, which also takes the wheel made here."""
+    if missing := [tool for tool in APT_PACKAGES if not shutil.which(tool)]:
+        raise Unavailable(
+            "without a Docker daemon the images are built with buildah: "
+            f"apt-get install {' '.join(missing)}"
+        )
+    if image.name == "trainer":
+        offer_to_image(get_llama_cpp())
+    settings = pip_settings()
+    # crun, buildah's default, refuses machines that mount both kinds of cgroups.
+    buildah = ["buildah", "bud", "--runtime", shutil.which("runc") or "runc", "--network", "host"]
+    command = [*buildah, "--layers", "--ignorefile", str(REPOSITORY / ".dockerignore")]
+    command += [f"--build-arg=BASE_IMAGE={base_image(buildah, _log(image.name))}"]
+    command += [f"--volume={folder}:{folder}:ro" for folder in settings.folders if folder.is_dir()]
+    _build(image, command, settings)
+    with step(f"Archive of the {image.name} image"):
+        target = f"docker-archive:{archive}:{image.reference}"
+        run(["buildah", "push", image.reference, target], log=_log(image.name))
+
+
+def _build(image: Image, command: list[str], settings: PipSettings) -> None:
+    """Run the build, with the pip settings as secrets that end with it."""
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        step(f"Image {image.name} (log: {_log(image.name)})") as current,
+    ):
+        command = [*command, f"--build-arg=VERSION={version}", "--tag", image.reference]
+        command += settings.secrets(Path(temporary))
+        command += ["--file", f"images/{image.name}/Dockerfile", "."]
+
+        def show(line: str) -> None:
+            if STEP_LINE.match(line):
+                current.detail(line[:70])
+
+        run(command, log=_log(image.name), cwd=REPOSITORY, on_line=show)
+
+
+def prune(name: str) -> None:
+    """Remove the archives and tags of older builds; the layers stay for the next one."""
+    archives = sorted(
+        (cache_dir() / "images").glob(f"{name}-*.tar"), key=lambda path: path.stat().st_mtime
+    )
+    for archive in archives[:-KEEP_ARCHIVES]:
+        archive.unlink()
+        reference = f"localhost/finetune-operator/{name}:{archive.stem.rpartition('-')[2]}"
+        tool = ["docker", "rmi"] if docker_works() else ["buildah", "rmi"]
+        subprocess.run([*tool, reference], capture_output=True, check=False)
+
+
+def _log(name: str) -> Path:
+    return cache_dir() / "logs" / f"image-{name}.log"
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """Let one process at a time build: two would do the same work twice."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with (cache_dir() / "images.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m tests.cluster.images build [--operator] [--trainer]`."""
+    parser = argparse.ArgumentParser(prog="python -m tests.cluster.images")
+    build = parser.add_subparsers(required=True).add_parser("build", help="build and archive")
+    for name in NAMES:
+        build.add_argument(
+            f"--{name}", action="store_true", help=f"the {name} image (default: both)"
+        )
+    args = parser.parse_args(argv)
+    chosen = [name for name in NAMES if getattr(args, name)] or list(NAMES)
+    for name in chosen:
+        image = build_image(name)
+        print(f"{image.reference} {image.archive}")
+
+
+if __name__ == "__main__":
+    main()
