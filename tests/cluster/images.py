@@ -129,7 +129,7 @@ def build_with_buildah(image: Image, archive: Path) -> None:
     buildah = ["buildah", "bud", "--runtime", shutil.which("runc") or "runc", "--network", "host"]
     command = [*buildah, "--layers", "--ignorefile", str(REPOSITORY / ".dockerignore")]
     command += [f"--build-arg=BASE_IMAGE={base_image(buildah, _log(image.name))}"]
-    command += [f"--volume={folder}:{folder}:ro" for folder in settings.folders if folder.is_dir()]
+    command += settings.volumes()
     _build(image, command, settings)
     with step(f"Archive of the {image.name} image"):
         target = f"docker-archive:{archive}:{image.reference}"

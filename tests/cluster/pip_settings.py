@@ -3,7 +3,8 @@
 Where packages come from (an index, a folder of wheels, a private CA) is a fact of the machine that
 builds. pip itself merges its files and PIP_ variables (`pip config list`), and what it says goes
 into a pip.conf and a CA bundle that the Dockerfiles mount as build secrets. Local folders are
-mounted under the path that they have here.
+mounted below /dev, which a build step has as a file system of its own: a mount anywhere else would
+leave its empty folder, named after this machine, in a layer.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ class PipSettings:
 
     config: str
     ca: Path | None
-    folders: tuple[Path, ...]
+    mounts: dict[Path, str]
+
+    def volumes(self) -> list[str]:
+        """Return buildah's options that mount the local folders."""
+        return [f"--volume={folder}:{inside}:ro" for folder, inside in self.mounts.items()]
 
     def secrets(self, folder: Path) -> list[str]:
         """Write the secrets' files and return the build options that mount them."""
@@ -54,14 +59,23 @@ def from_listing(listing: str) -> PipSettings:
         values[key] = " ".join(merged)
     values["timeout"] = values.pop("default-timeout", values.get("timeout", ""))
     ca = Path(values["cert"]) if values.get("cert") else None
-    lines = [f"{key} = {values[key]}" for key in SINGLE if values.get(key)]
-    sources = {key: list(dict.fromkeys(values.get(key, "").split())) for key in LISTS}
-    lines += [f"{key} =\n    " + "\n    ".join(items) for key, items in sources.items() if items]
+    places = {key: values[key].split() for key in (*SINGLE, *LISTS) if values.get(key)}
+    folders = dict.fromkeys(
+        folder for items in places.values() for item in items if (folder := _folder(item))
+    )
+    mounts = {folder: f"/dev/pip-{number}" for number, folder in enumerate(folders)}
+    lines = [_line(key, items, mounts) for key, items in places.items()]
     if ca:
         lines.append(f"cert = {CA_IN_BUILD}")
-    places = [*sources["extra-index-url"], *sources["find-links"], values.get("index-url", "")]
-    folders = dict.fromkeys(folder for place in places if (folder := _folder(place)))
-    return PipSettings("\n".join(["[global]", *lines]) + "\n", ca, tuple(folders))
+    return PipSettings("\n".join(["[global]", *lines]) + "\n", ca, mounts)
+
+
+def _line(key: str, items: list[str], mounts: dict[Path, str]) -> str:
+    for folder, inside in mounts.items():
+        items = [
+            item.replace(str(folder), inside) if _folder(item) == folder else item for item in items
+        ]
+    return f"{key} = " + "\n    ".join(dict.fromkeys(items))
 
 
 def _rows(listing: str) -> list[tuple[str, str, str]]:
@@ -72,7 +86,8 @@ def _rows(listing: str) -> list[tuple[str, str, str]]:
 def _folder(place: str) -> Path | None:
     """The folder to mount for a local place; an index's pages link to files beside it."""
     url = urlsplit(place)
-    if url.scheme == "file":
-        path = Path(unquote(url.path))
-        return path.parent if path.name == "simple" else path
-    return Path(place) if place.startswith("/") else None
+    if url.scheme not in {"", "file"} or not url.path.startswith("/"):
+        return None
+    path = Path(unquote(url.path))
+    folder = path.parent if url.scheme and path.name == "simple" else path
+    return folder if folder.is_dir() else None

@@ -1,0 +1,1 @@
+"""All tests: unit, integration, end to end, and the clusters that they run on."""
