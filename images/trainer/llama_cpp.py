@@ -34,6 +34,8 @@ from pathlib import Path, PurePosixPath
 VERSION = "0.3.36"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+
 # What the converter needs of the 200 MB tree, and what of that only other tools use.
 CONVERTER_PARTS = (
     "convert_hf_to_gguf.py",
@@ -74,16 +76,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         converter = get_converter(args.cache, args.dest)
-        print(f"converter={converter}")
-        if not args.converter_only:
-            wheel = get_wheel(args.cache, build=not args.no_build)
-            if args.wheel_dir:
-                args.wheel_dir.mkdir(parents=True, exist_ok=True)
-                wheel = Path(shutil.copy2(wheel, args.wheel_dir))
-            print(f"wheel={wheel}")
+        wheel = get_wheel(args.cache, build=not args.no_build)
+        if args.wheel_dir:
+            args.wheel_dir.mkdir(parents=True, exist_ok=True)
+            wheel = Path(shutil.copy2(wheel, args.wheel_dir))
     except (LlamaCppError, OSError) as error:
         print(f"llama_cpp.py: {error}", file=sys.stderr)
         return 1
+    print(f"converter={converter}\nwheel={wheel}")
     return 0
 
 
@@ -94,7 +94,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=cache, help=f"default: {cache}")
     parser.add_argument("--dest", type=Path, help="folder for the converter (default: the cache)")
     parser.add_argument("--wheel-dir", type=Path, help="folder that gets a copy of the wheel")
-    parser.add_argument("--converter-only", action="store_true", help="get no wheel")
     parser.add_argument("--no-build", action="store_true", help="fail if no wheel is in the cache")
     args = parser.parse_args(argv)
     args.dest = args.dest or args.cache
@@ -142,7 +141,7 @@ def get_sdist(cache: Path) -> Path:
         return sdist
     sdist.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=sdist.parent) as temporary:
-        command = [*pip("download"), "--no-deps", "--no-binary", ":all:", "--dest", temporary]
+        command = [*PIP, "download", "--no-deps", "--no-binary", ":all:", "--dest", temporary]
         run(f"downloading llama-cpp-python {VERSION}", [*command, f"llama-cpp-python=={VERSION}"])
         got = next(Path(temporary).glob("*.tar.gz"))
         digest = hashlib.sha256(got.read_bytes()).hexdigest()
@@ -182,7 +181,7 @@ def build_wheel(sdist: Path, folder: Path, flags: list[str]) -> Path:
         shutil.unpack_archive(sdist, work)
         source = work / f"llama_cpp_python-{VERSION}"
         leave_out_helpers(source / "CMakeLists.txt")
-        command = [*pip("wheel"), "--no-deps", "--verbose", "--wheel-dir", str(work / "out")]
+        command = [*PIP, "wheel", "--no-deps", "--verbose", "--wheel-dir", str(work / "out")]
         command += ["--config-settings", f"wheel.exclude={WHEEL_EXCLUDES}", str(source)]
         run(
             "compiling llama.cpp (once, about 5 minutes on 2 cores)",
@@ -210,11 +209,6 @@ def check_compiler() -> None:
             "`apt-get install build-essential` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora), "
             "`xcode-select --install` (macOS)."
         )
-
-
-def pip(command: str) -> list[str]:
-    """Start of a pip command line."""
-    return [sys.executable, "-m", "pip", command, "--disable-pip-version-check"]
 
 
 def run(label: str, command: list[str], **env: str) -> None:

@@ -76,7 +76,6 @@ def build_image(name: str) -> Image:
     image = Image(name, reference, archive)
     with locked():
         if archive.exists():
-            archive.touch()
             return image
         archive.parent.mkdir(parents=True, exist_ok=True)
         builder = build_with_docker if docker_works() else build_with_buildah
