@@ -91,7 +91,9 @@ def _lines(jobs: Iterator[Job], console: Console) -> Job:
         for name in STAGES:
             running = states[name] == "Running"
             if states[name] and (running or states[name] != said.get(name)):
-                text = f"  {name:8} {states[name]:10} {percent(job, name):3.0f}% {detail(job, name)}"
+                text = (
+                    f"  {name:8} {states[name]:10} {percent(job, name):3.0f}% {detail(job, name)}"
+                )
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
         said, spoken = states, time.monotonic()
     return job
