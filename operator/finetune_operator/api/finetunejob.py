@@ -293,6 +293,9 @@ class FineTuneJobStatus(Base):
     lineage: Lineage | None = None
     """What the artifacts were made from."""
 
+    resolved: config.Resolved | None = None
+    """What `prepare` found out about the present spec; the stages after it rely on it."""
+
 
 class FineTuneJob(Base):
     """Fine-tunes a causal language model on a CSV and leaves adapter, merged model and GGUF files

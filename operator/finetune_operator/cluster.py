@@ -1,0 +1,269 @@
+"""The only place that talks to the API server (watching aside, which is Kopf's).
+
+Objects go in and come out as plain dicts. The client's exceptions leave as `errors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal, Self, cast
+
+import aiohttp
+from kubernetes.aio import client, config
+
+from finetune_operator import errors
+from finetune_operator.api.base import API_VERSION, GROUP, KIND, PLURAL, VERSION
+from finetune_operator.api.labels import OPERATOR, SELECTOR
+
+Object = dict[str, Any]
+
+# What the operator reads and writes, by kind.
+PATHS = {
+    KIND: f"/apis/{GROUP}/{VERSION}/namespaces/{{namespace}}/{PLURAL}",
+    "Job": "/apis/batch/v1/namespaces/{namespace}/jobs",
+    "Pod": "/api/v1/namespaces/{namespace}/pods",
+    "ConfigMap": "/api/v1/namespaces/{namespace}/configmaps",
+    "Event": "/api/v1/namespaces/{namespace}/events",
+    "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts",
+    "Role": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/roles",
+    "RoleBinding": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/rolebindings",
+}
+WATCHED = {KIND: "", "Job": SELECTOR, "Pod": SELECTOR}
+MERGE_PATCH = "application/merge-patch+json"
+METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
+PAGE = 500
+
+BY_STATUS: dict[int, type[errors.ClusterError]] = {
+    400: errors.InvalidError,
+    403: errors.ForbiddenError,
+    404: errors.NotFoundError,
+    409: errors.ConflictError,
+    422: errors.InvalidError,
+}
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """How to reach the API server, for whoever else does."""
+
+    server: str
+    ca_file: str | None
+    token: str | None
+    certificate_file: str | None
+    key_file: str | None
+    insecure: bool
+
+
+class Cluster:
+    """A connection to the API server, with the rights of the operator's ServiceAccount."""
+
+    def __init__(self, configuration: client.Configuration, request_seconds: float) -> None:
+        self._configuration = configuration
+        self._api = client.ApiClient(configuration)
+        self._api.user_agent = OPERATOR
+        self._timeout = request_seconds
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, request_seconds: float) -> AsyncIterator[Self]:
+        """Connect as the pod's ServiceAccount, or as the kubeconfig says."""
+        cluster = cls(await _configuration(), request_seconds)
+        try:
+            yield cluster
+        finally:
+            await cluster._api.close()
+
+    async def credentials(self) -> Credentials:
+        """The credentials as they are now; a ServiceAccount's token is renewed every hour."""
+        header = await self._configuration.get_api_key_with_prefix("BearerToken")
+        return Credentials(
+            server=self._configuration.host,
+            ca_file=self._configuration.ssl_ca_cert,
+            token=header.split(" ", 1)[-1].strip() if header else None,
+            certificate_file=self._configuration.cert_file,
+            key_file=self._configuration.key_file,
+            insecure=not self._configuration.verify_ssl,
+        )
+
+    async def create(self, body: Object) -> Object:
+        """Create an object; raises AlreadyExistsError where one of its name is there."""
+        return await self._request("POST", _path(body["kind"], body["metadata"]), body=body)
+
+    async def get(self, kind: str, namespace: str, name: str) -> Object:
+        """Read an object; raises NotFoundError."""
+        return await self._request("GET", f"{_path(kind, {'namespace': namespace})}/{name}")
+
+    async def delete_job(self, namespace: str, name: str, uid: str) -> None:
+        """Delete this very Job and its pods, the pods first; fine if it is gone."""
+        body = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "propagationPolicy": "Foreground",
+            "preconditions": {"uid": uid},
+        }
+        path = f"{_path('Job', {'namespace': namespace})}/{name}"
+        try:
+            await self._request("DELETE", path, body=body)
+        except (errors.NotFoundError, errors.ConflictError):
+            return  # it is gone, or another one has its name by now
+
+    async def patch_status(
+        self, namespace: str, name: str, resource_version: str, patch: Mapping[str, Any]
+    ) -> Object:
+        """Change a FineTuneJob's status; raises ConflictError if it changed since it was read."""
+        body = {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "metadata": {"resourceVersion": resource_version},
+            "status": patch,
+        }
+        path = f"{_path(KIND, {'namespace': namespace})}/{name}/status"
+        return await self._request("PATCH", path, body=body, content_type=MERGE_PATCH)
+
+    async def record_event(
+        self,
+        about: Mapping[str, Any],
+        kind: Literal["Normal", "Warning"],
+        reason: str,
+        message: str,
+    ) -> None:
+        """Record an Event about a FineTuneJob; the same one again is counted, not repeated."""
+        event = _event(about, kind, reason, message)
+        try:
+            await self.create(event)
+        except errors.AlreadyExistsError:
+            meta = event["metadata"]
+            again = {"lastTimestamp": event["lastTimestamp"]}
+            path = f"{_path('Event', meta)}/{meta['name']}"
+            await self._request("PATCH", path, body=again, content_type=MERGE_PATCH)
+
+    async def watched_uids(self, namespaces: tuple[str, ...]) -> set[str]:
+        """The uids of all objects that the operator watches, read from the API server."""
+        uids: set[str] = set()
+        for kind, selector in WATCHED.items():
+            for namespace in namespaces or ("",):
+                async for item in self._list(kind, namespace, selector):
+                    uids.add(item["metadata"]["uid"])
+        return uids
+
+    async def any_finetunejob(self, namespaces: tuple[str, ...]) -> bool:
+        """Whether there is a FineTuneJob; raises where the API server doesn't serve the Kind."""
+        for namespace in namespaces or ("",):
+            page = await self._request("GET", _collection(KIND, namespace), query={"limit": "1"})
+            if page["items"]:
+                return True
+        return False
+
+    async def _list(self, kind: str, namespace: str, selector: str) -> AsyncIterator[Object]:
+        query = {"limit": str(PAGE), "labelSelector": selector}
+        while True:
+            page = await self._request(
+                "GET", _collection(kind, namespace), query=query, accept=METADATA_ONLY
+            )
+            for item in page["items"]:
+                yield item
+            query["continue"] = page["metadata"].get("continue") or ""
+            if not query["continue"]:
+                return
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Object | None = None,
+        query: Mapping[str, str] | None = None,
+        content_type: str = "application/json",
+        accept: str = "application/json",
+    ) -> Object:
+        try:
+            answer = await self._api.call_api(
+                path,
+                method,
+                query_params=[(key, value) for key, value in (query or {}).items() if value],
+                header_params={"Accept": accept, "Content-Type": content_type},
+                body=body,
+                response_types_map=dict.fromkeys((200, 201, 202), "object"),
+                auth_settings=["BearerToken"],
+                _return_http_data_only=True,
+                _request_timeout=self._timeout,
+            )
+        except client.ApiException as error:
+            raise _convert(error, f"{method} {path}") from error
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            message = f"{method} {path}: {error or type(error).__name__}"
+            raise errors.UnavailableError(message) from error
+        return cast(Object, answer)
+
+
+async def _configuration() -> client.Configuration:
+    configuration = client.Configuration()
+    try:
+        if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
+            config.load_incluster_config(client_configuration=configuration)
+        else:
+            await config.load_kube_config(
+                config_file=os.environ.get("KUBECONFIG"),
+                client_configuration=configuration,
+                persist_config=False,
+            )
+    except config.ConfigException as error:
+        raise errors.UnavailableError(f"No way to reach a cluster: {error}") from error
+    return configuration
+
+
+def _path(kind: str, meta: Mapping[str, Any]) -> str:
+    return PATHS[kind].format(namespace=meta["namespace"])
+
+
+def _collection(kind: str, namespace: str) -> str:
+    """Path of all objects of a kind, in one namespace or (empty) in all."""
+    part = f"/namespaces/{namespace}" if namespace else ""
+    return PATHS[kind].replace("/namespaces/{namespace}", part)
+
+
+def _convert(error: client.ApiException, what: str) -> errors.ClusterError:
+    status = _status(error.body)
+    detail = str(status.get("message") or error.reason)
+    kind = BY_STATUS.get(error.status, errors.UnavailableError)
+    if error.status == 409 and status.get("reason") == "AlreadyExists":
+        kind = errors.AlreadyExistsError
+    return kind(f"{what}: {detail}", detail)
+
+
+def _status(body: str | bytes | None) -> Mapping[str, Any]:
+    """The meta/v1 Status that comes with a refusal."""
+    try:
+        status = json.loads(body or "{}")
+    except ValueError:
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def _event(about: Mapping[str, Any], kind: str, reason: str, message: str) -> Object:
+    # The name is a function of what is said, so that saying it twice is one Event.
+    said = hashlib.sha256(f"{about['uid']}/{reason}/{message}".encode()).hexdigest()[:16]
+    name = f"{about['name'][:200].rstrip('-.')}.{said}"
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": name, "namespace": about["namespace"]},
+        "involvedObject": {"apiVersion": API_VERSION, "kind": KIND, **about},
+        "type": kind,
+        "reason": reason,
+        "message": message,
+        "count": 1,
+        "firstTimestamp": now,
+        "lastTimestamp": now,
+        "source": {"component": OPERATOR},
+        "reportingComponent": OPERATOR,
+        "reportingInstance": socket.gethostname(),
+    }

@@ -1,0 +1,150 @@
+"""Kopf's side: what is watched is indexed, and each event becomes a key for the work queue.
+
+Nothing is decided here. The handlers are `on.event` ones, the only kind that writes nothing to
+the user's object: no finalizer that would hold up its deletion, no annotation that a GitOps tool
+would see as drift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import kopf
+
+from finetune_operator.api import base, labels
+from finetune_operator.cluster import Cluster
+from finetune_operator.observe import controller_uid
+from finetune_operator.reconcile import Snapshot
+
+FINETUNEJOBS = (base.GROUP, base.VERSION, base.PLURAL)
+JOBS = ("batch", "v1", "jobs")
+PODS = ("", "v1", "pods")
+OURS = {labels.MANAGED_BY: labels.OPERATOR}
+
+Raw = dict[str, Any]
+Index = Mapping[str, Iterable[Raw]]
+
+
+class Watches:
+    """The registry for Kopf, and what its indexes hold."""
+
+    def __init__(self, cluster: Cluster, add: Callable[[str], None]) -> None:
+        self.registry = kopf.OperatorRegistry()
+        self.synced = False
+        """Whether Kopf has called a handler, which it does when all its indexes are filled."""
+
+        self._cluster = cluster
+        self._add = add
+        self._gone: set[str] = set()
+        self._finetunejobs: Index = {}
+        self._jobs: Index = {}
+        self._pods: Index = {}
+        self._register()
+
+    def snapshot(self, key: str) -> Snapshot | None:
+        """All that is known of one FineTuneJob; None when it is gone."""
+        found = self._present(self._finetunejobs, key)
+        if not found:
+            return None
+        # While an object of the same name is being replaced, the index may hold both.
+        newest = max(found, key=lambda raw: str(raw["metadata"]["creationTimestamp"]))
+        uid = newest["metadata"]["uid"]
+        return Snapshot(
+            finetunejob=newest,
+            jobs=tuple(self._present(self._jobs, uid)),
+            pods=tuple(self._present(self._pods, uid)),
+        )
+
+    def keys(self) -> list[str]:
+        """All FineTuneJobs."""
+        return list(self._finetunejobs)
+
+    async def resync(self, namespaces: tuple[str, ...]) -> None:
+        """Drop what is gone though no watch said so, and have every FineTuneJob looked at.
+
+        After a watch was broken for long, Kopf lists anew, but keeps in its indexes what has
+        vanished in the meantime.
+        """
+        known = {
+            raw["metadata"]["uid"]
+            for index in (self._finetunejobs, self._jobs, self._pods)
+            for key in list(index)
+            for raw in index[key]
+        }
+        self._gone = known - await self._cluster.watched_uids(namespaces)
+        for key in self.keys():
+            self._add(key)
+
+    def _present(self, index: Index, key: str) -> list[Raw]:
+        found = index.get(key, ())
+        return [raw for raw in found if raw["metadata"]["uid"] not in self._gone]
+
+    def _register(self) -> None:
+        kopf.on.startup(registry=self.registry)(self._startup)
+        kopf.on.login(registry=self.registry)(self._login)
+        for resource, name, index in (
+            (FINETUNEJOBS, "finetunejobs", _index_finetunejob),
+            (JOBS, "jobs", _index_job),
+            (PODS, "pods", _index_pod),
+        ):
+            ours = None if resource is FINETUNEJOBS else OURS
+            event = self._finetunejob_event if resource is FINETUNEJOBS else self._child_event
+            kopf.index(*resource, id=name, labels=ours, registry=self.registry)(index)
+            kopf.on.event(*resource, id=f"{name}-event", labels=ours, registry=self.registry)(event)
+
+    async def _startup(self, **known: Any) -> None:
+        # Kopf passes each index under its name.
+        self._finetunejobs = known["finetunejobs"]
+        self._jobs = known["jobs"]
+        self._pods = known["pods"]
+
+    async def _login(self, **_: Any) -> kopf.ConnectionInfo:
+        credentials = await self._cluster.credentials()
+        return kopf.ConnectionInfo(
+            server=credentials.server,
+            ca_path=credentials.ca_file,
+            insecure=credentials.insecure,
+            scheme="Bearer" if credentials.token else None,
+            token=credentials.token,
+            certificate_path=credentials.certificate_file,
+            private_key_path=credentials.key_file,
+        )
+
+    async def _finetunejob_event(self, namespace: str | None, name: str, **_: Any) -> None:
+        self.synced = True
+        self._add(f"{namespace}/{name}")
+
+    async def _child_event(
+        self, namespace: str | None, annotations: Mapping[str, str], **_: Any
+    ) -> None:
+        self.synced = True
+        if labels.JOB_NAME in annotations:
+            self._add(f"{namespace}/{annotations[labels.JOB_NAME]}")
+
+
+def kopf_settings(settings: kopf.OperatorSettings, request_seconds: float) -> None:
+    """Keep Kopf to watching: no events posted, no scanning (which would need more rights)."""
+    settings.posting.enabled = False
+    settings.scanning.disabled = True
+    settings.peering.standalone = True
+    settings.networking.request_timeout = request_seconds
+    settings.networking.connect_timeout = min(10.0, request_seconds)
+    # Servers send a bookmark every minute: a watch that is silent for longer is dead.
+    settings.watching.inactivity_timeout = 90.0
+    settings.watching.label_selectors[JOBS] = labels.SELECTOR
+    settings.watching.label_selectors[PODS] = labels.SELECTOR
+
+
+async def _index_finetunejob(
+    namespace: str | None, name: str, body: kopf.Body, **_: Any
+) -> dict[str, Raw]:
+    return {f"{namespace}/{name}": dict(body)}
+
+
+async def _index_job(body: kopf.Body, **_: Any) -> dict[str, Raw]:
+    return {controller_uid(body): dict(body)}
+
+
+async def _index_pod(body: kopf.Body, **_: Any) -> dict[str, Raw]:
+    return {body["metadata"]["labels"].get(labels.JOB_UID, ""): dict(body)}

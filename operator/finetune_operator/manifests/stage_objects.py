@@ -1,0 +1,50 @@
+"""All that one attempt at a stage needs, in the order in which it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_operator.api.finetunejob import FineTuneJobSpec
+from finetune_operator.manifests.progress_access import progress_access
+from finetune_operator.manifests.run_config import run_config_map
+from finetune_operator.manifests.stage_job import Attempt, stage_job
+from finetune_operator.observe import ObservedFineTuneJob
+from finetune_operator.settings import Settings
+from finetune_trainer.config import Resolved, Stage
+
+
+@dataclass(frozen=True)
+class StageObjects:
+    """The objects of one attempt."""
+
+    access: tuple[dict[str, Any], ...]
+    """ServiceAccount, Role and RoleBinding for the live progress."""
+
+    config_map: dict[str, Any]
+    job: dict[str, Any]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The Job last: its pod needs the others."""
+        yield from (*self.access, self.config_map, self.job)
+
+
+def stage_objects(
+    job: ObservedFineTuneJob,
+    spec: FineTuneJobSpec,
+    settings: Settings,
+    *,
+    stage: Stage,
+    key: str,
+    attempt: int,
+    resolved: Resolved | None,
+) -> StageObjects:
+    """Build them."""
+    config_map = run_config_map(job, spec, resolved)
+    which = Attempt(stage, key, attempt, config_map["metadata"]["name"])
+    return StageObjects(
+        access=progress_access(job, spec.service_account_name),
+        config_map=config_map,
+        job=stage_job(job, spec, which, settings),
+    )

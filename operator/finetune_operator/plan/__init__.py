@@ -1,0 +1,7 @@
+"""The decision: what to do about a FineTuneJob, given what is. Pure."""
+
+from finetune_operator.plan.decide import plan
+from finetune_operator.plan.refuse import refuse
+from finetune_operator.plan.types import Action, Event, Plan, Policy, StartStage, StopJob
+
+__all__ = ["Action", "Event", "Plan", "Policy", "StartStage", "StopJob", "plan", "refuse"]

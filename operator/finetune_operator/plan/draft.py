@@ -1,0 +1,128 @@
+"""The plan while it is being made: the stages as they will stand, and what leads there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from finetune_operator.api.finetunejob import (
+    FineTuneJobSpec,
+    FineTuneJobStatus,
+    StageState,
+    StageStatus,
+)
+from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
+from finetune_operator.plan.types import Action, Event, Plan, Policy, StopJob
+from finetune_operator.status import Note, Outlook, conditions, shorten
+from finetune_trainer.config import Stage
+
+
+class Draft:
+    """Collects a plan; `finish` freezes it. Lives within one call of `plan`."""
+
+    def __init__(
+        self,
+        job: ObservedFineTuneJob,
+        spec: FineTuneJobSpec,
+        runs: Sequence[ObservedJob],
+        *,
+        pod_settings: Mapping[Stage, str],
+        policy: Policy,
+        now: datetime,
+    ) -> None:
+        self.job = job
+        self.spec = spec
+        self.runs = runs
+        self.pod_settings = pod_settings
+        self.policy = policy
+        self.now = now
+        self.stages = _stages(job)
+        self.fields: dict[str, Any] = {}
+        """Further fields of status that change."""
+
+        self.notes: dict[Stage, Note] = {}
+        self._actions: list[Action] = []
+        self._events: list[Event] = []
+        self._looks: list[float] = []
+
+    def key(self, stage: Stage) -> str | None:
+        """What tells this stage's Jobs from those of another spec."""
+        if stage is Stage.PREPARE:
+            return str(self.job.generation)
+        return self.stages[stage].fingerprint
+
+    def runs_of(self, stage: Stage) -> list[ObservedJob]:
+        """The attempts at this stage for the spec as it is now, oldest first."""
+        key = self.key(stage)
+        return [run for run in self.runs if run.stage is stage and run.key == key]
+
+    def change(self, stage: Stage, **fields: Any) -> None:
+        """Change fields of a stage."""
+        self.stages[stage] = self.stages[stage].model_copy(update=fields)
+
+    def field(self, name: str) -> Any:
+        """A field of status as it will be."""
+        return self.fields.get(name, getattr(self.job.status, name))
+
+    def act(self, action: Action) -> None:
+        """Do this."""
+        self._actions.append(action)
+
+    def tell(self, reason: str, message: str) -> None:
+        """Record that something happened as it should."""
+        self._events.append(Event("Normal", str(reason), shorten(message)))
+
+    def warn(self, reason: str, message: str) -> None:
+        """Record that something went wrong."""
+        self._events.append(Event("Warning", str(reason), shorten(message)))
+
+    def look_again(self, seconds: float | None) -> None:
+        """Make another pass after this time, though nothing may have happened."""
+        if seconds is not None:
+            self._looks.append(seconds)
+
+    def stop_unclaimed(self) -> None:
+        """Stop each Job at work that is not its stage's current attempt.
+
+        This one rule stops Jobs of an earlier spec, of a stage that turned out to be done, of a
+        stage that failed while its pod waited, and pods that are to be made anew.
+        """
+        for run in self.runs:
+            if run.active and not run.deleting and not self._claimed(run):
+                self.act(StopJob(run.name, run.uid))
+                self.tell("StageStopped", f"Stopped {run.stage} (Job {run.name}).")
+
+    def finish(self, stage: Stage, outlook: Outlook) -> Plan:
+        """The plan, with the status that it leads to."""
+        previous, generation = self.job.status, self.job.generation
+        status: FineTuneJobStatus = previous.model_copy(
+            update={
+                **self.fields,
+                "observed_generation": generation,
+                "phase": outlook.phase,
+                "stage": stage,
+                "conditions": conditions(previous.conditions, outlook, generation, self.now),
+                "stages": tuple(self.stages.values()),
+            }
+        )
+        return Plan(
+            status=status,
+            actions=tuple(self._actions),
+            events=tuple(self._events),
+            requeue_after=min(self._looks, default=None),
+        )
+
+    def _claimed(self, run: ObservedJob) -> bool:
+        stage = self.stages[run.stage]
+        current = run.key == self.key(run.stage) and run.attempt == stage.attempt
+        return stage.state is StageState.RUNNING and current
+
+
+def _stages(job: ObservedFineTuneJob) -> dict[Stage, StageStatus]:
+    """The stages as status remembers them; a new generation has `prepare` look at all anew."""
+    known = {stage.name: stage for stage in job.status.stages}
+    stages = {name: known.get(name, StageStatus(name=name)) for name in Stage}
+    if job.status.observed_generation != job.generation:
+        stages[Stage.PREPARE] = StageStatus(name=Stage.PREPARE)
+    return stages

@@ -1,0 +1,113 @@
+"""What a stage's result means for the stages after it, and for status."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from finetune_operator.api.finetunejob import ArtifactStatus, Lineage, StageState, StageStatus
+from finetune_operator.observe import ObservedJob
+from finetune_operator.plan.draft import Draft
+from finetune_operator.plan.verdict import Done
+from finetune_operator.status import timestamp
+from finetune_trainer.config import Resolved, Stage
+from finetune_trainer.outcome import Artifact, StageResult
+
+
+def take_in(draft: Draft, run: ObservedJob, done: Done) -> None:
+    """Record that a stage succeeded, and what it said."""
+    stage, result = run.stage, done.result
+    draft.change(
+        stage,
+        state=StageState.SUCCEEDED,
+        reason=None,
+        message=result.message or None if result else None,
+        completion_time=timestamp(done.at),
+    )
+    draft.tell("StageSucceeded", f"Finished {stage}: {result.message if result else 'done'}")
+    if result is not None and result.metrics:
+        draft.fields["metrics"] = dict(result.metrics)
+    match stage:
+        case Stage.PREPARE if result is not None and result.resolved is not None:
+            _resolve(draft, result, result.resolved)
+        case Stage.EXPORT:
+            _exported(draft, result, run.image)
+
+
+def _resolve(draft: Draft, result: StageResult, resolved: Resolved) -> None:
+    """Compare what `prepare` found with what status remembers, stage by stage."""
+    complete = set(result.complete)
+    if Stage.EXPORT in complete:
+        complete.add(Stage.TRAIN)  # the adapter is needed for an export only
+    draft.fields["resolved"] = resolved
+    draft.change(Stage.PREPARE, fingerprint=resolved.fingerprints.prepare)
+    kept = {
+        stage: _resolve_stage(draft, stage, resolved, cached=stage in complete)
+        for stage in (Stage.TRAIN, Stage.EXPORT)
+    }
+    if not kept[Stage.TRAIN] and not result.metrics:
+        draft.fields["metrics"] = {}
+    if Stage.EXPORT in complete and not kept[Stage.EXPORT]:
+        _exported(draft, result, image=None)
+
+
+def _resolve_stage(draft: Draft, stage: Stage, resolved: Resolved, *, cached: bool) -> bool:
+    """Bring one stage in line; whether what status says of it was kept."""
+    before = draft.stages[stage]
+    fingerprint: str = getattr(resolved.fingerprints, stage)
+    same = before.fingerprint == fingerprint
+    if same and _still_holds(draft, before, cached=cached):
+        return True
+    if cached:
+        draft.stages[stage] = StageStatus(
+            name=stage,
+            state=StageState.SUCCEEDED,
+            fingerprint=fingerprint,
+            cached=True,
+            message="The object store already holds the result.",
+            completion_time=timestamp(draft.now),
+        )
+        draft.tell("StageCached", f"The object store already holds the result of {stage}.")
+    else:
+        draft.stages[stage] = StageStatus(name=stage, fingerprint=fingerprint)
+        # Attempts are numbered on from those whose Jobs are still there, since a number that was
+        # used before would name a Job that has ended.
+        used = [run.attempt for run in draft.runs_of(stage)]
+        draft.change(stage, attempt=max([before.attempt if same else 0, *used]))
+    return False
+
+
+def _still_holds(draft: Draft, stage: StageStatus, *, cached: bool) -> bool:
+    if stage.state is StageState.RUNNING:
+        return True
+    if stage.state is not StageState.SUCCEEDED:
+        return False
+    # The store has the last word, except on what came into it after `prepare` looked.
+    return cached or _later(stage.completion_time, draft.stages[Stage.PREPARE].start_time)
+
+
+def _later(one: str | None, other: str | None) -> bool:
+    if one is None or other is None:
+        return False
+    return datetime.fromisoformat(one) >= datetime.fromisoformat(other)
+
+
+def _exported(draft: Draft, result: StageResult | None, image: str | None) -> None:
+    """Show the artifacts and what they were made from."""
+    resolved: Resolved = draft.field("resolved")
+    folder = draft.spec.output.uri.rstrip("/")
+    artifacts = result.artifacts if result else ()
+    manifest = result.manifest_uri if result else None
+    draft.fields["artifacts"] = tuple(_artifact(folder, each) for each in artifacts)
+    draft.fields["manifest_uri"] = manifest or f"{folder}/manifest.json"
+    draft.fields["lineage"] = Lineage(
+        dataset_etag=resolved.dataset_etag,
+        dataset_rows=resolved.dataset_rows,
+        model_revision=resolved.model_revision,
+        image=image,
+    )
+
+
+def _artifact(folder: str, artifact: Artifact) -> ArtifactStatus:
+    return ArtifactStatus(
+        uri=f"{folder}/{artifact.path}", bytes=artifact.bytes, sha256=artifact.sha256
+    )

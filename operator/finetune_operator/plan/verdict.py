@@ -1,0 +1,244 @@
+"""What a stage's Job amounts to: still waiting, done, or failed and for which reason."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from finetune_operator.observe import Finish, ObservedJob, ObservedPod, Waiting
+from finetune_operator.plan.types import Policy
+from finetune_operator.status import Note
+from finetune_trainer.config import Stage
+from finetune_trainer.outcome import ExitCode, Reason, StageResult
+
+KILLED = {137, 143}  # 128 + SIGKILL, 128 + SIGTERM
+
+# What an exit code says where the container left no StageResult.
+REASONS = {
+    ExitCode.BAD_INPUT: Reason.DATASET_UNREADABLE,
+    ExitCode.BAD_CONFIG: Reason.INVALID_CONFIG,
+    ExitCode.OUT_OF_GPU_MEMORY: Reason.OUT_OF_GPU_MEMORY,
+    ExitCode.OUT_OF_DISK: Reason.OUT_OF_DISK,
+    ExitCode.STOPPED: Reason.STOPPED,
+    ExitCode.QUALITY_GATE: Reason.QUALITY_GATE_FAILED,
+}
+
+# The kubelet's words for a reference to a Secret that it can't follow.
+SECRET_MISSING = re.compile(r'secret "(?P<name>[^"]+)" not found', re.IGNORECASE)
+KEY_MISSING = re.compile(r"find key (?P<key>\S+) in Secret \S*?/(?P<name>\S+)", re.IGNORECASE)
+
+# The kubelet goes on trying to pull; these two it can't cure.
+PULLING = {"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "ImageInspectError"}
+UNPULLABLE = {"InvalidImageName", "ErrImageNeverPull"}
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Not ended yet."""
+
+    note: Note | None = None
+    look_again: float | None = None
+    """Seconds after which the verdict may differ though nothing happened."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """Ended well."""
+
+    result: StageResult | None
+    """None where the pod's word was lost, but not its exit code."""
+
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Ended badly, or can't begin."""
+
+    reason: Reason
+    message: str
+    at: datetime
+    free: bool = False
+    """Whether the attempt doesn't count against backoffLimit."""
+
+
+Verdict = Pending | Done | Failure
+
+
+def judge(job: ObservedJob, policy: Policy, now: datetime) -> Verdict:
+    """Read one attempt's Job and pod."""
+    pod = job.pod
+    if pod is not None and pod.exit_code == ExitCode.SUCCEEDED:
+        return _succeeded(job.stage, pod, now)
+    if job.deleting:
+        return Pending()  # whatever its pod says, someone is taking it away
+    if pod is None:
+        return _without_pod(job, policy, now)
+    if pod.exit_code is not None or pod.phase == "Failed":
+        return _ended(job, pod, now)
+    if job.finished is not None:
+        return _without_last_word(job, policy, now)
+    return _not_started(job.stage, pod, policy, now)
+
+
+def _succeeded(stage: Stage, pod: ObservedPod, now: datetime) -> Verdict:
+    result = pod.result if pod.result is not None and pod.result.stage is stage else None
+    at = pod.finished_at or now
+    if result is not None and result.reason is not Reason.SUCCEEDED:
+        return Failure(result.reason, result.message, at)
+    if stage is Stage.PREPARE and (result is None or result.resolved is None):
+        return Failure(Reason.INTERNAL_ERROR, "prepare ended without saying what it found.", at)
+    return Done(result, at)
+
+
+def _ended(job: ObservedJob, pod: ObservedPod, now: datetime) -> Verdict:
+    failure = _failure(job.stage, pod, pod.finished_at or now)
+    if failure.free and job.finished is None:
+        # Where the Job's podFailurePolicy ignores disruptions, its controller makes another pod
+        # within the same attempt. Only a Job that has failed is given up.
+        return Pending()
+    return failure
+
+
+def _failure(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
+    result = pod.result
+    if result is not None and result.reason is Reason.SUCCEEDED:
+        result = None  # it said so, and then its exit code said otherwise
+    if result is not None and not result.reason.retryable:
+        return Failure(result.reason, result.message, at)  # holds whoever took the pod away
+    outside = _from_outside(stage, pod, at)
+    if outside is not None:
+        return outside
+    if result is not None:
+        return Failure(result.reason, result.message, at, free=result.reason is Reason.STOPPED)
+    return _silent(stage, pod, at)
+
+
+def _from_outside(stage: Stage, pod: ObservedPod, at: datetime) -> Failure | None:
+    """What the node and the control plane say, which the trainer couldn't know."""
+    if pod.out_of_disk is not None:
+        return Failure(Reason.OUT_OF_DISK, _out_of_disk(stage, pod.out_of_disk), at)
+    if pod.disruption is not None:
+        return _disrupted(stage, pod.disruption, at)
+    if pod.oom_killed:
+        return Failure(Reason.OUT_OF_MEMORY, _out_of_memory(stage), at)
+    if pod.deleting and pod.exit_code in KILLED:
+        return _disrupted(stage, "the pod was deleted", at)
+    return None
+
+
+def _silent(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
+    """A container that ended without a StageResult."""
+    code = pod.exit_code
+    if code is None:
+        return Failure(Reason.INTERNAL_ERROR, f"The pod of {stage} failed before it ran.", at)
+    words = f": {pod.last_words}" if pod.last_words else "; its log may say why."
+    known = {int(each) for each in ExitCode}
+    reason = REASONS.get(ExitCode(code), Reason.INTERNAL_ERROR) if code in known else None
+    message = f"{stage} ended with exit code {code}{words}"
+    free = reason is Reason.STOPPED
+    return Failure(reason or Reason.INTERNAL_ERROR, message, at, free=free)
+
+
+def _disrupted(stage: Stage, why: str, at: datetime) -> Failure:
+    message = f"The pod of {stage} was disrupted ({why})."
+    return Failure(Reason.POD_DISRUPTED, message, at, free=True)
+
+
+def _out_of_memory(stage: Stage) -> str:
+    return (
+        f"{stage} was killed because it used more memory than it may. "
+        f"Raise spec.stages.{stage}.resources.limits.memory."
+    )
+
+
+def _out_of_disk(stage: Stage, words: str) -> str:
+    return (
+        f"{stage} used more disk than it may ({words.rstrip('. ')}). "
+        f"Raise spec.stages.{stage}.resources.limits.ephemeral-storage."
+    )
+
+
+def _without_pod(job: ObservedJob, policy: Policy, now: datetime) -> Verdict:
+    if job.finished is not None:
+        return _without_last_word(job, policy, now)
+    left = policy.pod_grace - (now - job.created)
+    if left > timedelta():
+        return Pending(look_again=left.total_seconds())
+    message = f"The Job {job.name} has no pod yet. `kubectl describe job {job.name}` may say why."
+    return Pending(Note("PodNotCreated", message, degraded=True))
+
+
+def _without_last_word(job: ObservedJob, policy: Policy, now: datetime) -> Verdict:
+    """The Job has ended, but what its pod said is not there (yet, or any more)."""
+    at = job.finished_at or now
+    left = policy.report_grace - (now - at)
+    if left > timedelta():
+        return Pending(look_again=left.total_seconds())
+    if job.finished is Finish.COMPLETE and job.stage is not Stage.PREPARE:
+        return Done(None, at)
+    message = f"The Job {job.name} ended, and its pod is gone with what it had to say."
+    reason = Reason.INTERNAL_ERROR if job.finished is Finish.COMPLETE else Reason.POD_DISRUPTED
+    return Failure(reason, message, at)
+
+
+def _not_started(stage: Stage, pod: ObservedPod, policy: Policy, now: datetime) -> Verdict:
+    if pod.started:
+        return Pending()
+    if pod.waiting is None:
+        return Pending(_unscheduled(stage, pod))
+    return _waiting(stage, pod, pod.waiting, policy, now)
+
+
+def _waiting(
+    stage: Stage, pod: ObservedPod, waiting: Waiting, policy: Policy, now: datetime
+) -> Verdict:
+    if waiting.reason in UNPULLABLE:
+        return Failure(Reason.IMAGE_NOT_PULLED, _not_pulled(stage, pod, waiting), now)
+    if waiting.reason in PULLING:
+        message = _not_pulled(stage, pod, waiting)
+        return Pending(Note(Reason.IMAGE_NOT_PULLED, message, degraded=True))
+    missing = _missing_secret(stage, waiting)
+    if missing is not None:
+        return _secret_missing(missing, pod, policy, now)
+    if waiting.reason.endswith("Error"):
+        message = f"The pod of {stage} can't start ({waiting.reason}): {waiting.message}"
+        return Pending(Note(waiting.reason, message, degraded=True))
+    return Pending()
+
+
+def _unscheduled(stage: Stage, pod: ObservedPod) -> Note | None:
+    if pod.unschedulable is None:
+        return None
+    message = f"The pod of {stage} waits for a node: {pod.unschedulable}"
+    return Note(Reason.UNSCHEDULABLE, message)
+
+
+def _not_pulled(stage: Stage, pod: ObservedPod, waiting: Waiting) -> str:
+    words = f": {waiting.message}" if waiting.message else ""
+    return (
+        f"The image {pod.image} of {stage} can't be pulled ({waiting.reason}{words}). "
+        f"Check its name (spec.stages.{stage}.image, or the operator's setting) and the registry."
+    )
+
+
+def _missing_secret(stage: Stage, waiting: Waiting) -> str | None:
+    if waiting.reason != "CreateContainerConfigError":
+        return None
+    if found := KEY_MISSING.search(waiting.message):
+        what = f"The Secret {found['name']} has no key {found['key']}"
+    elif found := SECRET_MISSING.search(waiting.message):
+        what = f"The Secret {found['name']} doesn't exist in this namespace"
+    else:
+        return None
+    return f"{what}, and the pod of {stage} needs it"
+
+
+def _secret_missing(missing: str, pod: ObservedPod, policy: Policy, now: datetime) -> Verdict:
+    left = policy.secret_grace - (now - pod.since)
+    if left > timedelta():
+        note = Note(Reason.SECRET_NOT_FOUND, f"{missing}. Create it.", degraded=True)
+        return Pending(note, look_again=left.total_seconds())
+    message = f"{missing}. Create it, then delete this FineTuneJob and apply it again."
+    return Failure(Reason.SECRET_NOT_FOUND, message, now)

@@ -1,0 +1,86 @@
+"""The operator's settings, read once from environment variables named FINETUNE_*."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+PREFIX = "FINETUNE_"
+
+
+class SettingsError(ValueError):
+    """The environment doesn't hold usable settings."""
+
+
+def _split(value: object) -> object:
+    """A comma-separated list as a person writes it in an environment variable."""
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Settings(BaseModel):
+    """How this operator is installed; each field is the variable FINETUNE_<FIELD>."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    trainer_image: Annotated[str, Field(min_length=1)]
+    """Trainer image of every stage whose pod settings name no other."""
+
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """imagePullPolicy of the stages' pods."""
+
+    image_pull_secrets: Names = ()
+    """Secrets, in each FineTuneJob's namespace, that the trainer image is pulled with."""
+
+    namespaces: Names = ()
+    """Namespaces to watch; empty means all."""
+
+    workers: Annotated[int, Field(ge=1, le=256)] = 4
+    """FineTuneJobs reconciled at the same time."""
+
+    health_port: Port = 8080
+    """Port of /healthz, /readyz and /metrics."""
+
+    resync_seconds: Annotated[float, Field(gt=0)] = 300
+    """Seconds between two looks at every FineTuneJob, whether or not something happened."""
+
+    secret_grace_seconds: Annotated[float, Field(ge=0)] = 30
+    """Seconds that a Secret may be missing while its pod waits, before the job fails."""
+
+    request_timeout_seconds: Annotated[float, Field(gt=0)] = 30
+    """Seconds that one request to the API server may take."""
+
+    log_format: Literal["json", "plain"] = "json"
+    """One JSON object a line, or text for people."""
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least severe level that is logged."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """Read the settings; raises SettingsError that names each variable at fault."""
+        names = {PREFIX + field.upper(): field for field in cls.model_fields}
+        # An empty variable is how a chart says "not set".
+        given = {names[key]: value for key, value in environment.items() if key in names and value}
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            raise SettingsError(_explain(error)) from error
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        variable = PREFIX + str(item["loc"][0]).upper()
+        if item["type"] == "missing":
+            lines.append(f"{variable} is not set")
+        else:
+            lines.append(f"{variable}={item['input']!s}: {item['msg']}")
+    return "; ".join(lines)

@@ -1,0 +1,186 @@
+"""What status says: phase, conditions and the patch that writes them. Pure.
+
+Conditions follow the API conventions: CamelCase reasons, observedGeneration, and a
+lastTransitionTime that moves only when a condition's status does, so that `kubectl wait` and
+GitOps tools can rely on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from finetune_operator.api.base import Condition
+from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, StageState, StageStatus
+from finetune_trainer.config import Stage
+from finetune_trainer.outcome import Reason
+
+PHASES = {
+    Stage.PREPARE: Phase.PREPARING,
+    Stage.TRAIN: Phase.TRAINING,
+    Stage.EXPORT: Phase.EXPORTING,
+}
+AS_EXPECTED = "AsExpected"
+RETRYING = "Retrying"
+MESSAGE_LIMIT = 1024  # characters of a message in a condition, an event or a stage
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a person should know while a stage waits."""
+
+    reason: str
+    message: str
+    degraded: bool = False
+    """Whether it needs a person's attention."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Whether a condition holds, and why."""
+
+    holds: bool
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The phase and the three conditions that belong together."""
+
+    phase: Phase
+    ready: Claim
+    progressing: Claim
+    degraded: Claim
+
+
+def working(stage: StageStatus, note: Note | None, earlier_artifacts: bool) -> Outlook:
+    """A stage runs, or waits to."""
+    phase = PHASES[stage.name]
+    if stage.name is Stage.PREPARE and stage.state is StageState.PENDING and not stage.attempt:
+        phase = Phase.PENDING
+    absent = "The artifacts are not there yet."
+    if earlier_artifacts:
+        absent = "The artifacts in status are those of an earlier spec."
+    return Outlook(
+        phase=phase,
+        ready=Claim(False, phase, absent),
+        progressing=_progress(stage, phase, note),
+        degraded=_trouble(stage, note),
+    )
+
+
+def failed(phase_stage: StageStatus) -> Outlook:
+    """The FineTuneJob has failed, and only another spec can change that."""
+    reason = phase_stage.reason or Reason.INTERNAL_ERROR
+    message = phase_stage.message or ""
+    return refused(reason, message)
+
+
+def refused(reason: str, message: str) -> Outlook:
+    """The FineTuneJob has failed for a reason that needs no stage."""
+    return Outlook(
+        phase=Phase.FAILED,
+        ready=Claim(False, reason, message),
+        progressing=Claim(False, reason, "No further attempt is made until the spec changes."),
+        degraded=Claim(True, reason, message),
+    )
+
+
+def succeeded(message: str) -> Outlook:
+    """The artifacts are there."""
+    return Outlook(
+        phase=Phase.SUCCEEDED,
+        ready=Claim(True, Reason.SUCCEEDED, message),
+        progressing=Claim(False, Reason.SUCCEEDED, "There is nothing to do."),
+        degraded=Claim(False, AS_EXPECTED, ""),
+    )
+
+
+def conditions(
+    previous: Iterable[Condition], outlook: Outlook, generation: int, now: datetime
+) -> tuple[Condition, ...]:
+    """The three conditions; one that says what it said before keeps its transition time."""
+    before = {condition.type: condition for condition in previous}
+    claims = {
+        "Ready": outlook.ready,
+        "Progressing": outlook.progressing,
+        "Degraded": outlook.degraded,
+    }
+    return tuple(
+        _condition(kind, claim, before.get(kind), generation, now) for kind, claim in claims.items()
+    )
+
+
+def status_patch(old: FineTuneJobStatus, new: FineTuneJobStatus) -> dict[str, Any]:
+    """The merge patch from one status to the other; empty when they are the same.
+
+    `progress` is never in it: that field is the trainer's.
+    """
+    return _merge_patch(_dump(old), _dump(new))
+
+
+def timestamp(moment: datetime) -> str:
+    """RFC 3339 in UTC with whole seconds, as Kubernetes writes it."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def shorten(message: str) -> str:
+    """Cut a message that would bloat the object."""
+    return message if len(message) <= MESSAGE_LIMIT else message[: MESSAGE_LIMIT - 1] + "…"
+
+
+def _progress(stage: StageStatus, phase: Phase, note: Note | None) -> Claim:
+    if note is not None:
+        return Claim(True, note.reason, note.message)
+    if stage.state is StageState.RUNNING:
+        return Claim(True, phase, f"{stage.name} is at work, attempt {stage.attempt}.")
+    if stage.reason:
+        upcoming = f"Attempt {stage.attempt + 1} of {stage.name} follows."
+        return Claim(True, RETRYING, f"{upcoming} The last one ended: {stage.message}")
+    return Claim(True, phase, f"{stage.name} is about to start.")
+
+
+def _trouble(stage: StageStatus, note: Note | None) -> Claim:
+    if note is not None and note.degraded:
+        return Claim(True, note.reason, note.message)
+    if stage.state is StageState.PENDING and stage.reason:
+        return Claim(True, stage.reason, stage.message or "")
+    return Claim(False, AS_EXPECTED, "")
+
+
+def _condition(
+    kind: str, claim: Claim, before: Condition | None, generation: int, now: datetime
+) -> Condition:
+    state: Literal["True", "False"] = "True" if claim.holds else "False"
+    kept = before is not None and before.status == state
+    return Condition(
+        type=kind,
+        status=state,
+        reason=str(claim.reason),
+        message=shorten(claim.message),
+        observed_generation=generation,
+        last_transition_time=before.last_transition_time if before and kept else timestamp(now),
+    )
+
+
+def _dump(status: FineTuneJobStatus) -> dict[str, Any]:
+    dumped: dict[str, Any] = status.model_dump(
+        mode="json", by_alias=True, exclude_none=True, exclude={"progress"}
+    )
+    return dumped
+
+
+def _merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """RFC 7386: what is gone becomes null, and objects are compared field by field."""
+    patch: dict[str, Any] = dict.fromkeys(old.keys() - new.keys())
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            if inner := _merge_patch(before, value):
+                patch[key] = inner
+        elif key not in old or before != value:
+            patch[key] = value
+    return patch

@@ -1,0 +1,144 @@
+"""A keyed work queue: many events about one object become one pass over it.
+
+Each key is processed by at most one worker at a time. A key that is added while it is processed
+is processed once more afterwards, so no event is lost, and a hundred events cost one more pass.
+Failures come back with exponential backoff and jitter; a success forgets them. This is the queue
+that controllers written in Go know as the rate-limited work queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+logger = logging.getLogger(__name__)
+
+BASE_DELAY = 0.5  # seconds after the first failure
+MAX_DELAY = 300.0  # seconds between two tries at most
+JITTER = 0.25  # share of a delay that is random, so that failures don't come back in step
+
+Process = Callable[[str], Awaitable[float | None]]
+
+
+class Timer(Protocol):
+    """What can be cancelled before it is due."""
+
+    def cancel(self) -> None:
+        """Don't call back."""
+
+
+class Clock(Protocol):
+    """The part of an event loop that tells the time."""
+
+    def time(self) -> float:
+        """Seconds on a monotonic clock."""
+
+    def call_later(self, delay: float, callback: Callable[[], None], /) -> Timer:
+        """Call back after some seconds."""
+
+
+class WorkQueue:
+    """Keys to process, now or later. Not for use from several threads."""
+
+    def __init__(
+        self,
+        process: Process,
+        clock: Clock | None = None,
+        chance: Callable[[], float] = random.random,
+        expected: tuple[type[Exception], ...] = (),
+    ) -> None:
+        self._process = process
+        self._expected = expected  # failures that need no stack trace in the log
+        self._clock = clock
+        self._chance = chance
+        self._ready: deque[str] = deque()
+        self._active: set[str] = set()
+        self._again: set[str] = set()
+        self._later: dict[str, tuple[float, Timer]] = {}
+        self._failures: dict[str, int] = {}
+        self._arrived = asyncio.Event()
+        self._closing = False
+
+    @property
+    def clock(self) -> Clock:
+        """The clock given, or the running event loop."""
+        return self._clock or asyncio.get_running_loop()
+
+    def add(self, key: str) -> None:
+        """Process this key as soon as a worker is free."""
+        if self._closing:
+            return
+        self._cancel_timer(key)
+        if key in self._active:
+            self._again.add(key)
+        elif key not in self._ready:
+            self._ready.append(key)
+            self._arrived.set()
+
+    def add_later(self, key: str, delay: float) -> None:
+        """Process this key after some seconds; the earliest of several wishes wins."""
+        due = self.clock.time() + delay
+        if self._closing or key in self._ready or key in self._again:
+            return
+        if key in self._later:
+            if self._later[key][0] <= due:
+                return
+            self._cancel_timer(key)
+        timer = self.clock.call_later(delay, lambda: self.add(key))
+        self._later[key] = (due, timer)
+
+    async def run(self, workers: int) -> None:
+        """Process keys until `stop` is called; passes under way are finished."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(workers):
+                group.create_task(self._work())
+
+    def stop(self) -> None:
+        """Take no more keys and let `run` return."""
+        self._closing = True
+        self._ready.clear()
+        for key in list(self._later):
+            self._cancel_timer(key)
+        self._arrived.set()
+
+    async def _work(self) -> None:
+        while not self._closing:
+            if not self._ready:
+                self._arrived.clear()
+                await self._arrived.wait()
+                continue
+            await self._pass(self._ready.popleft())
+
+    async def _pass(self, key: str) -> None:
+        self._active.add(key)
+        try:
+            delay = await self._process(key)
+        except Exception as error:  # a worker outlives whatever one key does to it
+            delay = self._failed(key)
+            trace = None if isinstance(error, self._expected) else error
+            logger.warning("%s; again in %.1f s", error, delay, exc_info=trace, extra={"job": key})
+        else:
+            self._failures.pop(key, None)
+        finally:
+            self._active.discard(key)
+        if key in self._again:
+            self._again.discard(key)
+            self.add(key)
+        elif delay is not None:
+            self.add_later(key, delay)
+
+    def _failed(self, key: str) -> float:
+        """Count a failure and say how long to wait."""
+        failures = self._failures[key] = self._failures.get(key, 0) + 1
+        # The exponent is bounded, since a float overflows after a thousand failures.
+        delay = min(MAX_DELAY, BASE_DELAY * 2.0 ** min(failures - 1, 16))
+        return delay * (1 - JITTER * self._chance())
+
+    def _cancel_timer(self, key: str) -> None:
+        entry = self._later.pop(key, None)
+        if entry is not None:
+            entry[1].cancel()
