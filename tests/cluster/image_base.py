@@ -19,6 +19,9 @@ from tests.cluster.progress import step
 
 PACKAGES = ("python3", "python3-venv", "ca-certificates", "libgomp1")
 COMPONENTS = ("main", "universe")  # Ubuntu keeps python3-venv in universe
+# As Debian's own slim images leave out; licences stay.
+LEAVE_OUT = ("/usr/share/locale/*", "/usr/share/man/*", "/usr/share/doc/*")
+KEEP = "/usr/share/doc/*/copyright"
 CONTAINERFILE = "FROM scratch\nADD base.tar /\n"
 
 
@@ -37,6 +40,8 @@ def base_tar() -> Path:
         work = Path(temporary)
         (work / "sources.list").write_text("\n".join(sources) + "\n")
         command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}"]
+        command += [f"--dpkgopt=path-exclude={pattern}" for pattern in LEAVE_OUT]
+        command += [f"--dpkgopt=path-include={KEEP}"]
         command += [codename, str(work / "base.tar"), str(work / "sources.list")]
         run(command, log=tar.with_suffix(".log"), on_line=lambda line: current.detail(line[:70]))
         (work / "base.tar").replace(tar)

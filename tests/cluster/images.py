@@ -71,18 +71,24 @@ def build_images() -> Images:
 
 def build_image(name: str) -> Image:
     """Build and archive one image, unless its archive is there already."""
-    reference = f"localhost/finetune-operator/{name}:{content_hash(name)}"
-    archive = cache_dir() / "images" / f"{name}-{reference.rpartition(':')[2]}.tar"
-    image = Image(name, reference, archive)
     with locked():
-        if archive.exists():
-            return image
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        builder = build_with_docker if docker_works() else build_with_buildah
-        builder(image, archive.with_suffix(".part"))
-        archive.with_suffix(".part").replace(archive)
-        prune(name)
+        image = describe(name)
+        while not image.archive.exists():
+            with_docker = docker_works()
+            (build_with_docker if with_docker else build_with_buildah)(image)
+            if describe(name) != image:  # the code was edited meanwhile; its tag would lie
+                image = describe(name)
+                continue
+            archive_image(image, with_docker=with_docker)
+            prune(name)
     return image
+
+
+def describe(name: str) -> Image:
+    """Name the image that the files as they are now make."""
+    tag = content_hash(name)
+    archive = cache_dir() / "images" / f"{name}-{tag}.tar"
+    return Image(name, f"localhost/finetune-operator/{name}:{tag}", archive)
 
 
 def content_hash(name: str, root: Path = REPOSITORY) -> str:
@@ -105,16 +111,12 @@ def docker_works() -> bool:
     return info.returncode == 0
 
 
-def build_with_docker(image: Image, archive: Path) -> None:
+def build_with_docker(image: Image) -> None:
     """Build from the public base image; llama.cpp is compiled in it, with its C library."""
-    settings = pip_settings()
-    command = ["docker", "build", "--progress=plain"]
-    _build(image, command, settings)
-    with step(f"Archive of the {image.name} image"):
-        run(["docker", "save", "-o", str(archive), image.reference], log=_log(image.name))
+    _build(image, ["docker", "build", "--progress=plain"], pip_settings())
 
 
-def build_with_buildah(image: Image, archive: Path) -> None:
+def build_with_buildah(image: Image) -> None:
     """Build from a base of the machine's own release, which also takes the wheel made here."""
     if missing := [tool for tool in APT_PACKAGES if not shutil.which(tool)]:
         raise Unavailable(
@@ -128,11 +130,7 @@ def build_with_buildah(image: Image, archive: Path) -> None:
     buildah = ["buildah", "bud", "--runtime", shutil.which("runc") or "runc", "--network", "host"]
     command = [*buildah, "--layers", "--ignorefile", str(REPOSITORY / ".dockerignore")]
     command += [f"--build-arg=BASE_IMAGE={base_image(buildah, _log(image.name))}"]
-    command += settings.volumes()
-    _build(image, command, settings)
-    with step(f"Archive of the {image.name} image"):
-        target = f"docker-archive:{archive}:{image.reference}"
-        run(["buildah", "push", image.reference, target], log=_log(image.name))
+    _build(image, [*command, *settings.volumes()], settings)
 
 
 def _build(image: Image, command: list[str], settings: PipSettings) -> None:
@@ -140,7 +138,7 @@ def _build(image: Image, command: list[str], settings: PipSettings) -> None:
     version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
     with (
         tempfile.TemporaryDirectory() as temporary,
-        step(f"Image {image.name} (log: {_log(image.name)})") as current,
+        step(f"Image of the {image.name}") as current,
     ):
         command = [*command, f"--build-arg=VERSION={version}", "--tag", image.reference]
         command += settings.secrets(Path(temporary))
@@ -148,9 +146,22 @@ def _build(image: Image, command: list[str], settings: PipSettings) -> None:
 
         def show(line: str) -> None:
             if STEP_LINE.match(line):
-                current.detail(line[:70])
+                current.detail(re.sub(r" --\S+", "", line)[:60])
 
         run(command, log=_log(image.name), cwd=REPOSITORY, on_line=show)
+
+
+def archive_image(image: Image, *, with_docker: bool) -> None:
+    """Write the archive that a node loads; it appears under its name when it is whole."""
+    image.archive.parent.mkdir(parents=True, exist_ok=True)
+    part = image.archive.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    command = ["docker", "save", "--output", str(part), image.reference]
+    if not with_docker:
+        command = ["buildah", "push", image.reference, f"docker-archive:{part}:{image.reference}"]
+    with step(f"Archive of the {image.name}'s image"):
+        run(command, log=_log(image.name))
+    part.replace(image.archive)
 
 
 def prune(name: str) -> None:
