@@ -7,6 +7,7 @@ machine couldn't reach before; and the release is the machine's own so that what
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -28,7 +29,8 @@ CONTAINERFILE = "FROM scratch\nADD base.tar /\n"
 def base_tar() -> Path:
     """Return the base's root file system as a tar, building it on first use (90 seconds)."""
     codename = os_release().get("VERSION_CODENAME", "")
-    tar = cache_dir() / "images" / f"base-{codename}-{architecture()}.tar"
+    recipe = hashlib.sha256(repr((PACKAGES, LEAVE_OUT, KEEP)).encode()).hexdigest()[:6]
+    tar = cache_dir() / "images" / f"base-{codename}-{architecture()}-{recipe}.tar"
     if tar.exists():
         return tar
     sources = apt_sources(codename)

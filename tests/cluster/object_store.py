@@ -86,13 +86,20 @@ class ObjectStore:
         ports = self._settle_ports()
         command = [weed(), "-logtostderr=true", "mini", *self._options(ports)]
         self._daemon.start(command, detached=detached, env={**os.environ, **ENVIRONMENT})
+        # A process that is just becoming another program has no name yet and doesn't count as
+        # alive, so one look is no proof that it ended.
+        looks = itertools.count()
+
+        def settled() -> bool:
+            return self._answers() or (not self._daemon.alive() and next(looks) > 20)
+
         try:
-            wait_until(self._answers_or_died, what="the object store", seconds=READY_SECONDS)
+            wait_until(settled, what="the object store", seconds=READY_SECONDS)
         except ClusterError as error:
             self.stop()
             raise ClusterError(f"{error}; the end of its log:\n{self._daemon.tail()}") from error
         if not self._daemon.alive():
-            raise ClusterError(f"the object store ended at once:\n{self._daemon.tail()}")
+            raise ClusterError(f"the object store ended:\n{self._daemon.tail()}")
         return self.credentials
 
     def healthy(self) -> bool:
@@ -120,9 +127,6 @@ class ObjectStore:
         shutil.rmtree(self.data, ignore_errors=True)
         for path in (self._settings, self._s3_config()):
             path.unlink(missing_ok=True)
-
-    def _answers_or_died(self) -> bool:
-        return not self._daemon.alive() or self._answers()
 
     def _answers(self) -> bool:
         try:
