@@ -30,6 +30,8 @@ from tests.cluster.progress import step
 from tests.cluster.settings import LOOPBACK, USERS, Settings
 
 READY_SECONDS = 120
+STOP_SECONDS = 3
+"""The API server would wait for its watchers to leave; etcd has its data, so no need to."""
 
 
 class ControlPlane:
@@ -141,7 +143,7 @@ class ControlPlane:
     def stop(self) -> None:
         """End its processes; its data stays, and `start` goes on from there."""
         for daemon in (self.manager, self.apiserver, self.etcd):
-            daemon.stop()
+            daemon.stop(seconds=STOP_SECONDS)
 
     def remove(self) -> None:
         """End it and forget its data."""

@@ -77,7 +77,8 @@ class NativeCluster:
     def _start(self, programs: dict[str, Path]) -> None:
         plane = self.plane
         with step("Making the node's namespaces and network"):
-            self._stop_node()
+            self.scheduler.stop()
+            self.node.stop()
             self.node.enclose(programs, plane)
         plane.start(detached=True)
         command = components.scheduler(programs["kube-scheduler"], plane.layout)
@@ -90,14 +91,15 @@ class NativeCluster:
             current.detail("kubelet")
             wait_until(self._node_is_ready, what="the node", seconds=READY_SECONDS, interval=0.5)
 
-    def _stop_node(self) -> None:
-        self.scheduler.stop()
-        self.node.stop()
-
     def stop(self) -> None:
-        """End all processes, with interface, cgroup and mounts; `up` goes on with the data."""
-        self._stop_node()
+        """End all processes, with interface, cgroup and mounts; `up` goes on with the data.
+
+        The control plane goes first: its address goes with the node, and without it the API
+        server waits in vain to say goodbye to itself.
+        """
+        self.scheduler.stop()
         self.plane.stop()
+        self.node.stop()
 
     def down(self) -> None:
         """Remove it with everything in it."""

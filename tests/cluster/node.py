@@ -107,6 +107,7 @@ class Node:
         self._reset()
         self._write_plan(programs, plane)
         namespaces = ["--mount", "--pid", "--net", "--fork", "--kill-child", "--mount-proc"]
+        namespaces += ["--propagation", "slave"]  # an unmount outside must not be held up inside
         script = str(Path(node_init.__file__).resolve())
         init = [sys.executable, script, str(self._plan_file)]
         self.process.start(["unshare", *namespaces, *init], detached=True)

@@ -87,6 +87,7 @@ def kubelet(network: NodeNetwork, ca: Path, cgroup: str) -> dict[str, Any]:
         "failSwapOn": False,
         "imageGCHighThresholdPercent": 100,
         "imageGCLowThresholdPercent": 99,
+        "nodeStatusUpdateFrequency": "2s",
         "oomScoreAdj": 1,
         "readOnlyPort": 0,
         "resolvConf": "",

@@ -60,7 +60,11 @@ def _prepare_mounts(folder: Path, binds: dict[str, str]) -> None:
 def _start(daemon: dict[str, Any]) -> int:
     with Path(daemon["log"]).open("ab") as sink:
         process = subprocess.Popen(
-            daemon["command"], stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT
+            daemon["command"],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "AWS_EC2_METADATA_DISABLED": "true"},  # else the kubelet asks it
         )
     if daemon.get("creates"):
         created = Path(daemon["creates"])

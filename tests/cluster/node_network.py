@@ -11,6 +11,7 @@ import ipaddress
 import json
 from dataclasses import dataclass
 
+from tests.cluster.components import SERVICE_RANGE
 from tests.cluster.errors import ClusterError, CommandFailed, Unavailable
 from tests.cluster.process import output
 
@@ -50,7 +51,7 @@ class NodeNetwork:
         output([*node, "link", "set", "lo", "up"])
         output([*node, "address", "add", f"{self.node_address}/30", "dev", "eth0"])
         output([*node, "link", "set", "eth0", "up"])
-        output([*node, "route", "add", "default", "via", self.host_address])
+        output([*node, "route", "add", SERVICE_RANGE, "via", self.host_address])
         output(["ip", "route", "replace", self.pod_range, "via", self.node_address])
 
     def disconnect(self) -> None:

@@ -56,18 +56,17 @@ def run(
             text=True,
             errors="replace",
         )
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                sink.write(line)
-                tail.append(line.rstrip())
-                if on_line:
-                    on_line(line.rstrip())
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
+        with process:  # closes the pipe; an exception on the way, such as Ctrl-C, ends the command
+            try:
+                for line in process.stdout or ():
+                    sink.write(line)
+                    tail.append(line.rstrip())
+                    if on_line:
+                        on_line(line.rstrip())
+            except BaseException:
+                process.kill()
+                raise
+        code = process.returncode
     if code:
         raise CommandFailed(argv, code, "\n".join(tail), log)
 

@@ -1,0 +1,53 @@
+"""Pytest fixtures with a real control plane; import them in a conftest.
+
+Where the machine can't run one, the tests that need it are left out, with the reason and the
+remedy at the end of the run. In CI (`CI=true`) that is a failure: there nothing may go missing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster import binaries
+from tests.cluster.control_plane import ControlPlane
+from tests.cluster.errors import Unavailable
+
+LEFT_OUT: pytest.StashKey[set[str]] = pytest.StashKey()
+
+
+def leave_out(config: pytest.Config, what: str, error: Unavailable) -> None:
+    """Skip the test that needs `what`, and say so at the end; in CI fail it instead."""
+    reason = f"{what}: {error}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI may leave nothing out: {reason}", pytrace=False)
+    config.stash.setdefault(LEFT_OUT, set()).add(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def control_plane(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ControlPlane]:
+    """etcd, kube-apiserver and kube-controller-manager with RBAC on, for the whole session."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    plane = ControlPlane(tmp_path_factory.mktemp("control-plane"))
+    with capture.global_and_fixture_disabled():  # a first build takes minutes: show its progress
+        try:
+            binaries.ensure(binaries.CONTROL_PLANE)
+            plane.start()
+        except Unavailable as error:
+            leave_out(request.config, "the real control plane", error)
+    yield plane
+    plane.stop()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Name what this run left out, and what would change that."""
+    reasons = config.stash[LEFT_OUT] if LEFT_OUT in config.stash else set[str]()
+    for reason in sorted(reasons):
+        terminalreporter.write_line(f"left out: {reason}", yellow=True)
