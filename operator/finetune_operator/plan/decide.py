@@ -196,8 +196,7 @@ def _stop_all(draft: Draft) -> None:
 
 
 def _succeed(draft: Draft) -> Plan:
-    files = len(draft.field("artifacts"))
-    where = draft.field("manifest_uri") or draft.spec.output.uri
-    message = f"{files} files are in {draft.spec.output.uri}; {where} lists them all."
+    folder, manifest = draft.spec.output.uri, draft.field("manifest_uri")
+    message = f"The artifacts are in {folder}; {manifest} lists them."
     draft.tell(Reason.SUCCEEDED, message)
     return draft.finish(Stage.EXPORT, say.succeeded(message))

@@ -1,0 +1,1 @@
+"""Unit tests of the operator: no cluster, no clock, no network."""

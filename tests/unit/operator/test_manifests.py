@@ -1,0 +1,205 @@
+"""The children, compared with golden files and checked against Kubernetes' own schema.
+
+`FINETUNE_WRITE_GOLDEN=1 pytest tests/unit/operator/test_manifests.py` writes the files anew.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from finetune_operator.api.finetunejob import FineTuneJobSpec
+from finetune_operator.manifests import pod_settings_digest, stage_objects
+from finetune_operator.observe import ObservedFineTuneJob
+from finetune_operator.settings import Settings
+from finetune_trainer.config import RunConfig, Stage
+from tests.unit.operator.build import EXPORT, PREPARE, SPEC, TRAIN, job, resolved
+
+GOLDEN = Path(__file__).parent / "golden"
+NEWEST = kubernetes_validate.latest_version()
+SETTINGS = Settings(trainer_image="trainer:1")
+FINGERPRINT = "f" * 64
+
+EVERYTHING: dict[str, Any] = {
+    **SPEC,
+    "model": {"source": "org/base", "tokenSecretRef": {"name": "hub"}},
+    "storage": {"endpoint": "http://store:8333", "secretRef": {"name": "bucket"}},
+    "serviceAccountName": "workload-identity",
+    "ttlSecondsAfterFinished": 0,
+    "stages": {
+        "train": {
+            "image": "trainer:cuda",
+            "resources": {
+                "requests": {"cpu": 4, "memory": "16Gi"},
+                "limits": {"nvidia.com/gpu": 1, "memory": "32Gi"},
+            },
+            "nodeSelector": {"gpu": "h100"},
+            "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+            "affinity": {"nodeAffinity": {}},
+            "priorityClassName": "batch",
+            "runtimeClassName": "nvidia",
+            "env": [
+                {"name": "NCCL_DEBUG", "value": "INFO"},
+                {"name": "HF_TOKEN", "value": "stands in the Secret"},
+            ],
+            "volumes": [
+                {"claimName": "models", "mountPath": "/models", "readOnly": True},
+                {"claimName": "scratch", "mountPath": "/scratch"},
+            ],
+            "labels": {"team": "ml", "finetune.dev/stage": "mine"},
+            "annotations": {"note": "hello"},
+        }
+    },
+}
+WITH_SECRETS = Settings(
+    trainer_image="trainer:1", image_pull_policy="Never", image_pull_secrets=("registry",)
+)
+LONG_NAME = "a-very-long.name." + "x" * 200
+
+CASES = {
+    "prepare-minimal": (job(), SPEC, SETTINGS, PREPARE),
+    "train-everything": (job(), EVERYTHING, WITH_SECRETS, TRAIN),
+    "export-long-name": (job(name=LONG_NAME), SPEC, SETTINGS, EXPORT),
+}
+
+
+class Readable(yaml.SafeDumper):
+    """Writes texts of several lines as such."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+Readable.add_representer(str, _text)
+
+
+def objects(
+    owner: ObservedFineTuneJob, spec: dict[str, Any], settings: Settings, stage: Stage
+) -> list[dict[str, Any]]:
+    return list(
+        stage_objects(
+            owner,
+            FineTuneJobSpec.model_validate(spec),
+            settings,
+            stage=stage,
+            key="1" if stage is PREPARE else FINGERPRINT,
+            attempt=1,
+            resolved=None if stage is PREPARE else resolved(),
+        )
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_objects_are_as_in_the_golden_file(name: str) -> None:
+    made = objects(*CASES[name])
+    path = GOLDEN / f"{name}.yaml"
+    if os.environ.get("FINETUNE_WRITE_GOLDEN"):
+        path.write_text(yaml.dump_all(made, Dumper=Readable, sort_keys=False), encoding="utf-8")
+    assert made == list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_newest_kubernetes_knows_every_field(name: str) -> None:
+    for made in objects(*CASES[name]):
+        kubernetes_validate.validate(made, NEWEST, strict=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_names_and_labels_fit(name: str) -> None:
+    for made in objects(*CASES[name]):
+        meta = made["metadata"]
+        assert len(meta["name"]) <= 63
+        assert all(len(value) <= 63 for value in meta["labels"].values())
+
+
+def test_the_job_comes_last_since_its_pod_needs_the_others() -> None:
+    kinds = [made["kind"] for made in objects(*CASES["prepare-minimal"])]
+    assert kinds == ["ServiceAccount", "Role", "RoleBinding", "ConfigMap", "Job"]
+
+
+def test_the_users_service_account_is_not_made() -> None:
+    kinds = [made["kind"] for made in objects(*CASES["train-everything"])]
+    assert kinds == ["Role", "RoleBinding", "ConfigMap", "Job"]
+
+
+def test_the_trainer_can_read_its_configuration() -> None:
+    config_map = objects(*CASES["train-everything"])[2]
+    read = RunConfig.model_validate_json(config_map["data"]["run.json"])
+    assert read.resolved == resolved()
+    assert read.job is not None
+    assert (read.job.namespace, read.job.name) == ("ml", "support")
+
+
+def test_no_secret_is_named_in_the_configuration() -> None:
+    config_map = objects(*CASES["train-everything"])[2]
+    for name in ("hub", "bucket", "registry"):
+        assert f'"{name}"' not in config_map["data"]["run.json"]
+
+
+def names(spec: dict[str, Any], settings: Settings = SETTINGS, **fields: Any) -> dict[str, str]:
+    made = objects(job(**fields), spec, settings, TRAIN)
+    return {each["kind"]: each["metadata"]["name"] for each in made}
+
+
+def test_the_same_thing_twice_has_one_name() -> None:
+    assert names(SPEC) == names(SPEC)
+
+
+def test_names_begin_with_the_jobs() -> None:
+    assert all(name.startswith("support-") for name in names(SPEC).values())
+
+
+def test_a_job_of_the_same_name_made_anew_shares_no_names() -> None:
+    assert not set(names(SPEC).values()) & set(names(SPEC, uid="uid-2").values())
+
+
+def test_other_content_is_another_config_map() -> None:
+    other = {**SPEC, "training": {"seed": 1}}
+    assert names(SPEC)["ConfigMap"] != names(other)["ConfigMap"]
+
+
+def test_another_service_account_gets_another_binding() -> None:
+    other = {**SPEC, "serviceAccountName": "mine"}
+    assert names(SPEC)["RoleBinding"] != names(other)["RoleBinding"]
+    assert names(SPEC)["Role"] == names(other)["Role"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"stages": {"train": {"image": "other"}}}, id="image"),
+        pytest.param({"stages": {"train": {"nodeSelector": {"a": "b"}}}}, id="node selector"),
+        pytest.param({"stages": {"train": {"resources": {"limits": {"cpu": 1}}}}}, id="resources"),
+        pytest.param({"serviceAccountName": "mine"}, id="service account"),
+        pytest.param({"storage": {"secretRef": {"name": "other"}}}, id="secret"),
+    ],
+)
+def test_other_pod_settings_are_another_job(change: dict[str, Any]) -> None:
+    assert names(SPEC)["Job"] != names({**SPEC, **change})["Job"]
+
+
+def test_another_default_image_is_another_job() -> None:
+    assert names(SPEC)["Job"] != names(SPEC, Settings(trainer_image="trainer:2"))["Job"]
+
+
+def test_pod_settings_are_told_apart_by_stage() -> None:
+    spec = FineTuneJobSpec.model_validate({**SPEC, "stages": {"train": {"image": "other"}}})
+    before = FineTuneJobSpec.model_validate(SPEC)
+    assert pod_settings_digest(spec, EXPORT, SETTINGS) == pod_settings_digest(
+        before, EXPORT, SETTINGS
+    )
+
+
+def test_what_changes_a_result_is_no_pod_setting() -> None:
+    spec = FineTuneJobSpec.model_validate({**SPEC, "training": {"seed": 1}})
+    before = FineTuneJobSpec.model_validate(SPEC)
+    assert pod_settings_digest(spec, TRAIN, SETTINGS) == pod_settings_digest(
+        before, TRAIN, SETTINGS
+    )

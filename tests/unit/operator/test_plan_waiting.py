@@ -1,0 +1,175 @@
+"""The plan while a pod can't start: what is waited for, what is hopeless, and what is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune_operator.api.finetunejob import Phase
+from finetune_operator.observe import Waiting
+from finetune_operator.plan import Plan
+from finetune_trainer.outcome import Reason
+from tests.unit.operator.build import (
+    EXPORT,
+    PREPARE,
+    TRAIN,
+    Case,
+    at,
+    dead,
+    decide,
+    failing,
+    job,
+    pending,
+    run,
+    running,
+    status,
+    stop,
+    stopped,
+    trouble,
+    unchanged,
+    waiting_pod,
+    warning,
+)
+
+NOTHING_YET = (pending(TRAIN), pending(EXPORT))
+PREPARING = status(Phase.PREPARING, PREPARE, running(PREPARE, since=-60), *NOTHING_YET)
+CONFIG_ERROR = "CreateContainerConfigError"
+NO_SECRET = Waiting(CONFIG_ERROR, 'secret "bucket" not found')
+NO_KEY = Waiting(CONFIG_ERROR, "couldn't find key AWS_ACCESS_KEY_ID in Secret ml/bucket")
+AGAIN = "Create it, then delete this FineTuneJob and apply it again."
+MISSING = "The Secret bucket doesn't exist in this namespace, and the pod of prepare needs it."
+NO_NODE = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+
+
+def waits(waiting: Waiting | None = None, **fields: Any) -> Any:
+    return run(PREPARE, pod=waiting_pod(waiting=waiting, **fields))
+
+
+def says(reason: str, message: str, *, degraded: bool, requeue_after: float | None = None) -> Plan:
+    """The job waits on, and says why."""
+    return Plan(
+        status(
+            Phase.PREPARING,
+            PREPARE,
+            running(PREPARE, since=-60),
+            *NOTHING_YET,
+            conditions=trouble(
+                Phase.PREPARING, (reason, message), (reason, message) if degraded else None
+            ),
+        ),
+        requeue_after=requeue_after,
+    )
+
+
+def fails(reason: Reason, message: str) -> Plan:
+    """The job fails, and its Job, which would wait for ever, is stopped."""
+    return Plan(
+        status(
+            Phase.FAILED,
+            PREPARE,
+            failing(PREPARE, reason, message),
+            *NOTHING_YET,
+            conditions=dead(reason, message),
+        ),
+        (stop(PREPARE),),
+        (warning(reason, message), stopped(PREPARE)),
+    )
+
+
+def not_pulled(reason: str, words: str) -> str:
+    return (
+        f"The image trainer:1 of prepare can't be pulled ({reason}: {words}). Check its name "
+        "(spec.stages.prepare.image, or the operator's setting) and the registry."
+    )
+
+
+CASES = [
+    Case(
+        "a pod without a node says what the scheduler says, and is no trouble",
+        job(PREPARING),
+        [waits(unschedulable=NO_NODE)],
+        says("Unschedulable", f"The pod of prepare waits for a node: {NO_NODE}", degraded=False),
+    ),
+    Case(
+        "a container that is being created is waited for",
+        job(PREPARING),
+        [waits(Waiting("ContainerCreating", ""))],
+        unchanged(PREPARING),
+    ),
+    Case(
+        "a Secret that is missing for a moment is trouble, and is waited for",
+        job(PREPARING),
+        [waits(NO_SECRET, since=at(-10))],
+        says("SecretNotFound", f"{MISSING} Create it.", degraded=True, requeue_after=20),
+    ),
+    Case(
+        "a Secret that stays missing fails the job, by name and with the remedy",
+        job(PREPARING),
+        [waits(NO_SECRET, since=at(-30))],
+        fails(Reason.SECRET_NOT_FOUND, f"{MISSING} {AGAIN}"),
+    ),
+    Case(
+        "a key that is missing in a Secret is named",
+        job(PREPARING),
+        [waits(NO_KEY, since=at(-31))],
+        fails(
+            Reason.SECRET_NOT_FOUND,
+            "The Secret bucket has no key AWS_ACCESS_KEY_ID, and the pod of prepare needs it. "
+            + AGAIN,
+        ),
+    ),
+    Case(
+        "another mistake in the container's configuration is trouble",
+        job(PREPARING),
+        [waits(Waiting(CONFIG_ERROR, "volume x is odd"))],
+        says(
+            CONFIG_ERROR,
+            f"The pod of prepare can't start ({CONFIG_ERROR}): volume x is odd",
+            degraded=True,
+        ),
+    ),
+    Case(
+        "an image that can't be pulled is trouble, but the kubelet goes on trying",
+        job(PREPARING),
+        [waits(Waiting("ImagePullBackOff", "Back-off pulling image"))],
+        says(
+            "ImageNotPulled",
+            not_pulled("ImagePullBackOff", "Back-off pulling image"),
+            degraded=True,
+        ),
+    ),
+    Case(
+        "an image whose name is invalid fails the job",
+        job(PREPARING),
+        [waits(Waiting("InvalidImageName", "bad"))],
+        fails(Reason.IMAGE_NOT_PULLED, not_pulled("InvalidImageName", "bad")),
+    ),
+    Case(
+        "an image that may not be pulled and isn't there fails the job",
+        job(PREPARING),
+        [waits(Waiting("ErrImageNeverPull", "not present"))],
+        fails(Reason.IMAGE_NOT_PULLED, not_pulled("ErrImageNeverPull", "not present")),
+    ),
+    Case(
+        "a Job that gets no pod is trouble",
+        job(PREPARING),
+        [run(PREPARE, pod=None, created=at(-30))],
+        says(
+            "PodNotCreated",
+            "The Job prepare-1 has no pod yet. `kubectl describe job prepare-1` may say why.",
+            degraded=True,
+        ),
+    ),
+    Case(
+        "what was trouble is none any more when the pod runs",
+        job(says("ImageNotPulled", "x", degraded=True).status),
+        [run(PREPARE)],
+        unchanged(PREPARING),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.says)
+def test_plan(case: Case) -> None:
+    assert decide(case) == case.plan

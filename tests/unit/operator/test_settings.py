@@ -1,0 +1,46 @@
+"""Settings from the environment."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_operator.settings import Settings, SettingsError
+
+MINIMUM = {"FINETUNE_TRAINER_IMAGE": "trainer:1"}
+
+
+def test_only_the_image_is_needed() -> None:
+    settings = Settings.from_environment({**MINIMUM, "HOME": "/root"})
+    assert settings == Settings(trainer_image="trainer:1")
+
+
+def test_lists_are_separated_by_commas() -> None:
+    settings = Settings.from_environment({**MINIMUM, "FINETUNE_NAMESPACES": "one, two,"})
+    assert settings.namespaces == ("one", "two")
+
+
+def test_an_empty_variable_is_as_good_as_none() -> None:
+    empty = {"FINETUNE_NAMESPACES": "", "FINETUNE_WORKERS": ""}
+    assert Settings.from_environment({**MINIMUM, **empty}) == Settings(trainer_image="trainer:1")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        pytest.param({}, "FINETUNE_TRAINER_IMAGE is not set", id="no image"),
+        pytest.param(
+            {**MINIMUM, "FINETUNE_WORKERS": "many"},
+            "FINETUNE_WORKERS=many: Input should be a valid integer",
+            id="no number",
+        ),
+        pytest.param(
+            {**MINIMUM, "FINETUNE_IMAGE_PULL_POLICY": "Sometimes"},
+            "FINETUNE_IMAGE_PULL_POLICY=Sometimes: Input should be 'Always'",
+            id="an unknown word",
+        ),
+    ],
+)
+def test_errors_name_the_variable(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environment(environment)
+    assert message in str(caught.value)
