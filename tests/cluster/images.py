@@ -12,6 +12,7 @@ import argparse
 import fcntl
 import functools
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -43,7 +44,11 @@ INPUTS = {
     ),
     "trainer": ("images/trainer/*", "constraints/trainer.txt"),
 }
+NOT_HASHED = ("README.md", "LICENSE")
+"""Copied into the package's metadata alone: a build needs them, and no build is worth them."""
+
 KEEP_ARCHIVES = 2
+STAGED_TIME = 1577836800  # 2020-01-01: what the files of a build's context are dated
 STEP_LINE = re.compile(r"^(?:\[\d+/\d+\] )?STEP \d+/\d+: .*|^#\d+ \[.*")
 
 
@@ -71,32 +76,49 @@ def build_images() -> Images:
 
 def build_image(name: str) -> Image:
     """Build and archive one image, unless its archive is there already."""
-    with locked():
-        image = describe(name)
-        while not image.archive.exists():
+    with locked(), tempfile.TemporaryDirectory() as temporary:
+        context = Path(temporary)
+        stage(name, REPOSITORY, context)
+        tag = content_hash(name, context)
+        archive = cache_dir() / "images" / f"{name}-{tag}.tar"
+        image = Image(name, f"localhost/finetune-operator/{name}:{tag}", archive)
+        if not archive.exists():
             with_docker = docker_works()
-            (build_with_docker if with_docker else build_with_buildah)(image)
-            if describe(name) != image:  # the code was edited meanwhile; its tag would lie
-                image = describe(name)
-                continue
+            (build_with_docker if with_docker else build_with_buildah)(image, context)
             archive_image(image, with_docker=with_docker)
             prune(name)
     return image
 
 
-def describe(name: str) -> Image:
-    """Name the image that the files as they are now make."""
-    tag = content_hash(name)
-    archive = cache_dir() / "images" / f"{name}-{tag}.tar"
-    return Image(name, f"localhost/finetune-operator/{name}:{tag}", archive)
+def stage(name: str, root: Path, context: Path) -> None:
+    """Copy an image's inputs into a folder of their own: the build's context.
+
+    What is built is then what was hashed, even while the code is being edited.
+    """
+    for file in input_files(name, root, extra=NOT_HASHED):
+        target = context / file.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
 
 
-def content_hash(name: str, root: Path = REPOSITORY) -> str:
-    """Hash the files that an image is made of: their paths and bytes."""
-    patterns = (*SHARED_INPUTS, *INPUTS[name])
+def set_dates(context: Path) -> None:
+    """Give all files one date and mode: buildah's layer cache takes another date for a change."""
+    for path in (context, *context.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        os.utime(path, (STAGED_TIME, STAGED_TIME))
+
+
+def input_files(name: str, root: Path, extra: tuple[str, ...] = ()) -> list[Path]:
+    """List the files that an image is made of."""
+    patterns = (*SHARED_INPUTS, *INPUTS[name], *extra)
     files = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+    return sorted(file for file in files if "__pycache__" not in file.parts)
+
+
+def content_hash(name: str, root: Path) -> str:
+    """Hash an image's inputs: their paths and bytes."""
     digest = hashlib.sha256()
-    for path in sorted(file for file in files if "__pycache__" not in file.parts):
+    for path in input_files(name, root):
         digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
@@ -111,12 +133,12 @@ def docker_works() -> bool:
     return info.returncode == 0
 
 
-def build_with_docker(image: Image) -> None:
+def build_with_docker(image: Image, context: Path) -> None:
     """Build from the public base image; llama.cpp is compiled in it, with its C library."""
-    _build(image, ["docker", "build", "--progress=plain"], pip_settings())
+    _build(image, context, ["docker", "build", "--progress=plain"], pip_settings())
 
 
-def build_with_buildah(image: Image) -> None:
+def build_with_buildah(image: Image, context: Path) -> None:
     """Build from a base of the machine's own release, which also takes the wheel made here."""
     if missing := [tool for tool in APT_PACKAGES if not shutil.which(tool)]:
         raise Unavailable(
@@ -124,18 +146,19 @@ def build_with_buildah(image: Image) -> None:
             f"apt-get install {' '.join(missing)}"
         )
     if image.name == "trainer":
-        offer_to_image(get_llama_cpp())
+        offer_to_image(get_llama_cpp(), context / "images" / "trainer" / "wheels")
     settings = pip_settings()
     # crun, buildah's default, refuses machines that mount both kinds of cgroups.
     buildah = ["buildah", "bud", "--runtime", shutil.which("runc") or "runc", "--network", "host"]
-    command = [*buildah, "--layers", "--ignorefile", str(REPOSITORY / ".dockerignore")]
+    command = [*buildah, "--layers", "--ignorefile", str(context / ".dockerignore")]
     command += [f"--build-arg=BASE_IMAGE={base_image(buildah, _log(image.name))}"]
-    _build(image, [*command, *settings.volumes()], settings)
+    _build(image, context, [*command, *settings.volumes()], settings)
 
 
-def _build(image: Image, command: list[str], settings: PipSettings) -> None:
+def _build(image: Image, context: Path, command: list[str], settings: PipSettings) -> None:
     """Run the build, with the pip settings as secrets that end with it."""
-    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    version = tomllib.loads((context / "pyproject.toml").read_text())["project"]["version"]
+    set_dates(context)
     with (
         tempfile.TemporaryDirectory() as temporary,
         step(f"Image of the {image.name}") as current,
@@ -148,7 +171,7 @@ def _build(image: Image, command: list[str], settings: PipSettings) -> None:
             if STEP_LINE.match(line):
                 current.detail(re.sub(r" --\S+", "", line)[:60])
 
-        run(command, log=_log(image.name), cwd=REPOSITORY, on_line=show)
+        run(command, log=_log(image.name), cwd=context, on_line=show)
 
 
 def archive_image(image: Image, *, with_docker: bool) -> None:

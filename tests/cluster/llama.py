@@ -12,8 +12,6 @@ from tests.cluster.errors import CommandFailed
 from tests.cluster.paths import REPOSITORY, cache_dir
 
 SCRIPT = REPOSITORY / "images" / "trainer" / "llama_cpp.py"
-PREBUILT = REPOSITORY / "images" / "trainer" / "wheels"
-"""Ignored by git; the trainer image's build looks here before it compiles."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,10 @@ def get_llama_cpp() -> LlamaCpp:
     return LlamaCpp(Path(places["converter"]), Path(places["wheel"]))
 
 
-def offer_to_image(llama: LlamaCpp, prebuilt: Path = PREBUILT) -> None:
-    """Put both where the image's build finds them; it takes them only if they fit its base."""
-    wheel = prebuilt / "wheels" / llama.wheel.parent.name / llama.wheel.name
-    converter = prebuilt / llama.converter.name
-    if wheel.exists() and converter.exists():
-        return
-    shutil.rmtree(prebuilt, ignore_errors=True)
+def offer_to_image(llama: LlamaCpp, folder: Path) -> None:
+    """Put both into a build's images/trainer/wheels; it takes them only if they fit its base."""
+    wheel = folder / "wheels" / llama.wheel.parent.name / llama.wheel.name
     wheel.parent.mkdir(parents=True)
-    shutil.copy2(llama.wheel, wheel)
-    shutil.copytree(llama.converter, converter, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(llama.wheel, wheel)
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(llama.converter, folder / llama.converter.name, ignore=ignore)

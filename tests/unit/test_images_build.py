@@ -12,7 +12,7 @@ import pytest
 
 from images import requirements, slim
 from tests.cluster.image_base import apt_sources
-from tests.cluster.images import INPUTS, NAMES, content_hash
+from tests.cluster.images import INPUTS, NAMES, content_hash, set_dates, stage
 from tests.cluster.llama import LlamaCpp, offer_to_image
 from tests.cluster.pip_settings import CA_IN_BUILD, from_listing
 
@@ -64,6 +64,18 @@ def test_a_change_gives_a_new_tag_to_just_the_images_made_of_it(
     (tree / changed).parent.mkdir(parents=True, exist_ok=True)
     (tree / changed).write_text("changed")
     assert {name for name in NAMES if content_hash(name, tree) != before[name]} == rebuilt
+
+
+def test_a_build_sees_its_inputs_alone_under_one_date(tree: Path) -> None:
+    context = tree / "context"
+    stage("operator", tree, context)
+    set_dates(context)
+
+    files = {p.relative_to(context).as_posix() for p in context.rglob("*") if p.is_file()}
+    elsewhere = {"docs/page.md", "constraints/trainer.txt", "images/trainer/Dockerfile"}
+    assert files == set(FILES) - elsewhere - {"images/trainer/llama_cpp.py"}
+    assert content_hash("operator", context) == content_hash("operator", tree)
+    assert len({path.stat().st_mtime for path in context.rglob("*")}) == 1
 
 
 def test_each_input_of_an_image_exists() -> None:
@@ -196,10 +208,8 @@ def test_the_images_build_is_offered_the_wheel_under_its_key(tmp_path: Path) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(path.name)
     prebuilt = tmp_path / "prebuilt"
-    (prebuilt / "wheels" / "an-older-key").mkdir(parents=True)
 
-    for _ in range(2):
-        offer_to_image(LlamaCpp(converter, wheel), prebuilt)
+    offer_to_image(LlamaCpp(converter, wheel), prebuilt)
 
     found = sorted(str(p.relative_to(prebuilt)) for p in prebuilt.rglob("*") if p.is_file())
     assert found == ["llama.cpp-1/convert.py", "wheels/key-glibc2.36/llama.whl"]
