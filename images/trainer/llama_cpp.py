@@ -10,7 +10,7 @@ halves of the export stage in versions that belong together:
 - the wheel, which quantizes a GGUF and loads it. It is compiled once and kept in the cache.
 
 The image's build and a developer's machine both run this script, so both get the same.
-It needs nothing but Python, pip and a C++ compiler (CMake and Ninja come from pip).
+It needs Python, pip and a C++ compiler; CMake and Ninja come from pip.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
 
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
-# What the converter needs of the 200 MB tree, and what of that only other tools use.
+# What the converter needs of the 200 MB tree.
 CONVERTER_PARTS = (
     "convert_hf_to_gguf.py",
     "convert_lora_to_gguf.py",
@@ -48,7 +48,6 @@ CONVERTER_PARTS = (
     "models/ggml-vocab-llama-spm.gguf",
     "LICENSE",
 )
-CONVERTER_WITHOUT = ("gguf-py/gguf/scripts/",)
 
 # GGML_NATIVE would compile for the builder's own processor, and crash on an older one. The
 # x86-64-v3 level (AVX2, FMA, F16C: Intel since 2013, AMD since 2015) is what its fast paths
@@ -62,9 +61,8 @@ CMAKE_FLAGS_X86 = tuple(
 # llama.cpp's own install rules add headers and a second copy of each library, and a wheel holds
 # no links, so each library comes three times more: as .so, .so.0 and .so.0.5.0 (not needed).
 WHEEL_EXCLUDES = "/lib/**;/include/**;/bin/**;/llama_cpp/lib/*.so.*.*"
-# The command-line tools' helper library: half of the compile time, and nothing loads it.
+# The command-line tools' helper library is much to compile, and nothing here loads it.
 HELPERS_ON = "set(LLAMA_BUILD_COMMON ON CACHE"
-HELPERS_OFF = "set(LLAMA_BUILD_COMMON OFF CACHE"
 
 
 class LlamaCppError(Exception):
@@ -159,17 +157,13 @@ def extract_converter(sdist: Path, folder: Path) -> None:
         for member in tar:
             name = PurePosixPath(member.name)
             inside = "/".join(name.parts[3:])  # below llama_cpp_python-VERSION/vendor/llama.cpp
-            source = tar.extractfile(member) if wanted(inside) and member.isfile() else None
+            wanted = inside.startswith(CONVERTER_PARTS) and "/scripts/" not in inside
+            source = tar.extractfile(member) if wanted and member.isfile() else None
             if source:
                 target = work / inside
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(source.read())
         work.replace(folder)
-
-
-def wanted(inside: str) -> bool:
-    """Tell whether the converter needs this path of llama.cpp's tree."""
-    return inside.startswith(CONVERTER_PARTS) and not inside.startswith(CONVERTER_WITHOUT)
 
 
 def build_wheel(sdist: Path, folder: Path, flags: list[str]) -> Path:
@@ -183,11 +177,8 @@ def build_wheel(sdist: Path, folder: Path, flags: list[str]) -> Path:
         leave_out_helpers(source / "CMakeLists.txt")
         command = [*PIP, "wheel", "--no-deps", "--verbose", "--wheel-dir", str(work / "out")]
         command += ["--config-settings", f"wheel.exclude={WHEEL_EXCLUDES}", str(source)]
-        run(
-            "compiling llama.cpp (once, about 5 minutes on 2 cores)",
-            [*(("nice", "-n", "5") if shutil.which("nice") else ()), *command],
-            CMAKE_ARGS=" ".join(flags),
-        )
+        label = "compiling llama.cpp (once, about 5 minutes on 2 cores)"
+        run(label, command, CMAKE_ARGS=" ".join(flags))
         (work / "out").replace(folder)
     return next(folder.glob("*.whl"))
 
@@ -197,7 +188,7 @@ def leave_out_helpers(cmake_lists: Path) -> None:
     text = cmake_lists.read_text()
     if HELPERS_ON not in text:
         raise LlamaCppError(f"{cmake_lists.name} has changed: {HELPERS_ON!r} isn't there")
-    cmake_lists.write_text(text.replace(HELPERS_ON, HELPERS_OFF))
+    cmake_lists.write_text(text.replace(HELPERS_ON, HELPERS_ON.replace(" ON ", " OFF ")))
 
 
 def check_compiler() -> None:
@@ -215,9 +206,9 @@ def run(label: str, command: list[str], **env: str) -> None:
     """Run a long command with its time and compile steps shown; on failure show its last lines."""
     with tempfile.NamedTemporaryFile("w+", errors="replace") as log:
         started = time.monotonic()
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **env}
-        )
+        command = [*(["nice"] if shutil.which("nice") else []), *command]
+        env = {**os.environ, **env}
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
         try:
             follow(process, label, Path(log.name), started)
         finally:
@@ -238,10 +229,11 @@ def follow(process: subprocess.Popen[bytes], label: str, log: Path, started: flo
         elapsed = time.monotonic() - started
         ended = process.returncode is not None
         if tty or ended or elapsed - shown >= 30:
-            steps = re.findall(r"^\s*\[(\d+/\d+)\]", log.read_text(errors="replace"), re.MULTILINE)
-            text = f"{label}: {int(elapsed // 60)}m{int(elapsed % 60):02}s"
-            text += f" [{steps[-1]}]" if steps else ""
-            print(text, end="\r" if tty and not ended else "\n", file=sys.stderr, flush=True)
+            steps = re.findall(r"^\s*(\[\d+/\d+\])", log.read_text(errors="replace"), re.MULTILINE)
+            text = f"{label}: {int(elapsed // 60)}m{int(elapsed % 60):02}s {''.join(steps[-1:])}"
+            print(
+                text.rstrip(), end="\r" if tty and not ended else "\n", file=sys.stderr, flush=True
+            )
             shown = elapsed
         if ended:
             return
