@@ -108,9 +108,11 @@ def _fetch(target: str, apt: debian.PrivateApt, work: Path) -> None:
 
 def _build(targets: list[str], current: Step) -> None:
     """Build what is missing in one temporary tree, which is removed afterwards."""
+    for cut_off in _folder().glob("tree-*"):
+        shutil.rmtree(cut_off)
     log = _folder() / "build.log"
     log.write_text("")
-    with tempfile.TemporaryDirectory(prefix="build-", dir=_folder()) as name:
+    with tempfile.TemporaryDirectory(prefix="tree-", dir=_folder()) as name:
         work = Path(name)
         apt = debian.PrivateApt(work / "apt")
         apt.log = log

@@ -126,9 +126,9 @@ class ControlPlane:
             return False
         return self._responds("/readyz")
 
-    def start(self, *, detached: bool = False) -> None:
+    def start(self, *, detached: bool = False, programs: dict[str, Path] | None = None) -> None:
         """Bring it up, or what of it is not running; returns when it is ready."""
-        programs = binaries.ensure(binaries.CONTROL_PLANE)
+        programs = programs or binaries.ensure(binaries.CONTROL_PLANE)
         if self.healthy():
             return
         self.stop()

@@ -7,24 +7,37 @@ remedy at the end of the run. In CI (`CI=true`) that is a failure: there nothing
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import NoReturn
 
 import pytest
 
-from tests.cluster import binaries
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.errors import Unavailable
 
 LEFT_OUT: pytest.StashKey[set[str]] = pytest.StashKey()
 
 
-def leave_out(config: pytest.Config, what: str, error: Unavailable) -> None:
-    """Skip the test that needs `what`, and say so at the end; in CI fail it instead."""
-    reason = f"{what}: {error}"
+def leave_out(config: pytest.Config, reason: str) -> NoReturn:
+    """Skip a test and say so at the end of the run; in CI fail it instead."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"CI may leave nothing out: {reason}", pytrace=False)
     config.stash.setdefault(LEFT_OUT, set()).add(reason)
     pytest.skip(reason)
+
+
+def start_or_leave_out(config: pytest.Config, what: str, start: Callable[[], None]) -> None:
+    """Start what a test stands on, with its progress shown: a first build takes minutes."""
+    capture = config.pluginmanager.getplugin("capturemanager")
+    reason = ""
+    with capture.global_and_fixture_disabled() if capture else nullcontext():
+        try:
+            start()
+        except Unavailable as error:
+            reason = f"{what}: {error}"
+    if reason:
+        leave_out(config, reason)
 
 
 @pytest.fixture(scope="session")
@@ -32,14 +45,8 @@ def control_plane(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ControlPlane]:
     """etcd, kube-apiserver and kube-controller-manager with RBAC on, for the whole session."""
-    capture = request.config.pluginmanager.getplugin("capturemanager")
     plane = ControlPlane(tmp_path_factory.mktemp("control-plane"))
-    with capture.global_and_fixture_disabled():  # a first build takes minutes: show its progress
-        try:
-            binaries.ensure(binaries.CONTROL_PLANE)
-            plane.start()
-        except Unavailable as error:
-            leave_out(request.config, "the real control plane", error)
+    start_or_leave_out(request.config, "the real control plane", plane.start)
     yield plane
     plane.stop()
 

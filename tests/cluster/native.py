@@ -53,6 +53,8 @@ class NativeCluster:
         """What `up` will do outside of the project's and the user's cache folder."""
         missing = system_packages_missing()
         install = [f"install the Debian packages {', '.join(missing)}"] if missing else []
+        if "containerd" in missing:
+            install.append("(containerd's package starts a service of its own, which isn't used)")
         return [
             *install,
             "run Kubernetes as root on this machine, its node in namespaces of its own",
@@ -80,7 +82,7 @@ class NativeCluster:
             self.scheduler.stop()
             self.node.stop()
             self.node.enclose(programs, plane)
-        plane.start(detached=True)
+        plane.start(detached=True, programs=programs)
         command = components.scheduler(programs["kube-scheduler"], plane.layout)
         self.scheduler.start(command, detached=True)
         with step("Starting the Kubernetes node") as current:

@@ -7,6 +7,7 @@ data folders are mounted inside; `stop` takes all of these away.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -56,12 +57,14 @@ class Node:
         self.folder = folder
         self.process = Daemon("node", folder)
         self._record_file = folder / "node.json"
+        # another checkout may run a cluster of the same name on this machine
+        self._identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
 
     @property
     def record(self) -> NodeRecord:
         """The node's network and traces, chosen at its first start."""
         if not self._record_file.exists():
-            self._save(NodeRecord(node_network.choose(f"ft-{self.name}"[:15])))
+            self._save(NodeRecord(node_network.choose(f"ft-{self._identity}")))
         return NodeRecord.load(self._record_file)
 
     @property
@@ -72,7 +75,7 @@ class Node:
     @property
     def cgroup(self) -> str:
         """The name of the cgroup of the node's pods."""
-        return f"finetune-{self.name}"
+        return f"finetune-{self.name}-{self._identity}"
 
     def _save(self, record: NodeRecord) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -123,10 +123,12 @@ class Daemon:
             same = abs(found.create_time() - record["created"]) < 1
             if not same or found.status() == psutil.STATUS_ZOMBIE:
                 return None
-            program = Path(found.cmdline()[0]).name
-        except (OSError, ValueError, KeyError, IndexError, psutil.Error):
+            words = found.cmdline()
+        except (OSError, ValueError, KeyError, psutil.Error):
             return None
-        return found if program in (record["program"], "setpriv") else None
+        if not words:  # for a moment, while it becomes the program, it has no command line
+            return found
+        return found if Path(words[0]).name in (record["program"], "setpriv") else None
 
     def alive(self) -> bool:
         """Whether it still runs."""

@@ -12,7 +12,7 @@ import yaml
 
 from tests.cluster import cgroups, debian
 from tests.cluster.errors import Unavailable
-from tests.cluster.fixtures import leave_out
+from tests.cluster.fixtures import start_or_leave_out
 from tests.cluster.native import NativeCluster
 from tests.cluster.node import BINDS
 from tests.cluster.pause_image import REFERENCE
@@ -68,22 +68,18 @@ def job(name: str) -> str:
     )
 
 
-def require_root_on_debian() -> None:
+def start_anew(native: NativeCluster) -> None:
     if not debian.is_debian_like() or os.geteuid() != 0:
         raise Unavailable("it runs on Debian or Ubuntu, as root")
+    native.down()
+    native.up()
 
 
 @pytest.fixture(scope="module")
 def cluster(request: pytest.FixtureRequest) -> Iterator[NativeCluster]:
-    capture = request.config.pluginmanager.getplugin("capturemanager")
     native = NativeCluster("test")
-    with capture.global_and_fixture_disabled():
-        try:
-            require_root_on_debian()
-            native.down()
-            native.up()
-        except Unavailable as error:
-            leave_out(request.config, "the native Kubernetes node", error)
+    what = "the native Kubernetes node"
+    start_or_leave_out(request.config, what, lambda: start_anew(native))
     yield native
     native.down()
 

@@ -1,0 +1,91 @@
+"""Which cluster and which binaries a machine gets, and what it is told where there are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import binaries, debian, provider
+from tests.cluster.errors import Unavailable
+from tests.cluster.kind import KindCluster
+from tests.cluster.native import NativeCluster
+
+SOURCES = """\
+bookworm|main|http://one.invalid/debian/
+bookworm-updates|main|http://one.invalid/debian/
+bookworm-security|main|http://one.invalid/debian-security/
+bookworm|main|http://vendor.invalid/tools/
+bookworm|stable|http://other.invalid/debian/
+"""
+
+
+@pytest.fixture
+def bookworm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(debian.MIRROR_VARIABLE, raising=False)
+    monkeypatch.setattr(debian, "os_release", lambda: {"VERSION_CODENAME": "bookworm"})
+
+
+@pytest.mark.usefixtures("bookworm")
+def test_the_mirror_is_the_one_of_the_machines_own_release(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(debian, "output", lambda _: SOURCES)
+
+    assert debian.mirror() == "http://one.invalid/debian/"
+
+
+@pytest.mark.usefixtures("bookworm")
+def test_without_a_debian_mirror_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(debian, "output", lambda _: "noble|main|http://one.invalid/ubuntu/\n")
+
+    with pytest.raises(Unavailable, match=debian.MIRROR_VARIABLE):
+        debian.mirror()
+
+
+def test_assets_without_a_controller_manager_are_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("etcd", "kube-apiserver", "kubectl"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv(binaries.ASSETS_VARIABLE, str(tmp_path))
+
+    with pytest.raises(Unavailable, match=r"lacks kube-controller-manager\."):
+        binaries.ensure(binaries.CONTROL_PLANE)
+
+
+def test_complete_assets_win_over_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("etcd", "kube-apiserver", "kube-controller-manager"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv(binaries.ASSETS_VARIABLE, str(tmp_path))
+
+    found = binaries.ensure(binaries.CONTROL_PLANE)
+
+    assert {path.parent for path in found.values()} == {tmp_path}
+
+
+@pytest.mark.parametrize(("wanted", "kind"), [("kind", KindCluster), ("native", NativeCluster)])
+def test_the_user_may_choose_the_provider(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, kind: type[object]
+) -> None:
+    monkeypatch.setenv(provider.VARIABLE, wanted)
+
+    assert isinstance(provider.choose(), kind)
+
+
+def test_an_unknown_provider_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(provider.VARIABLE, "minikube")
+
+    with pytest.raises(Unavailable, match="kind or native"):
+        provider.choose()
+
+
+def test_a_machine_with_neither_is_told_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(provider.VARIABLE, raising=False)
+    monkeypatch.setattr(provider, "_kind_works", lambda: False)
+    monkeypatch.setattr(debian, "is_debian_like", lambda: False)
+
+    with pytest.raises(Unavailable, match=r"Docker.*root on Debian"):
+        provider.choose()
