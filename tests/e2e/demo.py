@@ -22,9 +22,10 @@ from tests.cluster.errors import ClusterError
 from tests.cluster.paths import REPOSITORY, cache_dir, state_dir
 from tests.cluster.progress import step
 from tests.e2e import answers, environment
-from tests.e2e.environment import NAME, NAMESPACE, Environment
+from tests.e2e.environment import NAMESPACE, Environment
 from tests.e2e.follow import follow
 
+NAME = "demo"
 JOB_SECONDS = 1800
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
@@ -36,7 +37,7 @@ def up() -> None:
     """Bring up cluster, store and operator; run examples/finetunejob.yaml; show the result."""
     started = time.monotonic()
     announce()
-    env = environment.bring_up()
+    env = environment.bring_up(NAME)
     job = run_example(env)
     show_resource(env)
     if job["status"]["phase"] != "Succeeded":
@@ -54,7 +55,7 @@ def up() -> None:
 @app.command()
 def down() -> None:
     """Remove the cluster, the store and their data; what was built stays in the cache."""
-    environment.take_down()
+    environment.take_down(NAME)
 
 
 def announce() -> None:
@@ -125,7 +126,7 @@ def show_answers(env: Environment, job: dict[str, Any]) -> bool:
     asked = answers.questions()
     artifact = smallest_gguf(job)
     with step(f"Asking {Path(artifact['uri']).name} and the base model"):
-        tuned_file = download(env, artifact["uri"], state_dir(NAME) / "downloads")
+        tuned_file = download(env, artifact["uri"], env.downloads)
         base, tuned = answers.ask(answers.base_gguf(), asked), answers.ask(tuned_file, asked)
     table = Table("Question", "Base model", "Tuned", show_lines=True)
     right = True

@@ -7,6 +7,7 @@ step finds out what is there already; a second run costs seconds.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from tests.cluster.images import Images, build_images
 from tests.cluster.paths import REPOSITORY, state_dir
 from tests.cluster.progress import step
 
-NAME = "demo"
 NAMESPACE = "finetune-demo"
 OPERATOR_NAMESPACE = "finetune-system"
 RELEASE = "finetune-operator"
@@ -34,8 +34,14 @@ SECRET = "object-store"
 class Environment:
     """A cluster with the operator on it, and an object store that its pods reach."""
 
+    name: str
     cluster: provider.Cluster
     store: object_store.ObjectStore
+
+    @property
+    def downloads(self) -> Path:
+        """Where files from the store are put."""
+        return state_dir(self.name) / "downloads"
 
     def kubectl(self, *args: str, input: str | None = None) -> str:  # noqa: A002 - as subprocess
         """Run kubectl in the demo's namespace."""
@@ -57,28 +63,32 @@ class Environment:
         return lambda: self.get("finetunejob", name)
 
 
-def bring_up() -> Environment:
+def bring_up(name: str) -> Environment:
     """Bring up what is not there yet; returns when a FineTuneJob can be applied."""
-    cluster = provider.choose(NAME)
+    cluster = provider.choose(name)
     cluster.up()
     images = build_images()
     for image in (images.operator, images.trainer):
         cluster.load_image(image.archive, image.reference)
-    store = object_store.ObjectStore(state_dir(NAME) / "object-store", cluster.node_address)
+    store = _store(name, cluster)
     store.start()
     fill(store)
-    environment = Environment(cluster, store)
+    environment = Environment(name, cluster, store)
     install_operator(cluster, images)
     create_namespace(environment)
     return environment
 
 
-def take_down() -> None:
+def take_down(name: str) -> None:
     """Remove everything that bring_up started."""
-    cluster = provider.choose(NAME)
-    store = object_store.ObjectStore(state_dir(NAME) / "object-store", cluster.node_address)
-    store.remove()
+    cluster = provider.choose(name)
+    _store(name, cluster).remove()
     cluster.down()
+    shutil.rmtree(state_dir(name), ignore_errors=True)
+
+
+def _store(name: str, cluster: provider.Cluster) -> object_store.ObjectStore:
+    return object_store.ObjectStore(state_dir(name) / "object-store", cluster.node_address)
 
 
 def fill(store: object_store.ObjectStore) -> None:
