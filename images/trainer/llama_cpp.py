@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     """Lay out the converter and build the wheel; print where both are."""
     args = parse_args(argv)
     try:
-        converter = get_converter(args.cache, args.dest)
+        converter = get_converter(args.cache, args.dest or args.cache)
         wheel = get_wheel(args.cache, build=not args.no_build)
         if args.wheel_dir:
             args.wheel_dir.mkdir(parents=True, exist_ok=True)
@@ -93,9 +93,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dest", type=Path, help="folder for the converter (default: the cache)")
     parser.add_argument("--wheel-dir", type=Path, help="folder that gets a copy of the wheel")
     parser.add_argument("--no-build", action="store_true", help="fail if no wheel is in the cache")
-    args = parser.parse_args(argv)
-    args.dest = args.dest or args.cache
-    return args
+    return parser.parse_args(argv)
 
 
 def get_converter(cache: Path, dest: Path) -> Path:
@@ -139,8 +137,10 @@ def get_sdist(cache: Path) -> Path:
         return sdist
     sdist.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=sdist.parent) as temporary:
-        command = [*PIP, "download", "--no-deps", "--no-binary", ":all:", "--dest", temporary]
-        run(f"downloading llama-cpp-python {VERSION}", [*command, f"llama-cpp-python=={VERSION}"])
+        # Not `--no-binary :all:`, which would compile CMake, a build requirement, as well.
+        command = [*PIP, "download", "--no-deps", "--no-binary", "llama-cpp-python"]
+        command += ["--dest", temporary, f"llama-cpp-python=={VERSION}"]
+        run(f"downloading llama-cpp-python {VERSION}", command)
         got = next(Path(temporary).glob("*.tar.gz"))
         digest = hashlib.sha256(got.read_bytes()).hexdigest()
         if digest != SDIST_SHA256:
@@ -205,12 +205,11 @@ def check_compiler() -> None:
 def run(label: str, command: list[str], **env: str) -> None:
     """Run a long command with its time and compile steps shown; on failure show its last lines."""
     with tempfile.NamedTemporaryFile("w+", errors="replace") as log:
-        started = time.monotonic()
         command = [*(["nice"] if shutil.which("nice") else []), *command]
         env = {**os.environ, **env}
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
         try:
-            follow(process, label, Path(log.name), started)
+            follow(process, label, Path(log.name))
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -219,10 +218,10 @@ def run(label: str, command: list[str], **env: str) -> None:
             raise LlamaCppError(f"{label} failed with code {process.returncode}:\n{tail}")
 
 
-def follow(process: subprocess.Popen[bytes], label: str, log: Path, started: float) -> None:
+def follow(process: subprocess.Popen[bytes], label: str, log: Path) -> None:
     """Show progress until the process ends: a line that changes, or plain lines without a tty."""
     tty = sys.stderr.isatty()
-    shown = -30.0
+    started, shown = time.monotonic(), -30.0
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=1)
