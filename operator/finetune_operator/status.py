@@ -23,6 +23,7 @@ PHASES = {
     Stage.EXPORT: Phase.EXPORTING,
 }
 AS_EXPECTED = "AsExpected"
+ALL_WELL = "Nothing needs attention."
 RETRYING = "Retrying"
 MESSAGE_LIMIT = 1024  # characters of a message in a condition, an event or a stage
 
@@ -95,7 +96,7 @@ def succeeded(message: str) -> Outlook:
         phase=Phase.SUCCEEDED,
         ready=Claim(True, Reason.SUCCEEDED, message),
         progressing=Claim(False, Reason.SUCCEEDED, "There is nothing to do."),
-        degraded=Claim(False, AS_EXPECTED, ""),
+        degraded=Claim(False, AS_EXPECTED, ALL_WELL),
     )
 
 
@@ -148,7 +149,7 @@ def _trouble(stage: StageStatus, note: Note | None) -> Claim:
         return Claim(True, note.reason, note.message)
     if stage.state is StageState.PENDING and stage.reason:
         return Claim(True, stage.reason, stage.message or "")
-    return Claim(False, AS_EXPECTED, "")
+    return Claim(False, AS_EXPECTED, ALL_WELL)
 
 
 def _condition(

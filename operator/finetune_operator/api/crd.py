@@ -115,7 +115,7 @@ def structural(node: Schema, definitions: dict[str, Schema]) -> Schema:
 
 def _with_plain_default(node: Schema) -> Schema:
     """An object defaults to {}, which its fields' own defaults fill; what is empty needs none."""
-    if "default" not in node or not isinstance(node["default"], dict | list | None):
+    if "default" not in node or not isinstance(node["default"], dict | list | str | None):
         return node
     default = node.pop("default")
     if node.get("type") == "object":

@@ -114,7 +114,7 @@ def failing(stage: Stage, reason: Reason, message: str, **fields: Any) -> StageS
 # Conditions and status
 
 Claim = tuple[bool, str, str]
-FINE: Claim = (False, "AsExpected", "")
+FINE: Claim = (False, "AsExpected", "Nothing needs attention.")
 NOT_YET = "The artifacts are not there yet."
 EARLIER = "The artifacts in status are those of an earlier spec."
 

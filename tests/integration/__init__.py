@@ -1,0 +1,1 @@
+"""Tests on real parts: API server, object store, model; without a node."""

@@ -1,0 +1,289 @@
+"""One FineTuneJob on the real API server, and the test in the part of the kubelet."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+
+from finetune_trainer.config import Fingerprints, Resolved, Stage
+from finetune_trainer.outcome import Artifact, Reason, StageResult
+from tests.cluster.control_plane import ControlPlane
+
+SECONDS = 30  # more than any step takes on a busy machine
+# The garbage collector looks every 30 seconds for kinds that are new to it.
+COLLECTION_SECONDS = 90
+FOLDER = "s3://models/support"
+SPEC: dict[str, Any] = {
+    "model": {"source": "org/base"},
+    "dataset": {"source": "s3://data/faq.csv"},
+    "output": {"uri": FOLDER},
+}
+CHILDREN = {
+    "jobs": "/apis/batch/v1",
+    "pods": "/api/v1",
+    "configmaps": "/api/v1",
+    "serviceaccounts": "/api/v1",
+    "roles": "/apis/rbac.authorization.k8s.io/v1",
+    "rolebindings": "/apis/rbac.authorization.k8s.io/v1",
+}
+MANAGED = "app.kubernetes.io/managed-by=finetune-operator"
+
+Raw = dict[str, Any]
+
+
+class Namespace:
+    """A namespace with one FineTuneJob named `support`, seen with the administrator's eyes."""
+
+    def __init__(self, plane: ControlPlane, name: str) -> None:
+        self.plane = plane
+        self.name = name
+        self._http = httpx.Client(
+            base_url=plane.server,
+            verify=ssl.create_default_context(cafile=str(plane.ca)),
+            headers={"Authorization": f"Bearer {plane.admin_token}"},
+            trust_env=False,
+            timeout=10,
+        )
+
+    def close(self) -> None:
+        self._http.close()
+
+    # The user
+
+    def apply(self, name: str = "support", **spec: Any) -> None:
+        """What `kubectl apply` does: create, or replace the spec."""
+        body = {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FineTuneJob",
+            "metadata": {"name": name, "namespace": self.name},
+            "spec": {**SPEC, **spec},
+        }
+        answer = self._http.post(self._path("finetunejobs"), json=body)
+        if answer.status_code == httpx.codes.CONFLICT:
+            current = self._get(self._path("finetunejobs", name))
+            body["metadata"] = current["metadata"]
+            answer = self._http.put(self._path("finetunejobs", name), json=body)
+        assert answer.is_success, answer.text
+
+    def delete(self) -> None:
+        answer = self._http.delete(self._path("finetunejobs", "support"))
+        assert answer.is_success, answer.text
+
+    # What is there
+
+    def status(self) -> Raw:
+        found = self._get(self._path("finetunejobs", "support"))
+        status: Raw = found.get("status") or {}
+        return {**status, "generation": found["metadata"]["generation"]}
+
+    def stage(self, stage: Stage) -> Raw:
+        """What status says of a stage."""
+        stages: list[Raw] = self.status().get("stages") or [{}, {}, {}]
+        return dict(zip(Stage, stages, strict=True))[stage]
+
+    def condition(self, kind: str) -> tuple[str, str, str]:
+        """Status, reason and message of a condition."""
+        for condition in self.status().get("conditions") or []:
+            if condition["type"] == kind:
+                return condition["status"], condition["reason"], condition["message"]
+        return "", "", ""
+
+    def children(self, resource: str) -> list[Raw]:
+        """Objects of a resource that bear the operator's label."""
+        path = f"{CHILDREN[resource]}/namespaces/{self.name}/{resource}"
+        items: list[Raw] = self._get(path, labelSelector=MANAGED)["items"]
+        return items
+
+    def jobs(self) -> list[tuple[str, int]]:
+        """Stage and attempt of the Jobs that are there and not being deleted."""
+        jobs = [job["metadata"] for job in self.children("jobs")]
+        names = [meta["labels"] for meta in jobs if "deletionTimestamp" not in meta]
+        found = [(each["finetune.dev/stage"], int(each["finetune.dev/attempt"])) for each in names]
+        return sorted(found, key=lambda each: (list(Stage).index(Stage(each[0])), each[1]))
+
+    def events(self) -> list[tuple[str, str]]:
+        """Type and reason of the Events about the FineTuneJob."""
+        items = self._get(f"/api/v1/namespaces/{self.name}/events")["items"]
+        mine = [each for each in items if each["involvedObject"]["kind"] == "FineTuneJob"]
+        return [(each["type"], each["reason"]) for each in mine]
+
+    def wait(self, what: str, happened: Callable[[], Any], seconds: float = SECONDS) -> Any:
+        """Wait until something is true, and return it."""
+        deadline = time.monotonic() + seconds
+        while not (found := happened()):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{what}: not within {seconds:.0f} s\n{self._describe()}")
+            time.sleep(0.1)
+        return found
+
+    def wait_until_nothing_is_left(self) -> None:
+        """Wait until the garbage collector has removed all children."""
+        for resource in CHILDREN:
+            self.wait(
+                f"no {resource}",
+                lambda resource=resource: not self.children(resource),
+                COLLECTION_SECONDS,
+            )
+
+    def wait_phase(self, phase: str, seconds: float = SECONDS) -> Raw:
+        """Wait until the present spec has led to a phase; the status then."""
+
+        def reached() -> Raw | None:
+            status = self.status()
+            current = status.get("observedGeneration") == status["generation"]
+            return status if current and status.get("phase") == phase else None
+
+        found: Raw = self.wait(f"phase {phase}", reached, seconds)
+        return found
+
+    # The kubelet
+
+    def pod(self, stage: Stage, attempt: int = 1) -> Raw:
+        """The live pod of an attempt, as soon as the Job's controller has made it."""
+
+        def find() -> Raw | None:
+            for pod in self.children("pods"):
+                known, phase = pod["metadata"]["labels"], pod["status"].get("phase")
+                mine = (str(stage), str(attempt)) == (
+                    known["finetune.dev/stage"],
+                    known["finetune.dev/attempt"],
+                )
+                alive = phase not in ("Succeeded", "Failed")
+                if mine and alive and "deletionTimestamp" not in pod["metadata"]:
+                    return pod
+            return None
+
+        found: Raw = self.wait(f"a pod of {stage}, attempt {attempt}", find)
+        return found
+
+    def set_pod(self, pod: Raw, phase: str, state: Raw | None = None, **status: Any) -> None:
+        """Write a pod's status."""
+        container = {
+            "name": "trainer",
+            "image": "trainer:test",
+            "imageID": "",
+            "ready": False,
+            "restartCount": 0,
+            "state": state or {},
+        }
+        patch = {
+            "phase": phase,
+            "startTime": _now(),
+            **({"containerStatuses": [container]} if state else {}),
+            **status,
+        }
+        name = pod["metadata"]["name"]
+        path = f"/api/v1/namespaces/{self.name}/pods/{name}/status"
+        self.merge_patch(path, {"status": patch})
+
+    def start_pod(self, stage: Stage, attempt: int = 1) -> Raw:
+        """Let the pod of a stage run."""
+        pod = self.pod(stage, attempt)
+        self.set_pod(pod, "Running", {"running": {"startedAt": _now()}})
+        return pod
+
+    def end_pod(
+        self, stage: Stage, code: int = 0, message: str | bytes = "", attempt: int = 1
+    ) -> None:
+        """Let the pod of a stage end."""
+        text = message.decode() if isinstance(message, bytes) else message
+        state = {
+            "exitCode": code,
+            "reason": "Error" if code else "Completed",
+            "message": text,
+            "startedAt": _now(),
+            "finishedAt": _now(),
+        }
+        phase = "Failed" if code else "Succeeded"
+        self.set_pod(self.pod(stage, attempt), phase, {"terminated": state})
+
+    def succeed(self, result: StageResult, attempt: int = 1) -> None:
+        """Let the pod of a stage end well."""
+        self.end_pod(result.stage, 0, result.to_message(), attempt)
+
+    def fail(self, stage: Stage, reason: Reason, message: str, attempt: int = 1) -> None:
+        """Let the pod of a stage end as the trainer does when it gives up."""
+        result = StageResult(stage=stage, reason=reason, message=message)
+        self.end_pod(stage, int(reason.exit_code), result.to_message(), attempt)
+
+    def run_all(self) -> Raw:
+        """Apply, and let all three stages succeed."""
+        self.apply()
+        self.succeed(prepared())
+        self.succeed(trained())
+        self.succeed(exported())
+        return self.wait_phase("Succeeded")
+
+    def merge_patch(self, path: str, patch: Raw, token: str | None = None) -> httpx.Response:
+        """Patch, as the administrator or with another token."""
+        headers = {"Content-Type": "application/merge-patch+json"}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        answer = self._http.patch(path, json=patch, headers=headers)
+        assert token or answer.is_success, answer.text
+        return answer
+
+    def _describe(self) -> str:
+        """For the message of a test that fails."""
+        return self.plane.kubectl("get", "ftj,jobs,pods", "-n", self.name, "-o", "yaml")
+
+    def _path(self, resource: str, name: str = "") -> str:
+        base = f"/apis/finetune.dev/v1alpha1/namespaces/{self.name}/{resource}"
+        return f"{base}/{name}" if name else base
+
+    def _get(self, path: str, **query: str) -> Raw:
+        answer = self._http.get(path, params=query)
+        assert answer.is_success, answer.text
+        found: Raw = answer.json()
+        return found
+
+
+def resolved(train: str = "train-a", export: str = "export-a") -> Resolved:
+    return Resolved(
+        fingerprints=Fingerprints(prepare="prepare-a", train=train, export=export),
+        dataset_etag="etag",
+        dataset_rows=120,
+        model_revision="abc",
+    )
+
+
+def prepared(*complete: Stage, found: Resolved | None = None) -> StageResult:
+    """What `prepare` says when all is well."""
+    artifacts = exported() if Stage.EXPORT in complete else None
+    return StageResult(
+        stage=Stage.PREPARE,
+        reason=Reason.SUCCEEDED,
+        message="120 examples",
+        resolved=found or resolved(),
+        complete=complete,
+        artifacts=artifacts.artifacts if artifacts else (),
+        manifest_uri=artifacts.manifest_uri if artifacts else None,
+    )
+
+
+def trained() -> StageResult:
+    return StageResult(
+        stage=Stage.TRAIN,
+        reason=Reason.SUCCEEDED,
+        message="45 steps",
+        metrics={"trainLoss": 0.5},
+    )
+
+
+def exported() -> StageResult:
+    return StageResult(
+        stage=Stage.EXPORT,
+        reason=Reason.SUCCEEDED,
+        message="1 file",
+        artifacts=(Artifact(path="gguf/model-F16.gguf", bytes=10, sha256="aa"),),
+        manifest_uri=f"{FOLDER}/manifest.json",
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

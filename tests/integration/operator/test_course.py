@@ -1,0 +1,139 @@
+"""From `kubectl apply` to the artifacts, and from `kubectl delete` to nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_trainer.config import Stage
+from finetune_trainer.outcome import Reason
+from tests.integration.operator.process import Operator
+from tests.integration.operator.stage import (
+    CHILDREN,
+    FOLDER,
+    Namespace,
+    exported,
+    prepared,
+    trained,
+)
+
+PREPARE, TRAIN, EXPORT = Stage.PREPARE, Stage.TRAIN, Stage.EXPORT
+
+
+def test_a_job_runs_its_three_stages_in_order_and_shows_its_artifacts(here: Namespace) -> None:
+    here.apply()
+    here.wait_phase("Preparing")
+    here.start_pod(PREPARE)
+    here.succeed(prepared())
+    here.wait_phase("Training")
+    assert here.jobs() == [("prepare", 1), ("train", 1)]
+    here.succeed(trained())
+    here.wait_phase("Exporting")
+    here.succeed(exported())
+    status = here.wait_phase("Succeeded")
+
+    assert here.jobs() == [("prepare", 1), ("train", 1), ("export", 1)]
+    assert status["artifacts"] == [
+        {"uri": f"{FOLDER}/gguf/model-F16.gguf", "bytes": 10, "sha256": "aa"}
+    ]
+    assert status["manifestUri"] == f"{FOLDER}/manifest.json"
+    assert status["metrics"] == {"trainLoss": 0.5}
+    assert status["lineage"] == {
+        "datasetETag": "etag",
+        "datasetRows": 120,
+        "modelRevision": "abc",
+        "image": "trainer:test",
+    }
+    assert here.condition("Ready")[0] == "True"
+    assert here.condition("Degraded")[0] == "False"
+    assert [here.stage(stage)["fingerprint"] for stage in Stage] == [
+        "prepare-a",
+        "train-a",
+        "export-a",
+    ]
+    assert ("Normal", "Succeeded") in here.events()
+    wait = ("wait", "--for=condition=Ready", "ftj/support", "-n", here.name, "--timeout=5s")
+    assert "condition met" in here.plane.kubectl(*wait)
+
+
+def test_the_same_yaml_again_starts_nothing(here: Namespace) -> None:
+    before = here.run_all()
+    here.apply()
+    here.apply(name="another")  # when this one is at work, the first one has been looked at
+    here.wait("the other job", lambda: len(here.children("jobs")) == 4)
+    assert here.status() == before
+
+
+def test_deleting_leaves_nothing_behind(here: Namespace) -> None:
+    here.run_all()
+    assert all(here.children(resource) for resource in CHILDREN)
+    here.delete()
+    here.wait_until_nothing_is_left()
+
+
+def test_deleting_during_training_stops_it(here: Namespace) -> None:
+    here.apply()
+    here.succeed(prepared())
+    here.start_pod(TRAIN)
+    here.delete()
+    here.wait_until_nothing_is_left()
+
+
+def test_a_job_created_anew_runs_prepare_only(here: Namespace) -> None:
+    here.apply()
+    here.succeed(prepared(PREPARE, TRAIN, EXPORT))
+    status = here.wait_phase("Succeeded")
+    assert here.jobs() == [("prepare", 1)]
+    assert [here.stage(stage).get("cached", False) for stage in Stage] == [False, True, True]
+    assert status["manifestUri"] == f"{FOLDER}/manifest.json"
+
+
+def test_a_finished_job_does_not_need_its_jobs(here: Namespace) -> None:
+    before = here.run_all()
+    here.plane.kubectl("delete", "jobs", "--all", "-n", here.name)
+    here.apply(name="another")
+    here.wait("the other job", lambda: here.children("jobs"))
+    assert here.jobs() == [("prepare", 1)]
+    assert here.status() == before
+
+
+def test_a_training_whose_job_was_deleted_by_hand_starts_again(here: Namespace) -> None:
+    here.apply()
+    here.succeed(prepared())
+    first = here.start_pod(TRAIN)["metadata"]["uid"]
+    here.plane.kubectl("delete", "jobs", "-n", here.name, "-l", "finetune.dev/stage=train")
+    assert here.pod(TRAIN)["metadata"]["uid"] != first
+    assert here.stage(TRAIN).get("failures", 0) == 0
+
+
+def test_the_trainers_progress_is_left_alone(here: Namespace) -> None:
+    here.apply()
+    here.succeed(prepared())
+    here.start_pod(TRAIN)
+    path = f"/apis/finetune.dev/v1alpha1/namespaces/{here.name}/finetunejobs/support/status"
+    here.merge_patch(path, {"status": {"progress": {"stage": "train", "percent": "35%"}}})
+    here.succeed(trained())
+    status = here.wait_phase("Exporting")
+    assert status["progress"] == {"stage": "train", "percent": "35%"}
+
+
+def test_a_name_as_long_as_names_may_be(here: Namespace) -> None:
+    name = "long." + "x" * 240
+    here.apply(name=name)
+    (job,) = here.wait("its job", lambda: here.children("jobs"))
+    assert len(job["metadata"]["name"]) <= 63
+    assert here.pod(PREPARE)["metadata"]["annotations"]["finetune.dev/job-name"] == name
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_probes_answer(here: Namespace, operator: Operator, path: str) -> None:
+    del here
+    assert operator.get(path).text == "ok\n"
+
+
+def test_metrics_count_the_jobs_by_phase(here: Namespace, operator: Operator) -> None:
+    here.apply()
+    here.fail(PREPARE, Reason.DATASET_EMPTY, "no rows")
+    here.wait_phase("Failed")
+    text = operator.get("/metrics").text
+    assert 'finetune_jobs{phase="Failed"}' in text
+    assert 'finetune_reconciles_total{result="changed"}' in text

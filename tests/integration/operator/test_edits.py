@@ -1,0 +1,111 @@
+"""Editing the YAML reruns what the edit touches, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_trainer.config import Stage
+from finetune_trainer.outcome import Reason
+from tests.integration.operator.stage import Namespace, exported, prepared, resolved, trained
+
+PREPARE, TRAIN, EXPORT = Stage.PREPARE, Stage.TRAIN, Stage.EXPORT
+NEW_TRAIN = resolved(train="train-b", export="export-b")
+NEW_EXPORT = resolved(export="export-b")
+
+
+def children(here: Namespace, stage: Stage) -> list[dict[str, Any]]:
+    """All Jobs of a stage."""
+    return [
+        job
+        for job in here.children("jobs")
+        if job["metadata"]["labels"]["finetune.dev/stage"] == str(stage)
+    ]
+
+
+def test_another_quantization_runs_prepare_and_export(here: Namespace) -> None:
+    here.run_all()
+    trainings = children(here, TRAIN)
+    here.apply(export={"gguf": ["F16", "Q8_0"]})
+    here.wait_phase("Preparing")
+    assert here.condition("Ready")[0] == "False"
+    assert here.status()["artifacts"]
+    here.succeed(prepared(PREPARE, TRAIN, found=NEW_EXPORT))
+    here.wait_phase("Exporting")
+    here.succeed(exported())
+    here.wait_phase("Succeeded")
+    assert children(here, TRAIN) == trainings
+    assert len(children(here, EXPORT)) == 2
+    assert here.stage(EXPORT)["fingerprint"] == "export-b"
+
+
+def test_another_learning_rate_stops_the_training_and_starts_it_anew(here: Namespace) -> None:
+    here.apply()
+    here.succeed(prepared())
+    old = here.start_pod(TRAIN)["metadata"]["uid"]
+    here.apply(training={"learningRate": 1e-4})
+    here.wait_phase("Preparing")
+    assert here.pod(TRAIN)["metadata"]["uid"] == old
+    here.succeed(prepared(PREPARE, found=NEW_TRAIN))
+    here.wait_phase("Training")
+    new = here.wait(
+        "the new pod", lambda: here.pod(TRAIN)["metadata"]["uid"] not in {old} and here.pod(TRAIN)
+    )
+    (job,) = here.wait(
+        "the old Job to be gone", lambda: len(found := children(here, TRAIN)) == 1 and found
+    )
+    assert job["metadata"]["annotations"]["finetune.dev/key"] == "train-b"
+    assert new["metadata"]["ownerReferences"][0]["uid"] == job["metadata"]["uid"]
+
+
+def test_other_resources_leave_the_running_training_alone(here: Namespace) -> None:
+    here.apply()
+    here.succeed(prepared())
+    old = here.start_pod(TRAIN)["metadata"]["uid"]
+    here.apply(stages={"train": {"resources": {"limits": {"memory": "8Gi"}}}})
+    here.wait_phase("Preparing")
+    here.succeed(prepared(PREPARE))
+    here.wait_phase("Training")
+    assert here.pod(TRAIN)["metadata"]["uid"] == old
+    here.succeed(trained())
+    here.wait_phase("Exporting")
+
+
+def test_other_resources_replace_a_training_that_has_not_begun(here: Namespace) -> None:
+    here.apply()
+    here.succeed(prepared())
+    old = here.pod(TRAIN)["metadata"]["uid"]
+    here.apply(stages={"train": {"resources": {"limits": {"memory": "8Gi"}}}})
+    here.succeed(prepared(PREPARE))
+    here.wait("another pod", lambda: here.pod(TRAIN)["metadata"]["uid"] != old)
+    (container,) = here.pod(TRAIN)["spec"]["containers"]
+    assert container["resources"]["limits"] == {"memory": "8Gi"}
+    assert here.stage(TRAIN)["attempt"] == 1
+
+
+def test_an_edit_during_prepare_starts_prepare_anew(here: Namespace) -> None:
+    here.apply()
+    old = here.start_pod(PREPARE)["metadata"]["uid"]
+    here.apply(training={"seed": 1})
+    here.wait("another pod", lambda: here.pod(PREPARE)["metadata"]["uid"] != old)
+    here.succeed(prepared())
+    here.wait_phase("Training")
+
+
+def test_bad_data_in_the_new_spec_stops_the_old_training(here: Namespace) -> None:
+    here.apply()
+    here.succeed(prepared())
+    here.start_pod(TRAIN)
+    here.apply(dataset={"source": "s3://data/gone.csv"})
+    here.fail(PREPARE, Reason.DATASET_NOT_FOUND, "There is no s3://data/gone.csv.")
+    here.wait_phase("Failed")
+    here.wait("the training to be gone", lambda: not children(here, TRAIN))
+
+
+def test_a_mended_spec_goes_on_after_a_failure(here: Namespace) -> None:
+    here.apply(dataset={"source": "s3://data/gone.csv"})
+    here.fail(PREPARE, Reason.DATASET_NOT_FOUND, "There is no s3://data/gone.csv.")
+    here.wait_phase("Failed")
+    here.apply()
+    here.succeed(prepared())
+    here.wait_phase("Training")
+    assert here.condition("Degraded")[0] == "False"

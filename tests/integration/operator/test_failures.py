@@ -1,0 +1,123 @@
+"""What goes wrong, as the user sees it: at once where nothing helps, again where it may."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_trainer.config import Stage
+from finetune_trainer.outcome import Reason
+from tests.integration.operator.stage import Namespace, prepared, trained
+
+PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        (Reason.COLUMN_NOT_FOUND, "s3://data/faq.csv has no column 'instruction'. Map it."),
+        (Reason.STORAGE_ACCESS_DENIED, "The store refuses the credentials."),
+        (Reason.MODEL_NOT_FOUND, "There is no model org/base."),
+    ],
+)
+def test_bad_input_fails_before_a_training_exists(
+    here: Namespace, reason: Reason, message: str
+) -> None:
+    here.apply()
+    here.fail(PREPARE, reason, message)
+    here.wait_phase("Failed")
+    assert here.condition("Ready") == ("False", reason, message)
+    assert here.condition("Degraded") == ("True", reason, message)
+    assert here.condition("Progressing")[0] == "False"
+    assert here.jobs() == [("prepare", 1)]
+    assert ("Warning", reason) in here.events()
+
+
+def test_a_missing_secret_fails_by_name_and_is_not_waited_for(here: Namespace) -> None:
+    here.apply(storage={"secretRef": {"name": "bucket"}})
+    waiting = {"reason": "CreateContainerConfigError", "message": 'secret "bucket" not found'}
+    here.set_pod(here.pod(PREPARE), "Pending", {"waiting": waiting})
+    here.wait_phase("Failed")
+    _, reason, message = here.condition("Ready")
+    assert reason == "SecretNotFound"
+    assert "The Secret bucket doesn't exist in this namespace" in message
+    here.wait("the Job to be stopped", lambda: not here.children("jobs"))
+
+
+def test_an_image_that_cannot_be_pulled_is_trouble_but_not_the_end(here: Namespace) -> None:
+    here.apply()
+    pod = here.pod(PREPARE)
+    here.set_pod(pod, "Pending", {"waiting": {"reason": "ImagePullBackOff", "message": "no"}})
+    here.wait("Degraded", lambda: here.condition("Degraded")[1] == "ImageNotPulled")
+    assert "trainer:test" in here.condition("Degraded")[2]
+    here.start_pod(PREPARE)
+    here.wait("no trouble", lambda: here.condition("Degraded")[0] == "False")
+
+
+def test_a_pod_without_a_node_says_why(here: Namespace) -> None:
+    here.apply()
+    words = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
+    condition = {
+        "type": "PodScheduled",
+        "status": "False",
+        "reason": "Unschedulable",
+        "message": words,
+    }
+    here.set_pod(here.pod(PREPARE), "Pending", conditions=[condition])
+    here.wait("the reason", lambda: here.condition("Progressing")[1] == "Unschedulable")
+    assert words in here.condition("Progressing")[2]
+    assert here.condition("Degraded")[0] == "False"
+
+
+def test_an_unknown_failure_is_tried_again_after_a_pause_and_counts(here: Namespace) -> None:
+    here.apply()
+    here.succeed(prepared())
+    here.end_pod(TRAIN, 1, "Traceback:\nRuntimeError: no luck\n")
+    here.wait("the failure", lambda: here.stage(TRAIN).get("failures") == 1)
+    assert here.condition("Degraded")[1] == "InternalError"
+    assert "RuntimeError: no luck" in here.condition("Degraded")[2]
+    assert here.jobs() == [("prepare", 1), ("train", 1)]
+    here.succeed(trained(), attempt=2)
+    here.wait_phase("Exporting")
+    assert here.jobs() == [("prepare", 1), ("train", 1), ("train", 2), ("export", 1)]
+
+
+def test_with_backoff_limit_zero_the_first_failure_is_the_last(here: Namespace) -> None:
+    here.apply(backoffLimit=0)
+    here.succeed(prepared())
+    here.end_pod(TRAIN, 1)
+    here.wait_phase("Failed")
+    assert here.condition("Ready")[1] == "InternalError"
+
+
+def test_an_eviction_is_tried_again_free_of_charge(here: Namespace) -> None:
+    here.apply(backoffLimit=0)
+    here.succeed(prepared())
+    here.set_pod(
+        here.start_pod(TRAIN), "Failed", reason="Evicted", message="The node was low on memory."
+    )
+    here.wait("the disruption", lambda: here.stage(TRAIN).get("reason") == "PodDisrupted")
+    here.start_pod(TRAIN, attempt=2)
+    here.succeed(trained(), attempt=2)
+    here.wait_phase("Exporting")
+    assert here.stage(TRAIN)["failures"] == 0
+
+
+def test_a_spec_that_the_server_cannot_make_pods_of_fails_with_its_words(here: Namespace) -> None:
+    here.apply(stages={"prepare": {"resources": {"limits": {"cpu": "lots"}}}})
+    here.wait_phase("Failed")
+    _, reason, message = here.condition("Ready")
+    assert reason == "InvalidSpec"
+    assert "quantit" in message.lower()
+    assert here.jobs() == []
+
+
+def test_a_field_that_an_older_definition_lets_through_is_explained(here: Namespace) -> None:
+    if not here.plane.version.startswith("v1.20."):
+        pytest.skip("this API server evaluates the CEL rule itself")
+    here.apply(training={"epochs": 0})
+    here.wait_phase("Failed")
+    _, reason, message = here.condition("Ready")
+    assert reason == "InvalidSpec"
+    assert "spec.training.epochs" in message
+    here.apply(training={"epochs": 1})
+    here.wait_phase("Preparing")

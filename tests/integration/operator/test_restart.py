@@ -1,0 +1,109 @@
+"""The operator may die at any time, and what it was doing goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from finetune_trainer.config import Stage
+from tests.cluster.control_plane import ControlPlane
+from tests.integration.operator.process import Operator
+from tests.integration.operator.stage import Namespace, exported, prepared, trained
+
+PREPARE, TRAIN, EXPORT = Stage.PREPARE, Stage.TRAIN, Stage.EXPORT
+
+
+@pytest.fixture
+def mortal(installed: ControlPlane, tmp_path: Path) -> Iterator[Operator]:
+    """An operator that the test may kill."""
+    operator = Operator(installed, tmp_path)
+    operator.start()
+    yield operator
+    operator.stop()
+
+
+@pytest.fixture
+def here(installed: ControlPlane) -> Iterator[Namespace]:
+    """An empty namespace."""
+    name = f"test-{uuid4().hex[:8]}"
+    installed.kubectl("create", "namespace", name)
+    namespace = Namespace(installed, name)
+    yield namespace
+    namespace.close()
+    installed.kubectl("delete", "namespace", name, "--wait=false")
+
+
+def test_what_happened_while_it_was_dead_is_taken_in(here: Namespace, mortal: Operator) -> None:
+    here.apply()
+    here.succeed(prepared())
+    here.start_pod(TRAIN)
+    here.wait_phase("Training")
+    mortal.kill()
+    here.succeed(trained())
+    mortal.start()
+    here.succeed(exported())
+    here.wait_phase("Succeeded")
+    assert here.jobs() == [("prepare", 1), ("train", 1), ("export", 1)]
+    assert here.status()["metrics"] == {"trainLoss": 0.5}
+
+
+def test_a_restart_in_the_middle_of_nothing_changes_nothing(
+    here: Namespace, mortal: Operator
+) -> None:
+    here.apply()
+    here.succeed(prepared())
+    pod = here.start_pod(TRAIN)["metadata"]["uid"]
+    here.wait("train", lambda: here.stage(TRAIN).get("state") == "Running")
+    before = here.status()
+    mortal.kill()
+    mortal.start()
+    here.apply(name="another")  # when this one is at work, the first one has been looked at
+    here.wait("the other job", lambda: len(here.children("jobs")) == 3)
+    assert here.pod(TRAIN)["metadata"]["uid"] == pod
+    assert here.status() == before
+
+
+def test_an_edit_while_it_was_dead_is_seen(here: Namespace, mortal: Operator) -> None:
+    here.run_all()
+    mortal.kill()
+    here.apply(training={"seed": 7})
+    mortal.start()
+    here.succeed(prepared(PREPARE, TRAIN, EXPORT))
+    assert here.wait_phase("Succeeded")["observedGeneration"] == 2
+
+
+def test_deleting_while_it_is_dead_leaves_nothing_behind(here: Namespace, mortal: Operator) -> None:
+    here.apply()
+    here.succeed(prepared())
+    here.start_pod(TRAIN)
+    mortal.kill()
+    here.delete()
+    here.wait_until_nothing_is_left()
+    mortal.start()
+
+
+def test_it_ends_cleanly_when_told_to(mortal: Operator) -> None:
+    assert mortal.stop() == 0
+
+
+def test_it_serves_the_given_namespaces_only(
+    installed: ControlPlane, here: Namespace, tmp_path: Path
+) -> None:
+    other = Namespace(installed, f"{here.name}-other")
+    installed.kubectl("create", "namespace", other.name)
+    operator = Operator(installed, tmp_path, FINETUNE_NAMESPACES=here.name)
+    operator.start()
+    try:
+        other.apply()
+        here.apply()
+        here.wait_phase("Preparing")
+        here.apply(training={"seed": 2})
+        here.wait_phase("Preparing")
+        assert other.children("jobs") == []
+    finally:
+        operator.stop()
+        other.close()
+        installed.kubectl("delete", "namespace", other.name, "--wait=false")
