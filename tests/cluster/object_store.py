@@ -8,6 +8,7 @@ listens on the address that the caller names (the node's, which pods reach) and 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -39,6 +40,7 @@ PORTS = range(20000, 32000)
 # Without a limit it grows to 1 GB. Half of that costs no speed; a third of it halves the uploads.
 ENVIRONMENT = {"GOMEMLIMIT": "500MiB", "GOGC": "50"}
 READY_SECONDS = 90
+PROBE = "ready-probe"
 SOCKETS = Path("/tmp")  # SeaweedFS links its parts there, whatever TMPDIR says
 
 
@@ -129,11 +131,22 @@ class ObjectStore:
             path.unlink(missing_ok=True)
 
     def _answers(self) -> bool:
+        """Read an object of the last start: buckets are listed seconds before data can be read."""
+        client = self.client()
         try:
-            self.client().list_buckets()
-        except (BotoCoreError, ClientError):
+            client.get_object(Bucket=PROBE, Key=PROBE)["Body"].read()
+        except ClientError as error:
+            if error.response["Error"]["Code"] in {"NoSuchBucket", "NoSuchKey"}:
+                self._write_probe(client)
+            return False
+        except BotoCoreError:
             return False
         return True
+
+    def _write_probe(self, client: S3Client) -> None:
+        with contextlib.suppress(BotoCoreError, ClientError):
+            self.create_bucket(PROBE)
+            client.put_object(Bucket=PROBE, Key=PROBE, Body=b"ready")
 
     def _settle_ports(self) -> dict[str, int]:
         """Take the ports and keys of the last start, or new ones where they are taken."""
