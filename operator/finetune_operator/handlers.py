@@ -130,6 +130,8 @@ def kopf_settings(settings: kopf.OperatorSettings, request_seconds: float) -> No
     settings.peering.standalone = True
     settings.networking.request_timeout = request_seconds
     settings.networking.connect_timeout = min(10.0, request_seconds)
+    # Short pauses, so that little is missed once a server that was away is back.
+    settings.networking.error_backoffs = (1, 1, 2, 3, 5, 5, 5, 5, 5, 5, 5, 5)
     # Servers send a bookmark every minute: a watch that is silent for longer is dead.
     settings.watching.inactivity_timeout = 90.0
     settings.watching.label_selectors[JOBS] = labels.SELECTOR

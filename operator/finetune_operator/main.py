@@ -17,7 +17,7 @@ import kopf
 from aiohttp import web
 
 from finetune_operator.cluster import Cluster
-from finetune_operator.errors import ClusterError, OperatorError
+from finetune_operator.errors import ClusterError, NotFoundError, OperatorError
 from finetune_operator.handlers import Watches, kopf_settings
 from finetune_operator.metrics import Metrics
 from finetune_operator.reconcile import Reconciler
@@ -49,11 +49,20 @@ async def serve(settings: Settings) -> None:
     """Watch and reconcile until told to stop."""
     metrics = Metrics()
     async with Cluster.connect(settings.request_timeout_seconds) as cluster:
-        # Fails at once where the API server is out of reach or doesn't serve the Kind.
-        await cluster.any_finetunejob(settings.namespaces)
+        await _check(cluster, settings)
         operator = _Operator(cluster, settings, metrics)
         async with operator.probes():
             await operator.work()
+
+
+async def _check(cluster: Cluster, settings: Settings) -> None:
+    """Fail at once where the API server is out of reach or doesn't know the Kind."""
+    try:
+        await cluster.any_finetunejob(settings.namespaces)
+    except NotFoundError as error:
+        raise OperatorError(
+            "The CustomResourceDefinition of FineTuneJob isn't installed"
+        ) from error
 
 
 class _Operator:

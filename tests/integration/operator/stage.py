@@ -6,6 +6,7 @@ import ssl
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import httpx
@@ -124,11 +125,8 @@ class Namespace:
     def wait_until_nothing_is_left(self) -> None:
         """Wait until the garbage collector has removed all children."""
         for resource in CHILDREN:
-            self.wait(
-                f"no {resource}",
-                lambda resource=resource: not self.children(resource),
-                COLLECTION_SECONDS,
-            )
+            gone = partial(self._none, resource)
+            self.wait(f"no {resource}", gone, COLLECTION_SECONDS)
 
     def wait_phase(self, phase: str, seconds: float = SECONDS) -> Raw:
         """Wait until the present spec has led to a phase; the status then."""
@@ -227,6 +225,9 @@ class Namespace:
         answer = self._http.patch(path, json=patch, headers=headers)
         assert token or answer.is_success, answer.text
         return answer
+
+    def _none(self, resource: str) -> bool:
+        return not self.children(resource)
 
     def _describe(self) -> str:
         """For the message of a test that fails."""

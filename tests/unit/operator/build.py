@@ -5,8 +5,7 @@ Every text that a user reads is spelled out here or in the tests, never taken fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -21,7 +20,6 @@ from finetune_operator.api.finetunejob import (
     StageStatus,
 )
 from finetune_operator.observe import Finish, ObservedFineTuneJob, ObservedJob, ObservedPod
-from finetune_operator.plan import Event, Plan, Policy, StartStage, StopJob, plan
 from finetune_trainer.config import Fingerprints, Resolved, Stage
 from finetune_trainer.outcome import Artifact, Reason, StageResult
 
@@ -299,62 +297,3 @@ def prepared(complete: Iterable[Stage] = (), found: Resolved | None = None, **fi
 
 def exported() -> StageResult:
     return said(EXPORT, artifacts=ARTIFACTS, manifest_uri=f"{FOLDER}/manifest.json")
-
-
-# What should follow
-
-
-def normal(reason: str, message: str) -> Event:
-    return Event("Normal", reason, message)
-
-
-def warning(reason: str, message: str) -> Event:
-    return Event("Warning", reason, message)
-
-
-def start(
-    stage: Stage, attempt: int = 1, found: Resolved | None = None, key: str = ""
-) -> StartStage:
-    default = {PREPARE: "1", TRAIN: "train-a", EXPORT: "export-a"}[stage]
-    known = None if stage is PREPARE else found or resolved()
-    return StartStage(stage, key or default, attempt, known)
-
-
-def stop(stage: Stage, attempt: int = 1) -> StopJob:
-    return StopJob(f"{stage}-{attempt}", f"uid-{stage}-{attempt}")
-
-
-def started(stage: Stage, attempt: int = 1) -> Event:
-    return normal("StageStarted", f"Started {stage}, attempt {attempt}.")
-
-
-def stopped(stage: Stage, attempt: int = 1) -> Event:
-    return normal("StageStopped", f"Stopped {stage} (Job {stage}-{attempt}).")
-
-
-def finished(stage: Stage) -> Event:
-    return normal("StageSucceeded", f"Finished {stage}: {stage} is done")
-
-
-def was_cached(stage: Stage) -> Event:
-    return normal("StageCached", f"The object store already holds the result of {stage}.")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A sentence, what is given, and the whole Plan that follows."""
-
-    says: str
-    job: ObservedFineTuneJob
-    runs: Sequence[ObservedJob]
-    plan: Plan
-
-
-def decide(case: Case) -> Plan:
-    """The plan that is made of what is given."""
-    return plan(case.job, case.runs, SETTINGS, Policy(), NOW)
-
-
-def unchanged(given: FineTuneJobStatus, requeue_after: float | None = None) -> Plan:
-    """The plan that does nothing."""
-    return Plan(given, requeue_after=requeue_after)

@@ -14,21 +14,23 @@ from tests.unit.operator.build import (
     EXPORT,
     PREPARE,
     TRAIN,
-    Case,
     at,
     dead,
-    decide,
     failing,
     job,
     pending,
     run,
     running,
     status,
+    trouble,
+    waiting_pod,
+)
+from tests.unit.operator.expect import (
+    Case,
+    decide,
     stop,
     stopped,
-    trouble,
     unchanged,
-    waiting_pod,
     warning,
 )
 

@@ -1,0 +1,89 @@
+"""The edges: the client's errors, and how the log is written."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import pytest
+from kubernetes.aio import client
+
+from finetune_operator import cluster, errors
+from finetune_operator.main import JsonFormatter, PlainFormatter
+
+
+def refusal(status: int, **body: Any) -> client.ApiException:
+    error = client.ApiException(status=status, reason="Reason")
+    error.body = json.dumps(body)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "expected"),
+    [
+        (400, "BadRequest", errors.InvalidError),
+        (403, "Forbidden", errors.ForbiddenError),
+        (404, "NotFound", errors.NotFoundError),
+        (409, "AlreadyExists", errors.AlreadyExistsError),
+        (409, "Conflict", errors.ConflictError),
+        (422, "Invalid", errors.InvalidError),
+        (429, "TooManyRequests", errors.UnavailableError),
+        (500, "InternalError", errors.UnavailableError),
+    ],
+)
+def test_a_refusal_becomes_an_error_of_our_own(
+    status: int, reason: str, expected: type[errors.ClusterError]
+) -> None:
+    refused = refusal(status, reason=reason, message="no such luck")
+    error = cluster._convert(refused, "GET /x")
+    assert type(error) is expected
+    assert str(error) == "GET /x: no such luck"
+    assert error.detail == "no such luck"
+
+
+def test_an_answer_that_is_no_status_is_told_by_its_reason() -> None:
+    error = client.ApiException(status=502, reason="Bad Gateway")
+    error.body = "<html>"
+    assert str(cluster._convert(error, "GET /x")) == "GET /x: Bad Gateway"
+
+
+def test_an_event_has_a_name_that_fits_whatever_the_job_is_called() -> None:
+    about = {"namespace": "ml", "name": "a." * 126, "uid": "uid-1"}
+    event = cluster._event(about, "Normal", "StageStarted", "Started.")
+    assert len(event["metadata"]["name"]) <= 253
+    assert ".." not in event["metadata"]["name"]
+    assert event["involvedObject"]["kind"] == "FineTuneJob"
+
+
+def record(**fields: Any) -> logging.LogRecord:
+    made = logging.LogRecord("finetune", logging.INFO, __file__, 1, "Started %s", ("it",), None)
+    made.__dict__.update(fields)
+    return made
+
+
+def test_json_lines_name_the_job() -> None:
+    line = json.loads(JsonFormatter().format(record(job="ml/support")))
+    assert line.pop("time").endswith("+00:00")
+    assert line == {
+        "level": "info",
+        "logger": "finetune",
+        "message": "Started it",
+        "job": "ml/support",
+    }
+
+
+def test_json_lines_of_kopf_name_the_object() -> None:
+    line = json.loads(JsonFormatter().format(record(k8s_ref={"namespace": "ml", "name": "x"})))
+    assert line["job"] == "ml/x"
+
+
+def test_json_lines_hold_a_stack_trace_in_one_line() -> None:
+    error = ValueError("no")
+    text = JsonFormatter().format(record(exc_info=(ValueError, error, None)))
+    assert "\n" not in text
+    assert json.loads(text)["exception"] == "ValueError: no"
+
+
+def test_plain_lines_begin_with_the_job() -> None:
+    assert "[ml/support] Started it" in PlainFormatter().format(record(job="ml/support"))

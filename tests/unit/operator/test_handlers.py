@@ -1,0 +1,112 @@
+"""What the watches hold, and what becomes of an event."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import kopf
+
+from finetune_operator.cluster import Cluster, Credentials
+from finetune_operator.handlers import Watches, kopf_settings
+from finetune_operator.reconcile import Snapshot
+
+KEY = "ml/support"
+
+
+def raw(uid: str, created: str = "2026-11-24T12:00:00Z") -> dict[str, Any]:
+    return {"metadata": {"uid": uid, "creationTimestamp": created}}
+
+
+class FakeCluster:
+    def __init__(self, *live: str) -> None:
+        self.live = set(live)
+
+    async def watched_uids(self, namespaces: tuple[str, ...]) -> set[str]:
+        del namespaces
+        return self.live
+
+    async def credentials(self) -> Credentials:
+        return Credentials("https://server", "/ca", "token", None, None, insecure=False)
+
+
+class World:
+    def __init__(self, *live: str) -> None:
+        self.added: list[str] = []
+        self.watches = Watches(cast(Cluster, FakeCluster(*live)), self.added.append)
+
+    async def shows(
+        self,
+        finetunejobs: list[dict[str, Any]],
+        jobs: dict[str, list[dict[str, Any]]] | None = None,
+        pods: dict[str, list[dict[str, Any]]] | None = None,
+    ) -> None:
+        indexes = {"finetunejobs": {KEY: finetunejobs}, "jobs": jobs or {}, "pods": pods or {}}
+        await self.watches._startup(**indexes)
+
+
+async def test_a_snapshot_holds_the_children_of_that_very_object() -> None:
+    world = World()
+    await world.shows(
+        [raw("uid-1")],
+        jobs={"uid-1": [raw("job-1")], "uid-2": [raw("job-2")]},
+        pods={"uid-1": [raw("pod-1")]},
+    )
+    expected = Snapshot(raw("uid-1"), (raw("job-1"),), (raw("pod-1"),))
+    assert world.watches.snapshot(KEY) == expected
+
+
+async def test_what_is_not_watched_is_gone() -> None:
+    world = World()
+    await world.shows([])
+    assert world.watches.snapshot(KEY) is None
+    assert world.watches.snapshot("ml/other") is None
+
+
+async def test_while_an_object_is_replaced_the_newer_one_counts() -> None:
+    world = World()
+    await world.shows([raw("new", "2026-11-24T13:00:00Z"), raw("old")])
+    snapshot = world.watches.snapshot(KEY)
+    assert snapshot is not None
+    assert snapshot.finetunejob["metadata"]["uid"] == "new"
+
+
+async def test_a_resync_drops_what_vanished_unseen_and_looks_at_all() -> None:
+    world = World("uid-1", "job-1")
+    await world.shows([raw("uid-1")], jobs={"uid-1": [raw("job-1"), raw("ghost")]})
+    await world.watches.resync(())
+    snapshot = world.watches.snapshot(KEY)
+    assert snapshot is not None
+    assert snapshot.jobs == (raw("job-1"),)
+    assert world.added == [KEY]
+
+
+async def test_a_resync_drops_a_finetunejob_that_vanished_unseen() -> None:
+    world = World()
+    await world.shows([raw("uid-1")])
+    await world.watches.resync(())
+    assert world.watches.snapshot(KEY) is None
+
+
+async def test_an_event_of_a_child_is_one_of_its_finetunejob() -> None:
+    world = World()
+    name = {"finetune.dev/job-name": "support"}
+    await world.watches._child_event("ml", name)
+    await world.watches._child_event("ml", {})
+    await world.watches._finetunejob_event("ml", "other")
+    assert world.added == [KEY, "ml/other"]
+    assert world.watches.synced
+
+
+async def test_kopf_gets_the_same_credentials() -> None:
+    login = await World().watches._login()
+    assert (login.server, login.scheme, login.token) == ("https://server", "Bearer", "token")
+
+
+def test_kopf_neither_posts_nor_scans() -> None:
+    settings = kopf.OperatorSettings()
+    kopf_settings(settings, 30.0)
+    assert not settings.posting.enabled
+    assert settings.scanning.disabled
+    ours = "app.kubernetes.io/managed-by=finetune-operator"
+    assert settings.watching.label_selectors["batch", "v1", "jobs"] == ours
+    assert settings.watching.label_selectors["", "v1", "pods"] == ours

@@ -1,0 +1,221 @@
+"""The plan when a stage ends badly: what is tried again, and what it costs."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_operator.api.finetunejob import Phase, StageState
+from finetune_operator.observe import Finish
+from finetune_operator.plan import Plan
+from finetune_trainer.outcome import Reason
+from tests.unit.operator.build import (
+    PREPARE,
+    TRAIN,
+    at,
+    ended,
+    failing,
+    job,
+    pod,
+    resolved,
+    run,
+    running,
+    said,
+    spec,
+    status,
+    trouble,
+)
+from tests.unit.operator.endings import (
+    CRASH,
+    DONE,
+    EVICTED_MESSAGE,
+    LAST,
+    NOTHING_YET,
+    OOM,
+    PREPARING,
+    RETRY,
+    RETRYING,
+    evicted,
+    train_retries,
+    training,
+)
+from tests.unit.operator.expect import (
+    Case,
+    decide,
+    start,
+    started,
+    unchanged,
+    warning,
+)
+
+CASES = [
+    Case(
+        "an unknown failure is tried again after ten seconds, and counts",
+        job(training()),
+        [run(TRAIN, **ended(1, last_words="RuntimeError: no luck"))],
+        train_retries(Reason.INTERNAL_ERROR, CRASH),
+    ),
+    Case(
+        "a failure with an exit code that no one knows is tried again",
+        job(training()),
+        [run(TRAIN, **ended(139))],
+        train_retries(
+            Reason.INTERNAL_ERROR, "train ended with exit code 139; its log may say why."
+        ),
+    ),
+    Case(
+        "a store that is down is tried again",
+        job(training()),
+        [run(TRAIN, **ended(1, said(TRAIN, Reason.STORAGE_UNAVAILABLE, message="503")))],
+        train_retries(Reason.STORAGE_UNAVAILABLE, "503"),
+    ),
+    Case(
+        "the second pause is twice the first",
+        job(training(attempt=2, failures=1)),
+        [run(TRAIN, 2, **ended(1, last_words="RuntimeError: no luck"))],
+        train_retries(Reason.INTERNAL_ERROR, CRASH, after=20, attempt=2, failures=2),
+    ),
+    Case(
+        "no pause is longer than five minutes",
+        job(training(attempt=40, failures=0)),
+        [run(TRAIN, 40, **ended(1, last_words="RuntimeError: no luck"))],
+        train_retries(Reason.INTERNAL_ERROR, CRASH, after=300, attempt=40, failures=1),
+    ),
+    Case(
+        "during the pause nothing is done",
+        job(RETRYING),
+        [run(TRAIN, **{**ended(1), "finished_at": at(0)})],
+        unchanged(RETRYING, requeue_after=10),
+    ),
+    Case(
+        "after the pause the next attempt starts",
+        job(
+            RETRYING.model_copy(
+                update={
+                    "stages": (
+                        DONE,
+                        RETRY.model_copy(update={"completion_time": "2026-11-24T11:59:50Z"}),
+                        LAST,
+                    )
+                }
+            )
+        ),
+        [run(TRAIN, **ended(1))],
+        Plan(
+            training(attempt=2, failures=1, since=0),
+            (start(TRAIN, 2),),
+            (started(TRAIN, 2),),
+        ),
+    ),
+    Case(
+        "an eviction is tried again free of charge",
+        job(training(), spec=spec(backoffLimit=0)),
+        [run(TRAIN, finished=Finish.FAILED, finished_at=at(0), pod=evicted())],
+        train_retries(Reason.POD_DISRUPTED, EVICTED_MESSAGE, failures=0),
+    ),
+    Case(
+        "an evicted pod of a Job that has not failed may be replaced by the Job itself",
+        job(training()),
+        [run(TRAIN, pod=evicted())],
+        unchanged(training()),
+    ),
+    Case(
+        "a trainer that was stopped is tried again free of charge",
+        job(training()),
+        [run(TRAIN, **ended(14, said(TRAIN, Reason.STOPPED, message="stopped at step 5")))],
+        train_retries(Reason.STOPPED, "stopped at step 5", failures=0),
+    ),
+    Case(
+        "a killed container of a deleted pod is tried again free of charge",
+        job(training()),
+        [run(TRAIN, **ended(137, deleting=True))],
+        train_retries(
+            Reason.POD_DISRUPTED,
+            "The pod of train was disrupted (the pod was deleted).",
+            failures=0,
+        ),
+    ),
+    Case(
+        "out of memory is tried again, and says which limit to raise",
+        job(training()),
+        [run(TRAIN, **ended(137, oom_killed=True))],
+        train_retries(Reason.OUT_OF_MEMORY, OOM),
+    ),
+    Case(
+        "a pod that failed before it ran is tried again",
+        job(training()),
+        [
+            run(
+                TRAIN,
+                finished=Finish.FAILED,
+                finished_at=at(0),
+                pod=pod(phase="Failed", started=False),
+            )
+        ],
+        train_retries(Reason.INTERNAL_ERROR, "The pod of train failed before it ran."),
+    ),
+    Case(
+        "a failed Job whose pod is gone for good is tried again, and counts",
+        job(training()),
+        [run(TRAIN, finished=Finish.FAILED, finished_at=at(-31), pod=None)],
+        Plan(
+            status(
+                Phase.TRAINING,
+                TRAIN,
+                DONE,
+                running(TRAIN, 2, fingerprint="train-a", failures=1),
+                LAST,
+                resolved=resolved(),
+            ),
+            (start(TRAIN, 2),),
+            (
+                warning(
+                    "PodDisrupted",
+                    "The Job train-1 ended, and its pod is gone with what it had to say.",
+                ),
+                started(TRAIN, 2),
+            ),
+        ),
+    ),
+    Case(
+        "a prepare that ended well without a word is tried again",
+        job(PREPARING),
+        [run(PREPARE, **ended(0))],
+        Plan(
+            status(
+                Phase.PREPARING,
+                PREPARE,
+                failing(
+                    PREPARE,
+                    Reason.INTERNAL_ERROR,
+                    "prepare ended without saying what it found.",
+                    state=StageState.PENDING,
+                ),
+                *NOTHING_YET,
+                conditions=trouble(
+                    Phase.PREPARING,
+                    (
+                        "Retrying",
+                        "Attempt 2 of prepare follows. The last one ended: "
+                        "prepare ended without saying what it found.",
+                    ),
+                    ("InternalError", "prepare ended without saying what it found."),
+                ),
+            ),
+            events=(warning("InternalError", "prepare ended without saying what it found."),),
+            requeue_after=10,
+        ),
+    ),
+    Case(
+        "a trainer that says it succeeded, and then crashes, is tried again",
+        job(training()),
+        [run(TRAIN, **ended(134, said(TRAIN)))],
+        train_retries(
+            Reason.INTERNAL_ERROR, "train ended with exit code 134; its log may say why."
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.says)
+def test_plan(case: Case) -> None:
+    assert decide(case) == case.plan

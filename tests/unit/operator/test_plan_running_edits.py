@@ -1,0 +1,320 @@
+"""The plan when the spec changes while something runs: what goes on, and what is stopped."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_operator.api.finetunejob import Phase, StageState
+from finetune_operator.observe import Finish
+from finetune_operator.plan import Plan
+from finetune_trainer.outcome import Reason
+from tests.unit.operator.build import (
+    EXPORT,
+    PREPARE,
+    TRAIN,
+    at,
+    cached,
+    ended,
+    exported,
+    failing,
+    job,
+    pending,
+    resolved,
+    run,
+    running,
+    said,
+    status,
+    succeeded,
+    trouble,
+)
+from tests.unit.operator.edits import (
+    FIGURES,
+    NEW_EXPORT,
+    NEW_TRAIN,
+    PREPARED,
+    answer,
+    preparing,
+    working,
+)
+from tests.unit.operator.expect import (
+    Case,
+    decide,
+    finished,
+    start,
+    started,
+    stop,
+    stopped,
+    unchanged,
+    was_cached,
+)
+
+CASES = [
+    Case(
+        "a training goes on while prepare looks at the new spec",
+        job(preparing(running(TRAIN, fingerprint="train-a"), pending(EXPORT)), generation=2),
+        [run(PREPARE, key="2"), run(TRAIN)],
+        unchanged(preparing(running(TRAIN, fingerprint="train-a"), pending(EXPORT))),
+    ),
+    Case(
+        "a training that the edit doesn't touch is left alone",
+        job(
+            preparing(
+                running(TRAIN, fingerprint="train-a"), pending(EXPORT, fingerprint="export-a")
+            ),
+            generation=2,
+        ),
+        [answer([PREPARE], NEW_EXPORT), run(TRAIN)],
+        Plan(
+            working(
+                Phase.TRAINING,
+                TRAIN,
+                PREPARED,
+                running(TRAIN, fingerprint="train-a"),
+                pending(EXPORT, fingerprint="export-b"),
+                resolved=NEW_EXPORT,
+                metrics={},
+            ),
+            events=(finished(PREPARE),),
+        ),
+    ),
+    Case(
+        "a training that the edit changes is stopped, and started anew when it has stopped",
+        job(preparing(running(TRAIN, fingerprint="train-a"), pending(EXPORT)), generation=2),
+        [answer([PREPARE], NEW_TRAIN), run(TRAIN)],
+        Plan(
+            working(
+                Phase.TRAINING,
+                TRAIN,
+                PREPARED,
+                pending(TRAIN, fingerprint="train-b"),
+                pending(EXPORT, fingerprint="export-b"),
+                resolved=NEW_TRAIN,
+                metrics={},
+                conditions=trouble(
+                    Phase.TRAINING,
+                    ("Stopping", "train starts when its earlier pod has stopped."),
+                    None,
+                    generation=2,
+                ),
+            ),
+            (stop(TRAIN),),
+            (finished(PREPARE), stopped(TRAIN)),
+        ),
+    ),
+    Case(
+        "a training that the edit makes superfluous is stopped",
+        job(preparing(running(TRAIN, fingerprint="train-a"), pending(EXPORT)), generation=2),
+        [answer([TRAIN], NEW_TRAIN), run(TRAIN)],
+        Plan(
+            working(
+                Phase.EXPORTING,
+                EXPORT,
+                PREPARED,
+                cached(TRAIN, "train-b"),
+                running(EXPORT, fingerprint="export-b"),
+                resolved=NEW_TRAIN,
+                metrics={},
+            ),
+            (stop(TRAIN), start(EXPORT, found=NEW_TRAIN, key="export-b")),
+            (finished(PREPARE), was_cached(TRAIN), stopped(TRAIN), started(EXPORT)),
+        ),
+    ),
+    Case(
+        "the prepare of an earlier spec is stopped before the next one starts",
+        job(
+            status(Phase.PREPARING, PREPARE, running(PREPARE), pending(TRAIN), pending(EXPORT)),
+            generation=2,
+        ),
+        [run(PREPARE)],
+        Plan(
+            working(
+                Phase.PENDING,
+                PREPARE,
+                pending(PREPARE),
+                pending(TRAIN),
+                pending(EXPORT),
+                conditions=trouble(
+                    Phase.PENDING,
+                    ("Stopping", "prepare starts when its earlier pod has stopped."),
+                    None,
+                    generation=2,
+                ),
+            ),
+            (stop(PREPARE),),
+            (stopped(PREPARE),),
+        ),
+    ),
+    Case(
+        "a prepare starts when that of the earlier spec is gone",
+        job(
+            working(
+                Phase.PENDING,
+                PREPARE,
+                pending(PREPARE),
+                pending(TRAIN),
+                pending(EXPORT),
+                conditions=(),
+            ),
+            generation=2,
+        ),
+        [],
+        Plan(
+            preparing(pending(TRAIN), pending(EXPORT)).model_copy(
+                update={
+                    "stages": (running(PREPARE), pending(TRAIN), pending(EXPORT)),
+                }
+            ),
+            (start(PREPARE, key="2"),),
+            (started(PREPARE),),
+        ),
+    ),
+    Case(
+        "a stage starts when its stopped Job is still there, but has ended",
+        job(
+            working(
+                Phase.TRAINING,
+                TRAIN,
+                PREPARED,
+                pending(TRAIN, fingerprint="train-b"),
+                pending(EXPORT, fingerprint="export-b"),
+                resolved=NEW_TRAIN,
+            ),
+            generation=2,
+        ),
+        [run(TRAIN, finished=Finish.FAILED, finished_at=at(-5))],
+        Plan(
+            working(
+                Phase.TRAINING,
+                TRAIN,
+                PREPARED,
+                running(TRAIN, fingerprint="train-b"),
+                pending(EXPORT, fingerprint="export-b"),
+                resolved=NEW_TRAIN,
+            ),
+            (start(TRAIN, found=NEW_TRAIN, key="train-b"),),
+            (started(TRAIN),),
+        ),
+    ),
+    Case(
+        "a training that ends while prepare looks is taken in, and kept",
+        job(
+            preparing(
+                running(TRAIN, fingerprint="train-a", since=-300),
+                pending(EXPORT, fingerprint="export-a"),
+                resolved=resolved(),
+            ),
+            generation=2,
+        ),
+        [run(PREPARE, key="2"), run(TRAIN, **ended(0, said(TRAIN, metrics=FIGURES)))],
+        Plan(
+            preparing(
+                succeeded(TRAIN, since=-300, fingerprint="train-a"),
+                pending(EXPORT, fingerprint="export-a"),
+                resolved=resolved(),
+                metrics=FIGURES,
+            ),
+            events=(finished(TRAIN),),
+        ),
+    ),
+    Case(
+        "an edit back to a spec whose old Jobs are still there takes a new number",
+        job(preparing(running(TRAIN, fingerprint="train-b"), pending(EXPORT)), generation=2),
+        [
+            answer([PREPARE]),
+            run(TRAIN, 3, **ended(0, said(TRAIN))),
+            run(TRAIN, key="train-b", name="train-b-1", deleting=True),
+        ],
+        Plan(
+            working(
+                Phase.TRAINING,
+                TRAIN,
+                PREPARED,
+                pending(TRAIN, fingerprint="train-a", attempt=3),
+                pending(EXPORT, fingerprint="export-a"),
+                resolved=resolved(),
+                metrics={},
+                conditions=trouble(
+                    Phase.TRAINING,
+                    ("Stopping", "train starts when its earlier pod has stopped."),
+                    None,
+                    generation=2,
+                ),
+            ),
+            events=(finished(PREPARE),),
+        ),
+    ),
+    Case(
+        "an export of the earlier spec that ends late is not shown as the result",
+        job(
+            preparing(
+                succeeded(TRAIN, fingerprint="train-a"),
+                pending(EXPORT, fingerprint="export-b"),
+                resolved=NEW_EXPORT,
+            ),
+            generation=2,
+        ),
+        [run(PREPARE, key="2"), run(EXPORT, **ended(0, exported()))],
+        unchanged(
+            preparing(
+                succeeded(TRAIN, fingerprint="train-a"),
+                pending(EXPORT, fingerprint="export-b"),
+                resolved=NEW_EXPORT,
+            )
+        ),
+    ),
+    Case(
+        "a Job that no stage claims any more is stopped",
+        job(
+            working(
+                Phase.TRAINING,
+                TRAIN,
+                PREPARED,
+                failing(
+                    TRAIN,
+                    Reason.INTERNAL_ERROR,
+                    "no luck",
+                    state=StageState.PENDING,
+                    fingerprint="train-a",
+                ),
+                pending(EXPORT, fingerprint="export-a"),
+                conditions=trouble(
+                    Phase.TRAINING,
+                    ("Retrying", "Attempt 2 of train follows. The last one ended: no luck"),
+                    ("InternalError", "no luck"),
+                    generation=2,
+                ),
+            ),
+            generation=2,
+        ),
+        [run(TRAIN)],
+        Plan(
+            working(
+                Phase.TRAINING,
+                TRAIN,
+                PREPARED,
+                failing(
+                    TRAIN,
+                    Reason.INTERNAL_ERROR,
+                    "no luck",
+                    state=StageState.PENDING,
+                    fingerprint="train-a",
+                ),
+                pending(EXPORT, fingerprint="export-a"),
+                conditions=trouble(
+                    Phase.TRAINING,
+                    ("Retrying", "Attempt 2 of train follows. The last one ended: no luck"),
+                    ("InternalError", "no luck"),
+                    generation=2,
+                ),
+            ),
+            (stop(TRAIN),),
+            (stopped(TRAIN),),
+            requeue_after=10,
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.says)
+def test_plan(case: Case) -> None:
+    assert decide(case) == case.plan
