@@ -1,0 +1,163 @@
+"""finetune-trainer: the stages that the operator runs, and the same on one machine without it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from pydantic import ValidationError
+
+from finetune_trainer.config import RunConfig, Stage, read_run_config
+from finetune_trainer.local import commands
+from finetune_trainer.outcome import Reason, StageError, StageResult
+from finetune_trainer.progress import Reporter, reporter_for
+from finetune_trainer.running import (
+    as_result,
+    explain,
+    guarded,
+    perform,
+    quiet_libraries,
+    stop_on_signal,
+    write_termination_message,
+)
+
+TERMINATION_LOG = Path("/dev/termination-log")
+MOUNTED_WORKSPACE = Path("/workspace")
+MOUNTED_CONFIG = Path("/etc/finetune/run.json")
+
+log = logging.getLogger(__name__)
+
+app = typer.Typer(
+    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+app.add_typer(commands.app, name="local")
+
+ConfigOption = Annotated[
+    Path, typer.Option("--config", help="The run.json, as the operator writes it.")
+]
+WorkspaceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--workspace",
+        help="Folder for intermediate files; default /workspace where it is, else ./.workspace.",
+    ),
+]
+TerminationOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--termination-log", help=f"File for the result; default {TERMINATION_LOG} where it is."
+    ),
+]
+
+
+@app.command()
+def prepare(
+    config: ConfigOption = MOUNTED_CONFIG,
+    workspace: WorkspaceOption = None,
+    termination_log: TerminationOption = None,
+) -> None:
+    """Check dataset, base model and access; write the examples."""
+    _run_stages([Stage.PREPARE], config, workspace, termination_log)
+
+
+@app.command()
+def train(
+    config: ConfigOption = MOUNTED_CONFIG,
+    workspace: WorkspaceOption = None,
+    termination_log: TerminationOption = None,
+) -> None:
+    """Train the adapter on the examples that `prepare` wrote."""
+    _run_stages([Stage.TRAIN], config, workspace, termination_log)
+
+
+@app.command()
+def export(
+    config: ConfigOption = MOUNTED_CONFIG,
+    workspace: WorkspaceOption = None,
+    termination_log: TerminationOption = None,
+) -> None:
+    """Merge, convert to GGUF, quantize, check, publish."""
+    _run_stages([Stage.EXPORT], config, workspace, termination_log)
+
+
+@app.command()
+def run(
+    config: ConfigOption = MOUNTED_CONFIG,
+    workspace: WorkspaceOption = None,
+    termination_log: TerminationOption = None,
+) -> None:
+    """Run all three stages here; what the output folder already holds is not done again."""
+    _run_stages(list(Stage), config, workspace, termination_log)
+
+
+def _run_stages(
+    stages: list[Stage], config_file: Path, workspace: Path | None, termination_log: Path | None
+) -> None:
+    quiet_libraries()
+    if termination_log is None and TERMINATION_LOG.exists():
+        termination_log = TERMINATION_LOG
+    if workspace is None:
+        workspace = MOUNTED_WORKSPACE if MOUNTED_WORKSPACE.is_dir() else Path(".workspace")
+    workspace = workspace.absolute()
+    current = [stages[0]]
+
+    config = _read(config_file)
+    if isinstance(config, StageError):
+        log.error("%s: %s", config.reason, config.message)
+        _finish(as_result(stages[0], config), termination_log)
+    reporter = reporter_for(config.job)
+    stop_on_signal(lambda: current[0], termination_log, reporter)
+    with reporter:
+        result = _chain(stages, current, config, workspace, reporter)
+    _finish(result, termination_log)
+
+
+def _chain(
+    stages: list[Stage],
+    current: list[Stage],
+    config: RunConfig,
+    workspace: Path,
+    reporter: Reporter,
+) -> StageResult:
+    """Run stages one after the other; the first that fails ends it."""
+    held: tuple[Stage, ...] = ()
+    for stage in stages:
+        if stage in held:
+            continue
+        current[0] = stage
+        result = guarded(stage, partial(perform, stage, config, workspace, reporter))
+        if result.reason is not Reason.SUCCEEDED:
+            break
+        if stage is Stage.PREPARE:
+            held = result.complete
+            config = config.model_copy(update={"resolved": result.resolved})
+    return result
+
+
+def _read(path: Path) -> RunConfig | StageError:
+    try:
+        return read_run_config(path)
+    except ValidationError as error:
+        return explain(error)
+    except OSError as error:
+        return StageError(
+            Reason.INVALID_CONFIG, f"{path} can't be read: {error.strerror}; name it with --config."
+        )
+
+
+def _finish(result: StageResult, termination_log: Path | None) -> NoReturn:
+    write_termination_message(result, termination_log)
+    sys.exit(result.reason.exit_code)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""The third room: turn the adapter into files that people can serve.
+
+stage     inputs from the store, artifacts and manifest into the store
+merge     base model + adapter -> 16-bit safetensors
+gguf      safetensors -> GGUF, and its quantizations
+verify    each GGUF file is loaded in llama.cpp and asked a question
+manifest  what is where, made from what
+"""

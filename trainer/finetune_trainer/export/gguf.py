@@ -1,0 +1,69 @@
+"""GGUF files: converted once by llama.cpp's converter, then quantized through its library."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from finetune_trainer.base_model import converter
+from finetune_trainer.base_model.loading import available_cpus
+from finetune_trainer.config import Quantization
+from finetune_trainer.export import llama
+from finetune_trainer.export.merge import parameters_dtype
+from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.progress import Reporter
+
+
+def file_name(model: str, quantization: Quantization) -> str:
+    """The name that people know from the Hub, e.g. Llama-3.2-1B-Q4_K_M.gguf."""
+    return f"{model}-{quantization}.gguf"
+
+
+def write_gguf(
+    merged: Path,
+    target: Path,
+    model: str,
+    quantizations: tuple[Quantization, ...],
+    reporter: Reporter,
+) -> list[Path]:
+    """Write one file per quantization to the folder `target`, the largest first.
+
+    The merged model's own 16-bit type is converted without loss; all others are made of that file.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    own = Quantization.BF16 if parameters_dtype(merged) == "bfloat16" else Quantization.F16
+    master = target / file_name(model, own)
+    reporter.message(f"Converting to GGUF ({own})")
+    converter.convert(merged, master, "bf16" if own is Quantization.BF16 else "f16")
+    files = []
+    for kind in sorted(quantizations, key=list(Quantization).index):
+        file = target / file_name(model, kind)
+        if kind is not own:
+            reporter.message(f"Quantizing to {kind}")
+            quantize(master, file, kind)
+        files.append(file)
+    if own not in quantizations:
+        master.unlink()
+    return files
+
+
+def quantize(source: Path, target: Path, kind: Quantization) -> None:
+    """Write `source`, a 16-bit GGUF file, as another type."""
+    try:
+        llama.call(
+            do="quantize",
+            source=str(source),
+            target=str(target),
+            type=kind.value,
+            threads=available_cpus(),
+        )
+    except llama.LlamaError as error:
+        if shutil.disk_usage(target.parent).free < source.stat().st_size // 100:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise StageError(
+            Reason.MODEL_UNSUPPORTED,
+            f"llama.cpp can't quantize this model to {kind}: {error} Leave it out of "
+            "spec.export.gguf.",
+        ) from error

@@ -1,0 +1,136 @@
+"""What the commands do, with the stages' own functions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from finetune_trainer.base_model import source
+from finetune_trainer.config import Quantization, RunConfig, Stage, read_run_config
+from finetune_trainer.marker import stage_folder
+from finetune_trainer.outcome import Reason, StageError, StageResult
+from finetune_trainer.progress import Reporter
+from finetune_trainer.running import perform
+from finetune_trainer.storage import LocalFolder
+
+# In a checkout, the examples are the defaults.
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
+SAMPLE = EXAMPLES / "data" / "lumora-nest.csv"
+
+log = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, folder: Path, reporter: Reporter) -> StageResult:
+    """Prepare and train, and lay the adapter out as `lora_adapter`."""
+    prepared = perform(Stage.PREPARE, config, _workspace(folder), reporter)
+    log.info("Dataset: %s: %s", config.dataset.source, prepared.message)
+    config = config.model_copy(update={"resolved": prepared.resolved})
+    if Stage.TRAIN in prepared.complete:
+        log.info("Nothing changed since this adapter was trained; it is taken as it is")
+    else:
+        perform(Stage.TRAIN, config, _workspace(folder), reporter)
+    _run_file(folder).write_text(config.model_dump_json(indent=2))
+    adapter = folder / "lora_adapter"
+    shutil.rmtree(adapter, ignore_errors=True)
+    trained = stage_folder(Stage.TRAIN, source.resolved_of(config).fingerprints.train)
+    LocalFolder(store_folder(folder)).download_tree(f"{trained}/adapter", adapter)
+    return _done(Stage.TRAIN, f"the adapter is in {adapter}")
+
+
+def merge(folder: Path, reporter: Reporter) -> StageResult:
+    """Merge `lora_adapter` into its base model, as `merged`."""
+    config = _last_run(folder)
+    from finetune_trainer.export.merge import merge as merge_into  # noqa: PLC0415 - imports torch
+
+    base = source.fetch_resolved(config, _workspace(folder) / "model", reporter)
+    target = folder / "merged"
+    shutil.rmtree(target, ignore_errors=True)
+    reporter.message(f"Merging the adapter into {config.model.source}")
+    trust = config.model.trust_remote_code
+    merge_into(base, folder / "lora_adapter", target, trust_remote_code=trust)
+    return _done(Stage.EXPORT, f"the merged model is in {target}")
+
+
+def gguf(folder: Path, kinds: tuple[Quantization, ...], reporter: Reporter) -> StageResult:
+    """Convert `merged` to GGUF files in `gguf`, and ask each one a question."""
+    config = _last_run(folder)
+    merged = folder / "merged"
+    if not merged.is_dir():
+        raise StageError(
+            Reason.INVALID_CONFIG, f"{merged} does not exist: run `make merge` before `make gguf`."
+        )
+    from finetune_trainer.base_model.tokenizer import load_tokenizer  # noqa: PLC0415 - as above
+    from finetune_trainer.export.gguf import write_gguf  # noqa: PLC0415
+    from finetune_trainer.export.verify import verify  # noqa: PLC0415
+
+    target = folder / "gguf"
+    shutil.rmtree(target, ignore_errors=True)
+    name = source.display_name(config.model.source)
+    files = write_gguf(merged, target, name, kinds, reporter)
+    tokenizer = load_tokenizer(merged, trust_remote_code=config.model.trust_remote_code)
+    example = _first_example(config, folder)
+    for file in files:
+        verify(file, tokenizer, example)
+    return _done(Stage.EXPORT, f"{len(files)} GGUF files are in {target}")
+
+
+def dataset(given: Path | None) -> Path:
+    """The CSV file; left out, the sample of the checkout."""
+    if given is None and not SAMPLE.is_file():
+        raise StageError(Reason.INVALID_CONFIG, "Name a CSV file with --dataset.")
+    return (given or SAMPLE).resolve()
+
+
+def base_model(given: str | None) -> str:
+    """A Hub name or an absolute path; left out, the small model of the examples."""
+    if given is not None:
+        return str(Path(given).resolve()) if Path(given).is_dir() else given
+    script = EXAMPLES / "base_model.py"
+    if not script.is_file():
+        raise StageError(Reason.INVALID_CONFIG, "Name a base model with --base-model.")
+    log.info("Base model: the small one of the examples, made on first use")
+    made = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    if made.returncode != 0:
+        raise StageError(
+            Reason.MODEL_NOT_FOUND,
+            f"The examples' base model could not be made: {made.stderr.strip()[-300:]} Run `make "
+            "build`, or name another with --base-model.",
+        )
+    return made.stdout.strip()
+
+
+def store_folder(folder: Path) -> Path:
+    """What stands for the bucket."""
+    return folder / ".finetune" / "store"
+
+
+def _workspace(folder: Path) -> Path:
+    return folder / ".finetune" / "workspace"
+
+
+def _run_file(folder: Path) -> Path:
+    return folder / ".finetune" / "run.json"
+
+
+def _last_run(folder: Path) -> RunConfig:
+    if not (folder / "lora_adapter").is_dir() or not _run_file(folder).is_file():
+        raise StageError(
+            Reason.INVALID_CONFIG, f"There is no adapter in {folder}: run `make train` first."
+        )
+    return read_run_config(_run_file(folder))
+
+
+def _first_example(config: RunConfig, folder: Path) -> dict[str, Any]:
+    prepared = stage_folder(Stage.PREPARE, source.resolved_of(config).fingerprints.prepare)
+    with (store_folder(folder) / prepared / "examples.jsonl").open(encoding="utf-8") as lines:
+        example: dict[str, Any] = json.loads(next(lines))
+    return example
+
+
+def _done(stage: Stage, message: str) -> StageResult:
+    return StageResult(stage=stage, reason=Reason.SUCCEEDED, message=message)

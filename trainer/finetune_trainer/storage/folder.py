@@ -1,0 +1,69 @@
+"""What a folder can do, wherever it is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+OnBytes = Callable[[int], None]
+"""Called with the number of bytes moved since the last call, from any thread."""
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file of a folder."""
+
+    path: str
+    size: int
+    etag: str
+    """Changes with the content: the object's ETag, or `sha256:…` of a file on disk. Empty in the
+    listing of a folder on disk, where it would mean reading everything."""
+
+
+class Folder(ABC):
+    """A folder in a bucket or on disk; paths are relative to it and use `/`.
+
+    Every method can raise StageError (access denied, no such bucket, store unreachable).
+    """
+
+    uri: str
+
+    def uri_of(self, path: str) -> str:
+        """The full name of a file, as a person would write it."""
+        return f"{self.uri}/{path}" if path else self.uri
+
+    @abstractmethod
+    def stat(self, path: str) -> FileInfo | None:
+        """Size and ETag; None when the file is not there."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> list[FileInfo]:
+        """All files whose path starts with `prefix`, sorted by path."""
+
+    @abstractmethod
+    def read(self, path: str) -> bytes | None:
+        """The content of a small file; None when it is not there."""
+
+    @abstractmethod
+    def write(self, path: str, data: bytes) -> None:
+        """Write a small file, as a whole or not at all."""
+
+    @abstractmethod
+    def download(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> None:
+        """Copy a file to disk, as a whole or not at all; FileNotFoundError when it is missing."""
+
+    @abstractmethod
+    def upload(self, source: Path, path: str, on_bytes: OnBytes | None = None) -> None:
+        """Copy a file from disk, as a whole or not at all."""
+
+    @abstractmethod
+    def delete(self, paths: Iterable[str]) -> None:
+        """Delete files; one that is not there is no error."""
+
+    def download_tree(self, prefix: str, target: Path, on_bytes: OnBytes | None = None) -> Path:
+        """Copy every file below the folder `prefix` to `target`."""
+        for info in self.list(f"{prefix}/"):
+            self.download(info.path, target / info.path.removeprefix(f"{prefix}/"), on_bytes)
+        return target

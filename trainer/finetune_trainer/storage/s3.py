@@ -1,0 +1,152 @@
+"""A prefix of a bucket, in Amazon S3 or a store that speaks its protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from finetune_trainer.config import Storage
+from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.storage.folder import FileInfo, Folder, OnBytes
+from finetune_trainer.storage.local import replacing
+from finetune_trainer.storage.s3_errors import error_code, stage_error
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_DELETE_AT_ONCE = 1000  # the most keys that one DeleteObjects takes
+
+
+@lru_cache(maxsize=8)
+def client(settings: Storage) -> S3Client:
+    """One client per store, for all threads; credentials come from the environment."""
+    own_store = settings.endpoint is not None
+    config = Config(
+        connect_timeout=5,
+        read_timeout=60,
+        retries={"mode": "standard", "max_attempts": 5},
+        max_pool_connections=16,
+        # Other stores often have no DNS name per bucket and no support for the checksums that
+        # Amazon S3 introduced in 2025; their ETags and TLS do what those would.
+        s3={"addressing_style": "path" if own_store else "auto"},
+        request_checksum_calculation="when_required" if own_store else "when_supported",
+        response_checksum_validation="when_required" if own_store else "when_supported",
+    )
+    try:
+        return boto3.client(
+            "s3", endpoint_url=settings.endpoint, region_name=settings.region, config=config
+        )
+    except ValueError as error:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"storage.endpoint {settings.endpoint!r} is not a URL: write http(s)://host:port.",
+        ) from error
+
+
+class S3Folder(Folder):
+    """A prefix of a bucket."""
+
+    def __init__(self, bucket: str, prefix: str, settings: Storage) -> None:
+        self.bucket = bucket
+        self.prefix = prefix
+        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._settings = settings
+        self._s3 = client(settings)
+
+    def stat(self, path: str) -> FileInfo | None:
+        """HEAD; the answer to a failed one has no body, so a listing is asked what it means."""
+        with self._errors(path):
+            try:
+                head = self._s3.head_object(Bucket=self.bucket, Key=self._key(path))
+            except ClientError as error:
+                if error_code(error) in ("404", "NoSuchKey"):
+                    self._probe(path)
+                    return None
+                if error_code(error) in ("400", "403"):
+                    self._probe(path)
+                raise
+        return FileInfo(path, head["ContentLength"], head["ETag"].strip('"'))
+
+    def list(self, prefix: str = "") -> list[FileInfo]:
+        """ListObjectsV2, all pages."""
+        base = f"{self.prefix}/" if self.prefix else ""
+        found = []
+        with self._errors(prefix):
+            pages = self._s3.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=base + prefix):
+                for item in page.get("Contents", []):
+                    path = item["Key"].removeprefix(base)
+                    if path and not path.endswith("/"):  # consoles make "folder" objects
+                        found.append(FileInfo(path, item["Size"], item["ETag"].strip('"')))
+        return sorted(found, key=lambda info: info.path)
+
+    def read(self, path: str) -> bytes | None:
+        """GET."""
+        with self._errors(path):
+            try:
+                body = self._s3.get_object(Bucket=self.bucket, Key=self._key(path))["Body"]
+                return body.read()
+            except ClientError as error:
+                if error_code(error) == "NoSuchKey":
+                    return None
+                raise
+
+    def write(self, path: str, data: bytes) -> None:
+        """PUT."""
+        with self._errors(path):
+            self._s3.put_object(Bucket=self.bucket, Key=self._key(path), Body=data)
+
+    def download(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> None:
+        """GET, in parallel parts when it is large."""
+        with self._errors(path), replacing(target) as partial:
+            try:
+                self._s3.download_file(
+                    self.bucket, self._key(path), str(partial), Callback=on_bytes
+                )
+            except ClientError as error:
+                if error_code(error) not in ("404", "NoSuchKey"):
+                    raise
+                raise FileNotFoundError(f"{self.uri_of(path)} is missing") from error
+
+    def upload(self, source: Path, path: str, on_bytes: OnBytes | None = None) -> None:
+        """PUT, in parallel parts when it is large; the object appears when all are there."""
+        with self._errors(path):
+            self._s3.upload_file(str(source), self.bucket, self._key(path), Callback=on_bytes)
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """DeleteObjects, a thousand at a time."""
+        keys = [self._key(path) for path in paths]
+        for start in range(0, len(keys), _DELETE_AT_ONCE):
+            some = keys[start : start + _DELETE_AT_ONCE]
+            with self._errors(""):
+                answer = self._s3.delete_objects(
+                    Bucket=self.bucket,
+                    Delete={"Objects": [{"Key": k} for k in some], "Quiet": True},
+                )
+            for failed in answer.get("Errors", []):
+                raise stage_error(
+                    failed.get("Code", ""),
+                    f"s3://{self.bucket}/{failed.get('Key')}",
+                    self._settings,
+                )
+
+    def _key(self, path: str) -> str:
+        return f"{self.prefix}/{path}" if self.prefix else path
+
+    def _probe(self, path: str) -> None:
+        """Raise the error that a request with a body in its answer gets, if any."""
+        self._s3.list_objects_v2(Bucket=self.bucket, Prefix=self._key(path), MaxKeys=1)
+
+    @contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except (ClientError, BotoCoreError, boto3.exceptions.Boto3Error) as error:
+            raise stage_error(error, self.uri_of(path), self._settings) from error
