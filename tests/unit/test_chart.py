@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,14 @@ def test_the_operators_pod_is_restricted() -> None:
 def test_uninstalling_keeps_the_definition_and_so_every_job() -> None:
     definition = named(render(), "CustomResourceDefinition", "finetunejobs.finetune.dev")
     assert definition["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+
+
+def test_the_rules_stand_where_the_template_takes_them_out_for_an_old_server() -> None:
+    text = (CHART / "files" / "finetunejob-crd.yaml").read_text()
+    template = (CHART / "templates" / "crd.yaml").read_text()
+    pattern = re.search(r'regexReplaceAll "(.+?)"', template)
+    assert pattern
+    without = re.sub(pattern[1].replace("\\n", "\n"), "", text)
+    assert "x-kubernetes-validations" in text
+    assert "x-kubernetes-validations" not in without
+    kubernetes_validate.validate(yaml.safe_load(without), "1.37", strict=True)

@@ -246,8 +246,13 @@ class Fingerprints(Base):
     """SHA-256 over what can change each stage's result (finetune_trainer.fingerprint)."""
 
     prepare: str
+    """Of the examples."""
+
     train: str
+    """Of the adapter."""
+
     export: str
+    """Of the artifacts."""
 
 
 class Resolved(Base):

@@ -18,6 +18,7 @@ from finetune_operator.api.finetunejob import FineTuneJob
 
 Schema = dict[str, Any]
 
+RULES = "x-kubernetes-validations"
 HEADER = "# Generated from operator/finetune_operator/api by `make generate`. Do not edit.\n"
 
 PRINTER_COLUMNS = [
@@ -67,11 +68,21 @@ def custom_resource_definition(annotations: dict[str, str] | None = None) -> dic
     }
 
 
-def render(annotations: dict[str, str] | None = None) -> str:
+def render() -> str:
     """The CustomResourceDefinition as YAML text."""
-    definition = custom_resource_definition(annotations)
-    body = yaml.dump(definition, Dumper=_Dumper, sort_keys=False, width=100)
-    return HEADER + body
+    definition = custom_resource_definition()
+    return HEADER + yaml.dump(definition, Dumper=_Dumper, sort_keys=False, width=100)
+
+
+def render_for_chart() -> str:
+    """The same for the chart, which takes the rules out for an API server that knows none.
+
+    Helm refuses fields that the server's own schema lacks, so each node's rules stand on one line
+    that a regular expression in the template finds.
+    """
+    # Deleting the definition would delete every FineTuneJob: uninstalling the chart must not.
+    definition = custom_resource_definition({"helm.sh/resource-policy": "keep"})
+    return HEADER + yaml.dump(definition, Dumper=_ChartDumper, sort_keys=False, width=sys.maxsize)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -79,6 +90,20 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002 - the library's signature
         return True
+
+
+class _ChartDumper(_Dumper):
+    """Writes rules on one line."""
+
+    def represent_dict(self, data: Any) -> yaml.MappingNode:
+        node = super().represent_dict(data)
+        for key, value in node.value:
+            if key.value == RULES:
+                value.flow_style = True
+        return node
+
+
+_ChartDumper.add_representer(dict, _ChartDumper.represent_dict)
 
 
 def structural(node: Schema, definitions: dict[str, Schema]) -> Schema:
@@ -184,9 +209,8 @@ def main(root: Path) -> None:
     """Write the definition to crds/ and to the chart below the folder `root`."""
     crd = root / "crds" / f"{GROUP}_{PLURAL}.yaml"
     crd.write_text(render(), encoding="utf-8")
-    # Deleting the definition would delete every FineTuneJob: uninstalling the chart must not.
     chart = root / "charts" / "finetune-operator" / "files" / f"{KIND.lower()}-crd.yaml"
-    chart.write_text(render({"helm.sh/resource-policy": "keep"}), encoding="utf-8")
+    chart.write_text(render_for_chart(), encoding="utf-8")
 
 
 if __name__ == "__main__":
