@@ -15,9 +15,9 @@ from finetune_trainer.config import Fingerprints, Resolved, Stage
 from finetune_trainer.outcome import Artifact, Reason, StageResult
 from tests.cluster.control_plane import ControlPlane
 
-SECONDS = 30  # more than any step takes on a busy machine
-# The garbage collector looks every 30 seconds for kinds that are new to it.
-COLLECTION_SECONDS = 90
+# More than any step takes. The garbage collector, which also stops the pods of a deleted Job, looks
+# for new kinds every 30 seconds, and pauses meanwhile.
+SECONDS = 90
 FOLDER = "s3://models/support"
 SPEC: dict[str, Any] = {
     "model": {"source": "org/base"},
@@ -126,7 +126,7 @@ class Namespace:
         """Wait until the garbage collector has removed all children."""
         for resource in CHILDREN:
             gone = partial(self._none, resource)
-            self.wait(f"no {resource}", gone, COLLECTION_SECONDS)
+            self.wait(f"no {resource}", gone)
 
     def wait_phase(self, phase: str, seconds: float = SECONDS) -> Raw:
         """Wait until the present spec has led to a phase; the status then."""

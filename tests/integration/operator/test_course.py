@@ -8,7 +8,6 @@ from finetune_trainer.config import Stage
 from finetune_trainer.outcome import Reason
 from tests.integration.operator.process import Operator
 from tests.integration.operator.stage import (
-    CHILDREN,
     FOLDER,
     Namespace,
     exported,
@@ -61,21 +60,6 @@ def test_the_same_yaml_again_starts_nothing(here: Namespace) -> None:
     here.apply(name="another")  # when this one is at work, the first one has been looked at
     here.wait("the other job", lambda: len(here.children("jobs")) == 4)
     assert here.status() == before
-
-
-def test_deleting_leaves_nothing_behind(here: Namespace) -> None:
-    here.run_all()
-    assert all(here.children(resource) for resource in CHILDREN)
-    here.delete()
-    here.wait_until_nothing_is_left()
-
-
-def test_deleting_during_training_stops_it(here: Namespace) -> None:
-    here.apply()
-    here.succeed(prepared())
-    here.start_pod(TRAIN)
-    here.delete()
-    here.wait_until_nothing_is_left()
 
 
 def test_a_job_created_anew_runs_prepare_only(here: Namespace) -> None:
