@@ -25,7 +25,7 @@ NAMESPACE = "finetune-demo"
 OPERATOR_NAMESPACE = "finetune-system"
 RELEASE = "finetune-operator"
 EXAMPLE = REPOSITORY / "examples" / "finetunejob.yaml"
-DATASET = REPOSITORY / "examples" / "data" / "lumora.csv"
+DATASET = REPOSITORY / "examples" / "data" / "lumora-nest.csv"
 BUCKETS = ("datasets", "models", "artifacts")
 SECRET = "object-store"
 

@@ -186,6 +186,9 @@ def _environment(spec: FineTuneJobSpec, pod: PodSettings) -> list[dict[str, Any]
             _from_secret("AWS_ACCESS_KEY_ID", secret, "AWS_ACCESS_KEY_ID"),
             _from_secret("AWS_SECRET_ACCESS_KEY", secret, "AWS_SECRET_ACCESS_KEY"),
             _from_secret("AWS_SESSION_TOKEN", secret, "AWS_SESSION_TOKEN", optional=True),
+            # boto3 reads it where spec.storage.endpoint says nothing: manifests in Git then fit
+            # every cluster.
+            _from_secret("AWS_ENDPOINT_URL_S3", secret, "AWS_ENDPOINT_URL_S3", optional=True),
         ]
     if spec.model.token_secret_ref is not None:
         token = spec.model.token_secret_ref
