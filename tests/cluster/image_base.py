@@ -26,6 +26,12 @@ KEEP = "/usr/share/doc/*/copyright"
 CONTAINERFILE = "FROM scratch\nADD base.tar /\n"
 
 
+def buildah(*arguments: str) -> list[str]:
+    """Start of a buildah command line; its layers are kept in the cache, not in /var/lib."""
+    storage = cache_dir() / "containers"
+    return ["buildah", f"--root={storage / 'storage'}", f"--runroot={storage / 'run'}", *arguments]
+
+
 def base_tar() -> Path:
     """Return the base's root file system as a tar, building it on first use (90 seconds)."""
     codename = os_release().get("VERSION_CODENAME", "")
@@ -68,17 +74,17 @@ def apt_sources(codename: str) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def base_image(buildah: list[str], log: Path) -> str:
+def base_image(build: list[str], log: Path) -> str:
     """Return the name of the base image in buildah's storage, importing the tar on first use."""
     tar = base_tar()
     reference = f"localhost/finetune-operator/{tar.stem.replace('base-', 'base:')}"
-    if reference in output(["buildah", "images", "--format", "{{.Name}}:{{.Tag}}"]).split():
+    if reference in output(buildah("images", "--format", "{{.Name}}:{{.Tag}}")).split():
         return reference
     with tempfile.TemporaryDirectory(dir=tar.parent) as temporary:
         work = Path(temporary)
         (work / "Containerfile").write_text(CONTAINERFILE)
         _link(tar, work / "base.tar")
-        run([*buildah, "-t", reference, "-f", str(work / "Containerfile"), temporary], log=log)
+        run([*build, "-t", reference, "-f", str(work / "Containerfile"), temporary], log=log)
     return reference
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster.errors import Unavailable
-from tests.cluster.image_base import base_image
+from tests.cluster.image_base import base_image, buildah
 from tests.cluster.llama import get_llama_cpp, offer_to_image
 from tests.cluster.paths import REPOSITORY, cache_dir
 from tests.cluster.pip_settings import PipSettings, pip_settings
@@ -149,9 +149,9 @@ def build_with_buildah(image: Image, context: Path) -> None:
         offer_to_image(get_llama_cpp(), context / "images" / "trainer" / "wheels")
     settings = pip_settings()
     # crun, buildah's default, refuses machines that mount both kinds of cgroups.
-    buildah = ["buildah", "bud", "--runtime", shutil.which("runc") or "runc", "--network", "host"]
-    command = [*buildah, "--layers", "--ignorefile", str(context / ".dockerignore")]
-    command += [f"--build-arg=BASE_IMAGE={base_image(buildah, _log(image.name))}"]
+    build = buildah("bud", "--runtime", shutil.which("runc") or "runc", "--network", "host")
+    command = [*build, "--layers", "--ignorefile", str(context / ".dockerignore")]
+    command += [f"--build-arg=BASE_IMAGE={base_image(build, _log(image.name))}"]
     _build(image, context, [*command, *settings.volumes()], settings)
 
 
@@ -181,7 +181,8 @@ def archive_image(image: Image, *, with_docker: bool) -> None:
     part.unlink(missing_ok=True)
     command = ["docker", "save", "--output", str(part), image.reference]
     if not with_docker:
-        command = ["buildah", "push", image.reference, f"docker-archive:{part}:{image.reference}"]
+        target = f"docker-archive:{part}:{image.reference}"
+        command = buildah("push", image.reference, target)
     with step(f"Archive of the {image.name}'s image"):
         run(command, log=_log(image.name))
     part.replace(image.archive)
@@ -195,7 +196,7 @@ def prune(name: str) -> None:
     for archive in archives[:-KEEP_ARCHIVES]:
         archive.unlink()
         reference = f"localhost/finetune-operator/{name}:{archive.stem.rpartition('-')[2]}"
-        tool = ["docker", "rmi"] if docker_works() else ["buildah", "rmi"]
+        tool = ["docker", "rmi"] if docker_works() else buildah("rmi")
         subprocess.run([*tool, reference], capture_output=True, check=False)
 
 
