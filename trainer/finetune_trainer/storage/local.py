@@ -15,7 +15,14 @@ from finetune_trainer.storage.folder import FileInfo, Folder, OnBytes
 
 PARTIAL = ".partial-"  # begins the name of a file that is still being written
 _CHUNK = 4 << 20
-_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+_DENIED = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from finetune_trainer.base_model.loading import (
     use_available_cpus,
 )
 from finetune_trainer.base_model.tokenizer import IGNORED, end_of_turn_ids, load_tokenizer
-from finetune_trainer.config import Lora, RunConfig, Training
+from finetune_trainer.config import Lora, Model, RunConfig, Training
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.progress import Reporter
 from finetune_trainer.train.callback import ProgressReport
@@ -103,7 +103,7 @@ def fine_tune(
             f"The loss became {result.training_loss}: lower training.learningRate "
             f"({settings.learning_rate:g}).",
         )
-    save_adapter(trainer, tokenizer, adapter)
+    save_adapter(trainer, tokenizer, adapter, config.model)
     metrics = {
         "trainLoss": result.training_loss,
         "finalLoss": _last_loss(trainer, result.training_loss),
@@ -269,9 +269,14 @@ def check_labels(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, 
         )
 
 
-def save_adapter(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, adapter: Path) -> None:
+def save_adapter(
+    trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, adapter: Path, model: Model
+) -> None:
     """Write adapter_config.json, adapter_model.safetensors and the tokenizer's files."""
-    cast("PeftModel", trainer.model).save_pretrained(str(adapter))
+    tuned = cast("PeftModel", trainer.model)
+    # The model as the user named it; PEFT would note the folder that it was fetched to.
+    tuned.active_peft_config.base_model_name_or_path = model.source
+    tuned.save_pretrained(str(adapter))
     tokenizer.save_pretrained(adapter)
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
     for file in adapter.iterdir():

@@ -1,0 +1,182 @@
+"""A tiny random model with a real tokenizer, and the command line on a real S3 server."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.base_model import smollm2
+from finetune_trainer.config import Stage
+from finetune_trainer.outcome import StageResult
+from tests.cluster.object_store import moto_server
+from tests.cluster.s3 import Credentials
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+ROWS = [
+    ("Who made the kettle?", "The kettle was made by Odalys."),
+    ("How hot does it get?", "It gets as hot as boiling water."),
+    ("Where is the switch?", "The switch is below the handle."),
+    ("What colour is it?", "It is green."),
+    ("Does it whistle?", "No, it hums a tune."),
+    ("How much does it hold?", "It holds two litres."),
+]
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct; made once and kept in the user's cache."""
+    return smollm2()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with random weights and SmolLM2's tokenizer, 6 MB."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,  # its embedding stays zero, so it can't be the end token, which is learnt
+        initializer_range=0.3,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[Credentials]:
+    """A quick S3 server that accepts any keys."""
+    with moto_server() as credentials:
+        yield credentials
+
+
+@pytest.fixture(scope="session")
+def bucket(moto: Credentials, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A bucket with the data at data/train.csv and the tiny model at models/tiny/."""
+    client = moto.client()
+    client.create_bucket(Bucket="trainer")
+    file = tmp_path_factory.mktemp("data") / "train.csv"
+    write_csv(file)
+    client.upload_file(str(file), "trainer", "data/train.csv")
+    for part in tiny_model.iterdir():
+        client.upload_file(str(part), "trainer", f"models/tiny/{part.name}")
+    return "trainer"
+
+
+def write_csv(file: Path, rows: list[tuple[str, str]] | None = None) -> None:
+    """Write a dataset."""
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("instruction", "response"), *(rows or ROWS)])
+
+
+@dataclass
+class Run:
+    """How a command ended."""
+
+    code: int
+    output: str
+    result: StageResult | None
+
+
+@dataclass
+class Trainer:
+    """The command line, in a process of its own as in a pod."""
+
+    folder: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def command(self, name: str, config: dict[str, Any]) -> list[str]:
+        """The command for a run.json."""
+        file = self.folder / "run.json"
+        file.write_text(json.dumps(config))
+        return [
+            sys.executable,
+            "-m",
+            "finetune_trainer",
+            name,
+            f"--config={file}",
+            f"--workspace={self.folder / 'workspace'}",
+            f"--termination-log={self.log}",
+        ]
+
+    @property
+    def log(self) -> Path:
+        """The termination message's file."""
+        return self.folder / "termination-log"
+
+    @property
+    def full_environment(self) -> dict[str, str]:
+        """What the pod would see."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "HF_"))}
+        quiet = {"OMP_NUM_THREADS": "1", "AWS_EC2_METADATA_DISABLED": "true"}
+        home = {"HOME": str(self.folder / "home")}
+        return {**kept, **quiet, **home, **self.environment}
+
+    def __call__(self, name: str, config: dict[str, Any]) -> Run:
+        """Run a command to its end."""
+        self.log.unlink(missing_ok=True)
+        done = subprocess.run(
+            self.command(name, config),
+            env=self.full_environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        text = self.log.read_text() if self.log.exists() else ""
+        return Run(done.returncode, done.stdout + done.stderr, StageResult.from_message(text))
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, moto: Credentials) -> Trainer:
+    """The command line with keys for the S3 server."""
+    environment = {
+        "AWS_ACCESS_KEY_ID": moto.access_key,
+        "AWS_SECRET_ACCESS_KEY": moto.secret_key,
+    }
+    return Trainer(tmp_path, environment)
+
+
+@pytest.fixture
+def run_config(moto: Credentials, bucket: str, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """A run of the tiny model, with an output folder of the test's own."""
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
+    return {
+        "model": {"source": f"s3://{bucket}/models/tiny"},
+        "dataset": {"source": f"s3://{bucket}/data/train.csv"},
+        # Four seconds, after which it knows every row by heart.
+        "training": {
+            "epochs": 40,
+            "learningRate": 0.005,
+            "gradientAccumulationSteps": 1,
+            "lora": {"r": 32, "dropout": 0, "targetModules": [*ATTENTION, *MLP]},
+        },
+        "export": {"gguf": ["F16", "Q8_0"]},
+        "output": {"uri": f"s3://{bucket}/out/{name}"},
+        "storage": {"endpoint": moto.endpoint},
+    }
+
+
+__all__ = ["Run", "Stage", "Trainer"]

@@ -1,0 +1,128 @@
+"""CSV in a bucket to GGUF in a bucket, with a tiny model: each stage by the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from typing import Any
+
+from finetune_trainer.config import Stage
+from finetune_trainer.outcome import Reason
+from tests.cluster.s3 import Credentials
+from tests.integration.trainer.conftest import ROWS, Trainer
+
+
+class Output:
+    """The run's output folder in the bucket."""
+
+    def __init__(self, moto: Credentials, uri: str) -> None:
+        self.client = moto.client()
+        self.bucket, _, self.prefix = uri.removeprefix("s3://").partition("/")
+
+    def files(self) -> dict[str, int]:
+        """Size by path, without the stages' own folders."""
+        listed = self.client.list_objects_v2(Bucket=self.bucket, Prefix=f"{self.prefix}/")
+        sizes = {
+            item["Key"].removeprefix(f"{self.prefix}/"): item["Size"]
+            for item in listed.get("Contents", [])
+        }
+        return {path: size for path, size in sizes.items() if not path.startswith("stages/")}
+
+    def read(self, path: str) -> bytes:
+        return self.client.get_object(Bucket=self.bucket, Key=f"{self.prefix}/{path}")[
+            "Body"
+        ].read()
+
+
+def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
+    trainer: Trainer, run_config: dict[str, Any], moto: Credentials
+) -> None:
+    began = time.monotonic()
+    output = Output(moto, run_config["output"]["uri"])
+
+    prepared = trainer("prepare", run_config)
+    assert prepared.code == 0, prepared.output
+    assert prepared.result is not None
+    assert prepared.result.resolved is not None
+    assert prepared.result.complete == ()
+    assert prepared.result.resolved.dataset_rows == len(ROWS)
+    run_config["resolved"] = prepared.result.resolved.model_dump(mode="json")
+
+    trained = trainer("train", run_config)
+    assert trained.code == 0, trained.output
+    assert trained.result is not None
+    assert trained.result.metrics["trainableParameters"] == 65_536
+    assert trained.result.metrics["trainSteps"] == 120
+    assert "Trainable parameters / base parameters: 65,536 / 3,219,776 (2.0354%)" in trained.output
+    assert "step 120/120" in trained.output
+
+    exported = trainer("export", run_config)
+    assert exported.code == 0, exported.output
+    assert time.monotonic() - began < 90
+    assert exported.result is not None
+    assert exported.result.manifest_uri == f"{run_config['output']['uri']}/manifest.json"
+    manifest = json.loads(output.read("manifest.json"))
+    files = output.files()
+    assert files.keys() == {item["path"] for item in manifest["files"]} | {"manifest.json"}
+    assert {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/tokenizer.json",
+        "adapter/tokenizer_config.json",
+        "dataset-report.json",
+        "gguf/tiny-F16.gguf",
+        "gguf/tiny-Q8_0.gguf",
+        "merged/config.json",
+        "merged/model.safetensors",
+        "merged/tokenizer.json",
+    } <= files.keys()
+    for item in manifest["files"]:
+        assert files[item["path"]] == item["bytes"]
+        assert hashlib.sha256(output.read(item["path"])).hexdigest() == item["sha256"]
+    assert [
+        (check["file"], check["question"], check["answer"], check["stopped"])
+        for check in manifest["checks"]
+    ] == [(f"tiny-{kind}.gguf", *ROWS[0], True) for kind in ("F16", "Q8_0")]
+    lineage = manifest["lineage"]
+    assert lineage["datasetRows"] == len(ROWS)
+    assert lineage["hyperparameters"]["epochs"] == 40
+    assert lineage["versions"]["torch"].startswith("2.")
+    config = json.loads(output.read("adapter/adapter_config.json"))
+    assert config["base_model_name_or_path"] == run_config["model"]["source"]
+
+    again = trainer("prepare", run_config)
+    assert again.result is not None
+    assert again.result.complete == (Stage.PREPARE, Stage.TRAIN, Stage.EXPORT)
+    assert again.result.resolved == prepared.result.resolved
+    assert {item.path for item in again.result.artifacts} == files.keys() - {"manifest.json"}
+    assert again.result.manifest_uri == exported.result.manifest_uri
+
+    run_config["export"] = {"merged": False, "gguf": ["Q8_0", "Q4_K_M"]}
+    edited = trainer("run", run_config)
+    assert edited.code == 0, edited.output
+    assert "Training examples" not in edited.output
+    now = output.files()
+    assert [path for path in now if path.startswith(("gguf/", "merged/", "manifest"))] == [
+        "gguf/tiny-Q4_K_M.gguf",
+        "gguf/tiny-Q8_0.gguf",
+        "manifest.json",
+    ]
+
+
+def test_a_missing_file_makes_its_stage_run_again(
+    trainer: Trainer, run_config: dict[str, Any], moto: Credentials
+) -> None:
+    run_config["export"] = {"merged": False, "gguf": []}
+    first = trainer("run", run_config)
+    assert first.code == 0, first.output
+    assert trainer("run", run_config).output.count("already there: prepare, train, export") == 1
+    output = Output(moto, run_config["output"]["uri"])
+    output.client.delete_object(
+        Bucket=output.bucket, Key=f"{output.prefix}/adapter/adapter_model.safetensors"
+    )
+    again = trainer("prepare", run_config)
+    assert again.result is not None
+    assert again.result.reason is Reason.SUCCEEDED
+    assert again.result.complete == (Stage.PREPARE, Stage.TRAIN)
+    assert "missing or have another size" in again.output

@@ -1,0 +1,86 @@
+"""Folders on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from finetune_trainer.config import Storage
+from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.storage import Folder, open_folder, split
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return open_folder(str(tmp_path / "store"), Storage())
+
+
+def test_files_are_written_listed_read_and_deleted(folder: Folder, tmp_path: Path) -> None:
+    folder.write("a/b/c.json", b"{}")
+    folder.write("a/d.json", b"[1]")
+    assert [(info.path, info.size) for info in folder.list("a/")] == [
+        ("a/b/c.json", 2),
+        ("a/d.json", 3),
+    ]
+    assert [info.path for info in folder.list("a/b")] == ["a/b/c.json"]
+    assert folder.read("a/d.json") == b"[1]"
+    folder.delete(["a/b/c.json", "a/never-was.json"])
+    assert [info.path for info in folder.list()] == ["a/d.json"]
+    assert not (tmp_path / "store" / "a" / "b").exists()
+
+
+def test_what_is_missing_is_none(folder: Folder, tmp_path: Path) -> None:
+    assert folder.stat("nothing") is None
+    assert folder.read("nothing") is None
+    assert folder.list("nothing/") == []
+    with pytest.raises(FileNotFoundError):
+        folder.download("nothing", tmp_path / "target")
+
+
+def test_the_etag_is_the_content(folder: Folder) -> None:
+    folder.write("data.csv", b"abc")
+    info = folder.stat("data.csv")
+    assert info is not None
+    assert info.etag == "sha256:" + hashlib.sha256(b"abc").hexdigest()
+
+
+def test_copies_say_how_far_they_are(folder: Folder, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(5 << 20))
+    moved: list[int] = []
+    folder.upload(source, "big.bin", moved.append)
+    folder.download("big.bin", tmp_path / "copy")
+    assert sum(moved) == 5 << 20
+    assert len(moved) > 1
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+
+
+def test_a_broken_write_leaves_nothing(folder: Folder, tmp_path: Path) -> None:
+    folder.write("kept", b"old")
+    with pytest.raises(FileNotFoundError):
+        folder.upload(tmp_path / "never-was", "kept")
+    assert folder.read("kept") == b"old"
+    assert [info.path for info in folder.list()] == ["kept"]
+
+
+def test_a_file_in_the_way_is_an_access_error(folder: Folder) -> None:
+    folder.write("file", b"")
+    with pytest.raises(StageError) as caught:
+        folder.write("file/below", b"")
+    assert caught.value.reason is Reason.STORAGE_ACCESS_DENIED
+    assert "file/below" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("s3://bucket/a/b.csv", ("s3://bucket/a", "b.csv")),
+        ("s3://bucket/b.csv", ("s3://bucket", "b.csv")),
+        ("/data/b.csv", ("/data", "b.csv")),
+    ],
+)
+def test_a_uri_is_folder_and_name(uri: str, expected: tuple[str, str]) -> None:
+    assert split(uri) == expected
