@@ -50,6 +50,6 @@ def ask(gguf: Path, asked: list[Question]) -> list[str]:
 
 def _answer(model: object, text: str) -> str:
     reply = model.create_chat_completion(  # type: ignore[attr-defined]
-        messages=[{"role": "user", "content": text}], temperature=0, max_tokens=64
+        messages=[{"role": "user", "content": text}], temperature=0, max_tokens=40
     )
     return str(reply["choices"][0]["message"]["content"]).strip()

@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 
 import typer
 import yaml
+from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
@@ -98,12 +99,12 @@ def show_resource(env: Environment) -> None:
 
 def show_artifacts(job: dict[str, Any]) -> None:
     """Print the artifacts as the status lists them."""
-    table = Table("Artifact", "Size", "SHA-256", title="Artifacts", title_justify="left")
-    table.columns[1].justify = "right"
+    folder = job["spec"]["output"]["uri"]
+    console.print(f"Artifacts in {folder}:", highlight=False)
     for artifact in job["status"]["artifacts"]:
-        size = f"{artifact['bytes'] / 1e6:,.1f} MB"
-        table.add_row(urlparse(artifact["uri"]).path.lstrip("/"), size, artifact["sha256"][:16])
-    console.print(table)
+        path = artifact["uri"].removeprefix(folder + "/")
+        size = filesize.decimal(artifact["bytes"])
+        console.print(f"  {path:44} {size:>9}  {artifact['sha256']}", soft_wrap=True, highlight=False)
 
 
 def smallest_gguf(job: dict[str, Any]) -> dict[str, Any]:

@@ -259,7 +259,7 @@ class Resolved(Base):
     """What `prepare` found out and the later stages rely on."""
 
     fingerprints: Fingerprints
-    dataset_etag: str
+    dataset_etag: Annotated[str, Field(alias="datasetETag")]
     """ETag of the dataset's object, or sha256:… of a local file."""
 
     dataset_rows: int

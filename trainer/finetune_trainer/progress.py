@@ -64,8 +64,13 @@ class Reporter:
         ]
         if stage is Stage.TRAIN:
             cleared.append("loss")
-        self._update({**dict.fromkeys(cleared), "stage": stage.value})
-        self.message(message)
+        log.info("%s", message)
+        # In one piece, lest the new stage be seen with the message of the one before.
+        self._update({**dict.fromkeys(cleared), "stage": stage.value, "message": message})
+
+    def done(self, message: str) -> None:
+        """The stage is done; the log gets its own last line."""
+        self._update({"percent": "100%", "eta": None, "message": message})
 
     def message(self, text: str) -> None:
         """Say what is being done, in the log and in the status."""

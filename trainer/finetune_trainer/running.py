@@ -53,6 +53,7 @@ def perform(stage: Stage, config: RunConfig, workspace: Path, reporter: Reporter
     shutil.rmtree(room, ignore_errors=True)
     room.mkdir(parents=True)
     result = _stage_function(stage)(config, room, reporter)
+    reporter.done(result.message)
     shutil.rmtree(room, ignore_errors=True)
     return result
 
