@@ -43,9 +43,10 @@ def _run(arguments: list[str]) -> None:
     log.error("%s failed:\n%s", SCRIPT, (done.output + done.errors)[-4000:])
     if "No space left on device" in done.errors:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    cause = done.last_line().removeprefix("ERROR:hf-to-gguf:").rstrip(" .")
     raise StageError(
         Reason.MODEL_UNSUPPORTED,
-        f"llama.cpp can't convert this model to GGUF: {done.last_line():.300} Choose another base "
+        f"llama.cpp can't convert this model to GGUF: {cause:.300}. Choose another base "
         "model, or leave spec.export.gguf empty to get the adapter and the merged model only.",
     )
 

@@ -120,5 +120,6 @@ def unsupported(part: str, error: Exception, trusted: bool) -> StageError:
     if "trust_remote_code" in str(error) and not trusted:
         remedy += ", or set spec.model.trustRemoteCode after reading the model's code"
     return StageError(
-        Reason.MODEL_UNSUPPORTED, f"The base model's {part} can't be loaded: {cause:.300} {remedy}."
+        Reason.MODEL_UNSUPPORTED,
+        f"The base model's {part} can't be loaded: {cause.rstrip(' :.'):.300}. {remedy}.",
     )

@@ -10,9 +10,9 @@ import importlib.metadata
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from finetune_trainer.config import Base, Fingerprints, Resolved, RunConfig, Stage
 from finetune_trainer.export.verify import Check
@@ -28,7 +28,7 @@ class Lineage(Base):
     """What the files were made from."""
 
     dataset: str
-    dataset_etag: str
+    dataset_etag: Annotated[str, Field(alias="datasetETag")]
     dataset_rows: int
     columns: dict[str, str]
     model: str

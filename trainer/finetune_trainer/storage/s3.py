@@ -16,7 +16,7 @@ from finetune_trainer.config import Storage
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.storage.folder import FileInfo, Folder, OnBytes
 from finetune_trainer.storage.local import replacing
-from finetune_trainer.storage.s3_errors import error_code, stage_error
+from finetune_trainer.storage.s3_errors import endpoint_of, error_code, stage_error
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -25,9 +25,9 @@ _DELETE_AT_ONCE = 1000  # the most keys that one DeleteObjects takes
 
 
 @lru_cache(maxsize=8)
-def client(settings: Storage) -> S3Client:
+def client(endpoint: str | None, region: str) -> S3Client:
     """One client per store, for all threads; credentials come from the environment."""
-    own_store = settings.endpoint is not None
+    own_store = endpoint is not None
     config = Config(
         connect_timeout=5,
         read_timeout=60,
@@ -40,13 +40,11 @@ def client(settings: Storage) -> S3Client:
         response_checksum_validation="when_required" if own_store else "when_supported",
     )
     try:
-        return boto3.client(
-            "s3", endpoint_url=settings.endpoint, region_name=settings.region, config=config
-        )
+        return boto3.client("s3", endpoint_url=endpoint, region_name=region, config=config)
     except ValueError as error:
         raise StageError(
             Reason.INVALID_CONFIG,
-            f"storage.endpoint {settings.endpoint!r} is not a URL: write http(s)://host:port.",
+            f"storage.endpoint {endpoint!r} is not a URL: write http(s)://host:port.",
         ) from error
 
 
@@ -58,7 +56,7 @@ class S3Folder(Folder):
         self.prefix = prefix
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
         self._settings = settings
-        self._s3 = client(settings)
+        self._s3 = client(endpoint_of(settings), settings.region)
 
     def stat(self, path: str) -> FileInfo | None:
         """HEAD; the answer to a failed one has no body, so a listing is asked what it means."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import (
     BotoCoreError,
@@ -87,5 +89,11 @@ def _from_code(code: str, uri: str, settings: Storage) -> StageError:
     )
 
 
+def endpoint_of(settings: Storage) -> str | None:
+    """The store's URL: the spec's, else the one that came with the keys; None is Amazon S3."""
+    named = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
+    return settings.endpoint or next((url for url in named if url), None)
+
+
 def _where(settings: Storage) -> str:
-    return settings.endpoint or f"Amazon S3 ({settings.region})"
+    return endpoint_of(settings) or f"Amazon S3 ({settings.region})"

@@ -1,0 +1,85 @@
+"""What the model is trained on: the answer and its end of turn, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from finetune_trainer.base_model.tokenizer import (
+    IGNORED,
+    PLAIN_TEMPLATE,
+    encode,
+    end_of_turn_ids,
+    load_tokenizer,
+    message_pair,
+    render_prompt,
+)
+from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.prepare.dataset import Row
+from finetune_trainer.prepare.template import build_examples
+
+ROW = Row(2, "What is 2+2?", "It is 4.")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(smollm2_folder)
+
+
+@pytest.fixture
+def plain(smollm2_folder: Path, tmp_path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model, which comes without a chat template."""
+    bare = AutoTokenizer.from_pretrained(smollm2_folder)
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((smollm2_folder / "config.json").read_bytes())
+    return load_tokenizer(tmp_path)
+
+
+def labelled(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, str]:
+    """The text without a label, and the text with one."""
+    ids, labels = encode(tokenizer, message_pair(row.instruction, row.response))
+    assert len(ids) == len(labels)
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    first = labels.index(next(label for label in labels if label != IGNORED))
+    return tokenizer.decode(ids[:first]), tokenizer.decode(ids[first:])
+
+
+def test_the_label_is_the_answer_and_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt, answer = labelled(tokenizer, ROW)
+    assert prompt.endswith("<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n")
+    assert answer == "It is 4.<|im_end|>\n"
+    assert prompt == render_prompt(tokenizer, message_pair(ROW.instruction, ROW.response))
+    assert end_of_turn_ids(tokenizer) == {tokenizer.eos_token_id} == {2}
+
+
+def test_a_base_model_gets_the_plain_template(plain: PreTrainedTokenizerBase) -> None:
+    assert plain.chat_template == PLAIN_TEMPLATE
+    assert labelled(plain, ROW) == (
+        "### Instruction:\nWhat is 2+2?\n\n### Response:\n",
+        "It is 4.<|im_end|>",
+    )
+
+
+def test_the_report_counts_tokens_and_what_is_cut(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [ROW, Row(3, "Say a lot.", "word " * 100), Row(4, "question " * 100, "No."), ROW]
+    prepared = build_examples(rows, tokenizer, max_length=64)
+    assert [example["completion"][0]["content"] for example in prepared.examples] == [
+        "It is 4.",
+        "word " * 100,
+        "It is 4.",
+    ]
+    report = prepared.report
+    assert (report["rows"], report["examples"], report["truncated"]) == (4, 3, 1)
+    assert (report["leftOut"], report["leftOutRows"]) == (1, [4])
+    assert report["duplicates"] == 1
+    assert report["tokens"]["max"] > 64 > report["tokens"]["median"]
+
+
+def test_no_answer_within_the_length_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(StageError) as caught:
+        build_examples([ROW], tokenizer, max_length=16)
+    assert caught.value.reason is Reason.INVALID_CONFIG
+    assert "spec.training.maxSequenceLength" in caught.value.message
