@@ -51,7 +51,7 @@ gguf: build ## Convert the merged model to GGUF and quantize it
 ##@ Development
 
 .PHONY: test
-test: lint verify ## Every test: unit, integration on a real control plane, end to end on a real node
+test: lint verify kubernetes ## Every test: unit, integration on a real control plane, end to end on a real node
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: test-unit
@@ -59,12 +59,18 @@ test-unit: build ## Tests that need no cluster
 	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
 
 .PHONY: test-integration
-test-integration: build ## Tests on a real API server, store and model, without a node
+test-integration: kubernetes ## Tests on a real API server, store and model, without a node
 	$(BIN)/python -m pytest tests/integration $(PYTEST_ARGS)
 
 .PHONY: test-e2e
-test-e2e: build ## The main job on a real node
+test-e2e: kubernetes ## The main job on a real node
 	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
+
+# Built ahead of the tests, since it takes minutes once. Where it can't be, the tests that need it
+# say so at their end; in CI that is a failure.
+.PHONY: kubernetes
+kubernetes: build ## Build or find the control plane (and node) that the tests run on
+	$(BIN)/python -m tests.cluster build-binaries || [ "$${CI:-}" != true ]
 
 .PHONY: lint
 lint: build ## ruff, mypy, import-linter, hadolint

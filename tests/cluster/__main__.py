@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tests.cluster import binaries
-from tests.cluster.errors import ClusterError
+from tests.cluster.errors import ClusterError, Unavailable
 from tests.cluster.provider import DEFAULT_NAME, Cluster, choose
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -73,12 +73,24 @@ def kubectl(context: typer.Context, name: Name = DEFAULT_NAME) -> None:
     os.execv(program, [program, "--kubeconfig", kubeconfig, *context.args])  # noqa: S606 - no shell wanted
 
 
+def _native_node_is_used() -> bool:
+    try:
+        return choose().name == "native"
+    except Unavailable:
+        return False
+
+
 @app.command()
 def build_binaries(
-    node: Annotated[bool, typer.Option(help="Also what a node needs.")] = True,
+    node: Annotated[
+        bool | None,
+        typer.Option(help="Also what a node needs; by default where the native node is used."),
+    ] = None,
 ) -> None:
     """Build Kubernetes into the user's cache, unless it is there."""
     with _errors_in_words():
+        if node is None:
+            node = _native_node_is_used()
         found = binaries.ensure(binaries.NODE if node else binaries.CONTROL_PLANE)
     for program, path in found.items():
         typer.echo(f"{program:24} {path}")

@@ -104,7 +104,9 @@ def show_artifacts(job: dict[str, Any]) -> None:
     for artifact in job["status"]["artifacts"]:
         path = artifact["uri"].removeprefix(folder + "/")
         size = filesize.decimal(artifact["bytes"])
-        console.print(f"  {path:44} {size:>9}  {artifact['sha256']}", soft_wrap=True, highlight=False)
+        console.print(
+            f"  {path:44} {size:>9}  {artifact['sha256']}", soft_wrap=True, highlight=False
+        )
 
 
 def smallest_gguf(job: dict[str, Any]) -> dict[str, Any]:

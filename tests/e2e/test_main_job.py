@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -69,26 +69,31 @@ def keys(environment: Environment, uri: str) -> dict[str, int]:
     return {o["Key"].removeprefix(prefix): o["Size"] for o in objects}
 
 
-@pytest.fixture(scope="module")
-def console(request: pytest.FixtureRequest) -> Iterator[Console]:
-    """Shows the running job past pytest's capture: training takes minutes."""
+Finish = Callable[[float], dict[str, Any]]
+
+
+@pytest.fixture
+def finish(environment: Environment, request: pytest.FixtureRequest) -> Finish:
+    """Follow the example to its end, shown past pytest's capture: training takes minutes."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        yield Console(force_terminal=False)
+
+    def _finish(timeout: float) -> dict[str, Any]:
+        with capture.global_and_fixture_disabled():
+            return follow(environment.reader(NAME), Console(force_terminal=False), timeout)
+
+    return _finish
 
 
-def test_the_example_becomes_models_in_the_bucket(
-    environment: Environment, console: Console
-) -> None:
+def test_the_example_becomes_models_in_the_bucket(environment: Environment, finish: Finish) -> None:
     environment.kubectl("apply", "-f", str(EXAMPLE))
-    job = follow(environment.reader(NAME), console, 1800)
+    job = finish(1800)
     assert job["status"]["phase"] == "Succeeded", ready_message(job)
 
     status, output = job["status"], job["spec"]["output"]["uri"]
     held = keys(environment, output)
     manifest = read_json(environment, status["manifestUri"])
-    assert manifest["artifacts"], "the manifest lists files"
-    for artifact in manifest["artifacts"]:
+    assert manifest["files"], "the manifest lists files"
+    for artifact in manifest["files"]:
         assert held[artifact["path"]] == artifact["bytes"]
     ggufs = [a for a in status["artifacts"] if a["uri"].endswith(".gguf")]
     assert len(ggufs) == len(job["spec"]["export"]["gguf"])
@@ -171,9 +176,9 @@ def test_deleting_leaves_nothing(environment: Environment) -> None:
     assert left == set()
 
 
-def test_created_anew_it_finds_everything_done(environment: Environment, console: Console) -> None:
+def test_created_anew_it_finds_everything_done(environment: Environment, finish: Finish) -> None:
     environment.kubectl("apply", "-f", str(EXAMPLE))
-    job = follow(environment.reader(NAME), console, 300)
+    job = finish(300)
     assert job["status"]["phase"] == "Succeeded", ready_message(job)
     assert sorted(pod_uids(environment).values()) == ["prepare"]
     assert stage_of(job, "train")["cached"]
@@ -182,14 +187,14 @@ def test_created_anew_it_finds_everything_done(environment: Environment, console
 
 
 def test_another_quantization_runs_prepare_and_export(
-    environment: Environment, console: Console
+    environment: Environment, finish: Finish
 ) -> None:
     before = set(pod_uids(environment))
     job = environment.get("finetunejob", NAME)
     wanted = [*job["spec"]["export"]["gguf"], "Q6_K"]
     patch = json.dumps({"spec": {"export": {"gguf": wanted}}})
     environment.kubectl("patch", "ftj", NAME, "--type=merge", "-p", patch)
-    job = follow(environment.reader(NAME), console, 900)
+    job = finish(900)
     assert job["status"]["phase"] == "Succeeded", ready_message(job)
     ran = [stage for uid, stage in pod_uids(environment).items() if uid not in before]
     assert sorted(ran) == ["export", "prepare"]
