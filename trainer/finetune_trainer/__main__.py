@@ -20,7 +20,7 @@ from finetune_trainer.running import (
     explain,
     guarded,
     perform,
-    quiet_libraries,
+    set_up_libraries,
     stop_on_signal,
     write_termination_message,
 )
@@ -97,7 +97,7 @@ def run(
 def _run_stages(
     stages: list[Stage], config_file: Path, workspace: Path | None, termination_log: Path | None
 ) -> None:
-    quiet_libraries()
+    set_up_libraries()
     if termination_log is None and TERMINATION_LOG.exists():
         termination_log = TERMINATION_LOG
     if workspace is None:

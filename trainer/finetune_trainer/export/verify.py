@@ -54,7 +54,9 @@ def verify(file: Path, tokenizer: PreTrainedTokenizerBase, example: dict[str, An
             prompt=prompt,
             limit=limit,
             ends=ends,
-            threads=available_cpus(),
+            threads=max(
+                1, available_cpus() // 2
+            ),  # they wait actively: on busy CPUs more are slower
         )
     except llama.LlamaError as error:
         raise _failed(file, f"llama.cpp can't load it: {error}") from error

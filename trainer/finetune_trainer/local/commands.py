@@ -24,7 +24,7 @@ from finetune_trainer.config import (
 from finetune_trainer.local import steps
 from finetune_trainer.outcome import StageResult
 from finetune_trainer.progress import Reporter
-from finetune_trainer.running import guarded, quiet_libraries, stop_on_signal
+from finetune_trainer.running import guarded, set_up_libraries, stop_on_signal
 
 app = typer.Typer(help="Train, merge and convert on one machine.", no_args_is_help=True)
 
@@ -136,7 +136,7 @@ def gguf(
 
 
 def _finish(stage: Stage, work: Callable[[Reporter], StageResult]) -> None:
-    quiet_libraries()
+    set_up_libraries()
     with Reporter() as reporter:
         stop_on_signal(lambda: stage, None, reporter)
         result = guarded(stage, lambda: work(reporter))
