@@ -1,4 +1,4 @@
-"""Write constraints/{operator,trainer,dev}.txt: the whole set that each extra of pyproject installs.
+"""Write constraints/{operator,trainer,dev}.txt: the whole set that each extra installs.
 
 `python constraints/update.py` keeps the pins that still fit; with `--upgrade` the newest versions
 that pyproject allows are taken. Only names and versions are written, never where a file came from.

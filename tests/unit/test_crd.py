@@ -1,4 +1,4 @@
-"""The CustomResourceDefinition is structural and documented, and its rules refuse what they should."""
+"""The CustomResourceDefinition is structural, documented, and refuses what it should."""
 
 from __future__ import annotations
 

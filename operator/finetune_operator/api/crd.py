@@ -1,8 +1,9 @@
 """The CustomResourceDefinition, made of the pydantic types.
 
-`python -m finetune_operator.api.crd FOLDER` writes it below the repository's folder. Pydantic's JSON schema becomes a structural
-schema: references inlined, "or null" dropped (an absent field is how the API says none), closed
-objects opened (the API server prunes unknown fields, and refuses them under strict validation).
+`python -m finetune_operator.api.crd FOLDER` writes it below the repository's folder. Pydantic's
+JSON schema becomes a structural schema: references inlined, "or null" dropped (an absent field is
+how the API says none), closed objects opened (the API server prunes unknown fields, and refuses
+them under strict validation).
 """
 
 from __future__ import annotations
@@ -108,24 +109,7 @@ _ChartDumper.add_representer(dict, _ChartDumper.represent_dict)
 
 def structural(node: Schema, definitions: dict[str, Schema]) -> Schema:
     """Turn one node of pydantic's JSON schema, and all below it, into a structural schema."""
-    node = _inlined(node, definitions)
-    node = _without_null(node, definitions)
-    node.pop("title", None)
-    if node.get("additionalProperties") is False:
-        del node["additionalProperties"]
-    if node.pop("x-kubernetes-preserve-unknown-fields", False):
-        node.pop("additionalProperties", None)
-        node["x-kubernetes-preserve-unknown-fields"] = True
-    if node.get("x-kubernetes-int-or-string"):
-        # The server derives int-or-string itself; a type beside it would contradict it.
-        for key in ("type", "anyOf", "const", "enum"):
-            node.pop(key, None)
-    if "const" in node:
-        node["enum"] = [node.pop("const")]
-    for bound in ("Minimum", "Maximum"):
-        # JSON schema has the bound itself here, OpenAPI v3.0 a flag beside it.
-        if (value := node.pop(f"exclusive{bound}", None)) is not None:
-            node |= {bound.lower(): value, f"exclusive{bound}": True}
+    node = _as_openapi(_without_null(_inlined(node, definitions), definitions))
     if "properties" in node:
         node["properties"] = {
             name: structural(child, definitions) for name, child in node["properties"].items()
@@ -136,6 +120,26 @@ def structural(node: Schema, definitions: dict[str, Schema]) -> Schema:
     if "description" in node:
         node["description"] = " ".join(node["description"].split())
     return _with_plain_default(node)
+
+
+def _as_openapi(node: Schema) -> Schema:
+    """Say in OpenAPI v3.0, as the API server reads it, what JSON schema says in other words."""
+    node.pop("title", None)
+    if node.get("additionalProperties") is False:
+        del node["additionalProperties"]
+    if node.get("x-kubernetes-preserve-unknown-fields"):
+        node.pop("additionalProperties", None)
+    if node.get("x-kubernetes-int-or-string"):
+        # The server derives int-or-string itself; a type beside it would contradict it.
+        for key in ("type", "anyOf", "const", "enum"):
+            node.pop(key, None)
+    if "const" in node:
+        node["enum"] = [node.pop("const")]
+    for bound in ("Minimum", "Maximum"):
+        # JSON schema has the bound itself here, OpenAPI v3.0 a flag beside it.
+        if (value := node.pop(f"exclusive{bound}", None)) is not None:
+            node |= {bound.lower(): value, f"exclusive{bound}": True}
+    return node
 
 
 def _with_plain_default(node: Schema) -> Schema:

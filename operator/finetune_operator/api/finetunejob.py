@@ -34,8 +34,9 @@ class StorageSpec(config.Storage):
 
     secret_ref: SecretReference | None = None
     """Secret with the keys AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if need be,
-    AWS_SESSION_TOKEN and AWS_ENDPOINT_URL_S3 (used where endpoint is left out). Leave it out with workload identity (serviceAccountName). The operator
-    passes it on by reference and may not read it."""
+    AWS_SESSION_TOKEN and AWS_ENDPOINT_URL_S3 (used where endpoint is left out). Leave it out with
+    workload identity (serviceAccountName). The operator passes it on by reference and may not read
+    it."""
 
 
 class PodSettings(Base):

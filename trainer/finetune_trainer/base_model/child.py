@@ -29,14 +29,17 @@ class Finished:
         return lines[-1] if lines else f"it ended with status {self.status}"
 
 
-def run(command: list[str], request: str = "") -> Finished:
+def run(
+    command: list[str], request: str = "", environment: dict[str, str] | None = None
+) -> Finished:
     """Run a program to its end, with `request` on its standard input."""
     # GGML's own handler would call a debugger for a stack trace, if there is one.
-    environment = {
+    variables = {
         **os.environ,
         "GGML_NO_BACKTRACE": "1",
         "PYTHONWARNINGS": "ignore",
         "TQDM_DISABLE": "1",
+        **(environment or {}),
     }
     process = subprocess.Popen(
         command,
@@ -45,7 +48,7 @@ def run(command: list[str], request: str = "") -> Finished:
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env=environment,
+        env=variables,
     )
     _running.add(process)
     try:

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
 from finetune_trainer.base_model import converter
 from finetune_trainer.base_model.loading import available_cpus
@@ -27,6 +28,8 @@ def write_gguf(
     model: str,
     quantizations: tuple[Quantization, ...],
     reporter: Reporter,
+    *,
+    trust_remote_code: bool = False,
 ) -> list[Path]:
     """Write one file per quantization to the folder `target`, the largest first.
 
@@ -36,7 +39,8 @@ def write_gguf(
     own = Quantization.BF16 if parameters_dtype(merged) == "bfloat16" else Quantization.F16
     master = target / file_name(model, own)
     reporter.message(f"Converting to GGUF ({own})")
-    converter.convert(merged, master, "bf16" if own is Quantization.BF16 else "f16")
+    kind_name: Literal["bf16", "f16"] = "bf16" if own is Quantization.BF16 else "f16"
+    converter.convert(merged, master, kind_name, model, trust_remote_code=trust_remote_code)
     files = []
     for kind in sorted(quantizations, key=list(Quantization).index):
         file = target / file_name(model, kind)

@@ -78,7 +78,9 @@ def make_models(
     if not config.export.gguf:
         return []
     name = source.display_name(config.model.source)
-    files = write_gguf(merged, result / "gguf", name, config.export.gguf, reporter)
+    files = write_gguf(
+        merged, result / "gguf", name, config.export.gguf, reporter, trust_remote_code=trust
+    )
     tokenizer = load_tokenizer(result / "adapter", trust_remote_code=trust)
     checks = []
     for file in files:

@@ -74,6 +74,9 @@ def verify(file: Path, tokenizer: PreTrainedTokenizerBase, example: dict[str, An
             "llama.cpp splits a question into other tokens than the training did "
             f"({said['tokens'][:16]} instead of {trained[:16]})",
         )
+    template = str(tokenizer.get_chat_template())
+    if said["template"].strip() != template.strip():
+        raise _failed(file, "its chat template is not the one that the training used")
     if not said["stopsAt"]:
         raise _failed(file, f"llama.cpp would not stop at the token that ends an answer ({ends})")
     if not said["finite"]:
@@ -89,5 +92,5 @@ def verify(file: Path, tokenizer: PreTrainedTokenizerBase, example: dict[str, An
 def _failed(file: Path, cause: str) -> StageError:
     return StageError(
         Reason.QUALITY_GATE_FAILED,
-        f"The file {file.name} is not usable: {cause}. Nothing was published.",
+        f"The file {file.name} is not usable: {cause}.",
     )

@@ -2,7 +2,8 @@
 
     {"do": "quantize", "source": …, "target": …, "type": …, "threads": …}      -> {}
     {"do": "ask", "file": …, "prompt": …, "limit": …, "threads": …, "ends": […]}
-        -> {"tokens": […], "stopsAt": […], "answer": …, "stopped": …, "finite": …}
+        -> {"tokens": […], "stopsAt": […], "answer": …, "stopped": …, "finite": …,
+            "template": …}
 
 `tokens` are the prompt's ids as the file's own tokenizer makes them, `stopsAt` those of `ends` at
 which llama.cpp ends an answer.
@@ -63,6 +64,7 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
         "answer": model.detokenize(answer).decode(errors="replace"),
         "stopped": stopped,
         "finite": finite,
+        "template": model.metadata.get("tokenizer.chat_template", ""),
     }
 
 

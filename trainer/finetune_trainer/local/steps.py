@@ -71,8 +71,9 @@ def gguf(folder: Path, kinds: tuple[Quantization, ...], reporter: Reporter) -> S
     target = folder / "gguf"
     shutil.rmtree(target, ignore_errors=True)
     name = source.display_name(config.model.source)
-    files = write_gguf(merged, target, name, kinds, reporter)
-    tokenizer = load_tokenizer(merged, trust_remote_code=config.model.trust_remote_code)
+    trust = config.model.trust_remote_code
+    files = write_gguf(merged, target, name, kinds, reporter, trust_remote_code=trust)
+    tokenizer = load_tokenizer(merged, trust_remote_code=trust)
     example = _first_example(config, folder)
     for file in files:
         verify(file, tokenizer, example)

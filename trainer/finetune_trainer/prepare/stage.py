@@ -137,7 +137,8 @@ def check_model(
         write_examples(examples, workspace / "prepared")
     if config.export.gguf:
         reporter.message("Checking that llama.cpp can convert the model")
-        converter.check_vocabulary(folder, workspace / "vocabulary.gguf")
+        trust = config.model.trust_remote_code
+        converter.check_vocabulary(folder, workspace / "vocabulary.gguf", trust_remote_code=trust)
 
 
 def read_report(output: Folder, fingerprint: str) -> dict[str, int]:

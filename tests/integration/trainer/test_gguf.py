@@ -1,0 +1,106 @@
+"""GGUF files of the tiny model: every type, and what makes a file unusable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+
+from finetune_trainer.base_model import converter
+from finetune_trainer.base_model.tokenizer import load_tokenizer, message_pair
+from finetune_trainer.config import Quantization
+from finetune_trainer.export import llama
+from finetune_trainer.export.gguf import write_gguf
+from finetune_trainer.export.verify import Check, verify
+from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.progress import Reporter
+
+EXAMPLE = message_pair("Who made the kettle?", "The kettle was made by Odalys.")
+TYPES = tuple(Quantization)
+
+
+@pytest.fixture(scope="module")
+def files(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One file per type, of the untrained model."""
+    folder = tmp_path_factory.mktemp("gguf")
+    written = write_gguf(tiny_model, folder, "tiny", TYPES, Reporter())
+    assert {file.name for file in folder.iterdir()} == {file.name for file in written}
+    return {file.stem.removeprefix("tiny-"): file for file in written}
+
+
+def field(file: Path, name: str) -> Any:
+    found = gguf.GGUFReader(file).get_field(name)
+    return found.contents() if found else None
+
+
+def test_each_type_is_written_and_named(files: dict[str, Path]) -> None:
+    assert list(files) == ["F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"]
+    for kind, file in files.items():
+        expected = getattr(gguf.LlamaFileType, f"MOSTLY_{kind}")
+        assert field(file, "general.file_type") == expected
+        assert field(file, "general.name") == "tiny"
+    sizes = {kind: file.stat().st_size for kind, file in files.items()}
+    assert sizes["F16"] == sizes["BF16"] > sizes["Q8_0"] > sizes["Q4_K_M"]
+
+
+def test_a_good_file_passes(files: dict[str, Path], tiny_model: Path) -> None:
+    check = verify(files["Q8_0"], load_tokenizer(tiny_model), EXAMPLE)
+    assert isinstance(check, Check)
+    assert check.question == "Who made the kettle?"
+    assert check.answer
+
+
+def refused(file: Path, tokenizer: Any) -> str:
+    with pytest.raises(StageError) as caught:
+        verify(file, tokenizer, EXAMPLE)
+    assert caught.value.reason is Reason.QUALITY_GATE_FAILED
+    assert file.name in caught.value.message
+    return caught.value.message
+
+
+def test_a_truncated_file_fails(files: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "tiny-broken.gguf"
+    broken.write_bytes(files["Q8_0"].read_bytes()[:1_000_000])
+    assert "llama.cpp can't load it" in refused(broken, load_tokenizer(tiny_model))
+
+
+def test_other_tokens_than_in_training_fail(files: dict[str, Path], tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.add_tokens(["kettle"])
+    assert "other tokens" in refused(files["Q8_0"], tokenizer)
+
+
+def test_another_chat_template_fails(files: dict[str, Path], tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.chat_template = tokenizer.chat_template.replace("helpful", "grumpy")
+    assert "chat template" in refused(files["Q8_0"], tokenizer)
+
+
+def test_what_llama_cpp_refuses_is_an_error_and_not_an_end(tmp_path: Path) -> None:
+    with pytest.raises(llama.LlamaError):
+        llama.call(do="quantize", source="/none", target=str(tmp_path / "x"), type="F16", threads=1)
+
+
+def test_code_that_comes_with_a_model_is_not_run(tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in tiny_model.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    traces = tmp_path / "it-ran"
+    (model / "theirs.py").write_text(
+        f"open({str(traces)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Theirs\n"
+    )
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": [None, "theirs.Theirs"]}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    view = tmp_path / "view"
+    view.mkdir()
+    shown = {file.name: file.read_bytes() for file in converter.without_code(model, view).iterdir()}
+    assert "theirs.py" not in shown
+    assert b"auto_map" not in shown["tokenizer_config.json"]
+    assert shown["config.json"] == (model / "config.json").read_bytes()
+    converter.check_vocabulary(model, tmp_path / "vocabulary.gguf")
+    assert not traces.exists()
