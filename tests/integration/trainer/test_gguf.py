@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-import gguf
+import llama_cpp
 import pytest
 
 from finetune_trainer.base_model import converter
@@ -31,17 +32,21 @@ def files(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return {file.stem.removeprefix("tiny-"): file for file in written}
 
 
-def field(file: Path, name: str) -> Any:
-    found = gguf.GGUFReader(file).get_field(name)
-    return found.contents() if found else None
+def metadata(file: Path) -> dict[str, str]:
+    model = llama_cpp.Llama(model_path=str(file), vocab_only=True, verbose=False)
+    try:
+        return dict(model.metadata)
+    finally:
+        model.close()
 
 
 def test_each_type_is_written_and_named(files: dict[str, Path]) -> None:
     assert list(files) == ["F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"]
     for kind, file in files.items():
-        expected = getattr(gguf.LlamaFileType, f"MOSTLY_{kind}")
-        assert field(file, "general.file_type") == expected
-        assert field(file, "general.name") == "tiny"
+        found = metadata(file)
+        expected = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+        assert found["general.file_type"] == str(expected)
+        assert found["general.name"] == "tiny"
     sizes = {kind: file.stat().st_size for kind, file in files.items()}
     assert sizes["F16"] == sizes["BF16"] > sizes["Q8_0"] > sizes["Q4_K_M"]
 
@@ -79,16 +84,22 @@ def test_another_chat_template_fails(files: dict[str, Path], tiny_model: Path) -
     assert "chat template" in refused(files["Q8_0"], tokenizer)
 
 
+def test_an_end_that_llama_cpp_does_not_know_fails(tiny_model: Path, tmp_path: Path) -> None:
+    """A template that ends turns with an ordinary special token."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_end|>", "<repo_name>"))
+    (file,) = write_gguf(model, tmp_path / "gguf", "tiny", (Quantization.F16,), Reporter())
+    assert "would not stop" in refused(file, load_tokenizer(model))
+
+
 def test_what_llama_cpp_refuses_is_an_error_and_not_an_end(tmp_path: Path) -> None:
     with pytest.raises(llama.LlamaError):
         llama.call(do="quantize", source="/none", target=str(tmp_path / "x"), type="F16", threads=1)
 
 
 def test_code_that_comes_with_a_model_is_not_run(tiny_model: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in tiny_model.iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     traces = tmp_path / "it-ran"
     (model / "theirs.py").write_text(
         f"open({str(traces)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Theirs\n"
