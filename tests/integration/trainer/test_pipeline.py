@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from typing import Any
 
 from finetune_trainer.config import Stage
@@ -38,7 +37,6 @@ class Output:
 def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
     trainer: Trainer, run_config: dict[str, Any], moto: Credentials
 ) -> None:
-    began = time.monotonic()
     output = Output(moto, run_config["output"]["uri"])
 
     prepared = trainer("prepare", run_config)
@@ -59,7 +57,6 @@ def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
 
     exported = trainer("export", run_config)
     assert exported.code == 0, exported.output
-    assert time.monotonic() - began < 90
     assert exported.result is not None
     assert exported.result.manifest_uri == f"{run_config['output']['uri']}/manifest.json"
     manifest = json.loads(output.read("manifest.json"))
