@@ -134,7 +134,7 @@ class Cluster:
         reason: str,
         message: str,
     ) -> None:
-        """Record an Event about a FineTuneJob; the same one again is counted, not repeated."""
+        """Record an Event about a FineTuneJob; saying the same again only renews its time."""
         event = _event(about, kind, reason, message)
         try:
             await self.create(event)

@@ -68,7 +68,7 @@ def announce() -> None:
         "object store, the operator by its Helm chart, and runs examples/finetunejob.yaml: "
         "SmolLM2-135M-Instruct learns a small CSV on the CPU.\n"
         f"State goes to {state_dir(NAME).relative_to(REPOSITORY)}/, what is built to {cache_dir()} "
-        "(about 6 GB).",
+        "(up to about 10 GB).",
         soft_wrap=True,
     )
     for line in cluster.announce():

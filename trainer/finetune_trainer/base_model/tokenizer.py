@@ -101,13 +101,14 @@ def _ids(
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The special tokens that the chat template puts behind an answer."""
+    answer = "\N{SNOWMAN}"  # in no template, so that what follows it is the end of the turn
     text = str(
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}],
             tokenize=False,
         )
     )
-    tail = tokenizer(text.rpartition("b")[2], add_special_tokens=False)["input_ids"]
+    tail = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return special.intersection(tail)
 
