@@ -85,7 +85,8 @@ def test_a_training_whose_job_was_deleted_by_hand_starts_again(here: Namespace) 
     here.succeed(prepared())
     first = here.start_pod(TRAIN)["metadata"]["uid"]
     here.plane.kubectl("delete", "jobs", "-n", here.name, "-l", "finetune.dev/stage=train")
-    assert here.pod(TRAIN)["metadata"]["uid"] != first
+    # The garbage collector takes its time with the old pod.
+    here.wait("a new pod", lambda: here.pod(TRAIN)["metadata"]["uid"] != first)
     assert here.stage(TRAIN).get("failures", 0) == 0
 
 
