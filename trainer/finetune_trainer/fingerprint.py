@@ -31,15 +31,36 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
-def fingerprints(config: RunConfig, dataset_etag: str, model_revision: str) -> Fingerprints:
-    """The fingerprints of the three stages of a run."""
+UNCHANGING = {
+    "checkpoint_steps",
+    "gpu_memory",
+    "gradient_checkpointing",
+    "logging_steps",
+    "parallelism",
+    "report_to",
+}
+"""Fields of spec.training that decide on how the work is done and not on what comes out."""
+
+
+def fingerprints(
+    config: RunConfig, dataset_etag: str, model_revision: str, eval_etag: str | None = None
+) -> Fingerprints:
+    """The fingerprints of the three stages of a run.
+
+    Fields that have their default are left out: a release that adds a field changes no
+    fingerprint, and one that changes a default raises the stage's recipe version.
+    """
     prepare = digest(
         {
             "recipe": RECIPE[Stage.PREPARE],
-            "dataset": config.dataset.model_dump(mode="json"),
+            "dataset": config.dataset.model_dump(mode="json", exclude_defaults=True),
             "datasetETag": dataset_etag,
+            "evalETag": eval_etag,
+            "splitSeed": config.training.seed if config.dataset.splits else None,
             # A branch name stands for nothing: the commit that it led to does.
-            "model": config.model.model_dump(mode="json", exclude={"revision"}),
+            "model": config.model.model_dump(
+                mode="json", exclude={"revision"}, exclude_defaults=True
+            ),
             "modelRevision": model_revision,
             "maxSequenceLength": config.training.max_sequence_length,
         }
@@ -48,7 +69,9 @@ def fingerprints(config: RunConfig, dataset_etag: str, model_revision: str) -> F
         {
             "recipe": RECIPE[Stage.TRAIN],
             "prepare": prepare,
-            "training": config.training.model_dump(mode="json", exclude={"logging_steps"}),
+            "training": config.training.model_dump(
+                mode="json", exclude=UNCHANGING, exclude_defaults=True
+            ),
         }
     )
     export = digest(

@@ -8,9 +8,9 @@ one table explains every reason that a user can meet.
 from __future__ import annotations
 
 from enum import IntEnum, StrEnum
-from typing import Self
+from typing import Annotated, Any, Self
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from finetune_trainer.config import Base, Resolved, Stage
 
@@ -40,6 +40,7 @@ class Reason(StrEnum):
     DATASET_UNREADABLE = "DatasetUnreadable"
     COLUMN_NOT_FOUND = "ColumnNotFound"
     INVALID_ROWS = "InvalidRows"
+    EXAMPLES_TOO_LONG = "ExamplesTooLong"
 
     INVALID_CONFIG = "InvalidConfig"
     STORAGE_ACCESS_DENIED = "StorageAccessDenied"
@@ -52,6 +53,7 @@ class Reason(StrEnum):
     OUT_OF_DISK = "OutOfDisk"
     STOPPED = "Stopped"
     QUALITY_GATE_FAILED = "QualityGateFailed"
+    TRAINING_DIVERGED = "TrainingDiverged"
     STORAGE_UNAVAILABLE = "StorageUnavailable"
     MODEL_HUB_UNAVAILABLE = "ModelHubUnavailable"
     INTERNAL_ERROR = "InternalError"
@@ -82,7 +84,9 @@ _EXIT_CODES = {
     Reason.DATASET_UNREADABLE: ExitCode.BAD_INPUT,
     Reason.COLUMN_NOT_FOUND: ExitCode.BAD_INPUT,
     Reason.INVALID_ROWS: ExitCode.BAD_INPUT,
+    Reason.EXAMPLES_TOO_LONG: ExitCode.BAD_INPUT,
     Reason.INVALID_CONFIG: ExitCode.BAD_CONFIG,
+    Reason.TRAINING_DIVERGED: ExitCode.BAD_CONFIG,
     Reason.STORAGE_ACCESS_DENIED: ExitCode.BAD_CONFIG,
     Reason.BUCKET_NOT_FOUND: ExitCode.BAD_CONFIG,
     Reason.MODEL_NOT_FOUND: ExitCode.BAD_CONFIG,
@@ -104,13 +108,100 @@ _RETRYABLE = {
 }
 
 
+class BadRow(Base):
+    """A row of the dataset that can't be used."""
+
+    row: int
+    """Number of the row or line, as a spreadsheet or editor counts: the header is 1."""
+
+    cause: str
+    """What is wrong with it."""
+
+
+class DatasetSummary(Base):
+    """What `prepare` found in the dataset; dataset-report.json in the output has all of it."""
+
+    rows: int = 0
+    """Rows in the file."""
+
+    examples: int = 0
+    """Rows that are trained on."""
+
+    eval_examples: int = 0
+    """Rows that are held out."""
+
+    invalid: int = 0
+    """Rows that can't be used."""
+
+    duplicates: int = 0
+    """Rows that say the same as an earlier one."""
+
+    truncated: int = 0
+    """Examples longer than training.maxSequenceLength."""
+
+    tokens: int = 0
+    """Tokens of one pass over the examples."""
+
+    first_invalid: tuple[BadRow, ...] = ()
+    """The first ten rows that can't be used."""
+
+
+class NoticeCode(StrEnum):
+    """What the training noticed about itself, or did about it."""
+
+    LOSS_RISING = "LossRising"
+    LOSS_FLAT = "LossFlat"
+    OVERFITTING = "Overfitting"
+    LOSS_NOT_FINITE = "LossNotFinite"
+    DEAD_GRADIENT = "DeadGradient"
+
+    MEMORY_FREED = "MemoryFreed"
+    BATCH_HALVED = "BatchHalved"
+    GRADIENT_CHECKPOINTING_ENABLED = "GradientCheckpointingEnabled"
+    SEQUENCE_SHORTENED = "SequenceShortened"
+
+    ENGINE_FALLBACK = "EngineFallback"
+    EARLY_STOPPED = "EarlyStopped"
+    RESUMED = "Resumed"
+
+    @property
+    def warning(self) -> bool:
+        """Whether somebody should look at it."""
+        return self not in (NoticeCode.EARLY_STOPPED, NoticeCode.RESUMED)
+
+
+class Notice(Base):
+    """One thing that the training noticed or did: an Event and a line in status."""
+
+    code: NoticeCode
+    """What it is, in CamelCase."""
+
+    step: int | None = None
+    """The optimizer step at which it showed."""
+
+    evidence: Annotated[str, Field(max_length=300)]
+    """The figures that it rests on."""
+
+    remedy: Annotated[str, Field(max_length=300)]
+    """What to do, or what was done."""
+
+
 class StageError(Exception):
     """A stage cannot go on. The message names what, where, and what to do about it."""
 
-    def __init__(self, reason: Reason, message: str) -> None:
+    def __init__(
+        self,
+        reason: Reason,
+        message: str,
+        *,
+        dataset: DatasetSummary | None = None,
+        notices: tuple[Notice, ...] = (),
+    ) -> None:
         super().__init__(message)
         self.reason = reason
         self.message = message
+        self.dataset = dataset
+        self.notices = notices
 
 
 class Artifact(Base):
@@ -143,19 +234,36 @@ class StageResult(Base):
     metrics: dict[str, float] = {}
     """Set by `train`, e.g. trainLoss, trainRuntimeSeconds, trainableParameters."""
 
+    dataset: DatasetSummary | None = None
+    """Set by `prepare`, also where rows of the dataset made it fail."""
+
+    notices: tuple[Notice, ...] = ()
+    """Set by `train`: what it noticed about itself, and what it did when memory ran out."""
+
     def to_message(self) -> bytes:
         """JSON of at most TERMINATION_MESSAGE_LIMIT bytes: artifacts go first, then text."""
-        kept = list(self.artifacts)
-        message = self.message
+        data = self
         while True:
-            data = self.model_copy(update={"artifacts": tuple(kept), "message": message})
             encoded = data.model_dump_json(exclude_none=True, exclude_defaults=True).encode()
             if len(encoded) <= TERMINATION_MESSAGE_LIMIT:
                 return encoded
-            if kept:
-                kept.pop()
-            else:
-                message = message[: len(message) * 3 // 4]
+            data = data._shorter()
+
+    def _shorter(self) -> Self:
+        """The same with a little less of what can best be done without."""
+        update: dict[str, Any]
+        if self.artifacts:
+            update = {"artifacts": self.artifacts[:-1]}
+        elif len(self.message) > 1000:
+            update = {"message": self.message[: len(self.message) * 3 // 4]}
+        elif self.dataset and self.dataset.first_invalid:
+            fewer = self.dataset.first_invalid[:-1]
+            update = {"dataset": self.dataset.model_copy(update={"first_invalid": fewer})}
+        elif self.notices:
+            update = {"notices": self.notices[:-1]}
+        else:
+            update = {"message": self.message[: len(self.message) * 3 // 4]}
+        return self.model_copy(update=update)
 
     @classmethod
     def from_message(cls, text: str) -> Self | None:

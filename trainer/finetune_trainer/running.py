@@ -78,7 +78,13 @@ def guarded(stage: Stage, work: Callable[[], StageResult]) -> StageResult:
 
 def as_result(stage: Stage, failure: StageError) -> StageResult:
     """The result of a stage that failed."""
-    return StageResult(stage=stage, reason=failure.reason, message=failure.message)
+    return StageResult(
+        stage=stage,
+        reason=failure.reason,
+        message=failure.message,
+        dataset=failure.dataset,
+        notices=failure.notices,
+    )
 
 
 def explain(error: Exception) -> StageError:

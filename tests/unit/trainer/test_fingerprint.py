@@ -35,7 +35,15 @@ def prints(etag: str = "e1", revision: str = "r1", **changes: Any) -> dict[str, 
         ),
         ("the length", {"training": {"maxSequenceLength": 512}}, {"prepare", "train", "export"}),
         ("the learning rate", {"training": {"learningRate": 1e-3}}, {"train", "export"}),
-        ("the seed", {"training": {"seed": 1}}, {"train", "export"}),
+        (
+            "the seed, which also chooses the held-out rows",
+            {"training": {"seed": 1}},
+            {"prepare", "train", "export"},
+        ),
+        ("the engine", {"training": {"engine": "unsloth"}}, {"train", "export"}),
+        ("how often is saved", {"training": {"checkpointSteps": 5}}, set()),
+        ("the GPU's memory", {"training": {"gpuMemory": "24Gi"}}, set()),
+        ("a tracker", {"training": {"reportTo": ["wandb"]}}, set()),
         ("another quantization", {"export": {"gguf": ["Q6_K"]}}, {"export"}),
         ("no merged model", {"export": {"merged": False}}, {"export"}),
         ("the order of quantizations", {"export": {"gguf": ["Q4_K_M", "F16", "Q8_0"]}}, set()),
@@ -57,6 +65,12 @@ def test_a_change_reaches_just_the_stages_that_it_touches(
     assert {stage for stage in before if before[stage] != after[stage]} == stages, what
 
 
+def test_the_seed_does_not_touch_held_out_rows_that_are_given() -> None:
+    dataset = {**BASE["dataset"], "evalSource": "s3://data/held-out.csv"}
+    before, after = prints(dataset=dataset), prints(dataset=dataset, training={"seed": 1})
+    assert {stage for stage in before if before[stage] != after[stage]} == {"train", "export"}
+
+
 def test_canonical_json_has_one_spelling() -> None:
     assert (
         canonical({"b": 1, "a": "ü"}) == canonical({"a": "ü", "b": 1}) == '{"a":"ü","b":1}'.encode()
@@ -68,7 +82,7 @@ def test_canonical_json_has_one_spelling() -> None:
 def test_fingerprints_stay_the_same_between_versions() -> None:
     """An upgrade must not retrain: when this fails, a recipe version should have been raised."""
     assert {stage: value[:12] for stage, value in prints().items()} == {
-        "prepare": "32c3fd5be732",
-        "train": "772649801628",
-        "export": "09e273da8097",
+        "prepare": "73984f46f817",
+        "train": "c769843dff36",
+        "export": "dcec4f457f9c",
     }
