@@ -12,15 +12,15 @@ import typer
 from pydantic import ValidationError
 
 from finetune_trainer.config import RunConfig, Stage, read_run_config
+from finetune_trainer.failures import explain
 from finetune_trainer.local import commands
+from finetune_trainer.logs import set_up_libraries
 from finetune_trainer.outcome import Reason, StageError, StageResult
 from finetune_trainer.progress import Reporter, reporter_for
 from finetune_trainer.running import (
     as_result,
-    explain,
     guarded,
     perform,
-    set_up_libraries,
     stop_on_signal,
     write_termination_message,
 )

@@ -145,6 +145,10 @@ class Reporter:
         """Send what is left."""
         self.close()
 
+    def forward(self, fields: dict[str, Any]) -> None:
+        """Take over what the Reporter of a child process has collected."""
+        self._update(fields)
+
     def set_quietly(self, message: str) -> None:
         """A message for the status only."""
         self._update({"message": message})

@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune_trainer.base_model.tokenizer import encode, load_tokenizer, message_pair
-from finetune_trainer.config import RunConfig, Training
+from finetune_trainer.config import RunConfig, Training, TrainingPlan
 from finetune_trainer.export.merge import merge
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.progress import Reporter
 from finetune_trainer.train import sft
+from finetune_trainer.train.work import Work, default_plan
 from tests.integration.trainer.conftest import ROWS
 
 EXAMPLES = [message_pair(*row) for row in ROWS]
@@ -36,6 +37,11 @@ def build(tiny_model: Path, work: Path, rows: list[Any] | None = None, **setting
         load_tokenizer(tiny_model),
         rows or EXAMPLES,
         settings=training,
+        plan=TrainingPlan(
+            batch_size=training.batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            gradient_checkpointing=False,
+        ),
         epochs=1,
         work=work,
         reporter=Reporter(),
@@ -119,8 +125,18 @@ def test_qlora_trains_and_merges_into_a_16_bit_model(tiny_model: Path, tmp_path:
     )
     examples = tmp_path / "examples.jsonl"
     examples.write_text("".join(json.dumps(example) + "\n" for example in EXAMPLES))
-    adapter = tmp_path / "adapter"
-    trained = sft.fine_tune(config, examples, tiny_model, adapter, Reporter())
+    work = Work(
+        config=config,
+        plan=default_plan(config),
+        max_sequence_length=64,
+        engine="transformers",
+        examples=examples,
+        held_out=None,
+        model=tiny_model,
+        room=tmp_path,
+    )
+    adapter = work.adapter
+    trained = sft.fine_tune(work, Reporter())
     assert trained.metrics["baseParameters"] == 3_219_776
     assert trained.metrics["finalLoss"] < trained.metrics["trainLoss"]
     merge(tiny_model, adapter, tmp_path / "merged")

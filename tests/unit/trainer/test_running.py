@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from finetune_trainer.config import Stage
+from finetune_trainer.failures import explain
 from finetune_trainer.outcome import Reason, StageError, StageResult
 from finetune_trainer.progress import duration, size
-from finetune_trainer.running import explain, guarded
+from finetune_trainer.running import guarded
 
 
 def caused_by(cause: Exception) -> RuntimeError:

@@ -67,7 +67,7 @@ def build(
         dataset=config.dataset.source,
         dataset_etag=resolved.dataset_etag,
         dataset_rows=resolved.dataset_rows,
-        columns=config.dataset.columns.model_dump(),
+        columns=config.dataset.columns.model_dump(exclude_none=True),
         model=config.model.source,
         model_revision=resolved.model_revision,
         hyperparameters=trained["hyperparameters"],

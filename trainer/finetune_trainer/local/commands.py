@@ -22,9 +22,10 @@ from finetune_trainer.config import (
     Training,
 )
 from finetune_trainer.local import steps
+from finetune_trainer.logs import set_up_libraries
 from finetune_trainer.outcome import StageResult
 from finetune_trainer.progress import Reporter
-from finetune_trainer.running import guarded, set_up_libraries, stop_on_signal
+from finetune_trainer.running import guarded, stop_on_signal
 
 app = typer.Typer(help="Train, merge and convert on one machine.", no_args_is_help=True)
 

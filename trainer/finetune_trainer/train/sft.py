@@ -16,7 +16,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,38 +40,29 @@ from finetune_trainer.base_model.loading import (
     use_available_cpus,
 )
 from finetune_trainer.base_model.tokenizer import IGNORED, end_of_turn_ids, load_tokenizer
-from finetune_trainer.config import Lora, Model, RunConfig, Training
+from finetune_trainer.config import Lora, Model, Training, TrainingPlan
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.progress import Reporter
 from finetune_trainer.train.callback import ProgressReport
+from finetune_trainer.train.channel import Channel
+from finetune_trainer.train.work import Trained, Work
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What came out, beside the files of the adapter."""
-
-    metrics: dict[str, float]
-    effective: dict[str, Any]
-    """The hyperparameters as they were applied, e.g. with the epochs that `auto` stood for."""
-
-
-def fine_tune(
-    config: RunConfig, examples: Path, model_folder: Path, adapter: Path, reporter: Reporter
-) -> Trained:
-    """Train on the rows of `examples` and save adapter and tokenizer to the folder `adapter`."""
-    settings = config.training
+def fine_tune(work: Work, reporter: Reporter, _channel: Channel | None = None) -> Trained:
+    """Train on the rows of `work.examples`; adapter and tokenizer go to `work.adapter`."""
+    config, settings = work.config, work.config.training
     use_available_cpus()
-    rows = read_rows(examples)
+    rows = read_rows(work.examples)
     epochs = resolve_epochs(settings.epochs, len(rows))
 
-    tokenizer = load_tokenizer(model_folder, trust_remote_code=config.model.trust_remote_code)
+    tokenizer = load_tokenizer(work.model, trust_remote_code=config.model.trust_remote_code)
     log.info("Device: %s", device_name())
     log.info("Model: %s (%s)", config.model.source, settings.method)
     reporter.message("Loading the base model")
     model = load_model(
-        model_folder,
+        work.model,
         compute_dtype(),
         training_device(),
         quantize=settings.method == "qlora",
@@ -84,8 +74,9 @@ def fine_tune(
         tokenizer,
         rows,
         settings=settings,
+        plan=work.plan,
         epochs=epochs,
-        work=adapter.parent,
+        work=work.room,
         reporter=reporter,
     )
     tuned = cast("torch.nn.Module", trainer.model)
@@ -103,7 +94,7 @@ def fine_tune(
             f"The loss became {result.training_loss}: lower training.learningRate "
             f"({settings.learning_rate:g}).",
         )
-    save_adapter(trainer, tokenizer, adapter, config.model)
+    save_adapter(trainer, tokenizer, work.adapter, config.model)
     metrics = {
         "trainLoss": result.training_loss,
         "finalLoss": _last_loss(trainer, result.training_loss),
@@ -113,7 +104,7 @@ def fine_tune(
         "baseParameters": float(parameters),
     }
     effective = {**settings.model_dump(mode="json"), "epochs": epochs}
-    return Trained({k: round(v, 6) for k, v in metrics.items()}, effective)
+    return Trained(metrics={k: round(v, 6) for k, v in metrics.items()}, effective=effective)
 
 
 def read_rows(examples: Path) -> list[dict[str, Any]]:
@@ -137,6 +128,7 @@ def build_trainer(
     rows: list[dict[str, Any]],
     *,
     settings: Training,
+    plan: TrainingPlan,
     epochs: int,
     work: Path,
     reporter: Reporter,
@@ -147,7 +139,7 @@ def build_trainer(
     kind = SFTTrainer if torch.cuda.is_available() else CpuTrainer
     trainer = kind(
         model=model,
-        args=arguments(settings, epochs, work),
+        args=arguments(settings, plan, epochs, work),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=lora_config(settings.lora),
@@ -202,7 +194,7 @@ def lora_config(lora: Lora) -> LoraConfig:
     )
 
 
-def arguments(settings: Training, epochs: int, work: Path) -> SFTConfig:
+def arguments(settings: Training, plan: TrainingPlan, epochs: int, work: Path) -> SFTConfig:
     """The hyperparameters, by TRL's names."""
     gpu = torch.cuda.is_available()
     return SFTConfig(
@@ -211,8 +203,8 @@ def arguments(settings: Training, epochs: int, work: Path) -> SFTConfig:
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
         warmup_steps=settings.warmup_ratio,  # below 1 it is the share of all steps
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        per_device_train_batch_size=plan.batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
         optim="adamw_torch",
         weight_decay=settings.weight_decay,
         max_grad_norm=1.0,
@@ -231,7 +223,7 @@ def arguments(settings: Training, epochs: int, work: Path) -> SFTConfig:
         fp16=False,
         tf32=True if gpu and torch.cuda.get_device_capability() >= (8, 0) else None,
         use_cpu=not gpu,
-        gradient_checkpointing=gpu,  # memory is short there; on a CPU time is
+        gradient_checkpointing=plan.gradient_checkpointing,
         dataloader_num_workers=0,
         dataloader_pin_memory=gpu,
         eval_strategy="no",

@@ -1,17 +1,27 @@
-"""train: fetch examples and base model, run the recipe, leave the adapter in the store."""
+"""train: fetch examples and base model, let a worker run the recipe, save the adapter.
+
+Nothing here imports torch: see worker.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
+from finetune_trainer import stopping
 from finetune_trainer.base_model import source
 from finetune_trainer.config import RunConfig, Stage
 from finetune_trainer.marker import METRICS, save_stage, stage_folder
-from finetune_trainer.outcome import Reason, StageResult
+from finetune_trainer.outcome import Notice, Reason, StageResult
 from finetune_trainer.progress import Reporter, duration
-from finetune_trainer.storage import open_folder
-from finetune_trainer.train import sft
+from finetune_trainer.storage import Folder, open_folder
+from finetune_trainer.train.channel import listening
+from finetune_trainer.train.launch import Workers, as_error
+from finetune_trainer.train.work import Failed, Trained, Work, default_plan
+
+log = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
@@ -19,15 +29,13 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     reporter.begin(Stage.TRAIN, "Fetching the examples")
     prints = source.resolved_of(config).fingerprints
     output = open_folder(config.output.uri, config.storage)
-    examples = workspace / "examples.jsonl"
-    output.download(f"{stage_folder(Stage.PREPARE, prints.prepare)}/examples.jsonl", examples)
-    model = source.fetch_resolved(config, workspace / "model", reporter)
-
-    result = workspace / "trained"
-    trained = sft.fine_tune(config, examples, model, result / "adapter", reporter)
-    (result / METRICS).write_text(
-        json.dumps({"metrics": trained.metrics, "hyperparameters": trained.effective}, indent=2)
-    )
+    work = fetch_work(config, output, workspace, reporter)
+    notices: list[Notice] = []
+    trained = train(work, reporter, notices)
+    result = workspace / "result"
+    result.mkdir()
+    work.adapter.rename(result / "adapter")
+    (result / METRICS).write_text(json.dumps(describe(trained, notices), indent=2))
     reporter.message("Saving the adapter")
     save_stage(output, Stage.TRAIN, prints.train, result)
     seconds = trained.metrics["trainRuntimeSeconds"]
@@ -36,4 +44,58 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
         reason=Reason.SUCCEEDED,
         message=f"loss {trained.metrics['finalLoss']:.4f} after {duration(seconds)}",
         metrics=trained.metrics,
+        notices=tuple(notices),
     )
+
+
+def fetch_work(config: RunConfig, output: Folder, workspace: Path, reporter: Reporter) -> Work:
+    """Bring everything that the worker needs to disk."""
+    prepared = stage_folder(Stage.PREPARE, source.resolved_of(config).fingerprints.prepare)
+    examples, held_out = workspace / "examples.jsonl", workspace / "eval.jsonl"
+    output.download(f"{prepared}/examples.jsonl", examples)
+    if source.resolved_of(config).eval_rows:
+        output.download(f"{prepared}/eval.jsonl", held_out)
+    model = source.fetch_resolved(config, workspace / "model", reporter)
+    room = workspace / "training"
+    room.mkdir()
+    return Work(
+        config=config,
+        plan=default_plan(config),
+        max_sequence_length=config.training.max_sequence_length,
+        engine="transformers",
+        examples=examples,
+        held_out=held_out if held_out.exists() else None,
+        model=model,
+        room=room,
+    )
+
+
+def train(work: Work, reporter: Reporter, notices: list[Notice]) -> Trained:
+    """Run the worker; raises StageError."""
+    workers = Workers()
+
+    def handle(message: dict[str, Any]) -> None:
+        if fields := message.get("progress"):
+            reporter.forward(fields)
+        if notice := message.get("notice"):
+            notices.append(Notice.model_validate(notice))
+
+    def save(deadline: float) -> str:
+        workers.stop(deadline)
+        return ""
+
+    with stopping.saving(save), listening(work.room, handle):
+        ending = workers.run(work)
+    if isinstance(ending, Failed):
+        raise as_error(ending, notices=tuple(notices))
+    return ending
+
+
+def describe(trained: Trained, notices: list[Notice]) -> dict[str, Any]:
+    """What goes to the store beside the adapter, for the export and for people."""
+    return {
+        "metrics": trained.metrics,
+        "hyperparameters": trained.effective,
+        "notices": [notice.model_dump(mode="json") for notice in notices],
+        "history": trained.history,
+    }

@@ -1,0 +1,86 @@
+"""What the stage tells its worker, and what the worker leaves: JSON files in the stage's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune_trainer.config import Base, RunConfig, TrainingPlan
+from finetune_trainer.outcome import Reason
+
+
+class Work(Base):
+    """One run of the worker. A further one, e.g. after memory ran out, gets a changed copy."""
+
+    config: RunConfig
+    plan: TrainingPlan
+    """How a step is split into passes."""
+
+    max_sequence_length: int
+    """Tokens; at most what the spec says."""
+
+    engine: Literal["transformers", "unsloth"]
+    examples: Path
+    """examples.jsonl, as `prepare` left it."""
+
+    held_out: Path | None
+    """eval.jsonl, or None when no row is held out."""
+
+    model: Path
+    """Folder of the base model."""
+
+    room: Path
+    """Folder for everything that the worker writes."""
+
+    resume_from: Path | None = None
+    """Folder of the checkpoint to go on from."""
+
+    @property
+    def adapter(self) -> Path:
+        """Where the adapter and the tokenizer go."""
+        return self.room / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the Trainer writes its checkpoints."""
+        return self.room / "trainer"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Where TensorBoard's files go."""
+        return self.room / "tensorboard"
+
+
+class Trained(Base):
+    """What came out, beside the files of the adapter."""
+
+    metrics: dict[str, float]
+    effective: dict[str, Any]
+    """The hyperparameters as they were applied, e.g. with the epochs that `auto` stood for."""
+
+    history: list[dict[str, float]] = []
+    """What the Trainer logged, step by step, for curves."""
+
+
+class Failed(Base):
+    """Why the worker gave up."""
+
+    reason: Reason
+    message: str
+    step: int | None = None
+    """Optimizer steps that were complete."""
+
+    checkpoint: Path | None = None
+    """A checkpoint of that step, where it could still be written."""
+
+
+def default_plan(config: RunConfig) -> TrainingPlan:
+    """The plan of `prepare`, or what the spec says where there is none."""
+    if config.resolved is not None and config.resolved.plan is not None:
+        return config.resolved.plan
+    training = config.training
+    return TrainingPlan(
+        batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        gradient_checkpointing=training.gradient_checkpointing == "always",
+    )

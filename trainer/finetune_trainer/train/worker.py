@@ -1,0 +1,49 @@
+"""The process that trains: `python -m finetune_trainer.train.worker work.json`.
+
+It has torch and the model; the stage that starts it has the store, the status and the decisions.
+So memory that ran out, a crash of native code or a stop never takes the stage's word with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from finetune_trainer.failures import explain
+from finetune_trainer.logs import set_up_libraries
+from finetune_trainer.outcome import Reason
+from finetune_trainer.progress import Reporter
+from finetune_trainer.train.channel import Channel
+from finetune_trainer.train.launch import FAILED, TRAINED
+from finetune_trainer.train.work import Failed, Work
+
+INTERVAL_SECONDS = 0.2  # between two lines to the stage, which speaks to the API server less often
+
+log = logging.getLogger(__name__)
+
+
+def main(request: Path) -> int:
+    """Train; the exit status is that of the reason."""
+    set_up_libraries()
+    work = Work.model_validate_json(request.read_bytes())
+    channel = Channel(work.room)
+    with Reporter(channel, INTERVAL_SECONDS) as reporter:
+        try:
+            # Here and not above: the environment must be set before the libraries are loaded.
+            from finetune_trainer.train import sft  # noqa: PLC0415
+
+            trained = sft.fine_tune(work, reporter, channel)
+        except Exception as error:  # the edge: nothing may end the worker without a reason
+            failure = explain(error)
+            if failure.reason is Reason.INTERNAL_ERROR:
+                log.exception("The training failed")
+            failed = Failed(reason=failure.reason, message=failure.message)
+            (work.room / FAILED).write_text(failed.model_dump_json(), encoding="utf-8")
+            return int(failure.reason.exit_code)
+    (work.room / TRAINED).write_text(trained.model_dump_json(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
