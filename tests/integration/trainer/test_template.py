@@ -16,11 +16,8 @@ from finetune_trainer.base_model.tokenizer import (
     message_pair,
     render_prompt,
 )
-from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.prepare.dataset import Row
-from finetune_trainer.prepare.template import build_examples
 
-ROW = Row(2, "What is 2+2?", "It is 4.")
+ROW = ("What is 2+2?", "It is 4.")
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +35,9 @@ def plain(smollm2_folder: Path, tmp_path: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(tmp_path)
 
 
-def labelled(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[str, str]:
+def labelled(tokenizer: PreTrainedTokenizerBase, row: tuple[str, str]) -> tuple[str, str]:
     """The text without a label, and the text with one."""
-    ids, labels = encode(tokenizer, message_pair(row.instruction, row.response))
+    ids, labels = encode(tokenizer, message_pair(*row))
     assert len(ids) == len(labels)
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
     first = labels.index(next(label for label in labels if label != IGNORED))
@@ -51,7 +48,7 @@ def test_the_label_is_the_answer_and_its_end(tokenizer: PreTrainedTokenizerBase)
     prompt, answer = labelled(tokenizer, ROW)
     assert prompt.endswith("<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n")
     assert answer == "It is 4.<|im_end|>\n"
-    assert prompt == render_prompt(tokenizer, message_pair(ROW.instruction, ROW.response))
+    assert prompt == render_prompt(tokenizer, message_pair(*ROW))
     assert end_of_turn_ids(tokenizer) == {tokenizer.eos_token_id} == {2}
 
 
@@ -61,25 +58,3 @@ def test_a_base_model_gets_the_plain_template(plain: PreTrainedTokenizerBase) ->
         "### Instruction:\nWhat is 2+2?\n\n### Response:\n",
         "It is 4.<|im_end|>",
     )
-
-
-def test_the_report_counts_tokens_and_what_is_cut(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = [ROW, Row(3, "Say a lot.", "word " * 100), Row(4, "question " * 100, "No."), ROW]
-    prepared = build_examples(rows, tokenizer, max_length=64)
-    assert [example["completion"][0]["content"] for example in prepared.examples] == [
-        "It is 4.",
-        "word " * 100,
-        "It is 4.",
-    ]
-    report = prepared.report
-    assert (report["rows"], report["examples"], report["truncated"]) == (4, 3, 1)
-    assert (report["leftOut"], report["leftOutRows"]) == (1, [4])
-    assert report["duplicates"] == 1
-    assert report["tokens"]["max"] > 64 > report["tokens"]["median"]
-
-
-def test_no_answer_within_the_length_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(StageError) as caught:
-        build_examples([ROW], tokenizer, max_length=16)
-    assert caught.value.reason is Reason.INVALID_CONFIG
-    assert "spec.training.maxSequenceLength" in caught.value.message

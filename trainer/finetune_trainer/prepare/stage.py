@@ -1,27 +1,32 @@
 """prepare: the cheap checks first, so that a mistake shows within seconds; then the examples.
 
-configuration -> dataset there, output writable -> CSV -> base model's files -> fingerprints
-  -> what the store already holds -> tokenizer and chat template -> llama.cpp's converter knows
-  the vocabulary -> examples.jsonl, dataset-report.json, complete.json
+configuration -> dataset there, output writable -> base model's files -> fingerprints -> what the
+  store already holds -> every row read -> tokenizer and chat template -> examples.jsonl, eval.jsonl
+  -> llama.cpp's converter knows the vocabulary -> dataset-report.json, complete.json
 """
 
 from __future__ import annotations
 
-import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+import numpy as np
+
 from finetune_trainer.base_model import converter, source
-from finetune_trainer.config import Dataset, Resolved, RunConfig, Stage
+from finetune_trainer.config import Fingerprints, Resolved, RunConfig, Stage
 from finetune_trainer.fingerprint import fingerprints
 from finetune_trainer.marker import MANIFEST, Marker, find_complete, save_stage, stage_folder
 from finetune_trainer.outcome import Reason, StageError, StageResult
-from finetune_trainer.prepare.dataset import Row, read_csv
+from finetune_trainer.prepare.inputs import DataFiles, find
+from finetune_trainer.prepare.report import REPORT, SUMMARY, Findings, Prepared
+from finetune_trainer.prepare.rows import Rows
+from finetune_trainer.prepare.split import Mask, hold_out
 from finetune_trainer.progress import Reporter
-from finetune_trainer.storage import Folder, open_folder, split
+from finetune_trainer.storage import Folder, open_folder
 
-REPORT = "dataset-report.json"
+ATTEMPTS = 3  # to read one version of a file that somebody is writing
 
 log = logging.getLogger(__name__)
 
@@ -29,63 +34,63 @@ Held = dict[Stage, Marker]
 """Stages whose result for their fingerprint the store holds."""
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """One version of everything that goes in, and what the store already holds for it."""
+
+    files: DataFiles
+    model: source.ModelFiles
+    prints: Fingerprints
+    held: Held
+
+
 def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     """Check the inputs and leave the examples in the store; raises StageError."""
     reporter.begin(Stage.PREPARE, "Checking access to dataset and output")
     check_config(config)
     output = open_folder(config.output.uri, config.storage)
-    data = open_folder(split(config.dataset.source)[0], config.storage)
-    check_readable(data, config.dataset)
+    find(config)
     check_writable(output)
-    etag, rows = fetch_rows(data, config.dataset, workspace, reporter)
-    model = source.find(config.model, config.storage)
-    prints = fingerprints(config, etag, model.revision)
-    held: Held = {}
-    for stage in Stage:
-        if marker := find_complete(output, stage, getattr(prints, stage)):
-            held[stage] = marker
-    if Stage.EXPORT not in held:
-        done = Stage.PREPARE in held
-        check_model(config, model, rows, prepared=done, workspace=workspace, reporter=reporter)
+    inputs = fetch_inputs(config, output, workspace, reporter)
+    prints, held = inputs.prints, inputs.held
     if Stage.PREPARE not in held:
-        save_stage(output, Stage.PREPARE, prints.prepare, workspace / "prepared")
-    report = read_report(output, prints.prepare)
+        prepare(config, inputs, output, workspace, reporter)
+    elif Stage.EXPORT not in held:
+        check_model(config, inputs.model, workspace, reporter)
+    prepared = read_summary(output, prints.prepare)
     resolved = Resolved(
         fingerprints=prints,
-        dataset_etag=etag,
-        dataset_rows=report["examples"],
-        model_revision=model.revision,
+        dataset_etag=inputs.files.rows.etag,
+        dataset_rows=prepared.dataset.examples,
+        eval_rows=prepared.dataset.eval_examples,
+        model_revision=inputs.model.revision,
     )
     return StageResult(
         stage=Stage.PREPARE,
         reason=Reason.SUCCEEDED,
-        message=summary(report, held),
+        message=describe(prepared, held),
         resolved=resolved,
         complete=tuple(held),
         artifacts=held[Stage.EXPORT].files if Stage.EXPORT in held else (),
         manifest_uri=output.uri_of(MANIFEST) if Stage.EXPORT in held else None,
+        dataset=prepared.dataset,
     )
 
 
 def check_config(config: RunConfig) -> None:
     """What no single field can say about itself."""
-    columns = config.dataset.columns
-    if columns.instruction == columns.response:
+    dataset = config.dataset
+    if dataset.columns.instruction == dataset.columns.response:
         raise StageError(
             Reason.INVALID_CONFIG,
-            f"spec.dataset.columns: instruction and response are both {columns.response!r}; "
-            "name two columns.",
+            "spec.dataset.columns: instruction and response are both "
+            f"{dataset.columns.response!r}; name two columns.",
         )
-
-
-def check_readable(data: Folder, dataset: Dataset) -> None:
-    """Make sure that the dataset is there."""
-    name = split(dataset.source)[1]
-    if not name or data.stat(name) is None:
+    if dataset.eval_source == dataset.source:
         raise StageError(
-            Reason.DATASET_NOT_FOUND,
-            f"There is no dataset at {dataset.source}: upload the CSV file there, or correct "
-            "spec.dataset.source.",
+            Reason.INVALID_CONFIG,
+            "spec.dataset.evalSource is the dataset itself, so nothing would be held out: name "
+            "another file, or leave it out to hold evalFraction of the rows out.",
         )
 
 
@@ -96,68 +101,133 @@ def check_writable(output: Folder) -> None:
     output.delete([probe])
 
 
-def fetch_rows(
-    data: Folder, dataset: Dataset, workspace: Path, reporter: Reporter
-) -> tuple[str, list[Row]]:
-    """The dataset's ETag and its rows, both of one version of the file."""
-    name = split(dataset.source)[1]
-    file = workspace / "dataset.csv"
-    for _ in range(3):
-        before = data.stat(name)
-        if before is None:
-            break
-        data.download(name, file, reporter.transfer("Fetching the dataset", before.size))
-        if data.stat(name) == before:
-            return before.etag, read_csv(file, dataset.columns, dataset.source)
+def fetch_inputs(config: RunConfig, output: Folder, workspace: Path, reporter: Reporter) -> Inputs:
+    """Work out the fingerprints, and bring the dataset to disk unless its examples are there."""
+    model = source.find(config.model, config.storage)
+    for _ in range(ATTEMPTS):
+        files = find(config)
+        prints = fingerprints(config, files.rows.etag, model.revision, files.eval_etag)
+        inputs = Inputs(files, model, prints, held_stages(output, prints))
+        if Stage.PREPARE in inputs.held or _fetch(files, workspace, reporter):
+            return inputs
     raise StageError(
         Reason.DATASET_UNREADABLE,
-        f"{dataset.source} changes while it is read: apply the job when it is complete.",
+        f"{config.dataset.source} or spec.dataset.evalSource changes while it is read: apply the "
+        "job when it is complete.",
     )
 
 
-def check_model(
-    config: RunConfig,
-    model: source.ModelFiles,
-    rows: list[Row],
-    *,
-    prepared: bool,
-    workspace: Path,
-    reporter: Reporter,
-) -> None:
-    """Check what is small of the base model, and write the examples unless they are there."""
-    # Here and not above: importing transformers takes seconds, which no mistake so far needed.
-    from finetune_trainer.base_model.tokenizer import load_tokenizer  # noqa: PLC0415
-    from finetune_trainer.prepare.template import build_examples, write_examples  # noqa: PLC0415
+def _fetch(files: DataFiles, workspace: Path, reporter: Reporter) -> bool:
+    unchanged = files.rows.fetch(workspace / "dataset", reporter)
+    if unchanged and files.held_out:
+        unchanged = files.held_out.fetch(workspace / "evaluation", reporter)
+    return unchanged
 
+
+def held_stages(output: Folder, prints: Fingerprints) -> Held:
+    """The stages that need not run again."""
+    markers = {stage: find_complete(output, stage, getattr(prints, stage)) for stage in Stage}
+    return {stage: marker for stage, marker in markers.items() if marker}
+
+
+def prepare(
+    config: RunConfig, inputs: Inputs, output: Folder, workspace: Path, reporter: Reporter
+) -> None:
+    """Read the rows and leave the examples in the store.
+
+    When rows make it fail, the error carries what is known, and the store gets the report.
+    """
+    files, folder = inputs.files, workspace / "prepared"
+    findings = Findings(config, Rows(files.rows, workspace / "dataset"))
+    if files.held_out:
+        findings.eval_rows = Rows(files.held_out, workspace / "evaluation")
+    folder.mkdir()
+    try:
+        reporter.message(f"Reading {files.rows.uri}")
+        for rows in findings.all_rows():
+            rows.load(config.dataset, config.training.seed)
+        base = check_model(config, inputs.model, workspace, reporter)
+        reporter.message(f"Applying the chat template to {findings.rows.total} rows")
+        encode(findings, base, folder)
+    except StageError as error:
+        if error.reason not in (Reason.INVALID_ROWS, Reason.EXAMPLES_TOO_LONG):
+            raise
+        findings.write(folder)
+        report = f"{stage_folder(Stage.PREPARE, inputs.prints.prepare)}/{REPORT}"
+        output.upload(folder / REPORT, report)
+        message = f"{error.message} {output.uri_of(report)} lists all rows concerned."
+        raise StageError(error.reason, message, dataset=findings.summary()) from error
+    findings.write(folder)
+    (folder / SUMMARY).write_text(findings.prepared().model_dump_json(indent=2), encoding="utf-8")
+    save_stage(output, Stage.PREPARE, inputs.prints.prepare, folder)
+
+
+def check_model(
+    config: RunConfig, model: source.ModelFiles, workspace: Path, reporter: Reporter
+) -> Path:
+    """Check what is small of the base model; returns the folder that it is in."""
     folder = source.fetch(model, config.storage, workspace / "tokenizer", reporter, weights=False)
-    if not prepared:
-        reporter.message(f"Applying the chat template to {len(rows)} rows")
-        tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
-        examples = build_examples(rows, tokenizer, config.training.max_sequence_length)
-        write_examples(examples, workspace / "prepared")
     if config.export.gguf:
         reporter.message("Checking that llama.cpp can convert the model")
         trust = config.model.trust_remote_code
         converter.check_vocabulary(folder, workspace / "vocabulary.gguf", trust_remote_code=trust)
+    return folder
 
 
-def read_report(output: Folder, fingerprint: str) -> dict[str, int]:
-    """The counts in the stage's dataset-report.json."""
-    path = f"{stage_folder(Stage.PREPARE, fingerprint)}/{REPORT}"
+def encode(findings: Findings, base: Path, folder: Path) -> None:
+    """Apply the chat template, choose the held-out rows, and write the examples to `folder`."""
+    # Here and not above: importing transformers takes seconds, which no mistake so far needed.
+    from finetune_trainer.base_model.tokenizer import load_tokenizer  # noqa: PLC0415
+    from finetune_trainer.prepare.examples import check_lengths, write_examples  # noqa: PLC0415
+    from finetune_trainer.prepare.template import check_template, describe_template  # noqa: PLC0415
+
+    config = findings.config
+    limit = config.training.max_sequence_length
+    tokenizer = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
+    check_template(tokenizer, system=any(rows.has_system for rows in findings.all_rows()))
+    findings.template = describe_template(tokenizer)
+    held = choose(findings)
+    findings.examples = write_examples(findings.rows, held, tokenizer, limit, folder)
+    check_lengths(findings.examples, config.dataset)
+    if findings.eval_rows:
+        everything = np.ones(len(findings.eval_rows.numbers), dtype=np.bool_)
+        findings.eval_examples = write_examples(
+            findings.eval_rows, everything, tokenizer, limit, folder
+        )
+        check_lengths(findings.eval_examples, config.dataset)
+
+
+def choose(findings: Findings) -> Mask:
+    """The rows of the dataset that are held out."""
+    dataset = findings.config.dataset
+    return hold_out(findings.rows.hashes, dataset.eval_fraction if dataset.splits else 0)
+
+
+def read_summary(output: Folder, fingerprint: str) -> Prepared:
+    """What the prepared examples are like."""
+    path = f"{stage_folder(Stage.PREPARE, fingerprint)}/{SUMMARY}"
     data = output.read(path)
     if data is None:
         raise FileNotFoundError(f"{output.uri_of(path)} is missing")
-    report = json.loads(data)
-    return {key: value for key, value in report.items() if isinstance(value, int)}
+    return Prepared.model_validate_json(data)
 
 
-def summary(report: dict[str, int], held: Held) -> str:
+def describe(prepared: Prepared, held: Held) -> str:
     """One line for people."""
-    parts = [f"{report['examples']} examples"]
-    if report["truncated"]:
-        parts.append(f"{report['truncated']} cut off at {report['maxSequenceLength']} tokens")
-    if report["leftOut"]:
-        parts.append(f"{report['leftOut']} rows left out: no answer within the maximum length")
+    found = prepared.dataset
+    parts = [f"{found.examples} examples ({found.tokens:,} tokens)"]
+    if found.eval_examples:
+        parts.append(f"{found.eval_examples} held out")
+    if prepared.shared:
+        parts.append(f"{prepared.shared} of them are trained on as well")
+    if found.invalid:
+        parts.append(f"{found.invalid} bad rows skipped")
+    if found.duplicates:
+        parts.append(f"{found.duplicates} rows repeat another")
+    if cut := found.truncated - prepared.left_out:
+        parts.append(f"{cut} cut off at the maximum length")
+    if prepared.left_out:
+        parts.append(f"{prepared.left_out} rows left out: no answer within the maximum length")
     if held:
         parts.append(f"already there: {', '.join(held)}")
     return "; ".join(parts)

@@ -1,0 +1,143 @@
+"""The second pass: rows become examples, and what is too long is found by its tokens."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from finetune_trainer.base_model.tokenizer import IGNORED, Encoded, as_example, encode_batch
+from finetune_trainer.config import Dataset, allowed
+from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.prepare.rows import Messages, Rows
+from finetune_trainer.prepare.split import Mask
+from finetune_trainer.prepare.statistics import Lengths, length_that_fits, percentile
+
+BATCH = 256  # rows that are tokenized together
+SHOWN = 10  # rows that a message names
+EXAMPLES, HELD_OUT = "examples.jsonl", "eval.jsonl"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What the rows of one file are in tokens, row by row."""
+
+    rows: Rows
+    held: Mask
+    """Rows that are held out."""
+
+    lengths: Lengths
+    """Tokens of the whole row, before it is cut."""
+
+    answers: Lengths
+    """Tokens that loss is computed on, of what is left after cutting."""
+
+    limit: int
+    """training.maxSequenceLength."""
+
+    conversations: int
+    """Rows with several answers."""
+
+    only_last: int
+    """Those of them of which only the last answer is learnt."""
+
+    @property
+    def too_long(self) -> Mask:
+        """Rows that are cut, or left out."""
+        return np.asarray(self.lengths > self.limit)
+
+    @property
+    def left_out(self) -> Mask:
+        """Rows whose answers would be cut off entirely: they would teach nothing."""
+        return np.asarray(self.answers == 0)
+
+    @property
+    def trained(self) -> Lengths:
+        """Lengths of the examples that are trained on."""
+        return self.lengths[~self.held & ~self.left_out]
+
+    @property
+    def held_out(self) -> int:
+        """How many examples are held out."""
+        return int(np.count_nonzero(self.held & ~self.left_out))
+
+
+def write_examples(
+    rows: Rows, held: Mask, tokenizer: PreTrainedTokenizerBase, limit: int, folder: Path
+) -> Examples:
+    """Append the rows to examples.jsonl, and those that are held out to eval.jsonl.
+
+    One example a line, `{"prompt": [messages], "completion": [message]}`. A row whose answers all
+    begin after `limit` tokens is left out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths, answers = array("I"), array("I")
+    conversations = only_last = 0
+    with (
+        (folder / EXAMPLES).open("a", encoding="utf-8") as train,
+        (folder / HELD_OUT).open("a", encoding="utf-8") as evaluation,
+    ):
+        for index, (messages, encoded) in enumerate(_encoded(rows, tokenizer)):
+            learnt = sum(label != IGNORED for label in encoded.labels[:limit])
+            lengths.append(len(encoded.ids))
+            answers.append(learnt)
+            conversations += sum(m["role"] == "assistant" for m in messages) > 1
+            only_last += encoded.only_last
+            if learnt:
+                out = evaluation if held[index] else train
+                out.write(json.dumps(as_example(messages), ensure_ascii=False) + "\n")
+    for name in (EXAMPLES, HELD_OUT):
+        if not (folder / name).stat().st_size:
+            (folder / name).unlink()
+    return Examples(
+        rows,
+        held,
+        np.array(lengths, dtype=np.uint32),
+        np.array(answers, dtype=np.uint32),
+        limit,
+        conversations,
+        only_last,
+    )
+
+
+def check_lengths(examples: Examples, dataset: Dataset) -> None:
+    """Refuse a file of which too many rows are too long, or none is left to train on."""
+    rows, long = examples.rows, examples.too_long
+    may = allowed(dataset.max_truncated_rows, rows.total)
+    count = int(np.count_nonzero(long))
+    if count <= may and not examples.left_out.all():
+        return
+    gone = int(np.count_nonzero(examples.left_out))
+    first = ", ".join(
+        f"{number} ({length})"
+        for number, length in zip(
+            rows.numbers[long][:SHOWN].tolist(),
+            examples.lengths[long][:SHOWN].tolist(),
+            strict=True,
+        )
+    )
+    lengths = examples.lengths
+    raise StageError(
+        Reason.EXAMPLES_TOO_LONG,
+        f"{count} of the {rows.total} rows of {rows.file.uri} are longer than "
+        f"spec.training.maxSequenceLength ({examples.limit} tokens)"
+        f"{f', {gone} of them so that no answer would be left' if gone else ''}; "
+        f"spec.dataset.maxTruncatedRows ({dataset.max_truncated_rows}) allows {may}. Rows "
+        f"(tokens): {first}{' …' if count > SHOWN else ''}. Set maxSequenceLength to "
+        f"{length_that_fits(lengths, may)}, to {percentile(lengths, 99)} for 99% of the rows, or "
+        f"to {int(lengths.max())} for all (longer takes more memory); or shorten the rows.",
+    )
+
+
+def _encoded(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Messages, Encoded]]:
+    records = rows.messages()
+    while batch := list(islice(records, BATCH)):
+        examples: list[dict[str, Any]] = [as_example(messages) for messages in batch]
+        yield from zip(batch, encode_batch(tokenizer, examples), strict=True)
