@@ -1,0 +1,25 @@
+"""The dataset as it really comes, read as text in bounded memory.
+
+bytes (gzip) -> encoding -> CSV, JSON lines, a JSON array; or Parquet
+  -> layout (which columns) -> conversations, one a row, each checked
+
+Every cell is text: `NA`, `null` and `0012` stay what they are. Reading goes on to the end, so that
+all rows that can't be used are known; then they fail the run or are left out, as
+spec.dataset.onInvalidRow says. Where it can't be told where rows begin (a quote that is never
+closed, a file that is cut off), nothing is left out: the run fails.
+"""
+
+from __future__ import annotations
+
+from finetune_trainer.prepare.reading.record import Detected, Message, Problems, Record
+from finetune_trainer.prepare.reading.source import Source, open_source, read_records
+
+__all__ = [
+    "Detected",
+    "Message",
+    "Problems",
+    "Record",
+    "Source",
+    "open_source",
+    "read_records",
+]

@@ -1,0 +1,96 @@
+"""A Parquet file, read in small batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from finetune_trainer.outcome import StageError
+from finetune_trainer.prepare.reading.content import unreadable
+from finetune_trainer.prepare.reading.record import Row
+from finetune_trainer.prepare.reading.wording import clip, name_of
+
+BATCH = 256  # rows that are in memory as Python objects
+BUFFER = 1 << 20  # bytes read ahead of each column
+
+_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
+
+
+class Parquet:
+    """A Parquet file whose schema is known."""
+
+    unit = "row"
+    format = "parquet"
+
+    def __init__(self, file: Path, uri: str) -> None:
+        self.file = file
+        self.uri = uri
+        with self._open() as parquet:
+            self.schema: pa.Schema = parquet.schema_arrow
+        self.fields = list(self.schema.names)
+
+    @property
+    def described(self) -> dict[str, str | None]:
+        """What is special about the format, for Detected."""
+        return {}
+
+    @property
+    def empty(self) -> str:
+        """What to say when there are no rows."""
+        return "has columns and no rows: write examples into it"
+
+    def check_types(self, wanted: dict[str, str]) -> None:
+        """Text, or lists of messages where they may be; raises StageError."""
+        for part, name in wanted.items():
+            kind = self.schema.field(name).type
+            lists = part in ("messages", "prompt", "completion")
+            if not (_is_text(kind) or (lists and _is_messages(kind))):
+                due = "text or a list of messages" if lists else "text"
+                raise unreadable(
+                    self.uri,
+                    f"has the column {name_of(name)} of type {clip(str(kind), 80)}, not {due}: "
+                    "convert it, or map another column in spec.dataset.columns.",
+                )
+
+    def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
+        """The wanted values of each row; raises StageError (DatasetUnreadable)."""
+        number = 0
+        with self._open() as parquet:
+            for batch in parquet.iter_batches(BATCH, columns=list(wanted), use_threads=False):
+                columns = [batch.column(name).to_pylist() for name in wanted]
+                for values in zip(*columns, strict=True):
+                    number += 1
+                    yield number, number, values
+
+    @contextmanager
+    def _open(self) -> Iterator[pq.ParquetFile]:
+        try:
+            with pq.ParquetFile(
+                self.file, buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True
+            ) as parquet:
+                yield parquet
+        except StageError:
+            raise
+        except _ERRORS as error:
+            text = clip(f"can't be read as Parquet: {error}")
+            raise unreadable(self.uri, f"{text}. Write it again.") from error
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_null(kind)
+    )
+
+
+def _is_messages(kind: pa.DataType) -> bool:
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return bool(lists and pa.types.is_struct(kind.value_type))

@@ -1,0 +1,147 @@
+"""What reading a dataset yields: records, problems, and what the file was found to be."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any, Protocol
+
+from finetune_trainer.outcome import BadRow
+from finetune_trainer.prepare.reading.wording import SHOWN, clip, plural
+
+Message = dict[str, str]
+"""`role` (system, user or assistant) and `content`."""
+
+Row = tuple[int, int, Sequence[Any] | str]
+"""Number and line of a row, and the values of the wanted columns or the cause why it has none."""
+
+
+class Reader(Protocol):
+    """One format: its columns, and its rows from the first on, as often as asked for."""
+
+    unit: str
+    """What the format counts: row, line or element."""
+
+    format: str
+    fields: list[str]
+    """The columns, or keys."""
+
+    @property
+    def described(self) -> dict[str, str | None]:
+        """What is special about the format, for Detected."""
+
+    @property
+    def empty(self) -> str:
+        """What to say when there are no rows."""
+
+    def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
+        """The rows with the values of these columns; raises DamageError or StageError."""
+
+
+IN_MEMORY = 1 << 20  # bytes of bad rows that are kept in memory; more go to a temporary file
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One usable example."""
+
+    number: int
+    """Of the row in a table, blank rows included, the header being 1; of the line in JSON lines,
+    of the element in a JSON array, of the row in Parquet, each from 1."""
+
+    messages: tuple[Message, ...]
+    """A system message first if there is one, then user and assistant in turn, the assistant
+    last."""
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What the file was found to be; None where it doesn't apply to the format."""
+
+    format: str
+    """csv, jsonl, json (one array of objects) or parquet."""
+
+    layout: str
+    """instruction, prompt-completion or messages."""
+
+    columns: dict[str, str]
+    """Which column (or key) is used as what."""
+
+    unused: tuple[str, ...] = ()
+    """Columns that nothing is taken from."""
+
+    compression: str | None = None
+    encoding: str | None = None
+    delimiter: str | None = None
+    quote: str | None = None
+    """The quote character; empty where quotes have no meaning."""
+
+    escape: str | None = None
+    """How a quote stands inside quotes: `doubled` or `backslash`."""
+
+    def to_report(self) -> dict[str, Any]:
+        """What stands in dataset-report.json."""
+        found = {
+            "format": self.format,
+            "compression": self.compression,
+            "encoding": self.encoding,
+            "delimiter": self.delimiter,
+            "quote": self.quote,
+            "escape": self.escape,
+            "layout": self.layout,
+            "columns": dict(self.columns),
+            "unusedColumns": list(self.unused[:100]),
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+
+def _spool() -> IO[str]:
+    return tempfile.SpooledTemporaryFile(IN_MEMORY, "w+", encoding="utf-8", newline="\n")
+
+
+@dataclass
+class Problems:
+    """Rows that can't be used: how many, the first ten, and all of them on disk."""
+
+    count: int = 0
+    first: list[BadRow] = field(default_factory=list)
+    _all: IO[str] = field(default_factory=_spool, repr=False)
+
+    def __post_init__(self) -> None:  # noqa: D105
+        weakref.finalize(self, self._all.close)
+
+    def add(self, row: int, cause: str) -> None:
+        """Note a row; a long cause is cut."""
+        bad = BadRow(row=row, cause=clip(cause))
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append(bad)
+        self._all.write(json.dumps([bad.row, bad.cause]) + "\n")
+
+    def __iter__(self) -> Iterator[BadRow]:
+        """All of them, in the order of the file; not while rows are being added."""
+        self._all.seek(0)
+        for line in self._all:
+            row, cause = json.loads(line)
+            yield BadRow(row=row, cause=cause)
+
+    def describe(self, unit: str) -> str:
+        """`2 bad rows. row 3: …; row 5: …`."""
+        more = self.count - len(self.first)
+        listed = "; ".join(f"{unit} {bad.row}: {bad.cause}" for bad in self.first)
+        return f"{plural(self.count, f'bad {unit}')}. {listed}" + (
+            f"; and {more:,} more" if more else ""
+        )
+
+
+class DamageError(Exception):
+    """From this place on it can't be told where a row begins, so none can be skipped."""
+
+    def __init__(self, row: int, line: int, cause: str) -> None:
+        super().__init__(cause)
+        self.row = row
+        self.line = line
+        self.cause = cause

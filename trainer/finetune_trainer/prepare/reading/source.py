@@ -1,0 +1,212 @@
+"""A dataset file: what it was found to be, and its records."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from finetune_trainer.config import DataFormat, Dataset, allowed
+from finetune_trainer.outcome import DatasetSummary, Reason, StageError
+from finetune_trainer.prepare.reading.content import GZIP, PARQUET, Content, foreign, unreadable
+from finetune_trainer.prepare.reading.conversation import Conversation, InvalidError, builder
+from finetune_trainer.prepare.reading.encoding import Text, read_as_text
+from finetune_trainer.prepare.reading.json_array import JsonArray
+from finetune_trainer.prepare.reading.jsonl import JsonLines
+from finetune_trainer.prepare.reading.layout import (
+    Layout,
+    check_columns,
+    check_unique,
+    find_layout,
+    fit,
+    missing_column,
+)
+from finetune_trainer.prepare.reading.parquet import Parquet
+from finetune_trainer.prepare.reading.record import DamageError, Detected, Problems, Reader, Record
+from finetune_trainer.prepare.reading.table import Table
+
+
+class Source:
+    """An opened dataset; after the last record, what was counted on the way."""
+
+    def __init__(
+        self, reader: Reader, layout: Layout, dataset: Dataset, uri: str, compression: str | None
+    ) -> None:
+        self._reader = reader
+        self._layout = layout
+        self._dataset = dataset
+        self._uri = uri
+        self._hashes = array("q")
+        self.rows = 0
+        """Rows read so far, blank lines not counted."""
+
+        used = set(layout.columns.values())
+        self.detected = Detected(
+            format=reader.format,
+            layout=layout.kind,
+            columns=layout.columns,
+            unused=tuple(name for name in reader.fields if name not in used),
+            compression=compression,
+            **reader.described,
+        )
+
+    @property
+    def duplicates(self) -> int:
+        """Records read so far that say the same as an earlier one."""
+        hashes = np.frombuffer(self._hashes, dtype=np.int64)
+        return len(hashes) - len(np.unique(hashes))
+
+    def summary(self, problems: Problems) -> DatasetSummary:
+        """What has been counted so far."""
+        return DatasetSummary(
+            rows=self.rows,
+            invalid=problems.count,
+            duplicates=self.duplicates,
+            first_invalid=tuple(problems.first),
+        )
+
+    def records(self, problems: Problems) -> Iterator[Record]:
+        """The usable rows in the order of the file; the others go to `problems`.
+
+        With onInvalidRow `fail` no record follows a problem, but reading goes on to the end.
+        Raises StageError, in part after the last record: DatasetEmpty; InvalidRows, with the
+        summary; DatasetUnreadable for damaged Parquet.
+        """
+        self.rows, self._hashes = 0, array("q")
+        skip = self._dataset.on_invalid_row == "skip"
+        try:
+            for number, line, built in self._built():
+                self.rows += 1
+                if isinstance(built, str):
+                    problems.add(number, built + self._place(number, line))
+                    continue
+                self._hashes.append(_hash(built))
+                if skip or not problems.count:
+                    yield Record(number, built)
+        except DamageError as damage:
+            self.rows += 1
+            cause = damage.cause + self._place(damage.row, damage.line)
+            raise self._damaged(damage.row, cause, problems) from damage
+        self._check(problems)
+
+    def _built(self) -> Iterator[tuple[int, int, Conversation | str]]:
+        build = builder(self._layout, self._dataset.system_prompt)
+        for number, line, values in self._reader.rows(list(self._layout.columns.values())):
+            if isinstance(values, str):
+                yield number, line, values
+                continue
+            try:
+                yield number, line, build(values)
+            except InvalidError as error:
+                yield number, line, str(error)
+
+    def _place(self, number: int, line: int) -> str:
+        return "" if line == number else f" (line {line} of the file)"
+
+    def _check(self, problems: Problems) -> None:
+        unit = self._reader.unit
+        if not self.rows:
+            raise StageError(Reason.DATASET_EMPTY, f"{self._uri} {self._reader.empty}.")
+        if not problems.count:
+            return
+        found = f"{self._uri} has {problems.describe(unit)}."
+        start = " The header is row 1;" if isinstance(self._reader, Table) else ""
+        limit = self._dataset.max_invalid_rows
+        if self._dataset.on_invalid_row == "fail":
+            text = f"{found}{start} correct or remove them, or set spec.dataset.onInvalidRow: skip."
+        elif problems.count > allowed(limit, self.rows):
+            text = (
+                f"{found}{start} that is more than spec.dataset.maxInvalidRows allows "
+                f"({limit} of {self.rows:,} rows): correct or remove them, or raise the limit."
+            )
+        elif problems.count == self.rows:
+            text = f"{found}{start} no row is left: correct them."
+        else:
+            return
+        raise StageError(Reason.INVALID_ROWS, text, dataset=self.summary(problems))
+
+    def _damaged(self, row: int, cause: str, problems: Problems) -> StageError:
+        problems.add(row, cause)
+        unit = self._reader.unit
+        text = (
+            f"{self._uri} has {problems.describe(unit)}. From {unit} {row} on it can't be told "
+            f"where {unit}s begin, so none can be skipped: correct it."
+        )
+        if problems.count > len(problems.first):
+            text += f" There: {cause}."
+        return StageError(Reason.INVALID_ROWS, text, dataset=self.summary(problems))
+
+
+def _hash(messages: Conversation) -> int:
+    return hash(tuple((message["role"], message["content"]) for message in messages))
+
+
+def read_records(file: Path, dataset: Dataset, uri: str, problems: Problems) -> Iterator[Record]:
+    """Open the file and read its records, as Source.records does."""
+    return open_source(file, dataset, uri).records(problems)
+
+
+def open_source(file: Path, dataset: Dataset, uri: str) -> Source:
+    """Find out what the file is. Its text is read through once, so what can't be read shows here.
+
+    Raises StageError: DatasetEmpty, DatasetUnreadable, ColumnNotFound, InvalidConfig, InvalidRows.
+    """
+    check_columns(dataset.columns)
+    content = Content(file, uri)
+    reader = _reader(content, dataset)
+    layout = find_layout(reader.fields, dataset.columns)
+    if layout is None:
+        what = "column" if isinstance(reader, Table | Parquet) else "key"
+        raise missing_column(reader.fields, dataset.columns, uri, what=what)
+    check_unique(reader.fields, layout, uri)
+    if isinstance(reader, Parquet):
+        reader.check_types(layout.columns)
+    return Source(reader, layout, dataset, uri, content.compression)
+
+
+def _reader(content: Content, dataset: Dataset) -> Reader:
+    start = content.start
+    if start.startswith(PARQUET):
+        _check_format(dataset.format, "Parquet", DataFormat.PARQUET, content.uri)
+        return _parquet(content)
+    if content.compression and start.startswith(GZIP):
+        raise unreadable(content.uri, "is gzipped twice: compress it once.")
+    if error := foreign(start, content.uri):
+        raise error
+    text = read_as_text(content)
+    if text.blank:
+        raise StageError(
+            Reason.DATASET_EMPTY,
+            f"{content.uri} is empty: write a header row and examples into it.",
+        )
+    return _text_reader(content, text, dataset)
+
+
+def _text_reader(content: Content, text: Text, dataset: Dataset) -> Reader:
+    begin = content.start[text.mark :].decode(text.encoding, "ignore").lstrip()[:1]
+    if begin == "{":
+        _check_format(dataset.format, "JSON lines", DataFormat.JSONL, content.uri)
+        return JsonLines(content, text)
+    if begin == "[":
+        _check_format(dataset.format, "a JSON array", DataFormat.JSONL, content.uri)
+        return JsonArray(content, text)
+    _check_format(dataset.format, "CSV", DataFormat.CSV, content.uri)
+    return Table(content, text, lambda header: fit(header, dataset.columns))
+
+
+def _check_format(given: DataFormat, found: str, fits: DataFormat, uri: str) -> None:
+    if given not in (DataFormat.AUTO, fits):
+        raise unreadable(
+            uri,
+            f"is {found} by its content, but spec.dataset.format is {given.value}: "
+            f"set it to {fits.value} or leave it out.",
+        )
+
+
+def _parquet(content: Content) -> Parquet:
+    if not content.compression:
+        return Parquet(content.file, content.uri)
+    unzipped = content.file.with_name(f"{content.file.name}.unzipped")
+    return Parquet(content.unzip_to(unzipped), content.uri)
