@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ PATHS = {
     "Pod": "/api/v1/namespaces/{namespace}/pods",
     "ConfigMap": "/api/v1/namespaces/{namespace}/configmaps",
     "Event": "/api/v1/namespaces/{namespace}/events",
+    "Node": "/api/v1/nodes",
     "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts",
     "Role": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/roles",
     "RoleBinding": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/rolebindings",
@@ -39,6 +41,7 @@ WATCHED = {KIND: "", "Job": SELECTOR, "Pod": SELECTOR}
 MERGE_PATCH = "application/merge-patch+json"
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
 PAGE = 500
+NODES_SECONDS = 60.0  # for so long the nodes' labels are taken for what they were
 
 BY_STATUS: dict[int, type[errors.ClusterError]] = {
     400: errors.InvalidError,
@@ -69,6 +72,7 @@ class Cluster:
         self._api = client.ApiClient(configuration)
         self._api.user_agent = OPERATOR
         self._timeout = request_seconds
+        self._nodes: dict[str, tuple[float, tuple[Mapping[str, str], ...]]] = {}
 
     @classmethod
     @asynccontextmanager
@@ -133,9 +137,13 @@ class Cluster:
         kind: Literal["Normal", "Warning"],
         reason: str,
         message: str,
+        scope: str = "",
     ) -> None:
-        """Record an Event about a FineTuneJob; saying the same again only renews its time."""
-        event = _event(about, kind, reason, message)
+        """Record an Event about a FineTuneJob; saying the same again only renews its time.
+
+        The same words in another `scope` are another Event.
+        """
+        event = _event(about, kind, reason, message, scope)
         try:
             await self.create(event)
         except errors.AlreadyExistsError:
@@ -143,6 +151,15 @@ class Cluster:
             again = {"lastTimestamp": event["lastTimestamp"]}
             path = f"{_path('Event', meta)}/{meta['name']}"
             await self._request("PATCH", path, body=again, content_type=MERGE_PATCH)
+
+    async def node_labels(self, label: str) -> tuple[Mapping[str, str], ...]:
+        """Labels of the nodes that bear this one, up to a minute old; raises ForbiddenError."""
+        when, known = self._nodes.get(label, (0.0, ()))
+        if label not in self._nodes or time.monotonic() - when > NODES_SECONDS:
+            found = [node["metadata"]["labels"] async for node in self._list("Node", "", label)]
+            known = tuple(found)
+            self._nodes[label] = (time.monotonic(), known)
+        return known
 
     async def watched_uids(self, namespaces: tuple[str, ...]) -> set[str]:
         """The uids of all objects that the operator watches, read from the API server."""
@@ -247,9 +264,12 @@ def _status(body: str | bytes | None) -> Mapping[str, Any]:
     return status if isinstance(status, dict) else {}
 
 
-def _event(about: Mapping[str, Any], kind: str, reason: str, message: str) -> Object:
+def _event(
+    about: Mapping[str, Any], kind: str, reason: str, message: str, scope: str = ""
+) -> Object:
     # The name is a function of what is said, so that saying it twice is one Event.
-    said = hashlib.sha256(f"{about['uid']}/{reason}/{message}".encode()).hexdigest()[:16]
+    words = "/".join((about["uid"], *([scope] if scope else []), reason, message))
+    said = hashlib.sha256(words.encode()).hexdigest()[:16]
     name = f"{about['name'][:200].rstrip('-.')}.{said}"
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return {

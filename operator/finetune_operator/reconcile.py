@@ -15,7 +15,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from finetune_operator import errors
+from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.cluster import Cluster
+from finetune_operator.hardware import Labels, memory_label, training_hardware
 from finetune_operator.manifests import StageObjects, pod_settings_digest, stage_objects
 from finetune_operator.metrics import Metrics
 from finetune_operator.observe import (
@@ -152,6 +154,7 @@ class Reconciler:
     async def _start(self, job: ObservedFineTuneJob, action: StartStage, bridge: _Bridge) -> None:
         if job.spec is None:
             raise ValueError("a stage can't be started without a spec")
+        nodes = await self._gpu_nodes(job, job.spec) if action.stage is Stage.PREPARE else ()
         objects: StageObjects = stage_objects(
             job,
             job.spec,
@@ -160,12 +163,28 @@ class Reconciler:
             key=action.key,
             attempt=action.attempt,
             resolved=action.resolved,
+            hardware=training_hardware(job.spec, nodes),
         )
         made: Raw = {}
         for body in objects:
             made = await self._ensure(job, body)
         bridge.created[made["metadata"]["name"]] = made
         bridge.until = time.monotonic() + BRIDGE_SECONDS
+
+    async def _gpu_nodes(
+        self, job: ObservedFineTuneJob, spec: FineTuneJobSpec
+    ) -> tuple[Labels, ...]:
+        """Labels of the nodes with GPUs, where they are needed and may be read."""
+        label = memory_label(spec)
+        if label is None:
+            return ()
+        try:
+            return await self._cluster.node_labels(label)
+        except errors.ForbiddenError:
+            # By design where only some namespaces are watched; spec.training.gpuMemory helps.
+            key = f"{job.namespace}/{job.name}"
+            logger.info("No right to read the nodes' GPU memory.", extra={"job": key})
+            return ()
 
     async def _ensure(self, job: ObservedFineTuneJob, body: Raw) -> Raw:
         """Create an object; one that is there already must be ours."""

@@ -39,6 +39,9 @@ class Settings(BaseModel):
     image_pull_secrets: Names = ()
     """Secrets, in each FineTuneJob's namespace, that the trainer image is pulled with."""
 
+    trainer_log_format: Literal["human", "json"] = "human"
+    """How the stages log: text for people, or one JSON object a line."""
+
     namespaces: Names = ()
     """Namespaces to watch; empty means all."""
 

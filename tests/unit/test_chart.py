@@ -11,6 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from finetune_operator.settings import Settings
+
 CHART = Path(__file__).parents[2] / "charts" / "finetune-operator"
 
 
@@ -55,15 +57,20 @@ def test_renders_valid_objects(values: dict[str, Any]) -> None:
     assert ("CustomResourceDefinition" in kinds) is values.get("crds", {}).get("enabled", True)
 
 
-def test_the_operator_may_do_exactly_this() -> None:
-    rules = named(render(), "ClusterRole")["rules"]
-    granted = {
+def granted(role: Any) -> dict[tuple[str, str], list[str]]:
+    return {
         (group, resource): sorted(rule["verbs"])
-        for rule in rules
+        for rule in role["rules"]
         for group in rule["apiGroups"]
         for resource in rule["resources"]
     }
-    assert granted == {
+
+
+def test_the_operator_may_do_exactly_this() -> None:
+    everywhere = granted(named(render(), "ClusterRole"))
+    assert everywhere.pop(("", "nodes")) == ["list"]
+    assert everywhere == granted(named(render(watchNamespaces=["team-a"]), "Role"))
+    assert everywhere == {
         ("finetune.dev", "finetunejobs"): ["get", "list", "watch"],
         ("finetune.dev", "finetunejobs/status"): ["patch"],
         ("finetune.dev", "finetunejobs/finalizers"): ["update"],
@@ -75,6 +82,23 @@ def test_the_operator_may_do_exactly_this() -> None:
         ("rbac.authorization.k8s.io", "rolebindings"): ["create", "get"],
         ("", "events"): ["create", "patch"],
     }
+
+
+def test_the_right_to_list_nodes_can_be_kept_back() -> None:
+    role = named(render(rbac={"readNodes": False}), "ClusterRole")
+    assert ("", "nodes") not in granted(role)
+
+
+def environment(**values: Any) -> dict[str, str]:
+    (container,) = named(render(**values), "Deployment")["spec"]["template"]["spec"]["containers"]
+    return {each["name"]: each["value"] for each in container["env"]}
+
+
+def test_the_stages_log_as_the_chart_says() -> None:
+    assert environment()["FINETUNE_TRAINER_LOG_FORMAT"] == "human"
+    told = environment(trainer={"logFormat": "json"})
+    assert told["FINETUNE_TRAINER_LOG_FORMAT"] == "json"
+    assert Settings.from_environment(told).trainer_log_format == "json"
 
 
 def test_watching_namespaces_needs_no_cluster_wide_rights() -> None:

@@ -11,8 +11,10 @@ import cel
 import kubernetes_validate
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from finetune_operator.api import crd
+from finetune_operator.api.base import EnvVar
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_trainer import config
 
@@ -118,6 +120,49 @@ def test_rules_are_evaluated_as_cel(
     for rule in node["x-kubernetes-validations"]:
         assert cel.evaluate(rule["rule"], {"self": value}) is accepted
         assert rule["message"].startswith("must ")
+
+
+@pytest.mark.parametrize(
+    ("given", "accepted"),
+    [
+        ({"value": "x"}, True),
+        ({"value": ""}, True),
+        ({"valueFrom": {"secretKeyRef": {"name": "wandb", "key": "key"}}}, True),
+        ({}, False),
+        ({"value": "x", "valueFrom": {"secretKeyRef": {"name": "wandb", "key": "key"}}}, False),
+        ({"valueFrom": {}}, False),
+        ({"valueFrom": {"secretKeyRef": {"name": "wandb"}}}, False),
+        ({"valueFrom": {"configMapKeyRef": {"name": "wandb", "key": "key"}}}, False),
+    ],
+)
+def test_a_variable_has_a_value_or_a_key_of_a_secret(
+    root_schema: dict[str, Any], given: dict[str, Any], accepted: bool
+) -> None:
+    variable = {"name": "WANDB_API_KEY", **given}
+    node = root_schema["properties"]["spec"]["properties"]["stages"]["properties"]["train"]
+    (rule,) = node["properties"]["env"]["items"]["x-kubernetes-validations"]
+    source = given.get("valueFrom")
+    if source is None or "secretKeyRef" in source:  # the rest is the schema's to refuse
+        one = bool(cel.evaluate(rule["rule"], {"self": variable}))
+        assert one is (("value" in given) != ("valueFrom" in given))
+    if accepted:
+        assert EnvVar.model_validate(variable).model_dump(exclude_none=True)["name"]
+    else:
+        with pytest.raises(ValidationError):
+            EnvVar.model_validate(variable)
+
+
+def test_a_variable_with_two_values_is_refused_in_the_rules_words() -> None:
+    spec = {
+        "model": {"source": "org/base"},
+        "dataset": {"source": "s3://data/faq.csv"},
+        "output": {"uri": "s3://models/support"},
+        "stages": {"train": {"env": [{"name": "A"}]}},
+    }
+    with pytest.raises(ValidationError) as refused:
+        FineTuneJobSpec.model_validate(spec)
+    words = config.describe(refused.value, prefix="spec.")
+    assert words.startswith("spec.stages.train.env.0: must have exactly one of value and valueFrom")
 
 
 def test_strings_that_rules_look_at_are_bounded(root_schema: dict[str, Any]) -> None:

@@ -185,6 +185,12 @@ class Notice(Base):
     remedy: Annotated[str, Field(max_length=300)]
     """What to do, or what was done."""
 
+    @property
+    def text(self) -> str:
+        """One line for the log and the Event: where, the figures, and what to do."""
+        where = "" if self.step is None else f"step {self.step}: "
+        return f"{where}{self.evidence.rstrip('. ')}. {self.remedy}"
+
 
 class StageError(Exception):
     """A stage cannot go on. The message names what, where, and what to do about it."""

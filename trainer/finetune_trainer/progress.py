@@ -7,6 +7,7 @@ work never waits for it. When it fails, one warning is logged and the work goes 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from finetune_trainer.config import JobReference, Stage
+from finetune_trainer.outcome import Notice
 
 if TYPE_CHECKING:
     import httpx
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 INTERVAL_SECONDS = 10.0
 REQUEST_SECONDS = 5.0
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+# Set by the operator: the Job of this pod, by which it knows whose notices it reads.
+JOB_VARIABLE = "FINETUNE_JOB"
+NOTICE_LIMIT = 20  # the last so many stand in status.progress; all are in the log
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +48,7 @@ class Reporter:
         self._publisher = publisher
         self._interval = interval
         self._fields: dict[str, Any] = {}
+        self._notices: list[Notice] = []
         self._dirty = threading.Event()
         self._closing = threading.Event()
         self._lock = threading.Lock()
@@ -52,7 +58,10 @@ class Reporter:
             self._thread.start()
 
     def begin(self, stage: Stage, message: str) -> None:
-        """A stage begins: clear what no longer applies. The last loss stays, except for `train`."""
+        """A stage begins: clear what no longer applies.
+
+        What the training said last (loss, notices) stays, except for `train`.
+        """
         cleared = [
             "step",
             "totalSteps",
@@ -63,10 +72,12 @@ class Reporter:
             "eta",
         ]
         if stage is Stage.TRAIN:
-            cleared.append("loss")
+            cleared += ["loss", "evalLoss", "notices"]
+            self._notices = []
         log.info("%s", message)
+        begun = {"stage": stage.value, "job": os.environ.get(JOB_VARIABLE), "message": message}
         # In one piece, lest the new stage be seen with the message of the one before.
-        self._update({**dict.fromkeys(cleared), "stage": stage.value, "message": message})
+        self._update({**dict.fromkeys(cleared), **begun})
 
     def done(self, message: str) -> None:
         """The stage is done; the log gets its own last line."""
@@ -112,12 +123,26 @@ class Reporter:
         )
         self._update(
             {
-                "loss": round(loss, 4),
+                "loss": _figure(loss, 4),
                 "learningRate": learning_rate,
                 "epoch": round(epoch, 2),
-                "tokensPerSecond": round(tokens_per_second, 1),
+                "tokensPerSecond": _figure(tokens_per_second, 1),
             }
         )
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """The mean loss per answer token on the held-out rows; step 0 is the base model."""
+        log.info("evaluation: step %d loss %.4f perplexity %.2f", step, loss, perplexity(loss))
+        self._update({"evalLoss": _figure(loss, 4)})
+
+    def notice(self, notice: Notice) -> None:
+        """Say what the training noticed or did: a line in the log, and into the status."""
+        level = logging.WARNING if notice.code.warning else logging.INFO
+        log.log(level, "%s: %s", notice.code, notice.text)
+        self._notices = [*self._notices, notice][-NOTICE_LIMIT:]
+        # A merge patch replaces lists: each has to be whole.
+        dumped = [each.model_dump(mode="json", exclude_none=True) for each in self._notices]
+        self._update({"notices": dumped})
 
     def transfer(self, what: str, total_bytes: int) -> Transfer:
         """Count bytes of a download or upload; the message shows the share."""
@@ -271,6 +296,19 @@ def reporter_for(job: JobReference | None, account: Path = SERVICE_ACCOUNT) -> R
     if job is None or not host or not (account / "token").exists():
         return Reporter()
     return Reporter(ApiServer(job, host, port, account))
+
+
+def _figure(value: float, digits: int) -> float | None:
+    """Rounded; None for what JSON has no number for."""
+    return round(value, digits) if math.isfinite(value) else None
+
+
+def perplexity(loss: float) -> float:
+    """e to the loss; infinite where that can't be written."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def duration(seconds: float) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
-from finetune_trainer.config import Base
+from finetune_trainer.config import Base, cel
 
 GROUP = "finetune.dev"
 VERSION = "v1alpha1"
@@ -38,14 +38,50 @@ class SecretKeyReference(Base):
     """Key within the Secret."""
 
 
+class SecretKeySelector(Base):
+    """One key of a Secret in the FineTuneJob's namespace (core/v1 SecretKeySelector)."""
+
+    name: Name
+    """Name of the Secret."""
+
+    key: Name
+    """Key within the Secret."""
+
+    optional: bool = False
+    """Start the pod without the variable where the Secret or the key isn't there."""
+
+
+class EnvVarSource(Base):
+    """Where the value of an environment variable comes from."""
+
+    secret_key_ref: SecretKeySelector
+    """A key of a Secret. The kubelet reads it; the operator may not."""
+
+
+ONE_VALUE = "must have exactly one of value and valueFrom"
+
+
 class EnvVar(Base):
-    """An environment variable with a plain value; credentials belong in a Secret."""
+    """An environment variable: a plain value, or a key of a Secret."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel("has(self.value) != has(self.valueFrom)", ONE_VALUE)
+    )
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
     """Name of the variable."""
 
-    value: Annotated[str, Field(max_length=32768)] = ""
-    """Its value."""
+    value: Annotated[str, Field(max_length=32768)] | None = None
+    """Its value, for all to read; credentials belong in a Secret."""
+
+    value_from: EnvVarSource | None = None
+    """Where its value comes from, e.g. for WANDB_API_KEY or MLFLOW_TRACKING_TOKEN."""
+
+    @model_validator(mode="after")
+    def _has_one_value(self) -> Self:
+        if (self.value is None) == (self.value_from is None):
+            raise ValueError(ONE_VALUE)
+        return self
 
 
 class Resources(Base):

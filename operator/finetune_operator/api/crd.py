@@ -30,6 +30,13 @@ PRINTER_COLUMNS = [
     ("Loss", "string", ".status.progress.loss", 0, "Training loss at the last logging step"),
     ("ETA", "string", ".status.progress.eta", 0, "Time left in this stage"),
     ("Age", "date", ".metadata.creationTimestamp", 0, "Time since creation"),
+    (
+        "EvalLoss",
+        "string",
+        ".status.metrics.evalLoss",
+        1,
+        "Loss of the tuned model on held-out rows",
+    ),
     ("Model", "string", ".spec.model.source", 1, "Base model"),
     ("Artifact", "string", ".status.manifestUri", 1, "Manifest of the artifacts"),
 ]

@@ -20,6 +20,7 @@ from finetune_operator.api.base import (
 )
 from finetune_trainer import config
 from finetune_trainer.config import Base, Stage
+from finetune_trainer.outcome import DatasetSummary, Notice
 
 
 class ModelSpec(config.Model):
@@ -64,7 +65,7 @@ class PodSettings(Base):
     """RuntimeClass of the pod, e.g. `nvidia`."""
 
     env: Annotated[tuple[EnvVar, ...], Field(max_length=128)] = ()
-    """Further environment variables with plain values."""
+    """Further environment variables, with plain values or from Secrets."""
 
     volumes: Annotated[tuple[Volume, ...], Field(max_length=16)] = ()
     """PersistentVolumeClaims to mount."""
@@ -114,14 +115,18 @@ class FineTuneJobSpec(Base):
     status does not depend on them."""
 
     def run_config(
-        self, job: config.JobReference, resolved: config.Resolved | None
+        self,
+        job: config.JobReference,
+        resolved: config.Resolved | None,
+        hardware: config.Hardware | None = None,
     ) -> config.RunConfig:
         """The part of the spec that the trainer is told: no Secret names, no pod settings."""
         fields = config.RunConfig.model_fields.keys() & type(self).model_fields.keys()
         data = {name: getattr(self, name).model_dump(by_alias=False) for name in fields}
         data["model"].pop("token_secret_ref")
         data["storage"].pop("secret_ref")
-        return config.RunConfig.model_validate({**data, "job": job, "resolved": resolved})
+        known = {"job": job, "resolved": resolved, "hardware": hardware}
+        return config.RunConfig.model_validate({**data, **known})
 
 
 class Phase(StrEnum):
@@ -184,6 +189,9 @@ class Progress(Base):
     stage: Stage | None = None
     """The stage that reports."""
 
+    job: str | None = None
+    """The Job (batch/v1) whose pod reports."""
+
     step: int | None = None
     """Steps done."""
 
@@ -199,6 +207,9 @@ class Progress(Base):
     loss: float | None = None
     """Training loss at the last logging step."""
 
+    eval_loss: float | None = None
+    """Loss on the held-out rows at the last evaluation."""
+
     learning_rate: float | None = None
     """Learning rate at the last logging step."""
 
@@ -210,6 +221,10 @@ class Progress(Base):
 
     message: str | None = None
     """What is being done."""
+
+    notices: tuple[Notice, ...] = ()
+    """The last 20 things that the running training noticed or did. The operator copies them to
+    status.notices and makes Events of them."""
 
     last_update_time: str | None = None
     """When this was written (RFC 3339)."""
@@ -236,6 +251,9 @@ class Lineage(Base):
 
     dataset_rows: int | None = None
     """Examples trained on."""
+
+    eval_rows: int | None = None
+    """Examples held out."""
 
     model_revision: str | None = None
     """Commit or digest of the base model."""
@@ -289,7 +307,16 @@ class FineTuneJobStatus(Base):
     """The manifest, which names every file with size and SHA-256."""
 
     metrics: dict[str, float] = {}
-    """Figures of the training, e.g. trainLoss."""
+    """Figures of the training, e.g. baseEvalLoss and basePerplexity (the base model on the held-out
+    rows), evalLoss and perplexity (the tuned one), trainLoss."""
+
+    dataset: DatasetSummary | None = None
+    """What the last `prepare` found in the dataset, also where it ended because of bad rows."""
+
+    notices: tuple[Notice, ...] = ()
+    """What the present training noticed about itself (a rising loss, overfitting) or did (a
+    smaller batch when memory ran out, a resume), each of which was an Event as well. The training
+    of another fingerprint begins with none."""
 
     lineage: Lineage | None = None
     """What the artifacts were made from."""

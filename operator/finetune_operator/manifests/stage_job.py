@@ -7,20 +7,24 @@ from typing import Any
 
 from finetune_operator.api import labels
 from finetune_operator.api.finetunejob import FineTuneJobSpec, PodSettings
+from finetune_operator.manifests.environment import environment
 from finetune_operator.manifests.names import child_name, digest, metadata, stage_labels
 from finetune_operator.manifests.progress_access import service_account_name
+from finetune_operator.manifests.volumes import (
+    CONFIG_FOLDER,
+    WORKSPACE,
+    mounts,
+    shared_memory_mib,
+    volumes,
+)
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
-from finetune_trainer.config import Base, Stage
+from finetune_trainer.config import Base, Hardware, Stage
 from finetune_trainer.outcome import ExitCode
 
-CONFIG_FOLDER = "/etc/finetune"
-WORKSPACE = "/workspace"
-TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"  # noqa: S105 - a path
-TOKEN_SECONDS = 3607  # the kubelet renews the token long before
 USER = 65532
-# A stopped stage has this long to say so; a killed one starts again all the same.
-GRACE_SECONDS = 60
+# A stopped stage has this long to say so; a training also brings a checkpoint to the store.
+GRACE_SECONDS = {Stage.PREPARE: 60, Stage.TRAIN: 120, Stage.EXPORT: 60}
 # A Job that vanishes the moment it ends may take its result with it.
 SHORTEST_TTL_SECONDS = 60
 
@@ -45,6 +49,8 @@ class Attempt:
     key: str
     number: int
     config_map: str
+    hardware: Hardware
+    """What the training's pod will have."""
 
 
 def stage_job(
@@ -68,7 +74,7 @@ def stage_job(
             "backoffLimit": 0,
             "ttlSecondsAfterFinished": max(spec.ttl_seconds_after_finished, SHORTEST_TTL_SECONDS),
             "podFailurePolicy": _pod_failure_policy(),
-            "template": _pod_template(job, spec, attempt, settings),
+            "template": _pod_template(job, spec, attempt, settings, meta["name"]),
         },
     }
 
@@ -81,6 +87,7 @@ def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings)
         _image(pod, settings),
         settings.image_pull_policy,
         settings.image_pull_secrets,
+        settings.trainer_log_format,
         spec.service_account_name,
         _dump(spec.storage.secret_ref),
         _dump(spec.model.token_secret_ref),
@@ -117,9 +124,10 @@ def _pod_failure_policy() -> dict[str, Any]:
 
 
 def _pod_template(
-    job: ObservedFineTuneJob, spec: FineTuneJobSpec, attempt: Attempt, settings: Settings
+    job: ObservedFineTuneJob, spec: FineTuneJobSpec, attempt: Attempt, settings: Settings, name: str
 ) -> dict[str, Any]:
     pod = _pod_settings(spec, attempt.stage)
+    shared_memory = shared_memory_mib(attempt.stage, pod, attempt.hardware)
     own = stage_labels(job, attempt.stage, attempt.number)
     return {
         "metadata": {
@@ -132,7 +140,7 @@ def _pod_template(
             # The usual token never expires on older servers; the projected volume takes its place.
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
-            "terminationGracePeriodSeconds": GRACE_SECONDS,
+            "terminationGracePeriodSeconds": GRACE_SECONDS[attempt.stage],
             "securityContext": {
                 "runAsNonRoot": True,
                 "runAsUser": USER,
@@ -141,16 +149,28 @@ def _pod_template(
                 "fsGroupChangePolicy": "OnRootMismatch",
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
-            "containers": [_container(spec, attempt.stage, settings)],
-            "volumes": _volumes(attempt, pod),
+            "containers": [_container(spec, attempt.stage, settings, name, shared_memory)],
+            "volumes": volumes(pod, attempt.config_map, shared_memory),
             **_pull_secrets(settings),
             **_placement(pod),
         },
     }
 
 
-def _container(spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> dict[str, Any]:
+def _container(
+    spec: FineTuneJobSpec,
+    stage: Stage,
+    settings: Settings,
+    job_name: str,
+    shared_memory: int | None,
+) -> dict[str, Any]:
     pod = _pod_settings(spec, stage)
+    told = {
+        "HOME": WORKSPACE,
+        "TMPDIR": WORKSPACE,
+        "FINETUNE_JOB": job_name,
+        "FINETUNE_GRACE_SECONDS": str(GRACE_SECONDS[stage]),
+    }
     config = f"{CONFIG_FOLDER}/run.json"
     container: dict[str, Any] = {
         "name": labels.CONTAINER,
@@ -159,8 +179,8 @@ def _container(spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> dict[
         "command": ["finetune-trainer"],
         "args": [str(stage), "--config", config, "--workspace", WORKSPACE],
         "workingDir": WORKSPACE,
-        "env": _environment(spec, pod),
-        "volumeMounts": _mounts(pod),
+        "env": environment(spec, pod, settings, told),
+        "volumeMounts": mounts(pod, shared_memory),
         # Where a container ends without its StageResult, the end of its log is a person's clue.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
@@ -173,69 +193,6 @@ def _container(spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> dict[
     if resources:
         container["resources"] = resources
     return container
-
-
-def _environment(spec: FineTuneJobSpec, pod: PodSettings) -> list[dict[str, Any]]:
-    own: list[dict[str, Any]] = [
-        {"name": "HOME", "value": WORKSPACE},
-        {"name": "TMPDIR", "value": WORKSPACE},
-    ]
-    if spec.storage.secret_ref is not None:
-        secret = spec.storage.secret_ref.name
-        own += [
-            _from_secret("AWS_ACCESS_KEY_ID", secret, "AWS_ACCESS_KEY_ID"),
-            _from_secret("AWS_SECRET_ACCESS_KEY", secret, "AWS_SECRET_ACCESS_KEY"),
-            _from_secret("AWS_SESSION_TOKEN", secret, "AWS_SESSION_TOKEN", optional=True),
-            # boto3 reads it where spec.storage.endpoint says nothing: manifests in Git then fit
-            # every cluster.
-            _from_secret("AWS_ENDPOINT_URL_S3", secret, "AWS_ENDPOINT_URL_S3", optional=True),
-        ]
-    if spec.model.token_secret_ref is not None:
-        token = spec.model.token_secret_ref
-        own.append(_from_secret("HF_TOKEN", token.name, token.key))
-    # The last of two variables with one name wins: the user's stand first, so as not to break the
-    # contract between operator and trainer.
-    users = [{"name": each.name, "value": each.value} for each in pod.env]
-    taken = {each["name"] for each in own}
-    return [each for each in users if each["name"] not in taken] + own
-
-
-def _from_secret(name: str, secret: str, key: str, *, optional: bool = False) -> dict[str, Any]:
-    reference: dict[str, Any] = {"name": secret, "key": key}
-    if optional:
-        reference["optional"] = True
-    return {"name": name, "valueFrom": {"secretKeyRef": reference}}
-
-
-def _mounts(pod: PodSettings) -> list[dict[str, Any]]:
-    mounts: list[dict[str, Any]] = [
-        {"name": "workspace", "mountPath": WORKSPACE},
-        {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
-        {"name": "token", "mountPath": TOKEN_FOLDER, "readOnly": True},
-    ]
-    for number, volume in enumerate(pod.volumes):
-        mount = {"name": f"claim-{number}", "mountPath": volume.mount_path}
-        mounts.append(mount | ({"readOnly": True} if volume.read_only else {}))
-    return mounts
-
-
-def _volumes(attempt: Attempt, pod: PodSettings) -> list[dict[str, Any]]:
-    namespace = {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}
-    root = {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
-    sources = [
-        {"serviceAccountToken": {"path": "token", "expirationSeconds": TOKEN_SECONDS}},
-        {"configMap": root},
-        {"downwardAPI": {"items": [{"path": "namespace", **namespace}]}},
-    ]
-    volumes: list[dict[str, Any]] = [
-        {"name": "workspace", "emptyDir": {}},
-        {"name": "config", "configMap": {"name": attempt.config_map}},
-        {"name": "token", "projected": {"sources": sources}},
-    ]
-    for number, volume in enumerate(pod.volumes):
-        claim = {"claimName": volume.claim_name}
-        volumes.append({"name": f"claim-{number}", "persistentVolumeClaim": claim})
-    return volumes
 
 
 def _pull_secrets(settings: Settings) -> dict[str, Any]:

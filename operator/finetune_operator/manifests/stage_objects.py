@@ -12,7 +12,7 @@ from finetune_operator.manifests.run_config import run_config_map
 from finetune_operator.manifests.stage_job import Attempt, stage_job
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
-from finetune_trainer.config import Resolved, Stage
+from finetune_trainer.config import Hardware, Resolved, Stage
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ def stage_objects(
     key: str,
     attempt: int,
     resolved: Resolved | None,
+    hardware: Hardware,
 ) -> StageObjects:
     """Build them."""
-    config_map = run_config_map(job, spec, resolved)
-    which = Attempt(stage, key, attempt, config_map["metadata"]["name"])
+    config_map = run_config_map(job, spec, resolved, hardware)
+    which = Attempt(stage, key, attempt, config_map["metadata"]["name"], hardware)
     return StageObjects(
         access=progress_access(job, spec.service_account_name),
         config_map=config_map,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 import yaml
 
 from finetune_trainer.config import JobReference, Stage
-from finetune_trainer.progress import ApiServer, Reporter, reporter_for
+from finetune_trainer.outcome import Notice, NoticeCode
+from finetune_trainer.progress import NOTICE_LIMIT, ApiServer, Reporter, reporter_for
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.paths import REPOSITORY
 
@@ -128,6 +130,82 @@ def test_the_status_shows_where_the_training_is(pod: Pod, monkeypatch: pytest.Mo
     assert progress == {"stage": "export", "message": "Merging", "loss": 1.2346}
 
 
+RISING = Notice(
+    code=NoticeCode.LOSS_RISING,
+    step=40,
+    evidence="loss 1.2 at step 20, 3.4 at step 40",
+    remedy="Lower spec.training.learningRate.",
+)
+RESUMED = Notice(code=NoticeCode.RESUMED, evidence="checkpoint of step 30.", remedy="None needed.")
+
+
+def test_the_status_shows_what_the_training_noticed_and_how_it_was_evaluated(
+    pod: Pod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_JOB", "support-train-1")
+    with Reporter(pod.api(), interval=0.05) as reporter:
+        reporter.begin(Stage.TRAIN, "Training")
+        reporter.evaluation(0, 2.5)
+        reporter.notice(RESUMED)
+        _wait_for(pod, "evalLoss")  # what was sent before is not lost from the list
+        reporter.notice(RISING)
+        reporter.evaluation(40, 1.23456)
+    progress = pod.progress()
+    assert progress["job"] == "support-train-1"
+    assert progress["evalLoss"] == 1.2346
+    assert progress["notices"] == [
+        {"code": "Resumed", "evidence": "checkpoint of step 30.", "remedy": "None needed."},
+        {
+            "code": "LossRising",
+            "step": 40,
+            "evidence": "loss 1.2 at step 20, 3.4 at step 40",
+            "remedy": "Lower spec.training.learningRate.",
+        },
+    ]
+
+    with Reporter(pod.api()) as reporter:
+        reporter.begin(Stage.EXPORT, "Merging")
+    assert pod.progress()["notices"] == progress["notices"]
+    with Reporter(pod.api()) as reporter:
+        reporter.begin(Stage.TRAIN, "Training anew")
+    assert not {"notices", "evalLoss"} & pod.progress().keys()
+
+
+def test_the_status_keeps_the_last_notices_only(pod: Pod) -> None:
+    with Reporter(pod.api()) as reporter:
+        reporter.begin(Stage.TRAIN, "Training")
+        for step in range(50):
+            reporter.notice(RISING.model_copy(update={"step": step}))
+    steps = [notice["step"] for notice in pod.progress()["notices"]]
+    assert steps == list(range(50 - NOTICE_LIMIT, 50))
+
+
+def test_a_loss_that_is_no_number_leaves_the_rest_of_the_report_alone(pod: Pod) -> None:
+    with Reporter(pod.api()) as reporter:
+        report_training(reporter)
+        reporter.training_step(
+            21,
+            57,
+            loss=math.nan,
+            learning_rate=1.0,
+            epoch=1.1,
+            tokens_per_second=400.0,
+            eta_seconds=240,
+        )
+        reporter.evaluation(21, math.inf)
+        reporter.message("The loss is no number")
+    progress = pod.progress()
+    assert progress["message"] == "The loss is no number"
+    assert progress["learningRate"] == 1.0
+    assert not {"loss", "evalLoss"} & progress.keys()
+
+
+def _wait_for(pod: Pod, field: str) -> None:
+    deadline = time.monotonic() + 10
+    while field not in pod.progress():
+        assert time.monotonic() < deadline, f"{field} was not reported"
+
+
 def test_a_renewed_token_is_used(pod: Pod) -> None:
     good = (pod.account / "token").read_text()
     (pod.account / "token").write_text("expired")
@@ -168,3 +246,21 @@ def test_outside_a_cluster_only_the_log_is_written(
     with caplog.at_level(logging.INFO), reporter_for(None) as reporter:
         report_training(reporter)
     assert "step 20/57  epoch 1.06  loss 1.2346  learning rate 2.00e-04" in caplog.text
+
+
+def test_notices_and_evaluations_are_lines_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), Reporter() as reporter:
+        reporter.notice(RISING)
+        reporter.notice(RESUMED)
+        reporter.evaluation(40, 1.2345)
+        reporter.evaluation(41, 1000.0)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        (
+            "WARNING",
+            "LossRising: step 40: loss 1.2 at step 20, 3.4 at step 40. "
+            "Lower spec.training.learningRate.",
+        ),
+        ("INFO", "Resumed: checkpoint of step 30. None needed."),
+        ("INFO", "evaluation: step 40 loss 1.2345 perplexity 3.44"),
+        ("INFO", "evaluation: step 41 loss 1000.0000 perplexity inf"),
+    ]

@@ -14,10 +14,11 @@ import pytest
 import yaml
 
 from finetune_operator.api.finetunejob import FineTuneJobSpec
+from finetune_operator.hardware import training_hardware
 from finetune_operator.manifests import pod_settings_digest, stage_objects
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
-from finetune_trainer.config import RunConfig, Stage
+from finetune_trainer.config import Hardware, RunConfig, Stage
 from tests.unit.operator.build import EXPORT, PREPARE, SPEC, TRAIN, job, resolved
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -36,7 +37,7 @@ EVERYTHING: dict[str, Any] = {
             "image": "trainer:cuda",
             "resources": {
                 "requests": {"cpu": 4, "memory": "16Gi"},
-                "limits": {"nvidia.com/gpu": 1, "memory": "32Gi"},
+                "limits": {"nvidia.com/gpu": 2, "memory": "24Gi", "ephemeral-storage": "100Gi"},
             },
             "nodeSelector": {"gpu": "h100"},
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
@@ -46,6 +47,18 @@ EVERYTHING: dict[str, Any] = {
             "env": [
                 {"name": "NCCL_DEBUG", "value": "INFO"},
                 {"name": "HF_TOKEN", "value": "stands in the Secret"},
+                {"name": "FINETUNE_JOB", "value": "mine"},
+                {"name": "FINETUNE_LOG_FORMAT", "value": "human"},
+                {
+                    "name": "WANDB_API_KEY",
+                    "valueFrom": {"secretKeyRef": {"name": "wandb", "key": "api-key"}},
+                },
+                {
+                    "name": "MLFLOW_TRACKING_TOKEN",
+                    "valueFrom": {
+                        "secretKeyRef": {"name": "mlflow", "key": "token", "optional": True}
+                    },
+                },
             ],
             "volumes": [
                 {"claimName": "models", "mountPath": "/models", "readOnly": True},
@@ -57,7 +70,10 @@ EVERYTHING: dict[str, Any] = {
     },
 }
 WITH_SECRETS = Settings(
-    trainer_image="trainer:1", image_pull_policy="Never", image_pull_secrets=("registry",)
+    trainer_image="trainer:1",
+    image_pull_policy="Never",
+    image_pull_secrets=("registry",),
+    trainer_log_format="json",
 )
 LONG_NAME = "a-very-long.name." + "x" * 200
 
@@ -81,17 +97,23 @@ Readable.add_representer(str, _text)
 
 
 def objects(
-    owner: ObservedFineTuneJob, spec: dict[str, Any], settings: Settings, stage: Stage
+    owner: ObservedFineTuneJob,
+    spec: dict[str, Any],
+    settings: Settings,
+    stage: Stage,
+    nodes: tuple[dict[str, str], ...] = (),
 ) -> list[dict[str, Any]]:
+    parsed = FineTuneJobSpec.model_validate(spec)
     return list(
         stage_objects(
             owner,
-            FineTuneJobSpec.model_validate(spec),
+            parsed,
             settings,
             stage=stage,
             key="1" if stage is PREPARE else FINGERPRINT,
             attempt=1,
             resolved=None if stage is PREPARE else resolved(),
+            hardware=training_hardware(parsed, nodes),
         )
     )
 
@@ -139,7 +161,7 @@ def test_the_trainer_can_read_its_configuration() -> None:
 
 def test_no_secret_is_named_in_the_configuration() -> None:
     config_map = objects(*CASES["train-everything"])[2]
-    for name in ("hub", "bucket", "registry"):
+    for name in ("hub", "bucket", "registry", "wandb", "mlflow"):
         assert f'"{name}"' not in config_map["data"]["run.json"]
 
 
@@ -203,3 +225,65 @@ def test_what_changes_a_result_is_no_pod_setting() -> None:
     assert pod_settings_digest(spec, TRAIN, SETTINGS) == pod_settings_digest(
         before, TRAIN, SETTINGS
     )
+
+
+def test_another_log_format_is_another_job() -> None:
+    other = Settings(trainer_image="trainer:1", trainer_log_format="json")
+    assert names(SPEC)["Job"] != names(SPEC, other)["Job"]
+
+
+def with_gpus(count: int, train: dict[str, Any] | None = None, **limits: Any) -> dict[str, Any]:
+    resources = {"limits": {"nvidia.com/gpu": count, **limits}}
+    return {**SPEC, "stages": {"train": {"resources": resources, **(train or {})}}}
+
+
+def test_a_node_that_comes_or_goes_changes_what_is_told_and_not_the_job() -> None:
+    spec, node = with_gpus(1), {"nvidia.com/gpu.memory": "81559"}
+    without = objects(job(), spec, SETTINGS, PREPARE)
+    with_node = objects(job(), spec, SETTINGS, PREPARE, (node,))
+    assert without[-1]["metadata"] == with_node[-1]["metadata"]
+    told = RunConfig.model_validate_json(with_node[-2]["data"]["run.json"])
+    assert told.hardware == Hardware(gpus=1, gpu_memory_bytes=81559 << 20)
+
+
+def pod_of(spec: dict[str, Any], stage: Stage = TRAIN) -> dict[str, Any]:
+    made: dict[str, Any] = objects(job(), spec, SETTINGS, stage)[-1]["spec"]["template"]["spec"]
+    return made
+
+
+def shared_memory(pod: dict[str, Any]) -> dict[str, Any] | None:
+    return next((v["emptyDir"] for v in pod["volumes"] if v["name"] == "shared-memory"), None)
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        pytest.param(with_gpus(1), None, id="one GPU"),
+        pytest.param(with_gpus(2), "8192Mi", id="two GPUs"),
+        pytest.param(with_gpus(2, memory="16Gi"), "4096Mi", id="a quarter of the memory limit"),
+        pytest.param(with_gpus(2, memory="256Gi"), "8192Mi", id="and no more than 8 GiB"),
+        pytest.param(
+            with_gpus(2, {"volumes": [{"claimName": "mine", "mountPath": "/dev/shm"}]}),
+            None,
+            id="the user's own",
+        ),
+    ],
+)
+def test_several_gpus_get_shared_memory(spec: dict[str, Any], size: str | None) -> None:
+    expected = {"medium": "Memory", "sizeLimit": size} if size else None
+    assert shared_memory(pod_of(spec)) == expected
+    assert shared_memory(pod_of(spec, EXPORT)) is None
+
+
+@pytest.mark.parametrize(("stage", "seconds"), [(PREPARE, 60), (TRAIN, 120), (EXPORT, 60)])
+def test_the_trainer_knows_its_grace_period(stage: Stage, seconds: int) -> None:
+    pod = pod_of(SPEC, stage)
+    told = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+    assert pod["terminationGracePeriodSeconds"] == seconds
+    assert told["FINETUNE_GRACE_SECONDS"] == str(seconds)
+
+
+def test_the_trainer_knows_its_job_by_name() -> None:
+    made = objects(job(), SPEC, SETTINGS, TRAIN)[-1]
+    env = made["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert {"name": "FINETUNE_JOB", "value": made["metadata"]["name"]} in env
