@@ -1,0 +1,1 @@
+"""What is measured: programs that print a table."""

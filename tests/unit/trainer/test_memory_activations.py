@@ -1,0 +1,66 @@
+"""What a layer keeps for the backward pass, against what autograd really saves."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from finetune_trainer.config import Lora, TargetModule
+from finetune_trainer.memory.predict import Kept, Recipe, kept_by_layer
+from finetune_trainer.memory.shape import Shape
+from finetune_trainer.train.sft import lora_config
+
+TOKENS = 512
+WIDTHS: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 96,
+    "intermediate_size": 224,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "tie_word_embeddings": True,
+}
+
+
+def saved(kind: str, layers: int, lora: Lora, *, bfloat16: bool) -> int:
+    """Bytes that autograd saves in a forward pass, parameters apart."""
+    settings = AutoConfig.for_model(kind, **WIDTHS, num_hidden_layers=layers)
+    settings._attn_implementation = "sdpa"
+    model = AutoModelForCausalLM.from_config(settings)
+    tuned = get_peft_model(model.to(torch.bfloat16) if bfloat16 else model, lora_config(lora))
+    parameters = {p.untyped_storage().data_ptr() for p in tuned.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        # Casts of weights are counted with the adapter: they do not grow with the tokens.
+        if storage.data_ptr() not in parameters and TOKENS in tensor.shape:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    autocast = torch.autocast("cpu", torch.bfloat16) if bfloat16 else contextlib.nullcontext()
+    ids = torch.zeros((1, TOKENS), dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast:
+        tuned(input_ids=ids, logits_to_keep=1, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("bfloat16", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("dropout", [0.05, 0.0])
+@pytest.mark.parametrize("targets", [4, 7], ids=["attention", "all linear layers"])
+def test_a_layer_keeps_what_autograd_saves(
+    kind: str, bfloat16: bool, dropout: float, targets: int
+) -> None:
+    lora = Lora(r=8, dropout=dropout, target_modules=tuple(TargetModule)[:targets])
+    measured = saved(kind, 3, lora, bfloat16=bfloat16) - saved(kind, 2, lora, bfloat16=bfloat16)
+    shape = Shape.from_config({"model_type": kind, **WIDTHS, "num_hidden_layers": 2})
+    assert shape is not None
+    recipe = Recipe(lora, compute=2 if bfloat16 else 4, mask=4, kept=Kept.ALL)
+    # The rest is attention's log-sum-exp and the norms' means: a number a token and head.
+    assert kept_by_layer(shape, recipe) == pytest.approx(measured / TOKENS, rel=0.03)

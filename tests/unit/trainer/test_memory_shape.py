@@ -1,0 +1,103 @@
+"""Widths and parameter counts from config.json, against the models that transformers builds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_trainer.config import Lora, TargetModule
+from finetune_trainer.memory.shape import Shape
+
+MODELS = Path(__file__).parents[2] / "data" / "models"
+
+PARAMETERS = {
+    # As the models' own pages and safetensors headers give them.
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-3.3-70b": 70_553_706_496,
+    "smollm2-135m": 134_515_008,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "gemma-2b": 2_506_172_416,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-3-1b": 999_885_952,
+    "phi-3-mini": 3_821_079_552,
+}
+
+
+def config(name: str) -> dict[str, Any]:
+    return dict(json.loads((MODELS / f"{name}.json").read_text()))
+
+
+def shape(name: str) -> Shape:
+    found = Shape.from_config(config(name))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items(), ids=list(PARAMETERS))
+def test_the_parameters_of_published_models(name: str, count: int) -> None:
+    assert shape(name).parameters == count
+
+
+@pytest.mark.parametrize("name", [*PARAMETERS, "gemma-3-4b"])
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_base_and_adapter_are_those_of_transformers_and_peft(name: str, targets: str) -> None:
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from finetune_trainer.train.sft import lora_config
+
+    settings = config(name)
+    settings = settings.get("text_config", settings)
+    modules = tuple(TargetModule)[: 4 if targets == "attention" else 7]
+    lora = Lora(r=8, target_modules=modules)
+    kind = settings.pop("model_type")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
+        base = model.num_parameters()
+        tuned = get_peft_model(model, lora_config(lora))
+    assert shape(name).parameters == base
+    trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    assert shape(name).adapter(lora) == trainable
+
+
+def test_the_guides_adapter() -> None:
+    assert shape("llama-3.2-1b").adapter(Lora()) == 3_407_872
+
+
+def test_linear_layers_embeddings_and_the_rest_are_everything() -> None:
+    one = shape("qwen2.5-7b")
+    assert one.embedding == 2 * 152_064 * 3584
+    assert one.linear + one.embedding + one.other == one.parameters
+
+
+def test_an_unheard_of_model_is_read_by_the_standard_keys() -> None:
+    strange = {**config("llama-3.1-8b"), "model_type": "unheard_of"}
+    found = Shape.from_config(strange)
+    assert found is not None
+    assert found.parameters == PARAMETERS["llama-3.1-8b"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="empty"),
+        pytest.param(config("gpt2"), id="no standard keys"),
+        pytest.param(config("qwen3-30b-a3b"), id="a mixture of experts"),
+        pytest.param({**config("llama-3.1-8b"), "hidden_size": "wide"}, id="no number"),
+        pytest.param({**config("llama-3.1-8b"), "hidden_size": 0}, id="no width"),
+        pytest.param({**config("llama-3.1-8b"), "num_attention_heads": 0}, id="no heads"),
+        pytest.param({**config("llama-3.1-8b"), "intermediate_size": [1, 2]}, id="a list"),
+    ],
+)
+def test_a_model_that_is_not_covered_has_no_shape(settings: dict[str, Any]) -> None:
+    assert Shape.from_config(settings) is None

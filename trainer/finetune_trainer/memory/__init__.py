@@ -1,0 +1,11 @@
+"""Memory and disk: what a training needs, and how it is split so that it fits.
+
+shape     the model's widths and parameter counts, from its config.json
+predict   bytes on a GPU, or of the process on a CPU, term by term
+disk      bytes on disk for training and export
+plan      micro-batch, accumulation, recomputation and parallelism for the hardware that there is
+remedies  what would fit instead, when nothing does
+
+Pure functions of numbers, without torch; docs/memory.md has the formula, its sources, and how
+predictions compare with published and own measurements.
+"""

@@ -1,0 +1,107 @@
+"""How many bytes on disk training and export take.
+
+The bits a weight of each GGUF type are llama.cpp's own: a type's blocks, and what its mixtures
+(K_M) come to over whole models. Models whose width is no multiple of 256 get other blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from finetune_trainer.config import Export, Lora, Quantization
+from finetune_trainer.memory.shape import Shape
+from finetune_trainer.memory.units import binary
+from finetune_trainer.outcome import Reason, StageError
+
+BLOCK = 256  # weights in one block of the K types
+CHECKPOINTS = 3  # two kept and one being written
+SLACK = 256 * 2**20  # tokenizer, examples, logs, caches of datasets
+
+_BITS: dict[Quantization, tuple[float, float]] = {
+    # Of the linear layers, and of the output layer (the embedding, where they are one).
+    Quantization.F16: (16, 16),
+    Quantization.BF16: (16, 16),
+    Quantization.Q8_0: (8.5, 8.5),
+    Quantization.Q6_K: (6.5625, 6.5625),
+    Quantization.Q5_K_M: (5.67, 6.5625),
+    Quantization.Q4_K_M: (4.87, 6.5625),
+}
+_FALLBACK: dict[Quantization, tuple[float, float]] = {
+    Quantization.Q6_K: (8.5, 8.5),
+    Quantization.Q5_K_M: (6.7, 8.5),
+    Quantization.Q4_K_M: (5.7, 8.5),
+}
+_BASE_BITS = {Quantization.Q5_K_M: 5.5, Quantization.Q4_K_M: 4.5}
+"""Of an input embedding that is not the output layer as well."""
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes at the peak, by what they are for."""
+
+    model: int
+    """The base model as it is downloaded; nothing for a mounted folder."""
+
+    work: int
+    """Checkpoints and adapter, or merged model and GGUF files."""
+
+    slack: int = SLACK
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.model + self.work + self.slack
+
+
+def downloaded(source: str, sizes: dict[str, int]) -> int:
+    """Bytes of a base model that end on the pod's disk; a mounted folder is used where it is."""
+    return 0 if PurePosixPath(source).is_absolute() else sum(sizes.values())
+
+
+def training_disk(shape: Shape, lora: Lora, model_bytes: int) -> DiskNeed:
+    """Checkpoints hold the float32 adapter and two moments of it each; the adapter is saved once
+    for itself and once on its way to the store."""
+    adapter = 4 * shape.adapter(lora)
+    return DiskNeed(model=model_bytes, work=CHECKPOINTS * 3 * adapter + 2 * adapter)
+
+
+def export_disk(shape: Shape, lora: Lora, export: Export, model_bytes: int) -> DiskNeed:
+    """Adapter, merged model, the 16-bit GGUF file that others are made of, and those."""
+    if not (export.merged or export.gguf):
+        return DiskNeed(model=0, work=4 * shape.adapter(lora))
+    merged = 2 * shape.parameters
+    files = sum(gguf_bytes(shape, kind) for kind in export.gguf)
+    sixteen = {Quantization.F16, Quantization.BF16}
+    if export.gguf and not sixteen.intersection(export.gguf):
+        files += gguf_bytes(shape, Quantization.F16)
+    return DiskNeed(model=model_bytes, work=4 * shape.adapter(lora) + merged + files)
+
+
+def gguf_bytes(shape: Shape, kind: Quantization) -> int:
+    """Size of a GGUF file, without the vocabulary's few megabytes."""
+    linear, output = _BITS[kind]
+    embedding = _BASE_BITS.get(kind, output)
+    if shape.hidden % BLOCK and kind in _FALLBACK:
+        linear, output = _FALLBACK[kind]
+        embedding = linear
+    table = shape.vocabulary * shape.hidden
+    bits = shape.linear * linear + table * output + shape.other * 32
+    if not shape.tied:
+        bits += table * embedding
+    return round(bits / 8)
+
+
+def check_disk(need: DiskNeed, available: int, what: str, remedy: str) -> None:
+    """Raise StageError(OutOfDisk) when `need` is more than `available`.
+
+    `what` is the work that needs it; `remedy` says which limit to raise.
+    """
+    if need.total <= available:
+        return
+    model = f" (the base model alone is {binary(need.model)})" if need.model else ""
+    raise StageError(
+        Reason.OUT_OF_DISK,
+        f"{what} needs {binary(need.total)} of disk{model}, and there are {binary(available)}: "
+        f"{remedy} at least {binary(need.total, up=True)}.",
+    )

@@ -1,0 +1,176 @@
+"""Split a step into passes that fit the memory there is, at just the effective batch of the spec.
+
+The effective batch (batchSize x gradientAccumulationSteps) decides on the result and stays. What is
+chosen is its split: micro-batch x accumulation x devices. Every pass is planned as if all its rows
+were as long as the longest, for some pass has them.
+
+Larger passes make larger matrix products, which is faster up to a point: a GPU is saturated by a
+few thousand tokens, a CPU earlier. So, in this order:
+
+1. the largest micro-batch that fits and has at most SATURATED tokens;
+2. without recomputation (`gradientCheckpointing: auto`), if that micro-batch still fits;
+3. then as large as fits up to USEFUL tokens.
+
+More memory never gives a smaller micro-batch. Choices leave MARGIN free; a training is refused only
+when it does not fit without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune_trainer.config import Hardware, Training, TrainingPlan
+from finetune_trainer.memory.remedies import MARGIN, Attempt, gpu_remedies, host_remedies
+from finetune_trainer.memory.shape import Shape
+from finetune_trainer.outcome import Reason, StageError
+
+GPU_SATURATED, GPU_USEFUL = 8192, 16_384
+CPU_USEFUL = 2048
+
+Parallelism = Literal["none", "ddp", "fsdp"]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What of the token statistics decides on the memory. Tokens, after truncation."""
+
+    longest: int
+    """Of the longest example."""
+
+    longest_answer: int | None = None
+    """Labels of the example with most of them; None: as many as tokens."""
+
+
+def plan(
+    training: Training,
+    shape: Shape,
+    lengths: Lengths,
+    hardware: Hardware,
+    *,
+    cpu_bfloat16: bool = False,
+) -> TrainingPlan:
+    """How to train on this hardware; StageError when it can't be done.
+
+    OutOfGPUMemory or OutOfMemory when not even one example fits a pass, with what would fit;
+    InvalidConfig when the effective batch can't be spread evenly over the GPUs. Where the memory
+    is unknown the split stays as the spec has it, with recomputation on a GPU.
+    """
+    if hardware.gpus:
+        check_devices(training, hardware.gpus)
+        return _on_gpus(training, shape, lengths, hardware)
+    return _on_cpu(training, shape, lengths, hardware.memory_bytes, bfloat16=cpu_bfloat16)
+
+
+def check_devices(training: Training, devices: int) -> None:
+    """Every device must get the same share of an optimizer step."""
+    batch = effective_batch(training)
+    if batch % devices == 0:
+        return
+    near = sorted({max(1, batch // devices) * devices, -(-batch // devices) * devices})
+    raise StageError(
+        Reason.INVALID_CONFIG,
+        f"The effective batch of {batch} examples (batchSize {training.batch_size} x "
+        f"gradientAccumulationSteps {training.gradient_accumulation_steps}) can't be spread evenly "
+        f"over {devices} GPUs: make it {' or '.join(map(str, near))}, or ask for "
+        f"{' or '.join(str(d) for d in _divisors(batch) if d < devices and d * 4 > devices)} GPUs.",
+    )
+
+
+def effective_batch(training: Training) -> int:
+    """Examples in one optimizer step."""
+    return training.batch_size * training.gradient_accumulation_steps
+
+
+def _on_gpus(
+    training: Training, shape: Shape, lengths: Lengths, hardware: Hardware
+) -> TrainingPlan:
+    memory, devices = hardware.gpu_memory_bytes, hardware.gpus
+    attempts = [
+        Attempt(training, shape, lengths.longest, devices=devices, parallelism=kind)
+        for kind in _parallelisms(training, devices)
+    ]
+    if memory is None:
+        return _as_written(training, attempts[0])
+    for attempt in attempts:
+        chosen = _choose(attempt, memory, GPU_SATURATED, GPU_USEFUL)
+        if chosen is not None:
+            return chosen
+    raise StageError(Reason.OUT_OF_GPU_MEMORY, gpu_remedies(attempts[-1], memory))
+
+
+def _on_cpu(
+    training: Training, shape: Shape, lengths: Lengths, memory: int | None, *, bfloat16: bool
+) -> TrainingPlan:
+    attempt = Attempt(training, shape, lengths.longest, labels=_labels(training, lengths))
+    attempt = attempt.on_cpu(bfloat16=bfloat16)
+    if memory is None:
+        return _as_written(training, attempt)
+    chosen = _choose(attempt, memory, CPU_USEFUL, CPU_USEFUL)
+    if chosen is None:
+        raise StageError(Reason.OUT_OF_MEMORY, host_remedies(attempt, memory))
+    return chosen
+
+
+def _labels(training: Training, lengths: Lengths) -> int:
+    """Rows that are padded compute logits wherever any of them has a label."""
+    if not training.packing or lengths.longest_answer is None:
+        return lengths.longest
+    return lengths.longest_answer
+
+
+def _parallelisms(training: Training, devices: int) -> list[Parallelism]:
+    if devices == 1:
+        return ["none"]
+    return ["ddp", "fsdp"] if training.parallelism == "auto" else [training.parallelism]
+
+
+def _choose(attempt: Attempt, memory: int, saturated: int, useful: int) -> TrainingPlan | None:
+    """The plan for `memory` bytes a device; None when nothing fits."""
+    longest, share = attempt.longest, attempt.share
+    ladder = [size for size in _divisors(share) if size == 1 or size * longest <= useful]
+    wish = attempt.training.gradient_checkpointing
+    most_saving = wish != "never"
+
+    def largest(sizes: list[int], *, checkpointing: bool) -> int | None:
+        fitting = (s for s in reversed(sizes) if attempt.needs(s, checkpointing) * MARGIN <= memory)
+        return next(fitting, None)
+
+    if wish != "auto":
+        size = largest(ladder, checkpointing=most_saving)
+        if size is not None:
+            return _made(attempt, size, checkpointing=most_saving)
+    else:
+        low = [size for size in ladder if size == 1 or size * longest <= saturated]
+        size = largest(low, checkpointing=True)
+        if size is not None:
+            kept = largest(ladder, checkpointing=False)
+            if kept is not None and kept >= size:
+                return _made(attempt, kept, checkpointing=False)
+            return _made(attempt, size, checkpointing=True)
+    # Nothing fits with the margin: the least that there is may still do without it.
+    if attempt.needs(1, most_saving) <= memory:
+        return _made(attempt, 1, checkpointing=most_saving)
+    return None
+
+
+def _made(attempt: Attempt, size: int, *, checkpointing: bool) -> TrainingPlan:
+    return TrainingPlan(
+        batch_size=size,
+        gradient_accumulation_steps=attempt.share // size,
+        gradient_checkpointing=checkpointing,
+        parallelism=attempt.parallelism,
+        device_bytes=attempt.needs(size, checkpointing),
+    )
+
+
+def _as_written(training: Training, attempt: Attempt) -> TrainingPlan:
+    """The spec's own split, where nothing says what fits; on a GPU memory is short more often."""
+    size = max(d for d in _divisors(attempt.share) if d <= training.batch_size)
+    wish = training.gradient_checkpointing
+    checkpointing = wish == "always" or (wish == "auto" and not attempt.cpu)
+    return _made(attempt, size, checkpointing=checkpointing)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

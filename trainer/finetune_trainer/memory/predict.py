@@ -1,0 +1,217 @@
+"""How many bytes a training takes at its peak, term by term.
+
+A pass of T tokens keeps, for the backward pass, what autograd saves of every layer: `kept_by_layer`
+counts it exactly (tests/unit/trainer/test_memory_activations.py compares it with autograd). With
+gradient checkpointing only each layer's input is kept, and one layer at a time is computed again.
+The terms' peaks are summed although they do not all coincide, so the sum errs on the safe side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Self
+
+from finetune_trainer.config import Lora, Training
+from finetune_trainer.memory.shape import Shape
+
+NF4 = 0.516  # bytes a weight: 4 bits, and 0.127 bits of doubly quantized scales (QLoRA, section 3)
+GPU_OVERHEAD = 600_000_000  # CUDA context, cuBLAS workspace, fragments; fitted on published tables
+CPU_OVERHEAD = 900_000_000  # Python, torch, transformers and TRL; benchmarks/memory.py
+FULL_LOGITS = 15  # bytes per token and word of the vocabulary; fitted on published tables
+CPU_LOGITS = 16  # logits, their logarithms and both gradients, in float32
+TILE_TOKENS, TILE_WORDS = 4096, 32_768  # TRL computes the loss in tiles of this size
+
+
+class Head(StrEnum):
+    """How logits and loss are computed."""
+
+    FULL = "full"
+    """All logits at once, as transformers does."""
+
+    TILED = "tiled"
+    """Tile by tile, in the forward and again in the backward pass, as TRL does on a GPU."""
+
+    LABELS = "labels"
+    """All at once, in float32, but only where there is a label: this trainer on a CPU."""
+
+
+class Kept(StrEnum):
+    """What the forward pass keeps of a layer for the backward pass."""
+
+    ALL = "all"
+    INPUTS = "inputs"
+    """Gradient checkpointing."""
+
+    NOTHING = "nothing"
+    """Gradient checkpointing whose inputs go to the host's memory."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides on the memory, apart from model and batch. Sizes are bytes an element."""
+
+    lora: Lora
+    quantized: bool = False
+    compute: int = 2
+    """Of 16-bit or 32-bit weights, and of activations."""
+
+    adapter: int = 4
+    """Of the adapter's weights, gradients and both of AdamW's moments."""
+
+    embedding: int = 2
+    mask: int = 1
+    """Of dropout's mask."""
+
+    kept: Kept = Kept.INPUTS
+    head: Head = Head.TILED
+    overhead: int = GPU_OVERHEAD
+    shards: int = 1
+    """Devices that the weights are spread over (FSDP)."""
+
+    @classmethod
+    def on_gpu(cls, training: Training, *, checkpointing: bool, shards: int = 1) -> Self:
+        """This trainer's on a GPU: bfloat16, float32 adapters (TRL: bfloat16 ones for QLoRA)."""
+        quantized = training.method == "qlora"
+        return cls(
+            lora=training.lora,
+            quantized=quantized,
+            adapter=2 if quantized else 4,
+            kept=Kept.INPUTS if checkpointing else Kept.ALL,
+            shards=shards,
+        )
+
+    @classmethod
+    def on_cpu(cls, training: Training, *, checkpointing: bool, bfloat16: bool = False) -> Self:
+        """This trainer's on a CPU: float32, or bfloat16 where it has the instructions."""
+        quantized = training.method == "qlora"
+        compute = 2 if bfloat16 else 4
+        adapter = 2 if quantized else 4
+        return cls(
+            lora=training.lora,
+            quantized=quantized,
+            compute=compute,
+            adapter=adapter,
+            embedding=compute,
+            mask=adapter,  # on a CPU the mask has the type of what it masks
+            kept=Kept.INPUTS if checkpointing else Kept.ALL,
+            head=Head.LABELS,
+            overhead=CPU_OVERHEAD,
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes at the peak, on each device."""
+
+    weights: int
+    adapter: int
+    """The adapter with its gradients and the optimizer's state."""
+
+    activations: int
+    logits: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """All terms."""
+        return self.weights + self.adapter + self.activations + self.logits + self.overhead
+
+
+def predict(shape: Shape, recipe: Recipe, tokens: int, labels: int | None = None) -> Prediction:
+    """The peak of a pass over `tokens` tokens, `labels` of which are learnt (None: all of them)."""
+    return Prediction(
+        weights=round(weights(shape, recipe)),
+        adapter=round(adapter(shape, recipe)),
+        activations=round(tokens * activations_per_token(shape, recipe)),
+        logits=round(logits(shape, recipe, tokens if labels is None else labels)),
+        overhead=recipe.overhead,
+    )
+
+
+def weights(shape: Shape, recipe: Recipe) -> float:
+    """The frozen model; QLoRA holds the linear layers in 4 bits, embeddings and norms in full."""
+    rest = (shape.embedding + shape.other) * recipe.embedding
+    if not recipe.quantized:
+        whole = float(shape.linear * recipe.compute + rest)
+    else:
+        # Each layer's weights are unpacked for its matrix product, the largest one at a time.
+        unpacked = shape.hidden * max(shape.mlp, shape.query) * recipe.compute
+        whole = NF4 * shape.linear + rest + unpacked
+    if recipe.shards == 1:
+        return whole
+    # FSDP gathers the layer at work and the one after it; embeddings stay gathered in a pass.
+    layer = (whole - rest) / shape.layers
+    return whole / recipe.shards + 2 * layer + rest
+
+
+def adapter(shape: Shape, recipe: Recipe) -> float:
+    """Weights, gradients and AdamW's two moments; autocast adds a copy in the compute type."""
+    copy = recipe.compute if recipe.adapter != recipe.compute else 0
+    return shape.adapter(recipe.lora) * (4 * recipe.adapter / recipe.shards + copy)
+
+
+def activations_per_token(shape: Shape, recipe: Recipe) -> float:
+    """What the forward pass keeps, and the backward pass of one layer on top of it."""
+    layer, size = kept_by_layer(shape, recipe), recipe.compute
+    # Gradients in flight: of gate, up and their product, and of the residual in float32.
+    backward = 3 * size * shape.mlp + 2 * 4 * shape.hidden
+    outside = (4 + 2 * size) * shape.hidden  # embedding and last norm
+    if recipe.kept is Kept.ALL:
+        return outside + shape.layers * layer + backward
+    inputs = shape.layers * size * shape.hidden if recipe.kept is Kept.INPUTS else 0
+    return outside + inputs + layer + backward
+
+
+def kept_by_layer(shape: Shape, recipe: Recipe) -> float:
+    """Bytes a token that autograd saves in one layer, with attention that keeps no matrix.
+
+    A frozen linear layer saves nothing. A norm saves its input in float32; attention its query,
+    key, value and output; the gated MLP gate, its activation, and up.
+    """
+    size = recipe.compute
+    total = 4.0 * shape.norms * shape.hidden
+    total += size * (2 * shape.query + 2 * shape.key_value) + 3 * size * shape.mlp
+    if shape.qk_norm:
+        total += 4 * (shape.query + shape.key_value)
+    return total + _kept_by_adapters(shape, recipe)
+
+
+def _kept_by_adapters(shape: Shape, recipe: Recipe) -> float:
+    """Each adapter saves its input and its inner product of `r` elements.
+
+    Inputs are shared between layers only where neither dropout nor a cast makes a copy of each;
+    that of o_proj, attention's output, is then saved already.
+    """
+    size, lora = recipe.compute, recipe.lora
+    dropout = recipe.mask if lora.dropout > 0 else 0
+    copies = dropout or recipe.adapter != recipe.compute
+    total = 0.0
+    seen = {"o_proj"}
+    for name, (width, _) in shape.targets(lora).items():
+        total += lora.r * size
+        shared = _INPUT.get(name, name)
+        if copies or shared not in seen:
+            total += width * (size + dropout)
+        seen.add(shared)
+    return total
+
+
+_INPUT = {
+    "q_proj": "attention",
+    "k_proj": "attention",
+    "v_proj": "attention",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+}
+
+
+def logits(shape: Shape, recipe: Recipe, labels: int) -> float:
+    """The output layer and the loss."""
+    if recipe.head is Head.FULL:
+        return FULL_LOGITS * shape.vocabulary * labels
+    if recipe.head is Head.LABELS:
+        return CPU_LOGITS * shape.vocabulary * labels
+    tile = min(labels, TILE_TOKENS) * min(shape.vocabulary, TILE_WORDS) * recipe.compute
+    # The hidden states at the labels, and their gradient in float32 and in the compute type.
+    return tile + labels * shape.hidden * (4 + 2 * recipe.compute)

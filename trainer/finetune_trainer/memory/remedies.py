@@ -1,0 +1,168 @@
+"""A way to train, what it needs, and what would fit instead when it does not fit.
+
+Every suggestion is computed: only what fits with the margin is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from finetune_trainer.config import Training
+from finetune_trainer.memory.predict import Recipe, predict
+from finetune_trainer.memory.shape import Shape
+from finetune_trainer.memory.units import GIB, binary
+
+MARGIN = 1.15  # predictions are within some 10% of what was measured (docs/memory.md)
+GPU_SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 288)  # GiB, as GPUs are sold
+SHORTER = (8192, 4096, 2048, 1024, 512, 256)  # tokens
+MODEL_SIZES = (70, 32, 14, 8, 7, 4, 3, 1.5, 1, 0.5, 0.1)  # thousand million parameters
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A training on so many devices; what it needs depends on micro-batch and recomputation."""
+
+    training: Training
+    shape: Shape
+    longest: int
+    """Tokens of the longest example."""
+
+    labels: int | None = None
+    """Labels of one example at most; None: as many as tokens."""
+
+    devices: int = 1
+    parallelism: Literal["none", "ddp", "fsdp"] = "none"
+    cpu: bool = False
+    bfloat16: bool = True
+
+    @property
+    def share(self) -> int:
+        """Examples of one optimizer step on each device."""
+        batch = self.training.batch_size * self.training.gradient_accumulation_steps
+        return batch // self.devices
+
+    def on_cpu(self, *, bfloat16: bool) -> Attempt:
+        """The same by the processor, in bfloat16 or float32."""
+        return replace(self, cpu=True, bfloat16=bfloat16)
+
+    def needs(self, size: int, checkpointing: bool) -> int:
+        """Bytes on each device for passes of `size` of the longest examples."""
+        recipe = self._recipe(checkpointing=checkpointing)
+        labels = None if self.labels is None else size * self.labels
+        return predict(self.shape, recipe, size * self.longest, labels).total
+
+    def _recipe(self, *, checkpointing: bool) -> Recipe:
+        if self.cpu:
+            return Recipe.on_cpu(self.training, checkpointing=checkpointing, bfloat16=self.bfloat16)
+        shards = self.devices if self.parallelism == "fsdp" else 1
+        return Recipe.on_gpu(self.training, checkpointing=checkpointing, shards=shards)
+
+    def least(self) -> int:
+        """Bytes that the smallest passes need, as the spec allows them."""
+        return self.needs(1, self.training.gradient_checkpointing != "never")
+
+    def changed(self, **update: Any) -> Attempt:
+        """With other settings of `training`."""
+        return replace(self, training=self.training.model_copy(update=update))
+
+    def shortened(self, length: int) -> Attempt:
+        """With examples of at most `length` tokens."""
+        labels = None if self.labels is None else min(self.labels, length)
+        return replace(self, longest=min(self.longest, length), labels=labels)
+
+
+def gpu_remedies(attempt: Attempt, memory: int) -> str:
+    """What to say when nothing fits a GPU."""
+    each = "each GPU" if attempt.devices > 1 else "the GPU"
+    what = (
+        f"The training needs {binary(attempt.least())} of GPU memory with one example of "
+        f"{attempt.longest} tokens a pass, and {each} has {binary(memory)}."
+    )
+    options = [*_settings(attempt, memory), *_more_gpus(attempt, memory), *_gpu_size(attempt)]
+    return _sentence(what, [*options, *_smaller_model(attempt, memory)])
+
+
+def host_remedies(attempt: Attempt, memory: int) -> str:
+    """What to say when nothing fits the memory of a pod (or machine) without a GPU."""
+    what = (
+        f"The training needs {binary(attempt.least())} of memory with one example of "
+        f"{attempt.longest} tokens a pass, and there are {binary(memory)}."
+    )
+    limit = binary(round(attempt.least() * MARGIN), up=True)
+    options = [f"a memory limit of {limit}", *_settings(attempt, memory)]
+    return _sentence(what, [*options, *_smaller_model(attempt, memory)])
+
+
+def _sentence(what: str, options: list[str]) -> str:
+    if not options:
+        return f"{what} No setting alone makes it fit: choose a far smaller model."
+    return f"{what} Any of these would do: {'; '.join(options)}."
+
+
+def _fits(attempt: Attempt, memory: int) -> bool:
+    return attempt.least() * MARGIN <= memory
+
+
+def _settings(attempt: Attempt, memory: int) -> Iterator[str]:
+    """Fields of spec.training."""
+    training = attempt.training
+    if training.gradient_checkpointing == "never":
+        other = attempt.changed(gradient_checkpointing="auto")
+        if _fits(other, memory):
+            yield f"gradientCheckpointing: auto ({binary(other.least())})"
+    if training.method == "lora":
+        other = attempt.changed(method="qlora")
+        if _fits(other, memory):
+            yield f"method: qlora ({binary(other.least())})"
+    for length in SHORTER:
+        other = attempt.shortened(length)
+        if length < attempt.longest and _fits(other, memory):
+            yield f"maxSequenceLength: {length} ({binary(other.least())})"
+            break
+
+
+def _more_gpus(attempt: Attempt, memory: int) -> Iterator[str]:
+    if attempt.training.parallelism == "ddp":
+        return
+    for devices in (2, 4, 8):
+        batch = attempt.training.batch_size * attempt.training.gradient_accumulation_steps
+        if devices <= attempt.devices or batch % devices:
+            continue
+        other = replace(attempt, devices=devices, parallelism="fsdp")
+        if _fits(other, memory):
+            yield f"{devices} such GPUs, which share the model (fsdp, {binary(other.least())} each)"
+            return
+
+
+def _gpu_size(attempt: Attempt) -> Iterator[str]:
+    for size in GPU_SIZES:
+        if _fits(attempt, size * GIB):
+            yield f"a GPU with {size} GiB"
+            return
+
+
+def _smaller_model(attempt: Attempt, memory: int) -> Iterator[str]:
+    """The largest usual size of a model of like proportions that fits."""
+    for size in MODEL_SIZES:
+        wanted = size * 1e9
+        if wanted >= attempt.shape.parameters:
+            continue
+        other = replace(attempt, shape=_of_size(attempt.shape, wanted))
+        if _fits(other, memory):
+            name = f"{size:g} billion" if size >= 1 else f"{round(size * 1000)} million"
+            yield f"a model of at most {name} parameters"
+            return
+
+
+def _of_size(shape: Shape, parameters: float) -> Shape:
+    """The shape scaled to about so many parameters (by bisection: they grow steadily)."""
+    low, high = 0.01, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        if shape.scaled(middle).parameters < parameters:
+            low = middle
+        else:
+            high = middle
+    return shape.scaled(high)
