@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from finetune_trainer.config import RunConfig, Stage, read_run_config
 from finetune_trainer.failures import explain
 from finetune_trainer.local import commands
-from finetune_trainer.logs import set_up_libraries
+from finetune_trainer.logs import FORMAT_VARIABLE, LogFormat, set_up_libraries
 from finetune_trainer.outcome import Reason, StageError, StageResult
 from finetune_trainer.progress import Reporter, reporter_for
 from finetune_trainer.running import (
@@ -52,6 +53,18 @@ TerminationOption = Annotated[
         "--termination-log", help=f"File for the result; default {TERMINATION_LOG} where it is."
     ),
 ]
+
+
+@app.callback()
+def options(
+    log_format: Annotated[
+        LogFormat | None,
+        typer.Option(help=f"Lines for people or JSON lines; default: {FORMAT_VARIABLE}, or human."),
+    ] = None,
+) -> None:
+    """Set what holds for every command."""
+    if log_format:
+        os.environ[FORMAT_VARIABLE] = log_format.value
 
 
 @app.command()

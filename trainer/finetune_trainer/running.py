@@ -15,6 +15,7 @@ from finetune_trainer import stopping
 from finetune_trainer.base_model import child
 from finetune_trainer.config import RunConfig, Stage
 from finetune_trainer.failures import explain
+from finetune_trainer.logs import begin_stage
 from finetune_trainer.outcome import Reason, StageError, StageResult
 from finetune_trainer.progress import Reporter
 
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 def perform(stage: Stage, config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     """Run one stage in a folder of its own below `workspace`, which is removed afterwards."""
+    begin_stage(stage)
     room = workspace / stage
     shutil.rmtree(room, ignore_errors=True)
     room.mkdir(parents=True)

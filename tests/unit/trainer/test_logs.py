@@ -1,0 +1,123 @@
+"""The log in both formats, as a process writes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from finetune_trainer.logs import LogFormat, redact
+
+PROGRAM = """
+import logging, os, subprocess, sys, warnings
+from finetune_trainer.logs import begin_stage, set_up_libraries
+
+set_up_libraries()
+begin_stage("train")
+log = logging.getLogger("finetune_trainer.somewhere")
+log.info("step %d of the käse", 3, extra={"step": 3, "loss": 1.25})
+logging.getLogger("some.library").info("chatter")
+try:
+    raise ValueError("no")
+except ValueError:
+    log.exception("It failed with %s", os.environ["AWS_SECRET_ACCESS_KEY"])
+if "child" not in sys.argv:
+    sys.stdout.flush()
+    subprocess.run([sys.executable, "-c", CHILD], check=True)
+""".replace(
+    "CHILD",
+    repr(
+        "import logging; from finetune_trainer.logs import set_up_libraries; set_up_libraries();"
+        "logging.getLogger('finetune_trainer.worker').warning('from the worker')"
+    ),
+)
+SECRET = 'a"secret\\key'
+
+
+def lines(**environment: str) -> list[str]:
+    """What the program writes to standard output and standard error."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "AWS_SECRET_ACCESS_KEY": SECRET, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def test_json_lines_carry_time_level_logger_stage_figures_and_traceback() -> None:
+    step, failure, worker = (json.loads(each) for each in lines(FINETUNE_LOG_FORMAT="json"))
+
+    now = datetime.now(UTC)
+    assert now - datetime.fromisoformat(step.pop("time")) < timedelta(minutes=1)
+    assert step == {
+        "level": "info",
+        "logger": "finetune_trainer.somewhere",
+        "message": "step 3 of the käse",
+        "step": 3,
+        "loss": 1.25,
+        "stage": "train",
+    }
+    assert failure["exception"].splitlines()[-1] == "ValueError: no"
+    assert failure["message"] == "It failed with ***"
+    assert {k: v for k, v in worker.items() if k != "time"} == {
+        "level": "warning",
+        "logger": "finetune_trainer.worker",
+        "message": "from the worker",
+        "stage": "train",
+    }
+
+
+@pytest.mark.parametrize("name", ["human", "plain", "", "nonsense"])
+def test_lines_for_people_are_the_time_and_the_message(name: str) -> None:
+    first, failure, *_, last = lines(FINETUNE_LOG_FORMAT=name)
+
+    assert first[8:] == " step 3 of the käse"
+    assert failure[8:] == " It failed with ***"
+    assert last[8:] == " from the worker"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hidden"),
+    [
+        ("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE", True),
+        ("AWS_SECRET_ACCESS_KEY", "abcdefghij", True),
+        ("AWS_SESSION_TOKEN", "abcdefghij", True),
+        ("HF_TOKEN", "hf_abcdefghij", True),
+        ("WANDB_API_KEY", "0123456789abcdef", True),
+        ("MLFLOW_TRACKING_PASSWORD", "opensesame", True),
+        ("MLFLOW_TRACKING_PASSWORD", "step", False),  # would black out half of the log
+        ("TOKENIZERS_PARALLELISM", "falsefalse", False),
+        ("WANDB_PROJECT", "my-project", False),
+    ],
+)
+def test_values_of_credentials_are_blacked_out(
+    name: str, value: str, hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+
+    assert (value not in redact(f"refused: {value} at step 3")) is hidden
+
+
+def test_a_user_in_an_url_is_blacked_out() -> None:
+    text = redact("MLFLOW_TRACKING_URI=https://me:secret@host:5000/x and http://host:5000/a@b")
+
+    assert text == "MLFLOW_TRACKING_URI=https://***@host:5000/x and http://host:5000/a@b"
+
+
+def test_the_operators_name_for_lines_for_people_is_known() -> None:
+    names: list[Any] = ["json", "human", "plain"]
+
+    assert [LogFormat(name) for name in names] == [
+        LogFormat.JSON,
+        LogFormat.HUMAN,
+        LogFormat.HUMAN,
+    ]
