@@ -69,6 +69,9 @@ class Recipe:
     shards: int = 1
     """Devices that the weights are spread over (FSDP)."""
 
+    packed: bool = False
+    """Whether several rows lie end to end, kept apart by a mask of tokens x tokens."""
+
     @classmethod
     def on_gpu(cls, training: Training, *, checkpointing: bool, shards: int = 1) -> Self:
         """This trainer's on a GPU: bfloat16, float32 adapters (TRL: bfloat16 ones for QLoRA)."""
@@ -123,7 +126,7 @@ def predict(shape: Shape, recipe: Recipe, tokens: int, labels: int | None = None
     return Prediction(
         weights=round(weights(shape, recipe)),
         adapter=round(adapter(shape, recipe)),
-        activations=round(tokens * activations_per_token(shape, recipe)),
+        activations=round(tokens * activations_per_token(shape, recipe) + mask(recipe, tokens)),
         logits=round(logits(shape, recipe, tokens if labels is None else labels)),
         overhead=recipe.overhead,
     )
@@ -161,6 +164,11 @@ def activations_per_token(shape: Shape, recipe: Recipe) -> float:
         return outside + shape.layers * layer + backward
     inputs = shape.layers * size * shape.hidden if recipe.kept is Kept.INPUTS else 0
     return outside + inputs + layer + backward
+
+
+def mask(recipe: Recipe, tokens: int) -> int:
+    """A packed pass's mask: a byte for each pair of tokens, and once more as a number to add."""
+    return (1 + recipe.compute) * tokens * tokens if recipe.packed else 0
 
 
 def kept_by_layer(shape: Shape, recipe: Recipe) -> float:

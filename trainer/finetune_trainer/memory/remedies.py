@@ -16,7 +16,7 @@ from finetune_trainer.memory.units import GIB, binary
 
 MARGIN = 1.15  # predictions are within some 10% of what was measured (docs/memory.md)
 GPU_SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 288)  # GiB, as GPUs are sold
-SHORTER = (8192, 4096, 2048, 1024, 512, 256)  # tokens
+SHORTER = (32_768, 16_384, 8192, 4096, 2048, 1024, 512, 256)  # tokens
 MODEL_SIZES = (70, 32, 14, 8, 7, 4, 3, 1.5, 1, 0.5, 0.1)  # thousand million parameters
 
 
@@ -50,6 +50,7 @@ class Attempt:
     def needs(self, size: int, checkpointing: bool) -> int:
         """Bytes on each device for passes of `size` of the longest examples."""
         recipe = self._recipe(checkpointing=checkpointing)
+        recipe = replace(recipe, packed=self.training.packing and size > 1)
         labels = None if self.labels is None else size * self.labels
         return predict(self.shape, recipe, size * self.longest, labels).total
 

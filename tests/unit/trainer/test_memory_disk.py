@@ -1,0 +1,83 @@
+"""Sizes on disk, against files that were really written."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_trainer.config import Export, Lora, Quantization
+from finetune_trainer.memory.disk import (
+    DiskNeed,
+    check_disk,
+    downloaded,
+    export_disk,
+    gguf_bytes,
+    training_disk,
+)
+from finetune_trainer.outcome import Reason, StageError
+from tests.unit.trainer.test_memory_shape import shape
+
+GIB, MB = 2**30, 10**6
+Q = Quantization
+
+FILES = {
+    # llama.cpp's README of its quantizer (Llama-3.1-8B, GiB).
+    ("llama-3.1-8b", Q.F16): 14.96 * GIB,
+    ("llama-3.1-8b", Q.Q8_0): 7.95 * GIB,
+    ("llama-3.1-8b", Q.Q6_K): 6.14 * GIB,
+    ("llama-3.1-8b", Q.Q5_K_M): 5.33 * GIB,
+    ("llama-3.1-8b", Q.Q4_K_M): 4.58 * GIB,
+    # Written by this trainer; 576 is no multiple of 256, so other blocks are taken.
+    ("smollm2-135m", Q.F16): 271 * MB,
+    ("smollm2-135m", Q.Q8_0): 145 * MB,
+    ("smollm2-135m", Q.Q4_K_M): 105 * MB,
+}
+
+
+@pytest.mark.parametrize(("file", "size"), FILES.items(), ids=[f"{m} {q}" for m, q in FILES])
+def test_the_size_of_a_gguf_file(file: tuple[str, Quantization], size: float) -> None:
+    model, kind = file
+    assert gguf_bytes(shape(model), kind) == pytest.approx(size, rel=0.04)
+
+
+def test_a_training_needs_the_model_and_some_checkpoints() -> None:
+    need = training_disk(shape("llama-3.2-1b"), Lora(), 2_500_000_000)
+    assert need.model == 2_500_000_000
+    assert need.work == 11 * 4 * 3_407_872
+
+
+def test_an_export_needs_the_model_three_times_and_its_files() -> None:
+    one = shape("llama-3.1-8b")
+    need = export_disk(one, Lora(), Export(), 16_060_000_000)
+    files = [gguf_bytes(one, kind) for kind in (Q.F16, Q.Q8_0, Q.Q4_K_M)]
+    assert need.work == pytest.approx(2 * one.parameters + sum(files), rel=0.01)
+
+
+def test_a_quantized_file_alone_needs_its_16_bit_original_beside_it() -> None:
+    one = shape("llama-3.2-1b")
+    alone = export_disk(one, Lora(), Export(gguf=(Q.Q4_K_M,)), 0)
+    both = export_disk(one, Lora(), Export(gguf=(Q.F16, Q.Q4_K_M)), 0)
+    assert alone == both
+
+
+def test_an_adapter_alone_needs_next_to_nothing() -> None:
+    need = export_disk(shape("llama-3.1-8b"), Lora(), Export(merged=False, gguf=()), 16 * GIB)
+    assert need.total < GIB
+
+
+def test_only_what_is_downloaded_counts() -> None:
+    sizes = {"model.safetensors": 100, "config.json": 1}
+    assert downloaded("org/name", sizes) == 101
+    assert downloaded("s3://bucket/model", sizes) == 101
+    assert downloaded("/mnt/model", sizes) == 0
+
+
+def test_too_little_disk_is_refused_with_the_size_that_is_enough() -> None:
+    need = DiskNeed(model=5 * GIB, work=3 * GIB)
+    check_disk(need, need.total, "The training", "set the limit to")
+    with pytest.raises(StageError) as raised:
+        check_disk(need, 6 * GIB, "The training", "set ephemeral-storage to")
+    assert raised.value.reason is Reason.OUT_OF_DISK
+    assert raised.value.message == (
+        "The training needs 8.2 GiB of disk (the base model alone is 5.0 GiB), and there are "
+        "6.0 GiB: set ephemeral-storage to at least 9Gi."
+    )

@@ -1,0 +1,262 @@
+"""The split of a step into passes: always the same effective batch, always within the memory."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_trainer.config import Hardware, Training, TrainingPlan
+from finetune_trainer.memory.plan import GPU_USEFUL, Lengths, plan
+from finetune_trainer.memory.remedies import Attempt
+from finetune_trainer.outcome import Reason, StageError
+from tests.unit.trainer.test_memory_shape import shape
+
+GIB = 2**30
+EIGHT = "llama-3.1-8b"
+
+
+def gpus(gib: float | None, count: int = 1) -> Hardware:
+    memory = None if gib is None else round(gib * GIB)
+    return Hardware(gpus=count, gpu_memory_bytes=memory)
+
+
+def cpu(gib: float | None) -> Hardware:
+    return Hardware(memory_bytes=None if gib is None else round(gib * GIB))
+
+
+def brief(made: TrainingPlan) -> tuple[int, int, bool, str]:
+    return (
+        made.batch_size,
+        made.gradient_accumulation_steps,
+        made.gradient_checkpointing,
+        made.parallelism,
+    )
+
+
+CHOICES = {
+    # model, training, longest example, hardware -> micro-batch, accumulation, recomputed, how
+    "an 8B model on 80 GiB keeps everything": (
+        (EIGHT, {}, 512, gpus(80)),
+        (8, 1, False, "none"),
+    ),
+    "on 24 GiB it computes again": ((EIGHT, {}, 512, gpus(24)), (8, 1, True, "none")),
+    "on 20 GiB in smaller passes": ((EIGHT, {}, 2048, gpus(20.5)), (1, 8, True, "none")),
+    "long examples make small passes": ((EIGHT, {}, 8192, gpus(48)), (1, 8, True, "none")),
+    "a large effective batch is split": (
+        (EIGHT, {"gradient_accumulation_steps": 64}, 512, gpus(80)),
+        (16, 8, False, "none"),
+    ),
+    "a larger one makes larger passes where nothing is computed again": (
+        ("llama-3.2-1b", {"gradient_accumulation_steps": 64}, 512, gpus(80)),
+        (32, 4, False, "none"),
+    ),
+    "always computes again though there is room": (
+        ("llama-3.2-1b", {"gradient_checkpointing": "always"}, 512, gpus(80)),
+        (8, 1, True, "none"),
+    ),
+    "never keeps everything in smaller passes": (
+        (EIGHT, {"gradient_checkpointing": "never"}, 512, gpus(24)),
+        (1, 8, False, "none"),
+    ),
+    "qlora needs far less": ((EIGHT, {"method": "qlora"}, 512, gpus(12)), (8, 1, True, "none")),
+    "each of two GPUs gets half the step": (
+        ("llama-3.2-1b", {}, 512, gpus(80, 2)),
+        (4, 1, False, "ddp"),
+    ),
+    "a model that one GPU does not hold is shared": (
+        ("llama-3.3-70b", {}, 512, gpus(80, 4)),
+        (2, 1, True, "fsdp"),
+    ),
+    "fsdp where it is asked for": (
+        ("llama-3.2-1b", {"parallelism": "fsdp"}, 512, gpus(80, 2)),
+        (4, 1, False, "fsdp"),
+    ),
+    "an unknown GPU: the spec's split, computed again": (
+        (EIGHT, {}, 512, gpus(None)),
+        (2, 4, True, "none"),
+    ),
+    "an unknown GPU, unless never": (
+        (EIGHT, {"gradient_checkpointing": "never"}, 512, gpus(None)),
+        (2, 4, False, "none"),
+    ),
+    "two unknown GPUs share the spec's step": (
+        (EIGHT, {}, 512, gpus(None, 2)),
+        (2, 2, True, "ddp"),
+    ),
+    "a CPU with room makes passes of 2,048 tokens": (
+        ("smollm2-135m", {}, 256, cpu(16)),
+        (8, 1, False, "none"),
+    ),
+    "a CPU with long examples": (("smollm2-135m", {}, 1024, cpu(16)), (2, 4, False, "none")),
+    "a CPU with little memory": (("smollm2-135m", {}, 1024, cpu(3)), (1, 8, True, "none")),
+    "a CPU of unknown memory: the spec's split": (
+        ("smollm2-135m", {}, 256, cpu(None)),
+        (2, 4, False, "none"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES.values(), ids=list(CHOICES))
+def test_the_choice(case: tuple[tuple[str, dict[str, object], int, Hardware], object]) -> None:
+    (model, training, longest, hardware), expected = case
+    made = plan(Training.model_validate(training), shape(model), Lengths(longest), hardware)
+    assert brief(made) == expected
+    assert made.device_bytes
+
+
+@pytest.mark.parametrize("devices", [3, 5, 16])
+def test_gpus_that_can_not_share_a_step_evenly(devices: int) -> None:
+    with pytest.raises(StageError) as raised:
+        plan(Training(), shape(EIGHT), Lengths(512), gpus(80, devices))
+    assert raised.value.reason is Reason.INVALID_CONFIG
+    assert "8 examples (batchSize 2 x gradientAccumulationSteps 4)" in raised.value.message
+    for number in re.findall(r"make it (\d+)(?: or (\d+))?", raised.value.message)[0]:
+        assert not number or int(number) % devices == 0
+
+
+trainings = st.builds(
+    Training,
+    method=st.sampled_from(["lora", "qlora"]),
+    batch_size=st.integers(1, 12),
+    gradient_accumulation_steps=st.integers(1, 12),
+    gradient_checkpointing=st.sampled_from(["auto", "always", "never"]),
+    packing=st.booleans(),
+)
+models = st.sampled_from(["smollm2-135m", "llama-3.2-1b", EIGHT, "gemma-2-2b", "llama-3.3-70b"])
+lengths = st.integers(16, 32_768)
+sizes = st.floats(0.5, 200)
+
+
+@settings(max_examples=300, deadline=None)
+@given(trainings, models, lengths, sizes, st.sampled_from([0, 1, 2, 4]))
+def test_a_plan_keeps_the_effective_batch_and_fits(
+    training: Training, model: str, longest: int, gib: float, devices: int
+) -> None:
+    hardware = gpus(gib, devices) if devices else cpu(gib)
+    try:
+        made = plan(training, shape(model), Lengths(longest), hardware)
+    except StageError as error:
+        refused = error.reason
+    else:
+        refused = None
+    if refused:
+        full = Reason.OUT_OF_GPU_MEMORY if devices else Reason.OUT_OF_MEMORY
+        assert refused in {full, Reason.INVALID_CONFIG}
+        return
+    batch = training.batch_size * training.gradient_accumulation_steps
+    assert made.batch_size * made.gradient_accumulation_steps * max(devices, 1) == batch
+    assert made.device_bytes is not None
+    assert made.device_bytes <= gib * GIB
+    assert made.batch_size == 1 or made.batch_size * longest <= GPU_USEFUL
+    if training.gradient_checkpointing != "auto":
+        assert made.gradient_checkpointing == (training.gradient_checkpointing == "always")
+
+
+@settings(max_examples=300, deadline=None)
+@given(trainings, models, lengths, st.tuples(sizes, sizes), st.booleans())
+def test_more_memory_never_makes_a_pass_smaller(
+    training: Training, model: str, longest: int, two: tuple[float, float], gpu: bool
+) -> None:
+    chosen = []
+    for gib in sorted(two):
+        try:
+            hardware = gpus(gib) if gpu else cpu(gib)
+            chosen.append(plan(training, shape(model), Lengths(longest), hardware).batch_size)
+        except StageError:
+            chosen.append(0)
+    assert chosen[0] <= chosen[1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(trainings, models, lengths, st.integers(1, 32), st.booleans())
+def test_the_prediction_grows_with_passes_and_lengths(
+    training: Training, model: str, longest: int, size: int, checkpointing: bool
+) -> None:
+    attempt = Attempt(training, shape(model), longest)
+    assert attempt.needs(size, checkpointing) < attempt.needs(size + 1, checkpointing)
+    longer = Attempt(training, shape(model), longest + 1)
+    assert attempt.needs(size, checkpointing) < longer.needs(size, checkpointing)
+
+
+def refusal(training: Training, model: str, longest: int, hardware: Hardware) -> StageError:
+    with pytest.raises(StageError) as raised:
+        plan(training, shape(model), Lengths(longest), hardware)
+    return raised.value
+
+
+def test_a_training_that_does_not_fit_says_what_would() -> None:
+    error = refusal(Training(), EIGHT, 2048, gpus(12))
+    assert error.reason is Reason.OUT_OF_GPU_MEMORY
+    assert error.message == (
+        "The training needs 17.1 GiB of GPU memory with one example of 2048 tokens a pass, and the "
+        "GPU has 12.0 GiB. Any of these would do: method: qlora (7.4 GiB); 4 such GPUs, which "
+        "share the model (fsdp, 8.5 GiB each); a GPU with 24 GiB; a model of at most 4 billion "
+        "parameters."
+    )
+
+
+def test_a_shorter_sequence_is_named_where_it_helps() -> None:
+    error = refusal(Training(method="qlora"), EIGHT, 65_536, gpus(24))
+    length = re.search(r"maxSequenceLength: (\d+)", error.message)
+    assert length is not None
+    made = plan(Training(method="qlora"), shape(EIGHT), Lengths(int(length[1])), gpus(24))
+    assert made.batch_size == 1
+    assert "method:" not in error.message
+
+
+def test_recomputation_is_named_where_the_spec_forbids_it() -> None:
+    never = Training(gradient_checkpointing="never")
+    error = refusal(never, EIGHT, 4096, gpus(24))
+    assert "gradientCheckpointing: auto" in error.message
+
+
+def test_what_would_not_help_is_not_named() -> None:
+    error = refusal(Training(parallelism="ddp"), "llama-3.3-70b", 2048, gpus(0.5))
+    assert "method" not in error.message
+    assert "maxSequenceLength" not in error.message
+
+
+def test_a_pod_without_gpu_is_told_its_limit() -> None:
+    error = refusal(Training(), EIGHT, 1024, cpu(8))
+    assert error.reason is Reason.OUT_OF_MEMORY
+    limit = re.search(r"a memory limit of (\d+)Gi", error.message)
+    assert limit is not None
+    assert plan(Training(), shape(EIGHT), Lengths(1024), cpu(int(limit[1]))).batch_size == 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(trainings, models, lengths, sizes)
+def test_every_suggestion_fits(training: Training, model: str, longest: int, gib: float) -> None:
+    try:
+        plan(training, shape(model), Lengths(longest), gpus(gib))
+    except StageError as error:
+        said = error.message
+    else:
+        return
+    other = training.model_copy(update={"batch_size": 8, "gradient_accumulation_steps": 1})
+    if "method: qlora" in said:
+        changed = other.model_copy(update={"method": "qlora"})
+        assert plan(changed, shape(model), Lengths(longest), gpus(gib))
+    if "gradientCheckpointing: auto" in said:
+        changed = other.model_copy(update={"gradient_checkpointing": "auto"})
+        assert plan(changed, shape(model), Lengths(longest), gpus(gib))
+    if found := re.search(r"maxSequenceLength: (\d+)", said):
+        assert plan(other, shape(model), Lengths(int(found[1])), gpus(gib))
+    if found := re.search(r"(\d) such GPUs", said):
+        assert plan(other, shape(model), Lengths(longest), gpus(gib, int(found[1])))
+    if found := re.search(r"a GPU with (\d+) GiB", said):
+        assert plan(other, shape(model), Lengths(longest), gpus(int(found[1])))
+
+
+def test_the_answers_alone_decide_on_the_logits_where_rows_are_packed() -> None:
+    many = Lengths(1024, longest_answer=1024)
+    few = Lengths(1024, longest_answer=10)
+    packed, padded = Training(), Training(packing=False)
+    one = shape("smollm2-135m")
+    assert (plan(packed, one, few, cpu(64)).device_bytes or 0) < (
+        plan(packed, one, many, cpu(64)).device_bytes or 0
+    )
+    assert plan(padded, one, few, cpu(64)) == plan(padded, one, many, cpu(64))
