@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import gzip
 import io
+import shutil
+import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -96,30 +100,29 @@ class Content:
         plain = self.file.open("rb")
         if not self.compression:
             return plain
-        limit = max(BOMB_FLOOR, self.size * BOMB_RATIO)
-        return io.BufferedReader(_Unzipped(plain, limit, self.uri), CHUNK)
+        return io.BufferedReader(_Unzipped(plain, self.size, self.uri), CHUNK)
 
-    def read_through(self) -> None:
-        """Read to the end, so that damage shows before anything is made of the content."""
-        with self.open() as stream:
-            while stream.read(CHUNK):
-                pass
-
-    def unzip_to(self, file: Path) -> Path:
-        """Write the unzipped bytes to a file, for a format that needs to jump around in it."""
-        with self.open() as stream, file.open("wb") as out:
-            while chunk := stream.read(CHUNK):
-                out.write(chunk)
-        return file
+    @contextmanager
+    def seekable(self) -> Iterator[BinaryIO]:
+        """A stream of the unzipped bytes for a format that needs to jump around in them."""
+        if not self.compression:
+            with self.file.open("rb") as plain:
+                yield plain
+            return
+        with self.open() as stream, tempfile.TemporaryFile() as unzipped:
+            shutil.copyfileobj(stream, unzipped, CHUNK)
+            unzipped.seek(0)
+            yield unzipped
 
 
 class _Unzipped(io.RawIOBase):
     """A gzip stream with errors for people, and an end to what a small file may expand to."""
 
-    def __init__(self, plain: BinaryIO, limit: int, uri: str) -> None:
+    def __init__(self, plain: BinaryIO, size: int, uri: str) -> None:
         self._plain = plain
         self._gzip = gzip.GzipFile(fileobj=plain, mode="rb")
-        self._limit = limit
+        self._size = size
+        self._limit = max(BOMB_FLOOR, size * BOMB_RATIO)
         self._uri = uri
         self._done = 0
 
@@ -145,14 +148,13 @@ class _Unzipped(io.RawIOBase):
         except EOFError as error:
             raise unreadable(
                 self._uri,
-                f"is cut off: its gzip data ends within the text, after {self._done:,} bytes. "
+                f"is cut off: after {self._size:,} bytes it ends within its gzip data. "
                 "Upload it again.",
             ) from error
         except (gzip.BadGzipFile, zlib.error) as error:
             raise unreadable(
                 self._uri,
-                f"is damaged: its gzip data can't be read beyond {self._done:,} bytes ({error}). "
-                "Upload it again.",
+                f"is damaged: its gzip data can't be read ({error}). Upload it again.",
             ) from error
 
     def close(self) -> None:

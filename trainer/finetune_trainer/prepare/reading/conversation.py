@@ -8,7 +8,7 @@ from typing import Any
 from finetune_trainer.prepare.reading.layout import INSTRUCTION, PROMPT, Layout
 from finetune_trainer.prepare.reading.record import Message
 from finetune_trainer.prepare.reading.strict_json import NotJsonError, parse
-from finetune_trainer.prepare.reading.wording import clip, name_of, names, plural
+from finetune_trainer.prepare.reading.wording import clip, name_of, names
 
 Conversation = tuple[Message, ...]
 
@@ -54,7 +54,7 @@ def _instruction(columns: dict[str, str], fallback: Message | None) -> Builder:
         texts = [_text(value, label) for value, label in zip(values, labels, strict=True)]
         blank = [labels[index] for index in (first, last) if not texts[index]]
         if blank:
-            raise InvalidError(f"{names(blank)} is blank")
+            raise InvalidError(f"{names(blank)} {'is' if len(blank) == 1 else 'are'} blank")
         asked = texts[first]
         if further is not None and texts[further]:
             asked = f"{asked}\n\n{texts[further]}"
@@ -74,7 +74,7 @@ def _prompt_completion(columns: dict[str, str], fallback: Message | None) -> Bui
         for value, label, role in zip(values, labels, ("user", "assistant"), strict=True):
             if isinstance(value, list) and value:
                 sides.append(value)
-            elif text := _text(value, label):
+            elif value != [] and (text := _text(value, label)):
                 sides.append([_message(role, text)])
             else:
                 raise InvalidError(f"{name_of(label)} is blank")
@@ -120,9 +120,7 @@ def _checked(items: list[Any], fallback: Message | None) -> Conversation:
         if not message["content"]:
             raise InvalidError(f"message {place} ({role}) is blank")
     if not messages or messages[-1]["role"] != "assistant":
-        raise InvalidError(
-            f"it has {plural(len(messages), 'message')}, the last not an assistant's"
-        )
+        raise InvalidError("the last message is not the assistant's")
     return tuple(messages) if own or not fallback else (fallback, *messages)
 
 

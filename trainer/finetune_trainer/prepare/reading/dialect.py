@@ -128,16 +128,18 @@ def _by_header(start: list[str], text: Text, fit: Fit) -> Dialect:
     return max(candidates, key=lambda candidate: _suitability(start, candidate, fit))
 
 
-def _suitability(start: list[str], dialect: Dialect, fit: Fit) -> tuple[int, float, float]:
-    """How well the header fits, then the share of rows that are as wide as it."""
+def _suitability(start: list[str], dialect: Dialect, fit: Fit) -> tuple[float, ...]:
+    """How well the header fits, then how usual the quoting is, then the share of rows that are as
+    wide as the header."""
+    usual = dialect.quote == '"', not dialect.spaced
     rows: list[list[str]] = []
     with suppress(csv.Error):  # a broken cell further down says nothing about the rows before
         rows.extend(row for row in dialect.rows(start, strict=False) if row)
     if not rows:
-        return 0, 0.0, 0.0
+        return 0, *usual, 0.0, 0.0
     width = len(rows[0])
     even = sum(len(row) == width for row in rows) / len(rows)
-    return fit(rows[0]), even if width > 1 else 0.0, even
+    return fit(rows[0]), *usual, even if width > 1 else 0.0, even
 
 
 def _alternatives(first: Dialect, text: Text) -> list[Dialect]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
-from finetune_trainer.prepare.reading.content import Content
+from finetune_trainer.prepare.reading.content import Content, unreadable
 from finetune_trainer.prepare.reading.encoding import Text
 from finetune_trainer.prepare.reading.lines import MAX_LINE, LongLineError, open_lines
 from finetune_trainer.prepare.reading.record import DamageError, Row
@@ -27,6 +28,19 @@ class JsonLines:
         self.content = content
         self.text = text
         self.fields = keys(self.items())
+        if not self.fields and self._spread():
+            raise unreadable(
+                content.uri,
+                "has JSON over several lines: put each object on a line of its own "
+                "(`jq -c . file`), or all of them into one array.",
+            )
+
+    def _spread(self) -> bool:
+        """Whether the first line opens an object that it does not close."""
+        with suppress(LongLineError), open_lines(self.content, self.text) as lines:
+            first = next((line.strip() for line in lines if line.strip()), "")
+            return not first.endswith("}")
+        return False
 
     @property
     def described(self) -> dict[str, str | None]:

@@ -51,6 +51,13 @@ def _mapped(columns: Columns) -> dict[str, str]:
     return {part: name for part, name in found.items() if name is not None}
 
 
+def default_layout(columns: Columns) -> Layout:
+    """The layout of a file without a single readable object: each row says why it is none."""
+    if columns.messages:
+        return Layout(MESSAGES, {"messages": columns.messages})
+    return Layout(INSTRUCTION, _mapped(columns))
+
+
 def check_columns(columns: Columns) -> None:
     """One column can't be two things; raises StageError (InvalidConfig)."""
     seen: dict[str, str] = {}

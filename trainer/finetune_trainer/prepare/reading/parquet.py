@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune_trainer.outcome import StageError
-from finetune_trainer.prepare.reading.content import unreadable
+from finetune_trainer.prepare.reading.content import Content, unreadable
 from finetune_trainer.prepare.reading.record import Row
 from finetune_trainer.prepare.reading.wording import clip, name_of
 
@@ -26,9 +25,8 @@ class Parquet:
     unit = "row"
     format = "parquet"
 
-    def __init__(self, file: Path, uri: str) -> None:
-        self.file = file
-        self.uri = uri
+    def __init__(self, content: Content) -> None:
+        self.content = content
         with self._open() as parquet:
             self.schema: pa.Schema = parquet.schema_arrow
         self.fields = list(self.schema.names)
@@ -51,7 +49,7 @@ class Parquet:
             if not (_is_text(kind) or (lists and _is_messages(kind))):
                 due = "text or a list of messages" if lists else "text"
                 raise unreadable(
-                    self.uri,
+                    self.content.uri,
                     f"has the column {name_of(name)} of type {clip(str(kind), 80)}, not {due}: "
                     "convert it, or map another column in spec.dataset.columns.",
                 )
@@ -69,15 +67,18 @@ class Parquet:
     @contextmanager
     def _open(self) -> Iterator[pq.ParquetFile]:
         try:
-            with pq.ParquetFile(
-                self.file, buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True
-            ) as parquet:
+            with (
+                self.content.seekable() as stream,
+                pq.ParquetFile(
+                    stream, buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True
+                ) as parquet,
+            ):
                 yield parquet
         except StageError:
             raise
         except _ERRORS as error:
-            text = clip(f"can't be read as Parquet: {error}")
-            raise unreadable(self.uri, f"{text}. Write it again.") from error
+            text = clip(f"can't be read as Parquet: {error}").rstrip(".")
+            raise unreadable(self.content.uri, f"{text}. Write it again.") from error
 
 
 def _is_text(kind: pa.DataType) -> bool:

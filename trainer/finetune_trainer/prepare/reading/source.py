@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from finetune_trainer.prepare.reading.layout import (
     Layout,
     check_columns,
     check_unique,
+    default_layout,
     find_layout,
     fit,
     missing_column,
@@ -26,6 +28,9 @@ from finetune_trainer.prepare.reading.layout import (
 from finetune_trainer.prepare.reading.parquet import Parquet
 from finetune_trainer.prepare.reading.record import DamageError, Detected, Problems, Reader, Record
 from finetune_trainer.prepare.reading.table import Table
+
+_JSON = re.compile(r'\{\s*"|\[\s*[\[{]')
+"""How JSON begins, where a CSV file is expected."""
 
 
 class Source:
@@ -89,7 +94,7 @@ class Source:
             self.rows += 1
             cause = damage.cause + self._place(damage.row, damage.line)
             raise self._damaged(damage.row, cause, problems) from damage
-        self._check(problems)
+        self.check(problems)
 
     def _built(self) -> Iterator[tuple[int, int, Conversation | str]]:
         build = builder(self._layout, self._dataset.system_prompt)
@@ -105,26 +110,28 @@ class Source:
     def _place(self, number: int, line: int) -> str:
         return "" if line == number else f" (line {line} of the file)"
 
-    def _check(self, problems: Problems) -> None:
+    def check(self, problems: Problems) -> None:
+        """Raise StageError when no row was read, or more are bad than may be."""
         unit = self._reader.unit
         if not self.rows:
             raise StageError(Reason.DATASET_EMPTY, f"{self._uri} {self._reader.empty}.")
         if not problems.count:
             return
         found = f"{self._uri} has {problems.describe(unit)}."
-        start = " The header is row 1;" if isinstance(self._reader, Table) else ""
+        header = "The header is row 1. " if isinstance(self._reader, Table) else ""
         limit = self._dataset.max_invalid_rows
         if self._dataset.on_invalid_row == "fail":
-            text = f"{found}{start} correct or remove them, or set spec.dataset.onInvalidRow: skip."
+            remedy = "Correct or remove them, or set spec.dataset.onInvalidRow: skip."
         elif problems.count > allowed(limit, self.rows):
-            text = (
-                f"{found}{start} that is more than spec.dataset.maxInvalidRows allows "
-                f"({limit} of {self.rows:,} rows): correct or remove them, or raise the limit."
+            remedy = (
+                f"That is more than spec.dataset.maxInvalidRows allows ({limit} of "
+                f"{self.rows:,} {unit}s): correct or remove them, or raise the limit."
             )
         elif problems.count == self.rows:
-            text = f"{found}{start} no row is left: correct them."
+            remedy = f"No {unit} is left: correct them."
         else:
             return
+        text = f"{found} {header}{remedy}"
         raise StageError(Reason.INVALID_ROWS, text, dataset=self.summary(problems))
 
     def _damaged(self, row: int, cause: str, problems: Problems) -> StageError:
@@ -157,6 +164,8 @@ def open_source(file: Path, dataset: Dataset, uri: str) -> Source:
     content = Content(file, uri)
     reader = _reader(content, dataset)
     layout = find_layout(reader.fields, dataset.columns)
+    if layout is None and not reader.fields and isinstance(reader, JsonLines | JsonArray):
+        layout = default_layout(dataset.columns)
     if layout is None:
         what = "column" if isinstance(reader, Table | Parquet) else "key"
         raise missing_column(reader.fields, dataset.columns, uri, what=what)
@@ -170,7 +179,7 @@ def _reader(content: Content, dataset: Dataset) -> Reader:
     start = content.start
     if start.startswith(PARQUET):
         _check_format(dataset.format, "Parquet", DataFormat.PARQUET, content.uri)
-        return _parquet(content)
+        return Parquet(content)
     if content.compression and start.startswith(GZIP):
         raise unreadable(content.uri, "is gzipped twice: compress it once.")
     if error := foreign(start, content.uri):
@@ -185,14 +194,20 @@ def _reader(content: Content, dataset: Dataset) -> Reader:
 
 
 def _text_reader(content: Content, text: Text, dataset: Dataset) -> Reader:
-    begin = content.start[text.mark :].decode(text.encoding, "ignore").lstrip()[:1]
-    if begin == "{":
+    begin = content.start[text.mark :].decode(text.encoding, "ignore").lstrip()
+    if dataset.format is DataFormat.CSV and not _JSON.match(begin):
+        return _table(content, text, dataset)
+    if begin.startswith("{"):
         _check_format(dataset.format, "JSON lines", DataFormat.JSONL, content.uri)
         return JsonLines(content, text)
-    if begin == "[":
+    if begin.startswith("["):
         _check_format(dataset.format, "a JSON array", DataFormat.JSONL, content.uri)
         return JsonArray(content, text)
     _check_format(dataset.format, "CSV", DataFormat.CSV, content.uri)
+    return _table(content, text, dataset)
+
+
+def _table(content: Content, text: Text, dataset: Dataset) -> Table:
     return Table(content, text, lambda header: fit(header, dataset.columns))
 
 
@@ -203,10 +218,3 @@ def _check_format(given: DataFormat, found: str, fits: DataFormat, uri: str) -> 
             f"is {found} by its content, but spec.dataset.format is {given.value}: "
             f"set it to {fits.value} or leave it out.",
         )
-
-
-def _parquet(content: Content) -> Parquet:
-    if not content.compression:
-        return Parquet(content.file, content.uri)
-    unzipped = content.file.with_name(f"{content.file.name}.unzipped")
-    return Parquet(content.unzip_to(unzipped), content.uri)

@@ -27,6 +27,10 @@ _LETTERS = "À-ÖØ-öø-ÿŠšŽžŒœŸ"
 _JOINTS = "\u2019\u2013\u2014\u2026\xb7\xb4\xad\xa0"
 _RUN = re.compile(f"[{_LETTERS}]{{3,}}")
 _INSIDE = re.compile(f"(?<=[A-Za-z])[^\x00-\x7f{_LETTERS}{_JOINTS}](?=[a-z])")
+# Signs that don't stand behind an accented letter: macron, not, broken bar, diaeresis, currency,
+# cedilla, circumflex, tilde, the Spanish openings, florin, cent, yen, per mille, double dagger.
+_SIGNS = "\xaf\xac\xa6\xa8\xa4\xb8\u02c6\u02dc\xa1\xbf\u0192\xa2\xa5\u2030\u2021"
+_BEHIND = re.compile(f"[{_LETTERS}][{_SIGNS}]")
 
 # Languages that are written in these encodings, as charset-normalizer names them.
 _LANGUAGES = {
@@ -83,14 +87,15 @@ def _doubt(seen: _Seen) -> str | None:
     utf8 = sum(len(found) for found in _UTF8.findall(seen.sample))
     if utf8 * 2 >= high or (seen.cut and high - utf8 <= 3):
         return "The rest of it is UTF-8, so that place is damaged."
-    if utf8 * 20 > high:
-        return "It mixes encodings."
     if seen.undefined is not None:
         return f"Nor is it Windows-1252 (byte {seen.undefined})."
     text = seen.sample.decode("cp1252", "replace")
-    odd = sum(len(run) for run in _RUN.findall(text)) + len(_INSIDE.findall(text))
+    odd = sum(len(run) for run in _RUN.findall(text))
+    odd += len(_INSIDE.findall(text)) + 2 * len(_BEHIND.findall(text))
     if odd * 10 > high:
         return "Nor does it look like Latin-1 or Windows-1252."
+    if utf8 * 20 > high:
+        return "It mixes encodings."
     return _other_language(seen.sample[:GUESSED])
 
 
