@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -10,20 +11,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from finetune_trainer.outcome import Reason
+from finetune_trainer.outcome import Reason, StageResult
 from tests.cluster.object_store import ObjectStore, object_store
 from tests.cluster.s3 import Credentials
 from tests.integration.trainer.conftest import Trainer
 from tests.integration.trainer.hub_server import COMMIT, hub_server
 
-CSV = Path(__file__).parents[2] / "data" / "csv"
+HEADER = b"instruction,response\n"
+BAD = b"Who is it?,\n"  # a row without a response
+GOOD = b"What is it?,A kettle.\n"
 
 
 def expect(
     trainer: Trainer, config: dict[str, Any], reason: Reason, code: int, *parts: str
-) -> None:
+) -> StageResult:
     """Run prepare; it must fail within a minute, for the reason, and say so without a trace."""
     began = time.monotonic()
     run = trainer("prepare", config)
@@ -34,32 +39,123 @@ def expect(
         assert part in run.result.message
     assert "Traceback" not in run.output
     assert "\n" not in run.result.message
+    return run.result
 
 
 @pytest.fixture
 def upload(moto: Credentials, bucket: str) -> Any:
-    def _upload(name: str) -> str:
-        moto.client().upload_file(str(CSV / name), bucket, f"bad/{name}")
+    def _upload(name: str, content: bytes) -> str:
+        moto.client().put_object(Bucket=bucket, Key=f"bad/{name}", Body=content)
         return f"s3://{bucket}/bad/{name}"
 
     return _upload
 
 
+def half_a_parquet_file() -> bytes:
+    stream = io.BytesIO()
+    columns = {"instruction": ["What is it?"] * 99, "response": ["A kettle."] * 99}
+    pyarrow.parquet.write_table(pyarrow.table(columns), stream)
+    return stream.getvalue()[:-20]
+
+
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "content", "said"),
     [
-        ("empty.csv", (Reason.DATASET_EMPTY, "is empty")),
-        ("header-only.csv", (Reason.DATASET_EMPTY, "no rows")),
-        ("other-header.csv", (Reason.COLUMN_NOT_FOUND, "Did you mean 'Instruction'?")),
-        ("blank-cells.csv", (Reason.INVALID_ROWS, "row 3: 'response' is blank")),
-        ("latin-1.csv", (Reason.DATASET_UNREADABLE, "byte 28")),
+        ("empty.csv", b"", (Reason.DATASET_EMPTY, "is empty")),
+        ("header-only.csv", HEADER, (Reason.DATASET_EMPTY, "no rows")),
+        (
+            "other-header.csv",
+            b"Instruction,Answer\nWho?,Me\n",
+            (Reason.COLUMN_NOT_FOUND, "Did you mean 'Instruction'?"),
+        ),
+        (
+            "blank-cells.csv",
+            HEADER + BAD + GOOD,
+            (Reason.INVALID_ROWS, "row 2: 'response' is blank"),
+        ),
+        ("document.csv", b"%PDF-1.7\n1 0 obj", (Reason.DATASET_UNREADABLE, "a PDF document")),
+        ("half.parquet", half_a_parquet_file(), (Reason.DATASET_UNREADABLE, "Parquet")),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_bad_dataset(
-    trainer: Trainer, run_config: dict[str, Any], upload: Any, name: str, said: tuple[Reason, str]
+    trainer: Trainer,
+    run_config: dict[str, Any],
+    upload: Any,
+    *,
+    name: str,
+    content: bytes,
+    said: tuple[Reason, str],
 ) -> None:
-    run_config["dataset"] = {"source": upload(name)}
+    run_config["dataset"] = {"source": upload(name, content)}
     expect(trainer, run_config, said[0], 10, f"/bad/{name}", said[1])
+
+
+def test_bad_rows_are_skipped_up_to_the_limit(
+    trainer: Trainer, run_config: dict[str, Any], upload: Any, moto: Credentials
+) -> None:
+    """Twelve bad rows: ten are in the result, all are in the report, and the limit holds."""
+    source = upload("twelve.csv", HEADER + 12 * (GOOD + BAD))
+    run_config["export"] = {"gguf": []}
+    run_config["dataset"] = {
+        "source": source,
+        "onInvalidRow": "skip",
+        "maxInvalidRows": 12,
+        "evalFraction": 0,
+    }
+    run = trainer("prepare", run_config)
+    assert run.code == 0, run.output
+    assert run.result is not None
+    found = run.result.dataset
+    assert found is not None
+    assert (found.rows, found.examples, found.invalid, found.duplicates) == (24, 12, 12, 11)
+    assert [bad.row for bad in found.first_invalid] == list(range(3, 23, 2))
+    assert "12 bad rows skipped" in run.result.message
+    report = read_report(moto, run_config)
+    assert [bad["row"] for bad in report["invalidRows"]] == list(range(3, 26, 2))
+    assert {bad["cause"] for bad in report["invalidRows"]} == {"'response' is blank"}
+
+    run_config["dataset"]["maxInvalidRows"] = 11
+    said = ("12 bad rows", "row 3: ", "and 2 more", "spec.dataset.maxInvalidRows", "lists all")
+    failed = expect(trainer, run_config, Reason.INVALID_ROWS, 10, source, *said)
+    assert failed.dataset is not None
+    assert (failed.dataset.rows, failed.dataset.invalid) == (24, 12)
+    uri = next(word for word in failed.message.split() if word.endswith("dataset-report.json"))
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    report = json.loads(moto.client().get_object(Bucket=bucket, Key=key)["Body"].read())
+    assert len(report["invalidRows"]) == 12
+
+
+def read_report(moto: Credentials, config: dict[str, Any]) -> Any:
+    """The report of the only run in the output folder."""
+    bucket, _, prefix = config["output"]["uri"].removeprefix("s3://").partition("/")
+    listed = moto.client().list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/stages/prepare")
+    (key,) = (o["Key"] for o in listed["Contents"] if o["Key"].endswith("report.json"))
+    return json.loads(moto.client().get_object(Bucket=bucket, Key=key)["Body"].read())
+
+
+def test_too_many_rows_are_too_long(
+    trainer: Trainer, run_config: dict[str, Any], upload: Any, moto: Credentials
+) -> None:
+    """Of 20 rows, 10% may be cut: two are, and one is left out since its question is too long."""
+    long = [b"Say a lot.," + b"word " * 200 + b"\n"] * 2 + [b"why " * 300 + b",Because.\n"]
+    source = upload("long.csv", HEADER + GOOD * 17 + b"".join(long))
+    run_config["dataset"] = {"source": source}
+    run_config["training"]["maxSequenceLength"] = 128
+    said = (
+        "3 of the 20 rows of",
+        "(128 tokens), 1 of them so that no answer would be left",
+        "spec.dataset.maxTruncatedRows (10%) allows 2",
+        "19 (",
+        "Set maxSequenceLength to ",
+        "lists all",
+    )
+    failed = expect(trainer, run_config, Reason.EXAMPLES_TOO_LONG, 10, source, *said)
+    report = read_report(moto, run_config)
+    assert report["truncated"] == {"count": 2, "rows": [19, 20]}
+    assert report["leftOut"] == {"count": 1, "rows": [21]}
+    assert failed.dataset is not None
+    assert (failed.dataset.rows, failed.dataset.truncated) == (20, 3)
 
 
 def test_a_missing_key(trainer: Trainer, run_config: dict[str, Any]) -> None:
@@ -218,6 +314,37 @@ def test_a_chat_template_without_an_end(
     template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     (damaged / "chat_template.jinja").write_text(template)
     expect(trainer, run_config, Reason.MODEL_UNSUPPORTED, 11, "no special token", "eos_token")
+
+
+def test_a_chat_template_without_system_prompts(
+    trainer: Trainer, run_config: dict[str, Any], damaged: Path
+) -> None:
+    template = (damaged / "chat_template.jinja").read_text()
+    refusal = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system!') }}{% endif %}"
+    )
+    (damaged / "chat_template.jinja").write_text(refusal + template)
+    run_config["dataset"]["systemPrompt"] = "You are a kettle."
+    said = ("takes no system prompt (No system!)", "spec.dataset.systemPrompt")
+    expect(trainer, run_config, Reason.INVALID_CONFIG, 11, *said)
+    ignoring = (
+        "{% set messages = messages | rejectattr('role', 'eq', 'system') | list %}" + template
+    )
+    (damaged / "chat_template.jinja").write_text(ignoring)
+    expect(trainer, run_config, Reason.INVALID_CONFIG, 11, "leaves system prompts out")
+
+
+def test_held_out_rows_that_are_the_dataset_itself(
+    trainer: Trainer, run_config: dict[str, Any]
+) -> None:
+    run_config["dataset"]["evalSource"] = run_config["dataset"]["source"]
+    expect(trainer, run_config, Reason.INVALID_CONFIG, 11, "spec.dataset.evalSource")
+
+
+def test_held_out_rows_that_are_not_there(trainer: Trainer, run_config: dict[str, Any]) -> None:
+    run_config["dataset"]["evalSource"] = "s3://trainer/data/none.csv"
+    said = ("s3://trainer/data/none.csv", "correct spec.dataset.evalSource")
+    expect(trainer, run_config, Reason.DATASET_NOT_FOUND, 10, *said)
 
 
 def test_a_wrong_field(trainer: Trainer, run_config: dict[str, Any]) -> None:

@@ -16,12 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from finetune_trainer.base_model.tokenizer import IGNORED, Encoded, as_example, encode_batch
 from finetune_trainer.config import Dataset, allowed
 from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.prepare.rows import Messages, Rows
+from finetune_trainer.prepare.reading import Message
+from finetune_trainer.prepare.rows import Rows
 from finetune_trainer.prepare.split import Mask
 from finetune_trainer.prepare.statistics import Lengths, length_that_fits, percentile
 
 BATCH = 256  # rows that are tokenized together
 SHOWN = 10  # rows that a message names
+NOTHING = Encoded([], [], only_last=False)
 EXAMPLES, HELD_OUT = "examples.jsonl", "eval.jsonl"
 
 
@@ -34,7 +36,7 @@ class Examples:
     """Rows that are held out."""
 
     lengths: Lengths
-    """Tokens of the whole row, before it is cut."""
+    """Tokens of the whole row, before it is cut; 0 of one that the template refused."""
 
     answers: Lengths
     """Tokens that loss is computed on, of what is left after cutting."""
@@ -56,17 +58,22 @@ class Examples:
     @property
     def left_out(self) -> Mask:
         """Rows whose answers would be cut off entirely: they would teach nothing."""
-        return np.asarray(self.answers == 0)
+        return np.asarray((self.answers == 0) & (self.lengths > 0))
+
+    @property
+    def used(self) -> Mask:
+        """Rows that became examples."""
+        return np.asarray(self.answers > 0)
 
     @property
     def trained(self) -> Lengths:
         """Lengths of the examples that are trained on."""
-        return self.lengths[~self.held & ~self.left_out]
+        return self.lengths[~self.held & self.used]
 
     @property
     def held_out(self) -> int:
         """How many examples are held out."""
-        return int(np.count_nonzero(self.held & ~self.left_out))
+        return int(np.count_nonzero(self.held & self.used))
 
 
 def write_examples(
@@ -75,17 +82,24 @@ def write_examples(
     """Append the rows to examples.jsonl, and those that are held out to eval.jsonl.
 
     One example a line, `{"prompt": [messages], "completion": [message]}`. A row whose answers all
-    begin after `limit` tokens is left out.
+    begin after `limit` tokens is left out; one that the chat template refuses is a bad row, and
+    raises StageError(InvalidRows) where those may not be skipped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lengths, answers = array("I"), array("I")
     conversations = only_last = 0
+    refused: dict[int, str] = {}
+    numbers = rows.numbers
     with (
         (folder / EXAMPLES).open("a", encoding="utf-8") as train,
         (folder / HELD_OUT).open("a", encoding="utf-8") as evaluation,
     ):
-        for index, (messages, encoded) in enumerate(_encoded(rows, tokenizer)):
-            learnt = sum(label != IGNORED for label in encoded.labels[:limit])
+        for index, (messages, result) in enumerate(_encoded(rows, tokenizer)):
+            if isinstance(result, str):
+                refused[int(numbers[index])] = result
+            encoded = NOTHING if isinstance(result, str) else result
+            cut = encoded.labels[:limit]
+            learnt = len(cut) - cut.count(IGNORED)
             lengths.append(len(encoded.ids))
             answers.append(learnt)
             conversations += sum(m["role"] == "assistant" for m in messages) > 1
@@ -96,6 +110,7 @@ def write_examples(
     for name in (EXAMPLES, HELD_OUT):
         if not (folder / name).stat().st_size:
             (folder / name).unlink()
+    rows.refuse(refused)
     return Examples(
         rows,
         held,
@@ -136,8 +151,23 @@ def check_lengths(examples: Examples, dataset: Dataset) -> None:
     )
 
 
-def _encoded(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Messages, Encoded]]:
+def _encoded(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[Message], Encoded | str]]:
+    """The rows in tokens, or why the chat template refuses them."""
     records = rows.messages()
     while batch := list(islice(records, BATCH)):
-        examples: list[dict[str, Any]] = [as_example(messages) for messages in batch]
-        yield from zip(batch, encode_batch(tokenizer, examples), strict=True)
+        examples = [as_example(messages) for messages in batch]
+        try:
+            encoded: list[Encoded | str] = [*encode_batch(tokenizer, examples)]
+        except Exception:  # the model's own template runs: anything can come out
+            encoded = [_encoded_alone(tokenizer, example) for example in examples]
+        yield from zip(batch, encoded, strict=True)
+
+
+def _encoded_alone(tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]) -> Encoded | str:
+    try:
+        (encoded,) = encode_batch(tokenizer, [example])
+    except Exception as error:  # as above
+        return f"the model's chat template refuses it: {error}"
+    return encoded

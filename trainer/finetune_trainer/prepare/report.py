@@ -135,7 +135,7 @@ class Findings:
             "by": "evalFraction",
             "evalFraction": dataset.eval_fraction,
             "seed": self.config.training.seed,
-            "heldOut": _listed(self.rows, self.examples.held & ~self.examples.left_out),
+            "heldOut": _listed(self.rows, self.examples.held & self.examples.used),
         }
 
     def _shared(self) -> Mask:
@@ -155,7 +155,7 @@ def _file(rows: Rows) -> dict[str, Any]:
 
 
 def _lengths(examples: Examples) -> dict[str, Any]:
-    used = ~examples.left_out
+    used = examples.used
     tokens = token_stats(examples.lengths[used], examples.limit)
     return {
         "maxSequenceLength": examples.limit,

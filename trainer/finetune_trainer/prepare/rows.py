@@ -13,25 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from finetune_trainer.config import Dataset
-from finetune_trainer.outcome import BadRow
-from finetune_trainer.prepare.dataset import read_csv
 from finetune_trainer.prepare.inputs import DataFile
+from finetune_trainer.prepare.reading import Message, Problems, Source, open_source
 from finetune_trainer.prepare.split import Hashes, row_hash
 from finetune_trainer.prepare.statistics import Lengths
-
-Messages = list[dict[str, str]]
-
-
-class Problems:
-    """Rows that can't be used."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: list[BadRow] = []
-
-    def __iter__(self) -> Iterator[BadRow]:
-        """All of them."""
-        return iter(self.first)
 
 
 class Rows:
@@ -40,25 +25,39 @@ class Rows:
     def __init__(self, file: DataFile, local: Path) -> None:
         self.file = file
         self.problems = Problems()
-        self.detected: dict[str, object] = {}
         self.has_system = False
         """Whether any row has a system prompt."""
         self._local = local
         self._spool = local.with_name(f"{local.name}.rows")
         self._numbers, self._hashes = array("I"), array("Q")
+        self._source: Source | None = None
 
     def load(self, dataset: Dataset, seed: int) -> None:
         """Read the file; raises StageError for what is wrong with it."""
+        self._source = open_source(self._local, dataset, self.file.uri)
         with self._spool.open("w", encoding="ascii") as out:
-            for number, messages in _records(self._local, dataset, self.file.uri):
-                self._numbers.append(number)
-                self._hashes.append(row_hash(messages, seed))
-                self.has_system = self.has_system or messages[0]["role"] == "system"
-                out.write(json.dumps(messages) + "\n")
+            for record in self._source.records(self.problems):
+                self._numbers.append(record.number)
+                self._hashes.append(row_hash(record.messages, seed))
+                self.has_system = self.has_system or record.messages[0]["role"] == "system"
+                out.write(json.dumps(record.messages) + "\n")
+
+    def refuse(self, refused: dict[int, str]) -> None:
+        """Note rows that can't be used after all, by number with their cause; raises StageError as
+        the reader does."""
+        for number, cause in refused.items():
+            self.problems.add(number, cause)
+        if refused and self._source:
+            self._source.check(self.problems)
+
+    @property
+    def detected(self) -> dict[str, object]:
+        """What the file was found to be, for the report."""
+        return self._source.detected.to_report() if self._source else {}
 
     @property
     def numbers(self) -> Lengths:
-        """Number of each usable row in its file; the header is 1."""
+        """Number of each usable row in its file, as the reader counts."""
         return np.array(self._numbers, dtype=np.uint32)
 
     @property
@@ -69,20 +68,10 @@ class Rows:
     @property
     def total(self) -> int:
         """Rows in the file, usable or not; while it is read, those so far."""
-        return len(self._numbers) + self.problems.count
+        return self._source.rows if self._source else 0
 
-    def messages(self) -> Iterator[Messages]:
+    def messages(self) -> Iterator[list[Message]]:
         """The usable rows, in the order of `numbers`."""
         with self._spool.open(encoding="ascii") as lines:
             for line in lines:
                 yield json.loads(line)
-
-
-def _records(local: Path, dataset: Dataset, uri: str) -> Iterator[tuple[int, Messages]]:
-    system = [{"role": "system", "content": dataset.system_prompt}] if dataset.system_prompt else []
-    for row in read_csv(local, dataset.columns, uri):
-        pair = [
-            {"role": "user", "content": row.instruction},
-            {"role": "assistant", "content": row.response},
-        ]
-        yield row.number, [*system, *pair]

@@ -3,6 +3,7 @@
 configuration -> dataset there, output writable -> base model's files -> fingerprints -> what the
   store already holds -> every row read -> tokenizer and chat template -> examples.jsonl, eval.jsonl
   -> llama.cpp's converter knows the vocabulary -> dataset-report.json, complete.json
+  -> a plan for the training that fits its hardware
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from finetune_trainer.fingerprint import fingerprints
 from finetune_trainer.marker import MANIFEST, Marker, find_complete, save_stage, stage_folder
 from finetune_trainer.outcome import Reason, StageError, StageResult
 from finetune_trainer.prepare.inputs import DataFiles, find
+from finetune_trainer.prepare.planning import plan_training
+from finetune_trainer.prepare.reading.layout import check_columns
 from finetune_trainer.prepare.report import REPORT, SUMMARY, Findings, Prepared
 from finetune_trainer.prepare.rows import Rows
 from finetune_trainer.prepare.split import Mask, hold_out
@@ -53,16 +56,21 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     check_writable(output)
     inputs = fetch_inputs(config, output, workspace, reporter)
     prints, held = inputs.prints, inputs.held
+    base: Path | None = None
     if Stage.PREPARE not in held:
-        prepare(config, inputs, output, workspace, reporter)
+        base = prepare(config, inputs, output, workspace, reporter)
     elif Stage.EXPORT not in held:
-        check_model(config, inputs.model, workspace, reporter)
+        base = check_model(config, inputs.model, workspace, reporter)
     prepared = read_summary(output, prints.prepare)
+    plan = None
+    if base and not {Stage.TRAIN, Stage.EXPORT}.intersection(held):
+        plan = plan_training(config, inputs.model, base, prepared.tokens.max)
     resolved = Resolved(
         fingerprints=prints,
         dataset_etag=inputs.files.rows.etag,
         dataset_rows=prepared.dataset.examples,
         eval_rows=prepared.dataset.eval_examples,
+        plan=plan,
         model_revision=inputs.model.revision,
     )
     return StageResult(
@@ -80,12 +88,7 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
 def check_config(config: RunConfig) -> None:
     """What no single field can say about itself."""
     dataset = config.dataset
-    if dataset.columns.instruction == dataset.columns.response:
-        raise StageError(
-            Reason.INVALID_CONFIG,
-            "spec.dataset.columns: instruction and response are both "
-            f"{dataset.columns.response!r}; name two columns.",
-        )
+    check_columns(dataset.columns)
     if dataset.eval_source == dataset.source:
         raise StageError(
             Reason.INVALID_CONFIG,
@@ -132,8 +135,8 @@ def held_stages(output: Folder, prints: Fingerprints) -> Held:
 
 def prepare(
     config: RunConfig, inputs: Inputs, output: Folder, workspace: Path, reporter: Reporter
-) -> None:
-    """Read the rows and leave the examples in the store.
+) -> Path:
+    """Read the rows and leave the examples in the store; returns the base model's folder.
 
     When rows make it fail, the error carries what is known, and the store gets the report.
     """
@@ -156,10 +159,12 @@ def prepare(
         report = f"{stage_folder(Stage.PREPARE, inputs.prints.prepare)}/{REPORT}"
         output.upload(folder / REPORT, report)
         message = f"{error.message} {output.uri_of(report)} lists all rows concerned."
-        raise StageError(error.reason, message, dataset=findings.summary()) from error
+        summary = findings.summary() if findings.rows.total else error.dataset
+        raise StageError(error.reason, message, dataset=summary) from error
     findings.write(folder)
     (folder / SUMMARY).write_text(findings.prepared().model_dump_json(indent=2), encoding="utf-8")
     save_stage(output, Stage.PREPARE, inputs.prints.prepare, folder)
+    return base
 
 
 def check_model(

@@ -1,0 +1,230 @@
+"""Rows become examples: what is learnt, what is cut, what is left out, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from finetune_trainer.base_model.tokenizer import (
+    IGNORED,
+    as_example,
+    encode,
+    encode_batch,
+    load_tokenizer,
+)
+from finetune_trainer.config import RunConfig
+from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.prepare.examples import check_lengths, write_examples
+from finetune_trainer.prepare.inputs import DataFile
+from finetune_trainer.prepare.report import Findings
+from finetune_trainer.prepare.rows import Rows
+from finetune_trainer.prepare.split import hold_out
+from finetune_trainer.prepare.template import check_template, describe_template
+from finetune_trainer.storage import LocalFolder
+
+CHAT = [
+    {"role": "system", "content": "Be a kettle."},
+    {"role": "user", "content": "Who are you?"},
+    {"role": "assistant", "content": "A kettle."},
+    {"role": "user", "content": "Are you hot?"},
+    {"role": "assistant", "content": "Boiling."},
+]
+REASONING = (  # like Qwen3's: of earlier answers, what stands before </think> is removed
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(smollm2_folder)
+
+
+def learnt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[str]:
+    """The stretches of text that loss is computed on."""
+    ids, labels = encode(tokenizer, as_example(messages))
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    stretches: list[list[int]] = [[]]
+    for label in labels:
+        if label != IGNORED:
+            stretches[-1].append(label)
+        elif stretches[-1]:
+            stretches.append([])
+    return [tokenizer.decode(stretch) for stretch in stretches if stretch]
+
+
+def test_every_answer_of_a_conversation_is_learnt(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert learnt(tokenizer, CHAT) == ["A kettle.<|im_end|>\n", "Boiling.<|im_end|>\n"]
+    ids, _ = encode(tokenizer, as_example(CHAT))
+    whole = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    assert ids == whole
+
+
+def test_answers_that_the_template_changes_later_are_not_learnt(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tokenizer.chat_template = REASONING
+    thinking = [dict(m) for m in CHAT]
+    thinking[2]["content"] = "Hm.</think>A kettle."
+    assert learnt(tokenizer, thinking) == ["Boiling.<|im_end|>\n"]
+    assert learnt(tokenizer, CHAT) == ["A kettle.<|im_end|>\n", "Boiling.<|im_end|>\n"]
+    encoded = encode_batch(tokenizer, [as_example(thinking), as_example(CHAT)])
+    assert [e.only_last for e in encoded] == [True, False]
+
+
+def test_a_batch_is_the_same_as_one_by_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    examples = [as_example(CHAT), as_example(CHAT[1:3]), as_example(CHAT[1:])]
+    together = [(e.ids, e.labels) for e in encode_batch(tokenizer, examples)]
+    assert together == [encode(tokenizer, example) for example in examples]
+    assert encode_batch(tokenizer, []) == []
+
+
+def load(folder: Path, rows: list[Any] | None, **dataset: Any) -> Findings:
+    """Rows as JSON lines of messages, read; None: those that are there."""
+    local = folder / "rows.jsonl"
+    if rows is not None:
+        local.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    config = RunConfig.model_validate(
+        {
+            "model": {"source": "/model"},
+            "dataset": {"source": str(local), "maxTruncatedRows": "100%", **dataset},
+            "output": {"uri": "/out"},
+        }
+    )
+    store = LocalFolder(folder)
+    info = store.stat(local.name)
+    assert info
+    findings = Findings(config, Rows(DataFile(str(local), store, info), local))
+    findings.rows.load(config.dataset, config.training.seed)
+    return findings
+
+
+def pair(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def write(findings: Findings, tokenizer: PreTrainedTokenizerBase, out: Path, limit: int) -> Any:
+    held = hold_out(findings.rows.hashes, findings.config.dataset.eval_fraction)
+    findings.examples = write_examples(findings.rows, held, tokenizer, limit, out)
+    findings.template = describe_template(tokenizer)
+    findings.write(out)
+    return json.loads((out / "dataset-report.json").read_text())
+
+
+def lines(file: Path) -> list[Any]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_report_counts_tokens_and_what_is_cut(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    short = pair("What is 2+2?", "It is 4.")
+    rows = [short, pair("Say a lot.", "word " * 100), pair("question " * 100, "No."), short, CHAT]
+    findings = load(tmp_path, rows)
+    out = tmp_path / "out"
+    report = write(findings, tokenizer, out, limit=80)
+    assert lines(out / "examples.jsonl") == [as_example(rows[i]) for i in (0, 1, 3, 4)]
+    assert not (out / "eval.jsonl").exists()
+    assert (report["rows"], report["examples"], report["evalExamples"]) == (5, 4, 0)
+    assert report["truncated"] == {"count": 1, "rows": [2]}
+    assert report["leftOut"] == {"count": 1, "rows": [3]}
+    assert report["duplicates"] == {"count": 1, "rows": [4]}
+    assert report["tokens"]["max"] > 80 > report["tokens"]["median"]
+    assert report["answerTokens"]["max"] < 80
+    assert report["tokensAfterCutting"] < report["tokens"]["total"]
+    assert sum(count for _, count in report["histogram"]) == 4
+    assert report["conversations"] == {"withSeveralAnswers": 1, "onlyLastAnswerLearnt": 0}
+    assert report["chatTemplate"]["fallback"] is False
+    assert len(report["chatTemplate"]["sha256"]) == 64
+    assert report["detected"]["format"] == "jsonl"
+    assert report["invalidRows"] == []
+    summary = findings.summary()
+    assert (summary.rows, summary.examples, summary.truncated) == (5, 4, 2)
+    assert summary.tokens == report["tokensAfterCutting"]
+
+
+def test_held_out_rows_go_to_a_file_of_their_own(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [pair(f"What is {n}+1?", f"It is {n + 1}.") for n in range(40)]
+    findings = load(tmp_path, rows)
+    out = tmp_path / "out"
+    report = write(findings, tokenizer, out, limit=80)
+    kept, held = lines(out / "examples.jsonl"), lines(out / "eval.jsonl")
+    numbers = report["split"]["heldOut"]["rows"]
+    assert held == [as_example(rows[number - 1]) for number in numbers]
+    assert (len(kept), len(held), report["evalExamples"]) == (38, 2, 2)
+    assert report["split"]["by"] == "evalFraction"
+    assert all(example in [as_example(row) for row in rows] for example in kept)
+
+
+def test_a_row_that_the_template_refuses_is_a_bad_row(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = (
+        "{% if messages[0].content == 'no' %}{{ raise_exception('Not this!') }}{% endif %}"
+        + str(tokenizer.chat_template)
+    )
+    rows = [pair("yes", "a"), pair("no", "b"), pair("well", "c")]
+    findings = load(tmp_path, rows, onInvalidRow="skip", maxInvalidRows=1)
+    report = write(findings, tokenizer, tmp_path / "out", limit=80)
+    assert report["invalidRows"] == [
+        {"row": 2, "cause": "the model's chat template refuses it: Not this!"}
+    ]
+    assert (report["rows"], report["invalid"], report["examples"]) == (3, 1, 2)
+    assert report["leftOut"]["count"] == 0
+    assert [e["completion"][0]["content"] for e in lines(tmp_path / "out" / "examples.jsonl")] == [
+        "a",
+        "c",
+    ]
+    with pytest.raises(StageError) as caught:
+        write(load(tmp_path, rows), tokenizer, tmp_path / "other", limit=80)
+    assert caught.value.reason is Reason.INVALID_ROWS
+
+
+def test_rows_of_which_no_answer_is_left_are_refused_whatever_is_allowed(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    findings = load(tmp_path, [pair("What is 2+2?", "It is 4.")])
+    write(findings, tokenizer, tmp_path / "out", limit=16)
+    assert findings.examples
+    with pytest.raises(StageError) as caught:
+        check_lengths(findings.examples, findings.config.dataset)
+    assert caught.value.reason is Reason.EXAMPLES_TOO_LONG
+    assert "spec.training.maxSequenceLength (16 tokens)" in caught.value.message
+    longest = int(findings.examples.lengths.max())
+    assert f"Set maxSequenceLength to {longest}" in caught.value.message
+
+
+def test_memory_hardly_grows_with_the_rows(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Seven times as many rows of 1 kB: both passes keep a few dozen bytes of each."""
+    peaks = []
+    for count in (200, 1_400):
+        rows = [pair(f"{n} " + "question " * 60, "answer " * 60) for n in range(count)]
+        (folder := tmp_path / str(count)).mkdir()
+        load(folder, rows)
+        del rows
+        tracemalloc.start()
+        findings = load(folder, None)
+        write_examples(
+            findings.rows, hold_out(findings.rows.hashes, 0.05), tokenizer, 2048, folder / "out"
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 1_200 * 100
+
+
+@pytest.mark.parametrize("system", [False, True])
+def test_the_templates_of_the_base_models_pass(
+    tokenizer: PreTrainedTokenizerBase, system: bool
+) -> None:
+    check_template(tokenizer, system=system)
