@@ -54,6 +54,9 @@ class Watches:
             finetunejob=newest,
             jobs=tuple(self._present(self._jobs, uid)),
             pods=tuple(self._present(self._pods, uid)),
+            earlier_pods=tuple(
+                pod for pod in self._present(self._pods, key) if _owner_uid(pod) != uid
+            ),
         )
 
     def keys(self) -> list[str]:
@@ -148,5 +151,13 @@ async def _index_job(body: kopf.Body, **_: Any) -> dict[str, Raw]:
     return {controller_uid(body): dict(body)}
 
 
-async def _index_pod(body: kopf.Body, **_: Any) -> dict[str, Raw]:
-    return {body["metadata"]["labels"].get(labels.JOB_UID, ""): dict(body)}
+async def _index_pod(namespace: str | None, body: kopf.Body, **_: Any) -> dict[str, Raw]:
+    """By the uid of the FineTuneJob, and by its name, which another one may have later."""
+    raw = dict(body)
+    name = (body["metadata"].get("annotations") or {}).get(labels.JOB_NAME)
+    by_name = {f"{namespace}/{name}": raw} if name else {}
+    return {_owner_uid(raw): raw, **by_name}
+
+
+def _owner_uid(pod: Raw) -> str:
+    return str(pod["metadata"]["labels"].get(labels.JOB_UID, ""))

@@ -26,6 +26,7 @@ from finetune_operator.observe import (
     controller_uid,
     observe_finetunejob,
     observe_jobs,
+    stages_at_work,
 )
 from finetune_operator.plan import Event, Plan, Policy, StartStage, StopJob, plan, refuse
 from finetune_operator.settings import Settings
@@ -48,6 +49,8 @@ class Snapshot:
     finetunejob: Raw
     jobs: tuple[Raw, ...]
     pods: tuple[Raw, ...]
+    earlier_pods: tuple[Raw, ...] = ()
+    """Pods of another FineTuneJob that had this name before."""
 
 
 @dataclass
@@ -101,7 +104,7 @@ class Reconciler:
             return "stale", SOON  # the watch will bring what we have written ourselves
         runs = observe_jobs(job.uid, _jobs(snapshot, bridge), snapshot.pods)
         self._metrics.in_phase(key, job.status.phase)
-        decided = self._plan(job, runs)
+        decided = self._plan(job, runs, stages_at_work(snapshot.earlier_pods))
         try:
             return await self._carry_out(key, job, runs, decided, bridge)
         except errors.ConflictError:
@@ -110,14 +113,19 @@ class Reconciler:
             self._forget(key)
             return "gone", None
 
-    def _plan(self, job: ObservedFineTuneJob, runs: tuple[ObservedJob, ...]) -> Plan:
+    def _plan(
+        self,
+        job: ObservedFineTuneJob,
+        runs: tuple[ObservedJob, ...],
+        occupied: frozenset[Stage],
+    ) -> Plan:
         spec = job.spec
         digests = (
             {stage: pod_settings_digest(spec, stage, self._settings) for stage in Stage}
             if spec is not None
             else {}
         )
-        return plan(job, runs, digests, self._policy, datetime.now(UTC))
+        return plan(job, runs, digests, self._policy, datetime.now(UTC), occupied=occupied)
 
     async def _carry_out(
         self,
@@ -137,6 +145,9 @@ class Reconciler:
             # E.g. a quota: it may be raised, so the queue tries again, and the user learns why.
             await self._record(key, job, (Event("Warning", "Forbidden", error.detail),))
             raise
+        # Before the status, which says that they were posted: none is lost, and one that is posted
+        # again after a crash is the same Event by its name.
+        await self._record(key, job, decided.notices)
         changed = await self._write_status(key, job, decided, bridge)
         await self._record(key, job, decided.events)
         result = "changed" if changed or decided.actions else "unchanged"
@@ -219,7 +230,9 @@ class Reconciler:
             level = logging.WARNING if event.type == "Warning" else logging.INFO
             logger.log(level, "%s: %s", event.reason, event.message, extra={"job": key})
             try:
-                await self._cluster.record_event(about, event.type, event.reason, event.message)
+                await self._cluster.record_event(
+                    about, event.type, event.reason, event.message, event.scope
+                )
             except errors.ClusterError as error:
                 logger.warning("An event got lost: %s", error, extra={"job": key})
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from finetune_operator.api.base import Condition
 from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, StageState, StageStatus
 from finetune_trainer.config import Stage
-from finetune_trainer.outcome import Reason
+from finetune_trainer.outcome import Notice, Reason
 
 PHASES = {
     Stage.PREPARE: Phase.PREPARING,
@@ -57,8 +57,13 @@ class Outlook:
     degraded: Claim
 
 
-def working(stage: StageStatus, note: Note | None, earlier_artifacts: bool) -> Outlook:
-    """A stage runs, or waits to."""
+def working(
+    stage: StageStatus,
+    note: Note | None,
+    earlier_artifacts: bool,
+    notices: Iterable[Notice] = (),
+) -> Outlook:
+    """A stage runs, or waits to; `notices` are the present training's."""
     phase = PHASES[stage.name]
     if stage.name is Stage.PREPARE and stage.state is StageState.PENDING and not stage.attempt:
         phase = Phase.PENDING
@@ -68,7 +73,7 @@ def working(stage: StageStatus, note: Note | None, earlier_artifacts: bool) -> O
     return Outlook(
         phase=phase,
         ready=Claim(False, phase, absent),
-        progressing=_progress(stage, phase, note),
+        progressing=_progress(stage, phase, note, notices),
         degraded=_trouble(stage, note),
     )
 
@@ -133,11 +138,23 @@ def shorten(message: str) -> str:
     return message if len(message) <= MESSAGE_LIMIT else message[: MESSAGE_LIMIT - 1] + "…"
 
 
-def _progress(stage: StageStatus, phase: Phase, note: Note | None) -> Claim:
+def warned_of(notices: Iterable[Notice]) -> str:
+    """A hint to append to a message; empty where the training gave no warning.
+
+    Such a training is not Degraded: it goes on, and its result is there for a person to judge.
+    """
+    codes = dict.fromkeys(notice.code for notice in notices if notice.code.warning)
+    return f" The training warned of {', '.join(codes)}: see status.notices." if codes else ""
+
+
+def _progress(
+    stage: StageStatus, phase: Phase, note: Note | None, notices: Iterable[Notice]
+) -> Claim:
     if note is not None:
         return Claim(True, note.reason, note.message)
     if stage.state is StageState.RUNNING:
-        return Claim(True, phase, f"{stage.name} is at work, attempt {stage.attempt}.")
+        hint = warned_of(notices) if stage.name is Stage.TRAIN else ""
+        return Claim(True, phase, f"{stage.name} is at work, attempt {stage.attempt}.{hint}")
     if stage.reason:
         upcoming = f"Attempt {stage.attempt + 1} of {stage.name} follows."
         return Claim(True, RETRYING, f"{upcoming} The last one ended: {stage.message}")

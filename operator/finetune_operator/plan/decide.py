@@ -10,6 +10,7 @@ from finetune_operator.api.finetunejob import Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan import results
 from finetune_operator.plan.draft import Draft
+from finetune_operator.plan.notices import take_in_notices
 from finetune_operator.plan.refuse import refuse
 from finetune_operator.plan.types import Plan, Policy, StartStage
 from finetune_operator.plan.verdict import Done, Failure, Pending, judge
@@ -26,18 +27,30 @@ def plan(
     pod_settings: Mapping[Stage, str],
     policy: Policy,
     now: datetime,
+    *,
+    occupied: frozenset[Stage] = frozenset(),
 ) -> Plan:
     """Decide what leads from what is (job, runs) to the artifacts that the spec asks for.
 
-    `pod_settings` holds, per stage, the digest of the settings that its pods would get now.
+    `pod_settings` holds, per stage, the digest of the settings that its pods would get now;
+    `occupied` the stages at which a pod of an earlier FineTuneJob of this name is still at work.
     """
     if job.deleting or _settled(job):
         return Plan(job.status)
     if job.spec is None:
         return refuse(job, runs, Reason.INVALID_SPEC, job.spec_error or "", now)
-    draft = Draft(job, job.spec, runs, pod_settings=pod_settings, policy=policy, now=now)
+    draft = Draft(
+        job,
+        job.spec,
+        runs,
+        pod_settings=pod_settings,
+        policy=policy,
+        now=now,
+        occupied=occupied,
+    )
     for stage in Stage:
         _follow(draft, stage)
+    take_in_notices(draft)
     return _advance(draft)
 
 
@@ -56,6 +69,8 @@ def _follow(draft: Draft, stage: Stage) -> None:
         _give_back(draft, stage)
         return
     verdict = judge(run, draft.policy, draft.now)
+    if stage is Stage.PREPARE and not isinstance(verdict, Pending):
+        results.show_dataset(draft, run)
     match verdict:
         case Pending():
             draft.look_again(verdict.look_again)
@@ -156,7 +171,8 @@ def _advance(draft: Draft) -> Plan:
         case _:
             draft.stop_unclaimed()
     earlier = bool(draft.field("artifacts"))
-    outlook = say.working(draft.stages[stage], draft.notes.get(stage), earlier)
+    notices = draft.field("notices")
+    outlook = say.working(draft.stages[stage], draft.notes.get(stage), earlier, notices)
     return draft.finish(stage, outlook)
 
 
@@ -166,8 +182,9 @@ def _start(draft: Draft, stage: Stage) -> None:
     if wait > timedelta():
         draft.look_again(wait.total_seconds())
         return
-    if any(run.stage is stage and run.active for run in draft.runs):
-        # Two at a time would write the same files.
+    mine = any(run.stage is stage and run.occupied for run in draft.runs)
+    if mine or stage in draft.occupied:
+        # Two at a time would write the same files, a training's checkpoints for one.
         draft.notes[stage] = Note("Stopping", f"{stage} starts when its earlier pod has stopped.")
         return
     if key is None:
@@ -198,5 +215,6 @@ def _stop_all(draft: Draft) -> None:
 def _succeed(draft: Draft) -> Plan:
     folder, manifest = draft.spec.output.uri, draft.field("manifest_uri")
     message = f"The artifacts are in {folder}; {manifest} lists them."
+    message += say.warned_of(draft.field("notices"))
     draft.tell(Reason.SUCCEEDED, message)
     return draft.finish(Stage.EXPORT, say.succeeded(message))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from finetune_operator.api.finetunejob import (
     FineTuneJobSpec,
@@ -16,6 +16,7 @@ from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan.types import Action, Event, Plan, Policy, StopJob
 from finetune_operator.status import Note, Outlook, conditions, shorten
 from finetune_trainer.config import Stage
+from finetune_trainer.outcome import Notice
 
 
 class Draft:
@@ -30,6 +31,7 @@ class Draft:
         pod_settings: Mapping[Stage, str],
         policy: Policy,
         now: datetime,
+        occupied: frozenset[Stage],
     ) -> None:
         self.job = job
         self.spec = spec
@@ -37,6 +39,7 @@ class Draft:
         self.pod_settings = pod_settings
         self.policy = policy
         self.now = now
+        self.occupied = occupied
         self.stages = _stages(job)
         self.fields: dict[str, Any] = {}
         """Further fields of status that change."""
@@ -44,6 +47,7 @@ class Draft:
         self.notes: dict[Stage, Note] = {}
         self._actions: list[Action] = []
         self._events: list[Event] = []
+        self._notices: list[Event] = []
         self._looks: list[float] = []
 
     def key(self, stage: Stage) -> str | None:
@@ -77,6 +81,11 @@ class Draft:
         """Record that something went wrong."""
         self._events.append(Event("Warning", str(reason), shorten(message)))
 
+    def announce(self, notice: Notice, scope: str) -> None:
+        """Record what the training noticed or did."""
+        kind: Literal["Normal", "Warning"] = "Warning" if notice.code.warning else "Normal"
+        self._notices.append(Event(kind, str(notice.code), shorten(notice.text), scope))
+
     def look_again(self, seconds: float | None) -> None:
         """Make another pass after this time, though nothing may have happened."""
         if seconds is not None:
@@ -109,6 +118,7 @@ class Draft:
         return Plan(
             status=status,
             actions=tuple(self._actions),
+            notices=tuple(self._notices),
             events=tuple(self._events),
             requeue_after=min(self._looks, default=None),
         )

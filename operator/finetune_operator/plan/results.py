@@ -33,6 +33,13 @@ def take_in(draft: Draft, run: ObservedJob, done: Done) -> None:
             _exported(draft, result, run.image)
 
 
+def show_dataset(draft: Draft, run: ObservedJob) -> None:
+    """Show what `prepare` found in the dataset, whether or not that made it fail."""
+    result = run.pod.result if run.pod is not None else None
+    mine = result is not None and result.stage is Stage.PREPARE
+    draft.fields["dataset"] = result.dataset if result is not None and mine else None
+
+
 def _resolve(draft: Draft, result: StageResult, resolved: Resolved) -> None:
     """Compare what `prepare` found with what status remembers, stage by stage."""
     complete = set(result.complete)
@@ -55,6 +62,8 @@ def _resolve_stage(draft: Draft, stage: Stage, resolved: Resolved, *, cached: bo
     before = draft.stages[stage]
     fingerprint: str = getattr(resolved.fingerprints, stage)
     same = before.fingerprint == fingerprint
+    if stage is Stage.TRAIN and not same:
+        draft.fields["notices"] = ()  # they are about another training
     if same and _still_holds(draft, before, cached=cached):
         return True
     if cached:
@@ -102,6 +111,7 @@ def _exported(draft: Draft, result: StageResult | None, image: str | None) -> No
     draft.fields["lineage"] = Lineage(
         dataset_etag=resolved.dataset_etag,
         dataset_rows=resolved.dataset_rows,
+        eval_rows=resolved.eval_rows,
         model_revision=resolved.model_revision,
         image=image,
     )

@@ -41,6 +41,8 @@ class Event:
     type: Literal["Normal", "Warning"]
     reason: str
     message: str
+    scope: str = ""
+    """What the words are about, where the same words may be said again of something else."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Plan:
     actions: tuple[Action, ...] = ()
     events: tuple[Event, ...] = ()
     requeue_after: float | None = None
+    notices: tuple[Event, ...] = ()
+    """Events to post before `status`, which remembers that they were, is written."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from finetune_operator.observe import Finish, ObservedJob, ObservedPod, Waiting
+from finetune_operator.observe import Finish, ObservedJob
 from finetune_operator.plan.types import Policy
+from finetune_operator.pods import ObservedPod, Waiting
 from finetune_operator.status import Note
 from finetune_trainer.config import Stage
 from finetune_trainer.outcome import ExitCode, Reason, StageResult
@@ -160,6 +161,13 @@ def _out_of_disk(stage: Stage, words: str) -> str:
     )
 
 
+def _stopping(stage: Stage, pod: ObservedPod) -> str:
+    return (
+        f"The Job of {stage} has failed, and its pod {pod.name} is stopping. Should the pod's node "
+        f"be lost, delete the pod by force."
+    )
+
+
 def _without_pod(job: ObservedJob, policy: Policy, now: datetime) -> Verdict:
     if job.finished is not None:
         return _without_last_word(job, policy, now)
@@ -172,6 +180,9 @@ def _without_pod(job: ObservedJob, policy: Policy, now: datetime) -> Verdict:
 
 def _without_last_word(job: ObservedJob, policy: Policy, now: datetime) -> Verdict:
     """The Job has ended, but what its pod said is not there (yet, or any more)."""
+    if job.finished is Finish.FAILED and job.pod is not None and job.pod.at_work:
+        # Given up while its pod is on its way out, which may take its grace period.
+        return Pending(Note("Stopping", _stopping(job.stage, job.pod)))
     at = job.finished_at or now
     left = policy.report_grace - (now - at)
     if left > timedelta():

@@ -19,7 +19,8 @@ from finetune_operator.api.finetunejob import (
     StageState,
     StageStatus,
 )
-from finetune_operator.observe import Finish, ObservedFineTuneJob, ObservedJob, ObservedPod
+from finetune_operator.observe import Finish, ObservedFineTuneJob, ObservedJob
+from finetune_operator.pods import ObservedPod
 from finetune_trainer.config import Fingerprints, Resolved, Stage
 from finetune_trainer.outcome import Artifact, Reason, StageResult
 
@@ -53,7 +54,11 @@ def spec(**fields: Any) -> FineTuneJobSpec:
 def resolved(train: str = "train-a", export: str = "export-a") -> Resolved:
     fingerprints = Fingerprints(prepare="prepare-a", train=train, export=export)
     return Resolved(
-        fingerprints=fingerprints, dataset_etag="etag", dataset_rows=120, model_revision="abc"
+        fingerprints=fingerprints,
+        dataset_etag="etag",
+        dataset_rows=120,
+        eval_rows=6,
+        model_revision="abc",
     )
 
 
@@ -181,7 +186,7 @@ FINISHED: dict[str, Any] = {
     "manifest_uri": f"{FOLDER}/manifest.json",
     "metrics": {"trainLoss": 0.5},
     "lineage": Lineage(
-        dataset_etag="etag", dataset_rows=120, model_revision="abc", image="trainer:1"
+        dataset_etag="etag", dataset_rows=120, eval_rows=6, model_revision="abc", image="trainer:1"
     ),
     "resolved": resolved(),
 }

@@ -7,7 +7,7 @@ from typing import Any, cast
 import kopf
 
 from finetune_operator.cluster import Cluster, Credentials
-from finetune_operator.handlers import Watches, kopf_settings
+from finetune_operator.handlers import Watches, _index_pod, kopf_settings
 from finetune_operator.reconcile import Snapshot
 
 KEY = "ml/support"
@@ -53,6 +53,25 @@ async def test_a_snapshot_holds_the_children_of_that_very_object() -> None:
     )
     expected = Snapshot(raw("uid-1"), (raw("job-1"),), (raw("pod-1"),))
     assert world.watches.snapshot(KEY) == expected
+
+
+async def test_pods_of_an_earlier_object_of_that_name_are_told_apart() -> None:
+    world = World()
+    mine, old = raw("pod-1"), raw("pod-2")
+    mine["metadata"]["labels"] = {"finetune.dev/job-uid": "uid-1"}
+    old["metadata"]["labels"] = {"finetune.dev/job-uid": "uid-0"}
+    await world.shows([raw("uid-1")], pods={"uid-1": [mine], "uid-0": [old], KEY: [mine, old]})
+    snapshot = world.watches.snapshot(KEY)
+    assert snapshot is not None
+    assert (snapshot.pods, snapshot.earlier_pods) == ((mine,), (old,))
+
+
+async def test_a_pod_is_found_by_its_owners_uid_and_by_its_name() -> None:
+    pod = raw("pod-1")
+    pod["metadata"]["labels"] = {"finetune.dev/job-uid": "uid-1"}
+    assert await _index_pod("ml", cast(kopf.Body, pod)) == {"uid-1": pod}
+    pod["metadata"]["annotations"] = {"finetune.dev/job-name": "support"}
+    assert await _index_pod("ml", cast(kopf.Body, pod)) == {"uid-1": pod, KEY: pod}
 
 
 async def test_what_is_not_watched_is_gone() -> None:

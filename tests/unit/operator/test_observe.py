@@ -12,13 +12,14 @@ from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase
 from finetune_operator.observe import (
     Finish,
     ObservedJob,
-    ObservedPod,
-    Waiting,
+    Reported,
     observe_finetunejob,
     observe_jobs,
+    stages_at_work,
 )
+from finetune_operator.pods import ObservedPod, Waiting
 from finetune_trainer.config import Stage
-from finetune_trainer.outcome import Reason, StageResult
+from finetune_trainer.outcome import Notice, NoticeCode, Reason, StageResult
 from tests.unit.operator.build import SPEC
 
 OWNER = {"kind": "FineTuneJob", "name": "support", "uid": "uid-1", "controller": True}
@@ -84,6 +85,9 @@ def terminated(code: int, message: str = "", reason: str = "Error") -> dict[str,
     return container(terminated=state)
 
 
+FAILED = [{"type": "Failed", "status": "True", "lastTransitionTime": "2026-11-24T12:10:00Z"}]
+
+
 def observed(*pods: dict[str, Any], **status: Any) -> ObservedJob:
     (job,) = observe_jobs("uid-1", [raw_job(**status)], pods)
     return job
@@ -128,6 +132,48 @@ def test_the_newest_pod_counts() -> None:
     job = observed(raw_pod("late", "12:05:00"), raw_pod("early", "12:01:00"))
     assert job.pod is not None
     assert job.pod.name == "late"
+
+
+RUNS = {"phase": "Running", **container(running={})}
+
+
+@pytest.mark.parametrize(
+    ("early", "lingers"),
+    [
+        pytest.param(RUNS, True, id="runs"),
+        pytest.param({"phase": "Failed", **terminated(14)}, False, id="has ended"),
+        pytest.param({"phase": "Failed"}, False, id="failed before it ran"),
+        pytest.param({"phase": "Pending", **container(waiting={})}, False, id="never ran"),
+    ],
+)
+def test_an_earlier_pod_lingers_while_it_runs(early: dict[str, Any], lingers: bool) -> None:
+    job = observed(raw_pod("late", "12:05:00"), raw_pod("early", "12:01:00", **early))
+    assert job.pod is not None
+    assert (job.pod.name, job.lingers) == ("late", lingers)
+
+
+@pytest.mark.parametrize(
+    ("pods", "status", "occupied"),
+    [
+        pytest.param([], {}, True, id="a Job that may make a pod"),
+        pytest.param([RUNS], {"conditions": FAILED}, True, id="a failed Job whose pod runs"),
+        pytest.param(
+            [{"phase": "Failed", **terminated(14)}], {"conditions": FAILED}, False, id="all ended"
+        ),
+        pytest.param([], {"conditions": FAILED}, False, id="a failed Job without a pod"),
+    ],
+)
+def test_what_keeps_the_next_attempt_from_starting(
+    pods: list[dict[str, Any]], status: dict[str, Any], occupied: bool
+) -> None:
+    assert observed(*(raw_pod(**each) for each in pods), **status).occupied is occupied
+
+
+def test_stages_of_pods_that_still_run() -> None:
+    pods = [raw_pod("one", **RUNS), raw_pod("two", phase="Failed", **terminated(14)), raw_pod()]
+    for pod, stage in zip(pods, ("train", "export", "other"), strict=True):
+        pod["metadata"]["labels"] = {"finetune.dev/stage": stage}
+    assert stages_at_work(pods) == {Stage.TRAIN}
 
 
 def test_jobs_of_others_are_not_looked_at() -> None:
@@ -328,6 +374,41 @@ def test_a_spec_that_is_wrong_is_explained_by_field() -> None:
     assert job.spec_error is not None
     assert job.spec_error.startswith("spec.training.epochs")
     assert "must be a whole number from 1 to 1000" in job.spec_error
+
+
+NOTICE = {"code": "LossRising", "step": 40, "evidence": "1.2, then 3.4", "remedy": "Lower it."}
+
+
+@pytest.mark.parametrize(
+    ("progress", "reported"),
+    [
+        pytest.param(None, Reported(), id="none"),
+        pytest.param({"percent": "10%"}, Reported(), id="without a word"),
+        pytest.param(
+            {"job": "train-1", "notices": [NOTICE]},
+            Reported(
+                "train-1",
+                (
+                    Notice(
+                        code=NoticeCode.LOSS_RISING,
+                        step=40,
+                        evidence="1.2, then 3.4",
+                        remedy="Lower it.",
+                    ),
+                ),
+            ),
+            id="a notice",
+        ),
+        pytest.param(
+            {"job": "train-1", "notices": [{**NOTICE, "code": "Unheard"}, {"code": "Resumed"}]},
+            Reported("train-1"),
+            id="what a newer trainer says",
+        ),
+    ],
+)
+def test_of_progress_the_notices_are_read(progress: Any, reported: Reported) -> None:
+    status = {"progress": progress} if progress else {}
+    assert observe_finetunejob(raw_finetunejob(status=status)).reported == reported
 
 
 def test_progress_is_not_read_since_another_trainer_may_write_it() -> None:

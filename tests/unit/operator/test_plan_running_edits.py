@@ -19,6 +19,7 @@ from tests.unit.operator.build import (
     failing,
     job,
     pending,
+    pod,
     resolved,
     run,
     running,
@@ -181,7 +182,7 @@ CASES = [
             ),
             generation=2,
         ),
-        [run(TRAIN, finished=Finish.FAILED, finished_at=at(-5))],
+        [run(TRAIN, finished=Finish.FAILED, finished_at=at(-5), pod=pod(exit_code=14))],
         Plan(
             working(
                 Phase.TRAINING,

@@ -11,6 +11,7 @@ from finetune_operator.cluster import Cluster
 from finetune_operator.metrics import Metrics
 from finetune_operator.reconcile import SOON, Reconciler, Snapshot
 from finetune_operator.settings import Settings
+from finetune_trainer.config import Hardware, RunConfig
 from tests.unit.operator.build import SPEC
 
 KEY = "ml/support"
@@ -25,6 +26,8 @@ class FakeCluster:
         self.failures: dict[tuple[str, str], errors.ClusterError] = {}
         self.existing: dict[str, Any] = {}
         self.patches: list[dict[str, Any]] = []
+        self.made: list[dict[str, Any]] = []
+        self.said: list[tuple[str, str]] = []
         self.version = 7
 
     def _call(self, verb: str, what: str) -> None:
@@ -34,6 +37,7 @@ class FakeCluster:
 
     async def create(self, body: dict[str, Any]) -> dict[str, Any]:
         self._call("create", body["kind"])
+        self.made.append(body)
         stamped = {"uid": f"uid-{body['kind']}", "creationTimestamp": "2026-11-24T12:00:00Z"}
         return {**body, "metadata": {**body["metadata"], **stamped}}
 
@@ -54,10 +58,15 @@ class FakeCluster:
         return {"metadata": {"resourceVersion": str(self.version)}}
 
     async def record_event(
-        self, about: dict[str, Any], kind: str, reason: str, message: str
+        self, about: dict[str, Any], kind: str, reason: str, message: str, scope: str
     ) -> None:
-        del about, message
+        del about
+        self.said.append((message, scope))
         self._call("event", f"{kind} {reason}")
+
+    async def node_labels(self, label: str) -> tuple[dict[str, str], ...]:
+        self._call("nodes", label)
+        return ({label: "81559"},)
 
 
 class World:
@@ -75,7 +84,13 @@ class World:
         )
 
     def shows(
-        self, version: str = "7", status: Any = None, jobs: Any = (), spec: Any = None, **meta: Any
+        self,
+        version: str = "7",
+        status: Any = None,
+        jobs: Any = (),
+        pods: Any = (),
+        spec: Any = None,
+        **meta: Any,
     ) -> None:
         raw = {
             "metadata": {
@@ -89,7 +104,7 @@ class World:
             "spec": spec or SPEC,
             "status": status or {},
         }
-        self.snapshot = Snapshot(raw, tuple(jobs), ())
+        self.snapshot = Snapshot(raw, tuple(jobs), tuple(pods))
 
     def calls(self, verb: str) -> list[str]:
         return [what for called, what in self.cluster.calls if called == verb]
@@ -203,6 +218,111 @@ async def test_an_event_that_gets_lost_is_no_failure(world: World) -> None:
     world.cluster.failures["event", "Normal StageStarted"] = errors.UnavailableError("down")
     assert await world.reconcile(KEY) is None
     assert world.passes("changed") == 1
+
+
+def training(world: World, **status: Any) -> None:
+    """Let the watches show a job whose training runs and reports a notice."""
+    notice = {"code": "LossRising", "step": 40, "evidence": "3.4", "remedy": "Lower it."}
+    stages = [
+        {"name": "prepare", "state": "Succeeded", "fingerprint": "prepare-a", "attempt": 1},
+        {"name": "train", "state": "Running", "fingerprint": "train-a", "attempt": 1},
+        {"name": "export", "state": "Pending", "fingerprint": "export-a"},
+    ]
+    meta = {
+        "name": "support-train-1",
+        "uid": "job-uid",
+        "creationTimestamp": "2026-11-24T12:00:00Z",
+        "ownerReferences": [{"uid": "uid-1", "controller": True}],
+        "labels": {"finetune.dev/stage": "train", "finetune.dev/attempt": "1"},
+        "annotations": {"finetune.dev/key": "train-a"},
+    }
+    template = {"spec": {"containers": [{"name": "trainer", "image": "trainer:1"}]}}
+    job = {"metadata": meta, "spec": {"template": template}}
+    owner = [{"uid": "job-uid", "controller": True}]
+    pod = {
+        "metadata": {"name": "pod", "uid": "pod-uid", "ownerReferences": owner},
+        **template,
+        "status": {
+            "phase": "Running",
+            "containerStatuses": [{"name": "trainer", "state": {"running": {}}}],
+        },
+    }
+    known = {
+        "observedGeneration": 1,
+        "phase": "Training",
+        "stages": stages,
+        "progress": {"job": "support-train-1", "notices": [notice]},
+    }
+    world.shows(status={**known, **status}, jobs=[job], pods=[pod])
+
+
+async def test_a_notice_is_posted_before_the_status_remembers_it(world: World) -> None:
+    training(world)
+    await world.reconcile(KEY)
+    assert world.cluster.calls == [
+        ("event", "Warning LossRising"),
+        ("patch", "ml/support@7"),
+    ]
+    assert world.cluster.said == [("step 40: 3.4. Lower it.", "train-a")]
+    assert [each["code"] for each in world.cluster.patches[0]["notices"]] == ["LossRising"]
+
+
+async def test_a_notice_whose_status_could_not_be_written_is_posted_again(world: World) -> None:
+    training(world)
+    world.cluster.failures["patch", "ml/support@7"] = errors.ConflictError("changed")
+    assert await world.reconcile(KEY) == SOON
+    world.cluster.failures.clear()
+    await world.reconcile(KEY)
+    # The same words in the same scope: to the API server that is one Event.
+    assert world.cluster.said == [("step 40: 3.4. Lower it.", "train-a")] * 2
+
+
+async def test_a_notice_that_status_remembers_is_not_posted_again(world: World) -> None:
+    training(world)
+    await world.reconcile(KEY)
+    training(world, notices=world.cluster.patches[0]["notices"])
+    other = World()
+    other.snapshot = world.snapshot  # the operator was started anew
+    await other.reconcile(KEY)
+    assert other.cluster.said == []
+
+
+GPU = {**SPEC, "stages": {"train": {"resources": {"limits": {"nvidia.com/gpu": 1}}}}}
+LABEL = "nvidia.com/gpu.memory"
+
+
+def told(world: World) -> Any:
+    """What run.json says of the hardware."""
+    (made,) = (body for body in world.cluster.made if body["kind"] == "ConfigMap")
+    return RunConfig.model_validate_json(made["data"]["run.json"]).hardware
+
+
+async def test_the_nodes_tell_a_prepare_how_much_memory_the_gpu_will_have(world: World) -> None:
+    world.shows(spec=GPU)
+    await world.reconcile(KEY)
+    assert world.calls("nodes") == [LABEL]
+    assert told(world) == Hardware(gpus=1, gpu_memory_bytes=81559 << 20)
+
+
+async def test_an_operator_that_may_not_read_nodes_goes_on_without(world: World) -> None:
+    world.cluster.failures["nodes", LABEL] = errors.ForbiddenError("no")
+    world.shows(spec=GPU)
+    await world.reconcile(KEY)
+    assert told(world) == Hardware(gpus=1)
+    assert world.calls("event") == ["Normal StageStarted"]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(SPEC, id="without a GPU"),
+        pytest.param({**GPU, "training": {"gpuMemory": "80Gi"}}, id="with its memory"),
+    ],
+)
+async def test_nodes_are_not_read_where_that_tells_nothing(world: World, spec: Any) -> None:
+    world.shows(spec=spec)
+    await world.reconcile(KEY)
+    assert world.calls("nodes") == []
 
 
 async def test_a_spec_that_cannot_be_read_fails_without_children(world: World) -> None:

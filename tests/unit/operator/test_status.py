@@ -127,6 +127,7 @@ def test_the_first_patch_is_the_whole_status() -> None:
     assert patch["lineage"] == {
         "datasetETag": "etag",
         "datasetRows": 120,
+        "evalRows": 6,
         "modelRevision": "abc",
         "image": "trainer:1",
     }
