@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune_trainer.base_model.tokenizer import encode, load_tokenizer, message_pair
-from finetune_trainer.config import RunConfig, Training, TrainingPlan
+from finetune_trainer.base_model.tokenizer import load_tokenizer, message_pair
 from finetune_trainer.export.merge import merge
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.progress import Reporter
 from finetune_trainer.train import sft
-from finetune_trainer.train.work import Work, default_plan
+from finetune_trainer.train.examples import check
+from finetune_trainer.train.trainer import RecipeTrainer
 from tests.integration.trainer.conftest import ROWS
+from tests.integration.trainer.recipe import build, make_work, tokenized
 
 EXAMPLES = [message_pair(*row) for row in ROWS]
-Losses = list[float]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,35 +30,32 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def build(tiny_model: Path, work: Path, rows: list[Any] | None = None, **settings: Any) -> Any:
-    training = Training.model_validate({"epochs": 1, "lora": {"dropout": 0}, **settings})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    return sft.build_trainer(
-        model,
-        load_tokenizer(tiny_model),
-        rows or EXAMPLES,
-        settings=training,
-        plan=TrainingPlan(
-            batch_size=training.batch_size,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
-            gradient_checkpointing=False,
-        ),
-        epochs=1,
-        work=work,
-        reporter=Reporter(),
-    )
-
-
-def test_trl_trains_on_the_tokens_that_prepare_counted(tiny_model: Path, tmp_path: Path) -> None:
+def test_our_labels_are_trls_own(tiny_model: Path, tmp_path: Path) -> None:
+    """TRL's preparation of the same rows, which it does unless it is told to skip it."""
     tokenizer = load_tokenizer(tiny_model)
-    dataset = build(tiny_model, tmp_path).train_dataset
-    for row, example in zip(dataset, EXAMPLES, strict=True):
-        assert (row["input_ids"], row["labels"]) == encode(tokenizer, example)
+    ours = build(tiny_model, tmp_path, EXAMPLES).train_dataset
+    theirs = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
+        args=SFTConfig(
+            output_dir=str(tmp_path), completion_only_loss=True, use_cpu=True, bf16=False
+        ),
+        train_dataset=datasets.Dataset.from_list(EXAMPLES),
+        processing_class=tokenizer,
+    ).train_dataset
+    for row, reference in zip(ours, theirs, strict=True):
+        assert row["input_ids"] == reference["input_ids"]
+        assert row["labels"] == reference["labels"]
+
+
+def test_rows_are_cut_at_the_longest_sequence(tiny_model: Path, tmp_path: Path) -> None:
+    long = message_pair("Say a lot.", "word " * 100)
+    examples = tokenized(tiny_model, tmp_path, [*EXAMPLES, long], length=64)
+    assert examples.lengths.max() == 64
+    assert examples.lengths.tolist() == [len(row["input_ids"]) for row in examples.rows]
 
 
 def test_the_loss_is_the_models_own(tiny_model: Path, tmp_path: Path) -> None:
-    trainer = build(tiny_model, tmp_path)
+    trainer = build(tiny_model, tmp_path, EXAMPLES, packing=False)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     with torch.no_grad():
         ours = trainer.compute_loss(trainer.model, dict(batch))
@@ -64,42 +63,86 @@ def test_the_loss_is_the_models_own(tiny_model: Path, tmp_path: Path) -> None:
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
-def test_accumulated_batches_are_one_large_batch(tiny_model: Path, tmp_path: Path) -> None:
+def gradients(trainer: Any) -> dict[str, torch.Tensor]:
+    """What the first optimizer step gets to see, before it is clipped."""
+    found: dict[str, torch.Tensor] = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            for name, parameter in trainer.model.named_parameters():
+                if parameter.requires_grad:
+                    found[name] = parameter.grad.clone()
+
+    trainer.args.max_grad_norm = 0.0
+    trainer.args.max_steps = 1
+    trainer.add_callback(Look())
+    trainer.train()
+    return found
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_accumulated_batches_are_one_large_batch(
+    tiny_model: Path, tmp_path: Path, packing: bool
+) -> None:
     """Rows of different length, which a mean of means would weigh wrongly."""
 
-    def trained(batch: int, steps: int) -> dict[str, torch.Tensor]:
-        trainer = build(
-            tiny_model,
-            tmp_path,
-            batchSize=batch,
-            gradientAccumulationSteps=steps,
-            learningRate=0.01,
-            scheduler="constant",
-            warmupRatio=0,
+    def accumulated(batch: int, steps: int) -> dict[str, torch.Tensor]:
+        return gradients(
+            build(
+                tiny_model,
+                tmp_path,
+                EXAMPLES,
+                batchSize=batch,
+                gradientAccumulationSteps=steps,
+                packing=packing,
+            )
         )
-        trainer.train()
-        return {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
-    large, small = trained(6, 1), trained(1, 6)
-    assert any(value.abs().max() > 1e-3 for name, value in large.items() if "lora_B" in name)
-    for name, value in large.items():
-        torch.testing.assert_close(value, small[name], rtol=1e-3, atol=1e-4)
+    large = accumulated(6, 1)
+    assert sum(float(value.abs().sum()) for value in large.values()) > 0
+    for steps in (2, 6):
+        small = accumulated(6 // steps, steps)
+        for name, value in large.items():
+            scale = float(value.abs().max())
+            torch.testing.assert_close(small[name], value, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_a_wrong_weight_of_the_passes_would_be_seen(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean of the passes' means, the classical mistake, differs by far more than rounding."""
+    large = gradients(build(tiny_model, tmp_path, EXAMPLES, batchSize=6))
+    honest = RecipeTrainer.compute_loss
+
+    def mean_of_means(self: Any, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        return honest(self, model, inputs) / 6
+
+    monkeypatch.setattr(RecipeTrainer, "compute_loss", mean_of_means)
+    small = gradients(
+        build(tiny_model, tmp_path, EXAMPLES, batchSize=1, gradientAccumulationSteps=6)
+    )
+    worst = max(
+        float((small[name] - value).abs().max() / value.abs().max())
+        for name, value in large.items()
+        if value.abs().max() > 0
+    )
+    assert worst > 0.01
 
 
 def test_rows_without_an_answer_are_not_dropped_silently(tiny_model: Path, tmp_path: Path) -> None:
     rows = [*EXAMPLES, message_pair("why " * 100, "Because.")]
-    trainer = build(tiny_model, tmp_path, rows, maxSequenceLength=64)
+    examples = tokenized(tiny_model, tmp_path, rows, length=64)
     with pytest.raises(StageError, match="1 of 7 examples have no answer"):
-        sft.check_labels(trainer.train_dataset, load_tokenizer(tiny_model), len(rows))
+        check(examples, shortened=False)
+    check(examples, shortened=True)  # memory ran out: they stay, and teach nothing
 
 
 def test_a_row_cut_before_its_end_does_not_count_as_an_end(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     rows = [message_pair("Say a lot.", "word " * 100)]
-    trainer = build(tiny_model, tmp_path, rows, maxSequenceLength=64)
     with pytest.raises(StageError) as caught:
-        sft.check_labels(trainer.train_dataset, load_tokenizer(tiny_model), 1)
+        check(tokenized(tiny_model, tmp_path, rows, length=64), shortened=False)
     assert caught.value.reason is Reason.MODEL_UNSUPPORTED
 
 
@@ -110,30 +153,14 @@ def test_auto_epochs(rows: int, epochs: int) -> None:
 
 
 def test_qlora_trains_and_merges_into_a_16_bit_model(tiny_model: Path, tmp_path: Path) -> None:
-    config = RunConfig.model_validate(
-        {
-            "model": {"source": str(tiny_model)},
-            "dataset": {"source": "/data/train.csv"},
-            "output": {"uri": str(tmp_path)},
-            "training": {
-                "method": "qlora",
-                "epochs": 10,
-                "learningRate": 0.005,
-                "gradientAccumulationSteps": 1,
-            },
-        }
-    )
-    examples = tmp_path / "examples.jsonl"
-    examples.write_text("".join(json.dumps(example) + "\n" for example in EXAMPLES))
-    work = Work(
-        config=config,
-        plan=default_plan(config),
-        max_sequence_length=64,
-        engine="transformers",
-        examples=examples,
-        held_out=None,
-        model=tiny_model,
-        room=tmp_path,
+    work = make_work(
+        tiny_model,
+        tmp_path,
+        EXAMPLES,
+        method="qlora",
+        epochs=10,
+        learningRate=0.005,
+        gradientAccumulationSteps=1,
     )
     adapter = work.adapter
     trained = sft.fine_tune(work, Reporter())
@@ -148,7 +175,7 @@ def test_qlora_trains_and_merges_into_a_16_bit_model(tiny_model: Path, tmp_path:
 
 
 def test_a_merge_that_changes_nothing_fails(tiny_model: Path, tmp_path: Path) -> None:
-    trainer = build(tiny_model, tmp_path)  # untrained: B is zero
+    trainer = build(tiny_model, tmp_path, EXAMPLES)  # untrained: B is zero
     trainer.model.save_pretrained(str(tmp_path / "adapter"))
     load_tokenizer(tiny_model).save_pretrained(tmp_path / "adapter")
     with pytest.raises(StageError) as caught:

@@ -1,8 +1,11 @@
-"""What the training reports while it runs."""
+"""What the training reports while it runs, and the best adapter when it may stop early."""
+
+# ruff: noqa: ARG002 - the arguments are transformers'
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
@@ -11,32 +14,32 @@ from finetune_trainer.progress import Reporter
 
 
 class ProgressReport(TrainerCallback):
-    """Reports each step as it ends, and the figures at each logging step."""
+    """Reports each step as it ends, the figures at each logging step, and evaluations."""
 
-    # ruff: noqa: ARG002 - the arguments are transformers'
-
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, reporter: Reporter, tokens: Callable[[int], int]) -> None:
         self._reporter = reporter
+        self._tokens = tokens  # non-padding tokens of so many steps
         self._began = self._logged_at = time.monotonic()
-        self._logged_tokens = 0.0
+        self._began_step = self._logged_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock."""
-        self._began = self._logged_at = time.monotonic()
-        self._reporter.steps(0, state.max_steps)
+        """Start the clock; after a resume not at step 0."""
+        self._restart(state.global_step)
+        self._began, self._began_step = self._logged_at, state.global_step
+        self._reporter.steps(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """One optimizer step is done."""
         self._reporter.steps(state.global_step, state.max_steps, eta_seconds=self._left(state))
 
     def on_log(self, args: Any, state: Any, control: Any, **values: Any) -> None:
-        """The trainer logs; the last call is a summary without a loss."""
+        """The trainer logs; evaluations and the summary at the end have no loss."""
         logs = values["logs"]
         if "loss" not in logs:
             return
-        now, tokens = time.monotonic(), float(logs["num_tokens"])
-        rate = (tokens - self._logged_tokens) / max(now - self._logged_at, 1e-9)
-        self._logged_at, self._logged_tokens = now, tokens
+        tokens = self._tokens(state.global_step) - self._tokens(self._logged_step)
+        rate = tokens / max(time.monotonic() - self._logged_at, 1e-9)
+        self._restart(state.global_step)
         self._reporter.training_step(
             state.global_step,
             state.max_steps,
@@ -47,6 +50,14 @@ class ProgressReport(TrainerCallback):
             eta_seconds=self._left(state),
         )
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **values: Any) -> None:
+        """The held-out rows have been evaluated."""
+        self._reporter.evaluation(state.global_step, float(values["metrics"]["eval_loss"]))
+
+    def _restart(self, step: int) -> None:
+        self._logged_at, self._logged_step = time.monotonic(), step
+
     def _left(self, state: Any) -> float:
-        per_step = (time.monotonic() - self._began) / max(state.global_step, 1)
+        done = max(state.global_step - self._began_step, 1)
+        per_step = (time.monotonic() - self._began) / done
         return float(per_step * (state.max_steps - state.global_step))

@@ -1,36 +1,37 @@
 """The recipe: supervised fine-tuning of a LoRA adapter. Read it from top to bottom.
 
-    rows of {prompt: [user message], completion: [assistant message]}
-      -> the tokenizer's chat template -> token ids, labels = the answer and its end of turn only
+    rows of {prompt: [..., user message], completion: [assistant message]}
+      -> the tokenizer's chat template -> token ids, labels = answers and their ends of turn only
       -> frozen base model (16 or 32 bit; 4-bit NF4 for qlora) + trainable low-rank matrices
-      -> AdamW -> adapter_model.safetensors
+      -> evaluation, steps of AdamW, evaluation -> adapter_model.safetensors
 
 Nothing is left to a library's default that decides on the result: every hyperparameter is passed
-on by name. Not covered: several GPUs, checkpoints and resuming, evaluation rows, packing.
+on by name.
+
+    examples   rows as token ids and labels          batches    which rows train together
+    trainer    the Trainer's hooks                   loss       the loss on a CPU
+    callback   what is reported while it runs
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import datasets
 import torch
 from peft import LoraConfig, PeftModel
-from torch.nn.functional import cross_entropy
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
+    TrainerCallback,
 )
 from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune_trainer.base_model.loading import (
     compute_dtype,
@@ -39,12 +40,14 @@ from finetune_trainer.base_model.loading import (
     training_device,
     use_available_cpus,
 )
-from finetune_trainer.base_model.tokenizer import IGNORED, end_of_turn_ids, load_tokenizer
-from finetune_trainer.config import Lora, Model, Training, TrainingPlan
+from finetune_trainer.base_model.tokenizer import load_tokenizer
+from finetune_trainer.config import Lora, Model
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.progress import Reporter
 from finetune_trainer.train.callback import ProgressReport
 from finetune_trainer.train.channel import Channel
+from finetune_trainer.train.examples import Examples, check, tokenize
+from finetune_trainer.train.trainer import Data, RecipeTrainer
 from finetune_trainer.train.work import Trained, Work
 
 log = logging.getLogger(__name__)
@@ -54,12 +57,13 @@ def fine_tune(work: Work, reporter: Reporter, _channel: Channel | None = None) -
     """Train on the rows of `work.examples`; adapter and tokenizer go to `work.adapter`."""
     config, settings = work.config, work.config.training
     use_available_cpus()
-    rows = read_rows(work.examples)
-    epochs = resolve_epochs(settings.epochs, len(rows))
-
-    tokenizer = load_tokenizer(work.model, trust_remote_code=config.model.trust_remote_code)
     log.info("Device: %s", device_name())
     log.info("Model: %s (%s)", config.model.source, settings.method)
+    reporter.message("Tokenizing the examples")
+    tokenizer = load_tokenizer(work.model, trust_remote_code=config.model.trust_remote_code)
+    examples, held_out = read_examples(work, tokenizer)
+    epochs = resolve_epochs(settings.epochs, len(examples))
+
     reporter.message("Loading the base model")
     model = load_model(
         work.model,
@@ -72,45 +76,43 @@ def fine_tune(work: Work, reporter: Reporter, _channel: Channel | None = None) -
     trainer = build_trainer(
         model,
         tokenizer,
-        rows,
-        settings=settings,
-        plan=work.plan,
+        Data(examples, held_out, packed=settings.packing),
+        work=work,
         epochs=epochs,
-        work=work.room,
-        reporter=reporter,
     )
-    tuned = cast("torch.nn.Module", trainer.model)
-    trainable = trainable_parameters(tuned)
-    check_labels(trainer.train_dataset, tokenizer, len(rows))
+    trainer.add_callback(ProgressReport(reporter, trainer.schedule.tokens))
+    trainable = trainable_parameters(cast("torch.nn.Module", trainer.model))
     share = f"{trainable:,} / {parameters:,} ({trainable / parameters:.4%})"
     log.info("Trainable parameters / base parameters: %s", share)
-    log.info("Training examples: %d, epochs: %d", len(rows), epochs)
+    log.info("Training examples: %d, epochs: %d", len(examples), epochs)
+
     reporter.message("Training")
-    began = time.monotonic()
-    result = trainer.train()
-    if not math.isfinite(result.training_loss):
-        raise StageError(
-            Reason.INVALID_CONFIG,
-            f"The loss became {result.training_loss}: lower training.learningRate "
-            f"({settings.learning_rate:g}).",
-        )
+    run = train(trainer, work)
     save_adapter(trainer, tokenizer, work.adapter, config.model)
     metrics = {
-        "trainLoss": result.training_loss,
-        "finalLoss": _last_loss(trainer, result.training_loss),
-        "trainRuntimeSeconds": time.monotonic() - began,
-        "trainSteps": float(trainer.state.global_step),
+        **measured(trainer, run),
         "trainableParameters": float(trainable),
         "baseParameters": float(parameters),
     }
     effective = {**settings.model_dump(mode="json"), "epochs": epochs}
-    return Trained(metrics={k: round(v, 6) for k, v in metrics.items()}, effective=effective)
+    return Trained(
+        metrics={name: round(value, 6) for name, value in metrics.items()},
+        effective=effective,
+        history=history(trainer),
+    )
 
 
-def read_rows(examples: Path) -> list[dict[str, Any]]:
-    """Read what `prepare` wrote: a JSON object with prompt and completion messages a line."""
-    with examples.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+def read_examples(
+    work: Work, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Examples, Examples | None]:
+    """Training and held-out rows as tokens; StageError when they can't teach what they should."""
+    cache = work.room / "tokens"
+    examples = tokenize(work.examples, tokenizer, work.max_sequence_length, cache)
+    shortened = work.max_sequence_length < work.config.training.max_sequence_length
+    check(examples, shortened=shortened)
+    if work.held_out is None:
+        return examples, None
+    return examples, tokenize(work.held_out, tokenizer, work.max_sequence_length, cache)
 
 
 def resolve_epochs(epochs: int | str, rows: int) -> int:
@@ -125,59 +127,29 @@ def resolve_epochs(epochs: int | str, rows: int) -> int:
 def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict[str, Any]],
+    data: Data,
     *,
-    settings: Training,
-    plan: TrainingPlan,
+    work: Work,
     epochs: int,
-    work: Path,
-    reporter: Reporter,
-) -> SFTTrainer:
+    callbacks: list[TrainerCallback] | None = None,
+) -> RecipeTrainer:
     """Put model, adapter, data and hyperparameters together."""
-    datasets.disable_progress_bars()
-    # TRL's own loss is a Triton kernel, which only a GPU runs.
-    kind = SFTTrainer if torch.cuda.is_available() else CpuTrainer
-    trainer = kind(
+    trainer = RecipeTrainer(
+        data=data,
         model=model,
-        args=arguments(settings, plan, epochs, work),
-        train_dataset=datasets.Dataset.from_list(rows),
+        args=arguments(
+            work,
+            epochs,
+            evaluate=data.held_out is not None,
+            bf16=model.dtype == torch.bfloat16,
+        ),
         processing_class=tokenizer,
-        peft_config=lora_config(settings.lora),
+        peft_config=lora_config(work.config.training.lora),
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ProgressReport(reporter))
     return trainer
-
-
-class CpuTrainer(SFTTrainer):
-    """The same loss in plain PyTorch; logits are computed only where a label is."""
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """Sum of the cross entropy over the labels, divided by their number in the whole batch."""
-        assert not return_outputs, "asked for by evaluation only"  # noqa: S101
-        targets = inputs["labels"][:, 1:]  # [batch, time - 1]: each position predicts the next
-        keep = (targets != IGNORED).any(dim=0).nonzero().flatten()
-        logits = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            logits_to_keep=keep,
-            use_cache=False,
-        ).logits  # [batch, kept, vocabulary]
-        kept = targets[:, keep]
-        total = cross_entropy(
-            logits.flatten(0, 1).float(), kept.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        self._total_train_tokens += int(inputs["attention_mask"].sum())
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        labels = (kept != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return total / labels
 
 
 def lora_config(lora: Lora) -> LoraConfig:
@@ -194,11 +166,12 @@ def lora_config(lora: Lora) -> LoraConfig:
     )
 
 
-def arguments(settings: Training, plan: TrainingPlan, epochs: int, work: Path) -> SFTConfig:
-    """The hyperparameters, by TRL's names."""
+def arguments(work: Work, epochs: int, *, evaluate: bool, bf16: bool) -> SFTConfig:
+    """The hyperparameters, by the Trainer's names."""
+    settings, plan = work.config.training, work.plan
     gpu = torch.cuda.is_available()
     return SFTConfig(
-        output_dir=str(work / "trainer"),
+        output_dir=str(work.checkpoints),
         num_train_epochs=epochs,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
@@ -210,23 +183,25 @@ def arguments(settings: Training, plan: TrainingPlan, epochs: int, work: Path) -
         max_grad_norm=1.0,
         seed=settings.seed,
         data_seed=settings.seed,
-        max_length=settings.max_sequence_length,
-        truncation_mode="keep_start",
-        completion_only_loss=True,
+        # The rows are tokens already, cut to their length; RecipeTrainer orders and packs them.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
         packing=False,
-        shuffle_dataset=False,  # the sampler shuffles
-        # Rows of like length share a batch, so that little of it is padding.
-        train_sampling_strategy="group_by_length",
+        shuffle_dataset=False,
         logging_steps=settings.logging_steps,
         logging_first_step=True,
-        bf16=compute_dtype() is torch.bfloat16,
+        bf16=bf16,
         fp16=False,
         tf32=True if gpu and torch.cuda.get_device_capability() >= (8, 0) else None,
         use_cpu=not gpu,
         gradient_checkpointing=plan.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         dataloader_num_workers=0,
         dataloader_pin_memory=gpu,
-        eval_strategy="no",
+        eval_strategy=("steps" if settings.eval_steps else "epoch") if evaluate else "no",
+        eval_steps=settings.eval_steps,
+        eval_on_start=evaluate and work.resume_from is None,
+        per_device_eval_batch_size=plan.batch_size,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -244,25 +219,74 @@ def trainable_parameters(model: torch.nn.Module) -> int:
     return count
 
 
-def check_labels(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Make sure that every row teaches something and that the end of the turn is learnt."""
-    if len(dataset) != rows:
-        # `prepare` leaves such rows out, so this is another tokenizer than it saw.
+@dataclass(frozen=True)
+class Run:
+    """What one call of the Trainer did."""
+
+    loss: float
+    """Mean of the training loss over all steps."""
+
+    seconds: float
+    first_step: int
+    """0, or where it was resumed."""
+
+
+def train(trainer: RecipeTrainer, work: Work) -> Run:
+    """Train to the end and evaluate; StageError when the loss is no number any more."""
+    began = time.monotonic()
+    resume_from = str(work.resume_from) if work.resume_from else None
+    result = trainer.train(resume_from_checkpoint=resume_from)
+    seconds = time.monotonic() - began
+    if not math.isfinite(result.training_loss):
         raise StageError(
-            Reason.INTERNAL_ERROR,
-            f"{rows - len(dataset)} of {rows} examples have no answer within maxSequenceLength.",
+            Reason.INVALID_CONFIG,
+            f"The loss became {result.training_loss}: lower training.learningRate "
+            f"({work.config.training.learning_rate:g}).",
         )
-    ends = end_of_turn_ids(tokenizer)
-    if not any(ends.intersection(labels) for labels in dataset["labels"]):
-        raise StageError(
-            Reason.MODEL_UNSUPPORTED,
-            "No example's labels contain an end-of-turn token, so the tuned model would never "
-            "stop: raise training.maxSequenceLength, or correct the model's chat template.",
-        )
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if trainer.data.held_out and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+    return Run(result.training_loss, seconds, 0)
+
+
+def measured(trainer: RecipeTrainer, run: Run) -> dict[str, float]:
+    """The figures of the training, for status and manifest."""
+    entries, steps = trainer.state.log_history, trainer.state.global_step
+    losses = [entry["loss"] for entry in entries if "loss" in entry]
+    tokens = trainer.schedule.tokens(steps)
+    metrics = {
+        "trainLoss": run.loss,
+        "finalLoss": losses[-1] if losses else run.loss,
+        "trainRuntimeSeconds": run.seconds,
+        "trainSteps": float(steps),
+        "trainTokens": float(tokens),
+        "tokensPerSecond": (tokens - trainer.schedule.tokens(run.first_step)) / run.seconds,
+    }
+    evaluations = [entry for entry in entries if "eval_loss" in entry]
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        metrics |= {
+            "baseEvalLoss": first["eval_loss"],
+            "basePerplexity": first["eval_perplexity"],
+            "evalLoss": last["eval_loss"],
+            "perplexity": last["eval_perplexity"],
+            "evalTokens": last["eval_tokens"],
+        }
+    return metrics
+
+
+def history(trainer: RecipeTrainer) -> list[dict[str, float]]:
+    """What the Trainer logged at each step, for curves."""
+    names = ("step", "epoch", "loss", "learning_rate", "grad_norm", "eval_loss")
+    return [
+        {name: float(entry[name]) for name in names if name in entry}
+        for entry in trainer.state.log_history
+        if "loss" in entry or "eval_loss" in entry
+    ]
 
 
 def save_adapter(
-    trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, adapter: Path, model: Model
+    trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase, adapter: Path, model: Model
 ) -> None:
     """Write adapter_config.json, adapter_model.safetensors and the tokenizer's files."""
     tuned = cast("PeftModel", trainer.model)
@@ -273,10 +297,3 @@ def save_adapter(
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
     for file in adapter.iterdir():
         file.chmod(0o644)  # safetensors are saved for their owner only
-
-
-def _last_loss(trainer: SFTTrainer, otherwise: float) -> float:
-    losses: Iterable[float] = (
-        e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e
-    )
-    return float(next(iter(losses), otherwise))

@@ -1,0 +1,72 @@
+"""The recipe's parts on given rows, for its tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune_trainer.base_model.tokenizer import load_tokenizer
+from finetune_trainer.config import RunConfig
+from finetune_trainer.train import sft
+from finetune_trainer.train.examples import Examples, tokenize
+from finetune_trainer.train.trainer import Data, RecipeTrainer
+from finetune_trainer.train.work import Work, default_plan
+
+Rows = list[dict[str, Any]]
+
+
+def make_work(
+    model: Path, room: Path, rows: Rows, held_out: Rows | None = None, **settings: Any
+) -> Work:
+    """What a worker is told, with its files."""
+    config = RunConfig.model_validate(
+        {
+            "model": {"source": str(model)},
+            "dataset": {"source": "/data/train.csv"},
+            "output": {"uri": str(room)},
+            "training": settings,
+        }
+    )
+    return Work(
+        config=config,
+        plan=default_plan(config),
+        max_sequence_length=config.training.max_sequence_length,
+        engine="transformers",
+        examples=write(room / "examples.jsonl", rows),
+        held_out=write(room / "eval.jsonl", held_out) if held_out else None,
+        model=model,
+        room=room,
+    )
+
+
+def write(file: Path, rows: Rows) -> Path:
+    """Rows as `prepare` leaves them."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def tokenized(model: Path, room: Path, rows: Rows, length: int = 2048) -> Examples:
+    """Rows as the recipe reads them."""
+    file = write(room / "examples.jsonl", rows)
+    return tokenize(file, load_tokenizer(model), length, room / "tokens")
+
+
+def build(
+    model: Path, room: Path, rows: Rows, held_out: Rows | None = None, **settings: Any
+) -> RecipeTrainer:
+    """The trainer before it trains: float32, no dropout, one epoch."""
+    defaults = {"epochs": 1, "lora": {"dropout": 0}}
+    work = make_work(model, room, rows, held_out, **{**defaults, **settings})
+    tokenizer = load_tokenizer(model)
+    examples, others = sft.read_examples(work, tokenizer)
+    return sft.build_trainer(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        tokenizer,
+        Data(examples, others, packed=work.config.training.packing),
+        work=work,
+        epochs=1,
+    )

@@ -1,0 +1,172 @@
+"""Which rows train together: steps, the passes that a step is split into, and their tensors.
+
+A step is a slice of a seeded shuffle. It depends on the seed, the epoch, the number of rows and
+the effective batch, and on nothing else; so however the memory makes us split a step into passes
+and processes, the steps are the same, also after a resume.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from finetune_trainer.base_model.tokenizer import IGNORED
+
+Rows = list[int]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a step is split: `passes` on each of `processes`."""
+
+    passes: int
+    processes: int
+    packed: bool
+    """Whether rows are laid end to end (only their sum counts) or padded to the longest."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All steps of a training."""
+
+    lengths: NDArray[np.int32]
+    """Tokens of each row."""
+
+    batch: int
+    """Rows in a step (the effective batch); the last step of an epoch has what is left."""
+
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        return math.ceil(len(self.lengths) / self.batch)
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Rows of an epoch in the order of its steps."""
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
+
+    def passes(self, epoch: int, split: Split) -> Iterator[list[Rows]]:
+        """For every pass of an epoch: the rows for each process.
+
+        A step has as many passes as `split` says; the last one only as many as it needs.
+        """
+        order = self.order(epoch)
+        for start in range(0, len(order), self.batch):
+            rows = order[start : start + self.batch]
+            passes = math.ceil(split.passes * len(rows) / self.batch)
+            groups = self._groups(rows, passes * split.processes, split.packed)
+            for slot in range(passes):
+                yield groups[slot * split.processes : (slot + 1) * split.processes]
+
+    def count_passes(self, split: Split) -> int:
+        """Passes in an epoch on each process."""
+        full, rest = divmod(len(self.lengths), self.batch)
+        return full * split.passes + math.ceil(split.passes * rest / self.batch)
+
+    def tokens(self, steps: int) -> int:
+        """Tokens of the first so many steps, over all epochs."""
+        epochs, rest = divmod(steps, self.steps)
+        whole = epochs * int(self.lengths.sum(dtype=np.int64))
+        if not rest:
+            return whole
+        rows = self.order(epochs)[: rest * self.batch]
+        return whole + int(self.lengths[rows].sum(dtype=np.int64))
+
+    def _groups(self, rows: NDArray[np.int64], count: int, packed: bool) -> list[Rows]:
+        ordered = rows[np.argsort(-self.lengths[rows], kind="stable")].tolist()
+        sizes = self.lengths[ordered].tolist()
+        return balanced(ordered, sizes, count) if packed else contiguous(ordered, count)
+
+
+def balanced(rows: Sequence[int], sizes: Sequence[int], count: int) -> list[Rows]:
+    """Groups with about the same sum of sizes: each row, the longest first, joins the smallest.
+
+    No group holds more than the longest row times the (rounded up) number of rows per group.
+    """
+    groups: list[Rows] = [[] for _ in range(count)]
+    heap = [(0, index) for index in range(count)]
+    for row, size in zip(rows, sizes, strict=True):
+        total, index = heapq.heappop(heap)
+        groups[index].append(row)
+        heapq.heappush(heap, (total + size, index))
+    return groups
+
+
+def contiguous(rows: Sequence[int], count: int) -> list[Rows]:
+    """Groups of neighbours, as equal in number as can be; the larger ones come last."""
+    cuts = [len(rows) * index // count for index in range(count + 1)]
+    return [list(rows[start:end]) for start, end in itertools.pairwise(cuts)]
+
+
+class StepSampler(torch.utils.data.Sampler[Rows]):
+    """Yields this process's rows pass by pass. A pass without rows is an empty list."""
+
+    def __init__(
+        self, schedule: Schedule, split: Split, process: int, epoch: Callable[[], int]
+    ) -> None:
+        self._schedule = schedule
+        self._split = split
+        self._process = process
+        self._epoch = epoch  # asked when an epoch begins
+
+    def __len__(self) -> int:
+        """Passes in an epoch."""
+        return self._schedule.count_passes(self._split)
+
+    def __iter__(self) -> Iterator[Rows]:
+        """One epoch."""
+        for groups in self._schedule.passes(self._epoch(), self._split):
+            yield groups[self._process]
+
+
+@dataclass(frozen=True)
+class PaddingCollator:
+    """Rows below each other, filled up to the longest: tensors of [rows, time]."""
+
+    pad: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make input_ids, attention_mask and labels."""
+        rows = rows or [{"input_ids": [self.pad], "labels": [IGNORED]}]
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), width), self.pad, dtype=torch.long)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+        for index, row in enumerate(rows):
+            length = len(row["input_ids"])
+            ids[index, :length] = torch.tensor(row["input_ids"])
+            labels[index, :length] = torch.tensor(row["labels"])
+            mask[index, :length] = 1
+        labels[:, 0] = IGNORED
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@dataclass(frozen=True)
+class PackingCollator:
+    """Rows end to end: tensors of [1, time]; each row's positions begin at 0 again.
+
+    There is no attention mask: models see by the positions where a row begins.
+    """
+
+    pad: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make input_ids, position_ids and labels."""
+        rows = rows or [{"input_ids": [self.pad], "labels": [IGNORED]}]
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        labels = [torch.tensor(row["labels"]) for row in rows]
+        for row in labels:
+            row[0] = IGNORED  # the row before must not learn to say it
+        return {
+            "input_ids": torch.cat(ids)[None],
+            "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None],
+            "labels": torch.cat(labels)[None],
+        }

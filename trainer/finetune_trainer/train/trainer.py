@@ -1,0 +1,162 @@
+"""TRL's SFTTrainer with our order of rows, our loss on a CPU, and an exact evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import datasets
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from finetune_trainer.base_model.tokenizer import IGNORED
+from finetune_trainer.progress import perplexity
+from finetune_trainer.train.batches import (
+    PackingCollator,
+    PaddingCollator,
+    Rows,
+    Schedule,
+    Split,
+    StepSampler,
+    contiguous,
+)
+from finetune_trainer.train.examples import Examples
+from finetune_trainer.train.loss import answer_loss, computes_some_logits
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained and evaluated on."""
+
+    examples: Examples
+    held_out: Examples | None
+    packed: bool
+
+
+class RecipeTrainer(SFTTrainer):
+    """A step's rows are those of the schedule; on a CPU the loss is plain PyTorch."""
+
+    def __init__(
+        self,
+        *,
+        data: Data,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        processing_class: PreTrainedTokenizerBase,
+        **options: Any,
+    ) -> None:
+        self.data = data
+        self._some_logits = computes_some_logits(model)
+        collator = PackingCollator if data.packed else PaddingCollator
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=data.examples.rows,
+            eval_dataset=data.held_out.rows if data.held_out else None,
+            data_collator=collator(processing_class.pad_token_id),
+            processing_class=processing_class,
+            **options,
+        )
+        self.split = Split(args.gradient_accumulation_steps, args.world_size, data.packed)
+        per_pass = args.per_device_train_batch_size * args.world_size
+        batch = per_pass * args.gradient_accumulation_steps
+        self.schedule = Schedule(data.examples.lengths, batch, args.seed)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The rows of the schedule, split between the processes."""
+        sampler = StepSampler(self.schedule, self.split, self.args.process_index, self._epoch)
+        return self._loader(self.data.examples.rows, sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """The held-out rows, those of like length together."""
+        held_out = self.data.held_out
+        if held_out is None or eval_dataset is not None:
+            return super().get_eval_dataloader(eval_dataset)
+        per_pass = self.args.per_device_eval_batch_size
+        sampler = EvaluationSampler(
+            held_out, per_pass, self.args.world_size, self.args.process_index
+        )
+        return self._loader(held_out.rows, sampler)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Sum of the cross entropy over the labels, divided by their number in the whole step."""
+        if self.args.device.type != "cpu":
+            return super().compute_loss(  # type: ignore[no-untyped-call]
+                model, inputs, return_outputs, num_items_in_batch
+            )
+        assert not return_outputs, "the evaluation below asks for the loss only"  # noqa: S101
+        labels = (inputs["labels"][:, 1:] != IGNORED).sum()
+        count = labels if num_items_in_batch is None else num_items_in_batch
+        total = answer_loss(model, inputs, some_logits=self._some_logits)
+        loss = total / torch.as_tensor(count).clamp(min=1)
+        # The count is that of all processes, whose gradients will be averaged.
+        return loss * (1 if num_items_in_batch is None else self.args.world_size)
+
+    def evaluation_loop(self, dataloader: DataLoader[Any], *_: Any, **options: Any) -> Any:
+        """The mean over all labels of the held-out rows, not the mean of the batches' means."""
+        prefix = options.get("metric_key_prefix", "eval")
+        model = cast("torch.nn.Module", self.model)
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for batch in dataloader:
+            inputs = self._prepare_inputs(batch)
+            count = (inputs["labels"][:, 1:] != IGNORED).sum()
+            with torch.no_grad(), self.compute_loss_context_manager():
+                mean = self.compute_loss(model, inputs)
+            sums += torch.stack([mean.double() * count, count.double()])
+        total, labels = self.accelerator.reduce(sums, reduction="sum").tolist()
+        loss = total / max(labels, 1)
+        return EvalLoopOutput(
+            predictions=(),  # type: ignore[arg-type]
+            label_ids=None,
+            metrics={
+                f"{prefix}_loss": loss,
+                f"{prefix}_perplexity": perplexity(loss),
+                f"{prefix}_tokens": labels,
+            },
+            num_samples=len(self.data.held_out or ()),
+        )
+
+    def _epoch(self) -> int:
+        return int(self.state.global_step // self.schedule.steps)
+
+    def _loader(self, rows: datasets.Dataset, sampler: Sampler[Rows]) -> DataLoader[Any]:
+        # The sampler knows the processes, so that accelerate must not split the batches again.
+        loader = DataLoader(rows, batch_sampler=sampler, collate_fn=self.data_collator)
+        prepared: DataLoader[Any] = prepare_data_loader(
+            loader,
+            device=self.args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+        )
+        return prepared
+
+
+class EvaluationSampler(Sampler[Rows]):
+    """Yields this process's rows, the longest first; each process has as many passes."""
+
+    def __init__(self, examples: Examples, per_pass: int, processes: int, process: int) -> None:
+        order = (-examples.lengths).argsort(kind="stable").tolist()
+        passes = -(-len(order) // (per_pass * processes))
+        self._passes = contiguous(order, passes * processes)[process::processes]
+
+    def __len__(self) -> int:
+        """Passes."""
+        return len(self._passes)
+
+    def __iter__(self) -> Iterator[Rows]:
+        """All of them once."""
+        return iter(self._passes)
