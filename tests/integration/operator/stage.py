@@ -109,9 +109,12 @@ class Namespace:
 
     def events(self) -> list[tuple[str, str]]:
         """Type and reason of the Events about the FineTuneJob."""
+        return [(each["type"], each["reason"]) for each in self.whole_events()]
+
+    def whole_events(self) -> list[Raw]:
+        """The Events about the FineTuneJob."""
         items = self._get(f"/api/v1/namespaces/{self.name}/events")["items"]
-        mine = [each for each in items if each["involvedObject"]["kind"] == "FineTuneJob"]
-        return [(each["type"], each["reason"]) for each in mine]
+        return [each for each in items if each["involvedObject"]["kind"] == "FineTuneJob"]
 
     def wait(self, what: str, happened: Callable[[], Any], seconds: float = SECONDS) -> Any:
         """Wait until something is true, and return it."""
@@ -139,7 +142,34 @@ class Namespace:
         found: Raw = self.wait(f"phase {phase}", reached, seconds)
         return found
 
+    # The trainer
+
+    def report(self, pod: Raw, **progress: Any) -> None:
+        """What a trainer does to show how far it is."""
+        job = pod["metadata"]["ownerReferences"][0]["name"]
+        told = {"stage": "train", "job": job, **progress}
+        path = f"{self._path('finetunejobs', 'support')}/status"
+        self.merge_patch(path, {"status": {"progress": told}})
+
     # The kubelet
+
+    def bind(self, pod: Raw, node: str) -> None:
+        """Put a pod on a node. From then on it vanishes only when it has stopped."""
+        body = {
+            "apiVersion": "v1",
+            "kind": "Binding",
+            "metadata": {"name": pod["metadata"]["name"]},
+            "target": {"apiVersion": "v1", "kind": "Node", "name": node},
+        }
+        path = f"/api/v1/namespaces/{self.name}/pods/{pod['metadata']['name']}/binding"
+        answer = self._http.post(path, json=body)
+        assert answer.is_success, answer.text
+
+    def remove_pod(self, pod: Raw) -> None:
+        """What the kubelet does when a pod that is being deleted has stopped."""
+        path = f"/api/v1/namespaces/{self.name}/pods/{pod['metadata']['name']}"
+        answer = self._http.delete(path, params={"gracePeriodSeconds": "0"})
+        assert answer.is_success, answer.text
 
     def pod(self, stage: Stage, attempt: int = 1) -> Raw:
         """The live pod of an attempt, as soon as the Job's controller has made it."""
@@ -204,9 +234,11 @@ class Namespace:
         """Let the pod of a stage end well."""
         self.end_pod(result.stage, 0, result.to_message(), attempt)
 
-    def fail(self, stage: Stage, reason: Reason, message: str, attempt: int = 1) -> None:
+    def fail(
+        self, stage: Stage, reason: Reason, message: str, attempt: int = 1, **fields: Any
+    ) -> None:
         """Let the pod of a stage end as the trainer does when it gives up."""
-        result = StageResult(stage=stage, reason=reason, message=message)
+        result = StageResult(stage=stage, reason=reason, message=message, **fields)
         self.end_pod(stage, int(reason.exit_code), result.to_message(), attempt)
 
     def run_all(self) -> Raw:
@@ -249,6 +281,7 @@ def resolved(train: str = "train-a", export: str = "export-a") -> Resolved:
         fingerprints=Fingerprints(prepare="prepare-a", train=train, export=export),
         dataset_etag="etag",
         dataset_rows=120,
+        eval_rows=6,
         model_revision="abc",
     )
 
@@ -267,12 +300,13 @@ def prepared(*complete: Stage, found: Resolved | None = None) -> StageResult:
     )
 
 
-def trained() -> StageResult:
+def trained(**fields: Any) -> StageResult:
     return StageResult(
         stage=Stage.TRAIN,
         reason=Reason.SUCCEEDED,
         message="45 steps",
         metrics={"trainLoss": 0.5},
+        **fields,
     )
 
 

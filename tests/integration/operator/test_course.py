@@ -39,6 +39,7 @@ def test_a_job_runs_its_three_stages_in_order_and_shows_its_artifacts(here: Name
     assert status["lineage"] == {
         "datasetETag": "etag",
         "datasetRows": 120,
+        "evalRows": 6,
         "modelRevision": "abc",
         "image": "trainer:test",
     }

@@ -37,6 +37,8 @@ def may(plane: ControlPlane, who: str, verb: str, what: str, namespace: str) -> 
         ("create", "pods"),
         ("delete", "configmaps"),
         ("delete", "namespaces"),
+        ("get", "nodes"),
+        ("patch", "nodes"),
         ("create", "clusterrolebindings"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -40,6 +41,37 @@ def test_a_refusal_becomes_an_error_of_our_own(
     assert type(error) is expected
     assert str(error) == "GET /x: no such luck"
     assert error.detail == "no such luck"
+
+
+async def test_nodes_are_not_listed_again_within_a_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    async def listed(kind: str, namespace: str, selector: str) -> AsyncIterator[Any]:
+        asked.append(f"{kind} {namespace}{selector}")
+        yield {"metadata": {"labels": {selector: str(len(asked))}}}
+
+    here = cluster.Cluster(client.Configuration(), 1.0)
+    monkeypatch.setattr(here, "_list", listed)
+    assert await here.node_labels("memory") == ({"memory": "1"},)
+    assert await here.node_labels("memory") == ({"memory": "1"},)
+    assert await here.node_labels("other") == ({"other": "2"},)
+    monkeypatch.setattr(cluster, "NODES_SECONDS", -1.0)  # the minute is over
+    assert await here.node_labels("memory") == ({"memory": "3"},)
+    assert asked == ["Node memory", "Node other", "Node memory"]
+    await here._api.close()
+
+
+def test_the_same_words_about_something_else_are_another_event() -> None:
+    about = {"namespace": "ml", "name": "support", "uid": "uid-1"}
+    names = {
+        scope: cluster._event(about, "Warning", "LossRising", "step 4", scope)["metadata"]["name"]
+        for scope in ("", "train-a", "train-b")
+    }
+    assert len(set(names.values())) == 3
+    again = cluster._event(about, "Warning", "LossRising", "step 4", "train-a")
+    assert again["metadata"]["name"] == names["train-a"]
 
 
 def test_an_answer_that_is_no_status_is_told_by_its_reason() -> None:

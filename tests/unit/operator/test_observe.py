@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -17,91 +16,21 @@ from finetune_operator.observe import (
     observe_jobs,
     stages_at_work,
 )
-from finetune_operator.pods import ObservedPod, Waiting
 from finetune_trainer.config import Stage
-from finetune_trainer.outcome import Notice, NoticeCode, Reason, StageResult
+from finetune_trainer.outcome import Notice, NoticeCode
 from tests.unit.operator.build import SPEC
-
-OWNER = {"kind": "FineTuneJob", "name": "support", "uid": "uid-1", "controller": True}
-FINGERPRINT = "f" * 64
-RESULT = StageResult(stage=Stage.TRAIN, reason=Reason.SUCCEEDED, message="trained")
-
-
-def moment(text: str) -> datetime:
-    return datetime.fromisoformat(f"2026-11-24T{text}").replace(tzinfo=UTC)
-
-
-def raw_job(**status: Any) -> dict[str, Any]:
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {
-            "name": "support-train-0123456789",
-            "namespace": "ml",
-            "uid": "job-uid",
-            "creationTimestamp": "2026-11-24T12:00:00Z",
-            "ownerReferences": [OWNER],
-            "labels": {"finetune.dev/stage": "train", "finetune.dev/attempt": "2"},
-            "annotations": {"finetune.dev/key": FINGERPRINT, "finetune.dev/pod-settings": "s1"},
-        },
-        "spec": {"template": {"spec": {"containers": [{"name": "trainer", "image": "trainer:1"}]}}},
-        "status": status,
-    }
-
-
-def raw_pod(name: str = "pod-1", created: str = "12:00:01", **status: Any) -> dict[str, Any]:
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {
-            "name": name,
-            "uid": f"uid-{name}",
-            "creationTimestamp": f"2026-11-24T{created}Z",
-            "ownerReferences": [{"kind": "Job", "uid": "job-uid", "controller": True}],
-        },
-        "spec": {
-            "containers": [
-                {"name": "istio-proxy", "image": "proxy:1"},
-                {"name": "trainer", "image": "trainer:1"},
-            ]
-        },
-        "status": status,
-    }
-
-
-def container(**state: Any) -> dict[str, Any]:
-    sidecar = {"name": "istio-proxy", "state": {"running": {}}}
-    return {"containerStatuses": [sidecar, {"name": "trainer", "state": state}]}
-
-
-def terminated(code: int, message: str = "", reason: str = "Error") -> dict[str, Any]:
-    state = {
-        "exitCode": code,
-        "reason": reason,
-        "message": message,
-        "startedAt": "2026-11-24T12:00:05Z",
-        "finishedAt": "2026-11-24T12:09:00Z",
-    }
-    return container(terminated=state)
-
-
-FAILED = [{"type": "Failed", "status": "True", "lastTransitionTime": "2026-11-24T12:10:00Z"}]
-
-
-def observed(*pods: dict[str, Any], **status: Any) -> ObservedJob:
-    (job,) = observe_jobs("uid-1", [raw_job(**status)], pods)
-    return job
-
-
-def observed_pod(**status: Any) -> ObservedPod:
-    pod = observed(raw_pod(**status)).pod
-    assert pod is not None
-    return pod
-
-
-def expected_pod(**fields: Any) -> ObservedPod:
-    values = {"name": "pod-1", "phase": "Pending", "since": moment("12:00:01"), **fields}
-    return ObservedPod(image="trainer:1", **values)
+from tests.unit.operator.raw import (
+    FAILED,
+    FINGERPRINT,
+    OWNER,
+    RUNS,
+    container,
+    moment,
+    observed,
+    raw_job,
+    raw_pod,
+    terminated,
+)
 
 
 def test_a_new_job() -> None:
@@ -132,9 +61,6 @@ def test_the_newest_pod_counts() -> None:
     job = observed(raw_pod("late", "12:05:00"), raw_pod("early", "12:01:00"))
     assert job.pod is not None
     assert job.pod.name == "late"
-
-
-RUNS = {"phase": "Running", **container(running={})}
 
 
 @pytest.mark.parametrize(
@@ -195,138 +121,6 @@ def test_jobs_come_oldest_first() -> None:
         "old",
         "support-train-0123456789",
     ]
-
-
-PODS = [
-    pytest.param({}, expected_pod(), id="a pod without a status"),
-    pytest.param(
-        {
-            "phase": "Pending",
-            "conditions": [
-                {
-                    "type": "PodScheduled",
-                    "status": "False",
-                    "reason": "Unschedulable",
-                    "message": "0/1 nodes are available",
-                }
-            ],
-        },
-        expected_pod(unschedulable="0/1 nodes are available"),
-        id="a pod that no node takes",
-    ),
-    pytest.param(
-        {
-            "phase": "Pending",
-            "startTime": "2026-11-24T12:01:00Z",
-            **container(
-                waiting={
-                    "reason": "CreateContainerConfigError",
-                    "message": 'secret "bucket" not found',
-                }
-            ),
-        },
-        expected_pod(
-            since=moment("12:01:00"),
-            waiting=Waiting("CreateContainerConfigError", 'secret "bucket" not found'),
-        ),
-        id="a container that waits for its Secret",
-    ),
-    pytest.param(
-        {"phase": "Running", **container(running={"startedAt": "2026-11-24T12:00:05Z"})},
-        expected_pod(phase="Running", started=True),
-        id="a container that runs",
-    ),
-    pytest.param(
-        {"phase": "Succeeded", **terminated(0, RESULT.to_message().decode(), "Completed")},
-        expected_pod(
-            phase="Succeeded",
-            started=True,
-            exit_code=0,
-            finished_at=moment("12:09:00"),
-            result=RESULT,
-        ),
-        id="a container that ended with its result",
-    ),
-    pytest.param(
-        {
-            "phase": "Failed",
-            **terminated(1, 'Traceback:\n  File "x.py", line 1\nRuntimeError: no luck\n\n'),
-        },
-        expected_pod(
-            phase="Failed",
-            started=True,
-            exit_code=1,
-            finished_at=moment("12:09:00"),
-            last_words="RuntimeError: no luck",
-        ),
-        id="a container that crashed with a stack trace",
-    ),
-    pytest.param(
-        {"phase": "Failed", **terminated(137, reason="OOMKilled")},
-        expected_pod(
-            phase="Failed",
-            started=True,
-            exit_code=137,
-            finished_at=moment("12:09:00"),
-            oom_killed=True,
-        ),
-        id="a container that used too much memory",
-    ),
-    pytest.param(
-        {
-            "phase": "Failed",
-            "reason": "Evicted",
-            "message": "The node was low on resource: memory.",
-        },
-        expected_pod(phase="Failed", disruption="Evicted: The node was low on resource: memory."),
-        id="a pod evicted from a node in need",
-    ),
-    pytest.param(
-        {
-            "phase": "Failed",
-            "reason": "Evicted",
-            "message": 'Usage of EmptyDir volume "workspace" exceeds the limit "1Gi". ',
-        },
-        expected_pod(
-            phase="Failed",
-            out_of_disk='Usage of EmptyDir volume "workspace" exceeds the limit "1Gi". ',
-        ),
-        id="a pod evicted for its own greed",
-    ),
-    pytest.param(
-        {"phase": "Failed", "reason": "OutOfnvidia.com/gpu", "message": "Node didn't have enough"},
-        expected_pod(phase="Failed", disruption="OutOfnvidia.com/gpu: Node didn't have enough"),
-        id="a pod that its node did not let in",
-    ),
-    pytest.param(
-        {
-            "phase": "Failed",
-            "conditions": [
-                {
-                    "type": "DisruptionTarget",
-                    "status": "True",
-                    "reason": "PreemptionByScheduler",
-                    "message": "preempted by a greater pod",
-                }
-            ],
-        },
-        expected_pod(
-            phase="Failed", disruption="PreemptionByScheduler: preempted by a greater pod"
-        ),
-        id="a pod that was preempted",
-    ),
-]
-
-
-@pytest.mark.parametrize(("status", "expected"), PODS)
-def test_pods(status: dict[str, Any], expected: ObservedPod) -> None:
-    assert observed_pod(**status) == expected
-
-
-def test_a_pod_that_is_being_deleted() -> None:
-    pod = raw_pod(phase="Running")
-    pod["metadata"]["deletionTimestamp"] = "2026-11-24T12:02:00Z"
-    assert observed(pod).pod == expected_pod(phase="Running", deleting=True)
 
 
 @pytest.mark.parametrize(

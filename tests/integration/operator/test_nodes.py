@@ -1,0 +1,129 @@
+"""What nodes have to do with it: GPU memory from their labels, and pods that take time to stop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import yaml
+
+from finetune_trainer.config import Hardware, RunConfig, Stage
+from tests.cluster.control_plane import ControlPlane
+from tests.integration.operator.stage import Namespace, prepared, resolved
+
+PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN
+
+
+def node(name: str, **labels: str) -> dict[str, Any]:
+    labels = {key.replace("_", "/"): value for key, value in labels.items()}
+    meta = {"name": name, "labels": labels}
+    return {"apiVersion": "v1", "kind": "Node", "metadata": meta}
+
+
+@pytest.fixture(scope="module")
+def nodes(installed: ControlPlane) -> Iterator[str]:
+    """Three nodes with GPUs; the name of the largest."""
+    some = uuid4().hex[:8]
+    memory = {"a10": "23028", "h100": "81559"}
+    made = [
+        node(f"{gpu}-{some}", **{"nvidia.com_gpu.memory": size, "gpu": gpu})
+        for gpu, size in memory.items()
+    ]
+    made.append(node(f"unknown-{some}", gpu="h100"))
+    installed.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(made))
+    yield f"h100-{some}"
+    installed.kubectl("delete", "nodes", *(each["metadata"]["name"] for each in made))
+
+
+def told(here: Namespace) -> Hardware:
+    """What run.json of `prepare` says of the hardware."""
+    pod = here.pod(PREPARE)
+    name = next(v["configMap"]["name"] for v in pod["spec"]["volumes"] if v["name"] == "config")
+    found = here.plane.kubectl("get", "configmap", name, "-n", here.name, "-o", "json")
+    hardware = RunConfig.model_validate_json(json.loads(found)["data"]["run.json"]).hardware
+    assert hardware is not None
+    return hardware
+
+
+def with_gpus(count: int, **train: Any) -> dict[str, Any]:
+    limits = {"nvidia.com/gpu": count, "memory": "64Gi"}
+    return {"train": {"resources": {"limits": limits}, **train}}
+
+
+def test_the_smallest_gpu_that_fits_is_told_to_prepare(here: Namespace, nodes: str) -> None:
+    del nodes
+    here.apply(stages=with_gpus(1))
+    assert told(here) == Hardware(gpus=1, gpu_memory_bytes=23028 << 20, memory_bytes=64 << 30)
+
+
+def test_the_node_selector_counts_and_several_gpus_share_memory(
+    here: Namespace, nodes: str
+) -> None:
+    del nodes
+    here.apply(stages=with_gpus(2, nodeSelector={"gpu": "h100"}))
+    assert told(here) == Hardware(gpus=2, gpu_memory_bytes=81559 << 20, memory_bytes=64 << 30)
+    here.succeed(prepared())
+    spec = here.pod(TRAIN)["spec"]
+    folders = {v["name"]: v["emptyDir"] for v in spec["volumes"] if "emptyDir" in v}
+    assert folders["shared-memory"] == {"medium": "Memory", "sizeLimit": "8Gi"}
+    assert spec["terminationGracePeriodSeconds"] == 120
+
+
+def test_a_training_of_a_new_spec_waits_until_the_old_ones_pod_has_stopped(
+    here: Namespace, nodes: str
+) -> None:
+    here.apply()
+    here.succeed(prepared())
+    old = here.start_pod(TRAIN)
+    here.bind(old, nodes)
+    here.apply(training={"learningRate": 1e-4})
+    here.succeed(prepared(PREPARE, found=resolved(train="train-b", export="export-b")))
+    leaving = here.wait("the old pod to be told to stop", lambda: _leaving(here))
+    assert leaving["metadata"]["uid"] == old["metadata"]["uid"]
+    assert leaving["metadata"]["deletionGracePeriodSeconds"] == 120
+    here.wait("the new one to wait", lambda: here.condition("Progressing")[1] == "Stopping")
+    assert [job for job in here.jobs() if job[0] == "train"] == []
+    here.remove_pod(old)
+    assert here.pod(TRAIN)["metadata"]["uid"] != old["metadata"]["uid"]
+
+
+def test_a_job_deleted_and_created_anew_waits_for_the_pod_of_the_deleted_one(
+    here: Namespace, nodes: str
+) -> None:
+    here.apply()
+    here.succeed(prepared())
+    old = here.start_pod(TRAIN)
+    here.bind(old, nodes)
+    here.delete()
+    here.wait("the old pod to be told to stop", lambda: _leaving(here))
+    here.apply()
+    here.succeed(prepared(PREPARE))
+    here.wait("the new job to wait", lambda: here.condition("Progressing")[1] == "Stopping")
+    assert [job for job in here.jobs() if job[0] == "train"] == []
+    here.remove_pod(old)
+    assert here.pod(TRAIN)["metadata"]["uid"] != old["metadata"]["uid"]
+
+
+def _leaving(here: Namespace) -> Any:
+    pods = here.children("pods")
+    return next((pod for pod in pods if "deletionTimestamp" in pod["metadata"]), None)
+
+
+def test_keys_of_secrets_reach_the_pod_by_reference(here: Namespace) -> None:
+    reference = {"secretKeyRef": {"name": "wandb", "key": "api-key", "optional": True}}
+    here.apply(stages={"prepare": {"env": [{"name": "WANDB_API_KEY", "valueFrom": reference}]}})
+    (container,) = here.pod(PREPARE)["spec"]["containers"]
+    assert {"name": "WANDB_API_KEY", "valueFrom": reference} in container["env"]
+
+
+def test_a_variable_without_a_value_is_explained(here: Namespace) -> None:
+    if not here.plane.version.startswith("v1.20."):
+        pytest.skip("this API server evaluates the CEL rule itself")
+    here.apply(stages={"train": {"env": [{"name": "WANDB_API_KEY"}]}})
+    here.wait_phase("Failed")
+    _, reason, message = here.condition("Ready")
+    assert reason == "InvalidSpec"
+    assert "spec.stages.train.env.0: must have exactly one of value and valueFrom" in message
