@@ -1,0 +1,65 @@
+"""The plan by the command line: too little hardware fails in prepare, enough of it gets a plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune_trainer.config import TrainingPlan
+from finetune_trainer.outcome import Reason
+from tests.integration.trainer.conftest import Trainer
+
+MIB, GIB = 2**20, 2**30
+
+
+@pytest.fixture
+def run_config(run_config: dict[str, Any]) -> dict[str, Any]:
+    """The tiny model's run, without GGUF files, whose checks take their time."""
+    run_config["export"] = {"merged": True, "gguf": []}
+    run_config["training"] |= {"batchSize": 2, "gradientAccumulationSteps": 4}
+    return run_config
+
+
+def plan_of(trainer: Trainer, config: dict[str, Any]) -> TrainingPlan | None:
+    run = trainer("prepare", config)
+    assert run.code == 0, run.output
+    assert run.result is not None
+    assert run.result.resolved is not None
+    return run.result.resolved.plan
+
+
+def test_a_gpu_that_is_too_small(trainer: Trainer, run_config: dict[str, Any]) -> None:
+    run_config["hardware"] = {"gpus": 1, "gpuMemoryBytes": 256 * MIB}
+    run = trainer("prepare", run_config)
+    assert run.code == 12, run.output
+    assert run.result is not None
+    assert run.result.reason is Reason.OUT_OF_GPU_MEMORY
+    assert "the GPU has 256 MiB" in run.result.message
+    assert "a GPU with 8 GiB" in run.result.message
+    assert "Traceback" not in run.output
+
+
+def test_a_gpu_with_room(trainer: Trainer, run_config: dict[str, Any]) -> None:
+    run_config["hardware"] = {"gpus": 1, "gpuMemoryBytes": 24 * GIB}
+    plan = plan_of(trainer, run_config)
+    assert plan is not None
+    assert (plan.batch_size, plan.gradient_accumulation_steps) == (8, 1)
+    assert not plan.gradient_checkpointing
+    assert plan.device_bytes is not None
+    assert 500 * MIB < plan.device_bytes < GIB
+    # It is worked out again from the examples in the store, for other hardware.
+    run_config["hardware"] = {"gpus": 2, "gpuMemoryBytes": 24 * GIB}
+    again = plan_of(trainer, run_config)
+    assert again is not None
+    assert (again.batch_size, again.gradient_accumulation_steps) == (4, 1)
+    assert again.parallelism == "ddp"
+
+
+def test_a_pod_with_too_little_disk(trainer: Trainer, run_config: dict[str, Any]) -> None:
+    run_config["hardware"] = {"memoryBytes": 8 * GIB, "ephemeralStorageBytes": 64 * MIB}
+    run = trainer("prepare", run_config)
+    assert run.code == 13, run.output
+    assert run.result is not None
+    assert run.result.reason is Reason.OUT_OF_DISK
+    assert "stages.train.resources.limits.ephemeral-storage" in run.result.message
