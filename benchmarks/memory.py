@@ -29,7 +29,7 @@ from finetune_trainer.memory.predict import Recipe, predict
 from finetune_trainer.memory.shape import Shape
 from finetune_trainer.outcome import StageResult
 
-SAMPLE_SECONDS = 0.05
+SAMPLE_SECONDS = 0.1
 WORDS = "the kettle whistles when the water boils and stops when it is lifted "
 ALL_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -52,13 +52,10 @@ CASES = [
     Case("smollm2-135m", 4, 256, {}),
     Case("smollm2-135m", 8, 256, {}, quick=True),
     Case("smollm2-135m", 2, 1024, {}),
-    Case("smollm2-135m", 8, 512, {}),
     Case("smollm2-135m", 8, 512, {"gradientCheckpointing": "always"}),
     Case("smollm2-135m", 4, 512, {"lora": {"dropout": 0, "targetModules": ALL_LAYERS}}),
     Case("smollm2-135m", 4, 256, {"method": "qlora"}),
-    Case("llama-0.5b", 1, 128, {}),
     Case("llama-0.5b", 4, 256, {}),
-    Case("llama-0.5b", 2, 1024, {}),
     Case("llama-1.1b", 1, 512, {}),
 ]
 

@@ -130,7 +130,7 @@ lengths = st.integers(16, 32_768)
 sizes = st.floats(0.5, 200)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(trainings, models, lengths, sizes, st.sampled_from([0, 1, 2, 4]))
 def test_a_plan_keeps_the_effective_batch_and_fits(
     training: Training, model: str, longest: int, gib: float, devices: int
@@ -155,7 +155,7 @@ def test_a_plan_keeps_the_effective_batch_and_fits(
         assert made.gradient_checkpointing == (training.gradient_checkpointing == "always")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(trainings, models, lengths, st.tuples(sizes, sizes), st.booleans())
 def test_more_memory_never_makes_a_pass_smaller(
     training: Training, model: str, longest: int, two: tuple[float, float], gpu: bool
@@ -170,7 +170,7 @@ def test_more_memory_never_makes_a_pass_smaller(
     assert chosen[0] <= chosen[1]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(trainings, models, lengths, st.integers(1, 32), st.booleans())
 def test_the_prediction_grows_with_passes_and_lengths(
     training: Training, model: str, longest: int, size: int, checkpointing: bool
@@ -225,6 +225,23 @@ def test_a_pod_without_gpu_is_told_its_limit() -> None:
     limit = re.search(r"a memory limit of (\d+)Gi", error.message)
     assert limit is not None
     assert plan(Training(), shape(EIGHT), Lengths(1024), cpu(int(limit[1]))).batch_size == 1
+
+
+def test_what_only_a_cpu_with_bfloat16_can_train_is_not_refused() -> None:
+    made = plan(Training(), shape(EIGHT), Lengths(512), cpu(24))
+    assert brief(made) == (1, 8, True, "none")
+
+
+@pytest.mark.parametrize(
+    ("training", "gib", "need"), [({}, 1, "2Gi"), ({"parallelism": "fsdp"}, 16, "17Gi")]
+)
+def test_a_pod_with_gpus_needs_memory_of_its_own(
+    training: dict[str, str], gib: int, need: str
+) -> None:
+    hardware = gpus(80, 2).model_copy(update={"memory_bytes": gib * GIB})
+    error = refusal(Training.model_validate(training), EIGHT, 512, hardware)
+    assert error.reason is Reason.OUT_OF_MEMORY
+    assert f"limits.memory to at least {need}" in error.message
 
 
 @settings(max_examples=150, deadline=None)

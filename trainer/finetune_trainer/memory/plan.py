@@ -23,10 +23,12 @@ from typing import Literal
 from finetune_trainer.config import Hardware, Training, TrainingPlan
 from finetune_trainer.memory.remedies import MARGIN, Attempt, gpu_remedies, host_remedies
 from finetune_trainer.memory.shape import Shape
+from finetune_trainer.memory.units import binary
 from finetune_trainer.outcome import Reason, StageError
 
 GPU_SATURATED, GPU_USEFUL = 8192, 16_384
 CPU_USEFUL = 2048
+HOST_PROCESS = 1 << 30  # of a process that trains on a GPU; less than it takes to start one
 
 Parallelism = Literal["none", "ddp", "fsdp"]
 
@@ -42,24 +44,19 @@ class Lengths:
     """Labels of the example with most of them; None: as many as tokens."""
 
 
-def plan(
-    training: Training,
-    shape: Shape,
-    lengths: Lengths,
-    hardware: Hardware,
-    *,
-    cpu_bfloat16: bool = False,
-) -> TrainingPlan:
+def plan(training: Training, shape: Shape, lengths: Lengths, hardware: Hardware) -> TrainingPlan:
     """How to train on this hardware; StageError when it can't be done.
 
     OutOfGPUMemory or OutOfMemory when not even one example fits a pass, with what would fit;
     InvalidConfig when the effective batch can't be spread evenly over the GPUs. Where the memory
-    is unknown the split stays as the spec has it, with recomputation on a GPU.
+    is unknown the split stays as the spec has it, with recomputation on a GPU. GPUs are taken to
+    compute in bfloat16; of a CPU that is known only when the pod runs, so sizes are chosen for
+    float32, and what fits in bfloat16 only is not refused.
     """
     if hardware.gpus:
         check_devices(training, hardware.gpus)
         return _on_gpus(training, shape, lengths, hardware)
-    return _on_cpu(training, shape, lengths, hardware.memory_bytes, bfloat16=cpu_bfloat16)
+    return _on_cpu(training, shape, lengths, hardware.memory_bytes)
 
 
 def check_devices(training: Training, devices: int) -> None:
@@ -77,6 +74,23 @@ def check_devices(training: Training, devices: int) -> None:
     )
 
 
+def check_host(training: Training, shape: Shape, hardware: Hardware) -> None:
+    """A GPU's process needs some memory of the pod; with fsdp the whole model passes through it."""
+    limit = hardware.memory_bytes
+    if limit is None:
+        return
+    need = hardware.gpus * HOST_PROCESS
+    if hardware.gpus > 1 and training.parallelism == "fsdp":
+        need += 2 * shape.parameters
+    if need > limit:
+        raise StageError(
+            Reason.OUT_OF_MEMORY,
+            f"The training's processes need {binary(need)} of memory beside that of the GPUs, and "
+            f"the pod has {binary(limit)}: set stages.train.resources.limits.memory to at least "
+            f"{binary(need, up=True)}.",
+        )
+
+
 def effective_batch(training: Training) -> int:
     """Examples in one optimizer step."""
     return training.batch_size * training.gradient_accumulation_steps
@@ -86,6 +100,7 @@ def _on_gpus(
     training: Training, shape: Shape, lengths: Lengths, hardware: Hardware
 ) -> TrainingPlan:
     memory, devices = hardware.gpu_memory_bytes, hardware.gpus
+    check_host(training, shape, hardware)
     attempts = [
         Attempt(training, shape, lengths.longest, devices=devices, parallelism=kind)
         for kind in _parallelisms(training, devices)
@@ -99,17 +114,19 @@ def _on_gpus(
     raise StageError(Reason.OUT_OF_GPU_MEMORY, gpu_remedies(attempts[-1], memory))
 
 
-def _on_cpu(
-    training: Training, shape: Shape, lengths: Lengths, memory: int | None, *, bfloat16: bool
-) -> TrainingPlan:
+def _on_cpu(training: Training, shape: Shape, lengths: Lengths, memory: int | None) -> TrainingPlan:
     attempt = Attempt(training, shape, lengths.longest, labels=_labels(training, lengths))
-    attempt = attempt.on_cpu(bfloat16=bfloat16)
+    attempt = attempt.on_cpu(bfloat16=False)
     if memory is None:
         return _as_written(training, attempt)
     chosen = _choose(attempt, memory, CPU_USEFUL, CPU_USEFUL)
-    if chosen is None:
-        raise StageError(Reason.OUT_OF_MEMORY, host_remedies(attempt, memory))
-    return chosen
+    if chosen is not None:
+        return chosen
+    smaller = attempt.on_cpu(bfloat16=True)
+    if smaller.least() > memory:
+        raise StageError(Reason.OUT_OF_MEMORY, host_remedies(smaller, memory))
+    checkpointing = training.gradient_checkpointing != "never"
+    return _made(smaller, 1, checkpointing=checkpointing)
 
 
 def _labels(training: Training, lengths: Lengths) -> int:

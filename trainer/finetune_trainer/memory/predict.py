@@ -17,7 +17,7 @@ from finetune_trainer.memory.shape import Shape
 
 NF4 = 0.516  # bytes a weight: 4 bits, and 0.127 bits of doubly quantized scales (QLoRA, section 3)
 GPU_OVERHEAD = 600_000_000  # CUDA context, cuBLAS workspace, fragments; fitted on published tables
-CPU_OVERHEAD = 900_000_000  # Python, torch, transformers and TRL; benchmarks/memory.py
+CPU_OVERHEAD = 600_000_000  # Python, torch, transformers and TRL; benchmarks/memory.py
 FULL_LOGITS = 15  # bytes per token and word of the vocabulary; fitted on published tables
 CPU_LOGITS = 16  # logits, their logarithms and both gradients, in float32
 TILE_TOKENS, TILE_WORDS = 4096, 32_768  # TRL computes the loss in tiles of this size
