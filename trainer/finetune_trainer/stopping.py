@@ -37,17 +37,21 @@ def saving(save: Save) -> Iterator[None]:
 def stop() -> str:
     """Let the stage save; returns what the next attempt begins with, or an empty string."""
     _stopping.set()
-    try:
-        grace = float(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS))
-    except ValueError:
-        grace = DEFAULT_GRACE_SECONDS
-    deadline = time.monotonic() + SHARE * grace
+    deadline = time.monotonic() + save_seconds()
     for save in reversed(_save):
         try:
             return save(deadline)
         except Exception:  # the process ends in any case, and its reason is not this
             log.exception("The work could not be saved")
     return ""
+
+
+def save_seconds() -> float:
+    """How long saving may take after the signal."""
+    try:
+        return SHARE * float(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS))
+    except ValueError:
+        return SHARE * DEFAULT_GRACE_SECONDS
 
 
 def is_stopping() -> bool:
