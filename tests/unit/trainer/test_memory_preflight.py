@@ -1,0 +1,42 @@
+"""Room on the disk is looked at before an export writes to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune_trainer.config import RunConfig
+from finetune_trainer.export.preflight import check_space
+from finetune_trainer.outcome import Reason, StageError
+from tests.unit.trainer.test_memory_shape import config
+
+
+def run(tmp_path: Path, **changes: int) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({**config("smollm2-135m"), **changes}))
+    settings = RunConfig.model_validate(
+        {
+            "model": {"source": str(base)},
+            "dataset": {"source": "/data.csv"},
+            "output": {"uri": "/out"},
+        }
+    )
+    check_space(settings, base, tmp_path)
+
+
+def test_a_small_model_has_room(tmp_path: Path) -> None:
+    run(tmp_path)
+
+
+def test_a_model_that_no_disk_holds(tmp_path: Path) -> None:
+    with pytest.raises(StageError) as raised:
+        run(tmp_path, num_hidden_layers=300_000, hidden_size=16_384, intermediate_size=65_536)
+    assert raised.value.reason is Reason.OUT_OF_DISK
+    assert "stages.export.resources.limits.ephemeral-storage" in raised.value.message
+
+
+def test_a_model_whose_widths_are_not_known_is_left_to_try(tmp_path: Path) -> None:
+    run(tmp_path, num_experts=8)
