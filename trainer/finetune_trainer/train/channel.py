@@ -12,11 +12,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+from uuid import uuid4
 
 from finetune_trainer.outcome import Notice
 
 NAME = "messages"
+POINT = "point"
+DRAIN_SECONDS = 2.0
 
 
 class Channel:
@@ -49,39 +52,70 @@ class Channel:
 
 
 Handler = Callable[[dict[str, Any]], None]
+Drain = Callable[[], None]
 
 
 @contextmanager
-def listening(room: Path, handle: Handler) -> Iterator[None]:
+def listening(room: Path, handle: Handler) -> Iterator[Drain]:
     """Call `handle`, in a thread, with each message that comes in while the block runs.
 
-    All that the worker sent before the block ends has been handled afterwards.
+    All that the worker sent before the block ends has been handled afterwards. The function that
+    it yields waits, from any thread, until all that was sent so far is handled.
     """
     path = room / NAME
     path.unlink(missing_ok=True)
     os.mkfifo(path, 0o600)
     # Open for both, so that it neither waits for a worker nor ends when the first one closes it.
     descriptor = os.open(path, os.O_RDWR)
+    lock, closed = threading.Lock(), threading.Event()
     errors: list[Exception] = []
+    reached: dict[str, threading.Event] = {}
 
-    def read() -> None:
-        with os.fdopen(os.dup(descriptor), encoding="utf-8") as stream:
+    def read(stream: TextIO) -> None:
+        with stream:
             for line in stream:
-                message = json.loads(line)
+                message = _parse(line)
                 if message == {}:
                     return
+                if point := message.get(POINT):
+                    reached[point].set()
+                    continue
                 try:
                     handle(message)
                 except Exception as error:  # raised below, where somebody can answer for it
                     errors.append(error)
 
-    reader = threading.Thread(target=read, name="messages", daemon=True)
+    def send(text: str) -> None:
+        with lock:
+            if not closed.is_set():
+                # On a line of its own, also after what a killed worker began to write.
+                os.write(descriptor, f"\n{text}\n".encode())
+
+    def drain() -> None:
+        point = uuid4().hex
+        reached[point] = threading.Event()
+        send(json.dumps({POINT: point}))
+        reached[point].wait(DRAIN_SECONDS)
+
+    stream = os.fdopen(os.dup(descriptor), encoding="utf-8", errors="replace")
+    reader = threading.Thread(target=read, args=(stream,), name="messages", daemon=True)
     reader.start()
     try:
-        yield
+        yield drain
     finally:
-        os.write(descriptor, b"{}\n")
+        send("{}")
         reader.join()
-        os.close(descriptor)
+        with lock:
+            closed.set()
+            os.close(descriptor)
     if errors:
         raise errors[0]
+
+
+def _parse(line: str) -> dict[str, Any]:
+    """A message; something without meaning for an empty line, or one that was cut off."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return {"nothing": True}
+    return message if isinstance(message, dict) else {"nothing": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from typing import Any
 
 from finetune_trainer import stopping
 from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.train.distributed import command
 from finetune_trainer.train.work import Failed, Trained, Work
 
 WORKER = "finetune_trainer.train.worker"
+TIED = "finetune_trainer.train.tied"
 REQUEST, TRAINED, FAILED = "work.json", "trained.json", "failed.json"
 
 log = logging.getLogger(__name__)
@@ -36,7 +39,10 @@ class Workers:
         if stopping.is_stopping():
             stopping.wait_if_stopping()
         # A session of its own: Ctrl-C is for the stage, which then tells the worker to save.
-        with subprocess.Popen(self._command(request), start_new_session=True) as process:
+        with subprocess.Popen(
+            [sys.executable, "-m", TIED, str(os.getpid()), *self._command(work, request)],
+            start_new_session=True,
+        ) as process:
             self._process = process
             status = process.wait()
         # A worker that was told to stop ends as well; then the stop has the last word.
@@ -56,8 +62,8 @@ class Workers:
             return False
         return True
 
-    def _command(self, request: Path) -> list[str]:
-        return [sys.executable, "-m", self._module, str(request)]
+    def _command(self, work: Work, request: Path) -> list[str]:
+        return command(self._module, request, work.processes, stopping.save_seconds())
 
 
 def _ending(work: Work, status: int) -> Trained | Failed:

@@ -37,15 +37,16 @@ from finetune_trainer.base_model.loading import (
     compute_dtype,
     device_name,
     load_model,
-    training_device,
     use_available_cpus,
 )
 from finetune_trainer.base_model.tokenizer import load_tokenizer
 from finetune_trainer.config import Lora, Model
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.progress import Reporter
+from finetune_trainer.train import ranks, saving
 from finetune_trainer.train.callback import ProgressReport
 from finetune_trainer.train.channel import Channel
+from finetune_trainer.train.distributed import is_first
 from finetune_trainer.train.examples import Examples, check, tokenize
 from finetune_trainer.train.trainer import Data, RecipeTrainer
 from finetune_trainer.train.work import Trained, Work
@@ -53,7 +54,7 @@ from finetune_trainer.train.work import Trained, Work
 log = logging.getLogger(__name__)
 
 
-def fine_tune(work: Work, reporter: Reporter, _channel: Channel | None = None) -> Trained:
+def fine_tune(work: Work, reporter: Reporter, channel: Channel | None = None) -> Trained:
     """Train on the rows of `work.examples`; adapter and tokenizer go to `work.adapter`."""
     config, settings = work.config, work.config.training
     use_available_cpus()
@@ -68,7 +69,7 @@ def fine_tune(work: Work, reporter: Reporter, _channel: Channel | None = None) -
     model = load_model(
         work.model,
         compute_dtype(),
-        training_device(),
+        ranks.loading_device(work.plan),
         quantize=settings.method == "qlora",
         trust_remote_code=config.model.trust_remote_code,
     )
@@ -87,7 +88,7 @@ def fine_tune(work: Work, reporter: Reporter, _channel: Channel | None = None) -
     log.info("Training examples: %d, epochs: %d", len(examples), epochs)
 
     reporter.message("Training")
-    run = train(trainer, work)
+    run = train(trainer, work, channel)
     save_adapter(trainer, tokenizer, work.adapter, config.model)
     metrics = {
         **measured(trainer, run),
@@ -194,7 +195,7 @@ def arguments(work: Work, epochs: int, *, evaluate: bool, bf16: bool) -> SFTConf
         fp16=False,
         tf32=True if gpu and torch.cuda.get_device_capability() >= (8, 0) else None,
         use_cpu=not gpu,
-        gradient_checkpointing=plan.gradient_checkpointing,
+        **ranks.options(plan),
         gradient_checkpointing_kwargs={"use_reentrant": False},
         dataloader_num_workers=0,
         dataloader_pin_memory=gpu,
@@ -227,16 +228,14 @@ class Run:
     """Mean of the training loss over all steps."""
 
     seconds: float
-    first_step: int
-    """0, or where it was resumed."""
+    """What these steps took, also those of earlier attempts."""
 
 
-def train(trainer: RecipeTrainer, work: Work) -> Run:
+def train(trainer: RecipeTrainer, work: Work, channel: Channel | None) -> Run:
     """Train to the end and evaluate; StageError when the loss is no number any more."""
     began = time.monotonic()
-    resume_from = str(work.resume_from) if work.resume_from else None
-    result = trainer.train(resume_from_checkpoint=resume_from)
-    seconds = time.monotonic() - began
+    result, resumed = saving.train(trainer, work, channel)
+    seconds = resumed.seconds + time.monotonic() - began
     if not math.isfinite(result.training_loss):
         raise StageError(
             Reason.INVALID_CONFIG,
@@ -246,7 +245,7 @@ def train(trainer: RecipeTrainer, work: Work) -> Run:
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if trainer.data.held_out and trainer.state.global_step not in evaluated:
         trainer.evaluate()
-    return Run(result.training_loss, seconds, 0)
+    return Run(result.training_loss, seconds)
 
 
 def measured(trainer: RecipeTrainer, run: Run) -> dict[str, float]:
@@ -260,7 +259,7 @@ def measured(trainer: RecipeTrainer, run: Run) -> dict[str, float]:
         "trainRuntimeSeconds": run.seconds,
         "trainSteps": float(steps),
         "trainTokens": float(tokens),
-        "tokensPerSecond": (tokens - trainer.schedule.tokens(run.first_step)) / run.seconds,
+        "tokensPerSecond": tokens / run.seconds,
     }
     evaluations = [entry for entry in entries if "eval_loss" in entry]
     if evaluations:
@@ -290,9 +289,12 @@ def save_adapter(
 ) -> None:
     """Write adapter_config.json, adapter_model.safetensors and the tokenizer's files."""
     tuned = cast("PeftModel", trainer.model)
+    state = ranks.gathered_state(tuned)
+    if not is_first():
+        return
     # The model as the user named it; PEFT would note the folder that it was fetched to.
     tuned.active_peft_config.base_model_name_or_path = model.source
-    tuned.save_pretrained(str(adapter))
+    tuned.save_pretrained(str(adapter), state_dict=state)
     tokenizer.save_pretrained(adapter)
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
     for file in adapter.iterdir():

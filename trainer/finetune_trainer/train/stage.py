@@ -10,15 +10,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer import stopping
 from finetune_trainer.base_model import source
 from finetune_trainer.config import RunConfig, Stage
 from finetune_trainer.marker import METRICS, save_stage, stage_folder
 from finetune_trainer.outcome import Notice, Reason, StageResult
 from finetune_trainer.progress import Reporter, duration
 from finetune_trainer.storage import Folder, open_folder
-from finetune_trainer.train.channel import listening
-from finetune_trainer.train.launch import Workers, as_error
+from finetune_trainer.train.checkpoints import CheckpointStore
+from finetune_trainer.train.launch import as_error
+from finetune_trainer.train.session import Session
 from finetune_trainer.train.work import Failed, Trained, Work, default_plan
 
 log = logging.getLogger(__name__)
@@ -30,21 +30,24 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     prints = source.resolved_of(config).fingerprints
     output = open_folder(config.output.uri, config.storage)
     work = fetch_work(config, output, workspace, reporter)
-    notices: list[Notice] = []
-    trained = train(work, reporter, notices)
-    result = workspace / "result"
-    result.mkdir()
-    work.adapter.rename(result / "adapter")
-    (result / METRICS).write_text(json.dumps(describe(trained, notices), indent=2))
-    reporter.message("Saving the adapter")
-    save_stage(output, Stage.TRAIN, prints.train, result)
+    session = Session(CheckpointStore(output, prints.train), reporter)
+    with session.active():
+        trained = train(session.resume(work), session)
+        result = workspace / "result"
+        result.mkdir()
+        work.adapter.rename(result / "adapter")
+        described = describe(trained, session.notices)
+        (result / METRICS).write_text(json.dumps(described, indent=2))
+        reporter.message("Saving the adapter")
+        save_stage(output, Stage.TRAIN, prints.train, result)
+    session.clear()
     seconds = trained.metrics["trainRuntimeSeconds"]
     return StageResult(
         stage=Stage.TRAIN,
         reason=Reason.SUCCEEDED,
         message=f"loss {trained.metrics['finalLoss']:.4f} after {duration(seconds)}",
         metrics=trained.metrics,
-        notices=tuple(notices),
+        notices=tuple(session.notices),
     )
 
 
@@ -70,24 +73,11 @@ def fetch_work(config: RunConfig, output: Folder, workspace: Path, reporter: Rep
     )
 
 
-def train(work: Work, reporter: Reporter, notices: list[Notice]) -> Trained:
-    """Run the worker; raises StageError."""
-    workers = Workers()
-
-    def handle(message: dict[str, Any]) -> None:
-        if fields := message.get("progress"):
-            reporter.forward(fields)
-        if notice := message.get("notice"):
-            notices.append(Notice.model_validate(notice))
-
-    def save(deadline: float) -> str:
-        workers.stop(deadline)
-        return ""
-
-    with stopping.saving(save), listening(work.room, handle):
-        ending = workers.run(work)
+def train(work: Work, session: Session) -> Trained:
+    """Run workers to the end of the training; raises StageError."""
+    ending = session.run_once(work)
     if isinstance(ending, Failed):
-        raise as_error(ending, notices=tuple(notices))
+        raise as_error(ending, notices=tuple(session.notices))
     return ending
 
 

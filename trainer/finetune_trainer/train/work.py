@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune_trainer.config import Base, RunConfig, TrainingPlan
-from finetune_trainer.outcome import Reason
+from finetune_trainer.outcome import Reason, StageError
 
 
 class Work(Base):
@@ -15,6 +15,9 @@ class Work(Base):
     config: RunConfig
     plan: TrainingPlan
     """How a step is split into passes."""
+
+    processes: int = 1
+    """How many workers train together, each with a device of its own."""
 
     max_sequence_length: int
     """Tokens; at most what the spec says."""
@@ -72,6 +75,23 @@ class Failed(Base):
 
     checkpoint: Path | None = None
     """A checkpoint of that step, where it could still be written."""
+
+
+class InterruptedTrainingError(StageError):
+    """The training ended in between, and can go on from a checkpoint on disk if there is one."""
+
+    def __init__(self, cause: StageError, step: int, checkpoint: Path | None) -> None:
+        super().__init__(cause.reason, cause.message)
+        self.step = step
+        self.checkpoint = checkpoint
+
+
+def as_failed(error: StageError) -> Failed:
+    """What the worker leaves of an error."""
+    failed = Failed(reason=error.reason, message=error.message)
+    if isinstance(error, InterruptedTrainingError):
+        return failed.model_copy(update={"step": error.step, "checkpoint": error.checkpoint})
+    return failed
 
 
 def default_plan(config: RunConfig) -> TrainingPlan:

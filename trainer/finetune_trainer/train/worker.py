@@ -7,16 +7,19 @@ So memory that ran out, a crash of native code or a stop never takes the stage's
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
 from finetune_trainer.failures import explain
 from finetune_trainer.logs import set_up_libraries
-from finetune_trainer.outcome import Reason
+from finetune_trainer.outcome import ExitCode, Reason
 from finetune_trainer.progress import Reporter
 from finetune_trainer.train.channel import Channel
+from finetune_trainer.train.distributed import is_echo, is_first, write_first
 from finetune_trainer.train.launch import FAILED, TRAINED
-from finetune_trainer.train.work import Failed, Work
+from finetune_trainer.train.tied import die_with_parent
+from finetune_trainer.train.work import Work, as_failed
 
 INTERVAL_SECONDS = 0.2  # between two lines to the stage, which speaks to the API server less often
 
@@ -25,23 +28,29 @@ log = logging.getLogger(__name__)
 
 def main(request: Path) -> int:
     """Train; the exit status is that of the reason."""
+    die_with_parent(os.getppid())
     set_up_libraries()
     work = Work.model_validate_json(request.read_bytes())
-    channel = Channel(work.room)
+    channel = Channel(work.room) if is_first() else None
+    if channel is None:
+        logging.getLogger("finetune_trainer").setLevel(logging.WARNING)
     with Reporter(channel, INTERVAL_SECONDS) as reporter:
         try:
             # Here and not above: the environment must be set before the libraries are loaded.
-            from finetune_trainer.train import sft  # noqa: PLC0415
+            from finetune_trainer.train import ranks, sft  # noqa: PLC0415
 
-            trained = sft.fine_tune(work, reporter, channel)
+            with ranks.joined(work.plan):
+                trained = sft.fine_tune(work, reporter, channel)
         except Exception as error:  # the edge: nothing may end the worker without a reason
+            if is_echo(error):
+                return int(ExitCode.OTHER)
             failure = explain(error)
             if failure.reason is Reason.INTERNAL_ERROR:
                 log.exception("The training failed")
-            failed = Failed(reason=failure.reason, message=failure.message)
-            (work.room / FAILED).write_text(failed.model_dump_json(), encoding="utf-8")
+            write_first(work.room / FAILED, as_failed(failure).model_dump_json())
             return int(failure.reason.exit_code)
-    (work.room / TRAINED).write_text(trained.model_dump_json(), encoding="utf-8")
+    if is_first():
+        (work.room / TRAINED).write_text(trained.model_dump_json(), encoding="utf-8")
     return 0
 
 
