@@ -92,7 +92,7 @@ class Session:
             if fields := message.get("progress"):
                 self._reporter.forward(fields)
             if notice := message.get("notice"):
-                self.notice(Notice.model_validate(notice))
+                self._hear(Notice.model_validate(notice))
             if found := message.get("checkpoint"):
                 folder = Path(found["folder"])
                 self._uploader.offer(
@@ -106,6 +106,11 @@ class Session:
                 Local(ending.step, ending.checkpoint, work.plan, work.max_sequence_length)
             )
         return ending
+
+    def _hear(self, notice: Notice) -> None:
+        # A worker that goes on sees what the one before saw.
+        if notice.code not in {known.code for known in self.notices}:
+            self.notice(notice)
 
     def notice(self, notice: Notice) -> None:
         """Keep a notice, and tell people."""

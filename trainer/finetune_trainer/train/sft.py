@@ -48,7 +48,9 @@ from finetune_trainer.train.callback import ProgressReport
 from finetune_trainer.train.channel import Channel
 from finetune_trainer.train.distributed import is_first
 from finetune_trainer.train.examples import Examples, check, tokenize
+from finetune_trainer.train.ladder import write_lengths
 from finetune_trainer.train.trainer import Data, RecipeTrainer
+from finetune_trainer.train.watch import Watch
 from finetune_trainer.train.work import Trained, Work
 
 log = logging.getLogger(__name__)
@@ -63,6 +65,8 @@ def fine_tune(work: Work, reporter: Reporter, channel: Channel | None = None) ->
     reporter.message("Tokenizing the examples")
     tokenizer = load_tokenizer(work.model, trust_remote_code=config.model.trust_remote_code)
     examples, held_out = read_examples(work, tokenizer)
+    if is_first():
+        write_lengths(work.room, examples.lengths)
     epochs = resolve_epochs(settings.epochs, len(examples))
 
     reporter.message("Loading the base model")
@@ -82,6 +86,7 @@ def fine_tune(work: Work, reporter: Reporter, channel: Channel | None = None) ->
         epochs=epochs,
     )
     trainer.add_callback(ProgressReport(reporter, trainer.schedule.tokens))
+    trainer.add_callback(Watch(channel.notice if channel else None, settings))
     trainable = trainable_parameters(cast("torch.nn.Module", trainer.model))
     share = f"{trainable:,} / {parameters:,} ({trainable / parameters:.4%})"
     log.info("Trainable parameters / base parameters: %s", share)
@@ -238,7 +243,7 @@ def train(trainer: RecipeTrainer, work: Work, channel: Channel | None) -> Run:
     seconds = resumed.seconds + time.monotonic() - began
     if not math.isfinite(result.training_loss):
         raise StageError(
-            Reason.INVALID_CONFIG,
+            Reason.TRAINING_DIVERGED,
             f"The loss became {result.training_loss}: lower training.learningRate "
             f"({work.config.training.learning_rate:g}).",
         )
@@ -278,7 +283,7 @@ def history(trainer: RecipeTrainer) -> list[dict[str, float]]:
     """What the Trainer logged at each step, for curves."""
     names = ("step", "epoch", "loss", "learning_rate", "grad_norm", "eval_loss")
     return [
-        {name: float(entry[name]) for name in names if name in entry}
+        {name: float(entry[name]) for name in names if math.isfinite(entry.get(name, math.nan))}
         for entry in trainer.state.log_history
         if "loss" in entry or "eval_loss" in entry
     ]

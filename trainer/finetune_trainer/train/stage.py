@@ -17,6 +17,7 @@ from finetune_trainer.outcome import Notice, Reason, StageResult
 from finetune_trainer.progress import Reporter, duration
 from finetune_trainer.storage import Folder, open_folder
 from finetune_trainer.train.checkpoints import CheckpointStore
+from finetune_trainer.train.ladder import descend
 from finetune_trainer.train.launch import as_error
 from finetune_trainer.train.session import Session
 from finetune_trainer.train.work import Failed, Trained, Work, default_plan
@@ -75,7 +76,11 @@ def fetch_work(config: RunConfig, output: Folder, workspace: Path, reporter: Rep
 
 def train(work: Work, session: Session) -> Trained:
     """Run workers to the end of the training; raises StageError."""
-    ending = session.run_once(work)
+
+    def newest() -> Path | None:
+        return session.newest.folder if session.newest else None
+
+    ending = descend(session.run_once, work, newest, session.notice)
     if isinstance(ending, Failed):
         raise as_error(ending, notices=tuple(session.notices))
     return ending
