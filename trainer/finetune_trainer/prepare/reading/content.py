@@ -18,7 +18,7 @@ CHUNK = 1 << 20  # bytes
 START = 1 << 16  # bytes that tell what a file is
 
 BOMB_RATIO = 200  # text shrinks to a fifth or a tenth; deflate can do up to 1,032
-BOMB_FLOOR = 256 << 20  # bytes that may come out of any file
+BOMB_FLOOR = 64 << 20  # bytes that may come out of any file
 
 GZIP = b"\x1f\x8b"
 PARQUET = b"PAR1"

@@ -92,8 +92,8 @@ def _survey(content: Content, encoding: str, mark: int) -> Text:
         last = text[-2:] or last
         blank = blank and not text.strip()
         backslash = backslash or "\\" in text
-        single = single or bool(_SINGLE.search(piece))
-        spaced = spaced or bool(_SPACED.search(piece))
+        single = single or ("'" in text and bool(_SINGLE.search(piece)))
+        spaced = spaced or ('"' in text and bool(_SPACED.search(piece)))
     return Text(encoding, mark, blank, backslash, single, spaced)
 
 

@@ -115,7 +115,7 @@ class _Window:
                     return value
                 cause = ""
             if len(self._text) - self.position > MAX_LINE:
-                cause = f"it has over {MAX_LINE:,} characters, or {cause}"
+                cause = f"it has over {MAX_LINE:,} characters, or is never closed"
                 raise DamageError(number, number, cause)
             if not self._more() and cause:
                 raise DamageError(number, number, cause)

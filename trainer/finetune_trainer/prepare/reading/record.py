@@ -115,11 +115,11 @@ class Problems:
 
     def add(self, row: int, cause: str) -> None:
         """Note a row; a long cause is cut."""
-        bad = BadRow(row=row, cause=clip(cause))
+        cause = clip(cause)
         self.count += 1
         if len(self.first) < SHOWN:
-            self.first.append(bad)
-        self._all.write(json.dumps([bad.row, bad.cause]) + "\n")
+            self.first.append(BadRow(row=row, cause=cause))
+        self._all.write(json.dumps([row, cause]) + "\n")
 
     def __iter__(self) -> Iterator[BadRow]:
         """All of them, in the order of the file; not while rows are being added."""

@@ -116,7 +116,7 @@ def _cause(error: Exception) -> str:
     if "unexpected end of data" in text:
         return "a quote is opened and never closed"
     if isinstance(error, LongLineError) or "field larger" in text:
-        return f"a cell has over {MAX_CELL:,} characters: is a quote never closed?"
+        return f"a cell has over {MAX_CELL:,} characters (is a quote never closed?)"
     if "expected after" in text:
         return f"{text} (a quote inside a quoted text is written twice)"
     return text

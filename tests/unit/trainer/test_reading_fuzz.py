@@ -1,0 +1,316 @@
+"""The dataset reader on what nobody thought of: it reads or it refuses, and loses nothing."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from finetune_trainer.config import Columns, Dataset
+from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.prepare.reading import Problems, Record, open_source
+
+CORPUS = Path(__file__).parents[2] / "data" / "corpus"
+URI = "s3://data/train.csv"
+HEADER = b"instruction,response\n"
+REASONS = {
+    Reason.DATASET_EMPTY,
+    Reason.DATASET_UNREADABLE,
+    Reason.COLUMN_NOT_FOUND,
+    Reason.INVALID_ROWS,
+}
+SKIP = Dataset(source=URI, on_invalid_row="skip", max_invalid_rows="100%")
+FAIL = Dataset(source=URI)
+
+
+def fuzz(examples: int) -> Any:
+    """The same examples in every run, each within two seconds."""
+    return settings(
+        max_examples=examples,
+        derandomize=True,
+        deadline=2000,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+
+
+@dataclass
+class Reading:
+    """What became of a file."""
+
+    records: list[Record]
+    problems: Problems
+    error: StageError | None = None
+
+
+def read(data: bytes, dataset: Dataset) -> Reading:
+    """Read the file; whatever it is, what comes of it must make sense."""
+    found = Reading([], Problems())
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        try:
+            source = open_source(Path(file.name), dataset, URI)
+            found.records.extend(source.records(found.problems))
+        except StageError as error:
+            check_error(error, found.problems)
+            found.error = error
+        else:
+            assert len(found.records) + found.problems.count == source.rows
+            assert found.records
+            json.dumps(source.detected.to_report()).encode()
+    if dataset is FAIL and found.error is None:
+        assert not found.problems.count
+    for record in found.records:
+        check_record(record)
+    return found
+
+
+def check_error(error: StageError, problems: Problems) -> None:
+    assert error.reason in REASONS
+    assert URI in error.message
+    assert "\n" not in error.message
+    assert len(error.message) < 3500
+    error.message.encode()
+    if error.reason is Reason.INVALID_ROWS:
+        assert error.dataset is not None
+        assert error.dataset.invalid == problems.count == len(list(problems)) > 0
+        assert error.dataset.rows >= problems.count
+
+
+def check_record(record: Record) -> None:
+    roles = [message["role"] for message in record.messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    assert turns == ["user", "assistant"] * (len(turns) // 2)
+    assert turns
+    for message in record.messages:
+        assert set(message) == {"role", "content"}
+        assert message["content"].strip()
+        message["content"].encode()
+
+
+PREFIXES = [
+    b"", HEADER, HEADER + b"a,b\n", b'"instruction"\t"response"\n', b"messages\n",
+    b"sep=;\ninstruction;response\n", b'{"instruction": ', b"[", b'[{"',
+    b'{"messages": [{"role": "user", "content": "', b"\xef\xbb\xbf", b"\xff\xfei\0n\0", b"\xfe\xff",
+    b"\xff\xfe\0\0", b"PAR1", b"\x1f\x8b\x08\0",
+]  # fmt: skip
+
+
+@fuzz(400)
+@given(st.sampled_from(PREFIXES), st.binary(max_size=600), st.booleans())
+def test_any_bytes_are_read_or_refused(prefix: bytes, data: bytes, zipped: bool) -> None:
+    whole = prefix + data
+    read(gzip.compress(whole, mtime=0) if zipped else whole, SKIP)
+
+
+@fuzz(300)
+@given(
+    st.sampled_from(PREFIXES),
+    st.text(alphabet="ab ,;\t|\"'\\\r\n{}[]:é\u2028", max_size=200),
+    st.sampled_from([SKIP, FAIL]),
+)
+def test_any_text_is_read_or_refused(prefix: bytes, text: str, dataset: Dataset) -> None:
+    read(prefix + text.encode(), dataset)
+
+
+CELL = st.text(
+    st.one_of(
+        st.sampled_from(" ,;\t|\"'\\\r\n=#{}[]"),
+        st.characters(exclude_categories=["Cs"], exclude_characters="\0"),
+    ),
+    max_size=12,
+)
+FILLED = CELL.filter(str.strip)
+NAMES = st.text(st.sampled_from("abcdxyz _-"), max_size=6).filter(lambda name: name != "input")
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> list[list[str]]:
+    """A header with further columns around the two, and rows of any text."""
+    before, after = draw(st.lists(NAMES, max_size=2)), draw(st.lists(NAMES, max_size=2))
+    header = [*before, "instruction", *after, "response"]
+    cells = [FILLED if name in ("instruction", "response") else CELL for name in header]
+    rows = draw(st.lists(st.tuples(*cells), min_size=1, max_size=6))
+    return [header, *(list(row) for row in rows)]
+
+
+def write(table: list[list[str]], **dialect: Any) -> str:
+    out = io.StringIO(newline="")
+    csv.writer(out, **dialect).writerows(table)
+    return out.getvalue()
+
+
+def examples(table: list[list[str]]) -> list[tuple[str, str]]:
+    first, last = table[0].index("instruction"), table[0].index("response")
+    return [(row[first], row[last]) for row in table[1:]]
+
+
+def contents(found: Reading) -> list[tuple[str, str]]:
+    if found.error:
+        raise found.error
+    return [(r.messages[0]["content"], r.messages[1]["content"]) for r in found.records]
+
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-be"]
+
+
+@fuzz(400)
+@given(
+    tables(),
+    st.sampled_from(",;\t|"),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+    st.sampled_from(ENCODINGS),
+    st.booleans(),
+)
+def test_a_table_is_read_as_it_was_written(
+    table: list[list[str]], delimiter: str, end: str, encoding: str, quoted: bool
+) -> None:
+    quoting = csv.QUOTE_ALL if quoted or end != "\r\n" else csv.QUOTE_MINIMAL
+    text = write(table, delimiter=delimiter, lineterminator=end, quoting=quoting)
+    if encoding[-2:] in ("le", "be"):  # without a mark, only letters give these away
+        assume(text[:2].isascii() and "\0" not in text[:2])
+    assert contents(read(text.encode(encoding), FAIL)) == examples(table)
+
+
+@fuzz(400)
+@given(tables(), st.sampled_from(",;\t|"), st.sampled_from("\"'"), st.booleans())
+def test_unusual_quotes_are_read_as_they_were_written(
+    table: list[list[str]], delimiter: str, quote: str, backslash: bool
+) -> None:
+    dialect: dict[str, Any] = {"delimiter": delimiter, "quotechar": quote, "strict": True}
+    if backslash:
+        dialect |= {"doublequote": False, "escapechar": "\\"}
+    text = write(table, quoting=csv.QUOTE_ALL, **dialect)
+    assume(parse(text, **dialect) == table)  # csv.writer forgets some backslashes
+    for usual in ('"', quote):  # nobody can tell where it is a regular table of other texts too
+        other = parse(text, delimiter=delimiter, quotechar=usual, strict=True)
+        assume(other is None or other == table or not even(other))
+    assert contents(read(text.encode(), FAIL)) == examples(table)
+
+
+def even(table: list[list[str]]) -> bool:
+    return "instruction" in table[0] and len({len(row) for row in table}) == 1
+
+
+def parse(text: str, **dialect: Any) -> list[list[str]] | None:
+    try:
+        return list(csv.reader(io.StringIO(text, newline=""), **dialect))
+    except csv.Error:
+        return None
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        return bool(data.decode()) or not data
+    except UnicodeDecodeError:
+        return False
+
+
+WESTERN = st.text(st.sampled_from("abc déèàçüöäßñ€“”\u2019\u2013…"), min_size=1).filter(str.strip)
+
+
+@fuzz(100)
+@given(st.lists(st.tuples(WESTERN, WESTERN), min_size=1))
+def test_old_western_text_is_read_right_or_refused(rows: list[tuple[str, str]]) -> None:
+    table = [["instruction", "response"], *(list(row) for row in rows)]
+    data = write(table).encode("cp1252")
+    assume(data.isascii() or not is_utf8(data))  # a few words are valid in both
+    found = read(data, FAIL)
+    if found.error:
+        assert found.error.reason is Reason.DATASET_UNREADABLE
+    else:
+        assert contents(found) == examples(table)
+
+
+GOOD = [
+    (CORPUS / name).read_bytes()
+    for name in [
+        "quoted-newlines.csv", "more-columns.csv", "mac-lines.csv", "utf-16.csv", "utf-32-be.csv",
+        "backslash-quotes.csv", "single-quotes.csv", "tabs.tsv", "windows-1252.csv", "messages.csv",
+        "good.csv.gz", "good.jsonl", "messages.jsonl", "array.json", "good.jsonl.gz",
+    ]
+]  # fmt: skip
+PARQUET = [
+    (CORPUS / name).read_bytes()
+    for name in ["good.parquet", "messages.parquet", "row-groups.parquet", "dictionary.parquet"]
+]
+
+
+@st.composite
+def damaged(draw: st.DrawFn, files: list[bytes]) -> bytes:
+    """A good file with some bytes flipped, put in or taken out, or its end cut off."""
+    data = bytearray(draw(st.sampled_from(files)))
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(data)))
+        match draw(st.sampled_from(["flip", "insert", "delete", "repeat", "cut"])):
+            case "flip" if at < len(data):
+                data[at] ^= 1 << draw(st.integers(0, 7))
+            case "insert":
+                data[at:at] = draw(
+                    st.sampled_from([b'"', b"\n", b",", b"\\", b"\0", b"\xff", b"'"])
+                )
+            case "delete":
+                del data[at : at + draw(st.integers(1, 8))]
+            case "repeat":
+                data[at:at] = data[at : at + draw(st.integers(1, 40))]
+            case "cut":
+                del data[at:]
+    return bytes(data)
+
+
+@fuzz(500)
+@given(damaged(GOOD), st.sampled_from([SKIP, FAIL]))
+def test_a_damaged_file_is_read_or_refused(data: bytes, dataset: Dataset) -> None:
+    read(data, dataset)
+
+
+@fuzz(200)
+@given(damaged(PARQUET))
+def test_damaged_parquet_is_read_or_refused(data: bytes) -> None:
+    read(data, SKIP)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "weight", "x"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+MESSAGE = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["system", "user", "assistant", "tool"]),
+        "content": st.text(max_size=4),
+    }
+)
+VALUE = JSON | st.lists(MESSAGE | JSON, max_size=4)
+KEYS = ["instruction", "input", "response", "system", "prompt", "completion", "messages"]
+
+
+@fuzz(200)
+@given(
+    st.lists(JSON | st.dictionaries(st.sampled_from(KEYS), VALUE), min_size=1, max_size=6),
+    st.sampled_from([Columns(), Columns(system="system"), Columns(messages="messages")]),
+    st.booleans(),
+)
+def test_any_json_is_mapped_or_refused(items: list[Any], columns: Columns, array: bool) -> None:
+    lines = [json.dumps(item) for item in items]
+    text = f"[{','.join(lines)}]" if array else "".join(f"{line}\n" for line in lines)
+    read(text.encode(), SKIP.model_copy(update={"columns": columns}))
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":', b'"', b"'", b"(", b"\\"])
+def test_a_long_row_of_openings_ends_in_time(opening: bytes) -> None:
+    read(HEADER + opening * 100_000, SKIP)
+    read(opening * 100_000, SKIP)
