@@ -60,7 +60,12 @@ def test_another_learning_rate_stops_the_training_and_starts_it_anew(here: Names
 def test_other_resources_leave_the_running_training_alone(here: Namespace) -> None:
     here.apply()
     here.succeed(prepared())
+    waits = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+    here.set_pod(here.pod(TRAIN), "Pending", conditions=[waits])
+    here.wait("the pod to wait", lambda: here.condition("Progressing")[1] == "Unschedulable")
     old = here.start_pod(TRAIN)["metadata"]["uid"]
+    # The edit below reaches the operator on another watch than the pod's start.
+    here.wait("the start to be seen", lambda: here.condition("Progressing")[1] == "Training")
     here.apply(stages={"train": {"resources": {"limits": {"memory": "8Gi"}}}})
     here.wait_phase("Preparing")
     here.succeed(prepared(PREPARE))
@@ -79,7 +84,7 @@ def test_other_resources_replace_a_training_that_has_not_begun(here: Namespace) 
     here.wait("another pod", lambda: here.pod(TRAIN)["metadata"]["uid"] != old)
     (container,) = here.pod(TRAIN)["spec"]["containers"]
     assert container["resources"]["limits"] == {"memory": "8Gi"}
-    assert here.stage(TRAIN)["attempt"] == 1
+    here.wait("the same attempt", lambda: here.stage(TRAIN)["attempt"] == 1)
 
 
 def test_an_edit_during_prepare_starts_prepare_anew(here: Namespace) -> None:
