@@ -18,6 +18,7 @@ from finetune_trainer.train.work import Failed, Trained, Work
 
 WORKER = "finetune_trainer.train.worker"
 TIED = "finetune_trainer.train.tied"
+VMSTAT = Path("/proc/vmstat")
 REQUEST, TRAINED, FAILED = "work.json", "trained.json", "failed.json"
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Workers:
         request.write_text(work.model_dump_json(indent=2), encoding="utf-8")
         if stopping.is_stopping():
             stopping.wait_if_stopping()
+        kills = oom_kills()
         # A session of its own: Ctrl-C is for the stage, which then tells the worker to save.
         with subprocess.Popen(
             [sys.executable, "-m", TIED, str(os.getpid()), *self._command(work, request)],
@@ -47,7 +49,7 @@ class Workers:
             status = process.wait()
         # A worker that was told to stop ends as well; then the stop has the last word.
         stopping.wait_if_stopping()
-        return _ending(work, status)
+        return _ending(work, status, for_memory=kills is None or kills != oom_kills())
 
     def stop(self, deadline: float) -> bool:
         """Tell the worker to save and end; whether it did so before the deadline."""
@@ -66,13 +68,22 @@ class Workers:
         return command(self._module, request, work.processes, stopping.save_seconds())
 
 
-def _ending(work: Work, status: int) -> Trained | Failed:
+def oom_kills() -> int | None:
+    """How many processes this machine has killed for want of memory; None if it doesn't tell."""
+    try:
+        counters = dict(line.split() for line in VMSTAT.read_text().splitlines())
+        return int(counters["oom_kill"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _ending(work: Work, status: int, *, for_memory: bool) -> Trained | Failed:
     trained, failed = work.room / TRAINED, work.room / FAILED
     if status == 0 and trained.exists():
         return Trained.model_validate_json(trained.read_bytes())
     if failed.exists():
         return Failed.model_validate_json(failed.read_bytes())
-    if status in (-signal.SIGKILL, 128 + signal.SIGKILL):
+    if status in (-signal.SIGKILL, 128 + signal.SIGKILL) and for_memory:
         raise StageError(
             Reason.OUT_OF_MEMORY,
             "The training process was killed, most likely for want of memory: raise the memory "

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ from finetune_trainer.train.channel import Channel
 from finetune_trainer.train.work import InterruptedTrainingError, Work
 
 DUE_SECONDS = 600.0  # between two checkpoints where training.checkpointSteps is left out
+FULL_BYTES = 1 << 20  # a disk with less is full
 NOTHING, DUE, LAST = range(3)  # what to do after a step: go on, save, save and end
 
 log = logging.getLogger(__name__)
@@ -253,7 +255,9 @@ class Saving(TrainerCallback, ExportableState):
             if failure.reason is Reason.OUT_OF_GPU_MEMORY:
                 step = self._trainer.state.global_step
                 raise InterruptedTrainingError(failure, step, self.save_last_step()) from error
-            if failure.reason is Reason.OUT_OF_DISK and self._saving is not None:
+            if self._saving is not None and (
+                failure.reason is Reason.OUT_OF_DISK or self._is_disk_full()
+            ):
                 raise self._disk_full() from error
             raise
         finally:
@@ -285,6 +289,10 @@ class Saving(TrainerCallback, ExportableState):
 
     def _folder(self, step: int) -> Path:
         return self._work.checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    def _is_disk_full(self) -> bool:
+        """torch.save says no more than "iostream error"."""
+        return shutil.disk_usage(self._work.room).free < FULL_BYTES
 
     def _disk_full(self) -> StageError:
         newest = self._newest[1] if self._newest else None

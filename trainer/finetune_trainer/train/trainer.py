@@ -104,6 +104,9 @@ class RecipeTrainer(SFTTrainer):
         # The count is that of all processes, whose gradients will be averaged.
         return loss * (1 if num_items_in_batch is None else self.args.world_size)
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: TRL would write one with every checkpoint."""
+
     def evaluation_loop(self, dataloader: DataLoader[Any], *_: Any, **options: Any) -> Any:
         """The mean over all labels of the held-out rows, not the mean of the batches' means."""
         prefix = options.get("metric_key_prefix", "eval")

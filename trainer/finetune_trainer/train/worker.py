@@ -55,4 +55,9 @@ def main(request: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    exit_status = main(Path(sys.argv[1]))
+    if exit_status == ExitCode.STOPPED:
+        # The libraries take seconds to unload, and the grace period is for the upload.
+        sys.stdout.flush()
+        os._exit(exit_status)
+    sys.exit(exit_status)
