@@ -13,6 +13,7 @@ from typing import Any
 from finetune_trainer.base_model import source
 from finetune_trainer.config import Quantization, RunConfig, Stage, read_run_config
 from finetune_trainer.marker import stage_folder
+from finetune_trainer.memory.machine import this_machine
 from finetune_trainer.outcome import Reason, StageError, StageResult
 from finetune_trainer.progress import Reporter
 from finetune_trainer.running import perform
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 def train(config: RunConfig, folder: Path, reporter: Reporter) -> StageResult:
     """Prepare and train, and lay the adapter out as `lora_adapter`."""
+    if config.hardware is None:
+        config = config.model_copy(update={"hardware": this_machine(folder)})
     prepared = perform(Stage.PREPARE, config, _workspace(folder), reporter)
     log.info("Dataset: %s: %s", config.dataset.source, prepared.message)
     config = config.model_copy(update={"resolved": prepared.resolved})
