@@ -171,6 +171,28 @@ def test_a_bomb_is_refused_in_bounded_memory(
     assert found["seconds"] < 60
 
 
+def write_repeated(file: Path, rows: int, *, dictionary: bool) -> None:
+    """The same text of 1 MB in each row: a dictionary holds it once, compression shrinks it."""
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * rows), ["word " * 200_000])
+    texts = column if dictionary else column.cast(pa.string())
+    table = pa.table({"prompt": ["Who?"] * rows, "completion": texts})
+    pq.write_table(table, file, compression="zstd", use_dictionary=dictionary)
+
+
+def test_long_texts_in_parquet_are_not_all_in_memory_at_once(tmp_path: Path) -> None:
+    write_repeated(tmp_path / "long.parquet", 2000, dictionary=True)
+    found = read_in_child(tmp_path / "long.parquet")
+    assert found["records"] == 2000
+    assert found["mebibytes"] < 300
+
+
+def test_a_bomb_of_parquet_is_refused(tmp_path: Path) -> None:
+    write_repeated(tmp_path / "bomb.parquet", 100, dictionary=False)
+    found = read_in_child(tmp_path / "bomb.parquet")
+    assert "expands to more than 200 times its size" in found["message"]
+    assert found["mebibytes"] < 50
+
+
 def test_a_cell_as_long_as_any_context_is_read(tmp_path: Path) -> None:
     file = tmp_path / "long.csv"
     text = "wörd, " * 1_000_000

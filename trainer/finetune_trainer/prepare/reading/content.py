@@ -57,6 +57,11 @@ FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 _MARKUP = (b"<!doctype html", b"<html", b"<?xml")
 
 
+def expands_to(size: int) -> int:
+    """Bytes that may come out of a compressed file of this size."""
+    return max(BOMB_FLOOR, size * BOMB_RATIO)
+
+
 def unreadable(uri: str, text: str) -> StageError:
     """The file as a whole can't be read."""
     return StageError(Reason.DATASET_UNREADABLE, f"{uri} {text}")
@@ -122,7 +127,7 @@ class _Unzipped(io.RawIOBase):
         self._plain = plain
         self._gzip = gzip.GzipFile(fileobj=plain, mode="rb")
         self._size = size
-        self._limit = max(BOMB_FLOOR, size * BOMB_RATIO)
+        self._limit = expands_to(size)
         self._uri = uri
         self._done = 0
 

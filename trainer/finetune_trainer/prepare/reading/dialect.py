@@ -25,7 +25,7 @@ MAX_CELL = MAX_LINE // 2  # characters; a longer cell is a quote that was never 
 DELIMITERS = ",;\t|"
 
 _SAMPLE_LINES, _SAMPLE_CHARS = 400, 1 << 20  # tell delimiters apart where the header does not
-_SEP = re.compile(r'"?sep=(.)"?\r?\n?', re.IGNORECASE)
+_SEP = re.compile(r'"?sep=([^\w\s"\'\\]|\t)"?\r?\n?', re.IGNORECASE)
 _ESCAPE = re.compile(r"\\([\\\"',;\t|\r\n]?)")
 
 Fit = Callable[[list[str]], int]
@@ -147,8 +147,6 @@ def _alternatives(first: Dialect, text: Text) -> list[Dialect]:
     found: list[Dialect] = []
     if text.backslash:
         found.append(replace(first, backslash=True))
-    if text.spaced and not first.spaced:
-        found.append(replace(first, spaced=True))
     if text.single and first.quote == '"':
         found += [replace(way, quote="'") for way in (first, *found)]
     if first.delimiter == "\t":  # the registered form of text/tab-separated-values has no quotes

@@ -13,6 +13,7 @@ from finetune_trainer.prepare.reading.record import DamageError, Row
 from finetune_trainer.prepare.reading.strict_json import NotJsonError, parse
 
 KEYS_FROM = 100  # objects whose keys together are the columns
+KEYS_SIZE = 1 << 20  # characters of keys, after which no further ones are looked for
 
 Item = tuple[int, Any]
 """Number of a line or element, and its value or why it has none (NotJsonError)."""
@@ -85,7 +86,7 @@ def keys(items: Iterator[Item]) -> list[str]:
             if isinstance(value, dict):
                 found.update(dict.fromkeys(value))
                 seen += 1
-                if seen == KEYS_FROM:
+                if seen == KEYS_FROM or sum(map(len, found)) > KEYS_SIZE:
                     break
     except DamageError:
         pass  # it is reported where rows are read

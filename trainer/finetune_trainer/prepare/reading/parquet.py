@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune_trainer.outcome import StageError
-from finetune_trainer.prepare.reading.content import Content, unreadable
+from finetune_trainer.prepare.reading.content import BOMB_RATIO, Content, expands_to, unreadable
 from finetune_trainer.prepare.reading.record import Row
 from finetune_trainer.prepare.reading.wording import clip, name_of
 
-BATCH = 256  # rows that are in memory as Python objects
+BATCH, BATCH_BYTES = 64, 16 << 20  # what is in memory at once, as Python objects
 BUFFER = 1 << 20  # bytes read ahead of each column
 
 _ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
@@ -29,7 +29,9 @@ class Parquet:
         self.content = content
         with self._open() as parquet:
             self.schema: pa.Schema = parquet.schema_arrow
-        self.fields = list(self.schema.names)
+            self.fields = list(self.schema.names)
+            self._check_size(parquet.metadata)
+            self.batch = _batch(parquet.metadata)
 
     @property
     def described(self) -> dict[str, str | None]:
@@ -58,11 +60,21 @@ class Parquet:
         """The wanted values of each row; raises StageError (DatasetUnreadable)."""
         number = 0
         with self._open() as parquet:
-            for batch in parquet.iter_batches(BATCH, columns=list(wanted), use_threads=False):
+            for batch in parquet.iter_batches(self.batch, columns=list(wanted), use_threads=False):
                 columns = [batch.column(name).to_pylist() for name in wanted]
                 for values in zip(*columns, strict=True):
                     number += 1
                     yield number, number, values
+
+    def _check_size(self, metadata: pq.FileMetaData) -> None:
+        """A page is unpacked whole, so what a small file may expand to has an end."""
+        groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
+        if sum(group.total_byte_size for group in groups) > expands_to(self.content.size):
+            raise unreadable(
+                self.content.uri,
+                f"expands to more than {BOMB_RATIO} times its size: write it without compression "
+                "if that is right.",
+            )
 
     @contextmanager
     def _open(self) -> Iterator[pq.ParquetFile]:
@@ -70,7 +82,10 @@ class Parquet:
             with (
                 self.content.seekable() as stream,
                 pq.ParquetFile(
-                    stream, buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True
+                    stream,
+                    buffer_size=BUFFER,
+                    pre_buffer=False,
+                    page_checksum_verification=True,
                 ) as parquet,
             ):
                 yield parquet
@@ -79,6 +94,13 @@ class Parquet:
         except _ERRORS as error:
             text = clip(f"can't be read as Parquet: {error}").rstrip(".")
             raise unreadable(self.content.uri, f"{text}. Write it again.") from error
+
+
+def _batch(metadata: pq.FileMetaData) -> int:
+    """How many rows to take at once: fewer where they are large."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    largest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=1)
+    return int(max(1, min(BATCH, BATCH_BYTES // max(largest, 1))))
 
 
 def _is_text(kind: pa.DataType) -> bool:

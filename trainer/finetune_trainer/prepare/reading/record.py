@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
 from finetune_trainer.outcome import BadRow
-from finetune_trainer.prepare.reading.wording import SHOWN, clip, plural
+from finetune_trainer.prepare.reading.wording import SHOWN, clip, plural, printable
 
 Message = dict[str, str]
 """`role` (system, user or assistant) and `content`."""
@@ -93,7 +93,7 @@ class Detected:
             "escape": self.escape,
             "layout": self.layout,
             "columns": dict(self.columns),
-            "unusedColumns": list(self.unused[:100]),
+            "unusedColumns": [printable(name) for name in self.unused[:100]],
         }
         return {key: value for key, value in found.items() if value is not None}
 

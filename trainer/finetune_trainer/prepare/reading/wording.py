@@ -14,6 +14,11 @@ def clip(text: str, limit: int = LONGEST) -> str:
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
+def printable(name: str) -> str:
+    """A column's name for a report: short, and without halves of surrogate pairs."""
+    return clip(name.encode("utf-8", "backslashreplace").decode())
+
+
 def name_of(name: str) -> str:
     """A column as the message quotes it."""
     return clip(repr(name), 60)
