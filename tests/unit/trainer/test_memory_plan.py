@@ -107,12 +107,13 @@ def test_the_choice(case: tuple[tuple[str, dict[str, object], int, Hardware], ob
     assert made.device_bytes
 
 
-@pytest.mark.parametrize("devices", [3, 5, 16])
-def test_gpus_that_can_not_share_a_step_evenly(devices: int) -> None:
+@pytest.mark.parametrize(("devices", "fewer"), [(3, 2), (5, 4), (16, 8)])
+def test_gpus_that_can_not_share_a_step_evenly(devices: int, fewer: int) -> None:
     with pytest.raises(StageError) as raised:
         plan(Training(), shape(EIGHT), Lengths(512), gpus(80, devices))
     assert raised.value.reason is Reason.INVALID_CONFIG
     assert "8 examples (batchSize 2 x gradientAccumulationSteps 4)" in raised.value.message
+    assert f"ask for {fewer} GPUs." in raised.value.message
     for number in re.findall(r"make it (\d+)(?: or (\d+))?", raised.value.message)[0]:
         assert not number or int(number) % devices == 0
 

@@ -64,13 +64,14 @@ def check_devices(training: Training, devices: int) -> None:
     batch = effective_batch(training)
     if batch % devices == 0:
         return
+    fewer = max(d for d in _divisors(batch) if d < devices)
     near = sorted({max(1, batch // devices) * devices, -(-batch // devices) * devices})
     raise StageError(
         Reason.INVALID_CONFIG,
         f"The effective batch of {batch} examples (batchSize {training.batch_size} x "
         f"gradientAccumulationSteps {training.gradient_accumulation_steps}) can't be spread evenly "
-        f"over {devices} GPUs: make it {' or '.join(map(str, near))}, or ask for "
-        f"{' or '.join(str(d) for d in _divisors(batch) if d < devices and d * 4 > devices)} GPUs.",
+        f"over {devices} GPUs: make it {' or '.join(map(str, near))}, or ask for {fewer} "
+        f"GPU{'s' if fewer > 1 else ''}.",
     )
 
 
