@@ -76,7 +76,8 @@ class RecipeTrainer(SFTTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The held-out rows, those of like length together."""
         held_out = self.data.held_out
-        if held_out is None or eval_dataset is not None:
+        # The Trainer names its own set here; only a set from elsewhere is not ours to order.
+        if held_out is None or not (eval_dataset is None or eval_dataset is self.eval_dataset):
             return super().get_eval_dataloader(eval_dataset)
         per_pass = self.args.per_device_eval_batch_size
         sampler = EvaluationSampler(
