@@ -26,7 +26,12 @@ _LETTERS = "À-ÖØ-öø-ÿŠšŽžŒœŸ"
 # Signs that do stand inside a word: apostrophe, dashes, dots, accent, soft hyphen, hard space.
 _JOINTS = "\u2019\u2013\u2014\u2026\xb7\xb4\xad\xa0"
 _RUN = re.compile(f"[{_LETTERS}]{{3,}}")
-_INSIDE = re.compile(f"(?<=[A-Za-z])[^\x00-\x7f{_LETTERS}{_JOINTS}](?=[a-z])")
+_INSIDE = re.compile(f"(?<=[A-Za-z{_LETTERS}])[^\x00-\x7f{_LETTERS}{_JOINTS}](?=[a-zß-öø-ÿ])")
+# Other encodings that use the same bytes. In Portuguese õ stands before e; Hungarian has ő for it,
+# beside accents that Estonian does not know. ISO-8859-15 has the euro and œ for ¤ and ½.
+_HUNGARIAN = re.compile("[õÕ](?![eE])")
+_ACCENTS = re.compile("[áíóúÁÍÓÚ]")
+_LATIN_9 = re.compile(f"\xa4|[\xa6\xa8\xb8\xbc-\xbe](?=[A-Za-z{_LETTERS}])")
 # Signs that don't stand behind an accented letter: macron, not, broken bar, diaeresis, currency,
 # cedilla, circumflex, tilde, the Spanish openings, florin, cent, yen, per mille, double dagger.
 _SIGNS = "\xaf\xac\xa6\xa8\xa4\xb8\u02c6\u02dc\xa1\xbf\u0192\xa2\xa5\u2030\u2021"
@@ -96,7 +101,7 @@ def _doubt(seen: _Seen) -> str | None:
         return "Nor does it look like Latin-1 or Windows-1252."
     if utf8 * 20 > high:
         return "It mixes encodings."
-    return _other_language(seen.sample[:GUESSED])
+    return _other_language(seen.sample[:GUESSED]) or _other_letters(text)
 
 
 def _other_language(sample: bytes) -> str | None:
@@ -106,3 +111,9 @@ def _other_language(sample: bytes) -> str | None:
     if str(best) == sample.decode("cp1252", "replace"):
         return None
     return f"It looks like {best.encoding} ({best.language})."
+
+
+def _other_letters(text: str) -> str | None:
+    if _HUNGARIAN.search(text) and _ACCENTS.search(text):
+        return "It looks like ISO-8859-2 or Windows-1250 (Hungarian)."
+    return "It looks like ISO-8859-15." if _LATIN_9.search(text) else None
