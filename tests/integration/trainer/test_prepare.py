@@ -206,9 +206,9 @@ def test_rows_of_which_no_answer_is_left_are_refused_whatever_is_allowed(
 def test_memory_hardly_grows_with_the_rows(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    """Seven times as many rows of 1 kB: both passes keep a few dozen bytes of each."""
+    """Thrice as many rows of 1 kB: both passes keep a few dozen bytes of each."""
     peaks = []
-    for count in (200, 1_400):
+    for count in (600, 1_800):
         rows = [pair(f"{n} " + "question " * 60, "answer " * 60) for n in range(count)]
         (folder := tmp_path / str(count)).mkdir()
         load(folder, rows)

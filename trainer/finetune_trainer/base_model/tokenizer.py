@@ -28,7 +28,10 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
 """For base models that come without a chat template. It is saved with the tokenizer, so that the
-merged model and the GGUF files use what the training used."""
+merged model and the GGUF files use what the training used. The token that the tokenizer begins a
+text with, if it does, stands before it."""
+
+BEGIN = "{{ bos_token }}"
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -51,11 +54,17 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         log.warning(
             "The base model has no chat template; '### Instruction: … ### Response: …' is used"
         )
-        tokenizer.chat_template = PLAIN_TEMPLATE
+        tokenizer.chat_template = fallback_template(tokenizer)
     if tokenizer.pad_token_id is None:
         # Not a new token: the vocabulary must keep the shape of the embeddings.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def fallback_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template for a base model that has none."""
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return BEGIN + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
 
 
 Message = dict[str, str]
@@ -182,6 +191,14 @@ def _common(ours: list[int], theirs: list[int]) -> int:
         if one != other:
             return position
     return min(len(ours), len(theirs))
+
+
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template begins a conversation with the bos_token."""
+    pair = message_pair("a", "b")
+    return bool(tokenizer.bos_token) and render_prompt(tokenizer, pair).startswith(
+        str(tokenizer.bos_token)
+    )
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+import gguf
+
 from finetune_trainer.base_model import converter
 from finetune_trainer.base_model.loading import available_cpus
 from finetune_trainer.config import Quantization
@@ -29,11 +31,14 @@ def write_gguf(
     quantizations: tuple[Quantization, ...],
     reporter: Reporter,
     *,
+    begins_with_bos: bool = True,
     trust_remote_code: bool = False,
 ) -> list[Path]:
     """Write one file per quantization to the folder `target`, the largest first.
 
     The merged model's own 16-bit type is converted without loss; all others are made of that file.
+    Without `begins_with_bos` the files tell servers not to put that token before a prompt, as some
+    tokenizers do although their chat template doesn't: the training never saw it.
     """
     target.mkdir(parents=True, exist_ok=True)
     own = Quantization.BF16 if parameters_dtype(merged) == "bfloat16" else Quantization.F16
@@ -41,6 +46,8 @@ def write_gguf(
     reporter.message(f"Converting to GGUF ({own})")
     kind_name: Literal["bf16", "f16"] = "bf16" if own is Quantization.BF16 else "f16"
     converter.convert(merged, master, kind_name, model, trust_remote_code=trust_remote_code)
+    if not begins_with_bos:
+        set_add_bos(master, False)
     files = []
     for kind in sorted(quantizations, key=list(Quantization).index):
         file = target / file_name(model, kind)
@@ -51,6 +58,16 @@ def write_gguf(
     if own not in quantizations:
         master.unlink()
     return files
+
+
+def set_add_bos(file: Path, add: bool) -> None:
+    """Change in place whether a server puts the beginning-of-sequence token before a text.
+
+    A file that does not say so is left as it is.
+    """
+    field = gguf.GGUFReader(file, "r+").get_field("tokenizer.ggml.add_bos_token")
+    if field is not None and bool(field.parts[field.data[0]][0]) is not add:
+        field.parts[field.data[0]][0] = add
 
 
 def quantize(source: Path, target: Path, kind: Quantization) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune_trainer.base_model import source
-from finetune_trainer.base_model.tokenizer import load_tokenizer
+from finetune_trainer.base_model.tokenizer import begins_with_bos, load_tokenizer
 from finetune_trainer.config import RunConfig, Stage
 from finetune_trainer.export.gguf import write_gguf
 from finetune_trainer.export.manifest import build, publish
 from finetune_trainer.export.merge import merge
+from finetune_trainer.export.modelfile import read_generation, write_modelfile
+from finetune_trainer.export.preflight import check_space
 from finetune_trainer.export.verify import Check, verify
 from finetune_trainer.marker import MANIFEST, METRICS, describe_tree, stage_folder
 from finetune_trainer.outcome import Reason, StageResult
@@ -32,7 +34,8 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     example, trained = fetch_inputs(config, output, workspace, result)
     checks: list[Check] = []
     if config.export.merged or config.export.gguf:
-        checks = make_models(config, workspace, result, example, reporter)
+        parameters = trained["metrics"]["baseParameters"]
+        checks = make_models(config, workspace, result, example, reporter, parameters=parameters)
 
     reporter.message("Computing checksums")
     files = describe_tree(result)
@@ -65,12 +68,19 @@ def fetch_inputs(
 
 
 def make_models(
-    config: RunConfig, workspace: Path, result: Path, example: dict[str, Any], reporter: Reporter
+    config: RunConfig,
+    workspace: Path,
+    result: Path,
+    example: dict[str, Any],
+    reporter: Reporter,
+    *,
+    parameters: float,
 ) -> list[Check]:
-    """Write the merged model and the GGUF files below `result`, and check each GGUF file."""
+    """Write the merged model, GGUF files and Modelfile below `result`; check each GGUF file."""
     trust = config.model.trust_remote_code
     merged = result / "merged" if config.export.merged else workspace / "merged"
     base = source.fetch_resolved(config, workspace / "model", reporter)
+    check_space(config, base, workspace)
     reporter.message("Merging adapter and base model")
     merge(base, result / "adapter", merged, trust_remote_code=trust)
     shutil.rmtree(workspace / "model", ignore_errors=True)
@@ -78,12 +88,20 @@ def make_models(
     if not config.export.gguf:
         return []
     name = source.display_name(config.model.source)
-    files = write_gguf(
-        merged, result / "gguf", name, config.export.gguf, reporter, trust_remote_code=trust
-    )
     tokenizer = load_tokenizer(result / "adapter", trust_remote_code=trust)
+    files = write_gguf(
+        merged,
+        result / "gguf",
+        name,
+        config.export.gguf,
+        reporter,
+        begins_with_bos=begins_with_bos(tokenizer),
+        trust_remote_code=trust,
+    )
     checks = []
     for file in files:
         reporter.message(f"Asking {file.name} a question")
         checks.append(verify(file, tokenizer, example))
+    generation = read_generation(merged)
+    write_modelfile(result, files, tokenizer, config, generation, parameters=parameters)
     return checks

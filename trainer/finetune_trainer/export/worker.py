@@ -4,9 +4,11 @@
     {"do": "ask", "file": …, "prompt": …, "limit": …, "threads": …, "ends": […]}
         -> {"tokens": […], "stopsAt": […], "answer": …, "stopped": …, "finite": …,
             "template": …}
+    {"do": "tokenize", "file": …, "texts": […]}
+        -> {"tokens": [[…]], "addsBos": …}
 
 `tokens` are the prompt's ids as the file's own tokenizer makes them, `stopsAt` those of `ends` at
-which llama.cpp ends an answer.
+which llama.cpp ends an answer. `tokenize` adds what the file says is to be added to a text.
 """
 
 from __future__ import annotations
@@ -68,6 +70,16 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def tokenize(request: dict[str, Any]) -> dict[str, Any]:
+    """Texts in tokens, as a server makes them of a rendered prompt."""
+    model = llama_cpp.Llama(model_path=request["file"], vocab_only=True, verbose=False)
+    vocabulary = llama_cpp.llama_model_get_vocab(model.model)
+    return {
+        "tokens": [model.tokenize(t.encode(), special=True) for t in request["texts"]],
+        "addsBos": bool(llama_cpp.llama_vocab_get_add_bos(vocabulary)),
+    }
+
+
 def _finite_logits(model: llama_cpp.Llama) -> bool:
     logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
     return bool(np.isfinite(np.ctypeslib.as_array(logits, shape=(model.n_vocab(),))).all())
@@ -78,7 +90,7 @@ def main() -> None:
     # llama.cpp reports every tensor; only its errors are worth a line.
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     request = json.load(sys.stdin)
-    answer = {"quantize": quantize, "ask": ask}[request["do"]](request)
+    answer = {"quantize": quantize, "ask": ask, "tokenize": tokenize}[request["do"]](request)
     json.dump(answer, sys.stdout)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.base_model.tokenizer import PLAIN_TEMPLATE, end_of_turn_ids, render
+from finetune_trainer.base_model.tokenizer import BEGIN, PLAIN_TEMPLATE, end_of_turn_ids, render
 from finetune_trainer.outcome import Reason, StageError
 
 _MARK = "\N{SNOWMAN}"  # in no template
@@ -44,7 +44,7 @@ def describe_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     text = str(tokenizer.get_chat_template())
     return {
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "fallback": text == PLAIN_TEMPLATE,
+        "fallback": text.removeprefix(BEGIN) == PLAIN_TEMPLATE,
     }
 
 

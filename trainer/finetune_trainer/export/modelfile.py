@@ -1,0 +1,157 @@
+"""Modelfile: what `ollama create` needs to serve the tuned model as it was trained.
+
+The chat template is the one that was trained with, written as Ollama writes templates. It is left
+out, with the reason in a comment, where it can't be written so that the same text comes out; Ollama
+then guesses from the template in the GGUF file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from finetune_trainer.base_model.tokenizer import end_of_turn_ids, render
+from finetune_trainer.config import Quantization, RunConfig
+from finetune_trainer.export import llama
+from finetune_trainer.export.chat_shape import ChatShape, NoShapeError, find_shape, trials
+from finetune_trainer.export.go_template import go_template
+
+MODELFILE = "Modelfile"
+SMALL = 2_000_000_000  # parameters; below, four bits cost much quality
+CONTEXT = 4096  # tokens; Ollama's own default
+
+_LARGE_FIRST = (Quantization.Q4_K_M, Quantization.Q5_K_M, Quantization.Q6_K, Quantization.Q8_0)
+_SMALL_FIRST = (Quantization.Q8_0, Quantization.Q6_K, Quantization.F16, Quantization.BF16)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A template for Ollama, or why there is none."""
+
+    text: str | None
+    notes: tuple[str, ...]
+    """For the comments above it."""
+
+
+def write_modelfile(
+    folder: Path,
+    files: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    config: RunConfig,
+    generation: dict[str, Any],
+    *,
+    parameters: float,
+) -> Path:
+    """Write `Modelfile` to `folder`, which the GGUF files are below.
+
+    `generation` is the merged model's generation_config.json, `parameters` the base model's.
+    """
+    first = preferred(config.export.gguf, parameters)
+    file = next(file for file in files if file.stem.endswith(f"-{first}"))
+    template = make_template(tokenizer, file)
+    if template.text is None:
+        log.warning("The Modelfile has no TEMPLATE: %s", " ".join(template.notes))
+    lines = [
+        f"# {config.model.source}, fine-tuned. Serve it with: ollama create NAME -f Modelfile",
+        *(f"# Also here: ./{other.relative_to(folder)}" for other in files if other != file),
+        f"FROM ./{file.relative_to(folder)}",
+        *(f"# {note}" for note in template.notes),
+        *([f'TEMPLATE """{template.text}"""'] if template.text is not None else []),
+        *_system(config.dataset.system_prompt),
+        *_parameters(tokenizer, generation, config.training.max_sequence_length),
+    ]
+    target = folder / MODELFILE
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return target
+
+
+def preferred(kinds: Sequence[Quantization], parameters: float) -> Quantization:
+    """The file that most people would serve; small models lose much by four bits."""
+    order = _SMALL_FIRST if parameters < SMALL else _LARGE_FIRST
+    return min(kinds, key=lambda kind: order.index(kind) if kind in order else len(order))
+
+
+def make_template(tokenizer: PreTrainedTokenizerBase, file: Path) -> Template:
+    """The tokenizer's chat template for Ollama; `file` is a GGUF file, which is asked how it splits
+    the same text."""
+    reader = partial(render, tokenizer, prompt=True)
+    try:
+        shape = find_shape(reader)
+        shape = without_bos(shape, tokenizer, file)
+    except NoShapeError as error:
+        notes = [
+            f"No TEMPLATE: the model's chat template can't be written for Ollama, since {error}.",
+            "Ollama takes the one in the GGUF file where it knows it; else write one here.",
+        ]
+        return Template(None, tuple(notes))
+    notes = ["Written from the chat template that the model was trained with."]
+    if shape.system == "refused":
+        notes.append("It knows no system prompt: one is put before the first question.")
+    if shape.system == "ignored":
+        notes.append("It leaves system prompts out.")
+    if shape.strips:
+        notes.append("It removes blank space around what is said; Ollama leaves it.")
+    return Template(go_template(shape), tuple(notes))
+
+
+def without_bos(shape: ChatShape, tokenizer: PreTrainedTokenizerBase, file: Path) -> ChatShape:
+    """The shape without the token that Ollama itself puts at the beginning.
+
+    Raises NoShapeError when the file's tokens are not those of the training.
+    """
+    said = trials(system=shape.system in ("first", "last"))
+    texts = [render(tokenizer, messages, prompt=True) for messages in said]
+    adds = llama.call(do="tokenize", file=str(file), texts=[])["addsBos"]
+    bos = str(tokenizer.bos_token or "")
+    if adds and bos:
+        shape = replace(
+            shape,
+            head=shape.head.removeprefix(bos),
+            before_system=shape.before_system.removeprefix(bos),
+        )
+    served = [shape.render(messages) for messages in said]
+    tokens = llama.call(do="tokenize", file=str(file), texts=served)["tokens"]
+    trained = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if tokens != trained:
+        raise NoShapeError("llama.cpp splits what it writes into other tokens than the training")
+    return shape
+
+
+def _system(prompt: str | None) -> list[str]:
+    if not prompt:
+        return []
+    printable = all(c.isprintable() or c == "\n" for c in prompt)
+    if not printable or '"""' in prompt or prompt.endswith('"'):
+        return ["# The system prompt of the training can't be written here; pass it by the API."]
+    return [f'SYSTEM """{prompt}"""']
+
+
+def _parameters(
+    tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any], trained: int
+) -> list[str]:
+    ends = [str(tokenizer.decode([token])) for token in sorted(end_of_turn_ids(tokenizer))]
+    found = [f'PARAMETER stop "{end}"' for end in ends]
+    if trained > CONTEXT:
+        found.append(f"PARAMETER num_ctx {trained}")
+    if generation.get("do_sample"):
+        names = ("temperature", "top_p", "top_k")
+        found += [f"PARAMETER {n} {generation[n]}" for n in names if generation.get(n) is not None]
+    else:
+        found.append("PARAMETER temperature 0")
+    penalty = generation.get("repetition_penalty") or 1.0
+    return [*found, f"PARAMETER repeat_penalty {penalty}"]
+
+
+def read_generation(merged: Path) -> dict[str, Any]:
+    """The merged model's generation settings."""
+    file = merged / "generation_config.json"
+    return dict(json.loads(file.read_bytes())) if file.is_file() else {}
