@@ -2,34 +2,35 @@
 
     python -m benchmarks.memory [--quick]
 
-Each line is a training of a few steps by the command line, as in a pod: prepare, then train, with
-the memory of the train command and its worker sampled while it runs (PSS, so that pages which both
-map count once). docs/memory.md keeps the figures of the last run.
+Each line is a training of two steps by the recipe, in a process of its own that the kernel tells
+the peak of its resident memory (VmHWM). docs/memory.md keeps the figures of the last run.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
+import logging
 import os
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, whose threads a fork does not copy
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from examples.base_model import smollm2
-from finetune_trainer.config import Training
+from finetune_trainer.config import RunConfig, Training, TrainingPlan
 from finetune_trainer.memory.predict import Recipe, predict
 from finetune_trainer.memory.shape import Shape
-from finetune_trainer.outcome import StageResult
+from finetune_trainer.progress import Reporter
+from finetune_trainer.train import sft
+from finetune_trainer.train.work import Work
 
-SAMPLE_SECONDS = 0.1
 WORDS = "the kettle whistles when the water boils and stops when it is lifted "
 ALL_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -64,9 +65,6 @@ def model_folder(name: str, folder: Path) -> Path:
     """SmolLM2, or a Llama of that size with random weights and its tokenizer."""
     if name == "smollm2-135m":
         return smollm2()
-    import torch  # noqa: PLC0415 - seconds that --help does not need
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
-
     target = folder / name
     if target.exists():
         return target
@@ -88,76 +86,65 @@ def model_folder(name: str, folder: Path) -> Path:
     return target
 
 
-def run_config(case: Case, model: Path, room: Path) -> dict[str, Any]:
-    """Two full steps of rows that are cut off at `tokens`, and a short row that ends."""
-    table = room / "train.csv"
-    with table.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(("instruction", "response"))
-        for number in range(2 * case.batch):
-            writer.writerow((f"Row {number}?", f"{number} {WORDS * (case.tokens // 12 + 2)}"))
-        writer.writerow(("And?", "It stops."))
-    return {
-        "model": {"source": str(model)},
-        "dataset": {"source": str(table), "maxTruncatedRows": "100%", "evalFraction": 0},
-        "training": {
-            "epochs": 1,
-            "batchSize": case.batch,
-            "gradientAccumulationSteps": 1,
-            "maxSequenceLength": case.tokens,
-            **case.training,
-        },
-        "export": {"merged": False, "gguf": []},
-        "output": {"uri": str(room / "out")},
-    }
+def work_for(case: Case, model: Path, room: Path) -> Work:
+    """Two steps of rows that are cut off at `tokens`; in one of them a short row that ends."""
+    examples = room / "examples.jsonl"
+    rows = [(f"Row {n}?", WORDS * (case.tokens // 12 + 2)) for n in range(2 * case.batch - 1)]
+    with examples.open("w", encoding="utf-8") as stream:
+        for question, answer in [*rows, ("And?", "It stops.")]:
+            row = {
+                "prompt": [{"role": "user", "content": question}],
+                "completion": [{"role": "assistant", "content": answer}],
+            }
+            stream.write(json.dumps(row) + "\n")
+    config = RunConfig.model_validate(
+        {
+            "model": {"source": str(model)},
+            "dataset": {"source": str(examples)},
+            "training": {"epochs": 1, **case.training},
+            "output": {"uri": str(room)},
+        }
+    )
+    return Work(
+        config=config,
+        plan=TrainingPlan(
+            batch_size=case.batch,
+            gradient_accumulation_steps=1,
+            gradient_checkpointing=config.training.gradient_checkpointing == "always",
+        ),
+        max_sequence_length=case.tokens,
+        engine="transformers",
+        examples=examples,
+        held_out=None,
+        model=model,
+        room=room,
+    )
 
 
-def command(stage: str, config: dict[str, Any], room: Path) -> list[str]:
-    """The command line of a stage."""
-    file = room / "run.json"
-    file.write_text(json.dumps(config))
-    (room / "out").mkdir(exist_ok=True)
-    program = [sys.executable, "-m", "finetune_trainer", stage, f"--config={file}"]
-    return [*program, f"--workspace={room / stage}", f"--termination-log={room / 'end'}"]
-
-
-def measure(case: Case, model: Path, room: Path) -> int:
-    """Bytes of the train command's processes at their peak."""
-    config = run_config(case, model, room)
-    with (room / "log").open("w") as log:
-        subprocess.run(
-            command("prepare", config, room), check=True, stdout=log, stderr=subprocess.STDOUT
-        )
-        result = StageResult.from_message((room / "end").read_text())
-        assert result is not None  # noqa: S101 - prepare succeeded
-        assert result.resolved is not None  # noqa: S101
-        config["resolved"] = result.resolved.model_dump(mode="json")
-        process = subprocess.Popen(
-            command("train", config, room), stdout=log, stderr=subprocess.STDOUT
-        )
-        peak = 0
-        while process.poll() is None:
-            peak = max(peak, tree_bytes(process.pid))
-            time.sleep(SAMPLE_SECONDS)
-    if process.returncode:
-        sys.exit(f"{case} failed:\n{(room / 'log').read_text()[-3000:]}")
-    return peak
-
-
-def tree_bytes(pid: int) -> int:
-    """Proportional set size of a process and all below it."""
-    total = 0
-    try:
-        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0
-    for process in processes:
+def measure(work: Work) -> int:
+    """Bytes that a process which trains has resident at its peak."""
+    end, begin = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
         try:
-            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-        except OSError:
-            continue  # it has just ended
-        total += next((int(s.split()[1]) for s in rollup.splitlines() if s.startswith("Pss:")), 0)
-    return total * 1024
+            sft.fine_tune(work, Reporter())
+            os.write(begin, str(peak()).encode())
+            status = 0
+        finally:
+            os._exit(status)  # nothing of the parent's is to be tidied up here
+    os.close(begin)
+    with os.fdopen(end) as answer:
+        found = answer.read()
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        sys.exit(f"{work.plan} failed")
+    return int(found)
+
+
+def peak() -> int:
+    """Bytes of this process's resident memory at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
 def bfloat16() -> bool:
@@ -173,6 +160,7 @@ def predicted(case: Case, model: Path) -> int:
     training = Training.model_validate(case.training)
     checkpointing = training.gradient_checkpointing == "always"
     recipe = Recipe.on_cpu(training, checkpointing=checkpointing, bfloat16=bfloat16())
+    recipe = replace(recipe, packed=training.packing and case.batch > 1)
     return predict(shape, recipe, case.batch * case.tokens).total
 
 
@@ -181,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two small cases")
     options = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    logging.basicConfig(level=logging.WARNING)
     out = sys.stdout
     out.write("| model | batch x tokens | training | predicted | measured | error |\n")
     out.write("| --- | --- | --- | --- | --- | --- |\n")
@@ -192,7 +180,7 @@ def main() -> None:
             room = Path(name) / str(number)
             room.mkdir()
             model = model_folder(case.model, Path(name))
-            expected, found = predicted(case, model), measure(case, model, room)
+            expected, found = predicted(case, model), measure(work_for(case, model, room))
             what = json.dumps(case.training) if case.training else "defaults"
             out.write(
                 f"| {case.model} | {case.batch} x {case.tokens} | {what} "

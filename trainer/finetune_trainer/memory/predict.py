@@ -19,7 +19,9 @@ NF4 = 0.516  # bytes a weight: 4 bits, and 0.127 bits of doubly quantized scales
 GPU_OVERHEAD = 600_000_000  # CUDA context, cuBLAS workspace, fragments; fitted on published tables
 CPU_OVERHEAD = 600_000_000  # Python, torch, transformers and TRL; benchmarks/memory.py
 FULL_LOGITS = 15  # bytes per token and word of the vocabulary; fitted on published tables
-CPU_LOGITS = 16  # logits, their logarithms and both gradients, in float32
+CPU_LOGITS = 12.5  # logits, their logarithms and both gradients, in float32; measured
+CPU_HEAP = 1.4  # what the C allocator holds for what is in use; benchmarks/memory.py
+CPU_ATTENTION = 10  # bytes a head and pair of tokens: one layer's attention, where rows are packed
 TILE_TOKENS, TILE_WORDS = 4096, 32_768  # TRL computes the loss in tiles of this size
 
 
@@ -72,6 +74,12 @@ class Recipe:
     packed: bool = False
     """Whether several rows lie end to end, kept apart by a mask of tokens x tokens."""
 
+    heap: float = 1.0
+    """Bytes that the allocator holds for each byte of activations."""
+
+    attention: int = 0
+    """Bytes a head and pair of tokens while one layer attends to packed rows."""
+
     @classmethod
     def on_gpu(cls, training: Training, *, checkpointing: bool, shards: int = 1) -> Self:
         """This trainer's on a GPU: bfloat16, float32 adapters (TRL: bfloat16 ones for QLoRA)."""
@@ -100,6 +108,8 @@ class Recipe:
             kept=Kept.INPUTS if checkpointing else Kept.ALL,
             head=Head.LABELS,
             overhead=CPU_OVERHEAD,
+            heap=CPU_HEAP,
+            attention=CPU_ATTENTION,
         )
 
 
@@ -126,7 +136,10 @@ def predict(shape: Shape, recipe: Recipe, tokens: int, labels: int | None = None
     return Prediction(
         weights=round(weights(shape, recipe)),
         adapter=round(adapter(shape, recipe)),
-        activations=round(tokens * activations_per_token(shape, recipe) + mask(recipe, tokens)),
+        activations=round(
+            recipe.heap * tokens * activations_per_token(shape, recipe)
+            + packing(shape, recipe, tokens)
+        ),
         logits=round(logits(shape, recipe, tokens if labels is None else labels)),
         overhead=recipe.overhead,
     )
@@ -166,9 +179,13 @@ def activations_per_token(shape: Shape, recipe: Recipe) -> float:
     return outside + inputs + layer + backward
 
 
-def mask(recipe: Recipe, tokens: int) -> int:
-    """A packed pass's mask: a byte for each pair of tokens, and once more as a number to add."""
-    return (1 + recipe.compute) * tokens * tokens if recipe.packed else 0
+def packing(shape: Shape, recipe: Recipe, tokens: int) -> int:
+    """A packed pass's mask: a byte for each pair of tokens, and once more as a number to add; and
+    one layer's attention where no kernel does without its matrix."""
+    if not recipe.packed:
+        return 0
+    heads = shape.query // shape.head if shape.head else 1
+    return (1 + recipe.compute + recipe.attention * heads) * tokens * tokens
 
 
 def kept_by_layer(shape: Shape, recipe: Recipe) -> float:
