@@ -73,6 +73,8 @@ def set_up_libraries(log_format: LogFormat | None = None) -> None:
         handler.setFormatter(HumanLine())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("finetune_trainer").setLevel(logging.INFO)
+    # On CPUs with AVX512-BF16, bitsandbytes looks for a kernel that training could not use anyway.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def begin_stage(stage: str) -> None:

@@ -13,6 +13,7 @@ from finetune_trainer.base_model.tokenizer import load_tokenizer
 from finetune_trainer.config import RunConfig
 from finetune_trainer.train import sft
 from finetune_trainer.train.examples import Examples, tokenize
+from finetune_trainer.train.packing import prepare_packing
 from finetune_trainer.train.trainer import Data, RecipeTrainer
 from finetune_trainer.train.work import Work, default_plan
 
@@ -63,10 +64,12 @@ def build(
     work = make_work(model, room, rows, held_out, **{**defaults, **settings})
     tokenizer = load_tokenizer(model)
     examples, others = sft.read_examples(work, tokenizer)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    packed = work.config.training.packing and prepare_packing(loaded)
     return sft.build_trainer(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        loaded,
         tokenizer,
-        Data(examples, others, packed=work.config.training.packing),
+        Data(examples, others, packed=packed),
         work=work,
         epochs=1,
     )

@@ -41,6 +41,9 @@ def load_model(
         raise unsupported("model", error, trust_remote_code) from error
     if quantize:
         _keep_weights_in_place(model)
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        # PyTorch's own attention can't cap the scores and would leave it out (Gemma 2).
+        model.set_attn_implementation("eager")
     return model
 
 

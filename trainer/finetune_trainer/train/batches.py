@@ -153,20 +153,27 @@ class PaddingCollator:
 class PackingCollator:
     """Rows end to end: tensors of [1, time]; each row's positions begin at 0 again.
 
-    There is no attention mask: models see by the positions where a row begins.
+    There is no attention mask. Attention functions see the rows' bounds in `cu_seq_lens_*` (as
+    FlashAttention calls them) or in the positions.
     """
 
     pad: int
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Make input_ids, position_ids and labels."""
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Make input_ids, position_ids, labels and the rows' bounds."""
         rows = rows or [{"input_ids": [self.pad], "labels": [IGNORED]}]
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         labels = [torch.tensor(row["labels"]) for row in rows]
         for row in labels:
             row[0] = IGNORED  # the row before must not learn to say it
+        lengths = [len(row) for row in ids]
+        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         return {
             "input_ids": torch.cat(ids)[None],
-            "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None],
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
             "labels": torch.cat(labels)[None],
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
         }

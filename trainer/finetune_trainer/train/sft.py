@@ -8,9 +8,11 @@
 Nothing is left to a library's default that decides on the result: every hyperparameter is passed
 on by name.
 
-    examples   rows as token ids and labels          batches    which rows train together
-    trainer    the Trainer's hooks                   loss       the loss on a CPU
-    callback   what is reported while it runs
+    examples    rows as token ids and labels         batches    which rows train together
+    packing     rows end to end, proven right        attention  over packed rows on a CPU
+    trainer     the Trainer's hooks                  loss       the loss on a CPU
+    adapter     faster LoRA layers                   callback   what is reported while it runs
+    early       stopping, and the best adapter       saving     checkpoints
 """
 
 from __future__ import annotations
@@ -43,12 +45,14 @@ from finetune_trainer.base_model.tokenizer import load_tokenizer
 from finetune_trainer.config import Lora, Model
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.progress import Reporter
-from finetune_trainer.train import ranks, saving
+from finetune_trainer.train import ranks, saving, trackers
+from finetune_trainer.train.adapter import trim
 from finetune_trainer.train.callback import ProgressReport
 from finetune_trainer.train.channel import Channel
 from finetune_trainer.train.distributed import is_first
 from finetune_trainer.train.examples import Examples, check, tokenize
 from finetune_trainer.train.ladder import write_lengths
+from finetune_trainer.train.packing import prepare_packing
 from finetune_trainer.train.trainer import Data, RecipeTrainer
 from finetune_trainer.train.watch import Watch
 from finetune_trainer.train.work import Trained, Work
@@ -81,7 +85,7 @@ def fine_tune(work: Work, reporter: Reporter, channel: Channel | None = None) ->
     trainer = build_trainer(
         model,
         tokenizer,
-        Data(examples, held_out, packed=settings.packing),
+        Data(examples, held_out, packed=settings.packing and prepare_packing(model)),
         work=work,
         epochs=epochs,
     )
@@ -155,6 +159,9 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    trackers.guard(trainer)
+    if model.dtype == torch.bfloat16:
+        trim(cast("torch.nn.Module", trainer.model))
     return trainer
 
 
@@ -209,7 +216,7 @@ def arguments(work: Work, epochs: int, *, evaluate: bool, bf16: bool) -> SFTConf
         eval_on_start=evaluate and work.resume_from is None,
         per_device_eval_batch_size=plan.batch_size,
         save_strategy="no",
-        report_to="none",
+        **trackers.options(work),
         disable_tqdm=True,
     )
 

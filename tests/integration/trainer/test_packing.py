@@ -1,0 +1,187 @@
+"""Rows that lie end to end see only themselves, and cost no padding."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+from finetune_trainer.base_model.tokenizer import IGNORED, message_pair
+from finetune_trainer.train import attention
+from finetune_trainer.train.adapter import Dropout
+from finetune_trainer.train.batches import PackingCollator, PaddingCollator
+from finetune_trainer.train.loss import answer_loss
+from finetune_trainer.train.packing import prepare_packing
+from tests.integration.trainer.architectures import LEAKING, PACKABLE, VOCABULARY, tiny
+from tests.integration.trainer.conftest import ROWS
+from tests.integration.trainer.recipe import build
+
+LENGTHS = (3, 40, 1, 12, 25)  # longer and shorter than the tiny models' window of 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def rows(seed: int = 0) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for length in LENGTHS:
+        ids = torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
+        made.append({"input_ids": ids, "labels": [IGNORED] * (length // 3) + ids[length // 3 :]})
+    return made
+
+
+def gradients(model: PreTrainedModel, *batches: dict[str, Any]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    for batch in batches:
+        answer_loss(model, batch).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", PACKABLE)
+def test_a_packed_row_is_what_it_is_alone(kind: str) -> None:
+    model = tiny(kind)
+    own = model.config._attn_implementation
+    packed, padded = PackingCollator(0)(rows()), PaddingCollator(0)
+    alone = [padded([row]) for row in rows()]
+    with torch.no_grad():
+        apart = torch.cat([model(input_ids=each["input_ids"]).logits[0] for each in alone])
+    expected = gradients(model, *alone)
+
+    assert prepare_packing(model)
+    for implementation in {model.config._attn_implementation, own}:
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            inputs = {name: value for name, value in packed.items() if name != "labels"}
+            # With a cache, transformers would take the positions for those of one sequence.
+            together = model(**inputs, use_cache=False).logits[0]
+        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+        for name, value in gradients(model, packed).items():
+            scale = max(float(expected[name].abs().max()), 1e-6)
+            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("kind", LEAKING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_model_whose_rows_would_see_each_other_gets_padding(
+    kind: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny(kind).to(dtype)
+    before = model.config._attn_implementation
+    with caplog.at_level(logging.WARNING, "finetune_trainer"):
+        assert not prepare_packing(model)
+    assert "Rows are padded, not packed" in caplog.text
+    assert model.config._attn_implementation == before
+
+
+def test_scores_that_are_capped_are_computed_by_a_function_that_can() -> None:
+    """Gemma 2: PyTorch's own attention has no cap, and ours says that it has none."""
+    assert not attention.computes(tiny("gemma2").config)
+    assert attention.computes(tiny("gemma3_text").config)
+    with pytest.raises(NotImplementedError, match="softcap"):
+        attention.packed_attention(
+            torch.nn.Identity(), *[torch.zeros(1, 2, 4, 8)] * 3, None, softcap=50.0
+        )
+
+
+@pytest.mark.parametrize("window", [None, 1, 100], ids=["all", "itself", "window"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_attention_by_blocks_is_pytorchs_with_a_mask(
+    window: int | None, dtype: torch.dtype
+) -> None:
+    """Rows that are longer than a block, three heads for each key, values and gradients."""
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, 300, 301, 430])
+    time = int(bounds[-1])
+    query = torch.randn(1, 6, time, 16, dtype=dtype, requires_grad=True)
+    key = torch.randn(1, 2, time, 16, dtype=dtype, requires_grad=True)
+    value = torch.randn(1, 2, time, 8, dtype=dtype, requires_grad=True)
+    above = torch.randn(1, 6, time, 8)
+    row = torch.bucketize(torch.arange(time), bounds[1:], right=True)
+    distance = torch.arange(time)[:, None] - torch.arange(time)
+    seen = (row[:, None] == row) & (distance >= 0) & (distance < (window or time))
+
+    ours, _ = attention.packed_attention(
+        torch.nn.Identity(),
+        query,
+        key,
+        value,
+        None,
+        scaling=0.3,
+        sliding_window=window,
+        cu_seq_lens_q=bounds,
+    )
+    theirs = scaled_dot_product_attention(
+        query.float(),
+        key.float().repeat_interleave(3, 1),
+        value.float().repeat_interleave(3, 1),
+        attn_mask=seen,
+        scale=0.3,
+    )
+    limit = 1e-5 if dtype is torch.float32 else 0.03
+    torch.testing.assert_close(ours.transpose(1, 2).float(), theirs, rtol=limit, atol=limit)
+    inputs = (query, key, value)
+    mine = torch.autograd.grad(ours, inputs, above.transpose(1, 2).to(dtype))
+    for one, other in zip(mine, torch.autograd.grad(theirs, inputs, above), strict=True):
+        scale = float(other.abs().max())
+        torch.testing.assert_close(
+            one.float(), other.float(), rtol=limit, atol=max(limit * scale, 1e-5)
+        )
+
+
+def test_nothing_is_learnt_across_a_boundary() -> None:
+    """The first token of a row would be predicted from the row before it."""
+    everything = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 2
+    batch = PackingCollator(0)(everything)
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7, IGNORED, 6, 7]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 6]
+
+
+def test_a_pass_without_rows_has_a_loss_of_zero() -> None:
+    """A process may have none in the last step; the others wait for its gradients."""
+    model = tiny("llama")
+    for collator in (PackingCollator(0), PaddingCollator(0)):
+        loss = answer_loss(model, collator([]))
+        loss.backward()
+        assert loss.item() == 0
+
+
+def test_packed_and_padded_training_end_in_the_same_adapter(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    examples = [message_pair(*row) for row in ROWS]
+
+    def trained(packing: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+        trainer = build(tiny_model, tmp_path, examples, packing=packing, batchSize=2)
+        if packing:
+            assert trainer.model.config._attn_implementation == attention.NAME
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        weights = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        return losses, weights
+
+    losses, packed = trained(packing=True)
+    expected, padded = trained(packing=False)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, value in padded.items():
+        torch.testing.assert_close(packed[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_the_faster_dropout_drops_as_much_and_keeps_the_mean(share: float) -> None:
+    torch.manual_seed(0)
+    dropout = Dropout(share)
+    ones = torch.ones(1_000_003)
+    dropped = dropout(ones)
+    assert (dropped == 0).float().mean().item() == pytest.approx(share, abs=0.002)
+    assert dropped.mean().item() == pytest.approx(1, abs=0.01)
+    assert dropped.unique().numel() == 2
+    assert torch.equal(dropout.eval()(ones), ones)
