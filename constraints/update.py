@@ -1,4 +1,4 @@
-"""Write constraints/{operator,trainer,dev}.txt: the whole set that each extra installs.
+"""Write constraints/{operator,trainer,unsloth,dev}.txt: the whole set that each extra installs.
 
 `python constraints/update.py` keeps the pins that still fit; with `--upgrade` the newest versions
 that pyproject allows are taken. Only names and versions are written, never where a file came from.
@@ -12,7 +12,12 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-EXTRAS = {"operator": "operator", "trainer": "trainer", "dev": "operator,trainer,dev"}
+EXTRAS = {
+    "operator": "operator",
+    "trainer": "trainer,trackers",
+    "unsloth": "trainer,trackers,unsloth",
+    "dev": "operator,trainer,trackers,dev",
+}
 
 
 def resolve(extras: str, pins: Path | None) -> dict[str, str]:
@@ -24,6 +29,7 @@ def resolve(extras: str, pins: Path | None) -> dict[str, str]:
     report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     found = {item["metadata"]["name"]: item["metadata"]["version"] for item in report["install"]}
     found.pop("finetune-operator")
+    found.pop("triton", None)  # a CUDA build of torch asks for its own
     return {name: version.partition("+")[0] for name, version in found.items()}
 
 

@@ -20,6 +20,7 @@ from finetune_trainer.train.checkpoints import CheckpointStore
 from finetune_trainer.train.ladder import descend
 from finetune_trainer.train.launch import as_error
 from finetune_trainer.train.session import Session
+from finetune_trainer.train.setup import settle
 from finetune_trainer.train.work import Failed, Trained, Work, default_plan
 
 log = logging.getLogger(__name__)
@@ -30,13 +31,17 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     reporter.begin(Stage.TRAIN, "Fetching the examples")
     prints = source.resolved_of(config).fingerprints
     output = open_folder(config.output.uri, config.storage)
-    work = fetch_work(config, output, workspace, reporter)
+    work, notices = settle(fetch_work(config, output, workspace, reporter))
     session = Session(CheckpointStore(output, prints.train), reporter)
+    for notice in notices:
+        session.notice(notice)
     with session.active():
         trained = train(session.resume(work), session)
         result = workspace / "result"
         result.mkdir()
         work.adapter.rename(result / "adapter")
+        if work.tensorboard.is_dir():
+            work.tensorboard.rename(result / "tensorboard")
         described = describe(trained, session.notices)
         (result / METRICS).write_text(json.dumps(described, indent=2))
         reporter.message("Saving the adapter")
