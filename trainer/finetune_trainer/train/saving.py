@@ -255,9 +255,10 @@ class Saving(TrainerCallback, ExportableState):
             if failure.reason is Reason.OUT_OF_GPU_MEMORY:
                 step = self._trainer.state.global_step
                 raise InterruptedTrainingError(failure, step, self.save_last_step()) from error
-            if self._saving is not None and (
-                failure.reason is Reason.OUT_OF_DISK or self._is_disk_full()
-            ):
+            full = failure.reason is Reason.OUT_OF_DISK or self._is_disk_full()
+            if self._saving is not None and full:
+                # What was begun gives back the room that the error itself needs to be told.
+                shutil.rmtree(self._folder(self._saving), ignore_errors=True)
                 raise self._disk_full() from error
             raise
         finally:

@@ -306,7 +306,8 @@ def save_adapter(
         return
     # The model as the user named it; PEFT would note the folder that it was fetched to.
     tuned.active_peft_config.base_model_name_or_path = model.source
-    tuned.save_pretrained(str(adapter), state_dict=state)
+    # Else PEFT asks the Hub, by network, whether the embeddings were changed.
+    tuned.save_pretrained(str(adapter), state_dict=state, save_embedding_layers=False)
     tokenizer.save_pretrained(adapter)
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
     for file in adapter.iterdir():
