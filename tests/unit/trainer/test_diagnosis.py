@@ -231,7 +231,7 @@ def test_rows_learnt_by_heart_at_the_cost_of_others_are_overfitting() -> None:
     notice = only(history, NoticeCode.OVERFITTING)
     assert "eval loss rose from 2 at step 30 to 2." in notice.evidence
     assert "spec.training.earlyStopping" in notice.remedy
-    assert "spec.training.epochs from 6 to 3" in notice.remedy
+    assert "spec.training.epochs from 10 to 3" in notice.remedy
 
 
 def test_a_held_out_loss_that_rises_with_the_training_loss_is_no_overfitting() -> None:

@@ -73,28 +73,33 @@ FLAT_RATE_SHARE = 0.15
 """Of the peak learning rate: as the rate goes to zero, every curve becomes flat."""
 
 EVAL_RISE = 0.1
-EVAL_RISE_NATS = 0.1
-"""How much above its minimum the held-out loss must be, in two evaluations in a row..."""
-
-EVAL_RISE_AT_ONCE = 0.3
-"""... or in one."""
+EVAL_RISE_NATS = (0.1, 0.25)
+"""How much above its minimum the held-out loss must be in two evaluations in a row, or three times
+as much in one: a tenth, but at least 0.1 nats (chance) and at most 0.25 (a perplexity 28% higher is
+much at any level)."""
 
 TRAIN_FALL = 0.2
 """How much the training loss must have fallen meanwhile; else it is not overfitting."""
 
+UNMOVED = 0.9
+"""Of the first loss; a plateau above it means that hardly anything was learnt at all."""
+
 DEFAULT_RATE: float = Training.model_fields["learning_rate"].default
+HIGH_RATE = 10 * DEFAULT_RATE
+"""Raising what is higher is no advice."""
 
 
 def diagnose(history: Sequence[Point], settings: Training) -> list[Notice]:
     """All signs that show by now, the gravest first."""
     train = [p for p in history if is_finite(p.loss)]
     held_out = [p for p in history if is_finite(p.eval_loss)]
+    dead = dead_gradient(train)
     signs = (
         not_finite(history, settings),
-        dead_gradient(train),
+        dead,
         rising(train, held_out, settings),
         overfitting(train, held_out, settings),
-        flat(train, held_out, settings),
+        None if dead else flat(train, held_out, settings),
     )
     return [notice for notice in signs if notice]
 
@@ -189,20 +194,19 @@ def overfitting(
     later = [p for p in held_out if p.step > best.step]
     if not later:
         return None
-    rise = max(EVAL_RISE * eval_loss_of(best), EVAL_RISE_NATS)
-    two = len(later) >= 2 and all(eval_loss_of(p) > eval_loss_of(best) + rise for p in later[-2:])
-    last = later[-1]
-    if not two and eval_loss_of(last) <= eval_loss_of(best) + max(
-        EVAL_RISE_AT_ONCE * eval_loss_of(best), rise
-    ):
+    least, most = EVAL_RISE_NATS
+    rise = min(max(EVAL_RISE * eval_loss_of(best), least), most)
+    above = [eval_loss_of(p) - eval_loss_of(best) for p in later]
+    if above[-1] <= 3 * rise and (len(above) < 2 or min(above[-2:]) <= rise):
         return None
+    last = later[-1]
     then, now = _around(train, best.step), _around(train, last.step)
     if now > (1 - TRAIN_FALL) * then or now >= eval_loss_of(last):
         return None
     if best.epoch >= 1:
-        epochs = f"lower spec.training.epochs from {last.epoch:.0f} to {round(best.epoch)}"
+        epochs = f"lower spec.training.epochs from {settings.epochs} to {round(best.epoch)}"
     else:
-        epochs = f"train less than {last.epoch:.0f} epochs (spec.training.epochs)"
+        epochs = f"lower spec.training.epochs ({settings.epochs})"
     return Notice(
         code=NoticeCode.OVERFITTING,
         step=last.step,
@@ -237,11 +241,15 @@ def flat(train: Sequence[Point], held_out: Sequence[Point], settings: Training) 
         f"{b.loss:.4g} to epoch {b.epoch:.3g}" for b in (last[0], last[half], last[-1])
     )
     start = loss_of(train[0])
-    if level > 0.9 * start:
+    if settings.learning_rate > HIGH_RATE:
+        remedy = (
+            f"{lower_rate(settings)}; if that changes nothing, look at the data (spec.dataset)."
+        )
+    elif level > UNMOVED * start:
         remedy = (
             "Nothing was learnt: raise spec.training.learningRate from "
-            f"{settings.learning_rate:g} to {min(10 * settings.learning_rate, 1):g}, and check "
-            "that the responses follow from the instructions."
+            f"{settings.learning_rate:g} to {10 * settings.learning_rate:g}, and check that the "
+            "responses follow from the instructions."
         )
     else:
         remedy = (

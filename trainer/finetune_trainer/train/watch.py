@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from finetune_trainer.config import Training
 from finetune_trainer.outcome import Notice, NoticeCode, Reason, StageError
-from finetune_trainer.train.curves import points
+from finetune_trainer.train.curves import is_finite, points
 from finetune_trainer.train.diagnosis import diagnose, not_finite_notice
 
 BAD_UPDATES = 3  # in a row
@@ -76,12 +76,12 @@ class Watch(TrainerCallback):
             self._notify(notice)
 
     def _not_finite(self, state: Any) -> Notice:
-        losses = [point for point in points(state.log_history) if point.loss is not None]
-        steps = ", ".join(map(str, self._bad))
-        evidence = f"gradient not finite at step {steps}, whose update is left out"
-        if losses:
-            evidence += f"; loss {losses[-1].loss:.3g} at step {losses[-1].step}"
         good = self._good or bool(state.global_step >= BAD_UPDATES)
+        evidence = f"the gradient is NaN or infinite at step {', '.join(map(str, self._bad))}"
+        losses = [point for point in points(state.log_history) if is_finite(point.loss)]
+        if losses and good:  # the Trainer logs 0 for a loss that never was a number
+            evidence += f"; loss {losses[-1].loss:.3g} at step {losses[-1].step}"
+        evidence += "; the update is left out"
         return not_finite_notice(self._bad[-1], evidence, self._settings, finite_before=good)
 
     def _diverged(self, state: Any) -> StageError:
