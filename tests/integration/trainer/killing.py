@@ -1,0 +1,183 @@
+"""Attempts at one training that are killed at random moments, and what each of them did."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from tests.integration.trainer.fork_server import ForkServer
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+MOMENTS = ("step", "write", "upload")
+VICTIMS = ("worker", "stage", "pod")
+SECONDS = 120.0
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = SECONDS) -> None:
+    """Look every two milliseconds; AssertionError after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.002)
+
+
+@dataclass
+class Training:
+    """One output folder in the store, and the command that fills it."""
+
+    server: ForkServer
+    client: S3Client
+    folder: Path
+    config: dict[str, Any]
+    environment: dict[str, str]
+    attempts: list[Attempt] = field(default_factory=list)
+
+    @property
+    def bucket(self) -> str:
+        return str(self.config["output"]["uri"]).split("/")[2]
+
+    @property
+    def base(self) -> str:
+        """Prefix of the stage's objects."""
+        prefix = str(self.config["output"]["uri"]).split("/", 3)[3]
+        return f"{prefix}/stages/train/{self.config['resolved']['fingerprints']['train']}/"
+
+    def start(self, *, disk: int | None = None, **environment: str) -> Attempt:
+        """A further attempt, in an empty pod; `disk` is the size of its disk in bytes."""
+        room = self.folder / f"attempt-{len(self.attempts)}"
+        room.mkdir(parents=True)
+        file, workspace = room / "run.json", room / "workspace"
+        file.write_text(json.dumps(self.config))
+        log, termination = room / "log", room / "termination-log"
+        log.touch()
+        arguments = [
+            "train",
+            f"--config={file}",
+            f"--workspace={workspace}",
+            f"--termination-log={termination}",
+        ]
+        workspace.mkdir()
+        small = (workspace, disk) if disk else None
+        pid = self.server.start(arguments, {**self.environment, **environment}, log, small)
+        self.attempts.append(Attempt(self.server, room, pid))
+        return self.attempts[-1]
+
+    def objects(self) -> dict[str, int]:
+        """Paths below the stage's folder, with sizes."""
+        answer = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.base)
+        return {i["Key"].removeprefix(self.base): i["Size"] for i in answer.get("Contents", [])}
+
+    def read(self, path: str) -> bytes:
+        """An object below the stage's folder."""
+        return self.client.get_object(Bucket=self.bucket, Key=self.base + path)["Body"].read()
+
+    def checkpoints(self) -> dict[int, bool]:
+        """Steps of the checkpoints in the store, and whether each is complete."""
+        found: dict[int, bool] = {}
+        for path in self.objects():
+            if match := re.match(r"checkpoints/(\d+)/(.*)", path):
+                step = int(match[1])
+                found[step] = found.get(step, False) or match[2] == "complete.json"
+        return found
+
+    def newest(self) -> int:
+        """Step of the newest whole checkpoint; 0 when there is none."""
+        return max((step for step, whole in self.checkpoints().items() if whole), default=0)
+
+
+@dataclass
+class Attempt:
+    """One run of the stage."""
+
+    server: ForkServer
+    room: Path
+    pid: int
+
+    @property
+    def log(self) -> str:
+        return (self.room / "log").read_text()
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The termination message."""
+        message: dict[str, Any] = json.loads((self.room / "termination-log").read_bytes())
+        return message
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that it trained, by its log."""
+        return [int(step) for step in re.findall(r" step (\d+)/", self.log)]
+
+    @property
+    def began_at(self) -> int:
+        """Step that it went on from."""
+        match = re.search(r"Going on from step (\d+)", self.log)
+        return int(match[1]) if match else 0
+
+    def status(self) -> int | None:
+        """Exit status; None while it runs."""
+        return self.server.poll(self.pid)
+
+    def wait(self) -> int:
+        """Exit status when it has ended."""
+        wait_for(lambda: self.status() is not None, f"the end of {self.log}")
+        return self.status() or 0
+
+    def wait_for_step(self, step: int) -> None:
+        """Return when a step is in the log."""
+        wait_for(lambda: self._ended() or max(self.steps, default=0) >= step, f"step {step}")
+
+    def written(self) -> Iterator[Path]:
+        """Folders of checkpoints that the worker has begun to write."""
+        return (self.room / "workspace/train/training/trainer").glob("checkpoint-*")
+
+    def worker(self) -> psutil.Process:
+        """The process that trains."""
+        children = psutil.Process(self.pid).children()
+        assert len(children) == 1, self.log
+        return children[0]
+
+    def kill(self, victim: str) -> None:
+        """kill -9, and wait until nothing of it is left."""
+        worker = self.worker()
+        if victim in ("worker", "pod"):
+            worker.kill()
+        if victim in ("stage", "pod"):
+            os.kill(self.pid, signal.SIGKILL)
+        self.wait()
+        gone, _ = psutil.wait_procs([worker], timeout=10)
+        assert gone, "the worker outlives its stage"
+
+    def _ended(self) -> bool:
+        assert self.status() is None, self.log
+        return False
+
+
+def wait_for_moment(training: Training, attempt: Attempt, moment: str, dice: random.Random) -> None:
+    """Return somewhere in a step, in the writing of a checkpoint, or in its upload."""
+    before = training.checkpoints()
+    interval = training.config["training"]["checkpointSteps"]
+    start = training.newest()
+    if moment == "step":
+        attempt.wait_for_step(start + dice.randint(1, interval + 1))
+        time.sleep(dice.uniform(0, 0.2))
+    elif moment == "write":
+        attempt.wait_for_step(start + interval - 1)
+        wait_for(lambda: any(attempt.written()), "a checkpoint on disk")
+        time.sleep(dice.uniform(0, 0.02))
+    else:
+        attempt.wait_for_step(start + interval - 1)
+        wait_for(lambda: training.checkpoints().keys() - before.keys(), "an upload")
+        time.sleep(dice.uniform(0, 0.02))

@@ -1,0 +1,343 @@
+"""A training that was killed goes on from its last checkpoint, and nobody can tell afterwards."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from finetune_trainer.base_model.source import resolved_of
+from finetune_trainer.config import RunConfig
+from finetune_trainer.fingerprint import fingerprints
+from tests.cluster.s3 import Credentials
+from tests.integration.trainer.conftest import Trainer, write_csv
+from tests.integration.trainer.fork_server import NO_MOUNT, ForkServer, fork_server
+from tests.integration.trainer.killing import (
+    MOMENTS,
+    VICTIMS,
+    Attempt,
+    Training,
+    wait_for_moment,
+)
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+INTERVAL = 5
+SETTINGS: dict[str, Any] = {
+    "learningRate": 0.002,
+    "batchSize": 2,
+    "gradientAccumulationSteps": 2,
+    "warmupRatio": 0.1,
+    "scheduler": "linear",
+    "loggingSteps": 1,
+    "lora": {"r": 8, "dropout": 0.1},
+}
+WORDS = ("kettle", "was", "made", "by", "Odalys", "hot", "as", "boiling", "water", "green", "hums")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with fork_server() as server:
+        yield server
+
+
+def make_rows(count: int) -> list[tuple[str, str]]:
+    """Questions and answers of very different lengths."""
+    dice = random.Random(1)  # noqa: S311
+    rows = []
+    for number in range(count):
+        words = " ".join(dice.choices(WORDS, k=dice.randint(3, 40)))
+        rows.append((f"What is {number}?", f"{words}."))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def dataset(moto: Credentials, bucket: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """26 rows for training and 6 held out: 7 steps an epoch, the last one of 2 rows."""
+    file = tmp_path_factory.mktemp("resume") / "rows.csv"
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("instruction", "response"), *make_rows(32)])
+    moto.client().upload_file(str(file), bucket, "data/resume.csv")
+    return f"s3://{bucket}/data/resume.csv"
+
+
+@dataclass
+class Trainings:
+    """Trainings on the same prepared examples, in output folders of their own."""
+
+    server: ForkServer
+    client: S3Client
+    folder: Path
+    config: RunConfig
+    environment: dict[str, str]
+
+    def __call__(self, name: str, **settings: Any) -> Training:
+        """One with these settings."""
+        training = {**SETTINGS, **settings}
+        config = RunConfig.model_validate(
+            {
+                **self.config.model_dump(mode="json"),
+                "training": training,
+                "output": {"uri": f"{self.config.output.uri}-{name}"},
+            }
+        )
+        resolved = resolved_of(config)
+        prints = fingerprints(config, resolved.dataset_etag, resolved.model_revision)
+        assert prints.prepare == resolved.fingerprints.prepare
+        resolved = resolved.model_copy(update={"fingerprints": prints})
+        config = config.model_copy(update={"resolved": resolved})
+        self._copy_prepared(config.output.uri)
+        return Training(
+            self.server,
+            self.client,
+            self.folder / name,
+            config.model_dump(mode="json"),
+            self.environment,
+        )
+
+    def _copy_prepared(self, uri: str) -> None:
+        bucket, source = self.config.output.uri.removeprefix("s3://").split("/", 1)
+        target = uri.removeprefix(f"s3://{bucket}/")
+        answer = self.client.list_objects_v2(Bucket=bucket, Prefix=f"{source}/stages/prepare/")
+        for key in (item["Key"] for item in answer["Contents"]):
+            copied = target + key.removeprefix(source)
+            self.client.copy_object(
+                Bucket=bucket, Key=copied, CopySource={"Bucket": bucket, "Key": key}
+            )
+
+
+@pytest.fixture(scope="module")
+def trainings(
+    server: ForkServer,
+    moto: Credentials,
+    bucket: str,
+    dataset: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Trainings:
+    folder = tmp_path_factory.mktemp("trainings")
+    keys = {"AWS_ACCESS_KEY_ID": moto.access_key, "AWS_SECRET_ACCESS_KEY": moto.secret_key}
+    trainer = Trainer(folder, keys)
+    config: dict[str, Any] = {
+        "model": {"source": f"s3://{bucket}/models/tiny"},
+        "dataset": {"source": dataset, "evalFraction": 0.2},
+        "export": {"gguf": [], "merged": False},
+        "output": {"uri": f"s3://{bucket}/out/resume"},
+        "storage": {"endpoint": moto.endpoint},
+    }
+    prepared = trainer("prepare", config)
+    assert prepared.result is not None
+    assert prepared.result.resolved is not None, prepared.output
+    resolved = prepared.result.resolved.model_copy(update={"plan": None})
+    whole = RunConfig.model_validate({**config, "resolved": resolved.model_dump(mode="json")})
+    return Trainings(server, moto.client(), folder, whole, trainer.full_environment)
+
+
+def finish(training: Training) -> dict[str, Any]:
+    """Run to the end; returns metrics.json."""
+    attempt = training.start()
+    assert attempt.wait() == 0, attempt.log
+    assert training.checkpoints() == {}, "the checkpoints of a complete training are left"
+    metrics: dict[str, Any] = json.loads(training.read("metrics.json"))
+    return metrics
+
+
+def lasting(metrics: dict[str, float]) -> dict[str, float]:
+    """Figures that don't depend on the clock."""
+    return {k: v for k, v in metrics.items() if k not in ("trainRuntimeSeconds", "tokensPerSecond")}
+
+
+@pytest.mark.parametrize(
+    ("packing", "kills", "epochs"), [(True, 21, 12), (False, 4, 6)], ids=["packed", "padded"]
+)
+def test_killed_at_random_moments_the_adapter_is_the_uninterrupted_one_bit_for_bit(
+    trainings: Trainings, packing: bool, kills: int, epochs: int
+) -> None:
+    settings = {"packing": packing, "epochs": epochs, "evalSteps": 6}
+    whole = trainings("whole", **settings)
+    expected = finish(whole)
+
+    seed = 20 + packing
+    dice = random.Random(seed)  # noqa: S311
+    print(f"seed {seed}")
+    kinds = list(itertools.product(MOMENTS, VICTIMS))
+    dice.shuffle(kinds)
+    killed = trainings("killed", **settings, checkpointSteps=INTERVAL)
+    twice, cut_off = 0, Counter[str]()
+    for moment, victim in itertools.islice(itertools.cycle(kinds), kills):
+        attempt = killed.start()
+        wait_for_moment(killed, attempt, moment, dice)
+        attempt.kill(victim)
+        reached, newest = max(attempt.steps, default=attempt.began_at), killed.newest()
+        print(f"{moment:6} {victim:6} {attempt.began_at} -> {reached}, goes on from {newest}")
+        # Of the checkpoints that were due, the last one may not have got to the store.
+        due = max(reached // INTERVAL * INTERVAL, attempt.began_at)
+        assert due - newest <= INTERVAL
+        twice += max(reached - newest, 0)
+        cut_off["uploads"] += not all(killed.checkpoints().values())
+        cut_off["writes"] += any(
+            not (folder / "trainer_state.json").exists() for folder in attempt.written()
+        )
+    assert twice <= kills * INTERVAL
+    print(f"{twice} steps trained twice after {kills} kills; cut off: {dict(cut_off)}")
+    if kills > len(kinds):
+        assert cut_off["uploads"] > 0
+        assert cut_off["writes"] > 0
+
+    assert killed.newest() > 0
+    found = finish(killed)
+    for before, after in itertools.pairwise(killed.attempts):
+        assert after.began_at >= before.began_at
+    assert killed.attempts[-1].result["notices"][0]["code"] == "Resumed"
+    assert found["history"] == expected["history"]
+    assert lasting(found["metrics"]) == lasting(expected["metrics"])
+    adapter = "adapter/adapter_model.safetensors"
+    assert killed.read(adapter) == whole.read(adapter)
+
+
+def test_sigterm_saves_the_step_that_runs_and_the_next_attempt_goes_on_from_it(
+    trainings: Trainings,
+) -> None:
+    training = trainings("stopped", epochs=8)
+    expected = finish(trainings("not-stopped", epochs=8))
+    attempt = training.start()
+    attempt.wait_for_step(4)
+    began = time.monotonic()
+    for _ in range(3):  # impatience changes nothing
+        os.kill(attempt.pid, signal.SIGTERM)
+        time.sleep(0.05)
+    assert attempt.wait() == 14, attempt.log
+    assert time.monotonic() - began < 24
+    step = training.newest()
+    assert attempt.steps[-1] == step >= 4
+    assert training.checkpoints() == {step: True}
+    assert attempt.result["reason"] == "Stopped"
+    assert attempt.result["message"] == (
+        f"Stopped by a signal; the next attempt goes on from step {step}."
+    )
+
+    found = finish(training)
+    assert training.attempts[-1].steps[0] == step + 1
+    assert found["history"] == expected["history"]
+    assert lasting(found["metrics"]) == lasting(expected["metrics"])
+    assert found["notices"] == [
+        {
+            "code": "Resumed",
+            "step": step,
+            "evidence": "an earlier attempt left a checkpoint of this step",
+            "remedy": f"Going on from step {step}.",
+        }
+    ]
+
+
+def test_a_step_longer_than_the_grace_period_is_given_up(trainings: Trainings) -> None:
+    training = trainings("frozen", epochs=8, checkpointSteps=3)
+    attempt = training.start(FINETUNE_GRACE_SECONDS="5")
+    attempt.wait_for_step(5)
+    worker = attempt.worker()
+    worker.suspend()
+    newest = training.newest()
+    began = time.monotonic()
+    os.kill(attempt.pid, signal.SIGTERM)
+    assert attempt.wait() == 14, attempt.log
+    assert time.monotonic() - began < 5
+    assert psutil.wait_procs([worker], timeout=10)[0], "the worker outlives its stage"
+    assert newest == 3
+    assert attempt.result["message"] == (
+        "Stopped by a signal; the step that ran did not end within the grace period; "
+        "the next attempt goes on from step 3."
+    )
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_another_trainings_is_never_used(
+    trainings: Trainings,
+) -> None:
+    training = trainings("damaged", epochs=8, checkpointSteps=3)
+    attempt = training.start()
+    attempt.wait_for_step(8)
+    attempt.kill("pod")
+    assert sorted(training.checkpoints()) == [3, 6]
+    key = f"{training.base}checkpoints/6/optimizer.pt"
+    data = bytearray(training.read("checkpoints/6/optimizer.pt"))
+    data[len(data) // 2] ^= 1
+    training.client.put_object(Bucket=training.bucket, Key=key, Body=bytes(data))
+
+    attempt = training.start()
+    attempt.wait_for_step(4)
+    attempt.kill("pod")
+    assert "checkpoints/6 is passed over: optimizer.pt is not what was written" in attempt.log
+    assert attempt.began_at == 3
+
+    marker = json.loads(training.read("checkpoints/3/complete.json"))
+    other = json.dumps({**marker, "fingerprint": "0" * 64}).encode()
+    key = f"{training.base}checkpoints/3/complete.json"
+    training.client.put_object(Bucket=training.bucket, Key=key, Body=other)
+    attempt = training.start()
+    attempt.wait_for_step(1)
+    attempt.kill("pod")
+    assert "checkpoints/3 is passed over: it is one of another training" in attempt.log
+    assert attempt.began_at == 0
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_named_with_a_remedy(trainings: Trainings) -> None:
+    training = trainings("small-disk", epochs=8, checkpointSteps=1)
+    attempt = training.start(disk=12 << 20)
+    code = attempt.wait()
+    if code == NO_MOUNT:
+        pytest.skip("no disk can be mounted here")
+    assert code == 13, attempt.log
+    assert attempt.result["reason"] == "OutOfDisk"
+    assert re.fullmatch(
+        r"The disk is full: the checkpoint of step \d can't be written\. Give the training's pod "
+        r"more ephemeral storage: three checkpoints.* have to fit beside the base model\.",
+        attempt.result["message"],
+    )
+
+
+def test_ctrl_c_on_one_machine_and_the_same_command_again(
+    trainings: Trainings, tiny_model: Path
+) -> None:
+    folder = trainings.folder / "local"
+    folder.mkdir()
+    write_csv(folder / "my.csv", make_rows(24))
+    arguments = [
+        "local",
+        "train",
+        f"--dataset={folder / 'my.csv'}",
+        f"--base-model={tiny_model}",
+        f"--output={folder / 'models'}",
+        "--epochs=8",
+        "--gradient-accumulation-steps=1",
+        "--logging-steps=1",
+    ]
+
+    def start() -> Attempt:
+        pid = trainings.server.start(arguments, trainings.environment, folder / "log")
+        return Attempt(trainings.server, folder, pid)
+
+    (folder / "log").touch()
+    attempt = start()
+    attempt.wait_for_step(3)
+    os.kill(attempt.pid, signal.SIGINT)
+    assert attempt.wait() == 14, attempt.log
+    stopped_at = attempt.steps[-1]
+    assert f"the next attempt goes on from step {stopped_at}" in attempt.log
+
+    attempt = start()
+    assert attempt.wait() == 0, attempt.log
+    assert attempt.began_at == stopped_at
+    assert attempt.steps == list(range(1, attempt.steps[-1] + 1))
+    assert (folder / "models/lora_adapter/adapter_model.safetensors").exists()

@@ -1,0 +1,190 @@
+"""The uploader: the training never waits for it, and only the newest checkpoint matters."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_trainer.config import RunConfig, TrainingPlan
+from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.storage import LocalFolder
+from finetune_trainer.train.checkpoints import Checkpoint, CheckpointStore
+from finetune_trainer.train.session import going_on, plan_after, refusal
+from finetune_trainer.train.uploading import Local, Uploader
+from finetune_trainer.train.work import Work
+
+PLAN = TrainingPlan(batch_size=2, gradient_accumulation_steps=4, gradient_checkpointing=False)
+SECONDS = 10.0
+
+
+class Store(CheckpointStore):
+    """A real store whose uploads wait at a gate, and fail on demand."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(LocalFolder(root), "abc")
+        self.begun = threading.Semaphore(0)
+        self.gate = threading.Semaphore(0)
+        self.error: StageError | None = None
+        self.steps: list[int] = []
+
+    def save(self, folder: Path, step: int, plan: TrainingPlan, max_sequence_length: int) -> None:
+        self.steps.append(step)
+        self.begun.release()
+        assert self.gate.acquire(timeout=SECONDS)
+        if self.error:
+            raise self.error
+        super().save(folder, step, plan, max_sequence_length)
+
+    def open(self) -> None:
+        self.gate.release(100)
+
+    def wait(self) -> None:
+        """Until an upload has begun."""
+        assert self.begun.acquire(timeout=SECONDS)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def uploader(store: Store) -> Iterator[Uploader]:
+    uploader = Uploader(store)
+    uploader.start()
+    yield uploader
+    store.open()
+    uploader.close()
+
+
+def local(room: Path, step: int, plan: TrainingPlan = PLAN) -> Local:
+    folder = room / f"checkpoint-{step}"
+    folder.mkdir(exist_ok=True)
+    (folder / "optimizer.pt").write_text(str(step))
+    return Local(step, folder, plan, 512)
+
+
+def on_disk(room: Path) -> set[int]:
+    return {int(path.name.partition("-")[2]) for path in room.glob("checkpoint-*")}
+
+
+def soon() -> float:
+    return time.monotonic() + SECONDS
+
+
+def test_offers_return_at_once_and_older_ones_that_wait_are_left_out(
+    uploader: Uploader, store: Store, tmp_path: Path
+) -> None:
+    uploader.offer(local(tmp_path, 10))
+    store.wait()
+    for step in (20, 30, 40):
+        uploader.offer(local(tmp_path, step))
+    assert on_disk(tmp_path) == {10, 40}, "those that nobody will upload only take room"
+    store.open()
+    assert uploader.finish(soon()) == 40
+    assert store.steps == [10, 40]
+    assert on_disk(tmp_path) == {40}, "the newest stays for a worker that starts again"
+
+
+def test_a_failed_upload_is_a_warning_and_the_next_checkpoint_tries_again(
+    uploader: Uploader, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.open()
+    store.error = StageError(Reason.STORAGE_UNAVAILABLE, "The store answered 503.")
+    uploader.offer(local(tmp_path, 10))
+    store.wait()
+    assert uploader.finish(soon()) is None
+    assert "step 10 is not in the store, the training goes on: The store answered" in caplog.text
+    store.error = None
+    uploader.offer(local(tmp_path, 20))
+    assert uploader.finish(soon()) == 20
+
+
+def test_the_end_tries_once_more_what_could_not_be_uploaded(
+    uploader: Uploader, store: Store, tmp_path: Path
+) -> None:
+    store.open()
+    store.error = StageError(Reason.STORAGE_UNAVAILABLE, "The store answered 503.")
+    uploader.offer(local(tmp_path, 10))
+    uploader.finish(soon())
+    store.error = None
+    assert uploader.finish(soon()) == 10
+
+
+def test_the_end_waits_no_longer_than_it_may(
+    uploader: Uploader, store: Store, tmp_path: Path
+) -> None:
+    uploader.offer(local(tmp_path, 10))
+    store.wait()
+    began = time.monotonic()
+    assert uploader.finish(began + 0.1) is None
+    assert time.monotonic() - began < 5
+
+
+def test_the_same_step_under_another_plan_is_uploaded_again(
+    uploader: Uploader, store: Store, tmp_path: Path
+) -> None:
+    store.open()
+    halved = PLAN.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 8})
+    uploader.offer(local(tmp_path, 10))
+    uploader.finish(soon())
+    uploader.offer(local(tmp_path, 10))
+    uploader.offer(local(tmp_path, 10, halved))
+    assert uploader.finish(soon()) == 10
+    assert store.steps == [10, 10]
+    assert on_disk(tmp_path) == {10}
+    found = store.fetch_newest(tmp_path / "fetched")
+    assert found is not None
+    assert found.plan == halved
+
+
+def test_the_plan_in_force_goes_on_unless_the_devices_are_others() -> None:
+    def plan(rows: int, passes: int, parallelism: str = "none") -> TrainingPlan:
+        return TrainingPlan.model_validate(
+            {
+                "batchSize": rows,
+                "gradientAccumulationSteps": passes,
+                "gradientCheckpointing": False,
+                "parallelism": parallelism,
+            }
+        )
+
+    planned = plan(2, 4)
+    assert plan_after(plan(1, 8), planned) == plan(1, 8)
+    assert plan_after(plan(1, 4, "ddp"), planned) == planned
+    assert plan_after(plan(1, 4), planned) == planned, "another effective batch"
+
+    def checkpoint(saved: TrainingPlan) -> Checkpoint:
+        return Checkpoint(step=1, fingerprint="a", plan=saved, max_sequence_length=16, files=())
+
+    assert refusal(checkpoint(plan(1, 4, "ddp")), planned) is None
+    sharded = refusal(checkpoint(plan(1, 4, "fsdp")), planned)
+    assert sharded == "it was written with parallelism fsdp, and this is none"
+
+
+def test_a_resumed_work_keeps_what_the_ladder_has_changed(tmp_path: Path) -> None:
+    config = RunConfig.model_validate(
+        {
+            "model": {"source": "org/model"},
+            "dataset": {"source": "/d.csv"},
+            "output": {"uri": "/out"},
+        }
+    )
+    work = Work(
+        config=config,
+        plan=PLAN,
+        max_sequence_length=1024,
+        engine="transformers",
+        examples=tmp_path,
+        held_out=None,
+        model=tmp_path,
+        room=tmp_path,
+    )
+    halved = PLAN.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 8})
+    resumed = going_on(work, Local(7, tmp_path / "resumed", halved, 512))
+    assert (resumed.plan, resumed.max_sequence_length) == (halved, 512)
+    assert resumed.resume_from == tmp_path / "resumed"
