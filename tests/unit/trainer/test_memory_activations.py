@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune_trainer.config import Lora, TargetModule
 from finetune_trainer.memory.predict import Kept, Recipe, kept_by_layer
 from finetune_trainer.memory.shape import Shape
+from finetune_trainer.train.adapter import trim
 from finetune_trainer.train.sft import lora_config
 
 TOKENS = 512
@@ -27,12 +28,14 @@ WIDTHS: dict[str, Any] = {
 }
 
 
-def saved(kind: str, layers: int, lora: Lora, *, bfloat16: bool) -> int:
+def saved(kind: str, layers: int, lora: Lora, *, bfloat16: bool, trimmed: bool) -> int:
     """Bytes that autograd saves in a forward pass, parameters apart."""
     settings = AutoConfig.for_model(kind, **WIDTHS, num_hidden_layers=layers)
     settings._attn_implementation = "sdpa"
     model = AutoModelForCausalLM.from_config(settings)
     tuned = get_peft_model(model.to(torch.bfloat16) if bfloat16 else model, lora_config(lora))
+    if trimmed:
+        trim(tuned)
     parameters = {p.untyped_storage().data_ptr() for p in tuned.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -51,16 +54,23 @@ def saved(kind: str, layers: int, lora: Lora, *, bfloat16: bool) -> int:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
-@pytest.mark.parametrize("bfloat16", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "bfloat16, PEFT as it is"])
 @pytest.mark.parametrize("dropout", [0.05, 0.0])
 @pytest.mark.parametrize("targets", [4, 7], ids=["attention", "all linear layers"])
 def test_a_layer_keeps_what_autograd_saves(
-    kind: str, bfloat16: bool, dropout: float, targets: int
+    kind: str, how: str, dropout: float, targets: int
 ) -> None:
+    bfloat16, trimmed = how != "float32", how == "bfloat16"
     lora = Lora(r=8, dropout=dropout, target_modules=tuple(TargetModule)[:targets])
-    measured = saved(kind, 3, lora, bfloat16=bfloat16) - saved(kind, 2, lora, bfloat16=bfloat16)
+    two, three = (saved(kind, n, lora, bfloat16=bfloat16, trimmed=trimmed) for n in (2, 3))
     shape = Shape.from_config({"model_type": kind, **WIDTHS, "num_hidden_layers": 2})
     assert shape is not None
-    recipe = Recipe(lora, compute=2 if bfloat16 else 4, mask=4, kept=Kept.ALL)
+    recipe = Recipe(
+        lora,
+        compute=2 if bfloat16 else 4,
+        mask=2 if trimmed else 4,
+        kept=Kept.ALL,
+        casts=not trimmed,
+    )
     # The rest is attention's log-sum-exp and the norms' means: a number a token and head.
-    assert kept_by_layer(shape, recipe) == pytest.approx(measured / TOKENS, rel=0.03)
+    assert kept_by_layer(shape, recipe) == pytest.approx((three - two) / TOKENS, rel=0.03)

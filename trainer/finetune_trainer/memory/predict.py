@@ -21,7 +21,6 @@ CPU_OVERHEAD = 600_000_000  # Python, torch, transformers and TRL; benchmarks/me
 FULL_LOGITS = 15  # bytes per token and word of the vocabulary; fitted on published tables
 CPU_LOGITS = 12.5  # logits, their logarithms and both gradients, in float32; measured
 CPU_HEAP = 1.4  # what the C allocator holds for what is in use; benchmarks/memory.py
-CPU_ATTENTION = 10  # bytes a head and pair of tokens: one layer's attention, where rows are packed
 TILE_TOKENS, TILE_WORDS = 4096, 32_768  # TRL computes the loss in tiles of this size
 
 
@@ -72,13 +71,14 @@ class Recipe:
     """Devices that the weights are spread over (FSDP)."""
 
     packed: bool = False
-    """Whether several rows lie end to end, kept apart by a mask of tokens x tokens."""
+    """Whether several rows lie end to end, kept apart by a mask of tokens x tokens (on a CPU they
+    are attended to one by one; with FlashAttention 2 on a GPU there is no mask either)."""
 
     heap: float = 1.0
     """Bytes that the allocator holds for each byte of activations."""
 
-    attention: int = 0
-    """Bytes a head and pair of tokens while one layer attends to packed rows."""
+    casts: bool = True
+    """Whether each adapter copies its input to its own type, as PEFT does by itself."""
 
     @classmethod
     def on_gpu(cls, training: Training, *, checkpointing: bool, shards: int = 1) -> Self:
@@ -90,6 +90,7 @@ class Recipe:
             adapter=2 if quantized else 4,
             kept=Kept.INPUTS if checkpointing else Kept.ALL,
             shards=shards,
+            casts=False,
         )
 
     @classmethod
@@ -104,12 +105,12 @@ class Recipe:
             compute=compute,
             adapter=adapter,
             embedding=compute,
-            mask=adapter,  # on a CPU the mask has the type of what it masks
+            mask=compute,  # on a CPU the mask has the type of what it masks
             kept=Kept.INPUTS if checkpointing else Kept.ALL,
             head=Head.LABELS,
             overhead=CPU_OVERHEAD,
             heap=CPU_HEAP,
-            attention=CPU_ATTENTION,
+            casts=False,
         )
 
 
@@ -137,8 +138,7 @@ def predict(shape: Shape, recipe: Recipe, tokens: int, labels: int | None = None
         weights=round(weights(shape, recipe)),
         adapter=round(adapter(shape, recipe)),
         activations=round(
-            recipe.heap * tokens * activations_per_token(shape, recipe)
-            + packing(shape, recipe, tokens)
+            recipe.heap * tokens * activations_per_token(shape, recipe) + mask(recipe, tokens)
         ),
         logits=round(logits(shape, recipe, tokens if labels is None else labels)),
         overhead=recipe.overhead,
@@ -179,13 +179,9 @@ def activations_per_token(shape: Shape, recipe: Recipe) -> float:
     return outside + inputs + layer + backward
 
 
-def packing(shape: Shape, recipe: Recipe, tokens: int) -> int:
-    """A packed pass's mask: a byte for each pair of tokens, and once more as a number to add; and
-    one layer's attention where no kernel does without its matrix."""
-    if not recipe.packed:
-        return 0
-    heads = shape.query // shape.head if shape.head else 1
-    return (1 + recipe.compute + recipe.attention * heads) * tokens * tokens
+def mask(recipe: Recipe, tokens: int) -> int:
+    """A packed pass's mask: a byte for each pair of tokens, and once more as a number to add."""
+    return (1 + recipe.compute) * tokens * tokens if recipe.packed else 0
 
 
 def kept_by_layer(shape: Shape, recipe: Recipe) -> float:
@@ -210,7 +206,7 @@ def _kept_by_adapters(shape: Shape, recipe: Recipe) -> float:
     """
     size, lora = recipe.compute, recipe.lora
     dropout = recipe.mask if lora.dropout > 0 else 0
-    copies = dropout or recipe.adapter != recipe.compute
+    copies = dropout or (recipe.casts and recipe.adapter != recipe.compute)
     total = 0.0
     seen = {"o_proj"}
     for name, (width, _) in shape.targets(lora).items():

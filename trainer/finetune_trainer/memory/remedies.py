@@ -50,7 +50,7 @@ class Attempt:
     def needs(self, size: int, checkpointing: bool) -> int:
         """Bytes on each device for passes of `size` of the longest examples."""
         recipe = self._recipe(checkpointing=checkpointing)
-        recipe = replace(recipe, packed=self.training.packing and size > 1)
+        recipe = replace(recipe, packed=self.training.packing and size > 1 and not self.cpu)
         labels = None if self.labels is None else size * self.labels
         return predict(self.shape, recipe, size * self.longest, labels).total
 
