@@ -15,6 +15,7 @@ from finetune_trainer.failures import explain
 from finetune_trainer.logs import set_up_libraries
 from finetune_trainer.outcome import ExitCode, Reason
 from finetune_trainer.progress import Reporter
+from finetune_trainer.train import unsloth_engine
 from finetune_trainer.train.channel import Channel
 from finetune_trainer.train.distributed import is_echo, is_first, write_first
 from finetune_trainer.train.launch import FAILED, TRAINED
@@ -36,11 +37,16 @@ def main(request: Path) -> int:
         logging.getLogger("finetune_trainer").setLevel(logging.WARNING)
     with Reporter(channel, INTERVAL_SECONDS) as reporter:
         try:
+            if work.engine == "unsloth":
+                unsloth_engine.import_first(work.room)
             # Here and not above: the environment must be set before the libraries are loaded.
             from finetune_trainer.train import ranks, sft  # noqa: PLC0415
 
             with ranks.joined(work.plan):
                 trained = sft.fine_tune(work, reporter, channel)
+        except unsloth_engine.EngineFailedError as error:
+            unsloth_engine.fall_back(work, request, error, channel)
+            raise
         except Exception as error:  # the edge: nothing may end the worker without a reason
             if is_echo(error):
                 return int(ExitCode.OTHER)
