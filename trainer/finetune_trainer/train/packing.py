@@ -43,6 +43,8 @@ def prepare_packing(model: PreTrainedModel) -> bool:
             "other"
         )
         return False
+    if chosen == attention.NAME:
+        attention.register()  # in each process
     model.set_attn_implementation(chosen)
     log.info("Rows are packed (attention: %s)", chosen)
     return True
@@ -74,7 +76,8 @@ def _is_right(model: PreTrainedModel, name: str, alone: torch.Tensor) -> bool:
 
 def _candidates(model: PreTrainedModel, before: str) -> list[str]:
     names = [before]
-    if model.device.type == "cpu":
+    # A model that will be spread over GPUs is still on the CPU.
+    if model.device.type == "cpu" and not torch.cuda.is_available():
         if attention.computes(model.config):
             attention.register()
             names.insert(0, attention.NAME)
