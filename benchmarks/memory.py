@@ -24,6 +24,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from examples.base_model import smollm2
+from finetune_trainer.base_model.loading import compute_dtype
 from finetune_trainer.config import RunConfig, Training, TrainingPlan
 from finetune_trainer.memory.predict import Recipe, predict
 from finetune_trainer.memory.shape import Shape
@@ -46,6 +47,8 @@ class Case:
 
     training: dict[str, Any]
     quick: bool = False
+    bfloat16: bool = True
+    """Where the processor has the instructions; otherwise, and without them, float32."""
 
 
 CASES = [
@@ -57,8 +60,10 @@ CASES = [
     Case("smollm2-135m", 4, 256, {"lora": {"dropout": 0, "targetModules": ALL_LAYERS}}),
     Case("smollm2-135m", 4, 256, {"packing": False}),
     Case("smollm2-135m", 2, 256, {"method": "qlora"}),
+    Case("smollm2-135m", 4, 256, {}, bfloat16=False),
     Case("llama-0.5b", 1, 256, {}),
     Case("llama-0.5b", 2, 256, {}),
+    Case("llama-0.5b", 1, 256, {}, bfloat16=False),
     Case("llama-1.1b", 1, 128, {}),
 ]
 
@@ -123,13 +128,14 @@ def work_for(case: Case, model: Path, room: Path) -> Work:
     )
 
 
-def measure(work: Work) -> int:
+def measure(work: Work, dtype: torch.dtype) -> int:
     """Bytes that a process which trains has resident at its peak."""
     end, begin = os.pipe()
     child = os.fork()
     if child == 0:
         status = 1
         try:
+            sft.compute_dtype = lambda: dtype  # as another processor would have it
             sft.fine_tune(work, Reporter())
             os.write(begin, str(peak()).encode())
             status = 0
@@ -149,10 +155,9 @@ def peak() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
-def bfloat16() -> bool:
-    """Whether this processor computes in bfloat16."""
-    flags = Path("/proc/cpuinfo").read_text()
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+def dtype_of(case: Case) -> torch.dtype:
+    """What is computed in."""
+    return compute_dtype() if case.bfloat16 else torch.float32
 
 
 def predicted(case: Case, model: Path) -> int:
@@ -161,7 +166,8 @@ def predicted(case: Case, model: Path) -> int:
     assert shape is not None  # noqa: S101 - Llamas
     training = Training.model_validate(case.training)
     checkpointing = training.gradient_checkpointing == "always"
-    recipe = Recipe.on_cpu(training, checkpointing=checkpointing, bfloat16=bfloat16())
+    sixteen = dtype_of(case) is torch.bfloat16
+    recipe = Recipe.on_cpu(training, checkpointing=checkpointing, bfloat16=sixteen)
     return predict(shape, recipe, case.batch * case.tokens).total
 
 
@@ -181,8 +187,12 @@ def main() -> None:
             room = Path(name) / str(number)
             room.mkdir()
             model = model_folder(case.model, Path(name))
-            expected, found = predicted(case, model), measure(work_for(case, model, room))
+            expected, found = (
+                predicted(case, model),
+                measure(work_for(case, model, room), dtype_of(case)),
+            )
             what = json.dumps(case.training) if case.training else "defaults"
+            what += f", {dtype_of(case)}".replace("torch.", "")
             out.write(
                 f"| {case.model} | {case.batch} x {case.tokens} | {what} "
                 f"| {expected / 2**20:,.0f} MiB | {found / 2**20:,.0f} MiB "
