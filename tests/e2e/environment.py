@@ -25,7 +25,9 @@ NAMESPACE = "finetune-demo"
 OPERATOR_NAMESPACE = "finetune-system"
 RELEASE = "finetune-operator"
 EXAMPLE = REPOSITORY / "examples" / "finetunejob.yaml"
-DATASET = REPOSITORY / "examples" / "data" / "lumora-nest.csv"
+DATASETS = [
+    REPOSITORY / "examples" / "data" / name for name in ("lumora-nest.csv", "lumora-nest-eval.csv")
+]
 BUCKETS = ("datasets", "models", "artifacts")
 SECRET = "object-store"
 
@@ -92,12 +94,13 @@ def _store(name: str, cluster: provider.Cluster) -> object_store.ObjectStore:
 
 
 def fill(store: object_store.ObjectStore) -> None:
-    """Put the sample CSV and the base model into their buckets."""
+    """Put the sample's files and the base model into their buckets."""
     with step("Buckets: the sample CSV and the base model"):
         for bucket in BUCKETS:
             store.create_bucket(bucket)
         s3 = store.client()
-        s3.upload_file(str(DATASET), "datasets", DATASET.name)
+        for file in DATASETS:
+            s3.upload_file(str(file), "datasets", file.name)
         model = smollm2()
         for file in sorted(model.iterdir()):
             put_once(s3, file, "models", f"{model.name}/{file.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune_trainer.local import steps
+from finetune_trainer.outcome import StageError
 from tests.integration.trainer.conftest import ATTENTION, MLP, ROWS, Trainer, write_csv
 
 
@@ -79,6 +81,9 @@ def test_train_merge_and_convert(local: Local, tiny_model: Path) -> None:
 
     output = local("gguf", "--quantizations=Q8_0", "--quantizations=Q4_K_M")
     assert local.files("gguf") == {"tiny-Q8_0.gguf", "tiny-Q4_K_M.gguf"}
+    modelfile = (local.folder / "models" / "Modelfile").read_text()
+    assert "FROM ./gguf/tiny-Q8_0.gguf\n" in modelfile
+    assert 'TEMPLATE """{{ if .System }}<|im_start|>system\n' in modelfile
     assert f"tiny-Q8_0.gguf: {ROWS[0][0]!r} -> {ROWS[0][1]!r}" in output
 
 
@@ -92,6 +97,11 @@ def test_what_comes_first_is_said(local: Local) -> None:
     [
         (["--dataset=none.csv", "--base-model=a/b"], 10, "There is no dataset at "),
         (["--epochs=0", "--base-model=a/b"], 11, "training.epochs: must be a whole number"),
+        (
+            ["--set=training.engine=best", "--base-model=a/b"],
+            11,
+            "training.engine: Input should be",
+        ),
         (["--learning-rate=2", "--base-model=a/b"], 11, "training.learningRate: Input should be"),
     ],
 )
@@ -102,3 +112,32 @@ def test_bad_arguments(local: Local, arguments: list[str], code: int, said: str)
 def test_the_sample_dataset_is_the_default() -> None:
     assert steps.dataset(None).name == "lumora-nest.csv"
     assert steps.dataset(None).is_file()
+    held_out = steps.eval_dataset(None, None)
+    assert held_out is not None
+    assert held_out.name == "lumora-nest-eval.csv"
+    assert held_out.is_file()
+    assert steps.eval_dataset(None, Path("my.csv")) is None
+    assert steps.eval_dataset(Path("other.csv"), None) == Path("other.csv").resolve()
+
+
+def test_the_samples_held_out_rows_ask_for_facts_that_are_trained_on() -> None:
+    held_out = steps.eval_dataset(None, None)
+    assert held_out is not None
+    with held_out.open() as asked, steps.dataset(None).open() as trained:
+        questions = {row["instruction"]: row["response"] for row in csv.DictReader(trained)}
+        rows = list(csv.DictReader(asked))
+    assert len(rows) == 8
+    assert all(row["response"] in questions.values() for row in rows)
+    assert not any(row["instruction"] in questions for row in rows)
+
+
+def test_any_field_can_be_set() -> None:
+    fields = {"dataset": {"source": "a.csv"}}
+    given = ["dataset.onInvalidRow=skip", "training.lora.r=4", "training.packing=false"]
+    assert steps.with_settings(fields, given) == {
+        "dataset": {"source": "a.csv", "on_invalid_row": "skip"},
+        "training": {"lora": {"r": 4}, "packing": False},
+    }
+    for wrong in ("packing=false", "training.packing", "training.=1"):
+        with pytest.raises(StageError, match=r"training\.packing=false"):
+            steps.with_settings({}, [wrong])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -194,7 +195,7 @@ def test_training_gguf_and_modelfile_make_the_same_tokens(
     tokenizer, file, expected = served
     assert tokenizer.chat_template == expected
     text = write_modelfile(
-        file.parents[1], [file], tokenizer, config(), {"do_sample": False}, parameters=3e6
+        file.parents[1], [file], tokenizer, config(), merged=file.parents[1] / "model"
     ).read_text()
     answer = {"role": "assistant", "content": "Hot, hot."}
     said = [[SYSTEM, *CHAT], CHAT, CHAT[:1], [SYSTEM, CHAT[0]]]
@@ -246,6 +247,7 @@ def test_the_system_prompt_and_the_model_s_own_settings(
 ) -> None:
     monkeypatch.setattr(modelfile, "make_template", lambda *_: Template(None, ("No TEMPLATE.",)))
     settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.05}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
     (folder := tmp_path / "gguf").mkdir()
     files = [folder / "tiny-F16.gguf", folder / "tiny-Q8_0.gguf"]
     text = write_modelfile(
@@ -253,8 +255,7 @@ def test_the_system_prompt_and_the_model_s_own_settings(
         files,
         tokenizer,
         config(systemPrompt='Be brief.\n\nSay "yes" or "no".', gguf=("F16", "Q8_0")),
-        settings,
-        parameters=1e9,
+        merged=tmp_path,
     ).read_text()
     assert "# No TEMPLATE.\n" in text
     assert "# Also here: ./gguf/tiny-F16.gguf\n" in text

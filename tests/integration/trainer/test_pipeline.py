@@ -62,7 +62,9 @@ def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
     manifest = json.loads(output.read("manifest.json"))
     files = output.files()
     assert files.keys() == {item["path"] for item in manifest["files"]} | {"manifest.json"}
+    assert b"FROM ./gguf/tiny-Q8_0.gguf\n" in output.read("Modelfile")
     assert {
+        "Modelfile",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "adapter/tokenizer.json",
@@ -105,6 +107,7 @@ def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
         "gguf/tiny-Q8_0.gguf",
         "manifest.json",
     ]
+    assert b"# Also here: ./gguf/tiny-Q4_K_M.gguf\n" in output.read("Modelfile")
 
 
 def test_a_missing_file_makes_its_stage_run_again(

@@ -47,15 +47,13 @@ def write_modelfile(
     files: Sequence[Path],
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
-    generation: dict[str, Any],
     *,
-    parameters: float,
+    merged: Path,
 ) -> Path:
-    """Write `Modelfile` to `folder`, which the GGUF files are below.
-
-    `generation` is the merged model's generation_config.json, `parameters` the base model's.
-    """
-    first = preferred(config.export.gguf, parameters)
+    """Write `Modelfile` to `folder`, which the GGUF files are below; `merged` is the model that
+    they were made of."""
+    first = preferred(config.export.gguf, weights(merged))
+    generation = read_generation(merged)
     file = next(file for file in files if file.stem.endswith(f"-{first}"))
     template = make_template(tokenizer, file)
     if template.text is None:
@@ -149,6 +147,11 @@ def _parameters(
         found.append("PARAMETER temperature 0")
     penalty = generation.get("repetition_penalty") or 1.0
     return [*found, f"PARAMETER repeat_penalty {penalty}"]
+
+
+def weights(merged: Path) -> int:
+    """About how many parameters a saved 16-bit model has."""
+    return sum(file.stat().st_size for file in merged.glob("*.safetensors")) // 2
 
 
 def read_generation(merged: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from finetune_trainer.config import RunConfig, Stage
 from finetune_trainer.export.gguf import write_gguf
 from finetune_trainer.export.manifest import build, publish
 from finetune_trainer.export.merge import merge
-from finetune_trainer.export.modelfile import read_generation, write_modelfile
+from finetune_trainer.export.modelfile import write_modelfile
 from finetune_trainer.export.preflight import check_space
 from finetune_trainer.export.verify import Check, verify
 from finetune_trainer.marker import MANIFEST, METRICS, describe_tree, stage_folder
@@ -34,8 +34,7 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     example, trained = fetch_inputs(config, output, workspace, result)
     checks: list[Check] = []
     if config.export.merged or config.export.gguf:
-        parameters = trained["metrics"]["baseParameters"]
-        checks = make_models(config, workspace, result, example, reporter, parameters=parameters)
+        checks = make_models(config, workspace, result, example, reporter)
 
     reporter.message("Computing checksums")
     files = describe_tree(result)
@@ -68,13 +67,7 @@ def fetch_inputs(
 
 
 def make_models(
-    config: RunConfig,
-    workspace: Path,
-    result: Path,
-    example: dict[str, Any],
-    reporter: Reporter,
-    *,
-    parameters: float,
+    config: RunConfig, workspace: Path, result: Path, example: dict[str, Any], reporter: Reporter
 ) -> list[Check]:
     """Write the merged model, GGUF files and Modelfile below `result`; check each GGUF file."""
     trust = config.model.trust_remote_code
@@ -87,12 +80,19 @@ def make_models(
     gc.collect()
     if not config.export.gguf:
         return []
-    name = source.display_name(config.model.source)
-    tokenizer = load_tokenizer(result / "adapter", trust_remote_code=trust)
+    return make_gguf(config, merged, result, example, reporter)
+
+
+def make_gguf(
+    config: RunConfig, merged: Path, result: Path, example: dict[str, Any], reporter: Reporter
+) -> list[Check]:
+    """Write `gguf/` and the Modelfile below `result`, and check each GGUF file."""
+    trust = config.model.trust_remote_code
+    tokenizer = load_tokenizer(merged, trust_remote_code=trust)
     files = write_gguf(
         merged,
         result / "gguf",
-        name,
+        source.display_name(config.model.source),
         config.export.gguf,
         reporter,
         begins_with_bos=begins_with_bos(tokenizer),
@@ -102,6 +102,5 @@ def make_models(
     for file in files:
         reporter.message(f"Asking {file.name} a question")
         checks.append(verify(file, tokenizer, example))
-    generation = read_generation(merged)
-    write_modelfile(result, files, tokenizer, config, generation, parameters=parameters)
+    write_modelfile(result, files, tokenizer, config, merged=merged)
     return checks

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from finetune_trainer.config import (
     Columns,
+    Dataset,
     Export,
     Lora,
     Model,
@@ -34,6 +35,7 @@ LORA = Lora()
 TARGET_MODULES = list(LORA.target_modules)
 QUANTIZATIONS = list(Export().gguf)
 COLUMNS = Columns()
+EVAL_FRACTION: float = Dataset.model_fields["eval_fraction"].default
 
 
 def about(model: type[BaseModel], name: str) -> Any:
@@ -47,7 +49,13 @@ DEFAULT_OUTPUT = Path("models")
 
 @app.command()
 def train(  # noqa: PLR0917 - options, which nobody passes by position
-    dataset: Annotated[Path | None, typer.Option(help="CSV file; default: the sample.")] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(help="CSV, JSON lines or Parquet; default: the sample."),
+    ] = None,
+    eval_dataset: Annotated[Path | None, about(Dataset, "eval_source")] = None,
+    eval_fraction: Annotated[float, about(Dataset, "eval_fraction")] = EVAL_FRACTION,
+    system_prompt: Annotated[str | None, about(Dataset, "system_prompt")] = None,
     base_model: Annotated[
         str | None, typer.Option(help="org/name or a folder; default: the sample's small model.")
     ] = None,
@@ -75,6 +83,13 @@ def train(  # noqa: PLR0917 - options, which nobody passes by position
     weight_decay: Annotated[float, about(Training, "weight_decay")] = TRAINING.weight_decay,
     seed: Annotated[int, about(Training, "seed")] = TRAINING.seed,
     logging_steps: Annotated[int, about(Training, "logging_steps")] = TRAINING.logging_steps,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Any other field of run.json, e.g. dataset.onInvalidRow=skip (repeatable).",
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune: leaves OUTPUT/lora_adapter."""
     training = {
@@ -99,23 +114,26 @@ def train(  # noqa: PLR0917 - options, which nobody passes by position
     folder = output.resolve()
 
     def work(reporter: Reporter) -> StageResult:
-        config = RunConfig.model_validate(
-            {
-                "model": {
-                    "source": steps.base_model(base_model),
-                    "revision": revision,
-                    "trust_remote_code": trust_remote_code,
-                },
-                "dataset": {
-                    "source": str(steps.dataset(dataset)),
-                    "columns": {"instruction": instruction_column, "response": response_column},
-                },
-                "training": training,
-                "export": {"merged": False, "gguf": []},
-                "output": {"uri": str(steps.store_folder(folder))},
-            }
-        )
-        return steps.train(config, folder, reporter)
+        held_out = steps.eval_dataset(eval_dataset, dataset)
+        fields = {
+            "model": {
+                "source": steps.base_model(base_model),
+                "revision": revision,
+                "trust_remote_code": trust_remote_code,
+            },
+            "dataset": {
+                "source": str(steps.dataset(dataset)),
+                "columns": {"instruction": instruction_column, "response": response_column},
+                "eval_source": None if held_out is None else str(held_out),
+                "eval_fraction": eval_fraction,
+                "system_prompt": system_prompt,
+            },
+            "training": training,
+            "export": {"merged": False, "gguf": []},
+            "output": {"uri": str(steps.store_folder(folder))},
+        }
+        given = steps.with_settings(fields, settings or [])
+        return steps.train(RunConfig.model_validate(given), folder, reporter)
 
     _finish(Stage.TRAIN, work)
 

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic.alias_generators import to_snake
+
 from finetune_trainer.base_model import source
-from finetune_trainer.config import Quantization, RunConfig, Stage, read_run_config
+from finetune_trainer.config import Export, Quantization, RunConfig, Stage, read_run_config
 from finetune_trainer.marker import stage_folder
 from finetune_trainer.memory.machine import this_machine
 from finetune_trainer.outcome import Reason, StageError, StageResult
@@ -22,6 +24,7 @@ from finetune_trainer.storage import LocalFolder
 # In a checkout, the examples are the defaults.
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 SAMPLE = EXAMPLES / "data" / "lumora-nest.csv"
+SAMPLE_EVAL = EXAMPLES / "data" / "lumora-nest-eval.csv"
 
 log = logging.getLogger(__name__)
 
@@ -67,27 +70,48 @@ def gguf(folder: Path, kinds: tuple[Quantization, ...], reporter: Reporter) -> S
         raise StageError(
             Reason.INVALID_CONFIG, f"{merged} does not exist: run `make merge` before `make gguf`."
         )
-    from finetune_trainer.base_model.tokenizer import load_tokenizer  # noqa: PLC0415 - as above
-    from finetune_trainer.export.gguf import write_gguf  # noqa: PLC0415
-    from finetune_trainer.export.verify import verify  # noqa: PLC0415
+    from finetune_trainer.export.stage import make_gguf  # noqa: PLC0415 - imports torch
 
-    target = folder / "gguf"
-    shutil.rmtree(target, ignore_errors=True)
-    name = source.display_name(config.model.source)
-    trust = config.model.trust_remote_code
-    files = write_gguf(merged, target, name, kinds, reporter, trust_remote_code=trust)
-    tokenizer = load_tokenizer(merged, trust_remote_code=trust)
-    example = _first_example(config, folder)
-    for file in files:
-        verify(file, tokenizer, example)
-    return _done(Stage.EXPORT, f"{len(files)} GGUF files are in {target}")
+    shutil.rmtree(folder / "gguf", ignore_errors=True)
+    config = config.model_copy(update={"export": Export(gguf=kinds)})
+    make_gguf(config, merged, folder, _first_example(config, folder), reporter)
+    return _done(
+        Stage.EXPORT, f"{len(kinds)} GGUF files are in {folder / 'gguf'}, and a Modelfile beside"
+    )
 
 
 def dataset(given: Path | None) -> Path:
-    """The CSV file; left out, the sample of the checkout."""
+    """The file of examples; left out, the sample of the checkout."""
     if given is None and not SAMPLE.is_file():
-        raise StageError(Reason.INVALID_CONFIG, "Name a CSV file with --dataset.")
+        raise StageError(Reason.INVALID_CONFIG, "Name a file of examples with --dataset.")
     return (given or SAMPLE).resolve()
+
+
+def eval_dataset(given: Path | None, dataset: Path | None) -> Path | None:
+    """The file with held-out rows; the sample has one of its own."""
+    if given is None:
+        return SAMPLE_EVAL if dataset is None and SAMPLE_EVAL.is_file() else None
+    return given.resolve()
+
+
+def with_settings(fields: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """run.json with fields set by `path=value`; a value is JSON, or else text."""
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        *parents, name = [to_snake(part) for part in path.split(".")]
+        if not equals or not parents or not name:
+            raise StageError(
+                Reason.INVALID_CONFIG,
+                f"--set {setting!r}: write part.field=value, e.g. training.packing=false.",
+            )
+        place = fields
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        try:
+            place[name] = json.loads(text)
+        except json.JSONDecodeError:
+            place[name] = text
+    return fields
 
 
 def base_model(given: str | None) -> str:
