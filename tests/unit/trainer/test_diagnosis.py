@@ -185,6 +185,13 @@ def test_a_loss_that_leaps_up_at_the_start_is_rising(logging_steps: int) -> None
     assert notice.step <= 40
 
 
+def test_a_loss_that_is_thrown_about_is_rising_and_not_noisy() -> None:
+    """SmolLM2-135M with a learning rate of 1."""
+    losses = {1: 2.222, 5: 20.513, 10: 41.493, 15: 13.683, 20: 11.065}
+    history = [Point(step, step / 7, loss, 2.0, 1.0) for step, loss in losses.items()]
+    assert only(history, NoticeCode.LOSS_RISING, Training(learning_rate=1.0)).step == 15
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_a_loss_that_fell_and_rises_again_is_rising(noise: float) -> None:
     history = training(

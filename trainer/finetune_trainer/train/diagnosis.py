@@ -37,6 +37,10 @@ RUN = 3
 # a row that are all four deviations too high happen by chance once in 10^13.
 DEVIATIONS = 4.0
 
+LOUDEST = 1.0
+"""Nats; the losses of single rows in an ordinary training deviate less. A training that is thrown
+about by its learning rate must not pass for a noisy one."""
+
 ABOVE_START = 1.5
 ABOVE_FIRST_LINE = 2.5
 """Nats above the loss at the start, i.e. a perplexity 4.5 times that of the untrained model; 2.5
@@ -158,7 +162,7 @@ def rising(train: Sequence[Point], held_out: Sequence[Point], settings: Training
     bins = curve(train)
     if len(bins) < RUN + 1:
         return None
-    recent, deviation = bins[-RUN:], spread([loss for _, loss in bins])
+    recent, deviation = bins[-RUN:], min(spread([loss for _, loss in bins]), LOUDEST)
     now = min(loss for _, loss in recent)
     first, base = train[0], next((p.eval_loss for p in held_out if p.step == 0), None)
     start = loss_of(first) if base is None else max(loss_of(first), base)
@@ -168,7 +172,7 @@ def rising(train: Sequence[Point], held_out: Sequence[Point], settings: Training
     alone = spread([loss_of(p) for p in train[1:]]) * math.sqrt(steps)
     figures = f"loss {loss_of(first):.3g} at step {first.step}"
     shown = ", ".join(f"{loss:.3g} at step {step}" for step, loss in recent)
-    if now > start + max(margin, DEVIATIONS * alone):
+    if now > start + max(margin, DEVIATIONS * min(alone, LOUDEST)):
         return _rising(recent[-1][0], f"{figures}, then {shown}", settings)
     if len(bins) < MIN_RISING_BINS:
         return None
