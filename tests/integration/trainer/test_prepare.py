@@ -26,9 +26,12 @@ from finetune_trainer.prepare.rows import Rows
 from finetune_trainer.prepare.split import hold_out
 from finetune_trainer.prepare.template import check_template, describe_template
 from finetune_trainer.storage import LocalFolder
+from tests.cluster.s3 import Credentials
+from tests.integration.trainer.conftest import ROWS, Trainer
 
+SYSTEM = {"role": "system", "content": "Be a kettle."}
 CHAT = [
-    {"role": "system", "content": "Be a kettle."},
+    SYSTEM,
     {"role": "user", "content": "Who are you?"},
     {"role": "assistant", "content": "A kettle."},
     {"role": "user", "content": "Are you hot?"},
@@ -228,3 +231,42 @@ def test_the_templates_of_the_base_models_pass(
     tokenizer: PreTrainedTokenizerBase, system: bool
 ) -> None:
     check_template(tokenizer, system=system)
+
+
+def test_held_out_rows_of_a_file_of_their_own(
+    trainer: Trainer, run_config: dict[str, Any], moto: Credentials, bucket: str
+) -> None:
+    """JSON lines beside a CSV file; a row of both is told of, and a new version prepares anew."""
+    client = moto.client()
+    messages = [SYSTEM, {"role": "user", "content": "Is it hot?"}, *pair("", "Boiling.")[1:]]
+    both = pair(*ROWS[0])
+    rows = "".join(json.dumps({"messages": row}) + "\n" for row in (messages, both))
+    client.put_object(Bucket=bucket, Key="data/eval.jsonl", Body=rows.encode())
+    run_config["dataset"]["evalSource"] = f"s3://{bucket}/data/eval.jsonl"
+    run_config["export"] = {"gguf": []}
+    first = trainer("prepare", run_config).result
+    assert first is not None
+    assert first.reason is Reason.SUCCEEDED, first.message
+    assert "2 held out; 1 of them are trained on as well" in first.message
+    assert first.resolved is not None
+    assert (first.resolved.dataset_rows, first.resolved.eval_rows) == (len(ROWS), 2)
+
+    out, _, prefix = run_config["output"]["uri"].removeprefix("s3://").partition("/")
+    folder = f"{prefix}/stages/prepare/{first.resolved.fingerprints.prepare}"
+    held = client.get_object(Bucket=out, Key=f"{folder}/eval.jsonl")["Body"].read().decode()
+    assert [json.loads(line) for line in held.splitlines()] == [
+        as_example(messages),
+        as_example(both),
+    ]
+    report = client.get_object(Bucket=out, Key=f"{folder}/dataset-report.json")["Body"].read()
+    found = json.loads(report)
+    assert found["split"]["alsoTrainedOn"] == {"count": 1, "rows": [2]}
+    assert found["evalSource"]["detected"]["format"] == "jsonl"
+    assert found["evalSource"]["tokens"]["max"] > 0
+
+    client.put_object(Bucket=bucket, Key="data/eval.jsonl", Body=rows.encode() * 2)
+    second = trainer("prepare", run_config).result
+    assert second is not None
+    assert second.resolved is not None
+    assert second.complete == ()
+    assert second.resolved.eval_rows == 4
