@@ -245,21 +245,26 @@ def flat(train: Sequence[Point], held_out: Sequence[Point], settings: Training) 
         f"{b.loss:.4g} to epoch {b.epoch:.3g}" for b in (last[0], last[half], last[-1])
     )
     start = loss_of(train[0])
-    if settings.learning_rate > HIGH_RATE:
-        remedy = (
-            f"{lower_rate(settings)}; if that changes nothing, look at the data (spec.dataset)."
+    rate, high = settings.learning_rate, settings.learning_rate > HIGH_RATE
+    if level > UNMOVED * start:
+        change = (
+            lower_rate(settings)
+            if high
+            else f"Raise spec.training.learningRate from {rate:g} to {10 * rate:g}"
         )
-    elif level > UNMOVED * start:
         remedy = (
-            "Nothing was learnt: raise spec.training.learningRate from "
-            f"{settings.learning_rate:g} to {10 * settings.learning_rate:g}, and check that the "
-            "responses follow from the instructions."
+            f"Nothing was learnt. {change}, and check that the responses follow from the "
+            "instructions (spec.dataset)."
         )
     else:
+        change = (
+            lower_rate(settings)
+            if high
+            else f"Or raise spec.training.lora.r ({settings.lora.r}) or learningRate ({rate:g})"
+        )
         remedy = (
             "Look at the data (spec.dataset): responses that contradict each other or don't follow "
-            "from their instruction can't be learnt. Else raise spec.training.lora.r "
-            f"({settings.lora.r}) or learningRate ({settings.learning_rate:g})."
+            f"from their instruction can't be learnt. {change}."
         )
     return Notice(
         code=NoticeCode.LOSS_FLAT,
