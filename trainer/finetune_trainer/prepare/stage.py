@@ -1,8 +1,8 @@
 """prepare: the cheap checks first, so that a mistake shows within seconds; then the examples.
 
 configuration -> dataset there, output writable -> base model's files -> fingerprints -> what the
-  store already holds -> every row read -> tokenizer and chat template -> examples.jsonl, eval.jsonl
-  -> llama.cpp's converter knows the vocabulary -> dataset-report.json, complete.json
+  store already holds -> every row read -> tokenizer and chat template -> llama.cpp's converter
+  knows the vocabulary -> examples.jsonl, eval.jsonl, dataset-report.json, complete.json
   -> a plan for the training that fits its hardware
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import numpy as np
@@ -28,6 +29,9 @@ from finetune_trainer.prepare.rows import Rows
 from finetune_trainer.prepare.split import Mask, hold_out
 from finetune_trainer.progress import Reporter
 from finetune_trainer.storage import Folder, open_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ATTEMPTS = 3  # to read one version of a file that somebody is writing
 
@@ -60,8 +64,10 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     if Stage.PREPARE not in held:
         base = prepare(config, inputs, output, workspace, reporter)
     elif Stage.EXPORT not in held:
-        base = check_model(config, inputs.model, workspace, reporter)
+        base = fetch_model(config, inputs.model, workspace, reporter)
+        check_vocabulary(config, base, workspace, reporter)
     prepared = read_summary(output, prints.prepare)
+    check_held_out(config, prepared.dataset.eval_examples)
     plan = None
     if base and not {Stage.TRAIN, Stage.EXPORT}.intersection(held):
         plan = plan_training(config, inputs.model, base, prepared.tokens.max)
@@ -94,6 +100,17 @@ def check_config(config: RunConfig) -> None:
             Reason.INVALID_CONFIG,
             "spec.dataset.evalSource is the dataset itself, so nothing would be held out: name "
             "another file, or leave it out to hold evalFraction of the rows out.",
+        )
+
+
+def check_held_out(config: RunConfig, rows: int) -> None:
+    """Early stopping looks at held-out rows."""
+    if config.training.early_stopping and not rows:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            "spec.training.earlyStopping needs held-out rows, and there are none: give "
+            "spec.dataset.evalSource, raise dataset.evalFraction (20 rows or more are needed), or "
+            "leave out earlyStopping.",
         )
 
 
@@ -149,9 +166,11 @@ def prepare(
         reporter.message(f"Reading {files.rows.uri}")
         for rows in findings.all_rows():
             rows.load(config.dataset, config.training.seed)
-        base = check_model(config, inputs.model, workspace, reporter)
+        base = fetch_model(config, inputs.model, workspace, reporter)
+        tokenizer = open_tokenizer(findings, base)
+        check_vocabulary(config, base, workspace, reporter)
         reporter.message(f"Applying the chat template to {findings.rows.total} rows")
-        encode(findings, base, folder)
+        encode(findings, tokenizer, folder)
     except StageError as error:
         if error.reason not in (Reason.INVALID_ROWS, Reason.EXAMPLES_TOO_LONG):
             raise
@@ -167,30 +186,40 @@ def prepare(
     return base
 
 
-def check_model(
+def fetch_model(
     config: RunConfig, model: source.ModelFiles, workspace: Path, reporter: Reporter
 ) -> Path:
-    """Check what is small of the base model; returns the folder that it is in."""
-    folder = source.fetch(model, config.storage, workspace / "tokenizer", reporter, weights=False)
+    """Fetch what is small of the base model; returns the folder that it is in."""
+    return source.fetch(model, config.storage, workspace / "tokenizer", reporter, weights=False)
+
+
+def open_tokenizer(findings: Findings, base: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer, whose chat template can do what the rows need."""
+    # Here and not above: importing transformers takes seconds, which no mistake so far needed.
+    from finetune_trainer.base_model.tokenizer import load_tokenizer  # noqa: PLC0415
+    from finetune_trainer.prepare.template import check_template, describe_template  # noqa: PLC0415
+
+    trust = findings.config.model.trust_remote_code
+    tokenizer = load_tokenizer(base, trust_remote_code=trust)
+    check_template(tokenizer, system=any(rows.has_system for rows in findings.all_rows()))
+    findings.template = describe_template(tokenizer)
+    return tokenizer
+
+
+def check_vocabulary(config: RunConfig, base: Path, workspace: Path, reporter: Reporter) -> None:
+    """Make sure that llama.cpp's converter knows the model and its tokenizer."""
     if config.export.gguf:
         reporter.message("Checking that llama.cpp can convert the model")
         trust = config.model.trust_remote_code
-        converter.check_vocabulary(folder, workspace / "vocabulary.gguf", trust_remote_code=trust)
-    return folder
+        converter.check_vocabulary(base, workspace / "vocabulary.gguf", trust_remote_code=trust)
 
 
-def encode(findings: Findings, base: Path, folder: Path) -> None:
-    """Apply the chat template, choose the held-out rows, and write the examples to `folder`."""
-    # Here and not above: importing transformers takes seconds, which no mistake so far needed.
-    from finetune_trainer.base_model.tokenizer import load_tokenizer  # noqa: PLC0415
+def encode(findings: Findings, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Choose the held-out rows, and write the examples to `folder`."""
     from finetune_trainer.prepare.examples import check_lengths, write_examples  # noqa: PLC0415
-    from finetune_trainer.prepare.template import check_template, describe_template  # noqa: PLC0415
 
     config = findings.config
     limit = config.training.max_sequence_length
-    tokenizer = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
-    check_template(tokenizer, system=any(rows.has_system for rows in findings.all_rows()))
-    findings.template = describe_template(tokenizer)
     held = choose(findings)
     findings.examples = write_examples(findings.rows, held, tokenizer, limit, folder)
     check_lengths(findings.examples, config.dataset)
