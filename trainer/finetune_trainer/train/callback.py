@@ -1,4 +1,4 @@
-"""What the training reports while it runs, and the best adapter when it may stop early."""
+"""What the training reports while it runs."""
 
 # ruff: noqa: ARG002 - the arguments are transformers'
 
@@ -51,8 +51,11 @@ class ProgressReport(TrainerCallback):
         )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **values: Any) -> None:
-        """The held-out rows have been evaluated."""
-        self._reporter.evaluation(state.global_step, float(values["metrics"]["eval_loss"]))
+        """The held-out rows have been evaluated; that time is none of the training's."""
+        metrics = values["metrics"]
+        self._reporter.evaluation(state.global_step, float(metrics["eval_loss"]))
+        seconds = float(metrics["eval_runtime"])
+        self._logged_at, self._began = self._logged_at + seconds, self._began + seconds
 
     def _restart(self, step: int) -> None:
         self._logged_at, self._logged_step = time.monotonic(), step

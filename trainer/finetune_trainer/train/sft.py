@@ -13,6 +13,7 @@ on by name.
     trainer     the Trainer's hooks                  loss       the loss on a CPU
     adapter     faster LoRA layers                   callback   what is reported while it runs
     early       stopping, and the best adapter       saving     checkpoints
+    figures     what it all comes to
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -43,14 +44,16 @@ from finetune_trainer.base_model.loading import (
 )
 from finetune_trainer.base_model.tokenizer import load_tokenizer
 from finetune_trainer.config import Lora, Model
-from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.outcome import Notice, Reason, StageError
 from finetune_trainer.progress import Reporter
-from finetune_trainer.train import ranks, saving, trackers
+from finetune_trainer.train import ranks, saving, trackers, unsloth_engine
 from finetune_trainer.train.adapter import trim
 from finetune_trainer.train.callback import ProgressReport
 from finetune_trainer.train.channel import Channel
 from finetune_trainer.train.distributed import is_first
+from finetune_trainer.train.early import BestAdapter
 from finetune_trainer.train.examples import Examples, check, tokenize
+from finetune_trainer.train.figures import Run, evaluations_of, history, measured
 from finetune_trainer.train.ladder import write_lengths
 from finetune_trainer.train.packing import prepare_packing
 from finetune_trainer.train.trainer import Data, RecipeTrainer
@@ -74,14 +77,8 @@ def fine_tune(work: Work, reporter: Reporter, channel: Channel | None = None) ->
     epochs = resolve_epochs(settings.epochs, len(examples))
 
     reporter.message("Loading the base model")
-    model = load_model(
-        work.model,
-        compute_dtype(),
-        ranks.loading_device(work.plan),
-        quantize=settings.method == "qlora",
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    parameters = model.num_parameters()
+    model = load(work)
+    parameters = base_parameters(model)
     trainer = build_trainer(
         model,
         tokenizer,
@@ -89,18 +86,20 @@ def fine_tune(work: Work, reporter: Reporter, channel: Channel | None = None) ->
         work=work,
         epochs=epochs,
     )
+    notify = channel.notice if channel else None
+    best = best_adapter(trainer, work, notify)
     trainer.add_callback(ProgressReport(reporter, trainer.schedule.tokens))
-    trainer.add_callback(Watch(channel.notice if channel else None, settings))
+    trainer.add_callback(Watch(notify, settings))
     trainable = trainable_parameters(cast("torch.nn.Module", trainer.model))
     share = f"{trainable:,} / {parameters:,} ({trainable / parameters:.4%})"
     log.info("Trainable parameters / base parameters: %s", share)
     log.info("Training examples: %d, epochs: %d", len(examples), epochs)
 
     reporter.message("Training")
-    run = train(trainer, work, channel)
+    run = train(trainer, work, channel, best)
     save_adapter(trainer, tokenizer, work.adapter, config.model)
     metrics = {
-        **measured(trainer, run),
+        **measured(trainer, run, best),
         "trainableParameters": float(trainable),
         "baseParameters": float(parameters),
     }
@@ -110,6 +109,25 @@ def fine_tune(work: Work, reporter: Reporter, channel: Channel | None = None) ->
         effective=effective,
         history=history(trainer),
     )
+
+
+def load(work: Work) -> PreTrainedModel:
+    """The base model; with Unsloth it has its adapter already."""
+    if work.engine == "unsloth":
+        return cast("PreTrainedModel", unsloth_engine.load(work, compute_dtype()))
+    return load_model(
+        work.model,
+        compute_dtype(),
+        ranks.loading_device(work.plan),
+        quantize=work.config.training.method == "qlora",
+        trust_remote_code=work.config.model.trust_remote_code,
+    )
+
+
+def base_parameters(model: PreTrainedModel) -> int:
+    """Parameters of the base model, also where they are held in 4 bits or beside an adapter."""
+    adapter = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    return model.num_parameters() - adapter
 
 
 def read_examples(
@@ -154,13 +172,13 @@ def build_trainer(
             bf16=model.dtype == torch.bfloat16,
         ),
         processing_class=tokenizer,
-        peft_config=lora_config(work.config.training.lora),
+        peft_config=None if unsloth_engine.is_loaded() else lora_config(work.config.training.lora),
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trackers.guard(trainer)
-    if model.dtype == torch.bfloat16:
+    if model.dtype == torch.bfloat16 and not unsloth_engine.is_loaded():
         trim(cast("torch.nn.Module", trainer.model))
     return trainer
 
@@ -207,7 +225,7 @@ def arguments(work: Work, epochs: int, *, evaluate: bool, bf16: bool) -> SFTConf
         fp16=False,
         tf32=True if gpu and torch.cuda.get_device_capability() >= (8, 0) else None,
         use_cpu=not gpu,
-        **ranks.options(plan),
+        **{**ranks.options(plan), **unsloth_engine.options(work)},
         gradient_checkpointing_kwargs={"use_reentrant": False},
         dataloader_num_workers=0,
         dataloader_pin_memory=gpu,
@@ -232,18 +250,27 @@ def trainable_parameters(model: torch.nn.Module) -> int:
     return count
 
 
-@dataclass(frozen=True)
-class Run:
-    """What one call of the Trainer did."""
+def best_adapter(
+    trainer: RecipeTrainer, work: Work, notify: Callable[[Notice], None] | None
+) -> BestAdapter | None:
+    """With training.earlyStopping: what stops the training and keeps the best adapter."""
+    settings = work.config.training.early_stopping
+    if settings is None:
+        return None
+    if trainer.data.held_out is None:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            "training.earlyStopping needs held-out rows, and there are none.",
+        )
+    model = cast("torch.nn.Module", trainer.model)
+    best = BestAdapter(model, settings, notify, work.resume_from)
+    trainer.add_callback(best)
+    return best
 
-    loss: float
-    """Mean of the training loss over all steps."""
 
-    seconds: float
-    """What these steps took, also those of earlier attempts."""
-
-
-def train(trainer: RecipeTrainer, work: Work, channel: Channel | None) -> Run:
+def train(
+    trainer: RecipeTrainer, work: Work, channel: Channel | None, best: BestAdapter | None
+) -> Run:
     """Train to the end and evaluate; StageError when the loss is no number any more."""
     began = time.monotonic()
     result, resumed = saving.train(trainer, work, channel)
@@ -254,46 +281,13 @@ def train(trainer: RecipeTrainer, work: Work, channel: Channel | None) -> Run:
             f"The loss became {result.training_loss}: lower training.learningRate "
             f"({work.config.training.learning_rate:g}).",
         )
-    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    if trainer.data.held_out and trainer.state.global_step not in evaluated:
+    evaluations = evaluations_of(trainer)
+    if trainer.data.held_out and trainer.state.global_step not in evaluations:
         trainer.evaluate()
-    return Run(result.training_loss, seconds)
-
-
-def measured(trainer: RecipeTrainer, run: Run) -> dict[str, float]:
-    """The figures of the training, for status and manifest."""
-    entries, steps = trainer.state.log_history, trainer.state.global_step
-    losses = [entry["loss"] for entry in entries if "loss" in entry]
-    tokens = trainer.schedule.tokens(steps)
-    metrics = {
-        "trainLoss": run.loss,
-        "finalLoss": losses[-1] if losses else run.loss,
-        "trainRuntimeSeconds": run.seconds,
-        "trainSteps": float(steps),
-        "trainTokens": float(tokens),
-        "tokensPerSecond": tokens / run.seconds,
-    }
-    evaluations = [entry for entry in entries if "eval_loss" in entry]
-    if evaluations:
-        first, last = evaluations[0], evaluations[-1]
-        metrics |= {
-            "baseEvalLoss": first["eval_loss"],
-            "basePerplexity": first["eval_perplexity"],
-            "evalLoss": last["eval_loss"],
-            "perplexity": last["eval_perplexity"],
-            "evalTokens": last["eval_tokens"],
-        }
-    return metrics
-
-
-def history(trainer: RecipeTrainer) -> list[dict[str, float]]:
-    """What the Trainer logged at each step, for curves."""
-    names = ("step", "epoch", "loss", "learning_rate", "grad_norm", "eval_loss")
-    return [
-        {name: float(entry[name]) for name in names if math.isfinite(entry.get(name, math.nan))}
-        for entry in trainer.state.log_history
-        if "loss" in entry or "eval_loss" in entry
-    ]
+    if best:
+        best.restore(trainer.state.global_step)
+    evaluating = sum(entry["eval_runtime"] for entry in evaluations.values())
+    return Run(result.training_loss, seconds, seconds - evaluating)
 
 
 def save_adapter(

@@ -17,6 +17,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune_trainer.base_model.tokenizer import IGNORED
 from finetune_trainer.progress import perplexity
+from finetune_trainer.train import ranks, unsloth_engine
 from finetune_trainer.train.batches import (
     PackingCollator,
     PaddingCollator,
@@ -93,6 +94,8 @@ class RecipeTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Sum of the cross entropy over the labels, divided by their number in the whole step."""
+        if unsloth_engine.is_loaded():
+            return unsloth_engine.loss(model, inputs, num_items_in_batch)
         if self.args.device.type != "cpu":
             return super().compute_loss(  # type: ignore[no-untyped-call]
                 model, inputs, return_outputs, num_items_in_batch
@@ -104,6 +107,14 @@ class RecipeTrainer(SFTTrainer):
         loss = total / torch.as_tensor(count).clamp(min=1)
         # The count is that of all processes, whose gradients will be averaged.
         return loss * (1 if num_items_in_batch is None else self.args.world_size)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter; of a model spread over processes, too, and not the whole model then."""
+        state = ranks.gathered_state(cast("torch.nn.Module", self.model))
+        if state is None:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self._save(output_dir, state_dict=state)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL would write one with every checkpoint."""
@@ -138,7 +149,13 @@ class RecipeTrainer(SFTTrainer):
 
     def _loader(self, rows: datasets.Dataset, sampler: Sampler[Rows]) -> DataLoader[Any]:
         # The sampler knows the processes, so that accelerate must not split the batches again.
-        loader = DataLoader(rows, batch_sampler=sampler, collate_fn=self.data_collator)
+        loader = DataLoader(
+            rows,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            # Its own, lest an evaluation take random numbers from the training's dropout.
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
         prepared: DataLoader[Any] = prepare_data_loader(
             loader,
             device=self.args.device,

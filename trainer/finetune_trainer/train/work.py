@@ -99,8 +99,11 @@ def default_plan(config: RunConfig) -> TrainingPlan:
     if config.resolved is not None and config.resolved.plan is not None:
         return config.resolved.plan
     training = config.training
+    wish = training.gradient_checkpointing
+    # On a GPU of unknown memory it is more often short than not.
+    gpu = config.hardware.gpus > 0 if config.hardware else any(Path("/dev").glob("nvidia[0-9]*"))
     return TrainingPlan(
         batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        gradient_checkpointing=training.gradient_checkpointing == "always",
+        gradient_checkpointing=wish == "always" or (wish == "auto" and gpu),
     )
