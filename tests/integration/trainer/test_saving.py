@@ -242,16 +242,21 @@ class Patience(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.count += 1
 
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "mine").touch()
+
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"count": self.count}}
 
 
 def test_what_other_callbacks_count_comes_back(make: Make) -> None:
-    trainer, work = make(checkpointSteps=3)
+    trainer, work = make()
     trainer.add_callback(Patience())
     FailingPass(trainer, 2 + 8)
     error = fail(trainer, work)
     assert error.step == 3
+    assert error.checkpoint is not None
+    assert (error.checkpoint / "mine").exists(), "files of other callbacks are part of it"
     trainer, work = make(error.checkpoint)
     patience = Patience()
     trainer.add_callback(patience)

@@ -237,6 +237,9 @@ class Saving(TrainerCallback, ExportableState):
             return None
         self._moment.bring_back(trainer)
         trainer._save_checkpoint(cast("torch.nn.Module", trainer.model), trial=None)
+        for callback in trainer.callback_handler.callbacks:
+            if callback is not self:  # others add files of theirs
+                callback.on_save(trainer.args, trainer.state, trainer.control)
         folder = self._folder(step)
         (folder / "training_args.bin").unlink(missing_ok=True)
         self._newest = (step, folder)

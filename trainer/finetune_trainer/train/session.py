@@ -113,7 +113,9 @@ class Session:
             self.notice(notice)
 
     def notice(self, notice: Notice) -> None:
-        """Keep a notice, and tell people."""
+        """Keep a notice, and tell people; a worker that goes on may see the same again."""
+        if notice in self.notices:
+            return
         self.notices.append(notice)
         self._reporter.notice(notice)
 
