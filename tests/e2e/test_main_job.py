@@ -104,8 +104,12 @@ def test_the_example_becomes_models_in_the_bucket(environment: Environment, fini
         )
     assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= held.keys()
     assert "merged/config.json" in held
-    assert status["lineage"]["datasetRows"] > 0
+    rows = status["dataset"]
+    assert status["lineage"]["datasetRows"] == rows["examples"] > 0
+    assert status["lineage"]["evalRows"] == rows["evalExamples"] > 0
     assert status["progress"]["loss"] > 0
+    assert status["metrics"]["evalLoss"] < status["metrics"]["baseEvalLoss"]
+    assert status.get("notices", []) == [], "no false alarm on the sample job"
 
 
 def test_every_condition_is_about_the_current_generation(environment: Environment) -> None:
@@ -201,6 +205,43 @@ def test_another_quantization_runs_prepare_and_export(
     files = [a["uri"] for a in job["status"]["artifacts"] if a["uri"].endswith("Q6_K.gguf")]
     assert len(files) == 1
     assert any(key.endswith("Q6_K.gguf") for key in keys(environment, job["spec"]["output"]["uri"]))
+
+
+def test_a_training_whose_pod_is_taken_away_goes_on_from_its_checkpoint(
+    environment: Environment,
+) -> None:
+    change: dict[str, Any] = {
+        "metadata": {"name": "interrupted"},
+        "spec": {
+            "training": {"epochs": 2, "checkpointSteps": 1, "loggingSteps": 1},
+            "export": {"merged": False, "gguf": []},
+        },
+    }
+    job = merged(yaml.safe_load(EXAMPLE.read_text()), change)
+    job["spec"]["output"]["uri"] += "-interrupted"
+    environment.kubectl("apply", "-f", "-", input=json.dumps(job))
+    read = environment.reader("interrupted")
+    deadline = time.monotonic() + 300
+    while not (_step(read()) > 2 and stage_of(read(), "train").get("state") == "Running"):
+        assert time.monotonic() < deadline, read().get("status")
+        time.sleep(0.5)
+    pods = environment.items("pods", "finetune.dev/stage=train")
+    (pod,) = (p for p in pods if p["status"]["phase"] == "Running")
+    environment.kubectl("delete", "pod", pod["metadata"]["name"])
+
+    *_, ended = poll(read, 600)
+    assert ended["status"]["phase"] == "Succeeded", ready_message(ended)
+    resumed = [n for n in ended["status"]["notices"] if n["code"] == "Resumed"]
+    assert len(resumed) == 1
+    assert resumed[0]["step"] > 2
+    assert stage_of(ended, "train").get("failures", 0) == 0
+    events = environment.kubectl("get", "events", "-o", "jsonpath={.items[*].reason}").split()
+    assert events.count("Resumed") == 1
+
+
+def _step(job: dict[str, Any]) -> int:
+    progress = job.get("status", {}).get("progress", {})
+    return int(progress.get("step") or 0) if progress.get("stage") == "train" else 0
 
 
 BAD_JOBS = {

@@ -1,40 +1,80 @@
-"""The worker in float32, on whatever processor; it notes what of the model this process holds."""
+"""The worker in float32, on whatever processor; it notes what of the model this process holds.
+
+FAIL=RANK:STEP:HOW lets one of the processes run out of GPU memory, or be killed, after a step.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
 from finetune_trainer.base_model import loading
-from finetune_trainer.train import ranks, worker
+from finetune_trainer.train import ranks, trackers, worker
 
 NOTE = "held-{}.json"
+
+
+class Failing(TrainerCallback):
+    """Fails once, in one process."""
+
+    def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+        rank, step, how = os.environ["FAIL"].split(":")
+        if os.environ.get("RANK", "0") != rank or state.global_step != int(step):
+            return
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def _let_accelerate_shard_on_a_cpu() -> None:
+    """PyTorch's fully_shard runs on CPUs as well; accelerate would quietly do without it."""
+    made = AcceleratorState.__init__
+
+    def make(self: AcceleratorState, *args: Any, **options: Any) -> None:
+        state = PartialState()
+        if (
+            options.get("fsdp_plugin") is None
+            or state.distributed_type != DistributedType.MULTI_CPU
+        ):
+            made(self, *args, **options)
+            return
+        state.distributed_type = DistributedType.MULTI_XPU
+        made(self, *args, **options)
+        state.distributed_type = DistributedType.MULTI_CPU
+
+    AcceleratorState.__init__ = make
 
 
 def main(request: Path) -> int:
     """Train; bfloat16 would hide the differences that the tests look for."""
     loading.compute_dtype = lambda: torch.float32
-    gathered = ranks.gathered_state
+    gathered, guard = ranks.gathered_state, trackers.guard
 
     def noting(model: torch.nn.Module) -> Any:
         # Of the layers only: embeddings stay gathered between two passes.
         layers = [p for name, p in model.named_parameters() if ".layers." in name]
         parts = [p.to_local() if isinstance(p, DTensor) else p for p in layers]
-        held = {
-            "held": sum(p.numel() for p in parts),
-            "all": sum(p.numel() for p in layers),
-        }
+        held = {"held": sum(p.numel() for p in parts), "all": sum(p.numel() for p in layers)}
         note = request.parent / NOTE.format(os.environ.get("RANK", "0"))
         note.write_text(json.dumps(held))
         return gathered(model)
 
-    ranks.gathered_state = noting
+    def guarding(trainer: Any) -> None:
+        guard(trainer)
+        if "FAIL" in os.environ:
+            trainer.add_callback(Failing())
+
+    ranks.gathered_state, trackers.guard = noting, guarding
+    _let_accelerate_shard_on_a_cpu()
     return worker.main(request)
 
 

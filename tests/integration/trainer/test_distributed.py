@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.train.channel import listening
 from finetune_trainer.train.distributed import divide
 from finetune_trainer.train.launch import Workers
@@ -89,6 +92,28 @@ def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run(work_of(tiny_model, tmp_path_factory.mktemp("runs") / "alone", 1))
 
 
+def assert_same_adapter(run: Run, expected: Run) -> None:
+    ours, theirs = run.adapter(), expected.adapter()
+    assert ours.keys() == theirs.keys()
+    assert all(float(ours[name].abs().max()) > 0 for name in ours), "all of it has been trained"
+    largest = max(float(each.abs().max()) for each in theirs.values())
+    for name, weights in theirs.items():
+        assert float((ours[name] - weights).abs().max()) < WEIGHT_TOLERANCE * largest, name
+
+
+def assert_peft_loads(run: Run, model: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model)
+    tuned = PeftModel.from_pretrained(base, run.work.adapter)
+    weights = {name: p for name, p in tuned.named_parameters() if "lora_" in name}
+    saved = run.adapter()
+    assert len(weights) == len(saved) == 16
+    for name, parameter in weights.items():
+        assert parameter.equal(saved[name.replace(".default", "")]), name
+
+
 @pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
 def test_two_processes_train_like_one_at_the_same_effective_batch(
     parallelism: str, alone: Run, tiny_model: Path, tmp_path: Path
@@ -101,13 +126,8 @@ def test_two_processes_train_like_one_at_the_same_effective_batch(
         assert together.series(name) == pytest.approx(expected, abs=LOSS_TOLERANCE), name
     for name in ("evalTokens", "trainTokens", "trainSteps", "trainableParameters"):
         assert together.trained.metrics[name] == alone.trained.metrics[name], name
-    ours, theirs = together.adapter(), alone.adapter()
-    assert ours.keys() == theirs.keys()
-    largest = max(float(each.abs().max()) for each in theirs.values())
-    for name, weights in theirs.items():
-        assert float((ours[name] - weights).abs().max()) < WEIGHT_TOLERANCE * largest, name
-    assert sum(float((ours[name]).abs().max()) for name in ours if "lora_B" in name) > 0
-
+    assert_same_adapter(together, alone)
+    assert_peft_loads(together, tiny_model)
     notes = [json.loads((together.work.room / NOTE.format(rank)).read_text()) for rank in (0, 1)]
     if parallelism == "fsdp":
         assert all(note["held"] < 0.6 * note["all"] for note in notes), "each holds about half"
@@ -117,16 +137,69 @@ def test_two_processes_train_like_one_at_the_same_effective_batch(
     assert steps == sorted(steps), "only one process reports"
 
 
-def test_peft_loads_what_several_processes_saved(tiny_model: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_a_stop_leaves_one_checkpoint_of_all_processes_to_go_on_from(
+    parallelism: str, alone: Run, tiny_model: Path, tmp_path: Path
+) -> None:
+    work = work_of(tiny_model, tmp_path / "stopped", 2, parallelism=parallelism)
+    workers, begun = Workers(FLOAT32), threading.Event()
+    messages: list[dict[str, Any]] = []
 
-    done = run(work_of(tiny_model, tmp_path / "together", 2, parallelism="fsdp", epochs=1))
+    def hear(message: dict[str, Any]) -> None:
+        messages.append(message)
+        if message.get("progress", {}).get("step", 0) >= 2:
+            begun.set()
 
-    base = AutoModelForCausalLM.from_pretrained(tiny_model)
-    tuned = PeftModel.from_pretrained(base, done.work.adapter)
-    weights = {name: p for name, p in tuned.named_parameters() if "lora_" in name}
-    saved = done.adapter()
-    assert len(weights) == len(saved) == 16
-    for name, parameter in weights.items():
-        assert parameter.equal(saved[name.replace(".default", "")]), name
+    def stop() -> None:
+        begun.wait(120)
+        ended.append(workers.stop(time.monotonic() + 60))
+
+    ended: list[bool] = []
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with listening(work.room, hear):
+        stopped = workers.run(work)
+    stopper.join()
+
+    assert ended == [True], "within the grace period"
+    assert isinstance(stopped, Failed)
+    assert stopped.reason is Reason.STOPPED
+    assert stopped.step is not None
+    assert 2 <= stopped.step < 10
+    assert stopped.checkpoint is not None
+    assert [m["checkpoint"]["step"] for m in messages if "checkpoint" in m] == [stopped.step]
+
+    if parallelism == "fsdp":  # each process wrote its own part, which is not gone on from yet
+        return
+    # One process can go on from what two wrote.
+    rest = work_of(tiny_model, tmp_path / "rest", 1, parallelism=parallelism)
+    resumed = run(rest.model_copy(update={"resume_from": stopped.checkpoint}))
+
+    assert resumed.series("loss") == pytest.approx(alone.series("loss"), abs=LOSS_TOLERANCE)
+    assert_same_adapter(resumed, alone)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("full", Reason.OUT_OF_GPU_MEMORY), ("killed", None)],
+)
+def test_the_process_that_fails_gives_the_reason_for_all(
+    how: str,
+    reason: Reason | None,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FAIL", f"1:2:{how}")
+    work = work_of(tiny_model, tmp_path / "failing", 2)
+    began = time.monotonic()
+
+    if reason:
+        ending = run(work).ending
+        assert isinstance(ending, Failed)
+        assert ending.reason is reason
+    else:
+        with pytest.raises(StageError, match=r"killed|status 137") as caught:
+            run(work)
+        assert caught.value.reason in (Reason.OUT_OF_MEMORY, Reason.INTERNAL_ERROR)
+    assert time.monotonic() - began < 100, "the other process doesn't wait for its peer"
