@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 from uuid import uuid4
 
 from finetune_trainer.outcome import Notice
@@ -62,54 +62,67 @@ def listening(room: Path, handle: Handler) -> Iterator[Drain]:
     All that the worker sent before the block ends has been handled afterwards. The function that
     it yields waits, from any thread, until all that was sent so far is handled.
     """
-    path = room / NAME
-    path.unlink(missing_ok=True)
-    os.mkfifo(path, 0o600)
-    # Open for both, so that it neither waits for a worker nor ends when the first one closes it.
-    descriptor = os.open(path, os.O_RDWR)
-    lock, closed = threading.Lock(), threading.Event()
-    errors: list[Exception] = []
-    reached: dict[str, threading.Event] = {}
+    listener = _Listener(room, handle)
+    try:
+        yield listener.drain
+    finally:
+        listener.close()
+    if listener.errors:
+        raise listener.errors[0]
 
-    def read(stream: TextIO) -> None:
-        with stream:
-            for line in stream:
-                message = _parse(line)
+
+class _Listener:
+    """The stage's end."""
+
+    def __init__(self, room: Path, handle: Handler) -> None:
+        path = room / NAME
+        path.unlink(missing_ok=True)
+        os.mkfifo(path, 0o600)
+        # Open for both, so that it neither waits for a worker nor ends when the first closes it.
+        self._descriptor = os.open(path, os.O_RDWR)
+        self._handle = handle
+        self._lock = threading.Lock()
+        self._closed = False
+        self._reached: dict[str, threading.Event] = {}
+        self.errors: list[Exception] = []
+        self._thread = threading.Thread(target=self._read, name="messages", daemon=True)
+        self._thread.start()
+
+    def drain(self) -> None:
+        """Wait until all that was sent so far is handled."""
+        point = uuid4().hex
+        self._reached[point] = threading.Event()
+        if self._send(json.dumps({POINT: point})):
+            self._reached[point].wait(DRAIN_SECONDS)
+
+    def close(self) -> None:
+        """Handle what was sent, and end."""
+        self._send("{}")
+        self._thread.join()
+        with self._lock:
+            self._closed = True
+            os.close(self._descriptor)
+
+    def _send(self, text: str) -> bool:
+        with self._lock:
+            if self._closed:
+                return False
+            # On a line of its own, also after what a killed worker began to write.
+            os.write(self._descriptor, f"\n{text}\n".encode())
+            return True
+
+    def _read(self) -> None:
+        with os.fdopen(os.dup(self._descriptor), encoding="utf-8", errors="replace") as stream:
+            for message in map(_parse, stream):
                 if message == {}:
                     return
                 if point := message.get(POINT):
-                    reached[point].set()
+                    self._reached[point].set()
                     continue
                 try:
-                    handle(message)
-                except Exception as error:  # raised below, where somebody can answer for it
-                    errors.append(error)
-
-    def send(text: str) -> None:
-        with lock:
-            if not closed.is_set():
-                # On a line of its own, also after what a killed worker began to write.
-                os.write(descriptor, f"\n{text}\n".encode())
-
-    def drain() -> None:
-        point = uuid4().hex
-        reached[point] = threading.Event()
-        send(json.dumps({POINT: point}))
-        reached[point].wait(DRAIN_SECONDS)
-
-    stream = os.fdopen(os.dup(descriptor), encoding="utf-8", errors="replace")
-    reader = threading.Thread(target=read, args=(stream,), name="messages", daemon=True)
-    reader.start()
-    try:
-        yield drain
-    finally:
-        send("{}")
-        reader.join()
-        with lock:
-            closed.set()
-            os.close(descriptor)
-    if errors:
-        raise errors[0]
+                    self._handle(message)
+                except Exception as error:  # raised where somebody can answer for it
+                    self.errors.append(error)
 
 
 def _parse(line: str) -> dict[str, Any]:
