@@ -30,6 +30,7 @@ UNNEEDED = (
     "torch/bin/test_*",
     "torch/include",
     "torch/share",
+    "studio",  # Unsloth's web interface
     "torch/test",
     "**/*.a",
     "**/*.pyi",

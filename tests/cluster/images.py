@@ -42,7 +42,7 @@ INPUTS = {
         "constraints/operator.txt",
         "operator/finetune_operator/**/*",
     ),
-    "trainer": ("images/trainer/*", "constraints/trainer.txt"),
+    "trainer": ("images/trainer/*", "constraints/trainer.txt", "constraints/unsloth.txt"),
 }
 NOT_HASHED = ("README.md", "LICENSE")
 """Copied into the package's metadata alone: a build needs them, and no build is worth them."""

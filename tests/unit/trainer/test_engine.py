@@ -1,0 +1,227 @@
+"""The engine, the number of processes and each one's share: decisions, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_trainer.config import RunConfig, Training, TrainingPlan
+from finetune_trainer.outcome import NoticeCode, Reason, StageError
+from finetune_trainer.train.devices import Gpu, parse, visible_gpus
+from finetune_trainer.train.distributed import command, divide, processes_wanted
+from finetune_trainer.train.engine import Choice, choose, missing_for_unsloth, model_type_of
+
+H100 = Gpu("NVIDIA H100", 80 << 30, (9, 0))
+OLD = Gpu("Tesla P100", 16 << 30, (6, 0))
+
+
+def config(engine: str = "auto", **model: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"source": "org/name", **model},
+            "dataset": {"source": "/data.csv"},
+            "output": {"uri": "/out"},
+            "training": {"engine": engine},
+        }
+    )
+
+
+@pytest.mark.parametrize("wanted", ["auto", "unsloth"])
+@pytest.mark.parametrize(
+    ("changed", "obstacle"),
+    [
+        pytest.param({}, None, id="one GPU, installed, a model type that it knows"),
+        pytest.param({"gpus": ()}, "there is no NVIDIA GPU", id="no GPU"),
+        pytest.param({"missing": "it isn't there"}, "it isn't there", id="not installed"),
+        pytest.param({"gpus": (H100, H100), "processes": 2}, "here are 2", id="two processes"),
+        pytest.param({"gpus": (H100, H100)}, None, id="two GPUs, one of which is used"),
+        pytest.param({"gpus": (OLD,)}, "compute capability 6.0", id="too old a GPU"),
+        pytest.param({"model_type": "gpt2"}, "the model type gpt2", id="another model type"),
+        pytest.param({"model_type": None}, "the model type None", id="no model type"),
+    ],
+)
+def test_unsloth_trains_where_it_can(
+    wanted: str, changed: dict[str, Any], obstacle: str | None
+) -> None:
+    case = {"gpus": (H100,), "processes": 1, "model_type": "llama", "missing": None, **changed}
+
+    choice = choose(config(wanted), **case)
+
+    assert choice.engine == ("unsloth" if obstacle is None else "transformers")
+    notice = choice.notice(wanted, len(case["gpus"]))
+    if obstacle is None:
+        assert choice.obstacle is None
+        assert notice is None
+    else:
+        assert obstacle in str(choice.obstacle)
+        # Nobody expects Unsloth on a CPU unless it was asked for by name.
+        assert (notice is None) == (wanted == "auto" and not case["gpus"])
+    if notice:
+        assert notice.code is NoticeCode.ENGINE_FALLBACK
+        assert str(choice.obstacle) in notice.evidence
+
+
+def test_transformers_asked_for_is_no_fallback() -> None:
+    choice = choose(
+        config("transformers"), gpus=(H100,), processes=1, model_type="llama", missing=None
+    )
+
+    assert choice == Choice("transformers")
+    assert choice.notice("transformers", 1) is None
+
+
+def test_code_that_comes_with_a_model_is_left_to_transformers() -> None:
+    trusted = config("unsloth", trustRemoteCode=True)
+
+    choice = choose(trusted, gpus=(H100,), processes=1, model_type="llama", missing=None)
+
+    assert choice.engine == "transformers"
+    assert "trustRemoteCode" in str(choice.obstacle)
+
+
+def install(site: Path, name: str, version: str, *requires: str) -> None:
+    """The metadata of an installed package."""
+    folder = site / f"{name}-{version}.dist-info"
+    folder.mkdir(parents=True)
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    lines += [f"Requires-Dist: {each}" for each in requires]
+    (folder / "METADATA").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("requires", "missing"),
+    [
+        (["peft>=0.18", "left>=1; sys_platform == 'none'", "more; extra == 'colab'"], None),
+        (["trl<=1.14.0"], "Unsloth 2026.10.7 needs trl<=1.14.0, and 1.15.0 is installed"),
+        (["no-such-package"], "Unsloth 2026.10.7 needs no-such-package, which isn't installed"),
+        (["torch<2.15,>=2.4"], None),
+    ],
+)
+def test_unsloth_counts_as_installed_with_all_that_it_asks_for(
+    requires: list[str], missing: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "unsloth", "2026.10.7", *requires)
+    install(tmp_path, "trl", "1.15.0")
+    install(tmp_path, "peft", "0.21.2")
+    install(tmp_path, "torch", "2.13.0+cpu")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    assert missing_for_unsloth() == missing
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [('{"model_type": "llama"}', "llama"), ("{}", None), ("[]", None), ("{", None), (None, None)],
+)
+def test_the_model_type_is_read_from_config_json(
+    text: str | None, found: str | None, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+
+    assert model_type_of(tmp_path) == found
+
+
+def test_without_device_files_there_are_no_gpus(tmp_path: Path) -> None:
+    (tmp_path / "nvidiactl").touch()
+
+    assert visible_gpus(tmp_path) == ()
+
+
+def test_the_probe_is_asked_where_there_are_device_files(tmp_path: Path) -> None:
+    """torch has the last word: there is no driver behind this file."""
+    pytest.importorskip("torch")
+    (tmp_path / "nvidia0").touch()
+
+    assert visible_gpus(tmp_path) == ()
+
+
+def test_the_probes_answer_is_its_last_line() -> None:
+    line = '[{"name": "NVIDIA H100", "memory_bytes": 85899345920, "capability": [9, 0]}]'
+
+    assert parse(f"a warning of the driver\n{line}\n") == (H100,)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "variable", "processes"),
+    [(0, None, 1), (4, None, 4), (0, "2", 2), (4, "2", 4), (0, "two", 1), (0, "0", 1)],
+)
+def test_a_process_for_each_gpu(gpus: int, variable: str | None, processes: int) -> None:
+    environment = {} if variable is None else {"FINETUNE_PROCESSES": variable}
+
+    assert processes_wanted(gpus, environment) == processes
+
+
+def training(batch: int, accumulation: int, parallelism: str = "auto", **more: Any) -> Training:
+    return Training.model_validate(
+        {
+            "batchSize": batch,
+            "gradientAccumulationSteps": accumulation,
+            "parallelism": parallelism,
+            **more,
+        }
+    )
+
+
+def plan(rows: int, parallelism: str = "none") -> TrainingPlan:
+    return TrainingPlan.model_validate(
+        {
+            "batchSize": rows,
+            "gradientAccumulationSteps": 1,
+            "gradientCheckpointing": False,
+            "parallelism": parallelism,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "planned", "devices", "expected"),
+    [
+        pytest.param(training(2, 4), plan(2), 1, (1, 2, 4, "none"), id="one device: as written"),
+        pytest.param(training(2, 4), plan(2), 2, (2, 2, 2, "ddp"), id="two"),
+        pytest.param(training(2, 4), plan(2), 8, (8, 1, 1, "ddp"), id="as many as examples"),
+        pytest.param(training(2, 4), plan(2), 3, (2, 2, 2, "ddp"), id="three don't divide eight"),
+        pytest.param(training(1, 1), plan(1), 4, (1, 1, 1, "none"), id="one example, one device"),
+        pytest.param(training(2, 6), plan(2), 4, (4, 1, 3, "ddp"), id="two don't divide three"),
+        pytest.param(training(2, 4), plan(4), 1, (1, 4, 2, "none"), id="prepare found four to fit"),
+        pytest.param(training(2, 4, "fsdp"), plan(2), 2, (2, 2, 2, "fsdp"), id="asked for fsdp"),
+        pytest.param(training(2, 4, "fsdp"), plan(2), 1, (1, 2, 4, "none"), id="fsdp on one"),
+        pytest.param(training(2, 4), plan(2, "fsdp"), 2, (2, 2, 2, "fsdp"), id="planned fsdp"),
+    ],
+)
+def test_the_effective_batch_stays_however_many_share_it(
+    spec: Training, planned: TrainingPlan, devices: int, expected: tuple[int, int, int, str]
+) -> None:
+    divided, processes = divide(spec, planned, devices)
+
+    rows, passes = divided.batch_size, divided.gradient_accumulation_steps
+    assert (processes, rows, passes, divided.parallelism) == expected
+    assert processes * rows * passes == spec.batch_size * spec.gradient_accumulation_steps
+
+
+@pytest.mark.parametrize(
+    ("spec", "devices", "remedy"),
+    [
+        (training(2, 4, method="qlora"), 2, "set training.parallelism to ddp"),
+        (training(1, 3), 2, "set training.gradientAccumulationSteps to a multiple of 2"),
+    ],
+)
+def test_a_model_that_needs_all_devices_is_not_squeezed_into_fewer(
+    spec: Training, devices: int, remedy: str
+) -> None:
+    with pytest.raises(StageError, match=remedy) as caught:
+        divide(spec, plan(1, "fsdp"), devices)
+
+    assert caught.value.reason is Reason.INVALID_CONFIG
+
+
+def test_one_process_is_started_directly_and_several_through_torchrun() -> None:
+    one = command("worker", Path("/work.json"), 1, 24.0)
+    several = command("worker", Path("/work.json"), 4, 24.0)
+
+    assert one[1:] == ["-m", "worker", "/work.json"]
+    assert several[2] == "finetune_trainer.train.torchrun"
+    assert {"--nproc-per-node=4", "--shutdown-timeout=24"} <= set(several)
+    assert several[-3:] == ["--module", "worker", "/work.json"]
