@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.config import RunConfig
+from finetune_trainer.config import RunConfig, TrainingPlan
 from finetune_trainer.failures import explain
 from finetune_trainer.outcome import Notice, NoticeCode, Reason, StageError
 from finetune_trainer.train.ladder import (
@@ -23,7 +23,7 @@ from finetune_trainer.train.ladder import (
     step_of,
     write_lengths,
 )
-from finetune_trainer.train.work import Failed, Trained, Work, default_plan
+from finetune_trainer.train.work import Failed, Trained, Work
 
 TORCH = (
     "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 23.65 GiB of "
@@ -54,7 +54,11 @@ def work(folder: Path = Path("/room"), **training: Any) -> Work:
     )
     return Work(
         config=config,
-        plan=default_plan(config),
+        plan=TrainingPlan(
+            batch_size=config.training.batch_size,
+            gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+            gradient_checkpointing=config.training.gradient_checkpointing == "always",
+        ),
         max_sequence_length=config.training.max_sequence_length,
         engine="transformers",
         examples=folder / "examples.jsonl",

@@ -162,7 +162,10 @@ def rising(train: Sequence[Point], held_out: Sequence[Point], settings: Training
     bins = curve(train)
     if len(bins) < RUN + 1:
         return None
-    recent, deviation = bins[-RUN:], min(spread([loss for _, loss in bins]), LOUDEST)
+    recent, noise = bins[-RUN:], spread([loss_of(p) for p in train])
+    # Few bins can look quiet by chance; the lines that they are made of hardly can.
+    deviation = max(spread([loss for _, loss in bins]), noise / math.sqrt(len(train) / len(bins)))
+    deviation = min(deviation, LOUDEST)
     now = min(loss for _, loss in recent)
     first, base = train[0], next((p.eval_loss for p in held_out if p.step == 0), None)
     start = loss_of(first) if base is None else max(loss_of(first), base)
