@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import datasets
@@ -11,6 +12,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -115,6 +117,16 @@ class RecipeTrainer(SFTTrainer):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self._save(output_dir, state_dict=state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Through the CPU's memory; the Trainer would take the device's with several processes."""
+        if checkpoint is None or self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        parts: dict[str, Any] = {OPTIMIZER_NAME: self.optimizer, SCHEDULER_NAME: self.lr_scheduler}
+        for name, part in parts.items():
+            file = Path(checkpoint) / name
+            part.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL would write one with every checkpoint."""
