@@ -120,6 +120,15 @@ class Reporter:
             learning_rate,
             tokens_per_second,
             duration(eta_seconds),
+            extra={
+                "step": step,
+                "total_steps": total,
+                "epoch": round(epoch, 4),
+                "loss": _figure(loss, 6),
+                "learning_rate": learning_rate,
+                "tokens_per_second": _figure(tokens_per_second, 1),
+                "eta_seconds": round(eta_seconds),
+            },
         )
         self._update(
             {
@@ -132,13 +141,20 @@ class Reporter:
 
     def evaluation(self, step: int, loss: float) -> None:
         """The mean loss per answer token on the held-out rows; step 0 is the base model."""
-        log.info("evaluation: step %d loss %.4f perplexity %.2f", step, loss, perplexity(loss))
+        log.info(
+            "evaluation: step %d loss %.4f perplexity %.2f",
+            step,
+            loss,
+            perplexity(loss),
+            extra={"step": step, "eval_loss": _figure(loss, 6)},
+        )
         self._update({"evalLoss": _figure(loss, 4)})
 
     def notice(self, notice: Notice) -> None:
         """Say what the training noticed or did: a line in the log, and into the status."""
         level = logging.WARNING if notice.code.warning else logging.INFO
-        log.log(level, "%s: %s", notice.code, notice.text)
+        extra = {"code": notice.code.value, "step": notice.step}
+        log.log(level, "%s: %s", notice.code, notice.text, extra=extra)
         self._notices = [*self._notices, notice][-NOTICE_LIMIT:]
         # A merge patch replaces lists: each has to be whole.
         dumped = [each.model_dump(mode="json", exclude_none=True) for each in self._notices]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.logs import LogFormat, redact
+from finetune_trainer.logs import JsonLine, LogFormat, redact
+from finetune_trainer.progress import Reporter
 
 PROGRAM = """
 import logging, os, subprocess, sys, warnings
@@ -74,6 +77,36 @@ def test_json_lines_carry_time_level_logger_stage_figures_and_traceback() -> Non
         "message": "from the worker",
         "stage": "train",
     }
+
+
+def test_a_step_has_its_figures_as_fields() -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonLine())
+    progress = logging.getLogger("finetune_trainer.progress")
+    progress.addHandler(handler)
+    level, progress.level = progress.level, logging.INFO
+    try:
+        Reporter().training_step(
+            10, 40, loss=1.5, learning_rate=2e-4, epoch=0.5, tokens_per_second=99.94, eta_seconds=30
+        )
+        Reporter().evaluation(10, 1.25)
+    finally:
+        progress.removeHandler(handler)
+        progress.level = level
+
+    step, evaluation = (json.loads(line) for line in stream.getvalue().splitlines())
+    figures = {
+        "step": 10,
+        "total_steps": 40,
+        "epoch": 0.5,
+        "loss": 1.5,
+        "learning_rate": 2e-4,
+        "tokens_per_second": 99.9,
+        "eta_seconds": 30,
+    }
+    assert figures.items() <= step.items()
+    assert {"step": 10, "eval_loss": 1.25}.items() <= evaluation.items()
 
 
 @pytest.mark.parametrize("name", ["human", "plain", "", "nonsense"])
