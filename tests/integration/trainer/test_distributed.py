@@ -137,9 +137,9 @@ def test_two_processes_train_like_one_at_the_same_effective_batch(
     assert steps == sorted(steps), "only one process reports"
 
 
-@pytest.mark.parametrize("parallelism", ["ddp"])
+@pytest.mark.parametrize(("parallelism", "later"), [("ddp", 1), ("fsdp", 2)])
 def test_a_stop_leaves_one_checkpoint_of_all_processes_to_go_on_from(
-    parallelism: str, alone: Run, tiny_model: Path, tmp_path: Path
+    parallelism: str, later: int, alone: Run, tiny_model: Path, tmp_path: Path
 ) -> None:
     work = work_of(tiny_model, tmp_path / "stopped", 2, parallelism=parallelism)
     workers, begun = Workers(FLOAT32), threading.Event()
@@ -169,8 +169,8 @@ def test_a_stop_leaves_one_checkpoint_of_all_processes_to_go_on_from(
     assert stopped.checkpoint is not None
     assert [m["checkpoint"]["step"] for m in messages if "checkpoint" in m] == [stopped.step]
 
-    # One process can go on from what two wrote.
-    rest = work_of(tiny_model, tmp_path / "rest", 1, parallelism=parallelism)
+    # With ddp, one process can go on from what two wrote.
+    rest = work_of(tiny_model, tmp_path / "rest", later, parallelism=parallelism)
     resumed = run(rest.model_copy(update={"resume_from": stopped.checkpoint}))
 
     assert resumed.series("loss") == pytest.approx(alone.series("loss"), abs=LOSS_TOLERANCE)

@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune_trainer.base_model.tokenizer import IGNORED
 from finetune_trainer.progress import perplexity
-from finetune_trainer.train import ranks, unsloth_engine
+from finetune_trainer.train import ranks, sharded, unsloth_engine
 from finetune_trainer.train.batches import (
     PackingCollator,
     PaddingCollator,
@@ -118,15 +118,43 @@ class RecipeTrainer(SFTTrainer):
         elif self.args.should_save:
             self._save(output_dir, state_dict=state)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As one process would, also of a model spread over several."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        write, folder = self.args.should_save, Path(output_dir)
+        sharded.save_optimizer(*self._parts(), folder, write=write)
+        if write:
+            torch.save(cast("Any", self.lr_scheduler).state_dict(), folder / SCHEDULER_NAME)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Through the CPU's memory; the Trainer would take the device's with several processes."""
-        if checkpoint is None or self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
-        parts: dict[str, Any] = {OPTIMIZER_NAME: self.optimizer, SCHEDULER_NAME: self.lr_scheduler}
+        folder = Path(checkpoint)
+        parts: dict[str, Any] = {SCHEDULER_NAME: self.lr_scheduler}
+        if self.is_fsdp_enabled:
+            sharded.load_optimizer(*self._parts(), folder)
+        else:
+            parts[OPTIMIZER_NAME] = self.optimizer
         for name, part in parts.items():
-            file = Path(checkpoint) / name
-            part.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            saved = torch.load(folder / name, map_location="cpu", weights_only=True)
+            part.load_state_dict(saved)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        """The adapter."""
+        if self.is_fsdp_enabled:
+            sharded.load_adapter(self._parts()[0], Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _parts(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        """Model and optimizer without what accelerate wraps around the latter."""
+        optimizer: Any = self.optimizer
+        return cast("torch.nn.Module", self.model), getattr(optimizer, "optimizer", optimizer)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL would write one with every checkpoint."""
