@@ -7,6 +7,7 @@ As the CLI, whose workers are these:  python -m tests.integration.trainer.full_m
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from finetune_trainer.config import Base
+from finetune_trainer.train import launch
 
 VARIABLE = "TEST_FULL_MEMORY"  # a Fault as JSON
 MESSAGE = (
@@ -29,6 +31,9 @@ class Fault(Base):
     """When memory runs out in training."""
 
     where: Literal["forward", "backward", "optimizer"] = "forward"
+    killed: bool = False
+    """As the kernel does it, and not as torch does."""
+
     step: int | None = None
     """Only in this optimizer step (from 1)."""
 
@@ -125,6 +130,8 @@ class FullMemory:
     def _raise(self) -> None:
         with self._count.open("ab") as stream:
             stream.write(b".")
+        if self.fault and self.fault.killed:
+            os.kill(os.getpid(), signal.SIGKILL)
         raise torch.OutOfMemoryError(MESSAGE)
 
 
@@ -151,20 +158,23 @@ def worker(request: Path) -> int:
     return real.main(request)
 
 
+class FullWorkers(launch.Workers):
+    """Starts this worker in place of the real one."""
+
+    def __init__(self) -> None:
+        super().__init__("tests.integration.trainer.full_memory")
+
+    def _command(self, *args: Any) -> list[str]:
+        *start, request = super()._command(*args)
+        return [*start, "worker", request]
+
+
 def command() -> None:
     """The real command, whose train stage starts this worker."""
     from finetune_trainer.__main__ import main
-    from finetune_trainer.train import launch, session
+    from finetune_trainer.train import session
 
-    class Workers(launch.Workers):
-        def __init__(self) -> None:
-            super().__init__("tests.integration.trainer.full_memory")
-
-        def _command(self, *args: Any) -> list[str]:
-            *start, request = super()._command(*args)
-            return [*start, "worker", request]
-
-    setattr(session, "Workers", Workers)  # noqa: B010 - mypy refuses the assignment
+    setattr(session, "Workers", FullWorkers)  # noqa: B010 - mypy refuses the assignment
     main()
 
 

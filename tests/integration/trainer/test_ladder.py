@@ -16,11 +16,12 @@ from finetune_trainer.base_model.tokenizer import message_pair
 from finetune_trainer.failures import explain
 from finetune_trainer.outcome import Notice, NoticeCode, Reason, StageResult
 from finetune_trainer.progress import Reporter
-from finetune_trainer.train import sft
+from finetune_trainer.train import launch, sft
+from finetune_trainer.train.channel import listening
 from finetune_trainer.train.ladder import descend, step_of
 from finetune_trainer.train.work import Failed, Trained, Work, as_failed
 from tests.integration.trainer.conftest import ATTENTION, ROWS, Trainer
-from tests.integration.trainer.full_memory import VARIABLE, Fault, FullMemory
+from tests.integration.trainer.full_memory import VARIABLE, Fault, FullMemory, FullWorkers
 from tests.integration.trainer.recipe import make_work
 
 EXAMPLES = [message_pair(*row) for row in ROWS] + [
@@ -227,6 +228,21 @@ def test_a_shorter_sequence_where_the_spec_allows_it(tiny_model: Path, tmp_path:
     assert 32 < length <= 80
     assert max(len(row) for rows in outcome.full.rows.values() for row in rows) == length
     assert outcome.full.steps[-4:] == [1, 2, 3, 4]
+
+
+def test_a_worker_that_the_kernel_kills_gets_a_smaller_batch(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, and where the kernel spares the stage."""
+    monkeypatch.setattr(launch, "VMSTAT", tmp_path / "none")  # which counts what it kills
+    monkeypatch.setenv(VARIABLE, Fault(step=2, times=1, killed=True).model_dump_json())
+    work = make_work(tiny_model, tmp_path, EXAMPLES, **{**SETTINGS, "epochs": 1})
+    notices: list[Notice] = []
+    with listening(tmp_path, lambda _: None):
+        ending = descend(FullWorkers().run, work, lambda: None, notices.append)
+    assert isinstance(ending, Trained), ending
+    assert [notice.code for notice in notices] == [NoticeCode.BATCH_HALVED]
+    assert "was killed" in notices[0].evidence
 
 
 def test_the_end_of_the_ladder_is_the_end_of_the_job(
