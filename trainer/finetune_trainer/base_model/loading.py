@@ -47,11 +47,6 @@ def load_model(
     return model
 
 
-def training_device() -> str:
-    """The GPU, or the CPU where there is none."""
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
-
-
 def compute_dtype() -> torch.dtype:
     """bfloat16 where the hardware computes in it, float32 elsewhere."""
     if torch.cuda.is_available():

@@ -37,12 +37,17 @@ class Choice:
         """What people should know: nothing where `auto` trains on a CPU, as it always does."""
         if self.obstacle is None or (wanted == "auto" and gpus == 0):
             return None
-        return Notice(
-            code=NoticeCode.ENGINE_FALLBACK,
-            evidence=f"Unsloth can't train here: {self.obstacle}",
-            remedy="The transformers engine trains instead, with the same result. "
-            "Set training.engine to transformers to silence this.",
-        )
+        return fallback_notice(f"Unsloth can't train here: {self.obstacle}")
+
+
+def fallback_notice(evidence: str) -> Notice:
+    """That the transformers engine trains, where Unsloth was wished for."""
+    return Notice(
+        code=NoticeCode.ENGINE_FALLBACK,
+        evidence=f"{evidence:.300}",
+        remedy="The transformers engine trains instead, with the same result. "
+        "Set training.engine to transformers to silence this.",
+    )
 
 
 def choose(

@@ -71,23 +71,6 @@ def train(trainer: Trainer, work: Work, channel: Channel | None) -> tuple[TrainO
     return output, saving.resumed
 
 
-def save_last_step(trainer: Trainer) -> Path | None:
-    """Write the last complete step after an error in the middle of the next one.
-
-    A failed forward or backward pass leaves adapter and optimizer as they were. None when the
-    optimizer itself failed, when there is no complete step, or when the other processes of a
-    sharded training would have to take part.
-    """
-    saving = saving_of(trainer)
-    return saving.save_last_step() if saving else None
-
-
-def saving_of(trainer: Trainer) -> Saving | None:
-    """The callback that keeps a Trainer's checkpoints."""
-    callbacks = trainer.callback_handler.callbacks
-    return next((each for each in callbacks if isinstance(each, Saving)), None)
-
-
 @dataclass(frozen=True)
 class Moment:
     """What changes within a step and isn't undone when the step fails."""
@@ -227,7 +210,12 @@ class Saving(TrainerCallback, ExportableState):
             )
 
     def save_last_step(self) -> Path | None:
-        """See the function of that name."""
+        """Write the last complete step after an error in the middle of the next one.
+
+        A failed forward or backward pass leaves adapter and optimizer as they were. None when the
+        optimizer itself failed, when there is no complete step, or when the other processes of a
+        sharded training would have to take part.
+        """
         trainer, step = self._trainer, self._trainer.state.global_step
         if self._in_optimizer or self._moment is None:
             return None

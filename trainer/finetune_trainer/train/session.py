@@ -63,20 +63,20 @@ class Session:
         """The same work from the newest checkpoint in the store on, if there is one."""
         target = work.room / "resumed"
         found = self._store.fetch_newest(target, lambda each: refusal(each, work.plan))
-        if found is None:
-            self._uploader.start()
-            self._looked = True
-            return work
-        plan = plan_after(found.plan, work.plan)
-        local = Local(found.step, target, plan, found.max_sequence_length)
+        local = None
+        if found:
+            plan = plan_after(found.plan, work.plan)
+            local = Local(found.step, target, plan, found.max_sequence_length)
         self._uploader.start(local)
         self._looked = True
+        if local is None:
+            return work
         self.notice(
             Notice(
                 code=NoticeCode.RESUMED,
-                step=found.step,
+                step=local.step,
                 evidence="an earlier attempt left a checkpoint of this step",
-                remedy=f"Going on from step {found.step}.",
+                remedy=f"Going on from step {local.step}.",
             )
         )
         return going_on(work, local)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.failures import explain
-from finetune_trainer.outcome import Notice, NoticeCode, Reason
+from finetune_trainer.outcome import Reason
+from finetune_trainer.train.engine import fallback_notice
 from finetune_trainer.train.work import Work
 
 if TYPE_CHECKING:
@@ -118,14 +119,8 @@ def fall_back(work: Work, request: Path, cause: EngineFailedError, channel: Chan
 
     What Unsloth has changed in the libraries can't be undone.
     """
-    notice = Notice(
-        code=NoticeCode.ENGINE_FALLBACK,
-        evidence=f"Unsloth can't {cause}"[:300],
-        remedy="The transformers engine trains instead, with the same result. "
-        "Set training.engine to transformers to silence this.",
-    )
     if channel:
-        channel.notice(notice)
+        channel.notice(fallback_notice(f"Unsloth can't {cause}"))
     other = work.model_copy(update={"engine": "transformers"})
     request.write_text(other.model_dump_json(indent=2), encoding="utf-8")
     sys.stdout.flush()
