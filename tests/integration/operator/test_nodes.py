@@ -72,13 +72,19 @@ def test_the_node_selector_counts_and_several_gpus_share_memory(
     assert spec["terminationGracePeriodSeconds"] == 120
 
 
+def training_on(here: Namespace, node: str) -> dict[str, Any]:
+    """The pod of a training that runs on a node."""
+    here.apply()
+    here.succeed(prepared())
+    pod = here.start_pod(TRAIN)
+    here.bind(pod, node)
+    return pod
+
+
 def test_a_training_of_a_new_spec_waits_until_the_old_ones_pod_has_stopped(
     here: Namespace, nodes: str
 ) -> None:
-    here.apply()
-    here.succeed(prepared())
-    old = here.start_pod(TRAIN)
-    here.bind(old, nodes)
+    old = training_on(here, nodes)
     here.apply(training={"learningRate": 1e-4})
     here.succeed(prepared(PREPARE, found=resolved(train="train-b", export="export-b")))
     leaving = here.wait("the old pod to be told to stop", lambda: _leaving(here))
@@ -93,10 +99,7 @@ def test_a_training_of_a_new_spec_waits_until_the_old_ones_pod_has_stopped(
 def test_a_job_deleted_and_created_anew_waits_for_the_pod_of_the_deleted_one(
     here: Namespace, nodes: str
 ) -> None:
-    here.apply()
-    here.succeed(prepared())
-    old = here.start_pod(TRAIN)
-    here.bind(old, nodes)
+    old = training_on(here, nodes)
     here.delete()
     here.wait("the old pod to be told to stop", lambda: _leaving(here))
     here.apply()

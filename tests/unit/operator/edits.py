@@ -13,6 +13,7 @@ from tests.unit.operator.build import (
     TRAIN,
     ended,
     failing,
+    pending,
     prepared,
     resolved,
     run,
@@ -20,6 +21,7 @@ from tests.unit.operator.build import (
     status,
     succeeded,
 )
+from tests.unit.operator.expect import start
 
 TRAINED = succeeded(TRAIN, since=-600, until=-300, fingerprint="train-a")
 EXPORTED = succeeded(EXPORT, since=-300, until=-200, fingerprint="export-a")
@@ -55,3 +57,16 @@ FINISHED_BEFORE = preparing(TRAINED, EXPORTED, **FINISHED)
 NEW_EXPORT = resolved(export="export-b")
 NEW_TRAIN = resolved(train="train-b", export="export-b")
 FAILED_BEFORE = failing(TRAIN, Reason.OUT_OF_GPU_MEMORY, "lower it", fingerprint="train-a")
+START_NEW_TRAIN = start(TRAIN, found=NEW_TRAIN, key="train-b")
+
+
+def training_anew(**fields: Any) -> FineTuneJobStatus:
+    """The second generation trains with another learning rate."""
+    return working(
+        Phase.TRAINING,
+        TRAIN,
+        PREPARED,
+        running(TRAIN, fingerprint="train-b"),
+        pending(EXPORT, fingerprint="export-b"),
+        **{"resolved": NEW_TRAIN, **fields},
+    )

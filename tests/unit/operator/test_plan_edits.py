@@ -35,9 +35,11 @@ from tests.unit.operator.edits import (
     NEW_EXPORT,
     NEW_TRAIN,
     PREPARED,
+    START_NEW_TRAIN,
     TRAINED,
     answer,
     preparing,
+    training_anew,
     working,
 )
 from tests.unit.operator.expect import (
@@ -105,15 +107,8 @@ CASES = [
         job(FINISHED_BEFORE, generation=2),
         [answer([PREPARE], NEW_TRAIN)],
         Plan(
-            working(
-                Phase.TRAINING,
-                TRAIN,
-                PREPARED,
-                running(TRAIN, fingerprint="train-b"),
-                pending(EXPORT, fingerprint="export-b"),
-                **{**FINISHED, "resolved": NEW_TRAIN, "metrics": {}},
-            ),
-            (start(TRAIN, found=NEW_TRAIN, key="train-b"),),
+            training_anew(**{**FINISHED, "resolved": NEW_TRAIN, "metrics": {}}),
+            (START_NEW_TRAIN,),
             (finished(PREPARE), started(TRAIN)),
         ),
     ),

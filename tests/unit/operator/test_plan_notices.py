@@ -37,7 +37,16 @@ from tests.unit.operator.build import (
     status,
     succeeded,
 )
-from tests.unit.operator.edits import NEW_TRAIN, PREPARED, TRAINED, answer, preparing, working
+from tests.unit.operator.edits import (
+    NEW_TRAIN,
+    PREPARED,
+    START_NEW_TRAIN,
+    TRAINED,
+    answer,
+    preparing,
+    training_anew,
+    working,
+)
 from tests.unit.operator.endings import DONE, LAST, NOTHING_YET, PREPARING, training
 from tests.unit.operator.expect import (
     Case,
@@ -268,16 +277,8 @@ CASES = [
         ),
         [answer([PREPARE], NEW_TRAIN), run(TRAIN, **ended(0, said(TRAIN, notices=(RISING,))))],
         Plan(
-            working(
-                Phase.TRAINING,
-                TRAIN,
-                PREPARED,
-                running(TRAIN, fingerprint="train-b"),
-                pending(EXPORT, fingerprint="export-b"),
-                resolved=NEW_TRAIN,
-                metrics={},
-            ),
-            (start(TRAIN, found=NEW_TRAIN, key="train-b"),),
+            training_anew(metrics={}),
+            (START_NEW_TRAIN,),
             (finished(PREPARE), started(TRAIN)),
         ),
     ),

@@ -33,8 +33,10 @@ from tests.unit.operator.edits import (
     NEW_EXPORT,
     NEW_TRAIN,
     PREPARED,
+    START_NEW_TRAIN,
     answer,
     preparing,
+    training_anew,
     working,
 )
 from tests.unit.operator.expect import (
@@ -184,15 +186,8 @@ CASES = [
         ),
         [run(TRAIN, finished=Finish.FAILED, finished_at=at(-5), pod=pod(exit_code=14))],
         Plan(
-            working(
-                Phase.TRAINING,
-                TRAIN,
-                PREPARED,
-                running(TRAIN, fingerprint="train-b"),
-                pending(EXPORT, fingerprint="export-b"),
-                resolved=NEW_TRAIN,
-            ),
-            (start(TRAIN, found=NEW_TRAIN, key="train-b"),),
+            training_anew(),
+            (START_NEW_TRAIN,),
             (started(TRAIN),),
         ),
     ),
