@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import numpy as np
 
 from finetune_trainer.base_model.tokenizer import message_pair
 
@@ -58,8 +59,8 @@ def _cut(row: Example, count: Count, tokens: int) -> Example | None:
 
 def _shuffled(seed: int) -> Iterator[Example]:
     texts = sorted(_docstrings().items())
-    random.Random(seed).shuffle(texts)  # noqa: S311 - a choice of rows
-    for index, (text, name) in enumerate(texts):
+    for index, chosen in enumerate(np.random.default_rng(seed).permutation(len(texts))):
+        text, name = texts[chosen]
         first, _, rest = text.partition("\n\n")
         if index % 2 and rest.strip():
             yield message_pair(f"Sum up what {name} does.\n\n{rest.strip()}", first.strip())

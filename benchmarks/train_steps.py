@@ -1,0 +1,201 @@
+"""What benchmarks.train runs in processes of their own.
+
+    python -m benchmarks.train_steps rows|plain|ours|judge FOLDER
+
+The folder has request.json; `plain`, `ours` and `judge` leave what they measured beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import load_dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks import texts
+from examples.base_model import smollm2
+from finetune_trainer.base_model import loading
+from finetune_trainer.base_model.tokenizer import encode, load_tokenizer
+from finetune_trainer.config import Hardware, RunConfig, TrainingPlan
+from finetune_trainer.logs import set_up_libraries
+from finetune_trainer.memory.plan import Lengths, plan
+from finetune_trainer.memory.shape import Shape
+from finetune_trainer.train import sft
+from finetune_trainer.train.packing import prepare_packing
+from finetune_trainer.train.trainer import Data
+from finetune_trainer.train.work import Work
+
+LONGEST, FIXED = 1024, 256  # tokens
+SETTINGS: dict[str, Any] = {"epochs": 1, "maxSequenceLength": LONGEST}
+
+
+def main(step: str, folder: Path) -> None:
+    """Do one step."""
+    asked = json.loads((folder / "request.json").read_text())
+    if step == "rows":
+        _rows(folder, asked["kind"], asked["rows"], asked["heldOut"])
+        return
+    if step != "plain":
+        set_up_libraries()  # the log; a plain script has none of ours
+    result: dict[str, Any]
+    if step == "judge":
+        result = {"eval_loss": _judge(folder)}
+    else:
+        result = asdict(_plain(folder) if step == "plain" else _ours(folder, asked["batchSize"]))
+    (folder / f"{step}.json").write_text(json.dumps(result))
+
+
+def _rows(folder: Path, kind: str, rows: int, held_out: int) -> None:
+    """Write examples.jsonl, eval.jsonl and the length of the longest row."""
+    tokenizer = load_tokenizer(smollm2())
+
+    def count(row: texts.Example) -> int:
+        return len(encode(tokenizer, row)[0])
+
+    make = texts.variable if kind == "variable" else texts.fixed
+    found = make(rows + held_out, count, LONGEST if kind == "variable" else FIXED)
+    lengths = sorted(count(row) for row in found[:rows])
+    print(
+        f"{kind:9} {rows} rows, {sum(lengths)} tokens, median {lengths[rows // 2]}, "
+        f"longest {lengths[-1]}; {held_out} rows held out"
+    )
+    (folder / "longest").write_text(str(lengths[-1]))
+    for name, part in (("examples", found[:rows]), ("eval", found[rows:])):
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the process that trains can tell."""
+
+    tokens: int
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+def _timed(train: Any, tokens: int) -> Trained:
+    def cpu() -> float:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return usage.ru_utime + usage.ru_stime
+
+    began, began_cpu = time.monotonic(), cpu()
+    train()
+    seconds, cpu_seconds = time.monotonic() - began, cpu() - began_cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Trained(tokens, seconds, cpu_seconds, peak)
+
+
+def _ours(folder: Path, batch_size: int | None) -> Trained:
+    config = RunConfig.model_validate(
+        {
+            "model": {"source": str(smollm2())},
+            "dataset": {"source": "/data/train.csv"},
+            "output": {"uri": "/out"},
+            "training": SETTINGS,
+        }
+    )
+    room = folder / "ours"
+    room.mkdir(exist_ok=True)
+    training = config.training
+    hardware = Hardware(memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    shape = cast("Shape", Shape.from_config(json.loads((smollm2() / "config.json").read_bytes())))
+    longest = int((folder / "longest").read_text())
+    chosen = plan(training, shape, Lengths(longest), hardware)
+    if batch_size:
+        effective = training.batch_size * training.gradient_accumulation_steps
+        chosen = TrainingPlan(
+            batch_size=batch_size,
+            gradient_accumulation_steps=effective // batch_size,
+            gradient_checkpointing=False,
+        )
+    work = Work(
+        config=config,
+        plan=chosen,
+        max_sequence_length=LONGEST,
+        engine="transformers",
+        examples=folder / "examples.jsonl",
+        held_out=None,
+        model=smollm2(),
+        room=room,
+    )
+    loading.use_available_cpus()
+    tokenizer = load_tokenizer(work.model)
+    examples, _ = sft.read_examples(work, tokenizer)
+    model = loading.load_model(work.model, loading.compute_dtype(), "cpu")
+    data = Data(examples, None, packed=prepare_packing(model))
+    trainer = sft.build_trainer(model, tokenizer, data, work=work, epochs=1)
+    measured = _timed(trainer.train, examples.tokens)
+    sft.save_adapter(trainer, tokenizer, folder / "adapter", config.model)
+    return measured
+
+
+class PlainTrainer(SFTTrainer):
+    """With the model's own loss, and so without TRL's kernel."""
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        """The Trainer's own way."""
+        return Trainer.compute_loss(self, *arguments, **options)
+
+
+def _plain(folder: Path) -> Trained:
+    file = str(folder / "examples.jsonl")
+    trainer = PlainTrainer(
+        model=str(smollm2()),
+        args=SFTConfig(
+            output_dir=str(folder / "plain"),
+            num_train_epochs=1,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+            learning_rate=2e-4,
+            lr_scheduler_type="linear",
+            warmup_steps=0.03,
+            max_length=LONGEST,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=load_dataset("json", data_files=file, split="train", cache_dir=str(folder)),
+        peft_config=LoraConfig(
+            r=16,
+            lora_alpha=32,
+            lora_dropout=0.05,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            task_type="CAUSAL_LM",
+        ),
+    )
+    tokens = sum(len(ids) for ids in trainer.train_dataset["input_ids"])
+    measured = _timed(trainer.train, tokens)
+    trainer.save_model(str(folder / "adapter"))
+    return measured
+
+
+def _judge(folder: Path) -> float:
+    tokenizer = load_tokenizer(smollm2())
+    base = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, folder / "adapter").eval()
+    total, labels = 0.0, 0
+    for line in (folder / "eval.jsonl").read_text(encoding="utf-8").splitlines():
+        ids, targets = (torch.tensor([part]) for part in encode(tokenizer, json.loads(line)))
+        count = int((targets[:, 1:] >= 0).sum())
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=targets).loss.item() * count
+        labels += count
+    return total / labels
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
