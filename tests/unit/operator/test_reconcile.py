@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any, cast
 
 import pytest
@@ -11,6 +12,7 @@ from finetune_operator.cluster import Cluster
 from finetune_operator.metrics import Metrics
 from finetune_operator.reconcile import SOON, Reconciler, Snapshot
 from finetune_operator.settings import Settings
+from finetune_operator.status import timestamp
 from finetune_trainer.config import Hardware, RunConfig
 from tests.unit.operator.build import SPEC
 
@@ -38,7 +40,8 @@ class FakeCluster:
     async def create(self, body: dict[str, Any]) -> dict[str, Any]:
         self._call("create", body["kind"])
         self.made.append(body)
-        stamped = {"uid": f"uid-{body['kind']}", "creationTimestamp": "2026-11-24T12:00:00Z"}
+        # Now, as a server would: a Job that is long without a pod is worth a note in status.
+        stamped = {"uid": f"uid-{body['kind']}", "creationTimestamp": timestamp(datetime.now(UTC))}
         return {**body, "metadata": {**body["metadata"], **stamped}}
 
     async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
