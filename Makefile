@@ -123,6 +123,6 @@ $(READY): pyproject.toml constraints/dev.txt images/trainer/llama_cpp.py
 	$(BIN)/python images/trainer/llama_cpp.py --wheel-dir $(VENV)/wheels | tee $(VENV)/llama_cpp.txt
 	ln -sfn "$$(sed -n 's/^converter=//p' $(VENV)/llama_cpp.txt)" $(VENV)/llama.cpp
 	$(BIN)/python -m pip install --constraint constraints/dev.txt --find-links $(VENV)/wheels \
-	  --progress-bar off --editable '.[operator,trainer,trackers,dev]' \
+	  --progress-bar off --editable '.[operator,trainer,trackers,signing,dev]' \
 	  | grep --line-buffered -E '^(Collecting|Installing|Successfully)' | cut -c1-100
 	touch $@

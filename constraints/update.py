@@ -14,9 +14,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 EXTRAS = {
     "operator": "operator",
-    "trainer": "trainer,trackers",
-    "unsloth": "trainer,trackers,unsloth",
-    "dev": "operator,trainer,trackers,dev",
+    "trainer": "trainer,trackers,signing",
+    "unsloth": "trainer,trackers,signing,unsloth",
+    "dev": "operator,trainer,trackers,signing,dev",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from finetune_trainer.config import Fingerprints, RunConfig, Stage
 
-RECIPE = {Stage.PREPARE: 1, Stage.TRAIN: 1, Stage.EXPORT: 1}
+RECIPE = {Stage.PREPARE: 1, Stage.TRAIN: 1, Stage.EXPORT: 2}
 """Versions of the stages' code. Raise one by hand when the same inputs would give another result;
 everybody's next run with that stage then repeats it."""
 
@@ -80,6 +80,9 @@ def fingerprints(
             "train": train,
             "merged": config.export.merged,
             "gguf": sorted(config.export.gguf),
+            **config.export.model_dump(
+                mode="json", exclude={"merged", "gguf"}, exclude_defaults=True
+            ),
         }
     )
     return Fingerprints(prepare=prepare, train=train, export=export)

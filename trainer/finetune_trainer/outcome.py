@@ -210,6 +210,26 @@ class StageError(Exception):
         self.notices = notices
 
 
+class Quality(Base):
+    """What was measured on a GGUF file in llama.cpp, over the answers of held-out rows."""
+
+    kl_divergence: Annotated[float, Field(alias="klDivergence")]
+    """Mean Kullback-Leibler divergence of the next token from the merged model in 16 bits, in nats
+    per token."""
+
+    same_top_token: float
+    """Share of tokens at which both find the same next token most likely, 0 to 1."""
+
+    perplexity: float
+    """Perplexity of the answers."""
+
+    max_kl_divergence: Annotated[float | None, Field(alias="maxKLDivergence")] = None
+    """The limit that the divergence was held against."""
+
+    passed: bool = True
+    """Whether the file may be used."""
+
+
 class Artifact(Base):
     """One file that a job leaves in its output folder."""
 
@@ -218,6 +238,8 @@ class Artifact(Base):
 
     bytes: int
     sha256: str
+    quality: Quality | None = None
+    """Of a GGUF file that was checked."""
 
 
 class StageResult(Base):

@@ -84,5 +84,5 @@ def test_fingerprints_stay_the_same_between_versions() -> None:
     assert {stage: value[:12] for stage, value in prints().items()} == {
         "prepare": "73984f46f817",
         "train": "c769843dff36",
-        "export": "dcec4f457f9c",
+        "export": "6bc81b99cd8b",
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from finetune_trainer.config.base import LOCATION_RULE, Base, Location, Stage, cel, describe
 from finetune_trainer.config.dataset import Columns, CountOrShare, DataFormat, Dataset, allowed
 from finetune_trainer.config.model import Model
-from finetune_trainer.config.output import Export, Output, Quantization, Storage
+from finetune_trainer.config.output import Export, Output, QualityLimit, Quantization, Storage
 from finetune_trainer.config.run import (
     Fingerprints,
     Hardware,
@@ -37,6 +37,7 @@ __all__ = [
     "Lora",
     "Model",
     "Output",
+    "QualityLimit",
     "Quantization",
     "Resolved",
     "RunConfig",

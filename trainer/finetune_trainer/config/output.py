@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -11,14 +11,28 @@ from finetune_trainer.config.base import LOCATION_RULE, Base, Location, cel
 
 
 class Quantization(StrEnum):
-    """GGUF file types, named as llama.cpp names them."""
+    """GGUF file types, named as llama.cpp names them; the largest first."""
 
+    F32 = "F32"
     F16 = "F16"
     BF16 = "BF16"
     Q8_0 = "Q8_0"
     Q6_K = "Q6_K"
     Q5_K_M = "Q5_K_M"
     Q4_K_M = "Q4_K_M"
+    IQ4_XS = "IQ4_XS"
+    Q3_K_M = "Q3_K_M"
+
+
+class QualityLimit(Base):
+    """What a GGUF file of one type may lose against the merged model in 16 bits."""
+
+    quantization: Quantization
+    """The type that the limit is for."""
+
+    max_kl_divergence: Annotated[float, Field(alias="maxKLDivergence", gt=0, le=100)]
+    """Largest mean Kullback-Leibler divergence of the next token, in nats per token, over the
+    answers of the held-out rows."""
 
 
 class Export(Base):
@@ -29,10 +43,35 @@ class Export(Base):
 
     gguf: Annotated[
         tuple[Quantization, ...],
-        Field(max_length=6, json_schema_extra={"x-kubernetes-list-type": "set"}),
+        Field(max_length=9, json_schema_extra={"x-kubernetes-list-type": "set"}),
     ] = (Quantization.F16, Quantization.Q8_0, Quantization.Q4_K_M)
     """GGUF files to write, one per type. F16 is exact and largest; Q8_0 is nearly as good at half
     the size; Q4_K_M is the usual choice for serving on small machines."""
+
+    adapter_gguf: bool | None = None
+    """Write the adapter alone as a GGUF file, which llama.cpp and Ollama apply to the base model's.
+    Left out, it is written where GGUF files are and llama.cpp can apply it (it can't apply DoRA)."""
+
+    importance_matrix: bool = False
+    """Measure on training rows which weights matter most, and let the quantizations below Q8_0
+    spare those. Better small files for some minutes of computing."""
+
+    verify: Literal["fail", "warn", "off"] = "fail"
+    """Compare each GGUF file with the merged model on held-out rows, in llama.cpp. With `fail` a
+    file over its limit goes to rejected/ and the job ends as QualityGateFailed; `warn` only
+    reports; `off` only looks whether llama.cpp loads the file and reads text as the training did."""
+
+    quality_limits: Annotated[
+        tuple[QualityLimit, ...],
+        Field(
+            max_length=9,
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["quantization"],
+            },
+        ),
+    ] = ()
+    """Limits of your own in place of those that follow from type and model size."""
 
 
 class Output(Base):

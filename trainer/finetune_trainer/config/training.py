@@ -41,6 +41,14 @@ class Lora(Base):
     """Linear layers that get an adapter. The default adapts attention only; add gate_proj,
     up_proj and down_proj to adapt the MLP as well."""
 
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r (rank-stabilized LoRA), so that large ranks
+    learn as they should."""
+
+    use_dora: bool = False
+    """Learn a magnitude for each output beside the direction (DoRA): a little better at small ranks,
+    slower to train. llama.cpp can't apply such an adapter alone; the merged files are as usual."""
+
 
 class EarlyStopping(Base):
     """When to stop before all epochs are trained."""

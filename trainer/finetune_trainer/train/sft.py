@@ -190,6 +190,8 @@ def lora_config(lora: Lora) -> LoraConfig:
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
         target_modules=[module.value for module in lora.target_modules],
         bias="none",
         use_rslora=False,

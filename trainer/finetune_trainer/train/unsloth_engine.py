@@ -80,6 +80,8 @@ def load(work: Work, dtype: torch.dtype) -> Any:
             target_modules=[module.value for module in lora.target_modules],
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
+            use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
             bias="none",
             use_gradient_checkpointing=recompute,
             random_state=settings.seed,
