@@ -49,8 +49,9 @@ class Export(Base):
     the size; Q4_K_M is the usual choice for serving on small machines."""
 
     adapter_gguf: bool | None = None
-    """Write the adapter alone as a GGUF file, which llama.cpp and Ollama apply to the base model's.
-    Left out, it is written where GGUF files are and llama.cpp can apply it (it can't apply DoRA)."""
+    """Write the adapter alone as a GGUF file, which llama.cpp and Ollama apply to a GGUF file of
+    the base model. Left out, it is written beside GGUF files if llama.cpp can apply it (DoRA it
+    can't)."""
 
     importance_matrix: bool = False
     """Measure on training rows which weights matter most, and let the quantizations below Q8_0
@@ -59,7 +60,8 @@ class Export(Base):
     verify: Literal["fail", "warn", "off"] = "fail"
     """Compare each GGUF file with the merged model on held-out rows, in llama.cpp. With `fail` a
     file over its limit goes to rejected/ and the job ends as QualityGateFailed; `warn` only
-    reports; `off` only looks whether llama.cpp loads the file and reads text as the training did."""
+    reports; `off` only looks whether llama.cpp loads the file and reads text as the training
+    did."""
 
     quality_limits: Annotated[
         tuple[QualityLimit, ...],

@@ -46,8 +46,9 @@ class Lora(Base):
     learn as they should."""
 
     use_dora: bool = False
-    """Learn a magnitude for each output beside the direction (DoRA): a little better at small ranks,
-    slower to train. llama.cpp can't apply such an adapter alone; the merged files are as usual."""
+    """Learn a magnitude for each output beside the direction (DoRA): a little better at small
+    ranks, slower to train. llama.cpp can't apply such an adapter alone; the merged files are as
+    usual."""
 
 
 class EarlyStopping(Base):

@@ -184,7 +184,9 @@ def build_trainer(
 
 
 def lora_config(lora: Lora) -> LoraConfig:
-    """The adapter: W x + (alpha / r) B A x in each target module, with B = 0 at the start."""
+    """The adapter: W x + s B A x in each target module, with B = 0 at the start.
+
+    The scale s is alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -194,8 +196,6 @@ def lora_config(lora: Lora) -> LoraConfig:
         use_dora=lora.use_dora,
         target_modules=[module.value for module in lora.target_modules],
         bias="none",
-        use_rslora=False,
-        use_dora=False,
     )
 
 

@@ -85,7 +85,6 @@ def load(work: Work, dtype: torch.dtype) -> Any:
             bias="none",
             use_gradient_checkpointing=recompute,
             random_state=settings.seed,
-            use_rslora=False,
         )
     tuned.register_forward_pre_hook(_say_where_rows_begin, with_kwargs=True)
     return tuned
