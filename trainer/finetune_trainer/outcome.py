@@ -15,6 +15,8 @@ from pydantic import Field, ValidationError
 from finetune_trainer.config import Base, Resolved, Stage
 
 TERMINATION_MESSAGE_LIMIT = 4096  # bytes that the kubelet keeps of a termination message
+REJECTED = "rejected"  # folder of the output for files that the quality gate refuses
+LONG, SHORT = 1000, 300  # characters of a message: may be cut early, and is cut late
 
 
 class ExitCode(IntEnum):
@@ -227,7 +229,14 @@ class Quality(Base):
     """The limit that the divergence was held against."""
 
     passed: bool = True
-    """Whether the file may be used."""
+    """Whether the file may be used: false where the divergence is over its limit, or where
+    llama.cpp reads the file otherwise than it was trained."""
+
+    def rounded(self) -> Self:
+        """The same with six significant digits a figure, which is more than they are worth."""
+        figures = {name: value for name, value in self if isinstance(value, float)}
+        short = {name: float(f"{value:.6g}") for name, value in figures.items()}
+        return self.model_copy(update=short)
 
 
 class Artifact(Base):
@@ -240,6 +249,26 @@ class Artifact(Base):
     sha256: str
     quality: Quality | None = None
     """Of a GGUF file that was checked."""
+
+    @property
+    def rejected(self) -> bool:
+        """Whether it is kept apart, as not good enough to be used."""
+        return self.path.startswith(f"{REJECTED}/")
+
+    @property
+    def importance(self) -> int:
+        """How badly status needs this row, where not all fit: 0 can best be done without."""
+        if self.rejected or (self.quality is not None and not self.quality.passed):
+            return 4
+        if self.path.endswith(".gguf"):
+            return 3 if self.quality is not None else 2
+        return 0 if self.path.startswith("merged/") else 1
+
+    def brief(self) -> Self:
+        """The same with rounded figures."""
+        if self.quality is None:
+            return self
+        return self.model_copy(update={"quality": self.quality.rounded()})
 
 
 class StageResult(Base):
@@ -269,8 +298,13 @@ class StageResult(Base):
     """Set by `train`: what it noticed about itself, and what it did when memory ran out."""
 
     def to_message(self) -> bytes:
-        """JSON of at most TERMINATION_MESSAGE_LIMIT bytes: artifacts go first, then text."""
-        data = self
+        """JSON of at most TERMINATION_MESSAGE_LIMIT bytes.
+
+        What doesn't fit goes in this order: files other than GGUF (those of the merged model
+        first), long text, examples of bad rows, notices, more text, and GGUF files last of all,
+        those that failed the quality gate after the others.
+        """
+        data = self.model_copy(update={"artifacts": tuple(each.brief() for each in self.artifacts)})
         while True:
             encoded = data.model_dump_json(exclude_none=True, exclude_defaults=True).encode()
             if len(encoded) <= TERMINATION_MESSAGE_LIMIT:
@@ -280,18 +314,29 @@ class StageResult(Base):
     def _shorter(self) -> Self:
         """The same with a little less of what can best be done without."""
         update: dict[str, Any]
-        if self.artifacts:
-            update = {"artifacts": self.artifacts[:-1]}
-        elif len(self.message) > 1000:
-            update = {"message": self.message[: len(self.message) * 3 // 4]}
+        least = min((each.importance for each in self.artifacts), default=None)
+        if least is not None and least < 2:
+            update = self._without_artifact(least)
+        elif len(self.message) > LONG:
+            update = self._cut_message()
         elif self.dataset and self.dataset.first_invalid:
             fewer = self.dataset.first_invalid[:-1]
             update = {"dataset": self.dataset.model_copy(update={"first_invalid": fewer})}
         elif self.notices:
             update = {"notices": self.notices[:-1]}
+        elif least is not None and len(self.message) <= SHORT:
+            update = self._without_artifact(least)
         else:
-            update = {"message": self.message[: len(self.message) * 3 // 4]}
+            update = self._cut_message()
         return self.model_copy(update=update)
+
+    def _without_artifact(self, importance: int) -> dict[str, Any]:
+        """Drop the last file of that importance."""
+        last = max(n for n, each in enumerate(self.artifacts) if each.importance == importance)
+        return {"artifacts": (*self.artifacts[:last], *self.artifacts[last + 1 :])}
+
+    def _cut_message(self) -> dict[str, Any]:
+        return {"message": self.message[: len(self.message) * 3 // 4]}
 
     @classmethod
     def from_message(cls, text: str) -> Self | None:
