@@ -13,9 +13,15 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from finetune_operator.api.base import Condition
-from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, StageState, StageStatus
+from finetune_operator.api.finetunejob import (
+    ArtifactStatus,
+    FineTuneJobStatus,
+    Phase,
+    StageState,
+    StageStatus,
+)
 from finetune_trainer.config import Stage
-from finetune_trainer.outcome import Notice, Reason
+from finetune_trainer.outcome import Notice, Quality, Reason
 
 PHASES = {
     Stage.PREPARE: Phase.PREPARING,
@@ -145,6 +151,27 @@ def warned_of(notices: Iterable[Notice]) -> str:
     """
     codes = dict.fromkeys(notice.code for notice in notices if notice.code.warning)
     return f" The training warned of {', '.join(codes)}: see status.notices." if codes else ""
+
+
+def shortfall(file: str, quality: Quality | None) -> str:
+    """What the quality gate found wrong with a file, in one sentence."""
+    limit = quality.max_kl_divergence if quality is not None else None
+    if quality is None or limit is None or quality.kl_divergence <= limit:
+        return f"{file} did not pass the checks; the manifest says why."
+    return (
+        f"{file}: mean KL divergence {quality.kl_divergence:.4g} nats per token from the merged "
+        f"model, limit {limit:.4g}."
+    )
+
+
+def fell_short(artifacts: Iterable[ArtifactStatus]) -> str:
+    """A hint to append to a message; empty where every file passed the quality gate.
+
+    With `verify: warn` only: otherwise such a file ends the job.
+    """
+    failed = [each for each in artifacts if each.quality is not None and not each.quality.passed]
+    words = [shortfall(each.uri.rpartition("/")[2], each.quality) for each in failed]
+    return f" Short of the quality asked for: {' '.join(words)}" if words else ""
 
 
 def _progress(

@@ -256,9 +256,14 @@ class Artifact(Base):
         return self.path.startswith(f"{REJECTED}/")
 
     @property
+    def failed(self) -> bool:
+        """Whether the quality gate found fault with it; with `verify: warn` it is used anyway."""
+        return self.rejected or (self.quality is not None and not self.quality.passed)
+
+    @property
     def importance(self) -> int:
         """How badly status needs this row, where not all fit: 0 can best be done without."""
-        if self.rejected or (self.quality is not None and not self.quality.passed):
+        if self.failed:
             return 4
         if self.path.endswith(".gguf"):
             return 3 if self.quality is not None else 2

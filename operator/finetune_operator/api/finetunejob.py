@@ -20,7 +20,7 @@ from finetune_operator.api.base import (
 )
 from finetune_trainer import config
 from finetune_trainer.config import Base, Stage
-from finetune_trainer.outcome import DatasetSummary, Notice
+from finetune_trainer.outcome import DatasetSummary, Notice, Quality
 
 
 class ModelSpec(config.Model):
@@ -242,6 +242,9 @@ class ArtifactStatus(Base):
     sha256: str
     """SHA-256 of its content, in hexadecimal."""
 
+    quality: Quality | None = None
+    """What was measured on a GGUF file."""
+
 
 class Lineage(Base):
     """What the artifacts were made from."""
@@ -301,7 +304,8 @@ class FineTuneJobStatus(Base):
     """Live progress of the running stage."""
 
     artifacts: tuple[ArtifactStatus, ...] = ()
-    """Files in the output folder. The manifest lists them all."""
+    """Files in the output folder, those that the quality gate rejected included. All GGUF files
+    are here; where there are too many files in all, the others are in the manifest only."""
 
     manifest_uri: str | None = None
     """The manifest, which names every file with size and SHA-256."""

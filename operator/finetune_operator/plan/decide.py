@@ -79,6 +79,7 @@ def _follow(draft: Draft, stage: Stage) -> None:
         case Done():
             results.take_in(draft, run, verdict)
         case Failure():
+            results.show_published(draft, run, verdict)
             _fail(draft, stage, verdict)
 
 
@@ -150,7 +151,8 @@ def _fail(draft: Draft, stage: Stage, failure: Failure) -> None:
         message=shorten(message),
         completion_time=timestamp(failure.at),
     )
-    draft.warn(failure.reason, message)
+    if not results.warn_of_quality(draft, failure.result, failure.reason):
+        draft.warn(failure.reason, message)
 
 
 def _advance(draft: Draft) -> Plan:
@@ -215,6 +217,6 @@ def _stop_all(draft: Draft) -> None:
 def _succeed(draft: Draft) -> Plan:
     folder, manifest = draft.spec.output.uri, draft.field("manifest_uri")
     message = f"The artifacts are in {folder}; {manifest} lists them."
-    message += say.warned_of(draft.field("notices"))
+    message += say.warned_of(draft.field("notices")) + say.fell_short(draft.field("artifacts"))
     draft.tell(Reason.SUCCEEDED, message)
     return draft.finish(Stage.EXPORT, say.succeeded(message))

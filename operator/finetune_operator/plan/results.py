@@ -7,10 +7,12 @@ from datetime import datetime
 from finetune_operator.api.finetunejob import ArtifactStatus, Lineage, StageState, StageStatus
 from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
-from finetune_operator.plan.verdict import Done
-from finetune_operator.status import timestamp
+from finetune_operator.plan.verdict import Done, Failure
+from finetune_operator.status import shortfall, timestamp
 from finetune_trainer.config import Resolved, Stage
 from finetune_trainer.outcome import Artifact, StageResult
+
+OVER_LIMIT = "QualityLimitExceeded"  # the event of a file that `verify: warn` lets pass
 
 
 def take_in(draft: Draft, run: ObservedJob, done: Done) -> None:
@@ -31,6 +33,23 @@ def take_in(draft: Draft, run: ObservedJob, done: Done) -> None:
             _resolve(draft, result, result.resolved)
         case Stage.EXPORT:
             _exported(draft, result, run.image)
+            warn_of_quality(draft, result, OVER_LIMIT)
+
+
+def show_published(draft: Draft, run: ObservedJob, failure: Failure) -> None:
+    """Show what a failed export published all the same: the files that passed the quality gate,
+    and those that it keeps apart."""
+    result = failure.result
+    if run.stage is Stage.EXPORT and result is not None and result.manifest_uri is not None:
+        _exported(draft, result, run.image)
+
+
+def warn_of_quality(draft: Draft, result: StageResult | None, reason: str) -> bool:
+    """Record each file that the quality gate found fault with; whether there are any."""
+    failed = [each for each in result.artifacts if each.failed] if result is not None else []
+    for each in failed:
+        draft.warn(reason, shortfall(each.path, each.quality))
+    return bool(failed)
 
 
 def show_dataset(draft: Draft, run: ObservedJob) -> None:
@@ -119,5 +138,8 @@ def _exported(draft: Draft, result: StageResult | None, image: str | None) -> No
 
 def _artifact(folder: str, artifact: Artifact) -> ArtifactStatus:
     return ArtifactStatus(
-        uri=f"{folder}/{artifact.path}", bytes=artifact.bytes, sha256=artifact.sha256
+        uri=f"{folder}/{artifact.path}",
+        bytes=artifact.bytes,
+        sha256=artifact.sha256,
+        quality=artifact.quality,
     )

@@ -63,6 +63,9 @@ class Failure:
     free: bool = False
     """Whether the attempt doesn't count against backoffLimit."""
 
+    result: StageResult | None = None
+    """What the stage said, where it counts for good."""
+
 
 Verdict = Pending | Done | Failure
 
@@ -107,7 +110,8 @@ def _failure(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
     if result is not None and result.reason is Reason.SUCCEEDED:
         result = None  # it said so, and then its exit code said otherwise
     if result is not None and not result.reason.retryable:
-        return Failure(result.reason, result.message, at)  # holds whoever took the pod away
+        # It holds whoever took the pod away.
+        return Failure(result.reason, result.message, at, result=result)
     outside = _from_outside(stage, pod, at)
     if outside is not None:
         return outside
