@@ -19,6 +19,7 @@ from tests.cluster.control_plane import ControlPlane
 # for new kinds every 30 seconds, and pauses meanwhile.
 SECONDS = 90
 FOLDER = "s3://models/support"
+MANIFEST_URI = f"{FOLDER}/manifest.json"
 SPEC: dict[str, Any] = {
     "model": {"source": "org/base"},
     "dataset": {"source": "s3://data/faq.csv"},
@@ -316,7 +317,7 @@ def exported() -> StageResult:
         reason=Reason.SUCCEEDED,
         message="1 file",
         artifacts=(Artifact(path="gguf/model-F16.gguf", bytes=10, sha256="aa"),),
-        manifest_uri=f"{FOLDER}/manifest.json",
+        manifest_uri=MANIFEST_URI,
     )
 
 
