@@ -155,12 +155,11 @@ def warned_of(notices: Iterable[Notice]) -> str:
 
 def shortfall(file: str, quality: Quality | None) -> str:
     """What the quality gate found wrong with a file, in one sentence."""
-    limit = quality.max_kl_divergence if quality is not None else None
-    if quality is None or limit is None or quality.kl_divergence <= limit:
+    if quality is None or not quality.over_limit:
         return f"{file} did not pass the checks; the manifest says why."
     return (
         f"{file}: mean KL divergence {quality.kl_divergence:.4g} nats per token from the merged "
-        f"model, limit {limit:.4g}."
+        f"model, limit {quality.max_kl_divergence:.4g}."
     )
 
 

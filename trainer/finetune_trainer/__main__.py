@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from finetune_trainer.config import RunConfig, Stage, read_run_config
 from finetune_trainer.failures import explain
 from finetune_trainer.local import commands
+from finetune_trainer.local.quality import show_quality
 from finetune_trainer.logs import FORMAT_VARIABLE, LogFormat, set_up_libraries
 from finetune_trainer.outcome import Reason, StageError, StageResult
 from finetune_trainer.progress import Reporter, reporter_for
@@ -126,6 +127,8 @@ def _run_stages(
     stop_on_signal(lambda: current[0], termination_log, reporter)
     with reporter:
         result = _chain(stages, current, config, workspace, reporter)
+    if sys.stdout.isatty():
+        show_quality(result.artifacts)
     _finish(result, termination_log)
 
 

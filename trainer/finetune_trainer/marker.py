@@ -69,7 +69,10 @@ def save_stage(output: Folder, stage: Stage, fingerprint: str, folder: Path) -> 
 
 
 def find_complete(output: Folder, stage: Stage, fingerprint: str) -> Marker | None:
-    """The stage's marker if it is for this fingerprint and its files are all there, else None."""
+    """The stage's marker if it is for this fingerprint and its files are all there, else None.
+
+    An export of which the quality gate rejected a file is published, but not complete.
+    """
     path = marker_path(stage, fingerprint)
     data = output.read(path)
     if data is None:
@@ -80,6 +83,9 @@ def find_complete(output: Folder, stage: Stage, fingerprint: str) -> Marker | No
         log.warning("%s is no marker of this version; the stage runs again", output.uri_of(path))
         return None
     if (marker.stage, marker.fingerprint) != (stage, fingerprint):
+        return None
+    if rejected := [item.path for item in marker.files if item.rejected]:
+        log.warning("%s lists %s: the stage runs again", output.uri_of(path), rejected[0])
         return None
     missing = missing_files(output, marker, path.rpartition("/")[0])
     if missing:

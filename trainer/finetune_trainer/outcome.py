@@ -232,6 +232,11 @@ class Quality(Base):
     """Whether the file may be used: false where the divergence is over its limit, or where
     llama.cpp reads the file otherwise than it was trained."""
 
+    @property
+    def over_limit(self) -> bool:
+        """Whether the divergence is over its limit."""
+        return self.max_kl_divergence is not None and self.kl_divergence > self.max_kl_divergence
+
     def rounded(self) -> Self:
         """The same with six significant digits a figure, which is more than they are worth."""
         figures = {name: value for name, value in self if isinstance(value, float)}

@@ -23,6 +23,7 @@ from finetune_trainer.config import (
     Training,
 )
 from finetune_trainer.local import steps
+from finetune_trainer.local.quality import show_quality
 from finetune_trainer.logs import set_up_libraries
 from finetune_trainer.outcome import StageResult
 from finetune_trainer.progress import Reporter
@@ -159,4 +160,5 @@ def _finish(stage: Stage, work: Callable[[Reporter], StageResult]) -> None:
     with Reporter() as reporter:
         stop_on_signal(lambda: stage, None, reporter)
         result = guarded(stage, lambda: work(reporter))
+    show_quality(result.artifacts)
     sys.exit(result.reason.exit_code)
