@@ -18,6 +18,8 @@ from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
+from finetune_trainer.local.quality import quality_table
+from finetune_trainer.outcome import Artifact
 from tests.cluster import provider
 from tests.cluster.errors import ClusterError
 from tests.cluster.paths import REPOSITORY, cache_dir, state_dir
@@ -41,6 +43,7 @@ def up() -> None:
     env = environment.bring_up(NAME)
     job = run_example(env)
     show_resource(env)
+    show_quality(job)
     if job["status"]["phase"] != "Succeeded":
         console.print(f"[red]The job failed:[/] {ready_message(job)}")
         raise typer.Exit(1)
@@ -109,10 +112,41 @@ def show_artifacts(job: dict[str, Any]) -> None:
         )
 
 
+def show_quality(job: dict[str, Any]) -> None:
+    """Print what was measured on each GGUF file, as the status has it."""
+    table = quality_table(files_of(job))
+    if table is not None:
+        console.print(table)
+
+
+def files_of(job: dict[str, Any]) -> list[Artifact]:
+    """The artifacts of the status, with paths below the output folder."""
+    folder = job["spec"]["output"]["uri"]
+    listed = job["status"].get("artifacts", [])
+    return [
+        Artifact(
+            path=each["uri"].removeprefix(f"{folder}/"),
+            bytes=each["bytes"],
+            sha256=each["sha256"],
+            quality=each.get("quality"),
+        )
+        for each in listed
+    ]
+
+
+def models_of(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The artifacts that are whole models as GGUF: not the adapter's, and none that was rejected."""
+    artifacts: list[dict[str, Any]] = job["status"]["artifacts"]
+    return [
+        each
+        for each in artifacts
+        if each["uri"].endswith(".gguf") and "/gguf/" in each["uri"] and "-LoRA-" not in each["uri"]
+    ]
+
+
 def smallest_gguf(job: dict[str, Any]) -> dict[str, Any]:
     """The artifact that most people would serve on a small machine."""
-    files = [a for a in job["status"]["artifacts"] if a["uri"].endswith(".gguf")]
-    return min(files, key=lambda artifact: int(artifact["bytes"]))
+    return min(models_of(job), key=lambda artifact: int(artifact["bytes"]))
 
 
 def download(env: Environment, uri: str, folder: Path) -> Path:

@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console
 
 from tests.e2e import answers
-from tests.e2e.demo import download, ready_message, smallest_gguf
+from tests.e2e.demo import download, models_of, ready_message, smallest_gguf
 from tests.e2e.environment import EXAMPLE, Environment
 from tests.e2e.follow import follow, poll, stage_of
 
@@ -95,7 +95,7 @@ def test_the_example_becomes_models_in_the_bucket(environment: Environment, fini
     assert manifest["files"], "the manifest lists files"
     for artifact in manifest["files"]:
         assert held[artifact["path"]] == artifact["bytes"]
-    ggufs = [a for a in status["artifacts"] if a["uri"].endswith(".gguf")]
+    ggufs = models_of(job)
     assert len(ggufs) == len(job["spec"]["export"]["gguf"])
     for artifact in ggufs:
         assert (
@@ -110,6 +110,16 @@ def test_the_example_becomes_models_in_the_bucket(environment: Environment, fini
     assert status["progress"]["loss"] > 0
     assert status["metrics"]["evalLoss"] < status["metrics"]["baseEvalLoss"]
     assert status.get("notices", []) == [], "no false alarm on the sample job"
+
+
+def test_every_gguf_file_was_measured_and_is_within_its_limit(environment: Environment) -> None:
+    job = environment.get("finetunejob", NAME)
+    for artifact in models_of(job):
+        quality = artifact["quality"]
+        assert quality["passed"], artifact
+        assert 0 <= quality["klDivergence"] <= quality["maxKLDivergence"], artifact
+        assert 0.5 < quality["sameTopToken"] <= 1, artifact
+        assert quality["perplexity"] < job["status"]["metrics"]["basePerplexity"], artifact
 
 
 def test_every_condition_is_about_the_current_generation(environment: Environment) -> None:
@@ -187,7 +197,8 @@ def test_created_anew_it_finds_everything_done(environment: Environment, finish:
     assert sorted(pod_uids(environment).values()) == ["prepare"]
     assert stage_of(job, "train")["cached"]
     assert stage_of(job, "export")["cached"]
-    assert job["status"]["artifacts"]
+    assert models_of(job)
+    assert all(artifact["quality"]["passed"] for artifact in models_of(job))
 
 
 def test_another_quantization_runs_prepare_and_export(
@@ -205,6 +216,38 @@ def test_another_quantization_runs_prepare_and_export(
     files = [a["uri"] for a in job["status"]["artifacts"] if a["uri"].endswith("Q6_K.gguf")]
     assert len(files) == 1
     assert any(key.endswith("Q6_K.gguf") for key in keys(environment, job["spec"]["output"]["uri"]))
+
+
+def test_a_file_over_its_limit_is_kept_apart_and_the_others_go_out(
+    environment: Environment, finish: Finish
+) -> None:
+    before = set(pod_uids(environment))
+    limits = [{"quantization": "Q4_K_M", "maxKLDivergence": 1e-6}]  # which no Q4_K_M can keep
+    export = {"gguf": ["Q8_0", "Q4_K_M"], "merged": False, "qualityLimits": limits}
+    patch = json.dumps({"spec": {"export": export}})
+    environment.kubectl("patch", "ftj", NAME, "--type=merge", "-p", patch)
+    job = finish(900)
+    assert job["status"]["phase"] == "Failed"
+    assert ready_message(job).startswith("QualityGateFailed: ")
+    for word in ("Q4_K_M", "1e-06", "spec.export.qualityLimits"):
+        assert word in ready_message(job)
+    ran = [stage for uid, stage in pod_uids(environment).items() if uid not in before]
+    assert sorted(ran) == ["export", "prepare"]
+    held = keys(environment, job["spec"]["output"]["uri"])
+    models = [key for key in held if key.endswith(".gguf") and "-LoRA-" not in key]
+    assert sorted((key.partition("/")[0], key.rpartition("-")[2]) for key in models) == [
+        ("gguf", "Q8_0.gguf"),
+        ("rejected", "Q4_K_M.gguf"),
+    ]
+    verdicts = {a["uri"].rpartition("-")[2]: a["quality"]["passed"] for a in measured(job)}
+    assert verdicts == {"Q8_0.gguf": True, "Q4_K_M.gguf": False}
+    events = environment.kubectl("get", "events", "-o", "jsonpath={.items[*].reason}").split()
+    assert events.count("QualityGateFailed") == 1
+
+
+def measured(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The artifacts with figures."""
+    return [artifact for artifact in job["status"]["artifacts"] if artifact.get("quality")]
 
 
 def test_a_training_whose_pod_is_taken_away_goes_on_from_its_checkpoint(
