@@ -18,7 +18,7 @@ from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
-from finetune_trainer.local.quality import quality_table
+from finetune_trainer.local.quality import show_quality
 from finetune_trainer.outcome import Artifact
 from tests.cluster import provider
 from tests.cluster.errors import ClusterError
@@ -43,7 +43,7 @@ def up() -> None:
     env = environment.bring_up(NAME)
     job = run_example(env)
     show_resource(env)
-    show_quality(job)
+    show_quality(files_of(job))
     if job["status"]["phase"] != "Succeeded":
         console.print(f"[red]The job failed:[/] {ready_message(job)}")
         raise typer.Exit(1)
@@ -112,13 +112,6 @@ def show_artifacts(job: dict[str, Any]) -> None:
         )
 
 
-def show_quality(job: dict[str, Any]) -> None:
-    """Print what was measured on each GGUF file, as the status has it."""
-    table = quality_table(files_of(job))
-    if table is not None:
-        console.print(table)
-
-
 def files_of(job: dict[str, Any]) -> list[Artifact]:
     """The artifacts of the status, with paths below the output folder."""
     folder = job["spec"]["output"]["uri"]
@@ -135,12 +128,14 @@ def files_of(job: dict[str, Any]) -> list[Artifact]:
 
 
 def models_of(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """The artifacts that are whole models as GGUF: not the adapter's, and none that was rejected."""
+    """The artifacts that are whole models as GGUF: not the adapter, and none that was rejected."""
     artifacts: list[dict[str, Any]] = job["status"]["artifacts"]
     return [
         each
         for each in artifacts
-        if each["uri"].endswith(".gguf") and "/gguf/" in each["uri"] and "-LoRA-" not in each["uri"]
+        if "/gguf/" in each["uri"]
+        and each["uri"].endswith(".gguf")
+        and not each["uri"].endswith("-LoRA-F32.gguf")
     ]
 
 

@@ -234,7 +234,7 @@ def test_a_file_over_its_limit_is_kept_apart_and_the_others_go_out(
     ran = [stage for uid, stage in pod_uids(environment).items() if uid not in before]
     assert sorted(ran) == ["export", "prepare"]
     held = keys(environment, job["spec"]["output"]["uri"])
-    models = [key for key in held if key.endswith(".gguf") and "-LoRA-" not in key]
+    models = [key for key in held if key.endswith(".gguf") and "-LoRA-F32" not in key]
     assert sorted((key.partition("/")[0], key.rpartition("-")[2]) for key in models) == [
         ("gguf", "Q8_0.gguf"),
         ("rejected", "Q4_K_M.gguf"),

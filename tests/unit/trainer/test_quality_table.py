@@ -40,8 +40,8 @@ def test_each_gguf_file_has_a_row_the_largest_first() -> None:
         file("merged/model.safetensors"),
     )
     assert shown == {
-        "m-F16.gguf": ["271.0 MB", "0.00123", "none", "97.7%", "5.432", "✓ passed"],
-        "m-Q8_0.gguf": ["145.0 MB", "0.00123", "0.005", "97.7%", "5.432", "✓ passed"],
+        "m-F16.gguf": ["271.0 MB", "0.00123 (none)", "97.7%", "5.432", "✓ passed"],
+        "m-Q8_0.gguf": ["145.0 MB", "0.00123 (0.005)", "97.7%", "5.432", "✓ passed"],
         "m-LoRA-F32.gguf": ["10 bytes", "not measured"],
     }
 

@@ -30,9 +30,9 @@ def quality_table(artifacts: Sequence[Artifact]) -> Table | None:
     files = [each for each in artifacts if each.path.endswith(".gguf")]
     if not files:
         return None
-    table = Table(title=TITLE, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=TITLE, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("File", overflow="fold")
-    for heading in ("Size", "KL divergence", "Limit", "Same top token", "Perplexity"):
+    for heading in ("Size", "KL (limit)", "Same top token", "Perplexity"):
         table.add_column(heading, justify="right")
     table.add_column("Verdict")
     for file in sorted(files, key=lambda each: -each.bytes):
@@ -41,13 +41,12 @@ def quality_table(artifacts: Sequence[Artifact]) -> Table | None:
     return table
 
 
-def _figures(quality: Quality | None) -> tuple[str, str, str, str]:
+def _figures(quality: Quality | None) -> tuple[str, str, str]:
     if quality is None:
-        return "", "", "", ""
+        return "", "", ""
     limit = quality.max_kl_divergence
     return (
-        f"{quality.kl_divergence:.3g}",
-        "none" if limit is None else f"{limit:.3g}",
+        f"{quality.kl_divergence:.3g} ({'none' if limit is None else f'{limit:.3g}'})",
         f"{quality.same_top_token:.1%}",
         f"{quality.perplexity:.4g}",
     )
