@@ -4,11 +4,19 @@
     {"do": "ask", "file": …, "prompt": …, "limit": …, "threads": …, "ends": […]}
         -> {"tokens": […], "stopsAt": […], "answer": …, "stopped": …, "finite": …,
             "template": …}
-    {"do": "tokenize", "file": …, "texts": […]}
-        -> {"tokens": [[…]], "addsBos": …}
+    {"do": "tokenize", "file": …, "texts": […], "addSpecial": true, "ends": […]}
+        -> {"tokens": [[…]], "addsBos": …, "addsEos": …, "stopsAt": […]}
+    {"do": "score", "file": …, "rows": [{"ids": […], "measured": […]}], "against": …, "write": …,
+     "check": false, "adapter": null, "scale": …, "threads": …}
+        -> figures of logprobs.Measured, and {"vocabulary": …}
+    {"do": "answer", "file": …, "prompts": [[…]], "limit": …, "seconds": …, "adapter": null,
+     "scale": …, "threads": …}
+        -> {"answers": [{"text": …, "tokens": …, "stopped": …}]}
 
 `tokens` are the prompt's ids as the file's own tokenizer makes them, `stopsAt` those of `ends` at
-which llama.cpp ends an answer. `tokenize` adds what the file says is to be added to a text.
+which llama.cpp ends an answer. `tokenize` adds what the file says is to be added to a text, unless
+told otherwise. `score` holds the log-probabilities against those in the file `against`, and keeps
+them in the file `write`; with `check` every block of every tensor has to be finite.
 """
 
 from __future__ import annotations
@@ -17,10 +25,15 @@ import ctypes
 import json
 import logging
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
+
+from finetune_trainer.export.gate import logprobs
+from finetune_trainer.export.session import Session, greedy
 
 
 def quantize(request: dict[str, Any]) -> dict[str, Any]:
@@ -71,13 +84,61 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenize(request: dict[str, Any]) -> dict[str, Any]:
-    """Texts in tokens, as a server makes them of a rendered prompt."""
-    model = llama_cpp.Llama(model_path=request["file"], vocab_only=True, verbose=False)
-    vocabulary = llama_cpp.llama_model_get_vocab(model.model)
+    """Texts in tokens: as a server makes them of a rendered prompt, or just what is written."""
+    session = Session(request["file"], threads=1, vocabulary_only=True)
+    add = request.get("addSpecial", True)
     return {
-        "tokens": [model.tokenize(t.encode(), special=True) for t in request["texts"]],
-        "addsBos": bool(llama_cpp.llama_vocab_get_add_bos(vocabulary)),
+        "tokens": [session.tokens(text, add_special=add) for text in request["texts"]],
+        "addsBos": bool(llama_cpp.llama_vocab_get_add_bos(session.vocabulary)),
+        "addsEos": bool(llama_cpp.llama_vocab_get_add_eos(session.vocabulary)),
+        "stopsAt": [token for token in request.get("ends", ()) if session.ends(token)],
     }
+
+
+def score(request: dict[str, Any]) -> dict[str, Any]:
+    """Run the model over rows, and hold its log-probabilities against others."""
+    rows = [(row["ids"], row["measured"]) for row in request["rows"]]
+    session = _session(
+        request, length=max(len(ids) for ids, _ in rows), outputs=max(len(m) for _, m in rows)
+    )
+    reference = logprobs.read(Path(request["against"])) if request["against"] else None
+    total = sum(len(measured) for _, measured in rows)
+    file = request.get("write")
+    target = logprobs.create(Path(file), total, session.size) if file else None
+    measured, done = logprobs.Measured(), 0
+    for ids, positions in rows:
+        session.forget()
+        wanted = {position - 1 for position in positions}
+        batch = [(token, at, 0, at in wanted) for at, token in enumerate(ids[: positions[-1]])]
+        logits = np.stack(list(session.run(batch)))
+        beside = None if reference is None else reference[done : done + len(positions)]
+        values = measured.add(logits, [ids[position] for position in positions], beside)
+        if target is not None and values is not None:
+            logprobs.store(target, done, values)
+        done += len(positions)
+    return {**measured.figures(), "vocabulary": session.size}
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Let the model answer prompts, given as tokens, with greedy decoding."""
+    prompts, limit = request["prompts"], request["limit"]
+    length = sum(len(prompt) + limit for prompt in prompts)
+    session = _session(request, length=length, sequences=len(prompts))
+    found = greedy(session, prompts, limit, request["seconds"])
+    return {
+        "answers": [
+            {"text": session.text(tokens), "tokens": len(tokens), "stopped": ended}
+            for tokens, ended in found
+        ]
+    }
+
+
+def _session(request: dict[str, Any], **context: int) -> Session:
+    session = Session(request["file"], request["threads"], check=request.get("check", False))
+    session.open(**context)
+    if request.get("adapter"):
+        session.apply(request["adapter"], request["scale"])
+    return session
 
 
 def _finite_logits(model: llama_cpp.Llama) -> bool:
@@ -90,8 +151,16 @@ def main() -> None:
     # llama.cpp reports every tensor; only its errors are worth a line.
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     request = json.load(sys.stdin)
-    answer = {"quantize": quantize, "ask": ask, "tokenize": tokenize}[request["do"]](request)
-    json.dump(answer, sys.stdout)
+    json.dump(_WORK[request["do"]](request), sys.stdout)
+
+
+_WORK: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "quantize": quantize,
+    "ask": ask,
+    "tokenize": tokenize,
+    "score": score,
+    "answer": answer,
+}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,165 @@
+"""A GGUF file in llama.cpp: loaded, read, and run; for the child process alone.
+
+Weights stay in the file, which is mapped into memory: llama.cpp would otherwise keep a second copy
+of many types in an order that its CPU code likes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+UBATCH = 128  # tokens that are computed at once, which bounds the memory of activations
+
+
+@dataclass
+class Session:
+    """A model, and the context that it runs in."""
+
+    file: str
+    threads: int
+    vocabulary_only: bool = False
+    check: bool = False
+    """Look at every block of every tensor for values that are not finite."""
+
+    model: Any = field(init=False)
+    vocabulary: Any = field(init=False)
+    size: int = field(init=False)
+    """Entries of the vocabulary."""
+
+    context: Any = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        llama_cpp.llama_backend_init()
+        options = llama_cpp.llama_model_default_params()
+        options.n_gpu_layers = 0
+        options.vocab_only = self.vocabulary_only
+        options.check_tensors = self.check
+        options.use_extra_bufts = False
+        self.model = llama_cpp.llama_model_load_from_file(self.file.encode(), options)
+        if not self.model:
+            sys.exit(1)  # llama.cpp has said why
+        self.vocabulary = llama_cpp.llama_model_get_vocab(self.model)
+        self.size = llama_cpp.llama_vocab_n_tokens(self.vocabulary)
+
+    def tokens(self, text: str, *, add_special: bool) -> list[int]:
+        """A text in tokens, special tokens read as such."""
+        data = text.encode()
+        room = len(data) + 8  # there are never more tokens than bytes
+        found = (llama_cpp.llama_token * room)()
+        count = llama_cpp.llama_tokenize(
+            self.vocabulary, data, len(data), found, room, add_special, True
+        )
+        if count < 0:
+            sys.exit(f"a text of {len(data)} bytes has more than {room} tokens")
+        return list(found[:count])
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, special ones left out."""
+        room = 64 * len(tokens) + 64
+        found = ctypes.create_string_buffer(room)
+        given = (llama_cpp.llama_token * len(tokens))(*tokens)
+        count = llama_cpp.llama_detokenize(
+            self.vocabulary, given, len(tokens), found, room, False, False
+        )
+        return found.raw[: max(count, 0)].decode(errors="replace")
+
+    def ends(self, token: int) -> bool:
+        """Whether llama.cpp ends an answer at this token."""
+        return bool(llama_cpp.llama_vocab_is_eog(self.vocabulary, token))
+
+    def open(self, *, length: int, sequences: int = 1, outputs: int = 1) -> None:
+        """Make a context for `length` tokens of all sequences together, `outputs` logits a call."""
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = length
+        options.n_batch = length
+        options.n_ubatch = min(UBATCH, length)
+        options.n_seq_max = sequences
+        options.n_outputs_max = max(outputs, sequences)
+        options.n_outputs_max_per_seq = outputs
+        options.kv_unified = True
+        options.swa_full = False
+        options.n_threads = options.n_threads_batch = self.threads
+        self.context = llama_cpp.llama_init_from_model(self.model, options)
+        if not self.context:
+            sys.exit("llama.cpp can't make a context for this model")
+
+    def apply(self, adapter: str, scale: float) -> None:
+        """Apply a LoRA adapter (a GGUF file) from now on, `scale` times as strong as trained."""
+        loaded = llama_cpp.llama_adapter_lora_init(self.model, adapter.encode())
+        if not loaded:
+            sys.exit(1)
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(loaded)
+        scales = (ctypes.c_float * 1)(scale)
+        if llama_cpp.llama_set_adapters_lora(self.context, adapters, 1, scales) != 0:
+            sys.exit("llama.cpp can't apply the adapter")
+
+    def forget(self) -> None:
+        """Begin anew."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+
+    def run(self, tokens: Sequence[tuple[int, int, int, bool]]) -> Iterator[npt.NDArray[Any]]:
+        """Read (token, position, sequence, wanted); the logits after each wanted one, in order."""
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for index, (token, position, sequence, wanted) in enumerate(tokens):
+                batch.token[index] = token
+                batch.pos[index] = position
+                batch.n_seq_id[index] = 1
+                batch.seq_id[index][0] = sequence
+                batch.logits[index] = wanted
+            status = llama_cpp.llama_decode(self.context, batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        if status != 0:
+            sys.exit(f"llama_decode returned {status}")
+        for index, (_, _, _, wanted) in enumerate(tokens):
+            if wanted:
+                pointer = llama_cpp.llama_get_logits_ith(self.context, index)
+                yield np.ctypeslib.as_array(pointer, shape=(self.size,))
+
+
+def greedy(
+    session: Session, prompts: Sequence[Sequence[int]], limit: int, seconds: float
+) -> list[tuple[list[int], bool]]:
+    """Continue all prompts side by side: the tokens of each answer, and whether it ended itself.
+
+    At most `limit` tokens each, and about `seconds` in all: what is not finished then is cut.
+    """
+    until = time.monotonic() + seconds
+    answers: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+    position = [len(prompt) for prompt in prompts]
+    pending = [_first(session, number, prompt) for number, prompt in enumerate(prompts)]
+    live = list(range(len(prompts)))
+    while live and time.monotonic() < until:
+        for number in list(live):
+            ended[number] = session.ends(pending[number])
+            if not ended[number]:
+                answers[number].append(pending[number])
+            if ended[number] or len(answers[number]) == limit:
+                live.remove(number)
+        if not live:
+            break
+        step = [(answers[n][-1], position[n], n, True) for n in live]
+        chosen = [int(logits.argmax()) for logits in session.run(step)]
+        for number, token in zip(live, chosen, strict=True):
+            pending[number] = token
+            position[number] += 1
+    return list(zip(answers, ended, strict=True))
+
+
+def _first(session: Session, sequence: int, prompt: Sequence[int]) -> int:
+    last = len(prompt) - 1
+    tokens = [(token, at, sequence, at == last) for at, token in enumerate(prompt)]
+    (logits,) = session.run(tokens)
+    return int(logits.argmax())
