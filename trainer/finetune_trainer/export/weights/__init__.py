@@ -4,6 +4,7 @@ checkpoint        the base's safetensors, memory-mapped
 adapter           the adapter's files, and what of PEFT's variety can be merged
 delta             what the adapter adds to one weight
 names             modules to names of weights, where transformers renames them
+storage_type      the 16-bit type that the result is stored in
 merged            MergedWeights: rows of the merged model, by blocks
 safetensors_file  the merged model as shards on disk
 

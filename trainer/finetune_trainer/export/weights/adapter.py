@@ -56,7 +56,11 @@ def read_adapter(folder: Path) -> dict[str, Delta]:
     modules = {name.removesuffix(_A) for name in tensors if name.endswith(_A)}
     used = {f"{m}{part}" for m in modules for part in (_A, _B, _MAGNITUDE)}
     if unknown := sorted(set(tensors) - used):
-        raise _unusable(f"it holds {some(unknown)}, which is no LoRA adapter of a linear layer")
+        raise StageError(
+            Reason.MODEL_UNSUPPORTED,
+            f"The adapter can't be merged: it holds {some(unknown)} besides the LoRA weights of "
+            "linear layers. Leave embed_tokens and lm_head out of the target modules.",
+        )
     if not modules:
         raise _unusable("it holds no LoRA layer")
     return {m.removeprefix(PREFIX): _delta(m, tensors, config) for m in sorted(modules)}

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from finetune_trainer.outcome import Reason, StageError
 
+CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -60,6 +61,16 @@ def read_checkpoint(folder: Path) -> dict[str, Stored]:
     if missing := sorted(set(weight_map) - set(found)):
         raise _unreadable(INDEX, f"it names {some(missing)}, which the files don't hold")
     return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's config.json; raises StageError(ModelUnsupported)."""
+    try:
+        return dict(json.loads((folder / CONFIG).read_bytes()))
+    except FileNotFoundError as error:
+        raise _unreadable(CONFIG, "it is missing") from error
+    except (ValueError, TypeError) as error:
+        raise _unreadable(CONFIG, f"it is no JSON object ({error})") from error
 
 
 def open_file(file: Path) -> dict[str, torch.Tensor]:

@@ -9,12 +9,12 @@ from typing import Any, BinaryIO
 
 import torch
 
-from finetune_trainer.export.weights.checkpoint import INDEX, TensorInfo
+from finetune_trainer.export.weights.checkpoint import INDEX, SINGLE, TensorInfo
 from finetune_trainer.export.weights.merged import MergedWeights
 from finetune_trainer.storage import OnBytes
 from finetune_trainer.storage.local import replacing
 
-BLOCK_BYTES = 64 << 20  # of rows that are written at a time
+BLOCK_BYTES = 32 << 20  # of rows that are written at a time
 _ALIGNMENT = 8  # of the values' beginning, as the safetensors library has it
 
 _NAMES = {
@@ -43,7 +43,7 @@ def write_merged(weights: MergedWeights, target: Path, on_bytes: OnBytes | None 
         with replacing(target / shard) as partial, partial.open("wb") as file:
             _write_shard(weights, infos, file, on_bytes or (lambda _: None))
             partial.chmod(0o644)
-    if set(shards) != {"model.safetensors"}:
+    if set(shards) != {SINGLE}:
         with replacing(target / INDEX) as partial:
             partial.write_text(json.dumps(_index(weights), indent=2, sort_keys=True) + "\n")
 
