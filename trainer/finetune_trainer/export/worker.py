@@ -4,19 +4,21 @@
     {"do": "ask", "file": …, "prompt": …, "limit": …, "threads": …, "ends": […]}
         -> {"tokens": […], "stopsAt": […], "answer": …, "stopped": …, "finite": …,
             "template": …}
-    {"do": "tokenize", "file": …, "texts": […], "addSpecial": true, "ends": […]}
-        -> {"tokens": [[…]], "addsBos": …, "addsEos": …, "stopsAt": […]}
-    {"do": "score", "file": …, "rows": [{"ids": […], "measured": […]}], "against": …, "write": …,
-     "check": false, "adapter": null, "scale": …, "threads": …}
-        -> figures of logprobs.Measured, and {"vocabulary": …}
+    {"do": "tokenize", "file": …, "texts": […]}
+        -> {"tokens": [[…]], "addsBos": …, "addsEos": …, "stopsAt": []}
+    {"do": "check", "file": …, "texts": […], "ends": […],
+     "rows": [{"ids": […], "measured": […]}], "against": …, "write": …,
+     "adapter": null, "scale": …, "threads": …}
+        -> what `tokenize` says, and the figures of logprobs.Measured
     {"do": "answer", "file": …, "prompts": [[…]], "limit": …, "seconds": …, "adapter": null,
      "scale": …, "threads": …}
         -> {"answers": [{"text": …, "tokens": …, "stopped": …}]}
 
-`tokens` are the prompt's ids as the file's own tokenizer makes them, `stopsAt` those of `ends` at
-which llama.cpp ends an answer. `tokenize` adds what the file says is to be added to a text, unless
-told otherwise. `score` holds the log-probabilities against those in the file `against`, and keeps
-them in the file `write`; with `check` every block of every tensor has to be finite.
+`tokens` are the ids as the file's own tokenizer makes them, `stopsAt` those of `ends` at which
+llama.cpp ends an answer. `tokenize` adds what the file says is to be added to a text; `check`
+takes texts as they are. `check` wants every block of every tensor to be finite, holds the
+log-probabilities of the rows' measured tokens against those in the file `against`, and keeps them
+in the file `write`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import llama_cpp
 import numpy as np
 
 from finetune_trainer.export.gate import logprobs
-from finetune_trainer.export.session import Session, greedy
+from finetune_trainer.export.session import UBATCH, Session, greedy
 
 
 def quantize(request: dict[str, Any]) -> dict[str, Any]:
@@ -84,27 +86,46 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenize(request: dict[str, Any]) -> dict[str, Any]:
-    """Texts in tokens: as a server makes them of a rendered prompt, or just what is written."""
+    """Texts in tokens, as a server makes them of a rendered prompt."""
     session = Session(request["file"], threads=1, vocabulary_only=True)
-    add = request.get("addSpecial", True)
+    return _read(session, request["texts"], [], add_special=True)
+
+
+def check(request: dict[str, Any]) -> dict[str, Any]:
+    """Load a file with all its tensors, tokenize texts, and score rows, if there are any."""
+    rows = [(row["ids"], row["measured"]) for row in request["rows"]]
+    session = _session(
+        request,
+        length=max((len(ids) for ids, _ in rows), default=UBATCH),
+        outputs=max((len(measured) for _, measured in rows), default=1),
+        check=True,
+    )
     return {
-        "tokens": [session.tokens(text, add_special=add) for text in request["texts"]],
-        "addsBos": bool(llama_cpp.llama_vocab_get_add_bos(session.vocabulary)),
-        "addsEos": bool(llama_cpp.llama_vocab_get_add_eos(session.vocabulary)),
-        "stopsAt": [token for token in request.get("ends", ()) if session.ends(token)],
+        **_read(session, request["texts"], request["ends"], add_special=False),
+        **_score(session, rows, request["against"], request["write"]),
     }
 
 
-def score(request: dict[str, Any]) -> dict[str, Any]:
-    """Run the model over rows, and hold its log-probabilities against others."""
-    rows = [(row["ids"], row["measured"]) for row in request["rows"]]
-    session = _session(
-        request, length=max(len(ids) for ids, _ in rows), outputs=max(len(m) for _, m in rows)
-    )
-    reference = logprobs.read(Path(request["against"])) if request["against"] else None
-    total = sum(len(measured) for _, measured in rows)
-    file = request.get("write")
-    target = logprobs.create(Path(file), total, session.size) if file else None
+def _read(
+    session: Session, texts: list[str], ends: list[int], *, add_special: bool
+) -> dict[str, Any]:
+    return {
+        "tokens": [session.tokens(text, add_special=add_special) for text in texts],
+        "addsBos": bool(llama_cpp.llama_vocab_get_add_bos(session.vocabulary)),
+        "addsEos": bool(llama_cpp.llama_vocab_get_add_eos(session.vocabulary)),
+        "stopsAt": [token for token in ends if session.ends(token)],
+    }
+
+
+def _score(
+    session: Session,
+    rows: list[tuple[list[int], list[int]]],
+    against: str | None,
+    write: str | None,
+) -> dict[str, Any]:
+    reference = logprobs.read(Path(against)) if against else None
+    total = sum(len(positions) for _, positions in rows)
+    target = logprobs.create(Path(write), total, session.size) if write else None
     measured, done = logprobs.Measured(), 0
     for ids, positions in rows:
         session.forget()
@@ -116,7 +137,7 @@ def score(request: dict[str, Any]) -> dict[str, Any]:
         if target is not None and values is not None:
             logprobs.store(target, done, values)
         done += len(positions)
-    return {**measured.figures(), "vocabulary": session.size}
+    return measured.figures()
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -133,10 +154,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _session(request: dict[str, Any], **context: int) -> Session:
-    session = Session(request["file"], request["threads"], check=request.get("check", False))
+def _session(request: dict[str, Any], *, check: bool = False, **context: int) -> Session:
+    session = Session(request["file"], request["threads"], check=check)
     session.open(**context)
-    if request.get("adapter"):
+    if request["adapter"]:
         session.apply(request["adapter"], request["scale"])
     return session
 
@@ -158,7 +179,7 @@ _WORK: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "quantize": quantize,
     "ask": ask,
     "tokenize": tokenize,
-    "score": score,
+    "check": check,
     "answer": answer,
 }
 

@@ -95,7 +95,7 @@ class Measured:
         """Means over the tokens, as a JSON object."""
         tokens = max(1, self.tokens)
         return {
-            "tokens": self.tokens,
+            "measured": self.tokens,
             "finite": self.finite,
             "perplexity": math.exp(min(self.surprise / tokens, 700.0)),
             "klDivergence": self.divergence / tokens,

@@ -6,7 +6,7 @@ request in, a JSON answer out.
 
     {"base": …, "adapter": …, "trust": …, "rows": [{"ids": […], "measured": […]}],
      "tunedFile": …, "baseFile": …}
-        -> {"tuned": figures, "base": figures or null, "tokens": …}
+        -> {"tuned": figures, "base": figures or null}
 
 Figures are those of `logprobs.Measured`; the base model's divergence is that from the tuned one.
 """
