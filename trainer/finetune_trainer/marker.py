@@ -63,7 +63,7 @@ def save_stage(output: Folder, stage: Stage, fingerprint: str, folder: Path) -> 
     files = describe_tree(folder)
     base = stage_folder(stage, fingerprint)
     for item in files:
-        output.upload(folder / item.path, f"{base}/{item.path}")
+        output.upload(folder / item.path, f"{base}/{item.path}", sha256=item.sha256)
     marker = Marker(stage=stage, fingerprint=fingerprint, files=tuple(files))
     output.write(marker_path(stage, fingerprint), marker.model_dump_json(indent=2).encode())
 

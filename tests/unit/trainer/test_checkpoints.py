@@ -39,10 +39,17 @@ class Recording(LocalFolder):
         self._fail()
         return super().list(prefix)
 
-    def upload(self, source: Path, path: str, on_bytes: OnBytes | None = None) -> None:
+    def upload(
+        self,
+        source: Path,
+        path: str,
+        on_bytes: OnBytes | None = None,
+        *,
+        sha256: str | None = None,
+    ) -> None:
         self._fail()
         self.calls.append(("put", path))
-        super().upload(source, path, on_bytes)
+        super().upload(source, path, on_bytes, sha256=sha256)
 
     def write(self, path: str, data: bytes) -> None:
         self._fail()

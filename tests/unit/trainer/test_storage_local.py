@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from finetune_trainer.config import Storage
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.storage import Folder, open_folder, split
+from finetune_trainer.storage.local import PARTIAL
 
 
 @pytest.fixture
@@ -84,3 +86,47 @@ def test_a_file_in_the_way_is_an_access_error(folder: Folder) -> None:
 )
 def test_a_uri_is_folder_and_name(uri: str, expected: tuple[str, str]) -> None:
     assert split(uri) == expected
+
+
+def test_a_copy_has_the_same_bytes_and_a_moved_file_one_name(folder: Folder) -> None:
+    folder.write("staged/a", b"12345")
+    folder.copy("staged/a", "gguf/a")
+    folder.write("staged/a", b"other")
+    assert folder.read("gguf/a") == b"12345", "the two are apart"
+    folder.move("staged/a", "gguf/a")
+    assert folder.read("gguf/a") == b"other"
+    assert [info.path for info in folder.list()] == ["gguf/a"]
+    with pytest.raises(FileNotFoundError):
+        folder.copy("staged/a", "b")
+
+
+def test_a_file_system_without_hard_links_copies(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    folder.write("staged/a", b"12345")
+    folder.copy("staged/a", "b")
+    assert folder.read("b") == b"12345"
+
+
+def test_a_file_that_is_not_what_was_written_is_not_copied(folder: Folder, tmp_path: Path) -> None:
+    source = tmp_path / "model.gguf"
+    source.write_bytes(b"12345")
+    sha256 = hashlib.sha256(b"12345").hexdigest()
+    folder.upload(source, "a", sha256=sha256)
+    source.write_bytes(b"12344")
+    with pytest.raises(StageError, match=r"model\.gguf is not what was written"):
+        folder.upload(source, "b", sha256=sha256)
+    assert [info.path for info in folder.list()] == ["a"]
+
+
+def test_partial_files_of_a_killed_process_can_be_dropped(folder: Folder, tmp_path: Path) -> None:
+    for name in ("stages/x", "other"):
+        (tmp_path / "store" / name).mkdir(parents=True)
+        (tmp_path / "store" / name / f"{PARTIAL}0-a").write_bytes(b"123")
+    folder.abandon("stages/")
+    left = [p.relative_to(tmp_path / "store") for p in (tmp_path / "store").rglob("*")]
+    assert [path.as_posix() for path in sorted(left)] == ["other", f"other/{PARTIAL}0-a"]

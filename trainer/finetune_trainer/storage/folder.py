@@ -55,8 +55,35 @@ class Folder(ABC):
         """Copy a file to disk, as a whole or not at all; FileNotFoundError when it is missing."""
 
     @abstractmethod
-    def upload(self, source: Path, path: str, on_bytes: OnBytes | None = None) -> None:
-        """Copy a file from disk, as a whole or not at all."""
+    def upload(
+        self,
+        source: Path,
+        path: str,
+        on_bytes: OnBytes | None = None,
+        *,
+        sha256: str | None = None,
+    ) -> None:
+        """Copy a file from disk, as a whole or not at all.
+
+        With `sha256`, what the file had when it was finished, a file that has changed since is not
+        copied (StageError). What `on_bytes` raises ends the upload.
+        """
+
+    @abstractmethod
+    def copy(self, source: str, target: str) -> None:
+        """Copy a file within the folder, without sending its bytes through this process.
+
+        FileNotFoundError when it is missing.
+        """
+
+    def move(self, source: str, target: str) -> None:
+        """Give a file another path."""
+        self.copy(source, target)
+        self.delete([source])
+
+    @abstractmethod
+    def abandon(self, prefix: str) -> None:
+        """Drop what uploads below `prefix` left that were never finished."""
 
     @abstractmethod
     def delete(self, paths: Iterable[str]) -> None:

@@ -12,9 +12,12 @@ from uuid import uuid4
 
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.storage.folder import FileInfo, Folder, OnBytes
+from finetune_trainer.storage.parts import check_sha256
 
 PARTIAL = ".partial-"  # begins the name of a file that is still being written
 _CHUNK = 4 << 20
+# What a file system says that has no hard links, or no more of them for this file.
+_NO_LINKS = {errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}
 _DENIED = {
     errno.EACCES,
     errno.EEXIST,
@@ -83,10 +86,44 @@ class LocalFolder(Folder):
         with self._errors(path):
             _copy(self.root / path, target, on_bytes)
 
-    def upload(self, source: Path, path: str, on_bytes: OnBytes | None = None) -> None:
+    def upload(
+        self,
+        source: Path,
+        path: str,
+        on_bytes: OnBytes | None = None,
+        *,
+        sha256: str | None = None,
+    ) -> None:
         """Copy into the folder."""
         with self._errors(path):
-            _copy(source, self.root / path, on_bytes)
+            _copy(source, self.root / path, on_bytes, sha256)
+
+    def copy(self, source: str, target: str) -> None:
+        """A second name for the same bytes; a copy where the file system has no hard links."""
+        with self._errors(target):
+            try:
+                with replacing(self.root / target) as partial:
+                    partial.hardlink_to(self.root / source)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                _copy(self.root / source, self.root / target, None)
+
+    def move(self, source: str, target: str) -> None:
+        """Rename."""
+        with self._errors(target):
+            (self.root / target).parent.mkdir(parents=True, exist_ok=True)
+            (self.root / source).replace(self.root / target)
+        self._remove_empty(self.root / source)
+
+    def abandon(self, prefix: str) -> None:
+        """Delete partial files."""
+        base = self.root / prefix.rpartition("/")[0]
+        with self._errors(prefix):
+            for file in list(base.rglob(f"{PARTIAL}*")):
+                if file.relative_to(self.root).as_posix().startswith(prefix):
+                    file.unlink(missing_ok=True)
+                    self._remove_empty(file)
 
     def delete(self, paths: Iterable[str]) -> None:
         """Delete files, and the folders that this leaves empty."""
@@ -94,10 +131,14 @@ class LocalFolder(Folder):
             with self._errors(path):
                 file = self.root / path
                 file.unlink(missing_ok=True)
-                for parent in file.parents:
-                    if parent == self.root or not parent.is_dir() or any(parent.iterdir()):
-                        break
-                    parent.rmdir()
+                self._remove_empty(file)
+
+    def _remove_empty(self, file: Path) -> None:
+        """Remove the folders above a file that is gone, as far as they are empty."""
+        for parent in file.parents:
+            if parent == self.root or not parent.is_dir() or any(parent.iterdir()):
+                break
+            parent.rmdir()
 
     @contextmanager
     def _errors(self, path: str) -> Iterator[None]:
@@ -114,9 +155,14 @@ class LocalFolder(Folder):
             ) from error
 
 
-def _copy(source: Path, target: Path, on_bytes: OnBytes | None) -> None:
+def _copy(source: Path, target: Path, on_bytes: OnBytes | None, sha256: str | None = None) -> None:
+    digest = hashlib.sha256()
     with source.open("rb") as read, replacing(target) as partial, partial.open("wb") as write:
         while chunk := read.read(_CHUNK):
             write.write(chunk)
+            if sha256:
+                digest.update(chunk)
             if on_bytes:
                 on_bytes(len(chunk))
+        if sha256:
+            check_sha256(source, digest.hexdigest(), sha256)

@@ -9,18 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
+from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from finetune_trainer.config import Storage
 from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.storage import s3_upload
 from finetune_trainer.storage.folder import FileInfo, Folder, OnBytes
 from finetune_trainer.storage.local import replacing
-from finetune_trainer.storage.s3_errors import endpoint_of, error_code, stage_error
+from finetune_trainer.storage.s3_errors import DamagedError, endpoint_of, error_code, stage_error
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+# A store copies so much within the read timeout, and one request may copy 5 GiB at most.
+COPYING = TransferConfig(
+    multipart_threshold=1 << 30, multipart_chunksize=1 << 28, max_concurrency=4
+)
 _DELETE_AT_ONCE = 1000  # the most keys that one DeleteObjects takes
 
 
@@ -34,9 +40,10 @@ def client(endpoint: str | None, region: str) -> S3Client:
         retries={"mode": "standard", "max_attempts": 5},
         max_pool_connections=16,
         # Other stores often have no DNS name per bucket and no support for the checksums that
-        # Amazon S3 introduced in 2025; their ETags and TLS do what those would.
+        # Amazon S3 introduced in 2025. Uploads carry Content-MD5, which all of them check, Amazon
+        # too: a second checksum would cost another pass over the bytes.
         s3={"addressing_style": "path" if own_store else "auto"},
-        request_checksum_calculation="when_required" if own_store else "when_supported",
+        request_checksum_calculation="when_required",
         response_checksum_validation="when_required" if own_store else "when_supported",
     )
     try:
@@ -99,7 +106,7 @@ class S3Folder(Folder):
     def write(self, path: str, data: bytes) -> None:
         """PUT."""
         with self._errors(path):
-            self._s3.put_object(Bucket=self.bucket, Key=self._key(path), Body=data)
+            s3_upload.put(self._object(path), data)
 
     def download(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> None:
         """GET, in parallel parts when it is large."""
@@ -113,10 +120,37 @@ class S3Folder(Folder):
                     raise
                 raise FileNotFoundError(f"{self.uri_of(path)} is missing") from error
 
-    def upload(self, source: Path, path: str, on_bytes: OnBytes | None = None) -> None:
-        """PUT, in parallel parts when it is large; the object appears when all are there."""
+    def upload(
+        self,
+        source: Path,
+        path: str,
+        on_bytes: OnBytes | None = None,
+        *,
+        sha256: str | None = None,
+    ) -> None:
+        """PUT, in parallel parts when it is large; what an earlier attempt left is gone on with."""
         with self._errors(path):
-            self._s3.upload_file(str(source), self.bucket, self._key(path), Callback=on_bytes)
+            s3_upload.upload(self._object(path), source, on_bytes, sha256)
+
+    def copy(self, source: str, target: str) -> None:
+        """CopyObject, in parallel parts when it is large."""
+        with self._errors(source):
+            try:
+                self._s3.copy(
+                    {"Bucket": self.bucket, "Key": self._key(source)},
+                    self.bucket,
+                    self._key(target),
+                    Config=COPYING,
+                )
+            except ClientError as error:
+                if error_code(error) not in ("404", "NoSuchKey"):
+                    raise
+                raise FileNotFoundError(f"{self.uri_of(source)} is missing") from error
+
+    def abandon(self, prefix: str) -> None:
+        """AbortMultipartUpload."""
+        with self._errors(prefix):
+            s3_upload.abort_all(self._s3, self.bucket, self._key(prefix))
 
     def delete(self, paths: Iterable[str]) -> None:
         """DeleteObjects, a thousand at a time."""
@@ -138,6 +172,9 @@ class S3Folder(Folder):
     def _key(self, path: str) -> str:
         return f"{self.prefix}/{path}" if self.prefix else path
 
+    def _object(self, path: str) -> s3_upload.Key:
+        return s3_upload.Key(self._s3, self.bucket, self._key(path))
+
     def _probe(self, path: str) -> None:
         """Raise the error that a request with a body in its answer gets, if any."""
         self._s3.list_objects_v2(Bucket=self.bucket, Prefix=self._key(path), MaxKeys=1)
@@ -146,5 +183,10 @@ class S3Folder(Folder):
     def _errors(self, path: str) -> Iterator[None]:
         try:
             yield
-        except (ClientError, BotoCoreError, boto3.exceptions.Boto3Error) as error:
+        except (
+            ClientError,
+            BotoCoreError,
+            boto3.exceptions.Boto3Error,
+            DamagedError,
+        ) as error:
             raise stage_error(error, self.uri_of(path), self._settings) from error

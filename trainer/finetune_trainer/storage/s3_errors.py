@@ -29,8 +29,14 @@ _DENIED = {
     "RequestTimeTooSkewed",
     "SignatureDoesNotMatch",
 }
+# What a store says when the bytes that arrived are not those that were sent, or too few.
+DAMAGED = {"BadDigest", "IncompleteBody", "InvalidDigest", "XAmzContentSHA256Mismatch"}
 _WRONG_REGION = {"301", "AuthorizationHeaderMalformed", "PermanentRedirect"}
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
+
+
+class DamagedError(Exception):
+    """The store took other bytes than were sent."""
 
 
 def error_code(error: ClientError) -> str:
@@ -54,6 +60,8 @@ def stage_error(error: Exception | str, uri: str, settings: Storage) -> StageErr
         )
     if isinstance(error, ParamValidationError):
         return StageError(Reason.INVALID_CONFIG, f"{uri} is not a valid S3 location: {error}")
+    if isinstance(error, DamagedError):
+        return _damaged(uri, str(error), settings)
     # What is left of botocore's errors is about the connection.
     kind = type(error).__name__ if isinstance(error, BotoCoreError | Boto3Error) else "error"
     return StageError(
@@ -77,6 +85,8 @@ def _from_code(code: str, uri: str, settings: Storage) -> StageError:
             f"The store refuses access to {uri} ({code}): check the keys in the Secret of "
             f"spec.storage.secretRef, and that they may read, list and write in {bucket!r}.",
         )
+    if code in DAMAGED:
+        return _damaged(uri, code, settings)
     if code in _WRONG_REGION:
         return StageError(
             Reason.INVALID_CONFIG,
@@ -86,6 +96,14 @@ def _from_code(code: str, uri: str, settings: Storage) -> StageError:
     return StageError(
         Reason.STORAGE_UNAVAILABLE,
         f"The object store at {_where(settings)} answered {code or 'an error'} for {uri}.",
+    )
+
+
+def _damaged(uri: str, cause: str, settings: Storage) -> StageError:
+    return StageError(
+        Reason.STORAGE_UNAVAILABLE,
+        f"{uri} does not arrive at {_where(settings)} as it was sent, time and again ({cause}): "
+        "look at the proxies and network devices on the way, and at the memory of the node.",
     )
 
 

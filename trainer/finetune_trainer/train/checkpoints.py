@@ -109,7 +109,7 @@ class CheckpointStore:
         base = f"{self._base}/{step}"
         self._output.delete([f"{base}/{COMPLETE}"])  # of an earlier attempt
         for item in files:
-            self._output.upload(folder / item.path, f"{base}/{item.path}")
+            self._output.upload(folder / item.path, f"{base}/{item.path}", sha256=item.sha256)
         marker = Checkpoint(
             step=step,
             fingerprint=self._fingerprint,
@@ -129,8 +129,9 @@ class CheckpointStore:
         self._delete(step for step in self._steps() if step not in keep)
 
     def clear(self) -> None:
-        """Delete all of them."""
+        """Delete all of them, and what interrupted uploads left."""
         self._delete(self._steps())
+        self._output.abandon(f"{self._base}/")
 
     def _fetch(self, step: int, target: Path, refuse: Refuse) -> Checkpoint:
         checkpoint = self._read(step)
