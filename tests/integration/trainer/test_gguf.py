@@ -13,21 +13,26 @@ import pytest
 from finetune_trainer.base_model import converter
 from finetune_trainer.base_model.tokenizer import load_tokenizer, message_pair
 from finetune_trainer.config import Quantization
-from finetune_trainer.export import llama
-from finetune_trainer.export.gguf import write_gguf
+from finetune_trainer.export.gguf.convert import Model
+from finetune_trainer.export.gguf.files import write_files
+from finetune_trainer.export.gguf.quantize import quantize
 from finetune_trainer.export.verify import Check, verify
 from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.progress import Reporter
 
 EXAMPLE = message_pair("Who made the kettle?", "The kettle was made by Odalys.")
 TYPES = tuple(Quantization)
+
+
+def plain(model: Path) -> Model:
+    """A model of its own, without an adapter."""
+    return Model(base=model, adapter=None, folder=model, name="tiny", own=Quantization.F16)
 
 
 @pytest.fixture(scope="module")
 def files(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One file per type, of the untrained model."""
     folder = tmp_path_factory.mktemp("gguf")
-    written = write_gguf(tiny_model, folder, "tiny", TYPES, Reporter())
+    written = list(write_files(plain(tiny_model), folder, TYPES))
     assert {file.name for file in folder.iterdir()} == {file.name for file in written}
     return {file.stem.removeprefix("tiny-"): file for file in written}
 
@@ -41,14 +46,15 @@ def metadata(file: Path) -> dict[str, str]:
 
 
 def test_each_type_is_written_and_named(files: dict[str, Path]) -> None:
-    assert list(files) == ["F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"]
+    assert list(files) == ["F16", *(kind for kind in TYPES if kind != "F16")]
     for kind, file in files.items():
         found = metadata(file)
-        expected = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+        mostly = "ALL" if kind == "F32" else "MOSTLY"
+        expected = getattr(llama_cpp, f"LLAMA_FTYPE_{mostly}_{kind}")
         assert found["general.file_type"] == str(expected)
         assert found["general.name"] == "tiny"
     sizes = {kind: file.stat().st_size for kind, file in files.items()}
-    assert sizes["F16"] == sizes["BF16"] > sizes["Q8_0"] > sizes["Q4_K_M"]
+    assert sizes["F32"] > sizes["F16"] == sizes["BF16"] > sizes["Q8_0"] > sizes["Q4_K_M"]
 
 
 def test_a_good_file_passes(files: dict[str, Path], tiny_model: Path) -> None:
@@ -89,13 +95,16 @@ def test_an_end_that_llama_cpp_does_not_know_fails(tiny_model: Path, tmp_path: P
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     template = model / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_end|>", "<repo_name>"))
-    (file,) = write_gguf(model, tmp_path / "gguf", "tiny", (Quantization.F16,), Reporter())
+    (file,) = write_files(plain(model), tmp_path / "gguf", (Quantization.F16,))
     assert "would not stop" in refused(file, load_tokenizer(model))
 
 
-def test_what_llama_cpp_refuses_is_an_error_and_not_an_end(tmp_path: Path) -> None:
-    with pytest.raises(llama.LlamaError):
-        llama.call(do="quantize", source="/none", target=str(tmp_path / "x"), type="F16", threads=1)
+def test_what_llama_cpp_refuses_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
+    (source := tmp_path / "source.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(StageError) as caught:
+        quantize(source, tmp_path / "target.gguf", Quantization.Q8_0)
+    assert caught.value.reason is Reason.MODEL_UNSUPPORTED
+    assert [file.name for file in tmp_path.iterdir()] == ["source.gguf"]
 
 
 def test_code_that_comes_with_a_model_is_not_run(tiny_model: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
 import llama_cpp
 import pytest
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
@@ -26,7 +27,6 @@ from finetune_trainer.base_model.tokenizer import (
 from finetune_trainer.config import Quantization, RunConfig
 from finetune_trainer.export import modelfile
 from finetune_trainer.export.chat_shape import ChatShape, NoShapeError, find_shape, trials
-from finetune_trainer.export.gguf import set_add_bos
 from finetune_trainer.export.go_template import go_template, literal
 from finetune_trainer.export.modelfile import Template, make_template, preferred, write_modelfile
 from tests.integration.trainer import go_text
@@ -187,6 +187,13 @@ def served(
     converter.check_vocabulary(model, file)
     set_add_bos(file, request.param == KINDS[2])
     return tokenizer, file, expected
+
+
+def set_add_bos(file: Path, add: bool) -> None:
+    """Change in place whether a server puts the beginning-of-sequence token before a text."""
+    field = gguf.GGUFReader(file, "r+").get_field("tokenizer.ggml.add_bos_token")
+    if field is not None and bool(field.parts[field.data[0]][0]) is not add:
+        field.parts[field.data[0]][0] = add
 
 
 def test_training_gguf_and_modelfile_make_the_same_tokens(

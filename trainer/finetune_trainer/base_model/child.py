@@ -7,8 +7,20 @@ say why it failed. So its native code runs in a child, which also gives all memo
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import IO
+
+OnProgress = Callable[[int, int], None]
+"""Called with what is done and the total, in a unit of the child's."""
+
+_PROGRESS = "progress:"
+_SAID = re.compile(rf"{_PROGRESS} (\d+) (\d+)\n")
 
 _running: set[subprocess.Popen[str]] = set()
 
@@ -30,9 +42,15 @@ class Finished:
 
 
 def run(
-    command: list[str], request: str = "", environment: dict[str, str] | None = None
+    command: list[str],
+    request: str = "",
+    environment: dict[str, str] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Finished:
-    """Run a program to its end, with `request` on its standard input."""
+    """Run a program to its end, with `request` on its standard input.
+
+    `on_progress` hears what the program says with `say_progress`.
+    """
     # GGML's own handler would call a debugger for a stack trace, if there is one.
     variables = {
         **os.environ,
@@ -51,11 +69,38 @@ def run(
         env=variables,
     )
     _running.add(process)
+    errors: list[str] = []
+    stream, process.stderr = process.stderr, None  # communicate() leaves it to the thread
+    listener = threading.Thread(
+        target=_listen, args=(stream, errors, on_progress), name="child", daemon=True
+    )
+    listener.start()
     try:
-        output, errors = process.communicate(request)
+        output, _ = process.communicate(request)
+        listener.join()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
     finally:
         _running.discard(process)
-    return Finished(process.returncode, output, errors)
+    return Finished(process.returncode, output, "".join(errors))
+
+
+def say_progress(done: int, total: int) -> None:
+    """In the child: how much of the work is done."""
+    sys.stderr.write(f"{_PROGRESS} {done} {total}\n")
+    sys.stderr.flush()
+
+
+def _listen(stream: IO[str] | None, errors: list[str], on_progress: OnProgress | None) -> None:
+    with stream or nullcontext(()) as lines:
+        for line in lines:
+            said = _SAID.fullmatch(line)
+            if said is None:
+                errors.append(line)
+            elif on_progress:
+                on_progress(int(said[1]), int(said[2]))
 
 
 def kill_running() -> None:

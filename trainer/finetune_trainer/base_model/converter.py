@@ -16,8 +16,10 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import NoReturn
 
 from finetune_trainer.base_model import child
 from finetune_trainer.outcome import Reason, StageError
@@ -27,44 +29,73 @@ SCRIPT = "convert_hf_to_gguf.py"
 log = logging.getLogger(__name__)
 
 
-def convert(
-    model: Path,
-    target: Path,
-    kind: Literal["f16", "bf16", "f32"],
-    name: str,
-    *,
-    trust_remote_code: bool = False,
-) -> None:
-    """Convert a model folder to one GGUF file. StageError(ModelUnsupported) when it can't be."""
-    _run(model, target, "--outtype", kind, "--model-name", name, trusted=trust_remote_code)
-
-
 def check_vocabulary(model: Path, target: Path, *, trust_remote_code: bool = False) -> None:
     """Convert configuration and tokenizer only, which takes seconds and needs no weights.
 
     A model or a tokenizer that llama.cpp does not know fails here, before a GPU is asked for.
     """
-    _run(model, target, "--vocab-only", trusted=trust_remote_code)
+    with shown(model, "model", trusted=trust_remote_code) as folder:
+        command = [sys.executable, str(llama_folder() / SCRIPT), str(folder)]
+        run([*command, "--outfile", str(target), "--vocab-only"], trusted=trust_remote_code)
 
 
-def _run(model: Path, target: Path, *options: str, trusted: bool) -> None:
-    with tempfile.TemporaryDirectory(prefix="model-") as view:
-        folder = model if trusted else without_code(model, Path(view))
-        done = child.run(
-            [sys.executable, str(_script()), str(folder), "--outfile", str(target), *options],
-            environment={} if trusted else {"HF_HUB_OFFLINE": "1"},
-        )
+def run(
+    command: list[str],
+    request: str = "",
+    *,
+    trusted: bool,
+    on_progress: child.OnProgress | None = None,
+) -> str:
+    """Run a program that works with the converter, and return what it said.
+
+    Raises StageError when it failed, by default with ModelUnsupported, and OSError when the disk is
+    full.
+    """
+    environment = {} if trusted else {"HF_HUB_OFFLINE": "1"}
+    done = child.run(command, request, environment, on_progress)
     if done.status == 0:
-        return
-    log.error("%s failed:\n%s", SCRIPT, (done.output + done.errors)[-4000:])
+        return done.output
+    log.error("llama.cpp's converter failed:\n%s", (done.output + done.errors)[-4000:])
     if "No space left on device" in done.errors:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if refused := _refusal(done.output):
+        raise refused
     cause = done.last_line().removeprefix("ERROR:hf-to-gguf:").rstrip(" .")
     raise StageError(
         Reason.MODEL_UNSUPPORTED,
         f"llama.cpp can't convert this model to GGUF: {cause:.300}. Choose another base "
         "model, or leave spec.export.gguf empty to get the adapter and the merged model only.",
     )
+
+
+def refuse(error: StageError) -> NoReturn:
+    """In the program: hand an error over to the trainer, and end."""
+    json.dump({"reason": error.reason, "message": error.message}, sys.stdout)
+    sys.exit(1)
+
+
+def _refusal(output: str) -> StageError | None:
+    try:
+        said = json.loads(output)
+        return StageError(Reason(said["reason"]), said["message"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def shown(model: Path, name: str, *, trusted: bool) -> Iterator[Path]:
+    """The model's folder as the converter may see it.
+
+    It is called `name`, since the converter takes what it writes about the model from there.
+    """
+    with tempfile.TemporaryDirectory(prefix="model-") as temporary:
+        view = Path(temporary, name)
+        if trusted:
+            view.symlink_to(model.resolve())
+        else:
+            view.mkdir()
+            without_code(model, view)
+        yield view
 
 
 def without_code(model: Path, view: Path) -> Path:
@@ -81,14 +112,14 @@ def without_code(model: Path, view: Path) -> Path:
     return view
 
 
-def _script() -> Path:
+def llama_folder() -> Path:
+    """Where the converter is. StageError(InvalidConfig) when it isn't there."""
     # `make build` links the folder into the virtual environment; the image sets the variable.
     folder = Path(os.environ.get("LLAMA_CPP_DIR") or Path(sys.prefix) / "llama.cpp")
-    script = folder / SCRIPT
-    if not script.is_file():
+    if not (folder / SCRIPT).is_file():
         raise StageError(
             Reason.INVALID_CONFIG,
             f"{folder} is not the folder with llama.cpp's {SCRIPT}: use the project's trainer "
             "image or `make build`, or name it in LLAMA_CPP_DIR.",
         )
-    return script
+    return folder

@@ -2,7 +2,7 @@
 
 stage     inputs from the store, artifacts and manifest into the store
 merge     base model + adapter -> 16-bit safetensors
-gguf      safetensors -> GGUF, and its quantizations
+gguf      merged weights -> GGUF, quantizations of it, the adapter alone
 modelfile what Ollama needs to serve it, its template made of the chat template's shape
 verify    each GGUF file is loaded in llama.cpp and asked a question
 manifest  what is where, made from what

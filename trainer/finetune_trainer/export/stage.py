@@ -10,10 +10,11 @@ from typing import Any
 
 from finetune_trainer.base_model import source
 from finetune_trainer.base_model.tokenizer import begins_with_bos, load_tokenizer
-from finetune_trainer.config import RunConfig, Stage
-from finetune_trainer.export.gguf import write_gguf
+from finetune_trainer.config import Quantization, RunConfig, Stage
+from finetune_trainer.export.gguf.convert import Model
+from finetune_trainer.export.gguf.files import write_files
 from finetune_trainer.export.manifest import build, publish
-from finetune_trainer.export.merge import merge
+from finetune_trainer.export.merge import merge, parameters_dtype
 from finetune_trainer.export.modelfile import write_modelfile
 from finetune_trainer.export.preflight import check_space
 from finetune_trainer.export.verify import Check, verify
@@ -89,15 +90,17 @@ def make_gguf(
     """Write `gguf/` and the Modelfile below `result`, and check each GGUF file."""
     trust = config.model.trust_remote_code
     tokenizer = load_tokenizer(merged, trust_remote_code=trust)
-    files = write_gguf(
-        merged,
-        result / "gguf",
-        source.display_name(config.model.source),
-        config.export.gguf,
-        reporter,
+    bf16 = parameters_dtype(merged) == "bfloat16"
+    model = Model(
+        base=merged,
+        adapter=None,
+        folder=merged,
+        name=source.display_name(config.model.source),
+        own=Quantization.BF16 if bf16 else Quantization.F16,
         begins_with_bos=begins_with_bos(tokenizer),
         trust_remote_code=trust,
     )
+    files = list(write_files(model, result / "gguf", config.export.gguf, reporter=reporter))
     checks = []
     for file in files:
         reporter.message(f"Asking {file.name} a question")
