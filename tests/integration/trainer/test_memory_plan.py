@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune_trainer.config import TrainingPlan
-from finetune_trainer.outcome import Reason
+from finetune_trainer.config import RunConfig, TrainingPlan
+from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.progress import Reporter
+from finetune_trainer.train import launch, setup, stage
+from finetune_trainer.train.devices import Gpu
+from finetune_trainer.train.work import Failed, Work
 from tests.integration.trainer.conftest import Trainer
 
 MIB, GIB = 2**20, 2**30
@@ -63,3 +68,42 @@ def test_a_pod_with_too_little_disk(trainer: Trainer, run_config: dict[str, Any]
     assert run.result is not None
     assert run.result.reason is Reason.OUT_OF_DISK
     assert "stages.train.resources.limits.ephemeral-storage" in run.result.message
+
+
+def test_a_pod_whose_gpu_nobody_knew_finds_out_before_it_loads_the_model(
+    trainer: Trainer, run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in trainer.environment.items():
+        monkeypatch.setenv(name, value)
+    run_config["hardware"] = {"gpus": 1}
+    prepared = trainer("prepare", run_config)
+    assert prepared.result is not None
+    resolved = prepared.result.resolved
+    assert resolved is not None
+    assert resolved.plan is not None, "the split of the spec"
+    assert (resolved.plan.batch_size, resolved.plan.memory_bytes) == (2, None)
+    config = RunConfig.model_validate({**run_config, "resolved": resolved.model_dump(mode="json")})
+
+    def planned(memory: int) -> TrainingPlan:
+        room = tmp_path / str(memory)
+        room.mkdir()
+        monkeypatch.setattr(setup, "visible_gpus", lambda: (Gpu("Small", memory, (9, 0)),))
+        asked: list[TrainingPlan] = []
+
+        def run(_: launch.Workers, work: Work) -> Failed:
+            asked.append(work.plan)
+            return Failed(reason=Reason.STOPPED, message="This worker trains nothing.")
+
+        monkeypatch.setattr(launch.Workers, "run", run)
+        with pytest.raises(StageError) as raised:
+            stage.run(config, room, Reporter())
+        if not asked:
+            raise raised.value
+        return asked[0]
+
+    enough = planned(24 * GIB)
+    assert (enough.batch_size, enough.gradient_accumulation_steps) == (8, 1)
+    assert not enough.gradient_checkpointing
+    with pytest.raises(StageError, match="the GPU has 256 MiB") as raised:
+        planned(256 * MIB)
+    assert raised.value.reason is Reason.OUT_OF_GPU_MEMORY

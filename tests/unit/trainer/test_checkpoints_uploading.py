@@ -157,6 +157,10 @@ def test_the_plan_in_force_goes_on_unless_the_devices_are_others() -> None:
     assert plan_after(plan(1, 8), planned) == plan(1, 8)
     assert plan_after(plan(1, 4, "ddp"), planned) == planned
     assert plan_after(plan(1, 4), planned) == planned, "another effective batch"
+    assert plan_after(plan(4, 2), planned) == planned, "an earlier attempt had a larger GPU"
+    recomputing = planned.model_copy(update={"gradient_checkpointing": True})
+    assert plan_after(planned, recomputing) == recomputing
+    assert plan_after(recomputing, planned) == recomputing
 
     def checkpoint(saved: TrainingPlan) -> Checkpoint:
         return Checkpoint(step=1, fingerprint="a", plan=saved, max_sequence_length=16, files=())

@@ -46,6 +46,9 @@ class TrainingPlan(Base):
     device_bytes: int | None = None
     """Predicted peak of a GPU's memory, or of the process on a CPU."""
 
+    memory_bytes: int | None = None
+    """Memory that a device was known to have; absent where the split is just that of the spec."""
+
 
 class Hardware(Base):
     """What the training's pod will have, as far as the operator knows; `prepare` plans with it."""

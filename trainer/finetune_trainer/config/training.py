@@ -152,7 +152,7 @@ class Training(Base):
     gpu_memory: Annotated[str, Field(pattern=r"^[1-9][0-9]*(Mi|Gi)$")] | None = None
     """Memory of one GPU, e.g. `24Gi`, so that it is known before a GPU is asked for whether the
     training fits. Left out, the label nvidia.com/gpu.memory of the cluster's nodes tells, where
-    the operator may read it."""
+    the operator may read it; without it, the training's pod looks at its own GPU."""
 
     report_to: Annotated[
         tuple[Tracker, ...],

@@ -55,8 +55,22 @@ def plan(training: Training, shape: Shape, lengths: Lengths, hardware: Hardware)
     """
     if hardware.gpus:
         check_devices(training, hardware.gpus)
-        return _on_gpus(training, shape, lengths, hardware)
-    return _on_cpu(training, shape, lengths, hardware.memory_bytes)
+        made = _on_gpus(training, shape, lengths, hardware)
+        return made.model_copy(update={"memory_bytes": hardware.gpu_memory_bytes})
+    made = _on_cpu(training, shape, lengths, hardware.memory_bytes)
+    return made.model_copy(update={"memory_bytes": hardware.memory_bytes})
+
+
+def describe(made: TrainingPlan, hardware: Hardware) -> str:
+    """One line for people."""
+    parts = [f"{made.batch_size} examples a pass, {made.gradient_accumulation_steps} passes a step"]
+    if hardware.gpus > 1:
+        parts[0] += f" on each of {hardware.gpus} GPUs ({made.parallelism})"
+    parts.append(f"gradient checkpointing {'on' if made.gradient_checkpointing else 'off'}")
+    if made.device_bytes:
+        of = f" of {binary(made.memory_bytes)}" if made.memory_bytes else ""
+        parts.append(f"{binary(made.device_bytes)}{of} predicted")
+    return "; ".join(parts)
 
 
 def check_devices(training: Training, devices: int) -> None:

@@ -7,11 +7,10 @@ import logging
 from pathlib import Path
 
 from finetune_trainer.base_model.source import ModelFiles
-from finetune_trainer.config import Hardware, RunConfig, TrainingPlan
+from finetune_trainer.config import RunConfig, TrainingPlan
 from finetune_trainer.memory.disk import check_disk, downloaded, training_disk
-from finetune_trainer.memory.plan import Lengths, plan
+from finetune_trainer.memory.plan import Lengths, describe, plan
 from finetune_trainer.memory.shape import Shape
-from finetune_trainer.memory.units import binary
 
 log = logging.getLogger(__name__)
 
@@ -47,16 +46,3 @@ def check_training_disk(config: RunConfig, model: ModelFiles, shape: Shape) -> N
     need = training_disk(shape, config.training.lora, downloaded(config.model.source, model.sizes))
     limit = "set stages.train.resources.limits.ephemeral-storage to"
     check_disk(need, available, "The training", limit)
-
-
-def describe(made: TrainingPlan, hardware: Hardware) -> str:
-    """One line for people."""
-    parts = [f"{made.batch_size} examples a pass, {made.gradient_accumulation_steps} passes a step"]
-    if hardware.gpus > 1:
-        parts[0] += f" on each of {hardware.gpus} GPUs ({made.parallelism})"
-    parts.append(f"gradient checkpointing {'on' if made.gradient_checkpointing else 'off'}")
-    if made.device_bytes:
-        have = hardware.gpu_memory_bytes if hardware.gpus else hardware.memory_bytes
-        of = f" of {binary(have)}" if have else ""
-        parts.append(f"{binary(made.device_bytes)}{of} predicted")
-    return "; ".join(parts)

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from finetune_trainer.config import Training, TrainingPlan
+from finetune_trainer.memory.plan import effective_batch
 from finetune_trainer.outcome import Reason, StageError
 
 PROCESSES_VARIABLE = "FINETUNE_PROCESSES"
@@ -64,6 +65,12 @@ def processes_wanted(gpus: int, environment: Mapping[str, str]) -> int:
     return max(int(value), 1) if value.isdecimal() else 1
 
 
+def processes_for(training: Training, devices: int) -> int:
+    """The most of so many devices that can share an optimizer step evenly."""
+    batch = effective_batch(training)
+    return next(n for n in range(min(devices, batch), 0, -1) if batch % n == 0)
+
+
 def divide(training: Training, plan: TrainingPlan, devices: int) -> tuple[TrainingPlan, int]:
     """What each process does of a step, and how many processes there are (at most `devices`).
 
@@ -71,8 +78,7 @@ def divide(training: Training, plan: TrainingPlan, devices: int) -> tuple[Traini
     holds at most as many rows as `plan` found to fit. Raises StageError(InvalidConfig) when fewer
     processes than devices would have to hold a model that was to be spread over all of them.
     """
-    batch = training.batch_size * training.gradient_accumulation_steps
-    processes = next(n for n in range(min(devices, batch), 0, -1) if batch % n == 0)
+    batch, processes = effective_batch(training), processes_for(training, devices)
     parallelism = plan.parallelism
     if parallelism == "none" and processes > 1:
         parallelism = "fsdp" if training.parallelism == "fsdp" else "ddp"

@@ -152,9 +152,11 @@ def going_on(work: Work, local: Local) -> Work:
 
 
 def plan_after(saved: TrainingPlan, planned: TrainingPlan) -> TrainingPlan:
-    """The plan in force when the checkpoint was written, unless it is for other devices."""
+    """The plan in force when the checkpoint was written, which may have been made smaller for want
+    of memory; unless it is for other devices, or for larger ones than are here."""
     same = saved.parallelism == planned.parallelism and _share(saved) == _share(planned)
-    return saved if same else planned
+    recomputes = saved.gradient_checkpointing or not planned.gradient_checkpointing
+    return saved if same and recomputes and saved.batch_size <= planned.batch_size else planned
 
 
 def refusal(checkpoint: Checkpoint, planned: TrainingPlan) -> str | None:

@@ -10,21 +10,24 @@ from finetune_trainer.train import trackers
 from finetune_trainer.train.devices import visible_gpus
 from finetune_trainer.train.distributed import divide, processes_wanted
 from finetune_trainer.train.engine import choose, missing_for_unsloth, model_type_of
+from finetune_trainer.train.planning import Needs, plan_for
 from finetune_trainer.train.work import Work
 
 log = logging.getLogger(__name__)
 
 
-def settle(work: Work) -> tuple[Work, list[Notice]]:
+def settle(work: Work, needs: Needs) -> tuple[Work, list[Notice]]:
     """The work as it will be done here, and what people should know about it.
 
-    Raises StageError(InvalidConfig) where the spec asks for what this machine can't do.
+    Raises StageError: InvalidConfig where the spec asks for what this machine can't do,
+    OutOfGPUMemory where its GPUs are too small.
     """
     training = work.config.training
     trackers.check(training.report_to, os.environ)
     gpus = visible_gpus()
     wanted = processes_wanted(len(gpus), os.environ)
-    plan, processes = divide(training, work.plan, wanted)
+    planned = plan_for(work.config, work.plan, needs, gpus)
+    plan, processes = divide(training, planned, wanted)
     if wanted > 1:
         log.info(
             "%d of %d devices train (%s): %d x %d examples each in a step",

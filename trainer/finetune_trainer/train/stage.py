@@ -19,6 +19,7 @@ from finetune_trainer.storage import Folder, open_folder
 from finetune_trainer.train.checkpoints import CheckpointStore
 from finetune_trainer.train.ladder import descend
 from finetune_trainer.train.launch import as_error
+from finetune_trainer.train.planning import Needs, read_needs
 from finetune_trainer.train.session import Session
 from finetune_trainer.train.setup import settle
 from finetune_trainer.train.work import Failed, Trained, Work, default_plan
@@ -31,7 +32,8 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     reporter.begin(Stage.TRAIN, "Fetching the examples")
     prints = source.resolved_of(config).fingerprints
     output = open_folder(config.output.uri, config.storage)
-    work, notices = settle(fetch_work(config, output, workspace, reporter))
+    work = fetch_work(config, output, workspace, reporter)
+    work, notices = settle(work, fetch_needs(work, output))
     session = Session(CheckpointStore(output, prints.train), reporter)
     for notice in notices:
         session.notice(notice)
@@ -77,6 +79,15 @@ def fetch_work(config: RunConfig, output: Folder, workspace: Path, reporter: Rep
         model=model,
         room=room,
     )
+
+
+def fetch_needs(work: Work, output: Folder) -> Needs:
+    """What decides on the memory, of the model and of the examples."""
+    prepared = stage_folder(Stage.PREPARE, source.resolved_of(work.config).fingerprints.prepare)
+    summary = output.read(f"{prepared}/summary.json")
+    if summary is None:
+        raise FileNotFoundError(f"{output.uri_of(prepared)}/summary.json is missing")
+    return read_needs(work.model, summary)
 
 
 def train(work: Work, session: Session) -> Trained:
