@@ -149,7 +149,7 @@ def warned_of(notices: Iterable[Notice]) -> str:
 
     Such a training is not Degraded: it goes on, and its result is there for a person to judge.
     """
-    codes = dict.fromkeys(notice.code for notice in notices if notice.code.warning)
+    codes = dict.fromkeys(notice.code for notice in notices if notice.warning)
     return f" The training warned of {', '.join(codes)}: see status.notices." if codes else ""
 
 

@@ -30,6 +30,7 @@ class ExitCode(IntEnum):
     OUT_OF_DISK = 13
     STOPPED = 14
     QUALITY_GATE = 15
+    OUT_OF_MEMORY = 16
 
 
 class Reason(StrEnum):
@@ -52,6 +53,8 @@ class Reason(StrEnum):
     MODEL_UNSUPPORTED = "ModelUnsupported"
 
     OUT_OF_GPU_MEMORY = "OutOfGPUMemory"
+    OUT_OF_MEMORY = "OutOfMemory"
+    OOM_KILLED = "OOMKilled"  # by the kernel: a container, or the training's worker in it
     OUT_OF_DISK = "OutOfDisk"
     STOPPED = "Stopped"
     QUALITY_GATE_FAILED = "QualityGateFailed"
@@ -64,7 +67,6 @@ class Reason(StrEnum):
     INVALID_SPEC = "InvalidSpec"
     SECRET_NOT_FOUND = "SecretNotFound"  # noqa: S105 - a reason, not a secret
     IMAGE_NOT_PULLED = "ImageNotPulled"
-    OUT_OF_MEMORY = "OutOfMemory"
     POD_DISRUPTED = "PodDisrupted"
     UNSCHEDULABLE = "Unschedulable"
 
@@ -95,6 +97,7 @@ _EXIT_CODES = {
     Reason.MODEL_ACCESS_DENIED: ExitCode.BAD_CONFIG,
     Reason.MODEL_UNSUPPORTED: ExitCode.BAD_CONFIG,
     Reason.OUT_OF_GPU_MEMORY: ExitCode.OUT_OF_GPU_MEMORY,
+    Reason.OUT_OF_MEMORY: ExitCode.OUT_OF_MEMORY,
     Reason.OUT_OF_DISK: ExitCode.OUT_OF_DISK,
     Reason.STOPPED: ExitCode.STOPPED,
     Reason.QUALITY_GATE_FAILED: ExitCode.QUALITY_GATE,
@@ -106,7 +109,7 @@ _RETRYABLE = {
     Reason.MODEL_HUB_UNAVAILABLE,
     Reason.INTERNAL_ERROR,
     Reason.POD_DISRUPTED,
-    Reason.OUT_OF_MEMORY,
+    Reason.OOM_KILLED,
 }
 
 
@@ -166,17 +169,17 @@ class NoticeCode(StrEnum):
     EARLY_STOPPED = "EarlyStopped"
     RESUMED = "Resumed"
 
-    @property
-    def warning(self) -> bool:
-        """Whether somebody should look at it."""
-        return self not in (NoticeCode.EARLY_STOPPED, NoticeCode.RESUMED)
+
+NEWS = {NoticeCode.EARLY_STOPPED, NoticeCode.RESUMED}
+"""What went as it should."""
 
 
 class Notice(Base):
     """One thing that the training noticed or did: an Event and a line in status."""
 
-    code: NoticeCode
-    """What it is, in CamelCase."""
+    code: Annotated[str, Field(pattern=r"^[A-Z][A-Za-z0-9]*$", max_length=64)]
+    """What it is, in CamelCase: LossRising, BatchHalved, Resumed … (docs/training.md); a newer
+    trainer may know others."""
 
     step: int | None = None
     """The optimizer step at which it showed."""
@@ -186,6 +189,11 @@ class Notice(Base):
 
     remedy: Annotated[str, Field(max_length=300)]
     """What to do, or what was done."""
+
+    @property
+    def warning(self) -> bool:
+        """Whether somebody should look at it, as at whatever is not known here."""
+        return self.code not in NEWS
 
     @property
     def text(self) -> str:

@@ -37,6 +37,7 @@ FINAL_EXIT_CODES = [
         ExitCode.OUT_OF_GPU_MEMORY,
         ExitCode.OUT_OF_DISK,
         ExitCode.QUALITY_GATE,
+        ExitCode.OUT_OF_MEMORY,
     )
 ]
 

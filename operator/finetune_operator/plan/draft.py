@@ -83,7 +83,7 @@ class Draft:
 
     def announce(self, notice: Notice, scope: str) -> None:
         """Record what the training noticed or did."""
-        kind: Literal["Normal", "Warning"] = "Warning" if notice.code.warning else "Normal"
+        kind: Literal["Normal", "Warning"] = "Warning" if notice.warning else "Normal"
         self._notices.append(Event(kind, str(notice.code), shorten(notice.text), scope))
 
     def look_again(self, seconds: float | None) -> None:

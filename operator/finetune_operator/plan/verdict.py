@@ -20,6 +20,7 @@ REASONS = {
     ExitCode.BAD_INPUT: Reason.DATASET_UNREADABLE,
     ExitCode.BAD_CONFIG: Reason.INVALID_CONFIG,
     ExitCode.OUT_OF_GPU_MEMORY: Reason.OUT_OF_GPU_MEMORY,
+    ExitCode.OUT_OF_MEMORY: Reason.OUT_OF_MEMORY,
     ExitCode.OUT_OF_DISK: Reason.OUT_OF_DISK,
     ExitCode.STOPPED: Reason.STOPPED,
     ExitCode.QUALITY_GATE: Reason.QUALITY_GATE_FAILED,
@@ -127,7 +128,7 @@ def _from_outside(stage: Stage, pod: ObservedPod, at: datetime) -> Failure | Non
     if pod.disruption is not None:
         return _disrupted(stage, pod.disruption, at)
     if pod.oom_killed:
-        return Failure(Reason.OUT_OF_MEMORY, _out_of_memory(stage), at)
+        return Failure(Reason.OOM_KILLED, _oom_killed(stage), at)
     if pod.deleting and pod.exit_code in KILLED:
         return _disrupted(stage, "the pod was deleted", at)
     return None
@@ -151,7 +152,7 @@ def _disrupted(stage: Stage, why: str, at: datetime) -> Failure:
     return Failure(Reason.POD_DISRUPTED, message, at, free=True)
 
 
-def _out_of_memory(stage: Stage) -> str:
+def _oom_killed(stage: Stage) -> str:
     return (
         f"{stage} was killed because it used more memory than it may. "
         f"Raise spec.stages.{stage}.resources.limits.memory."

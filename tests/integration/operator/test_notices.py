@@ -29,13 +29,18 @@ HALVED = Notice(
 RESUMED = Notice(code=NoticeCode.RESUMED, evidence="checkpoint of step 30", remedy="Nothing.")
 
 
+UNHEARD = Notice(
+    code="GradientNoisy", step=50, evidence="a sign that this release doesn't know", remedy="Look."
+)
+
+
 def written(*notices: Notice) -> list[dict[str, Any]]:
     return [each.model_dump(mode="json", exclude_none=True) for each in notices]
 
 
 def told(here: Namespace) -> list[tuple[str, str, str, int]]:
     """The Events that notices became, oldest first."""
-    codes = {str(code) for code in NoticeCode}
+    codes = {str(code) for code in NoticeCode} | {UNHEARD.code}
     mine = [each for each in here.whole_events() if each["reason"] in codes]
     mine.sort(key=lambda each: int(each["metadata"]["resourceVersion"]))
     return [(each["type"], each["reason"], each["message"], each["count"]) for each in mine]
@@ -94,6 +99,22 @@ def test_another_training_begins_without_the_notices_of_the_last(here: Namespace
     here.report(new, notices=written(RISING))
     here.wait("the same notice of another training", lambda: here.status()["notices"])
     assert told(here) == [SAID_RISING, SAID_RISING]
+
+
+def test_what_only_a_newer_trainer_knows_of_is_passed_on_all_the_same(here: Namespace) -> None:
+    """The pod's image may be newer than the definition and the operator."""
+    here.apply()
+    here.succeed(prepared())
+    pod = here.start_pod(TRAIN)
+    here.report(pod, percent="40%", notices=written(UNHEARD))
+    here.wait("the notice", lambda: here.status().get("notices") == written(UNHEARD))
+    here.report(pod, percent="50%", notices=written(UNHEARD, RISING))
+    here.wait("the next", lambda: here.status()["notices"] == written(UNHEARD, RISING))
+    assert here.status()["progress"]["percent"] == "50%"
+    here.succeed(trained(notices=(UNHEARD, RISING)))
+    here.wait_phase("Exporting")
+    said = "step 50: a sign that this release doesn't know. Look."
+    assert told(here) == [("Warning", "GradientNoisy", said, 1), SAID_RISING]
 
 
 def _pod_of(here: Namespace, key: str) -> Any:

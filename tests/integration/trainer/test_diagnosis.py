@@ -55,7 +55,7 @@ class Run:
         """The worker's channel."""
 
     @property
-    def codes(self) -> list[NoticeCode]:
+    def codes(self) -> list[str]:
         return [notice.code for notice in self.notices]
 
     @property

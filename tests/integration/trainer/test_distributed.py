@@ -199,5 +199,5 @@ def test_the_process_that_fails_gives_the_reason_for_all(
     else:
         with pytest.raises(StageError, match=r"killed|status 137") as caught:
             run(work)
-        assert caught.value.reason in (Reason.OUT_OF_MEMORY, Reason.INTERNAL_ERROR)
+        assert caught.value.reason in (Reason.OOM_KILLED, Reason.INTERNAL_ERROR)
     assert time.monotonic() - began < 100, "the other process doesn't wait for its peer"

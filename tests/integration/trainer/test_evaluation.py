@@ -169,7 +169,7 @@ def test_training_stops_when_it_gets_no_better_and_keeps_the_best_adapter(
     assert metrics["trainSteps"] == best + 3 < 40
     assert metrics["bestStep"] == best
     assert metrics["evalLoss"] == pytest.approx(evaluated[best], rel=1e-5)
-    notice = next(n for n in listener.notices if n.code is NoticeCode.EARLY_STOPPED)
+    notice = next(n for n in listener.notices if n.code == NoticeCode.EARLY_STOPPED)
     assert notice.step == best + 3
     assert f"at step {best:g}:" in notice.evidence
 

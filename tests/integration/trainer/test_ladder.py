@@ -62,7 +62,7 @@ class Outcome:
 
     @property
     def codes(self) -> list[str]:
-        return [notice.code.value for notice in self.notices]
+        return [notice.code for notice in self.notices]
 
     @property
     def adapter(self) -> dict[str, torch.Tensor]:

@@ -194,8 +194,11 @@ NOTICE = {"code": "LossRising", "step": 40, "evidence": "1.2, then 3.4", "remedy
             id="a notice",
         ),
         pytest.param(
-            {"job": "train-1", "notices": [{**NOTICE, "code": "Unheard"}, {"code": "Resumed"}]},
-            Reported("train-1"),
+            {
+                "job": "train-1",
+                "notices": [{**NOTICE, "code": "Unheard"}, {"code": "Resumed"}, {"of": "another"}],
+            },
+            Reported("train-1", (Notice.model_validate({**NOTICE, "code": "Unheard"}),)),
             id="what a newer trainer says",
         ),
     ],

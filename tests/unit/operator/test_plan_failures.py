@@ -112,6 +112,29 @@ CASES = [
         train_fails(Reason.OUT_OF_GPU_MEMORY, "lower it"),
     ),
     Case(
+        "a prepare that finds too little memory for the training is not tried again in vain",
+        job(PREPARING),
+        [run(PREPARE, **ended(16, said(PREPARE, Reason.OUT_OF_MEMORY, message="raise it")))],
+        prepare_fails(Reason.OUT_OF_MEMORY, "raise it"),
+    ),
+    Case(
+        "nor is a training that no smaller pass could fit, though a worker was killed on the way",
+        job(training()),
+        [
+            run(
+                TRAIN,
+                **ended(16, said(TRAIN, Reason.OUT_OF_MEMORY, message="raise it"), oom_killed=True),
+            )
+        ],
+        train_fails(Reason.OUT_OF_MEMORY, "raise it"),
+    ),
+    Case(
+        "too little memory without a word is told by the exit code",
+        job(training()),
+        [run(TRAIN, **ended(16))],
+        train_fails(Reason.OUT_OF_MEMORY, "train ended with exit code 16; its log may say why."),
+    ),
+    Case(
         "a pod evicted for outgrowing its own disk limit is not tried again",
         job(training()),
         [

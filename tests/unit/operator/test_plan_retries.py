@@ -135,10 +135,16 @@ CASES = [
         ),
     ),
     Case(
-        "out of memory is tried again, and says which limit to raise",
+        "a pod that the kernel killed for memory is tried again, and says which limit to raise",
         job(training()),
         [run(TRAIN, **ended(137, oom_killed=True))],
-        train_retries(Reason.OUT_OF_MEMORY, OOM),
+        train_retries(Reason.OOM_KILLED, OOM),
+    ),
+    Case(
+        "a worker that the kernel killed for memory is tried again, from its checkpoint",
+        job(training()),
+        [run(TRAIN, **ended(1, said(TRAIN, Reason.OOM_KILLED, message="killed")))],
+        train_retries(Reason.OOM_KILLED, "killed"),
     ),
     Case(
         "a pod that failed before it ran is tried again",

@@ -52,9 +52,9 @@ def training(
     return history
 
 
-def codes(history: Sequence[Point], spec: Training = SETTINGS) -> set[NoticeCode]:
+def codes(history: Sequence[Point], spec: Training = SETTINGS) -> set[str]:
     """All codes that would have been sent at any time, as the training went on."""
-    sent: set[NoticeCode] = set()
+    sent: set[str] = set()
     # As the callback does: not at every line of a long log.
     for end in {*range(0, len(history), 1 + len(history) // 40), len(history)}:
         sent |= {notice.code for notice in diagnose(history[:end], spec)}

@@ -59,7 +59,7 @@ def test_unsloth_trains_where_it_can(
         # Nobody expects Unsloth on a CPU unless it was asked for by name.
         assert (notice is None) == (wanted == "auto" and not case["gpus"])
     if notice:
-        assert notice.code is NoticeCode.ENGINE_FALLBACK
+        assert notice.code == NoticeCode.ENGINE_FALLBACK
         assert str(choice.obstacle) in notice.evidence
 
 

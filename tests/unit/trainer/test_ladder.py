@@ -79,13 +79,11 @@ def checkpoint(folder: Path, step: int) -> Path:
     return path
 
 
-def rungs(
-    first: Work, lengths: dict[int, int], step: int | None = 0
-) -> list[tuple[Work, NoticeCode]]:
+def rungs(first: Work, lengths: dict[int, int], step: int | None = 0) -> list[tuple[Work, str]]:
     """The whole ladder, where every attempt fails at the same step."""
     current = first
     history: list[Attempt] = []
-    found: list[tuple[Work, NoticeCode]] = []
+    found: list[tuple[Work, str]] = []
     while rung := next_rung(current, full(step), history, lengths):
         history.append(Attempt(current, full(step)))
         current, notice = rung
@@ -103,7 +101,7 @@ def rungs(
 
 def test_the_whole_ladder_in_its_order() -> None:
     found = rungs(work(minSequenceLength=128), LENGTHS, step=7)
-    assert [code.value for _, code in found] == [
+    assert [code for _, code in found] == [
         "MemoryFreed",
         "BatchHalved",
         "MemoryFreed",
@@ -137,10 +135,10 @@ def test_a_step_of_an_earlier_attempt_is_no_progress(tmp_path: Path) -> None:
     resumed = work().model_copy(update={"resume_from": checkpoint(tmp_path, 7)})
     rung = next_rung(resumed, full(7), [], {})
     assert rung is not None
-    assert rung[1].code is NoticeCode.BATCH_HALVED
+    assert rung[1].code == NoticeCode.BATCH_HALVED
     rung = next_rung(resumed, full(8), [], {})
     assert rung is not None
-    assert rung[1].code is NoticeCode.MEMORY_FREED
+    assert rung[1].code == NoticeCode.MEMORY_FREED
 
 
 @pytest.mark.parametrize("setting", ["never", "always"])
@@ -249,7 +247,7 @@ def test_each_attempt_goes_on_from_the_last_complete_step(tmp_path: Path) -> Non
     notices: list[Notice] = []
     assert descend(worker, work(tmp_path), lambda: newest.pop(0), notices.append) == TRAINED
     assert [each.resume_from for each in worker.asked] == [None, at_3, at_5, at_5]
-    assert [notice.code.value for notice in notices] == [
+    assert [notice.code for notice in notices] == [
         "MemoryFreed",
         "BatchHalved",
         "MemoryFreed",
@@ -279,20 +277,30 @@ def test_a_model_that_does_not_fit_at_all_is_not_tried_again(tmp_path: Path) -> 
 
 
 def test_a_worker_killed_for_want_of_memory_gets_smaller_passes_on_a_cpu(tmp_path: Path) -> None:
-    killed = StageError(Reason.OUT_OF_MEMORY, "The training process was killed.")
+    killed = StageError(Reason.OOM_KILLED, "The training process was killed.")
     worker = Worker(killed, TRAINED)
     notices: list[Notice] = []
     on_cpu = work(tmp_path, hardware={"gpus": 0})
     assert descend(worker, on_cpu, lambda: None, notices.append) == TRAINED
     assert worker.asked[1].plan.batch_size == 2
-    assert notices[0].code is NoticeCode.BATCH_HALVED
+    assert notices[0].code == NoticeCode.BATCH_HALVED
 
 
 def test_host_memory_beside_a_gpu_is_none_of_the_ladders_business(tmp_path: Path) -> None:
-    killed = StageError(Reason.OUT_OF_MEMORY, "The training process was killed.")
+    killed = StageError(Reason.OOM_KILLED, "The training process was killed.")
     ending = descend(Worker(killed), work(tmp_path), lambda: None, lambda _: None)
     assert isinstance(ending, Failed)
+    assert ending.reason is Reason.OOM_KILLED, "which the operator tries again"
+
+
+def test_the_smallest_passes_killed_on_a_cpu_are_too_large_for_the_pod(tmp_path: Path) -> None:
+    killed = StageError(Reason.OOM_KILLED, "The training process was killed.")
+    on_cpu = work(tmp_path, hardware={"gpus": 0})
+    ending = descend(Worker(*[killed] * 4), on_cpu, lambda: None, lambda _: None)
+    assert isinstance(ending, Failed)
     assert ending.reason is Reason.OUT_OF_MEMORY
+    assert "raise the pod's memory limit" in ending.message
+    assert not ending.reason.retryable
 
 
 def test_other_failures_pass_through(tmp_path: Path) -> None:

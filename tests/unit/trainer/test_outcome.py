@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
+from pydantic import ValidationError
+
 from finetune_trainer.config import Fingerprints, Quantization, Resolved, Stage
 from finetune_trainer.outcome import (
     TERMINATION_MESSAGE_LIMIT,
@@ -181,6 +186,17 @@ def test_what_prepare_says_of_bad_rows_gives_way_to_the_quality_of_a_cached_expo
     assert kept.dataset.invalid == 10
 
 
+def test_a_notice_of_a_newer_trainer_is_read_as_a_warning() -> None:
+    newer = {"code": "GradientNoisy", "evidence": "e", "remedy": "r"}
+    result = {"stage": "train", "reason": "Succeeded", "message": "", "notices": [newer]}
+    found = StageResult.from_message(json.dumps(result))
+    assert found is not None
+    assert [(each.code, each.warning) for each in found.notices] == [("GradientNoisy", True)]
+    assert not Notice(code=NoticeCode.RESUMED, evidence="e", remedy="r").warning
+    with pytest.raises(ValidationError):
+        Notice(code="no such word", evidence="e", remedy="r")
+
+
 def test_another_text_is_no_result() -> None:
     assert StageResult.from_message("Killed") is None
 
@@ -189,4 +205,5 @@ def test_each_reason_of_the_trainer_has_an_exit_code() -> None:
     assert Reason.DATASET_NOT_FOUND.exit_code == 10
     assert Reason.MODEL_ACCESS_DENIED.exit_code == 11
     assert Reason.STOPPED.exit_code == 14
+    assert Reason.OUT_OF_MEMORY.exit_code == 16
     assert Reason.INTERNAL_ERROR.exit_code == 1

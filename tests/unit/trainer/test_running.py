@@ -30,7 +30,7 @@ def caused_by(cause: Exception) -> RuntimeError:
         (RuntimeError("I/O: No space left on device"), Reason.OUT_OF_DISK, 13, "ephemeral"),
         (torch.OutOfMemoryError("CUDA out of memory."), Reason.OUT_OF_GPU_MEMORY, 12, "qlora"),
         (RuntimeError("CUDA error: out of memory"), Reason.OUT_OF_GPU_MEMORY, 12, "batchSize to 1"),
-        (MemoryError(), Reason.OUT_OF_MEMORY, 1, "memory limit"),
+        (MemoryError(), Reason.OUT_OF_MEMORY, 16, "memory limit"),
         (ValueError("odd\nsecond line"), Reason.INTERNAL_ERROR, 1, "ValueError: odd"),
         (FileNotFoundError("s3://a/b is missing"), Reason.INTERNAL_ERROR, 1, "s3://a/b is missing"),
     ],

@@ -62,7 +62,7 @@ def descend(
         rung = next_rung(work, ending, history, read_lengths(work.room))
         history.append(Attempt(work, ending))
         if rung is None:
-            return ending.model_copy(update={"message": at_the_end(history)})
+            return _exhausted(history)
         work, notice = rung
         work = work.model_copy(update={"resume_from": going_on})
         announce(notice)
@@ -74,7 +74,7 @@ def concerns(work: Work, failed: Failed) -> bool:
     hardware = work.config.hardware
     on_cpu = hardware is None or hardware.gpus == 0
     return failed.reason is Reason.OUT_OF_GPU_MEMORY or (
-        failed.reason is Reason.OUT_OF_MEMORY and on_cpu
+        failed.reason in (Reason.OUT_OF_MEMORY, Reason.OOM_KILLED) and on_cpu
     )
 
 
@@ -205,9 +205,17 @@ def _attempt(run: Callable[[Work], Trained | Failed], work: Work) -> Trained | F
     try:
         return run(work)
     except StageError as error:
-        if error.reason is not Reason.OUT_OF_MEMORY:
+        if error.reason is not Reason.OOM_KILLED:
             raise
-        return Failed(reason=error.reason, message=error.message)  # the worker was killed
+        return Failed(reason=error.reason, message=error.message)
+
+
+def _exhausted(history: Sequence[Attempt]) -> Failed:
+    """The end of the ladder. A kill is now a matter of size, which no further attempt cures."""
+    failed = history[-1].failed
+    killed = failed.reason is Reason.OOM_KILLED
+    reason = Reason.OUT_OF_MEMORY if killed else failed.reason
+    return failed.model_copy(update={"reason": reason, "message": at_the_end(history)})
 
 
 def _may_be_freed(work: Work, failed: Failed, history: Sequence[Attempt]) -> bool:

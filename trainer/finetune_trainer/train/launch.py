@@ -85,7 +85,7 @@ def _ending(work: Work, status: int, *, for_memory: bool) -> Trained | Failed:
         return Failed.model_validate_json(failed.read_bytes())
     if status in (-signal.SIGKILL, 128 + signal.SIGKILL) and for_memory:
         raise StageError(
-            Reason.OUT_OF_MEMORY,
+            Reason.OOM_KILLED,
             "The training process was killed, most likely for want of memory: raise the memory "
             "limit of the training's pod.",
         )

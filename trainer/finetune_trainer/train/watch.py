@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from finetune_trainer.config import Training
-from finetune_trainer.outcome import Notice, NoticeCode, Reason, StageError
+from finetune_trainer.outcome import Notice, Reason, StageError
 from finetune_trainer.train.curves import is_finite, points
 from finetune_trainer.train.diagnosis import diagnose, not_finite_notice
 
@@ -32,7 +32,7 @@ class Watch(TrainerCallback):
     def __init__(self, notify: Callable[[Notice], None] | None, settings: Training) -> None:
         self._notify = notify
         self._settings = settings
-        self._sent: set[NoticeCode] = set()
+        self._sent: set[str] = set()
         self._next_look = 0
         self._bad: list[int] = []  # steps in a row whose update was left out
         self._good = False  # whether any update was made
