@@ -97,9 +97,9 @@ def _resolve_stage(draft: Draft, stage: Stage, resolved: Resolved, *, cached: bo
         draft.tell("StageCached", f"The object store already holds the result of {stage}.")
     else:
         draft.stages[stage] = StageStatus(name=stage, fingerprint=fingerprint)
-        # Attempts are numbered on from those whose Jobs are still there, since a number that was
-        # used before would name a Job that has ended.
-        used = [run.attempt for run in draft.runs_of(stage)]
+        # Attempts are numbered on from those whose Jobs have ended, since their numbers name them.
+        # A Job at work is this very attempt, started before that could be written to status.
+        used = [run.attempt for run in draft.runs_of(stage) if run.finished or run.deleting]
         draft.change(stage, attempt=max([before.attempt if same else 0, *used]))
     return False
 

@@ -92,6 +92,22 @@ CASES = [
         Plan(TRAINING, (start(TRAIN),), (finished(PREPARE), started(TRAIN))),
     ),
     Case(
+        "after prepare, a train that was started, but not written to status, is adopted",
+        job(PREPARING),
+        [run(PREPARE, **ended(0, prepared())), run(TRAIN)],
+        Plan(
+            status(
+                Phase.TRAINING,
+                TRAIN,
+                succeeded(PREPARE, since=0, fingerprint="prepare-a"),
+                running(TRAIN, since=-60, fingerprint="train-a"),
+                pending(EXPORT, fingerprint="export-a"),
+                resolved=resolved(),
+            ),
+            events=(finished(PREPARE),),
+        ),
+    ),
+    Case(
         "the pod's word counts before its Job says that it is complete",
         job(PREPARING),
         [run(PREPARE, **{**ended(0, prepared()), "finished": None, "finished_at": None})],
