@@ -101,6 +101,16 @@ class PrivateApt:
         self._sources.write_text(f"deb {signed}\ndeb-src {signed}\n")
         run(["apt-get", *self._options(), "update"], log=self.log)
 
+    def closure(self, packages: list[str]) -> list[str]:
+        """Names of the packages and of all that they depend on, as on a machine without any."""
+        nothing = self.root / "status"
+        nothing.touch()
+        options = [*self._options(), "-o", f"Dir::State::status={nothing}"]
+        options += ["-o", "Debug::NoLocking=true"]  # the lock is root's, and nothing is installed
+        install = ["install", "--simulate", "--no-install-recommends", *packages]
+        lines = output(["apt-get", *options, *install]).splitlines()
+        return [line.split()[1] for line in lines if line.startswith("Inst ")]
+
     def unpack(self, packages: list[str], target: Path) -> None:
         """Download binary packages and unpack them into `target`."""
         folder = self.root / "debs"

@@ -1,0 +1,142 @@
+"""How each artifact is loaded, as commands; only for what is there and may be used."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from finetune_trainer.base_model.source import is_hub
+from finetune_trainer.config import Quantization
+from finetune_trainer.export.report.facts import Facts
+
+MODELFILE = "Modelfile"
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values of vLLM's --max-lora-rank (vllm.config.lora.MaxLoRARanks)."""
+
+_SERVED_FIRST = (Quantization.Q4_K_M, Quantization.Q5_K_M, Quantization.Q6_K, Quantization.Q8_0)
+
+
+class Way(NamedTuple):
+    """One way to load one artifact."""
+
+    title: str
+    text: str
+    language: str
+    """Of the command, by the name that Markdown knows."""
+
+    command: str
+
+
+def ways(facts: Facts) -> tuple[Way, ...]:
+    """Every way that the artifacts of this export can be loaded, the simplest first."""
+    return (
+        *_llama_cpp(facts),
+        *_ollama(facts),
+        *_merged(facts),
+        *_adapter(facts),
+        *_adapter_gguf(facts),
+    )
+
+
+def served(facts: Facts) -> str | None:
+    """Path of the GGUF file that the commands name; None where none may be used."""
+    usable = [each for each in facts.ggufs if each.usable and each.check.passed]
+    if not usable:
+        return None
+    order = {kind: place for place, kind in enumerate(_SERVED_FIRST)}
+    first = min(usable, key=lambda each: order.get(each.check.quantization, len(order)))
+    return first.artifact.path if first.artifact else None
+
+
+def _llama_cpp(facts: Facts) -> Iterator[Way]:
+    file = served(facts)
+    if file is None:
+        return
+    name = shlex.quote(file)
+    yield Way(
+        "llama.cpp",
+        "A chat in the terminal, or an OpenAI-compatible server. The chat template is in the file.",
+        "sh",
+        f"llama-cli -m {name} -cnv\nllama-server -m {name} --port 8080",
+    )
+
+
+def _ollama(facts: Facts) -> Iterator[Way]:
+    if not facts.has(MODELFILE):
+        return
+    name = shlex.quote(facts.name.lower())
+    yield Way(
+        "Ollama",
+        "The Modelfile brings template, stop tokens and parameters; run it beside the gguf folder.",
+        "sh",
+        f"ollama create {name} -f {MODELFILE}\nollama run {name}",
+    )
+
+
+def _merged(facts: Facts) -> Iterator[Way]:
+    if not facts.has("merged"):
+        return
+    yield Way(
+        "transformers",
+        "The merged model in 16 bits, as a folder of safetensors.",
+        "python",
+        "from transformers import pipeline\n\n"
+        'chat = pipeline("text-generation", model="merged", dtype="auto", device_map="auto")\n'
+        'messages = [{"role": "user", "content": "…"}]\n'
+        'print(chat(messages, max_new_tokens=256)[0]["generated_text"][-1]["content"])',
+    )
+    yield Way(
+        "vLLM, merged model",
+        "An OpenAI-compatible server on a GPU.",
+        "sh",
+        f"vllm serve ./merged --served-model-name {shlex.quote(facts.name)}",
+    )
+
+
+def _adapter(facts: Facts) -> Iterator[Way]:
+    if not facts.has("adapter"):
+        return
+    base = base_of(facts)
+    yield Way(
+        "PEFT adapter",
+        f"The adapter on its base model ({base}), which is loaded in 16 bits.",
+        "python",
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "base = AutoModelForCausalLM.from_pretrained(\n"
+        f'    {json.dumps(base)}, dtype="auto", device_map="auto"\n)\n'
+        'model = PeftModel.from_pretrained(base, "adapter")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("adapter")',
+    )
+    lora = facts.config.training.lora
+    rank = next((rank for rank in VLLM_RANKS if rank >= lora.r), None)
+    if rank is None or lora.use_dora:  # neither is served by vLLM
+        return
+    name = shlex.quote(f"{facts.name}=./adapter")
+    yield Way(
+        "vLLM, adapter on its base model",
+        "One base model in memory can serve several adapters.",
+        "sh",
+        f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} \\\n"
+        f"  --lora-modules {name}",
+    )
+
+
+def _adapter_gguf(facts: Facts) -> Iterator[Way]:
+    file = next((each.path for each in facts.files if each.path.endswith("-LoRA-F32.gguf")), None)
+    if file is None:
+        return
+    yield Way(
+        "llama.cpp, adapter on its base model",
+        "The adapter alone, applied to a GGUF file of the base model that you have.",
+        "sh",
+        f"llama-server -m {shlex.quote(f'{facts.base_name}.gguf')} --lora {shlex.quote(file)}",
+    )
+
+
+def base_of(facts: Facts) -> str:
+    """What the base model is called where it is loaded: its Hub name, or a folder to fill in."""
+    source = facts.config.model.source
+    return source if is_hub(source) else f"./{facts.base_name}"

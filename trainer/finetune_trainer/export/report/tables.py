@@ -1,0 +1,204 @@
+"""The rows of the tables in report and card, as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from finetune_trainer.config import Training
+from finetune_trainer.export.report import numbers
+from finetune_trainer.export.report.facts import Facts, GgufFile
+from finetune_trainer.export.report.verdict import Tone
+from finetune_trainer.progress import duration, size
+
+
+class Row(NamedTuple):
+    """A name and what belongs to it."""
+
+    name: str
+    value: str
+    changed: bool = False
+    """Whether a setting is not the default."""
+
+    code: bool = False
+    """Whether it is for machines."""
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """One GGUF file in the quality table."""
+
+    file: str
+    kind: str
+    size: str
+    divergence: str
+    limit: str
+    used: float | None
+    """Share of the limit that the divergence uses, up to 1; None where there is no limit."""
+
+    same_top_token: str
+    perplexity: str
+    tone: Tone
+    verdict: str
+    problems: tuple[str, ...]
+
+
+class Bar(NamedTuple):
+    """One perplexity, and how long its bar is."""
+
+    name: str
+    value: str
+    length: float
+    """0 to 1; the largest is 1."""
+
+    kind: str
+    """`base`, `tuned` or `file`."""
+
+
+def quality(facts: Facts) -> tuple[QualityRow, ...]:
+    """One row for each GGUF file that was checked."""
+    return tuple(_quality_row(each) for each in facts.ggufs)
+
+
+def _quality_row(each: GgufFile) -> QualityRow:
+    check, found = each.check, each.check.quality
+    tone, verdict = _verdict(each)
+    limit = found.max_kl_divergence if found else None
+    used = min(found.kl_divergence / limit, 1.0) if found and limit else None
+    return QualityRow(
+        file=each.artifact.path if each.artifact else check.file,
+        kind=check.quantization.value,
+        size=size(each.artifact.bytes) if each.artifact else numbers.NOTHING,
+        divergence=numbers.divergence(found.kl_divergence if found else None),
+        limit=numbers.setting(limit) if limit else numbers.NOTHING,
+        used=used,
+        same_top_token=numbers.share(found.same_top_token if found else None),
+        perplexity=numbers.perplexity(found.perplexity if found else None),
+        tone=tone,
+        verdict=verdict,
+        problems=check.problems,
+    )
+
+
+def _verdict(each: GgufFile) -> tuple[Tone, str]:
+    if each.artifact is not None and each.artifact.rejected:
+        return Tone.BAD, "refused"
+    if not each.check.passed:
+        return Tone.BAD, "not good enough"
+    if each.check.quality is None:
+        return Tone.PLAIN, "not measured"
+    return Tone.GOOD, "passed"
+
+
+def perplexities(facts: Facts) -> tuple[Bar, ...]:
+    """Base, tuned and each file, all on the same tokens; the training's where no gate measured."""
+    gate, change = facts.gate, facts.change
+    found = [
+        ("Base model", gate.base_perplexity, "base"),
+        ("Tuned", gate.tuned_perplexity, "tuned"),
+    ]
+    found += [
+        (check.quantization.value, check.quality.perplexity, "file")
+        for check in gate.files
+        if check.quality
+    ]
+    if all(value is None for _, value, _ in found) and change:
+        found = [
+            ("Base model", change.base_perplexity, "base"),
+            ("Tuned", change.tuned_perplexity, "tuned"),
+        ]
+    known = [(name, value, kind) for name, value, kind in found if value is not None]
+    most = max((value for _, value, _ in known if math.isfinite(value)), default=1.0)
+    return tuple(
+        Bar(name, numbers.perplexity(value), min(value / most, 1.0), kind)
+        for name, value, kind in known
+    )
+
+
+def training(facts: Facts) -> tuple[Row, ...]:
+    """What the training took."""
+    metrics = facts.metrics
+    found = [
+        _row("Steps", metrics.get("trainSteps"), numbers.count),
+        _row("Duration", metrics.get("trainRuntimeSeconds"), duration),
+        _row("Tokens trained on", metrics.get("trainTokens"), numbers.count),
+        _row("Tokens per second", metrics.get("tokensPerSecond"), numbers.count),
+        _row("Trainable parameters", metrics.get("trainableParameters"), numbers.count),
+        _row("Parameters of the base model", metrics.get("baseParameters"), numbers.count),
+        _row("Mean training loss", metrics.get("trainLoss"), numbers.loss),
+        _row("Last training loss", metrics.get("finalLoss"), numbers.loss),
+    ]
+    return tuple(row for row in found if row)
+
+
+def _row(name: str, value: float | None, write: Any) -> Row | None:
+    return None if value is None else Row(name, write(value))
+
+
+_LISTED = ("duplicates", "truncated", "leftOut")
+
+
+def dataset(facts: Facts) -> tuple[Row, ...]:
+    """What `prepare` found in the data, where its report says so."""
+    report = facts.dataset
+    listed = {name: _count(report.get(name)) for name in _LISTED}
+    found = [
+        Row("Rows in the file", numbers.count(report.get("rows"))),
+        Row("Examples trained on", numbers.count(report.get("examples"))),
+        Row("Examples held out", numbers.count(report.get("evalExamples"))),
+        Row("Rows that can't be used", numbers.count(report.get("invalid"))),
+        Row("Duplicates", numbers.count(listed["duplicates"])),
+        Row("Cut at maxSequenceLength", numbers.count(listed["truncated"])),
+        Row("Left out: no answer within it", numbers.count(listed["leftOut"])),
+        Row("Tokens of an example", _spread(report.get("tokens"))),
+        Row("Tokens of an answer", _spread(report.get("answerTokens"))),
+        Row("Tokens in all", numbers.count((report.get("tokens") or {}).get("total"))),
+    ]
+    return tuple(row for row in found if row.value != numbers.NOTHING)
+
+
+def _count(listed: Any) -> int | None:
+    return listed.get("count") if isinstance(listed, Mapping) else None
+
+
+def _spread(values: Any) -> str:
+    if not values:
+        return numbers.NOTHING
+    median, p95, most = (numbers.count(values.get(name)) for name in ("median", "p95", "max"))
+    return f"median {median}, 95% up to {p95}, longest {most}"
+
+
+def hyperparameters(facts: Facts) -> tuple[Row, ...]:
+    """The settings as they were applied, by their names in the spec."""
+    usual = dict(_flat(Training().model_dump(mode="json")))
+    return tuple(
+        Row(name, numbers.setting(value), changed=name in usual and usual[name] != value)
+        for name, value in _flat(facts.hyperparameters)
+    )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def lineage(facts: Facts) -> tuple[Row, ...]:
+    """What the files were made from."""
+    made = facts.lineage
+    prints = made.fingerprints
+    return (
+        Row("Dataset", made.dataset),
+        Row("Dataset's ETag", made.dataset_etag, code=True),
+        Row("Columns", ", ".join(f"{name}: {column}" for name, column in made.columns.items())),
+        Row("Base model", made.model),
+        Row("Base model's revision", made.model_revision, code=True),
+        Row("Fingerprint of prepare", prints.prepare, code=True),
+        Row("Fingerprint of train", prints.train, code=True),
+        Row("Fingerprint of export", prints.export, code=True),
+        *(Row(name, version) for name, version in made.versions.items()),
+    )
