@@ -1,0 +1,85 @@
+"""A folder whose process dies, and a look at what readers would find at each moment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from finetune_trainer.storage import FileInfo, Folder, OnBytes
+
+
+class KilledError(Exception):
+    """Nothing reaches the folder any more."""
+
+
+def contents(folder: Folder) -> dict[str, bytes]:
+    """All files with their bytes."""
+    return {info.path: folder.read(info.path) or b"" for info in folder.list()}
+
+
+class DyingFolder(Folder):
+    """Dies after so many changes; after each one a manifest must be true."""
+
+    def __init__(self, inner: Folder, lives: int | None = None) -> None:
+        self._inner = inner
+        self._lives = lives
+        self.uri = inner.uri
+
+    def stat(self, path: str) -> FileInfo | None:
+        return self._inner.stat(path)
+
+    def list(self, prefix: str = "") -> list[FileInfo]:
+        return self._inner.list(prefix)
+
+    def read(self, path: str) -> bytes | None:
+        return self._inner.read(path)
+
+    def download(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> None:
+        self._inner.download(path, target, on_bytes)
+
+    def write(self, path: str, data: bytes) -> None:
+        self._live()
+        self._inner.write(path, data)
+        self._look()
+
+    def upload(
+        self,
+        source: Path,
+        path: str,
+        on_bytes: OnBytes | None = None,
+        *,
+        sha256: str | None = None,
+    ) -> None:
+        self._live()
+        self._inner.upload(source, path, on_bytes, sha256=sha256)
+        self._look()
+
+    def copy(self, source: str, target: str) -> None:
+        self._live()
+        self._inner.copy(source, target)
+        self._look()
+
+    def delete(self, paths: Iterable[str]) -> None:
+        for path in list(paths):
+            self._live()
+            self._inner.delete([path])
+            self._look()
+
+    def abandon(self, prefix: str) -> None:
+        self._live()
+        self._inner.abandon(prefix)
+
+    def _live(self) -> None:
+        if self._lives is None:
+            return
+        if self._lives <= 0:
+            raise KilledError
+        self._lives -= 1
+
+    def _look(self) -> None:
+        data = self._inner.read("manifest.json")
+        for item in json.loads(data)["files"] if data else []:
+            found = hashlib.sha256(self._inner.read(item["path"]) or b"").hexdigest()
+            assert found == item["sha256"], f"manifest.json is wrong about {item['path']}"

@@ -1,0 +1,62 @@
+"""Publishing to a bucket: killed in between, the next attempt leaves what an unbroken one
+would have left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune_trainer.config import Stage, Storage
+from finetune_trainer.export.publish import Publication, finish_interrupted
+from finetune_trainer.marker import MANIFEST, Marker
+from finetune_trainer.outcome import Artifact
+from finetune_trainer.progress import Reporter
+from finetune_trainer.storage import Folder, open_folder
+from tests.cluster.s3 import Credentials
+from tests.dying_folder import DyingFolder, KilledError, contents
+
+OLD = {"gguf/a": b"old", "gguf/gone": b"old only", "README.md": b"card"}
+NEW = {"gguf/a": b"new", "gguf/b": b"new only", "README.md": b"card"}
+
+
+def publish(output: Folder, room: Path, name: str, version: dict[str, bytes]) -> None:
+    if finish_interrupted(output, name):
+        return
+
+    def build(files: tuple[Artifact, ...]) -> bytes:
+        marker = Marker(stage=Stage.EXPORT, fingerprint=name, files=files)
+        return marker.model_dump_json().encode()
+
+    with Publication(output, name, Reporter()) as publication:
+        for path, data in version.items():
+            (room / path).parent.mkdir(parents=True, exist_ok=True)
+            (room / path).write_bytes(data)
+            publication.add(room / path, path)
+        publication.commit(build)
+
+
+def test_a_death_at_any_moment_is_cleaned_up_by_the_next_attempt(
+    moto: Credentials, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", moto.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", moto.secret_key)
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
+
+    def folder(name: str) -> Folder:
+        return open_folder(f"s3://{bucket}/publish/{name}", Storage(endpoint=moto.endpoint))
+
+    clean = folder("clean")
+    publish(clean, tmp_path, "new", NEW)
+    assert set(contents(clean)) == {*NEW, "SHA256SUMS", MANIFEST}
+    for moments in range(0, 100, 3):  # on disk all of them are tried
+        output = folder(f"dying-{moments}")
+        publish(output, tmp_path, "old", OLD)
+        try:
+            publish(DyingFolder(output, moments), tmp_path, "new", NEW)
+        except KilledError:
+            publish(DyingFolder(output), tmp_path, "new", NEW)
+            assert contents(output) == contents(clean), f"after {moments} changes"
+        else:
+            break
+    assert moments > 20
