@@ -57,13 +57,14 @@ def render(facts: Facts) -> str:
 def metadata(facts: Facts) -> ModelCardData:
     """What the Hub reads; only what is known."""
     source = facts.config.model.source
+    measured = results(facts) or None
     return ModelCardData(
         base_model=source if is_hub(source) else None,
         datasets=hub_datasets(facts.config.dataset.source),
-        eval_results=results(facts) or None,
+        eval_results=measured,
         library_name="transformers" if facts.has("merged") else "peft",
         license=facts.license,
-        model_name=facts.name,
+        model_name=facts.name if measured else None,
         pipeline_tag="text-generation",
         tags=tags(facts),
         base_model_relation="finetune" if is_hub(source) else None,

@@ -82,7 +82,7 @@ def _draw_evaluations(axes: Axes, facts: Facts) -> None:
     found = facts.evaluations
     if not found:
         return
-    steps, values = [p.step for p in found], [p.loss for p in found]
+    steps, values = thin(found)
     axes.plot(steps, values, color=EVAL, linewidth=2.2, zorder=3)
     axes.plot(steps, values, "o", color=EVAL, markersize=_dots(len(steps)) + 1.5, zorder=4)
     if found[0].step == 0:

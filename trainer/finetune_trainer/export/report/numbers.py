@@ -10,16 +10,18 @@ NOTHING = "–"  # noqa: RUF001 - a dash where there is no figure
 
 def loss(value: float | None) -> str:
     """A loss in nats per token, as 1.812."""
-    return NOTHING if value is None else f"{value:.3f}" if math.isfinite(value) else "not finite"
+    if value is None:
+        return NOTHING
+    return f"{value:.3f}" if math.isfinite(value) else "not finite"
 
 
 def perplexity(value: float | None) -> str:
-    """A perplexity, as 6.12, 24.6 or 1,234."""
+    """A perplexity, as 6.12 or 1,234."""
     if value is None:
         return NOTHING
     if not math.isfinite(value) or value >= 1e6:
         return "over a million"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value >= 100 else f"{value:.2f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def divergence(value: float | None) -> str:
@@ -28,13 +30,9 @@ def divergence(value: float | None) -> str:
         return NOTHING
     if not math.isfinite(value):
         return "not finite"
-    return (
-        "under 0.00001"
-        if 0 <= value < 1e-5
-        else f"{value:.5f}"
-        if value < 0.001
-        else f"{value:.4f}"
-    )
+    if 0 <= value < 1e-5:
+        return "under 0.00001"
+    return f"{value:.5f}" if value < 0.001 else f"{value:.4f}"
 
 
 def share(value: float | None) -> str:

@@ -62,6 +62,7 @@ def _tables(facts: Facts) -> dict[str, Any]:
         "quality": tables.quality(facts),
         "perplexities": tables.perplexities(facts),
         "training": tables.training(facts),
+        "evaluations": tables.evaluations(facts),
         "dataset": tables.dataset(facts),
         "hyperparameters": tables.hyperparameters(facts),
         "lineage": tables.lineage(facts),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from finetune_trainer.config import Training
 from finetune_trainer.export.report import numbers
-from finetune_trainer.export.report.facts import Facts, GgufFile
+from finetune_trainer.export.report.facts import Facts, GgufFile, Point
 from finetune_trainer.export.report.verdict import Tone
 from finetune_trainer.progress import duration, size
 
@@ -168,6 +168,18 @@ def _spread(values: Any) -> str:
         return numbers.NOTHING
     median, p95, most = (numbers.count(values.get(name)) for name in ("median", "p95", "max"))
     return f"median {median}, 95% up to {p95}, longest {most}"
+
+
+MOST_EVALUATIONS = 100
+"""Rows of the table of evaluations, about; the curve shows more."""
+
+
+def evaluations(facts: Facts) -> tuple[Point, ...]:
+    """Evaluations at even distances, with the last and the best."""
+    found = facts.evaluations
+    every = -(-len(found) // MOST_EVALUATIONS)
+    kept = {*found[:: every or 1], *found[-1:], *([facts.best] if facts.best else [])}
+    return tuple(point for point in found if point in kept)
 
 
 def hyperparameters(facts: Facts) -> tuple[Row, ...]:

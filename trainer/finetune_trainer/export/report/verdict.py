@@ -80,9 +80,7 @@ def files(facts: Facts) -> tuple[Verdict, ...]:
         tone = Tone.BAD if len(bad) == len(checks) else Tone.WARNING
         return (Verdict(tone, f"{len(bad)} of {total} not good enough: {names}{where}."),)
     if any(check.quality is None for check in checks):
-        return (
-            Verdict(Tone.PLAIN, f"{total} loaded in llama.cpp; their quality is not measured."),
-        )
+        return (Verdict(Tone.PLAIN, f"{total} loaded in llama.cpp; quality is not measured."),)
     return (Verdict(Tone.GOOD, f"{total} passed the quality gate in llama.cpp."),)
 
 

@@ -1,0 +1,398 @@
+"""report.html: what it says, in which structure, and what it never lets through."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_trainer.config import Quantization
+from finetune_trainer.export.report import Facts, numbers, tables, write_report
+from finetune_trainer.export.report.charts import MOST_POINTS, NARROW, WIDE, loss_chart, thin
+from finetune_trainer.export.report.facts import Point
+from finetune_trainer.export.report.loading import served, ways
+from finetune_trainer.export.report.page import render, visible
+from finetune_trainer.export.report.verdict import Tone, overall, verdicts
+from finetune_trainer.export.results import FileCheck, GateReport, Sample
+from finetune_trainer.outcome import Artifact
+from tests.report_facts import (
+    artifacts,
+    config,
+    dataset_report,
+    facts,
+    gate,
+    lineage,
+    name,
+    trained,
+)
+
+VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
+
+
+class Page(HTMLParser):
+    """Parses a page and keeps what the tests ask for; `faults` is where it isn't well-formed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.faults: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        self.faults += self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, key, value or "") for key, value in attrs]
+        names = [key for key, _ in attrs]
+        if len(names) != len(set(names)):
+            self.faults.append(f"{tag}: an attribute twice")
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(f"</{tag}>")
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+    def values(self, key: str) -> list[str]:
+        """All values of an attribute."""
+        return [value for _, name, value in self.attributes if name == key]
+
+    @property
+    def text(self) -> str:
+        """What is read, with single spaces."""
+        return " ".join(" ".join(self.texts).split())
+
+
+@pytest.fixture(scope="module")
+def whole() -> str:
+    """The page of an export with everything."""
+    return render(facts())
+
+
+EVERY_MISSING: dict[str, dict[str, Any]] = {
+    "everything": {},
+    "no evaluation": {
+        "trained": trained(
+            metrics={"trainLoss": 1.2, "finalLoss": 1.0, "trainSteps": 30.0},
+            history=[{"step": n, "loss": 3 / n} for n in range(1, 31)],
+            notices=[],
+        )
+    },
+    "verify off": {
+        "config": config(export={"verify": "off"}),
+        "gate": GateReport(
+            files=(FileCheck(file=name(Quantization.F16), quantization=Quantization.F16),)
+        ),
+    },
+    "no samples": {"gate": gate(samples=())},
+    "no GGUF": {"config": config(export={"gguf": []}), "gate": GateReport(), "files": ()},
+    "one step": {"trained": trained(history=[{"step": 1.0, "epoch": 1.0, "loss": 2.5}])},
+    "only step 0": {"trained": trained(history=[{"step": 0.0, "eval_loss": 2.5}])},
+    "no finite loss": {
+        "trained": trained(
+            metrics={"finalLoss": float("nan"), "evalLoss": float("inf")},
+            history=[{"step": 1}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": None}],
+        )
+    },
+    "an old dataset report": {"dataset": {"rows": 12}},
+    "an empty histogram": {"dataset": dataset_report(histogram=[], tokens={}, answerTokens={})},
+    "training rows": {"gate": gate(held_out=False)},
+    "nothing at all": {
+        "trained": {"metrics": {}, "hyperparameters": {}},
+        "dataset": {},
+        "gate": GateReport(),
+        "files": (),
+        "lineage": lineage(versions={}, columns={}),
+    },
+}
+
+
+@pytest.mark.parametrize("missing", EVERY_MISSING)
+def test_the_page_is_well_formed_whatever_is_missing(missing: str) -> None:
+    page = Page(render(facts(**EVERY_MISSING[missing])))
+    assert page.faults == []
+    identifiers = page.values("id")
+    assert len(identifiers) == len(set(identifiers))
+    targets = [value[1:] for value in page.values("href") if value.startswith("#")]
+    targets += page.values("aria-labelledby")
+    targets += re.findall(r"url\(#([^)]+)\)", " ".join(page.values("clip-path")))
+    assert set(targets) <= set(identifiers)
+    for word in ("nan", "None", "inf", "Undefined"):
+        assert not re.search(rf"\b{word}\b", page.text), word
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing(whole: str) -> None:
+    text, page = whole, Page(whole)
+    assert page.tags["script"] == page.tags["link"] == page.tags["img"] == page.tags["iframe"] == 0
+    assert page.values("src") == []
+    assert not [key for _, key, _ in page.attributes if key.startswith("on")]
+    assert "default-src 'none'" in " ".join(page.values("content"))
+    links = [value for value in page.values("href") if not value.startswith("#")]
+    assert links == ["https://huggingface.co/meta-llama/Llama-3.2-1B-Instruct"]
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+
+
+def test_language_title_and_headings_are_there(whole: str) -> None:
+    page = Page(whole)
+    assert ("html", "lang", "en") in page.attributes
+    assert page.tags["title"] == page.tags["h1"] == page.tags["main"] == 1
+    assert page.tags["h2"] == page.tags["section"] == 9
+    images = [key for tag, key, value in page.attributes if (key, value) == ("role", "img")]
+    labels = [v for t, k, v in page.attributes if t == "div" and k == "aria-label" and "oss" in v]
+    assert len(images) == 2
+    assert labels == [
+        "Loss by step: training from 3.179 to 1.534; on held-out rows the lowest is 1.812 at "
+        "step 40"
+    ]
+
+
+def test_the_result_stands_first(whole: str) -> None:
+    text = Page(whole).text
+    first = text[text.index("Usable, with warnings") :][:900]
+    for part in (
+        "perplexity on held-out answers fell from 24.56 to 6.33",
+        "1 of 4 GGUF files not good enough: Q3_K_M; what was refused lies in rejected/",
+        "The training noticed: Overfitting.",
+        "24.56 → to 6.33",
+        "3.201 → to 1.845",
+        "Train fewer epochs, or set training.earlyStopping.",
+    ):
+        assert part in first, part
+
+
+def test_each_file_has_its_figures() -> None:
+    rows = tables.quality(facts())
+    assert [(r.kind, r.size, r.divergence, r.limit, r.same_top_token, r.verdict) for r in rows] == [
+        ("F16", "2.5 GB", "0.00002", "0.001", "99.8%", "passed"),
+        ("Q8_0", "1.3 GB", "0.0014", "0.005", "97.8%", "passed"),
+        ("Q4_K_M", "808 MB", "0.0347", "0.08", "92.0%", "passed"),
+        ("Q3_K_M", "691 MB", "0.2113", "0.15", "83.6%", "refused"),
+    ]
+    assert rows[3].file == f"rejected/{name(Quantization.Q3_K_M)}"
+    assert rows[3].problems
+    assert rows[3].used == 1.0
+    bars = [(bar.name, bar.value) for bar in tables.perplexities(facts())]
+    assert bars[:3] == [("Base model", "24.31"), ("Tuned", "6.12"), ("F16", "6.12")]
+    assert len(bars) == 6
+
+
+def test_dataset_settings_files_and_lineage_are_told() -> None:
+    given = facts()
+    text = Page(render(given)).text
+    for file in given.files:
+        assert file.path in text
+        assert file.sha256 in text
+    for part in (
+        given.lineage.dataset_etag,
+        given.lineage.model_revision,
+        given.lineage.fingerprints.export,
+        "torch 2.13.0+cpu",
+        "instruction: question, response: reply",
+        "Rows that can't be used 3",
+        "learningRate 0.0003 not the default",
+        "lora.targetModules q_proj, k_proj, v_proj, o_proj",
+    ):
+        assert part in text, part
+    assert "minio.internal" not in text
+
+
+ATTACKS = [
+    "<script>alert(1)</script>",
+    "</div></section><h1>gone</h1>",
+    "' onload='x' \" onclick=\"x",
+    "&lt;b&gt; &amp; &#60;",
+    "{{ 7 * 7 }} {% if %}",
+    "<!-- -- > ]]>",
+]
+
+
+@pytest.mark.parametrize("text", ATTACKS)
+def test_what_a_model_or_a_dataset_says_stays_text(text: str) -> None:
+    sample = Sample(prompt=text, expected=text, base=text, tuned=text, stopped=True)
+    bad = FileCheck(file="x.gguf", quantization=Quantization.F16, problems=(text,))
+    notice = {"code": "Overfitting", "step": 1, "evidence": text, "remedy": text}
+    given = facts(
+        gate=gate(samples=(sample,), files=(bad,)),
+        trained=trained(notices=[notice]),
+        lineage=lineage(columns={"instruction": text}, dataset=text),
+    )
+    page = Page(render(given))
+    assert page.faults == []
+    assert page.tags["script"] == 0
+    assert page.tags["h1"] == 1
+    assert page.text.count(" ".join(text.split())) == 9
+    assert not [key for _, key, _ in page.attributes if key.startswith("on")]
+
+
+def test_control_characters_are_shown_as_such_and_surrogates_are_written(tmp_path: Path) -> None:
+    assert visible("a\x00b\x1b[31m\tc\r\nd") == "a\ufffdb\ufffd[31m\tc\nd"
+    columns = {"instruction": "\ud800"}
+    given = facts(lineage=lineage(columns=columns))
+    write_report(tmp_path / "report.html", given)
+    assert "instruction: ?" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_an_answer_that_did_not_stop_is_marked(whole: str) -> None:
+    assert Page(whole).text.count("did not stop") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "tone", "first"),
+    [
+        ({}, Tone.WARNING, "Better than its base model"),
+        ({"gate": GateReport()}, Tone.WARNING, "Better than its base model"),
+        (
+            {"trained": trained(notices=[]), "gate": gate(files=gate().files[:3])},
+            Tone.GOOD,
+            "Better than its base model",
+        ),
+        (
+            {"trained": trained(metrics={"baseEvalLoss": 1.0, "evalLoss": 1.2})},
+            Tone.BAD,
+            "Worse than its base model: perplexity on held-out answers 2.72 before",
+        ),
+        ({"gate": gate(files=gate().files[3:])}, Tone.BAD, "Better than its base model"),
+        (
+            {"trained": trained(metrics={}, notices=[]), "gate": GateReport()},
+            Tone.PLAIN,
+            "What was learnt is not measured",
+        ),
+    ],
+)
+def test_the_verdict(changes: dict[str, Any], tone: Tone, first: str) -> None:
+    given = facts(**changes)
+    assert overall(given).tone is tone
+    assert verdicts(given)[0].text.startswith(first)
+
+
+def test_the_gate_stands_in_where_the_training_measured_nothing() -> None:
+    change = facts(trained=trained(metrics={})).change
+    assert change
+    assert (change.by, round(change.base_perplexity, 2)) == ("gate", 24.31)
+    assert facts(trained=trained(metrics={}), gate=gate(held_out=False)).change is None
+
+
+def test_the_same_facts_are_the_same_bytes(whole: str) -> None:
+    assert render(facts()) == whole
+
+
+def test_a_chart_is_drawn_in_the_pages_colours_and_names() -> None:
+    for size in (WIDE, NARROW):
+        chart = loss_chart(facts(), size, "mine")
+        assert chart
+        assert f'viewBox="0 0 {size.width} {size.height}"' in chart
+        assert not re.findall(r"#[0-9a-f]{6}", chart)
+        assert {"--ink", "--muted"} & set(re.findall(r"var\((--\w+)\)", chart))
+        assert all(each.startswith("mine-") for each in re.findall(r'id="([^"]+)"', chart))
+        assert "<style" not in chart
+        assert "<text" in chart
+
+
+def test_a_long_training_is_drawn_with_few_points() -> None:
+    steps, losses = thin([Point(n, float(n)) for n in range(1, 50_001)])
+    assert len(steps) == len(losses) <= MOST_POINTS
+    assert sum(losses) / len(losses) == pytest.approx(25_000, rel=0.01)
+    long = [{"step": n, "loss": 2.0, "eval_loss": 2.0 + 1 / (n + 1)} for n in range(20_000)]
+    given = facts(trained=trained(history=long))
+    assert len(tables.evaluations(given)) <= tables.MOST_EVALUATIONS + 2
+    assert given.best in tables.evaluations(given)
+    assert len(render(given)) < 150_000
+
+
+def test_maximum_length_is_marked_also_where_it_is_far_away(whole: str) -> None:
+    assert "maxSequenceLength 512</text>" in whole
+    far = render(facts(dataset=dataset_report(maxSequenceLength=131_072)))
+    assert "maxSequenceLength 131,072 →</text>" in far
+
+
+def titles(given: Facts) -> list[str]:
+    return [way.title for way in ways(given)]
+
+
+def test_only_what_is_there_is_told_how_to_load() -> None:
+    assert titles(facts()) == [
+        "llama.cpp",
+        "Ollama",
+        "transformers",
+        "vLLM, merged model",
+        "PEFT adapter",
+        "vLLM, adapter on its base model",
+        "llama.cpp, adapter on its base model",
+    ]
+    adapter = [each for each in artifacts() if each.path.startswith("adapter/")]
+    assert titles(facts(files=adapter)) == ["PEFT adapter", "vLLM, adapter on its base model"]
+    dora = config(training={"lora": {"useDora": True}})
+    assert titles(facts(files=adapter, config=dora)) == ["PEFT adapter"]
+
+
+def test_a_refused_file_is_never_recommended() -> None:
+    assert served(facts()) == f"gguf/{name(Quantization.Q4_K_M)}"
+    refused = gate(files=gate().files[3:])
+    assert served(facts(gate=refused)) is None
+    # verify: warn leaves it where the good ones are.
+    place = Artifact(path=f"gguf/{name(Quantization.Q3_K_M)}", bytes=1, sha256="0")
+    assert served(facts(gate=refused, files=(place,))) is None
+
+
+def test_a_base_model_of_a_bucket_is_named_by_its_folder() -> None:
+    given = facts(config=config(job=None, model={"source": "s3://models/bases/tiny-llama"}))
+    command = next(way.command for way in ways(given) if way.title == "PEFT adapter")
+    assert '"./tiny-llama"' in command
+    assert given.name == "tiny-llama-tuned"
+    assert "huggingface.co" not in render(given)
+
+
+@pytest.mark.parametrize(
+    ("rank", "argument"), [(1, 8), (16, 16), (17, 32), (512, 512), (513, None)]
+)
+def test_vllm_gets_a_rank_that_it_takes(rank: int, argument: int | None) -> None:
+    given = facts(config=config(training={"lora": {"r": rank}}))
+    commands = [way.command for way in ways(given) if way.title.startswith("vLLM, adapter")]
+    wanted = [] if argument is None else [f"--max-lora-rank {argument} "]
+    assert [part for command in commands for part in wanted if part in command] == wanted
+    assert len(commands) == len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (numbers.perplexity(6.1234), "6.12"),
+        (numbers.perplexity(1234.5), "1,234"),
+        (numbers.perplexity(float("inf")), "over a million"),
+        (numbers.perplexity(None), "–"),  # noqa: RUF001 - the dash
+        (numbers.divergence(0.0000021), "under 0.00001"),
+        (numbers.divergence(0.00031), "0.00031"),
+        (numbers.divergence(0.0313), "0.0313"),
+        (numbers.loss(float("nan")), "not finite"),
+        (numbers.setting([]), "none"),
+        (numbers.setting(0.0002), "0.0002"),
+        (numbers.setting(True), "true"),
+    ],
+)
+def test_figures_are_written_for_people(written: str, expected: str) -> None:
+    assert written == expected
+
+
+def test_other_stages_do_not_import_matplotlib() -> None:
+    code = (
+        "import sys, finetune_trainer.prepare.stage, finetune_trainer.train.stage; "
+        "assert 'matplotlib.figure' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
