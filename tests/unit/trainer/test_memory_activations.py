@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune_trainer.config import Lora, TargetModule
 from finetune_trainer.memory.predict import Kept, Recipe, kept_by_layer
 from finetune_trainer.memory.shape import Shape
-from finetune_trainer.train.adapter import trim
-from finetune_trainer.train.sft import lora_config
+from finetune_trainer.train.adapter import lora_config, trim
 
 TOKENS = 512
+KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"]
 WIDTHS: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 96,
@@ -25,6 +25,7 @@ WIDTHS: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "tie_word_embeddings": True,
+    "pad_token_id": 0,
 }
 
 
@@ -33,7 +34,8 @@ def saved(kind: str, layers: int, lora: Lora, *, bfloat16: bool, trimmed: bool) 
     settings = AutoConfig.for_model(kind, **WIDTHS, num_hidden_layers=layers)
     settings._attn_implementation = "sdpa"
     model = AutoModelForCausalLM.from_config(settings)
-    tuned = get_peft_model(model.to(torch.bfloat16) if bfloat16 else model, lora_config(lora))
+    model = model.to(torch.bfloat16) if bfloat16 else model
+    tuned = get_peft_model(model, lora_config(lora, model))
     if trimmed:
         trim(tuned)
     parameters = {p.untyped_storage().data_ptr() for p in tuned.parameters()}
@@ -53,15 +55,25 @@ def saved(kind: str, layers: int, lora: Lora, *, bfloat16: bool, trimmed: bool) 
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["float32", "bfloat16", "bfloat16, PEFT as it is"])
 @pytest.mark.parametrize("dropout", [0.05, 0.0])
 @pytest.mark.parametrize("targets", [4, 7], ids=["attention", "all linear layers"])
 def test_a_layer_keeps_what_autograd_saves(
     kind: str, how: str, dropout: float, targets: int
 ) -> None:
+    compare(kind, how, Lora(r=8, dropout=dropout, target_modules=tuple(TargetModule)[:targets]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+@pytest.mark.parametrize("how", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.05, 0.0])
+def test_dora_keeps_outputs_as_well(kind: str, how: str, dropout: float) -> None:
+    compare(kind, how, Lora(r=8, dropout=dropout, use_dora=True))
+
+
+def compare(kind: str, how: str, lora: Lora) -> None:
     bfloat16, trimmed = how != "float32", how == "bfloat16"
-    lora = Lora(r=8, dropout=dropout, target_modules=tuple(TargetModule)[:targets])
     two, three = (saved(kind, n, lora, bfloat16=bfloat16, trimmed=trimmed) for n in (2, 3))
     shape = Shape.from_config({"model_type": kind, **WIDTHS, "num_hidden_layers": 2})
     assert shape is not None

@@ -54,7 +54,7 @@ def test_base_and_adapter_are_those_of_transformers_and_peft(name: str, targets:
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from finetune_trainer.train.sft import lora_config
+    from finetune_trainer.train.adapter import lora_config
 
     settings = config(name)
     settings = settings.get("text_config", settings)
@@ -64,7 +64,7 @@ def test_base_and_adapter_are_those_of_transformers_and_peft(name: str, targets:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
         base = model.num_parameters()
-        tuned = get_peft_model(model, lora_config(lora))
+        tuned = get_peft_model(model, lora_config(lora, model))
     assert shape(name).parameters == base
     trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     assert shape(name).adapter(lora) == trainable

@@ -7,7 +7,8 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune_trainer.config import Lora
-from finetune_trainer.train.sft import lora_config, trainable_parameters
+from finetune_trainer.train.adapter import lora_config
+from finetune_trainer.train.sft import trainable_parameters
 
 LLAMA_3_2_1B = LlamaConfig(
     vocab_size=128256,
@@ -25,6 +26,6 @@ def test_the_default_adapter_of_llama_3_2_1b() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LLAMA_3_2_1B)
         base = model.num_parameters()
-        tuned = get_peft_model(model, lora_config(Lora()))
+        tuned = get_peft_model(model, lora_config(Lora(), model))
     assert base == 1_235_814_400
     assert trainable_parameters(tuned) == 3_407_872

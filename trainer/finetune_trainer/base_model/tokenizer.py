@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from finetune_trainer.outcome import Reason, StageError
 
 log = logging.getLogger(__name__)
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_ORIGINAL_FILES = (
+    TOKENIZER_CONFIG,
+    "tokenizer.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 IGNORED = -100  # label of a token that no loss is computed on
 
@@ -59,6 +72,24 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         # Not a new token: the vocabulary must keep the shape of the embeddings.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, target: Path) -> None:
+    """Write the tokenizer as the base model's folder has it, with the chat template in use.
+
+    transformers 5 writes tokenizer.json and a configuration of its own kind. What it leaves out is
+    asked for by others: the tokenizer's class and its SentencePiece model by llama.cpp's converter
+    (Phi-3, Phi-4, Gemma 2), the class by programs with an older transformers.
+    """
+    tokenizer.save_pretrained(target)
+    for name in _ORIGINAL_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, target / name)
+    settings = json.loads((target / TOKENIZER_CONFIG).read_bytes())
+    if settings.pop("chat_template", None):  # it lies in chat_template.jinja, maybe another one
+        (target / TOKENIZER_CONFIG).write_text(
+            json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def fallback_template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from finetune_trainer.base_model.tokenizer import end_of_turn_ids, load_tokenizer
+from finetune_trainer.base_model.loading import use_available_cpus
+from finetune_trainer.base_model.tokenizer import (
+    end_of_turn_ids,
+    load_tokenizer,
+    save_tokenizer,
+)
 from finetune_trainer.export.weights import MergedWeights, write_merged
 from finetune_trainer.export.weights.checkpoint import (
     CONFIG,
@@ -29,7 +34,6 @@ from finetune_trainer.storage import OnBytes
 GENERATION = "generation_config.json"
 
 _OF_THE_BASE = (
-    "tokenizer.model",  # SentencePiece: llama.cpp's converter asks for it, transformers drops it
     "preprocessor_config.json",  # what servers need for a model with a vision tower
     "processor_config.json",
 )
@@ -51,6 +55,7 @@ def write_model(
     Raises StageError: QualityGateFailed when the adapter changes nothing or isn't finite,
     ModelUnsupported when it can't be merged into this base.
     """
+    use_available_cpus()
     weights = MergedWeights.open(base, adapter)
     weights.check_changes()
     assemble(base, adapter, target, trust_remote_code=trust_remote_code, dtype=weights.dtype)
@@ -78,7 +83,7 @@ def assemble(
     _write(target / CONFIG, stored_config(config, dtype, trusted=trust_remote_code))
     generation = generation_settings(base, trust_remote_code=trust_remote_code)
     _write(target / GENERATION, stopping(generation, tokenizer))
-    tokenizer.save_pretrained(target)
+    save_tokenizer(tokenizer, base, target)
     code = [file.name for file in base.glob("*.py")] if trust_remote_code else []
     for name in (*_OF_THE_BASE, *code):
         if (base / name).is_file() and not (target / name).exists():

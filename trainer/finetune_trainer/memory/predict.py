@@ -195,6 +195,9 @@ def kept_by_layer(shape: Shape, recipe: Recipe) -> float:
     total += size * (2 * shape.query + 2 * shape.key_value) + 3 * size * shape.mlp
     if shape.qk_norm:
         total += 4 * (shape.query + shape.key_value)
+    if shape.fused:
+        # The value is a part of the fused layer's output, which is kept as a whole.
+        total += size * (shape.query + shape.key_value)
     return total + _kept_by_adapters(shape, recipe)
 
 
@@ -202,15 +205,17 @@ def _kept_by_adapters(shape: Shape, recipe: Recipe) -> float:
     """Each adapter saves its input and its inner product of `r` elements.
 
     Inputs are shared between layers only where neither dropout nor a cast makes a copy of each;
-    that of o_proj, attention's output, is then saved already.
+    that of o_proj, attention's output, is then saved already (not where query, key and value are
+    parts of one layer's output). For its magnitudes DoRA keeps the outputs of layer and adapter.
     """
     size, lora = recipe.compute, recipe.lora
     dropout = recipe.mask if lora.dropout > 0 else 0
     copies = dropout or (recipe.casts and recipe.adapter != recipe.compute)
     total = 0.0
-    seen = {"o_proj"}
-    for name, (width, _) in shape.targets(lora).items():
+    seen = set() if shape.fused else {"o_proj"}
+    for name, (width, outputs) in shape.targets(lora).items():
         total += lora.r * size
+        total += 2 * outputs * size if lora.use_dora else 0
         shared = _INPUT.get(name, name)
         if copies or shared not in seen:
             total += width * (size + dropout)
@@ -222,8 +227,10 @@ _INPUT = {
     "q_proj": "attention",
     "k_proj": "attention",
     "v_proj": "attention",
+    "qkv_proj": "attention",
     "gate_proj": "mlp",
     "up_proj": "mlp",
+    "gate_up_proj": "mlp",
 }
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from finetune_trainer.config import Lora, TargetModule
+from finetune_trainer.config import Lora
+from finetune_trainer.config.targets import modules_for
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 _GEMMA3 = {
@@ -23,7 +24,7 @@ _GEMMA3 = {
 _TIED = {"gemma", "gemma2", "gemma3_text", "smollm3"}  # where config.json leaves the key out
 _NORMS_PER_LAYER = {"gemma2": 4, "gemma3_text": 4}
 _NORM_ON_QUERY_AND_KEY = {"qwen3", "gemma3_text"}
-_FUSED = {"phi3"}  # query, key and value are one layer, gate and up another: LoRA finds neither
+_FUSED = {"phi3"}  # query, key and value are one layer, gate and up another
 
 
 @dataclass(frozen=True)
@@ -130,23 +131,32 @@ class Shape:
         """All parameters of the base model."""
         return self.linear + self.embedding + self.other
 
-    def targets(self, lora: Lora) -> dict[TargetModule, tuple[int, int]]:
+    def targets(self, lora: Lora) -> dict[str, tuple[int, int]]:
         """Input and output width of each kind of layer that gets an adapter."""
         widths = {
-            TargetModule.Q: (self.hidden, self.query),
-            TargetModule.K: (self.hidden, self.key_value),
-            TargetModule.V: (self.hidden, self.key_value),
-            TargetModule.O: (self.query, self.hidden),
-            TargetModule.GATE: (self.hidden, self.mlp),
-            TargetModule.UP: (self.hidden, self.mlp),
-            TargetModule.DOWN: (self.mlp, self.hidden),
+            "q_proj": (self.hidden, self.query),
+            "k_proj": (self.hidden, self.key_value),
+            "v_proj": (self.hidden, self.key_value),
+            "o_proj": (self.query, self.hidden),
+            "gate_proj": (self.hidden, self.mlp),
+            "up_proj": (self.hidden, self.mlp),
+            "down_proj": (self.mlp, self.hidden),
+            "qkv_proj": (self.hidden, self.query + 2 * self.key_value),
+            "gate_up_proj": (self.hidden, 2 * self.mlp),
         }
-        there = {TargetModule.O, TargetModule.DOWN} if self.fused else set(widths)
-        return {name: widths[name] for name in lora.target_modules if name in there}
+        own = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+        there = own if self.fused else widths.keys() - {"qkv_proj", "gate_up_proj"}
+        names = modules_for(lora.target_modules, there).values()
+        return {name: widths[name] for name in names if name}
 
     def adapter(self, lora: Lora) -> int:
-        """Trainable parameters: A is rank x input, B is output x rank, in every layer."""
-        return self.layers * sum(lora.r * (i + o) for i, o in self.targets(lora).values())
+        """Trainable parameters: A is rank x input, B is output x rank, in every layer.
+
+        DoRA has a magnitude for each output as well.
+        """
+        magnitudes = 1 if lora.use_dora else 0
+        widths = self.targets(lora).values()
+        return self.layers * sum(lora.r * (i + o) + magnitudes * o for i, o in widths)
 
     def scaled(self, factor: float) -> Shape:
         """A model of like proportions, `factor` times as wide and deep, of the same vocabulary."""

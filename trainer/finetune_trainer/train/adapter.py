@@ -1,11 +1,53 @@
-"""Time that the adapter's layers need not take. What they compute stays the same."""
+"""The adapter: which layers get one, and time that they need not take."""
 
 from __future__ import annotations
 
+import logging
+
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
+from finetune_trainer.base_model.targets import NO_TEXT, of_text, resolve_targets
+from finetune_trainer.config import Lora
+
 BITS = 16  # of randomness for each value
+
+log = logging.getLogger(__name__)
+
+
+def lora_config(lora: Lora, model: torch.nn.Module) -> LoraConfig:
+    """The adapter: W x + s B A x in each target module, with B = 0 at the start.
+
+    The scale s is alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732). Raises StageError
+    where the model lacks a target module.
+    """
+    linear = linear_layers(model)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        target_modules=target_modules(lora, linear),
+        exclude_modules=None if of_text(linear) == linear else NO_TEXT,
+        bias="none",
+    )
+
+
+def linear_layers(model: torch.nn.Module) -> list[str]:
+    """The names of the modules that can get an adapter."""
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def target_modules(lora: Lora, linear: list[str]) -> list[str]:
+    """The last parts of the names of those that get one; says what stands for what."""
+    targets = resolve_targets(lora.target_modules, linear)
+    if fused := {wanted: own for wanted, own in targets.items() if wanted != own}:
+        said = ", ".join(f"{own} for {wanted}" for wanted, own in fused.items())
+        log.info("The model fuses layers: the adapter goes to %s", said)
+    return sorted(set(targets.values()))
 
 
 def trim(model: torch.nn.Module) -> None:

@@ -11,7 +11,7 @@ on by name.
     examples    rows as token ids and labels         batches    which rows train together
     packing     rows end to end, proven right        attention  over packed rows on a CPU
     trainer     the Trainer's hooks                  loss       the loss on a CPU
-    adapter     faster LoRA layers                   callback   what is reported while it runs
+    adapter     which layers get one, and its speed  callback   what is reported while it runs
     early       stopping, and the best adapter       saving     checkpoints
     figures     what it all comes to
 """
@@ -22,11 +22,10 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import cast
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -42,12 +41,11 @@ from finetune_trainer.base_model.loading import (
     load_model,
     use_available_cpus,
 )
-from finetune_trainer.base_model.tokenizer import load_tokenizer
-from finetune_trainer.config import Lora, Model
+from finetune_trainer.base_model.tokenizer import load_tokenizer, save_tokenizer
 from finetune_trainer.outcome import Notice, Reason, StageError
 from finetune_trainer.progress import Reporter
 from finetune_trainer.train import ranks, saving, trackers, unsloth_engine
-from finetune_trainer.train.adapter import trim
+from finetune_trainer.train.adapter import lora_config, trim
 from finetune_trainer.train.callback import ProgressReport
 from finetune_trainer.train.channel import Channel
 from finetune_trainer.train.distributed import is_first
@@ -97,7 +95,7 @@ def fine_tune(work: Work, reporter: Reporter, channel: Channel | None = None) ->
 
     reporter.message("Training")
     run = train(trainer, work, channel, best)
-    save_adapter(trainer, tokenizer, work.adapter, config.model)
+    save_adapter(trainer, tokenizer, work)
     metrics = {
         **measured(trainer, run, best),
         "trainableParameters": float(trainable),
@@ -162,6 +160,7 @@ def build_trainer(
     callbacks: list[TrainerCallback] | None = None,
 ) -> RecipeTrainer:
     """Put model, adapter, data and hyperparameters together."""
+    lora = work.config.training.lora
     trainer = RecipeTrainer(
         data=data,
         model=model,
@@ -172,7 +171,7 @@ def build_trainer(
             bf16=model.dtype == torch.bfloat16,
         ),
         processing_class=tokenizer,
-        peft_config=None if unsloth_engine.is_loaded() else lora_config(work.config.training.lora),
+        peft_config=None if unsloth_engine.is_loaded() else lora_config(lora, model),
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
@@ -181,22 +180,6 @@ def build_trainer(
     if model.dtype == torch.bfloat16 and not unsloth_engine.is_loaded():
         trim(cast("torch.nn.Module", trainer.model))
     return trainer
-
-
-def lora_config(lora: Lora) -> LoraConfig:
-    """The adapter: W x + s B A x in each target module, with B = 0 at the start.
-
-    The scale s is alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        target_modules=[module.value for module in lora.target_modules],
-        bias="none",
-    )
 
 
 def arguments(work: Work, epochs: int, *, evaluate: bool, bf16: bool) -> SFTConfig:
@@ -292,19 +275,18 @@ def train(
     return Run(result.training_loss, seconds, seconds - evaluating)
 
 
-def save_adapter(
-    trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase, adapter: Path, model: Model
-) -> None:
+def save_adapter(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase, work: Work) -> None:
     """Write adapter_config.json, adapter_model.safetensors and the tokenizer's files."""
     tuned = cast("PeftModel", trainer.model)
     state = ranks.gathered_state(tuned)
     if not is_first():
         return
+    adapter = work.adapter
     # The model as the user named it; PEFT would note the folder that it was fetched to.
-    tuned.active_peft_config.base_model_name_or_path = model.source
+    tuned.active_peft_config.base_model_name_or_path = work.config.model.source
     # Else PEFT asks the Hub, by network, whether the embeddings were changed.
     tuned.save_pretrained(str(adapter), state_dict=state, save_embedding_layers=False)
-    tokenizer.save_pretrained(adapter)
+    save_tokenizer(tokenizer, work.model, adapter)
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
     for file in adapter.iterdir():
         file.chmod(0o644)  # safetensors are saved for their owner only

@@ -61,6 +61,12 @@ def load(work: Work, dtype: torch.dtype) -> Any:
     with _failing("load the model"), contextlib.redirect_stdout(io.StringIO()):
         from unsloth import FastLanguageModel  # noqa: PLC0415
 
+        # Imports PEFT, which Unsloth has to be imported ahead of.
+        from finetune_trainer.train.adapter import (  # noqa: PLC0415
+            linear_layers,
+            target_modules,
+        )
+
         model, _ = FastLanguageModel.from_pretrained(
             model_name=str(work.model),
             max_seq_length=work.max_sequence_length,
@@ -77,7 +83,7 @@ def load(work: Work, dtype: torch.dtype) -> Any:
         tuned = FastLanguageModel.get_peft_model(
             model,
             r=lora.r,
-            target_modules=[module.value for module in lora.target_modules],
+            target_modules=target_modules(lora, linear_layers(model)),
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             use_rslora=lora.use_rslora,
