@@ -120,7 +120,7 @@ def _adapter(facts: Facts) -> Iterator[Way]:
         "One base model in memory can serve several adapters.",
         "sh",
         f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} \\\n"
-        f"  --lora-modules {name}",
+        f"  --lora-modules {name} --tokenizer ./adapter",
     )
 
 

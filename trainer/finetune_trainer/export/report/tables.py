@@ -203,10 +203,11 @@ def lineage(facts: Facts) -> tuple[Row, ...]:
     """What the files were made from."""
     made = facts.lineage
     prints = made.fingerprints
+    columns = ", ".join(f"{name}: {column}" for name, column in made.columns.items())
     return (
         Row("Dataset", made.dataset),
         Row("Dataset's ETag", made.dataset_etag, code=True),
-        Row("Columns", ", ".join(f"{name}: {column}" for name, column in made.columns.items())),
+        Row("Columns", columns or numbers.NOTHING),
         Row("Base model", made.model),
         Row("Base model's revision", made.model_revision, code=True),
         Row("Fingerprint of prepare", prints.prepare, code=True),
