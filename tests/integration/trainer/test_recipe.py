@@ -13,7 +13,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune_trainer.base_model.tokenizer import load_tokenizer, message_pair
-from finetune_trainer.export.merge import merge
+from finetune_trainer.export.model_folder import write_model
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.progress import Reporter
 from finetune_trainer.train import sft
@@ -166,7 +166,7 @@ def test_qlora_trains_and_merges_into_a_16_bit_model(tiny_model: Path, tmp_path:
     trained = sft.fine_tune(work, Reporter())
     assert trained.metrics["baseParameters"] == 3_219_776
     assert trained.metrics["finalLoss"] < trained.metrics["trainLoss"]
-    merge(tiny_model, adapter, tmp_path / "merged")
+    write_model(tiny_model, adapter, tmp_path / "merged")
     before = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
@@ -179,5 +179,5 @@ def test_a_merge_that_changes_nothing_fails(tiny_model: Path, tmp_path: Path) ->
     trainer.model.save_pretrained(str(tmp_path / "adapter"))
     load_tokenizer(tiny_model).save_pretrained(tmp_path / "adapter")
     with pytest.raises(StageError) as caught:
-        merge(tiny_model, tmp_path / "adapter", tmp_path / "merged")
+        write_model(tiny_model, tmp_path / "adapter", tmp_path / "merged")
     assert caught.value.reason is Reason.QUALITY_GATE_FAILED

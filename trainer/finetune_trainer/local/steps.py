@@ -14,9 +14,16 @@ from pydantic.alias_generators import to_snake
 
 from finetune_trainer.base_model import source
 from finetune_trainer.config import Export, Quantization, RunConfig, Stage, read_run_config
-from finetune_trainer.marker import stage_folder
+from finetune_trainer.marker import describe_file, stage_folder
 from finetune_trainer.memory.machine import this_machine
-from finetune_trainer.outcome import Reason, StageError, StageResult
+from finetune_trainer.outcome import (
+    REJECTED,
+    Artifact,
+    Quality,
+    Reason,
+    StageError,
+    StageResult,
+)
 from finetune_trainer.progress import Reporter
 from finetune_trainer.running import perform
 from finetune_trainer.storage import LocalFolder
@@ -51,32 +58,47 @@ def train(config: RunConfig, folder: Path, reporter: Reporter) -> StageResult:
 def merge(folder: Path, reporter: Reporter) -> StageResult:
     """Merge `lora_adapter` into its base model, as `merged`."""
     config = _last_run(folder)
-    from finetune_trainer.export.merge import merge as merge_into  # noqa: PLC0415 - imports torch
+    from finetune_trainer.export.model_folder import write_model  # noqa: PLC0415 - imports torch
 
     base = source.fetch_resolved(config, _workspace(folder) / "model", reporter)
     target = folder / "merged"
     shutil.rmtree(target, ignore_errors=True)
     reporter.message(f"Merging the adapter into {config.model.source}")
     trust = config.model.trust_remote_code
-    merge_into(base, folder / "lora_adapter", target, trust_remote_code=trust)
+    write_model(base, folder / "lora_adapter", target, trust_remote_code=trust)
     return _done(Stage.EXPORT, f"the merged model is in {target}")
 
 
 def gguf(folder: Path, kinds: tuple[Quantization, ...], reporter: Reporter) -> StageResult:
-    """Convert `merged` to GGUF files in `gguf`, and ask each one a question."""
+    """Convert `merged` to GGUF files in `gguf`, and check each one on held-out rows."""
     config = _last_run(folder)
     merged = folder / "merged"
     if not merged.is_dir():
         raise StageError(
             Reason.INVALID_CONFIG, f"{merged} does not exist: run `make merge` before `make gguf`."
         )
-    from finetune_trainer.export.stage import make_gguf  # noqa: PLC0415 - imports torch
+    from finetune_trainer.export import stage  # noqa: PLC0415 - imports torch
 
-    shutil.rmtree(folder / "gguf", ignore_errors=True)
+    for former in ("gguf", REJECTED):
+        shutil.rmtree(folder / former, ignore_errors=True)
     config = config.model_copy(update={"export": Export(gguf=kinds)})
-    make_gguf(config, merged, folder, _first_example(config, folder), reporter)
-    return _done(
-        Stage.EXPORT, f"{len(kinds)} GGUF files are in {folder / 'gguf'}, and a Modelfile beside"
+    files: list[Artifact] = []
+
+    def add(file: Path, path: str, quality: Quality | None = None) -> None:
+        files.append(describe_file(file, path).model_copy(update={"quality": quality}))
+
+    store = LocalFolder(store_folder(folder))
+    gate = stage.convert_merged(config, folder, store, add, reporter)
+    for item in files:
+        if item.rejected:  # not before all are made, since some are made of it
+            (folder / REJECTED).mkdir(exist_ok=True)
+            (folder / "gguf" / Path(item.path).name).rename(folder / item.path)
+    done = f"{len(kinds)} GGUF files are in {folder / 'gguf'}, and a Modelfile beside"
+    return StageResult(
+        stage=Stage.EXPORT,
+        reason=stage.reason_of(files),
+        message=stage.rejection(gate, files, str(folder)) or done,
+        artifacts=tuple(files),
     )
 
 
@@ -151,13 +173,6 @@ def _last_run(folder: Path) -> RunConfig:
             Reason.INVALID_CONFIG, f"There is no adapter in {folder}: run `make train` first."
         )
     return read_run_config(_run_file(folder))
-
-
-def _first_example(config: RunConfig, folder: Path) -> dict[str, Any]:
-    prepared = stage_folder(Stage.PREPARE, source.resolved_of(config).fingerprints.prepare)
-    with (store_folder(folder) / prepared / "examples.jsonl").open(encoding="utf-8") as lines:
-        example: dict[str, Any] = json.loads(next(lines))
-    return example
 
 
 def _done(stage: Stage, message: str) -> StageResult:
