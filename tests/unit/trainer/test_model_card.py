@@ -101,6 +101,9 @@ def test_training_rows_in_place_of_held_out_ones_are_named() -> None:
 )
 def test_no_bucket_no_address_and_no_row_is_in_it(secret: str) -> None:
     assert secret not in render(facts())
+    base = "s3://company-models/bases/tiny"
+    given = facts(config=config(model={"source": base}), lineage=lineage(model=base))
+    assert secret not in render(given)
 
 
 def test_text_of_others_makes_no_marks() -> None:
