@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
 from finetune_trainer.outcome import Reason, StageError
@@ -49,6 +51,16 @@ def download(repository: str, commit: str, names: list[str], on_bytes: OnBytes) 
         on_bytes(file.stat().st_size)
         folder = file.parent
     return folder
+
+
+def read_header(repository: str, commit: str, name: str) -> dict[str, Any]:
+    """The header of a safetensors file; raises ValueError where it is none."""
+    with _errors(repository, commit):
+        try:
+            found = HfApi().parse_safetensors_file_metadata(repository, name, revision=commit)
+        except SafetensorsParsingError as error:
+            raise ValueError(str(error)) from error
+    return {tensor: asdict(info) for tensor, info in found.tensors.items()}
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """prepare: the cheap checks first, so that a mistake shows within seconds; then the examples.
 
 configuration -> dataset there, output writable -> base model's files -> fingerprints -> what the
-  store already holds -> every row read -> tokenizer and chat template -> llama.cpp's converter
-  knows the vocabulary -> examples.jsonl, eval.jsonl, dataset-report.json, complete.json
-  -> a plan for the training that fits its hardware
+  store already holds -> every row read -> tokenizer and chat template -> the model has the layers
+  that get an adapter, and llama.cpp can convert it -> examples.jsonl, eval.jsonl,
+  dataset-report.json, complete.json -> a plan for the training that fits its hardware
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from uuid import uuid4
 
 import numpy as np
 
-from finetune_trainer.base_model import converter, source
+from finetune_trainer.base_model import source
 from finetune_trainer.config import Fingerprints, Resolved, RunConfig, Stage
 from finetune_trainer.fingerprint import fingerprints
 from finetune_trainer.marker import MANIFEST, Marker, find_complete, save_stage, stage_folder
 from finetune_trainer.outcome import Reason, StageError, StageResult
 from finetune_trainer.prepare.inputs import DataFiles, find
+from finetune_trainer.prepare.model_checks import check_model
 from finetune_trainer.prepare.planning import plan_training
 from finetune_trainer.prepare.reading.layout import check_columns
 from finetune_trainer.prepare.report import REPORT, SUMMARY, Findings, Prepared
@@ -65,7 +66,7 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
         base = prepare(config, inputs, output, workspace, reporter)
     elif Stage.EXPORT not in held:
         base = fetch_model(config, inputs.model, workspace, reporter)
-        check_vocabulary(config, base, workspace, reporter)
+        check_model(config, inputs.model, base, workspace, reporter)
     prepared = read_summary(output, prints.prepare)
     check_held_out(config, prepared.dataset.eval_examples)
     plan = None
@@ -100,6 +101,12 @@ def check_config(config: RunConfig) -> None:
             Reason.INVALID_CONFIG,
             "spec.dataset.evalSource is the dataset itself, so nothing would be held out: name "
             "another file, or leave it out to hold evalFraction of the rows out.",
+        )
+    if config.training.lora.use_dora and config.export.adapter_gguf:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            "spec.export.adapterGguf: llama.cpp can't apply a DoRA adapter. Leave adapterGguf out "
+            "(the merged files are as usual), or leave out training.lora.useDora.",
         )
 
 
@@ -168,7 +175,7 @@ def prepare(
             rows.load(config.dataset, config.training.seed)
         base = fetch_model(config, inputs.model, workspace, reporter)
         tokenizer = open_tokenizer(findings, base)
-        check_vocabulary(config, base, workspace, reporter)
+        check_model(config, inputs.model, base, workspace, reporter)
         reporter.message(f"Applying the chat template to {findings.rows.total} rows")
         encode(findings, tokenizer, folder)
     except StageError as error:
@@ -204,14 +211,6 @@ def open_tokenizer(findings: Findings, base: Path) -> PreTrainedTokenizerBase:
     check_template(tokenizer, system=any(rows.has_system for rows in findings.all_rows()))
     findings.template = describe_template(tokenizer)
     return tokenizer
-
-
-def check_vocabulary(config: RunConfig, base: Path, workspace: Path, reporter: Reporter) -> None:
-    """Make sure that llama.cpp's converter knows the model and its tokenizer."""
-    if config.export.gguf:
-        reporter.message("Checking that llama.cpp can convert the model")
-        trust = config.model.trust_remote_code
-        converter.check_vocabulary(base, workspace / "vocabulary.gguf", trust_remote_code=trust)
 
 
 def encode(findings: Findings, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -47,6 +47,13 @@ class Folder(ABC):
         """The content of a small file; None when it is not there."""
 
     @abstractmethod
+    def read_start(self, path: str, count: int) -> bytes:
+        """The first `count` bytes of a file, fewer where it is shorter.
+
+        FileNotFoundError when it is missing.
+        """
+
+    @abstractmethod
     def write(self, path: str, data: bytes) -> None:
         """Write a small file, as a whole or not at all."""
 

@@ -76,6 +76,11 @@ class LocalFolder(Folder):
             except FileNotFoundError:
                 return None
 
+    def read_start(self, path: str, count: int) -> bytes:
+        """Read its beginning."""
+        with self._errors(path), (self.root / path).open("rb") as stream:
+            return stream.read(count)
+
     def write(self, path: str, data: bytes) -> None:
         """Write beside the target and rename."""
         with self._errors(path), replacing(self.root / path) as partial:

@@ -1,0 +1,163 @@
+"""What a base model can't do fails in `prepare`, before its weights are fetched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from finetune_trainer.base_model import rehearsal, source
+from finetune_trainer.config import Export, Lora, RunConfig, TargetModule
+from finetune_trainer.memory.shape import Shape
+from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.prepare import model_checks
+from finetune_trainer.prepare.stage import check_config
+from finetune_trainer.progress import Reporter
+from tests.cluster.s3 import Credentials
+from tests.integration.trainer.families import FAMILIES, write_family
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that can all."""
+    return write_family(FAMILIES["smollm2"], tmp_path_factory.mktemp("models") / "good")
+
+
+@pytest.fixture
+def changed(good: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(good, tmp_path / "changed"))
+
+
+def run_config(folder: Path | str, **parts: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"source": str(folder)},
+            "dataset": {"source": "/data/train.csv"},
+            "output": {"uri": "/out"},
+            **parts,
+        }
+    )
+
+
+def check(folder: Path, room: Path, **parts: Any) -> None:
+    config = run_config(folder, **parts)
+    files = source.find(config.model, config.storage)
+    model_checks.check_model(config, files, folder, room, Reporter())
+
+
+def refused(folder: Path, room: Path) -> str:
+    with pytest.raises(StageError) as caught:
+        check(folder, room)
+    assert caught.value.reason is Reason.MODEL_UNSUPPORTED
+    assert "leave spec.export.gguf empty" in caught.value.message
+    check(folder, room, export={"gguf": []})
+    return caught.value.message
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_a_model_in_a_bucket_is_checked_without_fetching_its_weights(
+    good: Path, bucket: str, moto: Credentials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The headers are longer than what is read at first."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", moto.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", moto.secret_key)
+    monkeypatch.setattr(rehearsal, "FIRST_BYTES", 64)
+    client = moto.client()
+    small = tmp_path / "small"
+    small.mkdir()
+    for file in good.iterdir():
+        client.upload_file(str(file), bucket, f"models/good/{file.name}")
+        if file.name != WEIGHTS:
+            shutil.copy(file, small)
+    config = run_config(f"s3://{bucket}/models/good", storage={"endpoint": moto.endpoint})
+    files = source.find(config.model, config.storage)
+    model_checks.check_model(config, files, small, tmp_path, Reporter())
+
+    stand_in = tmp_path / "rehearsal" / WEIGHTS
+    assert load_file(stand_in).keys() == load_file(good / WEIGHTS).keys()
+    assert stand_in.stat().st_size >= (good / WEIGHTS).stat().st_size - 4096  # the padding
+    assert stand_in.stat().st_blocks * 512 < 100_000, "it takes no room"
+    assert not list(tmp_path.glob("*.gguf")), "a rehearsal writes nothing"
+
+
+def test_an_architecture_that_the_converter_does_not_know(changed: Path, tmp_path: Path) -> None:
+    change(changed / "config.json", architectures=["UnheardOfForCausalLM"])
+    assert "UnheardOfForCausalLM" in refused(changed, tmp_path)
+
+
+def test_a_tokenizer_that_the_converter_does_not_know(changed: Path, tmp_path: Path) -> None:
+    file = changed / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["merges"].pop(3)
+    file.write_text(json.dumps(content))
+    assert "pre-tokenizer was not recognized" in refused(changed, tmp_path)
+
+
+def test_a_tensor_that_the_converter_does_not_know(changed: Path, tmp_path: Path) -> None:
+    weights = load_file(changed / WEIGHTS)
+    weights["reward_head.weight"] = weights["model.norm.weight"].clone()
+    save_file(weights, changed / WEIGHTS, {"format": "pt"})
+    assert "reward_head" in refused(changed, tmp_path)
+
+
+def test_weights_that_are_no_safetensors(changed: Path, tmp_path: Path) -> None:
+    (changed / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(
+        StageError, match=r"model.safetensors of .* is no safetensors file"
+    ) as caught:
+        check(changed, tmp_path)
+    assert caught.value.reason is Reason.MODEL_UNSUPPORTED
+
+
+@pytest.mark.parametrize("width", [40, 576, 512])
+def test_widths_that_llama_cpp_does_not_quantize(
+    width: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = Shape("llama", 2, width, width, width, 128, 512, tied=True)
+    check_widths: Callable[[list[str]], None] = lambda kinds: model_checks.check_widths(  # noqa: E731 - short
+        Export.model_validate({"gguf": kinds}), shape
+    )
+    check_widths(["F32", "F16", "BF16"])
+    assert not caplog.messages
+    if width == 40:
+        with pytest.raises(StageError, match="to Q8_0, Q4_K_M: its hidden size 40"):
+            check_widths(["F16", "Q8_0", "Q4_K_M"])
+        return
+    check_widths(["Q8_0", "Q4_K_M"])
+    assert bool(caplog.messages) is (width == 576)
+
+
+def layers(*names: str) -> list[str]:
+    return [f"model.layers.{n}.mlp.{name}.weight" for n in range(2) for name in names]
+
+
+def test_target_modules_that_the_model_lacks() -> None:
+    lora = Lora(target_modules=(TargetModule.Q, TargetModule.GATE, TargetModule.DOWN))
+    model_checks.check_targets(lora, layers("qkv_proj", "gate_up_proj", "down_proj"))
+    with pytest.raises(StageError) as caught:
+        model_checks.check_targets(lora, layers("q_proj", "up_proj", "fc2"))
+    assert caught.value.reason is Reason.INVALID_CONFIG
+    assert "has no gate_proj, down_proj." in caught.value.message
+    assert "are fc2, q_proj, up_proj: set it to some of q_proj, up_proj" in caught.value.message
+    # A vision tower's layers of the same name are none of the text's.
+    with pytest.raises(StageError, match="none of the names"):
+        model_checks.check_targets(lora, ["vision_tower.layers.0.q_proj.weight"])
+
+
+def test_a_dora_adapter_alone_as_gguf_is_refused() -> None:
+    lora = {"lora": {"useDora": True}}
+    check_config(run_config("/model", training=lora))
+    with pytest.raises(StageError, match="can't apply a DoRA adapter") as caught:
+        check_config(run_config("/model", training=lora, export={"adapterGguf": True}))
+    assert caught.value.reason is Reason.INVALID_CONFIG

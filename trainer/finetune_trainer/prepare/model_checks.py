@@ -1,0 +1,71 @@
+"""Whether the base model can be trained and exported as asked, without its weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from finetune_trainer.base_model import rehearsal
+from finetune_trainer.base_model.source import ModelFiles
+from finetune_trainer.base_model.targets import resolve_targets
+from finetune_trainer.config import Export, Lora, Quantization, RunConfig
+from finetune_trainer.memory.shape import Shape
+from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.progress import Reporter
+
+UNQUANTIZED = (Quantization.F32, Quantization.F16, Quantization.BF16)
+BLOCK = 32  # values that each quantized block has at least (Q8_0)
+K_BLOCK = 256  # of all types below Q8_0; llama.cpp takes a larger type where rows don't divide
+
+log = logging.getLogger(__name__)
+
+
+def check_model(
+    config: RunConfig, model: ModelFiles, base: Path, workspace: Path, reporter: Reporter
+) -> None:
+    """Look at tensors, architecture and tokenizer.
+
+    `base` has the model's small files. Raises StageError: InvalidConfig where the model lacks a
+    target module, ModelUnsupported where llama.cpp can't do what spec.export.gguf asks for.
+    """
+    headers = rehearsal.read_headers(model, config.storage)
+    check_targets(config.training.lora, rehearsal.tensor_names(headers))
+    if config.export.gguf:
+        reporter.message("Checking that llama.cpp can convert the model")
+        check_widths(
+            config.export, Shape.from_config(json.loads((base / "config.json").read_bytes()))
+        )
+        folder = rehearsal.with_stand_ins(model, headers, base, workspace / "rehearsal")
+        trust = config.model.trust_remote_code
+        rehearsal.rehearse(folder, workspace / "rehearsal.gguf", trust_remote_code=trust)
+
+
+def check_targets(lora: Lora, tensors: list[str]) -> None:
+    """Raise StageError(InvalidConfig) when the model has none of the layers of a target module."""
+    suffix = ".weight"
+    layers = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+    resolve_targets(lora.target_modules, layers)
+
+
+def check_widths(export: Export, shape: Shape | None) -> None:
+    """Raise StageError(ModelUnsupported) when llama.cpp would leave the layers as they are."""
+    quantized = [kind for kind in export.gguf if kind not in UNQUANTIZED]
+    if shape is None or not quantized:
+        return
+    if shape.hidden % BLOCK:
+        raise StageError(
+            Reason.MODEL_UNSUPPORTED,
+            f"llama.cpp can't quantize this model to {', '.join(quantized)}: its hidden size "
+            f"{shape.hidden} is no multiple of {BLOCK}, so that the layers would stay in 16 bits. "
+            "Leave only F32, F16 or BF16 in spec.export.gguf.",
+        )
+    small = [kind for kind in quantized if kind is not Quantization.Q8_0]
+    if small and shape.hidden % K_BLOCK:
+        log.warning(
+            "The hidden size %d is no multiple of %d: llama.cpp holds most layers of %s in larger "
+            "types than these names say",
+            shape.hidden,
+            K_BLOCK,
+            ", ".join(small),
+        )
