@@ -158,8 +158,8 @@ def shortfall(file: str, quality: Quality | None) -> str:
     if quality is None or not quality.over_limit:
         return f"{file} did not pass the checks; the manifest says why."
     return (
-        f"{file}: mean KL divergence {quality.kl_divergence:.4g} nats per token from the merged "
-        f"model, limit {quality.max_kl_divergence:.4g}."
+        f"{file}: mean KL divergence {quality.kl_divergence:.4g} nats per token, limit "
+        f"{quality.max_kl_divergence:.4g}."
     )
 
 

@@ -224,8 +224,8 @@ class Quality(Base):
     """What was measured on a GGUF file in llama.cpp, over the answers of held-out rows."""
 
     kl_divergence: Annotated[float, Field(alias="klDivergence")]
-    """Mean Kullback-Leibler divergence of the next token from the merged model in 16 bits, in nats
-    per token."""
+    """Mean Kullback-Leibler divergence of the next token, in nats per token: of a quantization from
+    the 16-bit file that it was made of, and of that file from base model and adapter."""
 
     same_top_token: float
     """Share of tokens at which both find the same next token most likely, 0 to 1."""

@@ -69,8 +69,7 @@ def test_a_file_that_the_gate_refuses_is_named_and_a_new_limit_exports_alone(
     assert messages(here, "QualityGateFailed") == [
         (
             "Warning",
-            "rejected/model-Q4_K_M.gguf: mean KL divergence 0.4123 nats per token from the merged "
-            "model, limit 0.08.",
+            "rejected/model-Q4_K_M.gguf: mean KL divergence 0.4123 nats per token, limit 0.08.",
         )
     ]
     assert here.jobs() == [("prepare", 1), ("train", 1), ("export", 1)]

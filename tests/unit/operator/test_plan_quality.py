@@ -76,7 +76,7 @@ MESSAGE = (
     "model-Q4_K_M.gguf: KL divergence 0.4123, limit 0.08. Drop Q4_K_M from spec.export.gguf, or "
     "raise its limit in spec.export.qualityLimits."
 )
-SHORT_OF = "mean KL divergence 0.4123 nats per token from the merged model, limit 0.08."
+SHORT_OF = "mean KL divergence 0.4123 nats per token, limit 0.08."
 TRAINED = (
     succeeded(PREPARE, fingerprint="prepare-a"),
     succeeded(TRAIN, fingerprint="train-a"),

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from finetune_trainer.outcome import Artifact, Quality
 
-TITLE = "GGUF files against the merged model in 16 bits"
+TITLE = "GGUF files against what they were made of"
 WIDTH = 120  # of a log, which has none of its own
 NOT_MEASURED = "not measured"
 
