@@ -36,6 +36,9 @@ class DyingFolder(Folder):
     def read(self, path: str) -> bytes | None:
         return self._inner.read(path)
 
+    def read_start(self, path: str, count: int) -> bytes:
+        return self._inner.read_start(path, count)
+
     def download(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> None:
         self._inner.download(path, target, on_bytes)
 

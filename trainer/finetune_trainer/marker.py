@@ -17,7 +17,6 @@ from finetune_trainer.outcome import Artifact
 from finetune_trainer.storage import Folder
 
 MANIFEST = "manifest.json"
-REJECTED = "rejected"  # the folder for files that must not be used
 METRICS = "metrics.json"  # what `train` leaves beside the adapter
 
 log = logging.getLogger(__name__)
@@ -32,11 +31,6 @@ class Marker(Base):
     fingerprint: str
     files: tuple[Artifact, ...]
     """Paths below the folder that the marker lies in."""
-
-    @property
-    def rejected(self) -> tuple[str, ...]:
-        """Files that failed the quality gate; an export with any of them is not complete."""
-        return tuple(f.path for f in self.files if f.path.startswith(f"{REJECTED}/"))
 
 
 def stage_folder(stage: Stage, fingerprint: str) -> str:
@@ -88,7 +82,7 @@ def find_complete(output: Folder, stage: Stage, fingerprint: str) -> Marker | No
     except ValidationError:
         log.warning("%s is no marker of this version; the stage runs again", output.uri_of(path))
         return None
-    if (marker.stage, marker.fingerprint) != (stage, fingerprint) or marker.rejected:
+    if (marker.stage, marker.fingerprint) != (stage, fingerprint):
         return None
     if rejected := [item.path for item in marker.files if item.rejected]:
         log.warning("%s lists %s: the stage runs again", output.uri_of(path), rejected[0])

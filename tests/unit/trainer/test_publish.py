@@ -252,7 +252,7 @@ def test_an_export_with_rejected_files_is_not_complete(output: LocalFolder, room
     publish(output, room, "new", NEW)
     assert find_complete(output, Stage.EXPORT, "new") is None
     marker = Marker.model_validate_json(output.read(MANIFEST) or b"")
-    assert marker.rejected == ("rejected/model-Q3_K_M.gguf",)
+    assert [f.path for f in marker.files if f.rejected] == ["rejected/model-Q3_K_M.gguf"]
 
 
 def test_a_former_manifest_can_not_name_files_of_others(

@@ -9,7 +9,14 @@ from __future__ import annotations
 from finetune_trainer.config.base import LOCATION_RULE, Base, Location, Stage, cel, describe
 from finetune_trainer.config.dataset import Columns, CountOrShare, DataFormat, Dataset, allowed
 from finetune_trainer.config.model import Model
-from finetune_trainer.config.output import Export, Output, QualityLimit, Quantization, Storage
+from finetune_trainer.config.output import (
+    Export,
+    Output,
+    QualityLimit,
+    Quantization,
+    Signing,
+    Storage,
+)
 from finetune_trainer.config.run import (
     Fingerprints,
     Hardware,
@@ -41,6 +48,7 @@ __all__ = [
     "Quantization",
     "Resolved",
     "RunConfig",
+    "Signing",
     "Stage",
     "Storage",
     "TargetModule",

@@ -35,6 +35,11 @@ class QualityLimit(Base):
     answers of the held-out rows."""
 
 
+class Signing(Base):
+    """Sign the artifacts, offline and with a private key: model.sig, in the format of
+    model-signing (OpenSSF)."""
+
+
 class Export(Base):
     """The artifacts to write beside the adapter."""
 
@@ -74,6 +79,9 @@ class Export(Base):
         ),
     ] = ()
     """Limits of your own in place of those that follow from type and model size."""
+
+    signing: Signing | None = None
+    """Sign the artifacts; left out, they are not signed."""
 
 
 class Output(Base):

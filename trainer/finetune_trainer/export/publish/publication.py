@@ -28,7 +28,10 @@ Build = Callable[[Files], bytes]
 """Makes manifest.json of all files."""
 
 Sign = Callable[[Files], dict[str, bytes]]
-"""Makes further small files of all files, by path: the signature."""
+"""Makes the files of a signature of all others, by path."""
+
+PROVENANCE = "provenance.json"
+"""The manifest without the signature, so that it can be signed; only where something is signed."""
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +110,10 @@ class Publication:
         """
         self._finish_uploads()
         self._write(SHA256SUMS, sha256sums(self.artifacts))
-        for path, data in (sign(self.artifacts) if sign else {}).items():
-            self._write(path, data)
+        if sign:
+            self._write(PROVENANCE, build(self.artifacts))
+            for path, data in sign(self.artifacts).items():
+                self._write(path, data)
         manifest = build(self.artifacts)
         self._reporter.message("Publishing the new version")
         swap(self._output, self._fingerprint, manifest)

@@ -1,0 +1,160 @@
+"""Signed artifacts, checked by model-signing's own program on a downloaded folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from base64 import b64decode
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+
+from finetune_trainer.config import Export, Signing, Stage
+from finetune_trainer.export.publish import Publication
+from finetune_trainer.export.publish.signing import KEY_VARIABLE, Signer, signer_for
+from finetune_trainer.marker import Marker
+from finetune_trainer.outcome import Artifact, Reason, StageError
+from finetune_trainer.progress import Reporter
+from finetune_trainer.storage import LocalFolder
+
+FILES = {
+    "adapter/weights": b"weights",
+    "gguf/model-Q8_0.gguf": b"GGUF" * 1000,
+    "README.md": b"card",
+    "rejected/model-Q3_K_M.gguf": b"bad",
+}
+SIGNED = Export(signing=Signing())
+ENCODED = (Encoding.PEM, PrivateFormat.PKCS8)
+
+
+def pem(key: ec.EllipticCurvePrivateKey) -> str:
+    return key.private_bytes(*ENCODED, NoEncryption()).decode()
+
+
+@pytest.fixture
+def key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+@pytest.fixture
+def public(key: ec.EllipticCurvePrivateKey, tmp_path: Path) -> Path:
+    file = tmp_path / "key.pub"
+    encoded = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    file.write_bytes(encoded)
+    return file
+
+
+@pytest.fixture
+def downloaded(key: ec.EllipticCurvePrivateKey, tmp_path: Path) -> Path:
+    """A published and signed folder, with what other stages left in it."""
+    output = LocalFolder(tmp_path / "tuned")
+    output.write("stages/train/abc/complete.json", b"{}")
+    signer = signer_for(SIGNED, "tuned", {KEY_VARIABLE: pem(key)})
+
+    def build(files: tuple[Artifact, ...]) -> bytes:
+        marker = Marker(stage=Stage.EXPORT, fingerprint="fp", files=files)
+        return marker.model_dump_json().encode()
+
+    with Publication(output, "fp", Reporter()) as publication:
+        for path, data in FILES.items():
+            file = tmp_path / "room" / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+            publication.add(file, path)
+        publication.commit(build, signer)
+    return output.root
+
+
+def verify(folder: Path, public: Path) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("model_signing")
+    command = [program, "verify", "key", folder, "--signature", folder / "model.sig"]
+    command += ["--public_key", public]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_tool_s_own_verifier_accepts_the_set(downloaded: Path, public: Path) -> None:
+    checked = verify(downloaded, public)
+    assert checked.returncode == 0, checked.stderr
+    listed = [
+        item["path"] for item in json.loads((downloaded / "manifest.json").read_bytes())["files"]
+    ]
+    assert listed == [*FILES, "SHA256SUMS", "provenance.json", "model.sig"]
+    bundle = json.loads((downloaded / "model.sig").read_bytes())
+    statement = json.loads(b64decode(bundle["dsseEnvelope"]["payload"]))
+    assert statement["_type"] == "https://in-toto.io/Statement/v1"
+    assert statement["subject"][0]["name"] == "tuned"
+    named = {item["name"] for item in statement["predicate"]["resources"]}
+    assert named == {*FILES, "SHA256SUMS", "provenance.json"} - {"rejected/model-Q3_K_M.gguf"}
+    provenance = json.loads((downloaded / "provenance.json").read_bytes())
+    assert [item["path"] for item in provenance["files"]] == [*FILES, "SHA256SUMS"]
+
+
+@pytest.mark.parametrize("path", ["gguf/model-Q8_0.gguf", "README.md", "provenance.json"])
+def test_a_flipped_bit_is_found(downloaded: Path, public: Path, path: str) -> None:
+    data = bytearray((downloaded / path).read_bytes())
+    data[1] ^= 1
+    (downloaded / path).write_bytes(data)
+    checked = verify(downloaded, public)
+    assert checked.returncode != 0
+    assert "Hash mismatch" in checked.stderr
+    assert path in checked.stderr
+
+
+def test_a_missing_an_added_and_another_s_file_are_found(downloaded: Path, public: Path) -> None:
+    (downloaded / "extra.bin").write_bytes(b"x")
+    assert "Extra files" in verify(downloaded, public).stderr
+    (downloaded / "extra.bin").unlink()
+    (downloaded / "README.md").unlink()
+    assert "Missing files" in verify(downloaded, public).stderr
+
+
+def test_another_key_is_refused(downloaded: Path, tmp_path: Path) -> None:
+    other = ec.generate_private_key(ec.SECP384R1()).public_key()
+    file = tmp_path / "other.pub"
+    file.write_bytes(other.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    checked = verify(downloaded, file)
+    assert checked.returncode != 0
+    assert "Key mismatch" in checked.stderr
+
+
+def test_without_a_key_or_with_a_wrong_one_it_says_what_to_do() -> None:
+    with pytest.raises(StageError, match=r"keySecretRef") as caught:
+        signer_for(SIGNED, "tuned", {})
+    assert caught.value.reason is Reason.INVALID_CONFIG
+    wrong = {
+        "no PEM": "secret-words",
+        "RSA": rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
+            *ENCODED, NoEncryption()
+        ),
+        "another curve": ec.generate_private_key(ec.SECP256K1()).private_bytes(
+            *ENCODED, NoEncryption()
+        ),
+        "a password": ec.generate_private_key(ec.SECP256R1()).private_bytes(
+            *ENCODED, BestAvailableEncryption(b"secret-words")
+        ),
+    }
+    for text in wrong.values():
+        with pytest.raises(StageError, match=r"not a private key of curve P-256") as caught:
+            signer_for(
+                SIGNED, "tuned", {KEY_VARIABLE: text.decode() if isinstance(text, bytes) else text}
+            )
+        assert "secret-words" not in caught.value.message
+    assert signer_for(Export(), "tuned", {}) is None
+
+
+def test_an_image_without_the_package_is_named(
+    key: ec.EllipticCurvePrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "model_signing", None)
+    with pytest.raises(StageError, match="EXTRAS that contain `signing`") as caught:
+        Signer("tuned", pem(key))
+    assert caught.value.reason is Reason.INVALID_CONFIG
