@@ -22,13 +22,7 @@ from finetune_trainer.base_model.tokenizer import (
     save_tokenizer,
 )
 from finetune_trainer.export.weights import MergedWeights, write_merged
-from finetune_trainer.export.weights.checkpoint import (
-    CONFIG,
-    INDEX,
-    SINGLE,
-    read_checkpoint,
-    read_config,
-)
+from finetune_trainer.export.weights.checkpoint import CONFIG, read_config
 from finetune_trainer.storage import OnBytes
 
 GENERATION = "generation_config.json"
@@ -37,6 +31,7 @@ _OF_THE_BASE = (
     "preprocessor_config.json",  # what servers need for a model with a vision tower
     "processor_config.json",
 )
+
 _DTYPES = ("dtype", "torch_dtype")  # the newer name and the older
 
 log = logging.getLogger(__name__)
@@ -93,17 +88,6 @@ def assemble(
             file.chmod(0o644)  # some are saved for their owner only
 
 
-def link_weights(base: Path, folder: Path) -> list[Path]:
-    """Link the base's weights into a folder, as if they were its own; the links."""
-    shards = {stored.shard for stored in read_checkpoint(base).values()}
-    names = sorted(shards if shards == {SINGLE} else shards | {INDEX})
-    links = [folder / name for name in names]
-    for link in links:
-        link.unlink(missing_ok=True)
-        link.symlink_to((base / link.name).resolve())
-    return links
-
-
 def stored_config(config: dict[str, Any], dtype: torch.dtype, *, trusted: bool) -> dict[str, Any]:
     """config.json for weights of another type; without `trusted`, no mention of Python code."""
     name = str(dtype).removeprefix("torch.")
@@ -144,11 +128,6 @@ def stopping(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> di
         if token not in ends:
             ends.append(token)
     return {**settings, "eos_token_id": ends[0] if len(ends) == 1 else ends}
-
-
-def parameters_dtype(folder: Path) -> str:
-    """The type that a saved model's weights have, as config.json names it."""
-    return str(read_config(folder)["dtype"])
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
