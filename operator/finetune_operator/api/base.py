@@ -38,6 +38,13 @@ class SecretKeyReference(Base):
     """Key within the Secret."""
 
 
+class PrivateKeyReference(SecretKeyReference):
+    """A private key in a Secret in the FineTuneJob's namespace."""
+
+    key: Name = "private-key.pem"
+    """Key within the Secret."""
+
+
 class SecretKeySelector(Base):
     """One key of a Secret in the FineTuneJob's namespace (core/v1 SecretKeySelector)."""
 

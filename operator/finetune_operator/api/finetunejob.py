@@ -12,6 +12,7 @@ from finetune_operator.api.base import (
     EnvVar,
     Name,
     Preserved,
+    PrivateKeyReference,
     Resources,
     SecretKeyReference,
     SecretReference,
@@ -38,6 +39,37 @@ class StorageSpec(config.Storage):
     AWS_SESSION_TOKEN and AWS_ENDPOINT_URL_S3 (used where endpoint is left out). Leave it out with
     workload identity (serviceAccountName). The operator passes it on by reference and may not read
     it."""
+
+
+class SigningSpec(config.Signing):
+    """Sign the artifacts, offline and with a private key: model.sig, in the format of
+    model-signing (OpenSSF)."""
+
+    key_secret_ref: PrivateKeyReference
+    """Secret with the private key: PEM, without a password, of curve P-256, P-384 or P-521. Only
+    the pod of export gets it, by reference; the operator may not read it."""
+
+
+class ExportSpec(config.Export):
+    """The artifacts to write beside the adapter."""
+
+    signing: SigningSpec | None = None
+    """Sign the artifacts; left out, they are not signed."""
+
+
+class HubSpec(config.Hub):
+    """A model repository on the Hugging Face Hub that the artifacts are pushed to as well."""
+
+    token_secret_ref: SecretKeyReference
+    """Secret with a Hugging Face token that may write to the repository. Only the pod of export
+    gets it, by reference; the operator may not read it."""
+
+
+class OutputSpec(config.Output):
+    """Where the artifacts go."""
+
+    hub: HubSpec | None = None
+    """Push the artifacts to the Hugging Face Hub, once all of them are in the folder."""
 
 
 class PodSettings(Base):
@@ -96,8 +128,8 @@ class FineTuneJobSpec(Base):
     model: ModelSpec
     dataset: config.Dataset
     training: config.Training = config.Training()
-    export: config.Export = config.Export()
-    output: config.Output
+    export: ExportSpec = ExportSpec()
+    output: OutputSpec
     storage: StorageSpec = StorageSpec()
 
     service_account_name: Name | None = None
@@ -125,6 +157,12 @@ class FineTuneJobSpec(Base):
         data = {name: getattr(self, name).model_dump(by_alias=False) for name in fields}
         data["model"].pop("token_secret_ref")
         data["storage"].pop("secret_ref")
+        for part, secret in (
+            (data["export"]["signing"], "key_secret_ref"),
+            (data["output"]["hub"], "token_secret_ref"),
+        ):
+            if part:
+                del part[secret]
         known = {"job": job, "resolved": resolved, "hardware": hardware}
         return config.RunConfig.model_validate({**data, **known})
 

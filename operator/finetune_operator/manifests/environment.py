@@ -7,16 +7,22 @@ from typing import Any
 from finetune_operator.api.base import EnvVar
 from finetune_operator.api.finetunejob import FineTuneJobSpec, PodSettings
 from finetune_operator.settings import Settings
+from finetune_trainer.config import Stage
 
 Variable = dict[str, Any]
 
 
 def environment(
-    spec: FineTuneJobSpec, pod: PodSettings, settings: Settings, told: dict[str, str]
+    spec: FineTuneJobSpec,
+    stage: Stage,
+    pod: PodSettings,
+    settings: Settings,
+    told: dict[str, str],
 ) -> list[Variable]:
     """All variables: those of the user, those in `told`, and the credentials by reference."""
     own = [{"name": name, "value": value} for name, value in told.items()]
     own += _credentials(spec)
+    own += _credentials_of_export(spec) if stage is Stage.EXPORT else []
     # The last of two variables with one name wins: the user's stand first, so as not to break the
     # contract between operator and trainer.
     taken = {each["name"] for each in own}
@@ -46,6 +52,18 @@ def _credentials(spec: FineTuneJobSpec) -> list[Variable]:
     if spec.model.token_secret_ref is not None:
         token = spec.model.token_secret_ref
         found.append(_from_secret("HF_TOKEN", token.name, token.key))
+    return found
+
+
+def _credentials_of_export(spec: FineTuneJobSpec) -> list[Variable]:
+    """What no other stage has a use for."""
+    found: list[Variable] = []
+    if spec.export.signing is not None:
+        key = spec.export.signing.key_secret_ref
+        found.append(_from_secret("FINETUNE_SIGNING_KEY", key.name, key.key))
+    if spec.output.hub is not None:
+        token = spec.output.hub.token_secret_ref
+        found.append(_from_secret("FINETUNE_HUB_TOKEN", token.name, token.key))
     return found
 
 

@@ -92,7 +92,14 @@ def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings)
         spec.service_account_name,
         _dump(spec.storage.secret_ref),
         _dump(spec.model.token_secret_ref),
+        *_publishing(spec, stage),
     )
+
+
+def _publishing(spec: FineTuneJobSpec, stage: Stage) -> list[dict[str, Any]]:
+    """What an export signs with, and where it pushes to."""
+    parts = (spec.export.signing, spec.output.hub) if stage is Stage.EXPORT else ()
+    return [part.model_dump(mode="json") for part in parts if part is not None]
 
 
 def _pod_settings(spec: FineTuneJobSpec, stage: Stage) -> PodSettings:
@@ -180,7 +187,7 @@ def _container(
         "command": ["finetune-trainer"],
         "args": [str(stage), "--config", config, "--workspace", WORKSPACE],
         "workingDir": WORKSPACE,
-        "env": environment(spec, pod, settings, told),
+        "env": environment(spec, stage, pod, settings, told),
         "volumeMounts": mounts(pod, shared_memory),
         # Where a container ends without its StageResult, the end of its log is a person's clue.
         "terminationMessagePolicy": "FallbackToLogsOnError",

@@ -69,6 +69,14 @@ EVERYTHING: dict[str, Any] = {
         }
     },
 }
+PUBLISHING: dict[str, Any] = {
+    **SPEC,
+    "export": {"signing": {"keySecretRef": {"name": "signer"}}},
+    "output": {
+        **SPEC["output"],
+        "hub": {"repo": "org/tuned", "tokenSecretRef": {"name": "pusher", "key": "write"}},
+    },
+}
 WITH_SECRETS = Settings(
     trainer_image="trainer:1",
     image_pull_policy="Never",
@@ -81,6 +89,7 @@ CASES = {
     "prepare-minimal": (job(), SPEC, SETTINGS, PREPARE),
     "train-everything": (job(), EVERYTHING, WITH_SECRETS, TRAIN),
     "export-long-name": (job(name=LONG_NAME), SPEC, SETTINGS, EXPORT),
+    "export-published": (job(), PUBLISHING, SETTINGS, EXPORT),
 }
 
 
@@ -163,6 +172,35 @@ def test_no_secret_is_named_in_the_configuration() -> None:
     config_map = objects(*CASES["train-everything"])[2]
     for name in ("hub", "bucket", "registry", "wandb", "mlflow"):
         assert f'"{name}"' not in config_map["data"]["run.json"]
+
+
+def test_only_the_export_gets_the_key_and_the_token_of_publishing() -> None:
+    secret = ("FINETUNE_SIGNING_KEY", "FINETUNE_HUB_TOKEN")
+    for stage in Stage:
+        env = pod_of(PUBLISHING, stage)["containers"][0]["env"]
+        found = [each["name"] for each in env if each["name"] in secret]
+        assert found == (list(secret) if stage is EXPORT else [])
+
+
+def test_what_is_pushed_where_is_told_without_the_secrets() -> None:
+    config_map = next(o for o in objects(*CASES["export-published"]) if o["kind"] == "ConfigMap")
+    text = config_map["data"]["run.json"]
+    told = RunConfig.model_validate_json(text)
+    assert told.export.signing is not None
+    assert told.output.hub is not None
+    assert told.output.hub.repo == "org/tuned"
+    assert not any(f'"{name}"' in text for name in ("signer", "pusher"))
+
+
+@pytest.mark.parametrize("part", ["export", "output"])
+def test_another_key_or_repository_is_another_job_of_export_alone(part: str) -> None:
+    spec = FineTuneJobSpec.model_validate({**SPEC, part: PUBLISHING[part]})
+    before = FineTuneJobSpec.model_validate(SPEC)
+    for stage in Stage:
+        same = pod_settings_digest(spec, stage, SETTINGS) == pod_settings_digest(
+            before, stage, SETTINGS
+        )
+        assert same == (stage is not EXPORT)
 
 
 def names(spec: dict[str, Any], settings: Settings = SETTINGS, **fields: Any) -> dict[str, str]:

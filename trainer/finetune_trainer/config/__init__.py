@@ -11,6 +11,7 @@ from finetune_trainer.config.dataset import Columns, CountOrShare, DataFormat, D
 from finetune_trainer.config.model import Model
 from finetune_trainer.config.output import (
     Export,
+    Hub,
     Output,
     QualityLimit,
     Quantization,
@@ -39,6 +40,7 @@ __all__ = [
     "Export",
     "Fingerprints",
     "Hardware",
+    "Hub",
     "JobReference",
     "Location",
     "Lora",

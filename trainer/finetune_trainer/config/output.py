@@ -84,12 +84,38 @@ class Export(Base):
     """Sign the artifacts; left out, they are not signed."""
 
 
+class Hub(Base):
+    """A model repository on the Hugging Face Hub that the artifacts are pushed to as well."""
+
+    repo: Annotated[
+        str,
+        Field(
+            min_length=3,
+            max_length=193,
+            json_schema_extra=cel(
+                "self.matches('^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')",
+                "must be org/name of a repository on the Hugging Face Hub",
+            ),
+        ),
+    ]
+    """The repository, `org/name`. It is created where it doesn't exist."""
+
+    private: bool = True
+    """Create it as a private repository; one that exists stays as it is."""
+
+    revision: Annotated[str, Field(min_length=1, max_length=256)] = "main"
+    """Branch to push to; it is created where it doesn't exist."""
+
+
 class Output(Base):
     """Where the artifacts go."""
 
     uri: Annotated[Location, Field(json_schema_extra=LOCATION_RULE)]
     """The folder for everything that the job writes: `s3://bucket/prefix` or an absolute path.
     Give each FineTuneJob its own. manifest.json is written last: when it is there, all is there."""
+
+    hub: Hub | None = None
+    """Push the artifacts to the Hugging Face Hub, once all of them are in the folder."""
 
 
 class Storage(Base):
