@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,30 +40,32 @@ LONGEST_PROMPT = 1024  # tokens
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Training:
+    """What the training used and left, as far as it can be found in a GGUF file."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: choosing.Rows
+    held_out: bool
+    """Whether no training step saw the rows."""
+
+    context: int | None
+    """The longest text that the model is made for, in tokens."""
+
+    reference: reference.Reference | None
+    """What the tuned model says of the rows; None where nothing is measured."""
+
+
 class Gate:
     """What is known of the tuned model, and of the files checked so far."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        rows: choosing.Rows,
-        workspace: Path,
-        export: Export,
-        *,
-        held_out: bool,
-        context: int | None,
-        known: reference.Reference | None,
-    ) -> None:
-        self.rows = rows
-        self.known = known
-        self._tokenizer = tokenizer
-        self._wanted = tokens.wanted(tokenizer, rows)
+    def __init__(self, training: Training, workspace: Path, export: Export) -> None:
+        self.training = training
+        self._wanted = tokens.wanted(training.tokenizer, training.rows)
         self._workspace = workspace
         self._export = export
-        self._held_out = held_out
-        self._context = context
         self._sixteen: tuple[Path, FileCheck] | None = None
-        self._files: list[FileCheck] = []
+        self._files: tuple[FileCheck, ...] = ()
         self._samples: tuple[Sample, ...] = ()
 
     @classmethod
@@ -80,9 +83,9 @@ class Gate:
         """Choose the rows, and run base model and adapter over them unless export.verify is off.
 
         `examples` are the held-out rows as `prepare` left them, or else training rows, with
-        `held_out` False. Without an adapter, `base` is the finished model itself. Files of up to
-        1 MB a token and vocabulary of 500,000 go to `workspace`. Raises StageError when the model
-        can't be run.
+        `held_out` False. Without an adapter, `base` is the finished model itself. `workspace`
+        takes three files of 2 bytes for each token (512 at most) and entry of the vocabulary.
+        Raises StageError when the model can't be run.
         """
         workspace.mkdir(parents=True, exist_ok=True)
         tokenizer = load_tokenizer(adapter or base, trust_remote_code=trust_remote_code)
@@ -92,24 +95,10 @@ class Gate:
             known = reference.compute(
                 base, adapter, rows.cut, workspace, trust_remote_code=trust_remote_code
             )
-            log.info(
-                "The gate measures on %d tokens of %d rows; perplexity %.4g, of the base model %s",
-                rows.tokens,
-                len(rows.cut),
-                known.tuned_perplexity,
-                f"{known.base_perplexity:.4g}" if known.base_perplexity else "not asked",
-            )
+            _log_reference(rows, known)
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        return cls(
-            tokenizer,
-            rows,
-            workspace,
-            export,
-            held_out=held_out,
-            context=context,
-            known=known,
-        )
+        return cls(Training(tokenizer, rows, held_out, context, known), workspace, export)
 
     @property
     def mode(self) -> Literal["fail", "warn", "off"]:
@@ -187,20 +176,20 @@ class Gate:
 
     def report(self) -> GateReport:
         """Everything that was measured so far."""
-        known = self.known
+        known = self.training.reference
         return GateReport(
-            rows=len(self.rows.cut) if known else 0,
-            tokens=self.rows.tokens if known else 0,
-            held_out=self._held_out,
+            rows=len(self.training.rows.cut) if known else 0,
+            tokens=self.training.rows.tokens if known else 0,
+            held_out=self.training.held_out,
             base_perplexity=known.base_perplexity if known else None,
             tuned_perplexity=known.tuned_perplexity if known else None,
-            files=tuple(self._files),
+            files=self._files,
             samples=self._samples,
         )
 
     def _check(self, file: Path, kind: Quantization, header: Header) -> FileCheck:
         problems = list(structure.problems_of(header, kind))
-        if header.size < header.end:  # llama.cpp would read beyond the file's end
+        if header.size < header.end:  # a cut file is of no use to anybody
             return FileCheck(file=file.name, quantization=kind, problems=tuple(problems))
         problems += self._beside_source(header)
         quality = None
@@ -218,8 +207,8 @@ class Gate:
 
     def _beside_source(self, header: Header) -> Iterator[str]:
         if self._sixteen is None:
-            yield from structure.unlike_config(header, self._context)
-            yield from tokens.other_vocabulary(header, self._tokenizer)
+            yield from structure.unlike_config(header, self.training.context)
+            yield from tokens.other_vocabulary(header, self.training.tokenizer)
             return
         source, of_source = self._sixteen
         if not of_source.passed:
@@ -233,26 +222,26 @@ class Gate:
     def _against(self, kind: Quantization) -> dict[str, Any]:
         """What a file is held against, and whether its own words are kept for others."""
         kept = self._workspace / "sixteen.npy"
-        if self.known is None:
+        if self.training.reference is None:
             return {"rows": [], "against": None, "write": None}
         of_tuned = kind in structure.SIXTEEN_BITS
         return {
             "rows": self._request_rows(),
-            "against": str(self.known.tuned if of_tuned else kept),
+            "against": str(self.training.reference.tuned if of_tuned else kept),
             "write": str(kept) if self._sixteen is None else None,
         }
 
     def _against_base(self) -> dict[str, Any]:
-        if self.known is None or self.known.base is None:
+        if self.training.reference is None or self.training.reference.base is None:
             return {"rows": [], "against": None, "write": None}
         return {
             "rows": self._request_rows(),
-            "against": str(self.known.base),
+            "against": str(self.training.reference.base),
             "write": None,
         }
 
     def _request_rows(self) -> list[dict[str, Any]]:
-        return [{"ids": row.ids, "measured": row.measured} for row in self.rows.cut]
+        return [{"ids": row.ids, "measured": row.measured} for row in self.training.rows.cut]
 
     def _ask(
         self, file: Path, measured: dict[str, Any], *, adapter: Path | None = None
@@ -275,7 +264,7 @@ class Gate:
             return None, ["it computes numbers that are not finite"]
         if not said["measured"]:
             return None, []
-        effect = self.known.effect if self.known else None
+        effect = self.training.reference.effect if self.training.reference else None
         limit = thresholds.limit_for(kind, parameters, self._export.quality_limits, effect)
         divergence = float(said["klDivergence"])
         quality = Quality(
@@ -294,9 +283,11 @@ class Gate:
 
     def _prompts(self) -> list[tuple[dict[str, Any], list[int]]]:
         found = []
-        for example in self.rows.examples:
-            text = render_prompt(self._tokenizer, example)
-            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for example in self.training.rows.examples:
+            text = render_prompt(self.training.tokenizer, example)
+            ids = self.training.tokenizer(text, add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
             if len(ids) <= LONGEST_PROMPT:
                 found.append((example, ids))
         return choosing.spread(found, SAMPLES)
@@ -330,7 +321,7 @@ class Gate:
         return self._sixteen
 
     def _finished(self, check: FileCheck) -> FileCheck:
-        self._files.append(check)
+        self._files += (check,)
         quality = check.quality
         if quality:
             log.info(
@@ -344,6 +335,17 @@ class Gate:
         for problem in check.problems:
             log.warning("%s: %s", check.file, problem)
         return check
+
+
+def _log_reference(rows: choosing.Rows, known: reference.Reference) -> None:
+    base = known.base_perplexity
+    log.info(
+        "The gate measures on %d tokens of %d rows: perplexity %.4g%s",
+        rows.tokens,
+        len(rows.cut),
+        known.tuned_perplexity,
+        "" if base is None else f", and {base:.4g} of the base model",
+    )
 
 
 def _adapter_problems(header: Header) -> Iterator[str]:

@@ -49,7 +49,7 @@ tensor_type_fallback); where they are none of 32 either, it takes F16."""
 
 SIXTEEN_BITS = (Quantization.F32, Quantization.F16, Quantization.BF16)
 
-_CHANGED = ("general.file_type", "general.quantization_version", "general.size_label")
+_CHANGED = ("general.file_type", "general.quantization_version")
 _CHANGED_PREFIXES = ("quantize.", "split.")
 
 

@@ -1,0 +1,429 @@
+"""The gate: what is wrong with a GGUF file is found, and what is right passes.
+
+One tiny tuned model, with a fault planted into its files. The figures in the comments were measured
+on it: how far the clean file is from the reference, and the faulty one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from finetune_trainer.config import Export, Quantization
+from finetune_trainer.config.output import QualityLimit
+from finetune_trainer.export.gate import structure
+from finetune_trainer.export.gate.gate import Gate
+from finetune_trainer.export.gate.header import Header
+from finetune_trainer.export.results import FileCheck
+from finetune_trainer.outcome import Reason, StageError
+from tests.integration.trainer.families import WIDE
+from tests.integration.trainer.tuned import EXAMPLES, Tuned, make_tuned
+
+Q = Quantization
+ALL = (Q.F16, *(kind for kind in Q if kind is not Q.F16))
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+    """A llama of two layers, wide enough for K quantizations, and SmolLM2's kind of tokenizer."""
+    return make_tuned("smollm2", tmp_path_factory.mktemp("tuned"), torch.float16, **WIDE_SHAPE)
+
+
+WIDE_SHAPE = {**WIDE, "initializer_range": 0.06}
+
+
+@pytest.fixture(scope="module")
+def opened(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> Gate:
+    """A gate that has seen the clean 16-bit file."""
+    gate = tuned.gate(tmp_path_factory.mktemp("gate"))
+    assert gate.check(tuned.file(Q.F16), Q.F16).problems == ()
+    return gate
+
+
+@pytest.fixture
+def gate(opened: Gate) -> Gate:
+    """One that goes on from there, so that faulty files leave no trace for other tests."""
+    return copy.copy(opened)
+
+
+@pytest.fixture
+def first(opened: Gate) -> Gate:
+    """One that knows the reference and has seen no file."""
+    return Gate(opened.training, opened._workspace, Export())
+
+
+@pytest.fixture
+def faulty(tuned: Tuned, tmp_path: Path) -> Callable[[Quantization], Path]:
+    """A copy of a file, to be damaged."""
+
+    return lambda kind: Path(shutil.copy(tuned.file(kind), tmp_path / f"{kind}.gguf"))
+
+
+def refused(check: FileCheck, *words: str) -> None:
+    """Every word is in one of the file's problems."""
+    assert not check.passed
+    for word in words:
+        assert any(word in problem for problem in check.problems), check.problems
+
+
+def overwrite(file: Path, place: int, data: bytes) -> None:
+    with file.open("r+b") as stream:
+        stream.seek(place)
+        stream.write(data)
+
+
+def set_value(file: Path, key: str, form: str, value: Any) -> None:
+    """Change a number in the metadata."""
+    with Header(file) as header:
+        place = header.fields[key].start
+    overwrite(file, place, struct.pack(f"<{form}", value))
+
+
+def flip(file: Path, place: int, bit: int) -> None:
+    data = file.read_bytes()[place]
+    overwrite(file, place, bytes([data ^ 1 << bit]))
+
+
+def tensor_place(file: Path, name: str) -> int:
+    with Header(file) as header:
+        return header.tensors[name].offset
+
+
+def weights(folder: Path, name: str) -> torch.Tensor:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return file.get_tensor(name).float()
+
+
+def set_weights(file: Path, name: str, value: torch.Tensor) -> None:
+    """Write another float16 matrix into a file."""
+    overwrite(file, tensor_place(file, name), value.half().numpy().tobytes())
+
+
+LAYER = ("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight")
+
+
+def test_every_type_of_a_clean_model_passes(tuned: Tuned, first: Gate) -> None:
+    """Measured: F16 4e-6, Q8_0 4e-4, Q6_K 0.004, Q4_K_M 0.04, Q3_K_M 0.08."""
+    checks = [first.check(tuned.file(kind), kind) for kind in ALL]
+    assert [check.problems for check in checks] == [()] * 9
+    figures = {check.quantization: check.quality for check in checks}
+    assert all(figures.values())
+    loss = {kind: quality.kl_divergence for kind, quality in figures.items() if quality}
+    assert max(loss[Q.F32], loss[Q.F16]) < loss[Q.BF16] < loss[Q.Q8_0] < loss[Q.Q6_K]
+    assert loss[Q.Q6_K] < loss[Q.Q5_K_M] < loss[Q.Q4_K_M] < loss[Q.IQ4_XS] < loss[Q.Q3_K_M]
+    report = first.report()
+    assert report.files == tuple(checks)
+    assert (report.rows, report.tokens, report.held_out) == (6, first.training.rows.tokens, True)
+    assert report.tuned_perplexity is not None
+    assert report.tuned_perplexity == pytest.approx(figures[Q.F16].perplexity, rel=1e-3)  # type: ignore[union-attr]
+    assert report.base_perplexity != pytest.approx(report.tuned_perplexity, rel=0.01)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.2, 2.0])
+def test_a_wrong_scale_is_found(
+    tuned: Tuned, first: Gate, faulty: Callable[[Quantization], Path], scale: float
+) -> None:
+    """Of one kind of module alone: SCALES."""
+    file = faulty(Q.F16)
+    for layer in range(2):
+        theirs, ours = (name.format(layer) for name in LAYER)
+        base, merged = weights(tuned.base, theirs), weights(tuned.merged, theirs)
+        set_weights(file, ours, base + scale * (merged - base))
+    refused(first.check(file, Q.F16), "mean KL divergence")
+
+
+def test_a_layer_without_its_delta_is_found(
+    tuned: Tuned, first: Gate, faulty: Callable[[Quantization], Path]
+) -> None:
+    """One of fourteen: SKIPPED."""
+    file = faulty(Q.F16)
+    theirs, ours = (name.format(1) for name in LAYER)
+    set_weights(file, ours, weights(tuned.base, theirs))
+    refused(first.check(file, Q.F16), "mean KL divergence")
+
+
+def test_what_was_made_of_a_refused_file_is_refused(
+    tuned: Tuned, first: Gate, faulty: Callable[[Quantization], Path]
+) -> None:
+    file = faulty(Q.F16)
+    set_value(file, "tokenizer.ggml.eos_token_id", "I", 0)
+    refused(first.check(file, Q.F16), "end of a text")
+    refused(first.check(tuned.file(Q.Q8_0), Q.Q8_0), "made of F16.gguf, which is refused")
+
+
+def test_other_merges_are_found(first: Gate, faulty: Callable[[Quantization], Path]) -> None:
+    """Two merges that the rows don't pass through, exchanged."""
+    file = faulty(Q.F16)
+    with Header(file) as header:
+        merges = header.strings("tokenizer.ggml.merges")
+        field = header.fields["tokenizer.ggml.merges"]
+        raw = header.raw("tokenizer.ggml.merges")
+    assert merges is not None
+    pair = next(
+        (a, b)
+        for a, b in zip(reversed(merges), reversed(merges[:-1]), strict=False)
+        if len(a.encode()) == len(b.encode())
+    )
+    one, other = (text.encode() for text in pair)
+    swapped = (
+        raw.replace(one, b"\0" * len(one)).replace(other, one).replace(b"\0" * len(one), other)
+    )
+    overwrite(file, field.start, swapped)
+    refused(first.check(file, Q.F16), "merges")
+
+
+def test_another_way_to_split_words_is_found(
+    first: Gate, faulty: Callable[[Quantization], Path], tmp_path: Path
+) -> None:
+    """gpt-2 keeps numbers together that SmolLM2 splits; no row has one."""
+    file = tmp_path / "other.gguf"
+    rewrite(faulty(Q.F16), file, {"tokenizer.ggml.pre": "gpt-2"})
+    refused(first.check(file, Q.F16), "other tokens")
+
+
+def test_another_vocabulary_is_found(first: Gate, faulty: Callable[[Quantization], Path]) -> None:
+    """One letter of a token that no row uses."""
+    file = faulty(Q.F16)
+    with Header(file) as header:
+        raw = header.raw("tokenizer.ggml.tokens")
+        start = header.fields["tokenizer.ggml.tokens"].start
+    overwrite(file, start + raw.rindex(b"boiling"), b"bailing")
+    refused(first.check(file, Q.F16), "entries of its vocabulary")
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"tokenizer.chat_template": "{{ messages[0]['content'] }}"}, "chat template"),
+        ({"tokenizer.ggml.eos_token_id": None}, "as the end of a text"),
+        ({"tokenizer.ggml.add_bos_token": True}, "add_bos"),
+        ({"tokenizer.ggml.add_eos_token": True}, "add_eos"),
+    ],
+)
+def test_what_servers_go_by_is_checked(
+    first: Gate,
+    faulty: Callable[[Quantization], Path],
+    tmp_path: Path,
+    changed: dict[str, Any],
+    word: str,
+) -> None:
+    file = tmp_path / "other.gguf"
+    rewrite(faulty(Q.F16), file, changed)
+    refused(first.check(file, Q.F16), word)
+
+
+def test_an_end_of_turn_that_llama_cpp_does_not_stop_at_is_found(
+    first: Gate, faulty: Callable[[Quantization], Path]
+) -> None:
+    """The token lost its text, by which llama.cpp knows it, and is nobody's end any more."""
+    file = faulty(Q.F16)
+    with Header(file) as header:
+        raw = header.raw("tokenizer.ggml.tokens")
+        start = header.fields["tokenizer.ggml.tokens"].start
+    overwrite(file, start + raw.index(b"<|im_end|>"), b"<|im_stop|")
+    set_value(file, "tokenizer.ggml.eos_token_id", "I", 0)
+    refused(first.check(file, Q.F16), "would not stop")
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Q.Q4_K_M, Q.Q8_0), (Q.Q8_0, Q.Q4_K_M)])
+def test_a_swapped_quantization_is_found(
+    tuned: Tuned, gate: Gate, kind: Quantization, name: Quantization, tmp_path: Path
+) -> None:
+    file = Path(shutil.copy(tuned.file(kind), tmp_path / f"{name}.gguf"))
+    refused(gate.check(file, name), f"says that it is {kind}, and not {name}")
+    set_value(file, "general.file_type", "I", {Q.Q8_0: 7, Q.Q4_K_M: 15}[name])
+    refused(gate.check(file, name), "stored as")
+
+
+@pytest.mark.parametrize("kept", [10, 1000, 1_000_000, -4])
+def test_a_truncated_file_is_found(
+    gate: Gate, faulty: Callable[[Quantization], Path], kept: int
+) -> None:
+    file = faulty(Q.Q8_0)
+    file.write_bytes(file.read_bytes()[:kept])
+    refused(gate.check(file, Q.Q8_0), "")
+    assert gate.check(file, Q.Q8_0).quality is None
+
+
+def test_a_flipped_bit_in_the_metadata_is_found(
+    tuned: Tuned, faulty: Callable[[Quantization], Path]
+) -> None:
+    """In any value: each is compared with that of the file that it was made of."""
+    file = faulty(Q.Q8_0)
+    with Header(file) as header:
+        places = {key: field.end - 1 for key, field in header.fields.items()}
+    for key, place in places.items():
+        flip(file, place, 0)
+        # Two say how it was quantized, and the first of them is looked at by itself.
+        found = list(read_problems(file, tuned.file(Q.F16)))
+        assert found or key == "general.quantization_version", key
+        flip(file, place, 0)
+    assert list(read_problems(file, tuned.file(Q.F16))) == []
+
+
+def read_problems(file: Path, source: Path) -> Iterator[str]:
+    with Header(file) as header, Header(source) as before:
+        yield from structure.problems_of(header, Q.Q8_0)
+        yield from structure.unlike(header, before)
+
+
+def test_a_flipped_bit_of_the_context_length_is_found(
+    first: Gate, faulty: Callable[[Quantization], Path]
+) -> None:
+    """In the first file, which has none before it, and where no short row shows it."""
+    file = faulty(Q.F16)
+    with Header(file) as header:
+        place = header.fields["llama.context_length"].start
+    flip(file, place + 1, 3)
+    refused(first.check(file, Q.F16), "llama.context_length")
+
+
+def test_a_flipped_bit_of_a_norm_is_found(
+    gate: Gate, faulty: Callable[[Quantization], Path]
+) -> None:
+    """The lowest one: norms are copied as they are."""
+    file = faulty(Q.Q4_K_M)
+    flip(file, tensor_place(file, "blk.1.ffn_norm.weight") + 40, 0)
+    refused(gate.check(file, Q.Q4_K_M), "is not the one that was copied")
+
+
+def test_a_scale_that_is_no_number_is_found(
+    gate: Gate, faulty: Callable[[Quantization], Path]
+) -> None:
+    """Even of one block of a token that no row has: llama.cpp looks at all of them."""
+    file = faulty(Q.Q8_0)
+    place = tensor_place(file, "token_embd.weight") + 34 * 8 * 40_000
+    overwrite(file, place, np.float16(np.inf).tobytes())
+    refused(gate.check(file, Q.Q8_0), "llama.cpp can't load it")
+
+
+def test_limits_of_the_spec_come_first(tuned: Tuned, opened: Gate) -> None:
+    limits = (QualityLimit(quantization=Q.Q8_0, max_kl_divergence=1e-6),)
+    gate = with_export(opened, Export(quality_limits=limits))
+    check = gate.check(tuned.file(Q.Q8_0), Q.Q8_0)
+    refused(check, "1e-06 is the limit")
+    assert check.quality is not None
+    assert not check.quality.passed
+    assert gate.rejects(check)
+    warning = with_export(opened, Export(verify="warn", quality_limits=limits))
+    assert not warning.rejects(check)
+
+
+def with_export(opened: Gate, export: Export) -> Gate:
+    gate = copy.copy(opened)
+    gate._export = export
+    return gate
+
+
+def test_without_measuring_a_file_is_still_read(
+    tuned: Tuned, faulty: Callable[[Quantization], Path], tmp_path: Path
+) -> None:
+    gate = tuned.gate(tmp_path / "gate", verify="off")
+    assert gate.training.reference is None
+    check = gate.check(tuned.file(Q.F16), Q.F16)
+    assert (check.problems, check.quality) == ((), None)
+    file = faulty(Q.Q8_0)
+    file.write_bytes(file.read_bytes()[:-4000])
+    assert gate.rejects(gate.check(file, Q.Q8_0))
+    assert gate.report().tuned_perplexity is None
+
+
+def test_a_model_that_is_not_there_is_an_error(tuned: Tuned, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(tuned.base, tmp_path / "base"))
+    (broken / "model.safetensors").write_bytes(b"none")
+    with pytest.raises(StageError) as caught:
+        Gate.open(broken, tuned.adapter, EXAMPLES, tmp_path / "gate", Export())
+    assert caught.value.reason in (Reason.MODEL_UNSUPPORTED, Reason.INTERNAL_ERROR)
+
+
+class TestAdapter:
+    """The adapter alone as GGUF."""
+
+    @pytest.fixture(scope="class")
+    def adapter(self, tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        file = tmp_path_factory.mktemp("adapter") / "LoRA.gguf"
+        write_lora(tuned, file, alpha=8.0)
+        return file
+
+    def test_taken_away_it_leaves_the_base_model(
+        self, gate: Gate, tuned: Tuned, adapter: Path
+    ) -> None:
+        check = gate.check_adapter(adapter)
+        assert check.problems == ()
+        assert check.quality is not None
+        samples = gate.samples(tuned.file(Q.F16), adapter)
+        assert [sample.expected for sample in samples] == [
+            example["completion"][0]["content"] for example in EXAMPLES
+        ]
+        assert all(sample.base is not None for sample in samples)
+        assert [sample.base for sample in samples] != [sample.tuned for sample in samples]
+
+    def test_a_wrong_scale_is_found(self, gate: Gate, tuned: Tuned, tmp_path: Path) -> None:
+        """As of an rsLoRA adapter (rank 4) that is taken for a plain one: ADAPTER."""
+        file = tmp_path / "LoRA.gguf"
+        write_lora(tuned, file, alpha=16.0)
+        refused(gate.check_adapter(file), "mean KL divergence")
+
+    def test_it_has_to_be_whole(self, gate: Gate, adapter: Path, tmp_path: Path) -> None:
+        file = tmp_path / "LoRA.gguf"
+        file.write_bytes(adapter.read_bytes()[:-500])
+        refused(gate.check_adapter(file), "was cut")
+
+
+def write_lora(tuned: Tuned, file: Path, alpha: float) -> None:
+    """The adapter as a GGUF file, by llama.cpp's own script."""
+    import subprocess
+    import sys
+
+    from finetune_trainer.base_model.converter import llama_folder
+
+    folder = file.parent / f"adapter-{alpha}"
+    shutil.copytree(tuned.adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": alpha}))
+    subprocess.run(
+        [
+            sys.executable,
+            str(llama_folder() / "convert_lora_to_gguf.py"),
+            str(folder),
+            f"--base={tuned.base}",
+            f"--outfile={file}",
+            "--outtype=f32",
+        ],
+        check=True,
+        capture_output=True,
+    )
+
+
+def rewrite(source: Path, target: Path, changed: dict[str, Any]) -> None:
+    """A file with other metadata; None takes an entry out."""
+    reader = gguf.GGUFReader(source)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(target, architecture)
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture" or key in changed:
+            continue
+        inner = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
+    for key, value in changed.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif value is not None:
+            writer.add_string(key, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,96 @@
+"""Tiny tuned models and their GGUF files, merged the plain way: by PEFT, as a whole.
+
+The gate's tests hold files against base model and adapter that nothing of the export's own code
+made, but for the conversion itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from finetune_trainer.base_model.loading import load_model
+from finetune_trainer.base_model.tokenizer import (
+    begins_with_bos,
+    load_tokenizer,
+    message_pair,
+    save_tokenizer,
+)
+from finetune_trainer.config import Export, Quantization
+from finetune_trainer.export.gate.gate import Gate
+from finetune_trainer.export.gguf.convert import Model, write_sixteen
+from finetune_trainer.export.gguf.quantize import quantize
+from tests.integration.trainer.conftest import ROWS
+from tests.integration.trainer.families import FAMILIES, write_family, write_tokenizer
+
+EXAMPLES = [message_pair(*row) for row in ROWS]
+FUSED = {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
+SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A base model, an adapter that changes much, and both merged."""
+
+    base: Path
+    adapter: Path
+    merged: Path
+    own: Quantization
+    """The 16-bit type of its weights."""
+
+    files: Path
+    """Folder with GGUF files, each named after its type."""
+
+    def file(self, kind: Quantization) -> Path:
+        """A GGUF file of the merged model, made when it is asked for first."""
+        file = self.files / f"{kind}.gguf"
+        if not file.exists() and kind is self.own:
+            bos = begins_with_bos(load_tokenizer(self.merged))
+            model = Model(self.merged, None, self.merged, "tiny", kind, begins_with_bos=bos)
+            write_sixteen(model, file, kind)
+        elif not file.exists():
+            quantize(self.file(self.own), file, kind)
+        return file
+
+    def gate(self, room: Path, **export: Any) -> Gate:
+        """A gate that has seen nothing yet."""
+        return Gate.open(self.base, self.adapter, EXAMPLES, room, Export(**export))
+
+
+def make_tuned(name: str, folder: Path, dtype: torch.dtype, **shape: Any) -> Tuned:
+    """A tuned model of one of the families."""
+    base, adapter, merged = folder / "base", folder / "adapter", folder / "merged"
+    (folder / "gguf").mkdir(parents=True)
+    family = FAMILIES[name]
+    # With larger weights a random model is so sure of its tokens that rounding changes them.
+    write_family(
+        replace(family, shape={**family.shape, "initializer_range": 0.06, **shape}), base, dtype
+    )
+    make_adapter(base, adapter, FUSED.get(family.kind, SEPARATE))
+    model = PeftModel.from_pretrained(load_model(base, torch.float32, "cpu"), adapter)
+    model.merge_and_unload().to(dtype).save_pretrained(merged)
+    write_tokenizer(family, merged)
+    own = Quantization.BF16 if dtype is torch.bfloat16 else Quantization.F16
+    return Tuned(base, adapter, merged, own, folder / "gguf")
+
+
+def make_adapter(base: Path, folder: Path, targets: tuple[str, ...]) -> None:
+    """An adapter that changes each target by about a fifth of its weights' size.
+
+    PEFT's random B is large; a training's B would be zero at first and the test show nothing.
+    """
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=list(targets), init_lora_weights=False, lora_dropout=0
+    )
+    model = get_peft_model(load_model(base, torch.float32, "cpu"), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(0.3)
+    model.save_pretrained(folder)
+    save_tokenizer(load_tokenizer(base), base, folder)
