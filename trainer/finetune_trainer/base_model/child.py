@@ -59,7 +59,8 @@ def run(
         "TQDM_DISABLE": "1",
         **(environment or {}),
     }
-    process = subprocess.Popen(
+    errors: list[str] = []
+    with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -67,23 +68,21 @@ def run(
         text=True,
         errors="replace",
         env=variables,
-    )
-    _running.add(process)
-    errors: list[str] = []
-    stream, process.stderr = process.stderr, None  # communicate() leaves it to the thread
-    listener = threading.Thread(
-        target=_listen, args=(stream, errors, on_progress), name="child", daemon=True
-    )
-    listener.start()
-    try:
-        output, _ = process.communicate(request)
-        listener.join()
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
-    finally:
-        _running.discard(process)
+    ) as process:
+        stream, process.stderr = process.stderr, None  # communicate() leaves it to the thread
+        listener = threading.Thread(
+            target=_listen, args=(stream, errors, on_progress), name="child", daemon=True
+        )
+        listener.start()
+        _running.add(process)
+        try:
+            output, _ = process.communicate(request)
+            listener.join()
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            _running.discard(process)
     return Finished(process.returncode, output, "".join(errors))
 
 

@@ -87,10 +87,10 @@ def build(request: dict[str, Any], weights: MergedWeights) -> Any:
         model_arch = known.model_arch
 
         def index_tensors(self, remote_hf_model_id: str | None = None) -> dict[str, Any]:
-            """Every tensor of the model by name, in the order in which the converter reads them."""
+            """Tensors by name, in the order of a single file, as the converter reads it."""
             del remote_hf_model_id
             tensors: dict[str, Callable[[], Any]] = {}
-            for info in sorted(weights.infos.values(), key=lambda each: (each.shard, each.name)):
+            for _, info in sorted(weights.infos.items()):
                 kept = self.filter_tensors((info.name, partial(stored_tensor, weights, info)))
                 if kept:
                     tensors[kept[0]] = kept[1]

@@ -20,11 +20,11 @@ def write_files(
     *,
     importance: Path | None = None,
     reporter: Reporter | None = None,
-) -> Iterator[Path]:
+) -> Iterator[tuple[Quantization, Path]]:
     """Write one file for each type to the folder `target`, and give each when it is complete.
 
-    The first is the one that the others are made of, then the largest first. It is written to a
-    temporary folder beside `target` where none of the types can serve.
+    The first is the one that the others are made of, then the largest first. Where none of the
+    types can serve it is one more, in a temporary folder beside `target`.
     """
     kinds = set(kinds)
     source_kind = source_of(kinds, model.own)
@@ -33,10 +33,9 @@ def write_files(
         place = target if source_kind in kinds else Path(temporary)
         source = place / file_name(model.name, source_kind)
         write_sixteen(model, source, source_kind, reporter=reporter)
-        if place == target:
-            yield source
+        yield source_kind, source
         for kind in sorted(kinds - {source_kind}, key=list(Quantization).index):
             file = target / file_name(model.name, kind)
             matrix = importance if kind in PROFITING else None
             quantize(source, file, kind, matrix, reporter=reporter)
-            yield file
+            yield kind, file
