@@ -32,7 +32,7 @@ def plain(model: Path) -> Model:
 def files(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One file per type, of the untrained model."""
     folder = tmp_path_factory.mktemp("gguf")
-    written = list(write_files(plain(tiny_model), folder, TYPES))
+    written = [file for _, file in write_files(plain(tiny_model), folder, TYPES)]
     assert {file.name for file in folder.iterdir()} == {file.name for file in written}
     return {file.stem.removeprefix("tiny-"): file for file in written}
 
@@ -95,7 +95,7 @@ def test_an_end_that_llama_cpp_does_not_know_fails(tiny_model: Path, tmp_path: P
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     template = model / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_end|>", "<repo_name>"))
-    (file,) = write_files(plain(model), tmp_path / "gguf", (Quantization.F16,))
+    ((_, file),) = write_files(plain(model), tmp_path / "gguf", (Quantization.F16,))
     assert "would not stop" in refused(file, load_tokenizer(model))
 
 

@@ -202,7 +202,12 @@ def test_training_gguf_and_modelfile_make_the_same_tokens(
     tokenizer, file, expected = served
     assert tokenizer.chat_template == expected
     text = write_modelfile(
-        file.parents[1], [file], tokenizer, config(), merged=file.parents[1] / "model"
+        file.parents[1],
+        {Quantization.F16: file},
+        tokenizer,
+        config(),
+        parameters=1000,
+        generation={},
     ).read_text()
     answer = {"role": "assistant", "content": "Hot, hot."}
     said = [[SYSTEM, *CHAT], CHAT, CHAT[:1], [SYSTEM, CHAT[0]]]
@@ -254,15 +259,15 @@ def test_the_system_prompt_and_the_model_s_own_settings(
 ) -> None:
     monkeypatch.setattr(modelfile, "make_template", lambda *_: Template(None, ("No TEMPLATE.",)))
     settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.05}
-    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
     (folder := tmp_path / "gguf").mkdir()
-    files = [folder / "tiny-F16.gguf", folder / "tiny-Q8_0.gguf"]
+    files = {kind: folder / f"tiny-{kind}.gguf" for kind in (Quantization.F16, Quantization.Q8_0)}
     text = write_modelfile(
         tmp_path,
         files,
         tokenizer,
         config(systemPrompt='Be brief.\n\nSay "yes" or "no".', gguf=("F16", "Q8_0")),
-        merged=tmp_path,
+        parameters=1000,
+        generation=settings,
     ).read_text()
     assert "# No TEMPLATE.\n" in text
     assert "# Also here: ./gguf/tiny-F16.gguf\n" in text

@@ -65,24 +65,32 @@ def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
     assert b"FROM ./gguf/tiny-Q8_0.gguf\n" in output.read("Modelfile")
     assert {
         "Modelfile",
+        "README.md",
+        "SHA256SUMS",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "adapter/tokenizer.json",
         "adapter/tokenizer_config.json",
         "dataset-report.json",
         "gguf/tiny-F16.gguf",
+        "gguf/tiny-LoRA-F32.gguf",
         "gguf/tiny-Q8_0.gguf",
         "merged/config.json",
         "merged/model.safetensors",
         "merged/tokenizer.json",
+        "report.html",
     } <= files.keys()
     for item in manifest["files"]:
         assert files[item["path"]] == item["bytes"]
         assert hashlib.sha256(output.read(item["path"])).hexdigest() == item["sha256"]
-    assert [
-        (check["file"], check["question"], check["answer"], check["stopped"])
-        for check in manifest["checks"]
-    ] == [(f"tiny-{kind}.gguf", *ROWS[0], True) for kind in ("F16", "Q8_0")]
+    checks = manifest["gate"]["files"]
+    assert [check["file"] for check in checks] == [
+        f"tiny-{kind}.gguf" for kind in ("F16", "LoRA-F32", "Q8_0")
+    ]
+    assert all(check["quality"]["passed"] and not check["problems"] for check in checks)
+    sample = manifest["gate"]["samples"][0]
+    assert (sample["prompt"], sample["tuned"], sample["stopped"]) == (*ROWS[0], True)
+    assert sample["base"] != sample["tuned"]
     lineage = manifest["lineage"]
     assert lineage["datasetRows"] == len(ROWS)
     assert lineage["hyperparameters"]["epochs"] == 40
@@ -103,6 +111,7 @@ def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
     assert "Training examples" not in edited.output
     now = output.files()
     assert [path for path in now if path.startswith(("gguf/", "merged/", "manifest"))] == [
+        "gguf/tiny-LoRA-F32.gguf",
         "gguf/tiny-Q4_K_M.gguf",
         "gguf/tiny-Q8_0.gguf",
         "manifest.json",

@@ -1,7 +1,6 @@
 """The manifest: every file with its SHA-256, and what they were made from.
 
-It is written last. While a new version is uploaded there is no manifest, so that nobody takes half
-of the old and half of the new for a whole.
+It is written last (publish.swap), so that nobody takes half of a version for a whole.
 """
 
 from __future__ import annotations
@@ -9,18 +8,15 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from finetune_trainer.config import Base, Fingerprints, Resolved, RunConfig, Stage
-from finetune_trainer.export.verify import Check
-from finetune_trainer.marker import MANIFEST, Marker
+from finetune_trainer.base_model import source
+from finetune_trainer.config import Base, Fingerprints, RunConfig, Stage
+from finetune_trainer.export.results import GateReport
 from finetune_trainer.outcome import Artifact
-from finetune_trainer.storage import Folder, OnBytes
 
-FORMER = "manifest.former.json"  # the manifest that is being replaced, for its list of files
 _PACKAGES = ("finetune-operator", "torch", "transformers", "trl", "peft", "llama-cpp-python")
 
 
@@ -30,6 +26,10 @@ class Lineage(Base):
     dataset: str
     dataset_etag: Annotated[str, Field(alias="datasetETag")]
     dataset_rows: int
+    eval_source: str | None = None
+    """Where the held-out rows come from; None where they were split off."""
+
+    eval_rows: int = 0
     columns: dict[str, str]
     model: str
     model_revision: str
@@ -51,22 +51,19 @@ class Manifest(Base):
 
     lineage: Lineage
     metrics: dict[str, float]
-    checks: tuple[Check, ...]
-    """What each GGUF file answered."""
+    gate: GateReport
+    """What was measured on the GGUF files."""
 
 
-def build(
-    config: RunConfig,
-    resolved: Resolved,
-    files: list[Artifact],
-    trained: dict[str, Any],
-    checks: list[Check],
-) -> Manifest:
-    """Put the manifest together; `trained` is what metrics.json holds."""
-    lineage = Lineage(
+def lineage_of(config: RunConfig, trained: dict[str, Any]) -> Lineage:
+    """What the files are made from; `trained` is what metrics.json holds."""
+    resolved = source.resolved_of(config)
+    return Lineage(
         dataset=config.dataset.source,
         dataset_etag=resolved.dataset_etag,
         dataset_rows=resolved.dataset_rows,
+        eval_source=config.dataset.eval_source,
+        eval_rows=resolved.eval_rows,
         columns=config.dataset.columns.model_dump(exclude_none=True),
         model=config.model.source,
         model_revision=resolved.model_revision,
@@ -74,14 +71,11 @@ def build(
         fingerprints=resolved.fingerprints,
         versions=versions(),
     )
-    return Manifest(
-        fingerprint=resolved.fingerprints.export,
-        files=tuple(files),
-        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        lineage=lineage,
-        metrics=trained["metrics"],
-        checks=tuple(checks),
-    )
+
+
+def now() -> str:
+    """The present time as RFC 3339, in UTC."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def versions() -> dict[str, str]:
@@ -93,33 +87,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def publish(output: Folder, manifest: Manifest, result: Path, on_bytes: OnBytes) -> None:
-    """Replace what the output folder holds: old manifest away, files, manifest, stale files away.
-
-    When this is interrupted, the next run finds the former list of files and cleans up after both.
-    """
-    former = former_files(output)
-    if (old := output.read(MANIFEST)) is not None:
-        output.write(FORMER, old)
-        output.delete([MANIFEST])
-    for item in manifest.files:
-        output.upload(result / item.path, item.path, on_bytes)
-    output.write(MANIFEST, manifest.model_dump_json(indent=2).encode() + b"\n")
-    stale = former - {item.path for item in manifest.files}
-    output.delete([*sorted(stale), FORMER])
-
-
-def former_files(output: Folder) -> set[str]:
-    """Files that earlier manifests of this folder list."""
-    paths: set[str] = set()
-    for name in (MANIFEST, FORMER):
-        data = output.read(name)
-        if data is None:
-            continue
-        try:
-            paths.update(item.path for item in Marker.model_validate_json(data).files)
-        except ValidationError:
-            continue  # not ours; its files are left alone
-    return paths

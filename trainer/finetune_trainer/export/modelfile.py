@@ -7,9 +7,8 @@ then guesses from the template in the GGUF file.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,23 +43,25 @@ class Template:
 
 def write_modelfile(
     folder: Path,
-    files: Sequence[Path],
+    files: Mapping[Quantization, Path],
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
     *,
-    merged: Path,
+    parameters: int,
+    generation: Mapping[str, Any],
 ) -> Path:
-    """Write `Modelfile` to `folder`, which the GGUF files are below; `merged` is the model that
-    they were made of."""
-    first = preferred(config.export.gguf, weights(merged))
-    generation = read_generation(merged)
-    file = next(file for file in files if file.stem.endswith(f"-{first}"))
+    """Write `Modelfile` to `folder`, which the GGUF files are below.
+
+    `parameters` is how many the model has, `generation` what its generation_config.json says.
+    """
+    file = files[preferred(files, parameters)]
+    others = [other for other in files.values() if other != file]
     template = make_template(tokenizer, file)
     if template.text is None:
         log.warning("The Modelfile has no TEMPLATE: %s", " ".join(template.notes))
     lines = [
         f"# {config.model.source}, fine-tuned. Serve it with: ollama create NAME -f Modelfile",
-        *(f"# Also here: ./{other.relative_to(folder)}" for other in files if other != file),
+        *(f"# Also here: ./{other.relative_to(folder)}" for other in others),
         f"FROM ./{file.relative_to(folder)}",
         *(f"# {note}" for note in template.notes),
         *([f'TEMPLATE """{template.text}"""'] if template.text is not None else []),
@@ -72,7 +73,7 @@ def write_modelfile(
     return target
 
 
-def preferred(kinds: Sequence[Quantization], parameters: float) -> Quantization:
+def preferred(kinds: Iterable[Quantization], parameters: int) -> Quantization:
     """The file that most people would serve; small models lose much by four bits."""
     order = _SMALL_FIRST if parameters < SMALL else _LARGE_FIRST
     return min(kinds, key=lambda kind: order.index(kind) if kind in order else len(order))
@@ -134,7 +135,7 @@ def _system(prompt: str | None) -> list[str]:
 
 
 def _parameters(
-    tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any], trained: int
+    tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, Any], trained: int
 ) -> list[str]:
     ends = [str(tokenizer.decode([token])) for token in sorted(end_of_turn_ids(tokenizer))]
     found = [f'PARAMETER stop "{end}"' for end in ends]
@@ -147,14 +148,3 @@ def _parameters(
         found.append("PARAMETER temperature 0")
     penalty = generation.get("repetition_penalty") or 1.0
     return [*found, f"PARAMETER repeat_penalty {penalty}"]
-
-
-def weights(merged: Path) -> int:
-    """About how many parameters a saved 16-bit model has."""
-    return sum(file.stat().st_size for file in merged.glob("*.safetensors")) // 2
-
-
-def read_generation(merged: Path) -> dict[str, Any]:
-    """The merged model's generation settings."""
-    file = merged / "generation_config.json"
-    return dict(json.loads(file.read_bytes())) if file.is_file() else {}

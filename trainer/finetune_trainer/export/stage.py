@@ -1,109 +1,173 @@
-"""export: merge, convert, quantize, ask each file a question, publish with the manifest last."""
+"""export: merge, convert, quantize, check each file, publish with the manifest last."""
 
 from __future__ import annotations
 
-import gc
-import json
-import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from finetune_trainer.base_model import source
-from finetune_trainer.base_model.tokenizer import begins_with_bos, load_tokenizer
-from finetune_trainer.config import Quantization, RunConfig, Stage
-from finetune_trainer.export.gguf.convert import Model
-from finetune_trainer.export.gguf.files import write_files
-from finetune_trainer.export.manifest import build, publish
-from finetune_trainer.export.merge import merge, parameters_dtype
-from finetune_trainer.export.modelfile import write_modelfile
+from finetune_trainer.config import RunConfig, Stage
+from finetune_trainer.export.inputs import Inputs, fetch, fetch_examples
+from finetune_trainer.export.manifest import Manifest, lineage_of, now
+from finetune_trainer.export.models import MERGED, Add, Making, make_gguf, make_merged, model_of
 from finetune_trainer.export.preflight import check_space
-from finetune_trainer.export.verify import Check, verify
-from finetune_trainer.marker import MANIFEST, METRICS, describe_tree, stage_folder
-from finetune_trainer.outcome import Reason, StageResult
+from finetune_trainer.export.publish import Publication, finish_interrupted
+from finetune_trainer.export.report import Facts, license_of, write_model_card, write_report
+from finetune_trainer.export.results import GateReport
+from finetune_trainer.marker import MANIFEST
+from finetune_trainer.outcome import REJECTED, Artifact, Reason, StageResult
 from finetune_trainer.progress import Reporter
 from finetune_trainer.storage import Folder, open_folder
 
-REPORT = "dataset-report.json"
+MODEL_CARD, REPORT = "README.md", "report.html"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the stage has in hand."""
+
+    config: RunConfig
+    inputs: Inputs
+    workspace: Path
+    publication: Publication
+    reporter: Reporter
+
+    @property
+    def result(self) -> Path:
+        """Folder for the files of the output."""
+        return self.workspace / "result"
 
 
 def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     """Make the artifacts for `config.resolved`; raises StageError."""
     reporter.begin(Stage.EXPORT, "Fetching the adapter")
-    resolved = source.resolved_of(config)
     output = open_folder(config.output.uri, config.storage)
-    result = workspace / "result"
-    example, trained = fetch_inputs(config, output, workspace, result)
-    checks: list[Check] = []
-    if config.export.merged or config.export.gguf:
-        checks = make_models(config, workspace, result, example, reporter)
+    fingerprint = source.resolved_of(config).fingerprints.export
+    if published := finish_interrupted(output, fingerprint):
+        return result_of(config, Manifest.model_validate_json(published))
+    inputs = fetch(config, output, workspace)
+    with Publication(output, fingerprint, reporter) as publication:
+        manifest = make_all(Work(config, inputs, workspace, publication, reporter))
+        files = publication.commit(lambda files: encoded(with_files(manifest, files)))
+    return result_of(config, with_files(manifest, files))
 
-    reporter.message("Computing checksums")
-    files = describe_tree(result)
-    manifest = build(config, resolved, files, trained, checks)
-    total = sum(item.bytes for item in files)
-    publish(output, manifest, result, reporter.transfer(f"Uploading {len(files)} files", total))
+
+def make_all(work: Work) -> Manifest:
+    """Make all files; returns the manifest but for their list."""
+    config, inputs = work.config, work.inputs
+    work.result.mkdir()
+    for file in sorted(file for file in inputs.adapter.rglob("*") if file.is_file()):
+        work.publication.add(file, f"adapter/{file.relative_to(inputs.adapter).as_posix()}")
+    work.publication.add(inputs.dataset_report, inputs.dataset_report.name)
+    base, gate = None, GateReport()
+    if config.export.merged or config.export.gguf:
+        base = source.fetch_resolved(config, work.workspace / "model", work.reporter)
+        gate = make_models(work, base)
+    manifest = Manifest(
+        fingerprint=source.resolved_of(config).fingerprints.export,
+        files=(),
+        created=now(),
+        lineage=lineage_of(config, inputs.training),
+        metrics=inputs.training["metrics"],
+        gate=gate,
+    )
+    work.reporter.message("Writing model card and report")
+    describe(work, base, manifest)
+    return manifest
+
+
+def make_models(work: Work, base: Path) -> GateReport:
+    """Write the merged model and GGUF files, each of which is on its way when it is finished."""
+    config, inputs = work.config, work.inputs
+    check_space(config, base, work.workspace)
+    folder = (work.result if config.export.merged else work.workspace) / MERGED
+    making = Making(
+        config=config,
+        model=model_of(config, base, inputs.adapter, folder),
+        examples=inputs.examples,
+        result=work.result,
+        workspace=work.workspace,
+        add=work.publication.add,
+        reporter=work.reporter,
+    )
+    if config.export.merged:
+        make_merged(making)
+    return make_gguf(making) if config.export.gguf else GateReport()
+
+
+def convert_merged(
+    config: RunConfig, folder: Path, store: Folder, add: Add, reporter: Reporter
+) -> GateReport:
+    """GGUF files in `folder` of the model that lies merged there, on one machine."""
+    with tempfile.TemporaryDirectory(prefix="gguf-", dir=folder) as workspace:
+        making = Making(
+            config=config,
+            model=model_of(config, folder / MERGED, None, folder / MERGED),
+            examples=fetch_examples(config, store, Path(workspace)),
+            result=folder,
+            workspace=Path(workspace),
+            add=add,
+            reporter=reporter,
+        )
+        return make_gguf(making)
+
+
+def describe(work: Work, base: Path | None, manifest: Manifest) -> None:
+    """Write model card and report of all files so far."""
+    facts = Facts.of(
+        work.config,
+        manifest.lineage,
+        trained=work.inputs.training,
+        dataset=work.inputs.dataset,
+        gate=manifest.gate,
+        files=work.publication.artifacts,
+        created=manifest.created,
+        license=license_of(base),
+    )
+    for name, write in ((MODEL_CARD, write_model_card), (REPORT, write_report)):
+        write(work.result / name, facts)
+        work.publication.add(work.result / name, name)
+
+
+def with_files(manifest: Manifest, files: tuple[Artifact, ...]) -> Manifest:
+    """The whole manifest."""
+    return manifest.model_copy(update={"files": files})
+
+
+def encoded(manifest: Manifest) -> bytes:
+    """As manifest.json holds it."""
+    return manifest.model_dump_json(indent=2, exclude_none=True).encode() + b"\n"
+
+
+def result_of(config: RunConfig, manifest: Manifest) -> StageResult:
+    """What the stage came to; a file that the gate rejected fails it, though all others are out."""
+    folder = config.output.uri.rstrip("/")
     return StageResult(
         stage=Stage.EXPORT,
-        reason=Reason.SUCCEEDED,
-        message=f"{len(files)} files in {config.output.uri}",
-        artifacts=tuple(files),
-        manifest_uri=output.uri_of(MANIFEST),
+        reason=reason_of(manifest.files),
+        message=rejection(manifest.gate, manifest.files, folder)
+        or f"{len(manifest.files)} files in {folder}",
+        artifacts=manifest.files,
+        manifest_uri=f"{folder}/{MANIFEST}",
     )
 
 
-def fetch_inputs(
-    config: RunConfig, output: Folder, workspace: Path, result: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Bring adapter and report into the result; return an example and what `train` measured."""
-    prints = source.resolved_of(config).fingerprints
-    prepared = stage_folder(Stage.PREPARE, prints.prepare)
-    trained = stage_folder(Stage.TRAIN, prints.train)
-    output.download_tree(f"{trained}/adapter", result / "adapter")
-    output.download(f"{trained}/{METRICS}", workspace / METRICS)
-    output.download(f"{prepared}/{REPORT}", result / REPORT)
-    examples = workspace / "examples.jsonl"
-    output.download(f"{prepared}/examples.jsonl", examples)
-    with examples.open(encoding="utf-8") as lines:
-        return json.loads(next(lines)), json.loads((workspace / METRICS).read_bytes())
+def reason_of(files: Sequence[Artifact]) -> Reason:
+    """Whether all files may be used."""
+    bad = any(item.rejected for item in files)
+    return Reason.QUALITY_GATE_FAILED if bad else Reason.SUCCEEDED
 
 
-def make_models(
-    config: RunConfig, workspace: Path, result: Path, example: dict[str, Any], reporter: Reporter
-) -> list[Check]:
-    """Write the merged model, GGUF files and Modelfile below `result`; check each GGUF file."""
-    trust = config.model.trust_remote_code
-    merged = result / "merged" if config.export.merged else workspace / "merged"
-    base = source.fetch_resolved(config, workspace / "model", reporter)
-    check_space(config, base, workspace)
-    reporter.message("Merging adapter and base model")
-    merge(base, result / "adapter", merged, trust_remote_code=trust)
-    shutil.rmtree(workspace / "model", ignore_errors=True)
-    gc.collect()
-    if not config.export.gguf:
-        return []
-    return make_gguf(config, merged, result, example, reporter)
-
-
-def make_gguf(
-    config: RunConfig, merged: Path, result: Path, example: dict[str, Any], reporter: Reporter
-) -> list[Check]:
-    """Write `gguf/` and the Modelfile below `result`, and check each GGUF file."""
-    trust = config.model.trust_remote_code
-    tokenizer = load_tokenizer(merged, trust_remote_code=trust)
-    bf16 = parameters_dtype(merged) == "bfloat16"
-    model = Model(
-        base=merged,
-        adapter=None,
-        folder=merged,
-        name=source.display_name(config.model.source),
-        own=Quantization.BF16 if bf16 else Quantization.F16,
-        begins_with_bos=begins_with_bos(tokenizer),
-        trust_remote_code=trust,
+def rejection(gate: GateReport, files: Sequence[Artifact], folder: str) -> str | None:
+    """Which files are refused, why, and what to do; None where none is."""
+    names = {item.path.rpartition("/")[2] for item in files if item.rejected}
+    causes = [f"{c.file}: {'; '.join(c.problems)}." for c in gate.files if c.file in names]
+    if not names:
+        return None
+    return (
+        f"{len(names)} of {len(gate.files)} GGUF files failed the quality gate and lie in "
+        f"{folder}/{REJECTED}: {' '.join(causes)} Choose a larger type in spec.export.gguf, raise "
+        "its limit in spec.export.qualityLimits, or set spec.export.verify to warn."
     )
-    files = list(write_files(model, result / "gguf", config.export.gguf, reporter=reporter))
-    checks = []
-    for file in files:
-        reporter.message(f"Asking {file.name} a question")
-        checks.append(verify(file, tokenizer, example))
-    write_modelfile(result, files, tokenizer, config, merged=merged)
-    return checks

@@ -1,0 +1,205 @@
+"""The models of an export: merged, as GGUF, and each GGUF file through the gate.
+
+A file is handed on as soon as it is finished and checked, so that it can be uploaded while the next
+one is computed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from finetune_trainer.base_model import source
+from finetune_trainer.base_model.tokenizer import begins_with_bos, load_tokenizer
+from finetune_trainer.config import Quantization, RunConfig
+from finetune_trainer.export.gate.gate import Gate
+from finetune_trainer.export.gguf.adapter import write_adapter
+from finetune_trainer.export.gguf.choice import PROFITING, adapter_file_name
+from finetune_trainer.export.gguf.convert import Model
+from finetune_trainer.export.gguf.files import write_files
+from finetune_trainer.export.importance import write_importance
+from finetune_trainer.export.inputs import Examples, read_lines
+from finetune_trainer.export.model_folder import assemble, generation_settings
+from finetune_trainer.export.modelfile import write_modelfile
+from finetune_trainer.export.results import FileCheck, GateReport
+from finetune_trainer.export.weights import MergedWeights, write_merged
+from finetune_trainer.outcome import REJECTED, Quality, StageError
+from finetune_trainer.progress import Reporter
+
+MERGED, GGUF = "merged", "gguf"
+
+log = logging.getLogger(__name__)
+
+
+class Add(Protocol):
+    """Takes a finished file, which stays as it is from then on."""
+
+    def __call__(self, file: Path, path: str, quality: Quality | None = None) -> object:
+        """`path` is its name in the output folder."""
+
+
+@dataclass(frozen=True)
+class Making:
+    """What all steps need."""
+
+    config: RunConfig
+    model: Model
+    examples: Examples
+    result: Path
+    """Folder for the files of the output."""
+
+    workspace: Path
+    add: Add
+    reporter: Reporter
+
+    @property
+    def trusted(self) -> bool:
+        """Whether Python code that comes with the model may run."""
+        return self.config.model.trust_remote_code
+
+
+def model_of(config: RunConfig, base: Path, adapter: Path | None, folder: Path) -> Model:
+    """The finished model: `base` and `adapter`, or `base` alone; raises StageError.
+
+    `folder` gets its configuration and tokenizer, unless it has them: then it is `base` itself.
+    """
+    trusted = config.model.trust_remote_code
+    weights = MergedWeights.open(base, adapter)
+    if adapter:
+        weights.check_changes()
+        assemble(base, adapter, folder, trust_remote_code=trusted, dtype=weights.dtype)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
+    return Model(
+        base=base,
+        adapter=adapter,
+        folder=folder,
+        name=source.display_name(config.model.source),
+        own=Quantization.BF16 if weights.dtype is torch.bfloat16 else Quantization.F16,
+        begins_with_bos=begins_with_bos(tokenizer),
+        trust_remote_code=trusted,
+    )
+
+
+def make_merged(making: Making) -> None:
+    """Write the merged model's weights beside its configuration, and hand on the folder."""
+    model, folder = making.model, making.model.folder
+    weights = MergedWeights.open(model.base, model.adapter)
+    total = sum(math.prod(info.shape) * info.dtype.itemsize for info in weights.infos.values())
+    moved = making.reporter.transfer("Merging the adapter into the base model", total)
+    write_merged(weights, folder, moved)
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        making.add(file, f"{MERGED}/{file.relative_to(folder).as_posix()}")
+
+
+def make_gguf(making: Making) -> GateReport:
+    """Write GGUF files and Modelfile below the result, and check each; raises StageError."""
+    gate = open_gate(making)
+    importance = importance_file(making)
+    adapter = make_adapter(making)
+    good: dict[Quantization, Path] = {}
+    for number, (kind, file, check) in enumerate(checked_files(making, gate, importance)):
+        if number == 0 and check.passed:
+            check_adapter(making, gate, adapter)
+            making.reporter.message("Asking the tuned model and its base the same questions")
+            gate.samples(file, adapter)
+        if number == 0 and importance:
+            write_importance(
+                making.model, file, read_lines(making.examples.trained), importance, making.reporter
+            )
+        if kind in making.config.export.gguf and not gate.rejects(check):
+            good[kind] = file
+    if good:
+        make_modelfile(making, good)
+    return gate.report()
+
+
+def open_gate(making: Making) -> Gate:
+    """Run the tuned model over the rows, before any conversion."""
+    making.reporter.message("Asking the tuned model, for what its files are held against")
+    return Gate.open(
+        making.model.base,
+        making.model.adapter,
+        making.examples.measured(),
+        making.workspace / "gate",
+        making.config.export,
+        held_out=making.examples.held_out is not None,
+        trust_remote_code=making.trusted,
+    )
+
+
+def importance_file(making: Making) -> Path | None:
+    """Where the importance matrix is to lie, if it is asked for and a type profits from it."""
+    export = making.config.export
+    if not export.importance_matrix or not set(export.gguf) & set(PROFITING):
+        return None
+    return making.workspace / "importance.gguf"
+
+
+def make_adapter(making: Making) -> Path | None:
+    """The adapter alone as GGUF; None where llama.cpp can't apply it, and nobody insists."""
+    model, insists = making.model, making.config.export.adapter_gguf
+    if model.adapter is None:
+        return None
+    target = making.result / GGUF / adapter_file_name(model.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_adapter(model.folder, model.adapter, target, trust_remote_code=making.trusted)
+    except StageError as error:
+        if insists:
+            raise
+        log.warning("There is no GGUF file of the adapter alone: %s", error.message)
+        return None
+    return target
+
+
+def check_adapter(making: Making, gate: Gate, adapter: Path | None) -> None:
+    """Check the adapter's file against the base model, and hand it on if it is asked for."""
+    if adapter is None:
+        return
+    check = gate.check_adapter(adapter)
+    if making.config.export.adapter_gguf is not False:
+        hand_on(making, gate, adapter, check)
+
+
+def checked_files(
+    making: Making, gate: Gate, importance: Path | None
+) -> Iterator[tuple[Quantization, Path, FileCheck]]:
+    """Write the files one after the other; each is checked and handed on before the next."""
+    kinds = making.config.export.gguf
+    files = write_files(
+        making.model, making.result / GGUF, kinds, importance=importance, reporter=making.reporter
+    )
+    for kind, file in files:
+        making.reporter.message(f"Checking {file.name}")
+        check = gate.check(file, kind)
+        if kind in kinds:
+            hand_on(making, gate, file, check)
+        yield kind, file, check
+
+
+def hand_on(making: Making, gate: Gate, file: Path, check: FileCheck) -> None:
+    """Give a checked file its place: among the good ones, or apart."""
+    folder = REJECTED if gate.rejects(check) else GGUF
+    quality = check.quality and check.quality.model_copy(update={"passed": check.passed})
+    making.add(file, f"{folder}/{file.name}", quality)
+
+
+def make_modelfile(making: Making, good: dict[Quantization, Path]) -> None:
+    """Write the Modelfile for the files that may be used."""
+    model = making.model
+    weights = MergedWeights.open(model.base, model.adapter)
+    file = write_modelfile(
+        making.result,
+        good,
+        load_tokenizer(model.folder, trust_remote_code=making.trusted),
+        making.config,
+        parameters=sum(math.prod(info.shape) for info in weights.infos.values()),
+        generation=generation_settings(model.folder, trust_remote_code=making.trusted),
+    )
+    making.add(file, file.name)
