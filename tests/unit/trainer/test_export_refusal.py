@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from finetune_trainer.config import Export, Quantization
-from finetune_trainer.export.refusal import message, with_quality
-from finetune_trainer.export.results import FileCheck
+from finetune_trainer.export import refusal
+from finetune_trainer.export.results import FileCheck, GateReport
 from finetune_trainer.outcome import Artifact, Quality
 
 GOOD = Quality(kl_divergence=0.01, same_top_token=0.97, perplexity=5.5, max_kl_divergence=0.08)
 BAD = GOOD.model_copy(update={"kl_divergence": 0.4, "passed": False})
 OFF = "off by 0.4 nats per token, and 0.08 is the limit"
-FILE = Artifact(path="gguf/m-Q4_K_M.gguf", bytes=1, sha256="aa")
 
 
 def check(
     kind: Quantization = Quantization.Q4_K_M, *problems: str, quality: Quality | None = GOOD
 ) -> FileCheck:
     return FileCheck(file=f"m-{kind}.gguf", quantization=kind, problems=problems, quality=quality)
+
+
+def message(checks: list[FileCheck], export: Export, *, hidden: tuple[str, ...] = ()) -> str:
+    """What is said where all files but `hidden` are in the output."""
+    names = [each.file for each in checks if each.file not in hidden]
+    files = [Artifact(path=f"gguf/{name}", bytes=1, sha256="aa") for name in names]
+    return refusal.message(GateReport(files=tuple(checks)), files, export)
 
 
 FINE = check(Quantization.Q8_0)
@@ -42,6 +48,11 @@ def test_an_importance_matrix_that_is_there_is_no_remedy() -> None:
     assert "Take a larger type, or raise its limit" in said
 
 
+def test_a_file_that_is_not_in_the_output_is_not_spoken_of() -> None:
+    assert message([FINE, OVER], Export(), hidden=(OVER.file,)) == ""
+    assert message([FINE, OVER, OTHER_TOKENS], Export(), hidden=(FINE.file,)).startswith("2 of 2")
+
+
 def test_what_no_limit_cures_says_so() -> None:
     sixteen = check(Quantization.F16, OFF, quality=BAD)
     unreadable = check(Quantization.Q4_K_M, "llama.cpp can't load it", quality=None)
@@ -58,9 +69,3 @@ def test_with_verify_warn_it_does_not_speak_of_rejected_files() -> None:
     said = message([OVER], Export(verify="warn"))
     assert "published all the same" in said
     assert "rejected" not in said
-
-
-def test_figures_pass_only_where_nothing_else_is_wrong() -> None:
-    assert with_quality(FILE, check()).quality == GOOD
-    assert with_quality(FILE, OTHER_TOKENS).quality == GOOD.model_copy(update={"passed": False})
-    assert with_quality(FILE, check(quality=None)) == FILE

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune_trainer.base_model import source
 from finetune_trainer.config import RunConfig, Stage
+from finetune_trainer.export import refusal
 from finetune_trainer.export.inputs import Inputs, fetch, fetch_examples
 from finetune_trainer.export.manifest import Manifest, lineage_of, now
 from finetune_trainer.export.models import MERGED, Add, Making, make_gguf, make_merged, model_of
@@ -17,7 +18,7 @@ from finetune_trainer.export.publish import Publication, finish_interrupted
 from finetune_trainer.export.report import Facts, license_of, write_model_card, write_report
 from finetune_trainer.export.results import GateReport
 from finetune_trainer.marker import MANIFEST
-from finetune_trainer.outcome import REJECTED, Artifact, Reason, StageResult
+from finetune_trainer.outcome import Artifact, Reason, StageResult
 from finetune_trainer.progress import Reporter
 from finetune_trainer.storage import Folder, open_folder
 
@@ -144,11 +145,11 @@ def encoded(manifest: Manifest) -> bytes:
 def result_of(config: RunConfig, manifest: Manifest) -> StageResult:
     """What the stage came to; a file that the gate rejected fails it, though all others are out."""
     folder = config.output.uri.rstrip("/")
+    said = refusal.message(manifest.gate, manifest.files, config.export)
     return StageResult(
         stage=Stage.EXPORT,
         reason=reason_of(manifest.files),
-        message=rejection(manifest.gate, manifest.files, folder)
-        or f"{len(manifest.files)} files in {folder}",
+        message=" ".join(filter(None, [f"{len(manifest.files)} files in {folder}.", said])),
         artifacts=manifest.files,
         manifest_uri=f"{folder}/{MANIFEST}",
     )
@@ -158,16 +159,3 @@ def reason_of(files: Sequence[Artifact]) -> Reason:
     """Whether all files may be used."""
     bad = any(item.rejected for item in files)
     return Reason.QUALITY_GATE_FAILED if bad else Reason.SUCCEEDED
-
-
-def rejection(gate: GateReport, files: Sequence[Artifact], folder: str) -> str | None:
-    """Which files are refused, why, and what to do; None where none is."""
-    names = {item.path.rpartition("/")[2] for item in files if item.rejected}
-    causes = [f"{c.file}: {'; '.join(c.problems)}." for c in gate.files if c.file in names]
-    if not names:
-        return None
-    return (
-        f"{len(names)} of {len(gate.files)} GGUF files failed the quality gate and lie in "
-        f"{folder}/{REJECTED}: {' '.join(causes)} Choose a larger type in spec.export.gguf, raise "
-        "its limit in spec.export.qualityLimits, or set spec.export.verify to warn."
-    )

@@ -77,7 +77,7 @@ def gguf(folder: Path, kinds: tuple[Quantization, ...], reporter: Reporter) -> S
         raise StageError(
             Reason.INVALID_CONFIG, f"{merged} does not exist: run `make merge` before `make gguf`."
         )
-    from finetune_trainer.export import stage  # noqa: PLC0415 - imports torch
+    from finetune_trainer.export import refusal, stage  # noqa: PLC0415 - imports torch
 
     for former in ("gguf", REJECTED):
         shutil.rmtree(folder / former, ignore_errors=True)
@@ -97,7 +97,7 @@ def gguf(folder: Path, kinds: tuple[Quantization, ...], reporter: Reporter) -> S
     return StageResult(
         stage=Stage.EXPORT,
         reason=stage.reason_of(files),
-        message=stage.rejection(gate, files, str(folder)) or done,
+        message=refusal.message(gate, files, config.export) or done,
         artifacts=tuple(files),
     )
 
