@@ -12,11 +12,12 @@ from pathlib import Path
 
 from pydantic import ConfigDict, ValidationError
 
-from finetune_trainer.config import Base, Stage
+from finetune_trainer.config import Base, Hub, Stage
 from finetune_trainer.outcome import Artifact
 from finetune_trainer.storage import Folder
 
 MANIFEST = "manifest.json"
+PUSHED = "stages/hub.json"  # what was pushed to the Hub last: a Pushed
 METRICS = "metrics.json"  # what `train` leaves beside the adapter
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,20 @@ class Marker(Base):
     fingerprint: str
     files: tuple[Artifact, ...]
     """Paths below the folder that the marker lies in."""
+
+
+class Pushed(Base):
+    """A version of the artifacts that is on the Hub."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    repo: str
+    revision: str
+    manifest_sha256: str
+    """Of the bytes of manifest.json."""
+
+    commit: str
+    """URL of the commit on the Hub."""
 
 
 def stage_folder(stage: Stage, fingerprint: str) -> str:
@@ -105,3 +120,16 @@ def missing_files(output: Folder, marker: Marker, base: str) -> list[str]:
     tops = {item.path.partition("/")[0] for item in marker.files}
     sizes = {info.path: info.size for top in sorted(tops) for info in output.list(f"{prefix}{top}")}
     return [item.path for item in marker.files if sizes.get(prefix + item.path) != item.bytes]
+
+
+def find_pushed(output: Folder, hub: Hub) -> Pushed | None:
+    """The push of what the output folder holds now to this repository and branch, if it was."""
+    manifest, data = output.read(MANIFEST), output.read(PUSHED)
+    if manifest is None or data is None:
+        return None
+    try:
+        pushed = Pushed.model_validate_json(data)
+    except ValidationError:
+        return None
+    here = (hub.repo, hub.revision, hashlib.sha256(manifest).hexdigest())
+    return pushed if (pushed.repo, pushed.revision, pushed.manifest_sha256) == here else None

@@ -9,7 +9,9 @@ configuration -> dataset there, output writable -> base model's files -> fingerp
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -19,11 +21,18 @@ import numpy as np
 from finetune_trainer.base_model import source
 from finetune_trainer.config import Fingerprints, Resolved, RunConfig, Stage
 from finetune_trainer.fingerprint import fingerprints
-from finetune_trainer.marker import MANIFEST, Marker, find_complete, save_stage, stage_folder
+from finetune_trainer.marker import (
+    MANIFEST,
+    Marker,
+    find_complete,
+    find_pushed,
+    save_stage,
+    stage_folder,
+)
 from finetune_trainer.outcome import Reason, StageError, StageResult
 from finetune_trainer.prepare.inputs import DataFiles, find
-from finetune_trainer.prepare.model_checks import check_model
 from finetune_trainer.prepare.planning import plan_training
+from finetune_trainer.prepare.reading import Message
 from finetune_trainer.prepare.reading.layout import check_columns
 from finetune_trainer.prepare.report import REPORT, SUMMARY, Findings, Prepared
 from finetune_trainer.prepare.rows import Rows
@@ -34,6 +43,7 @@ from finetune_trainer.storage import Folder, open_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ROWS_READ_BY_LLAMA_CPP = 16  # before the training; the export compares held-out rows as well
 ATTEMPTS = 3  # to read one version of a file that somebody is writing
 
 log = logging.getLogger(__name__)
@@ -66,7 +76,7 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
         base = prepare(config, inputs, output, workspace, reporter)
     elif Stage.EXPORT not in held:
         base = fetch_model(config, inputs.model, workspace, reporter)
-        check_model(config, inputs.model, base, workspace, reporter)
+        check_model(config, inputs.model, base, workspace, reporter, ())
     prepared = read_summary(output, prints.prepare)
     check_held_out(config, prepared.dataset.eval_examples)
     plan = None
@@ -134,7 +144,7 @@ def fetch_inputs(config: RunConfig, output: Folder, workspace: Path, reporter: R
     for _ in range(ATTEMPTS):
         files = find(config)
         prints = fingerprints(config, files.rows.etag, model.revision, files.eval_etag)
-        inputs = Inputs(files, model, prints, held_stages(output, prints))
+        inputs = Inputs(files, model, prints, held_stages(config, output, prints))
         if Stage.PREPARE in inputs.held or _fetch(files, workspace, reporter):
             return inputs
     raise StageError(
@@ -151,10 +161,15 @@ def _fetch(files: DataFiles, workspace: Path, reporter: Reporter) -> bool:
     return unchanged
 
 
-def held_stages(output: Folder, prints: Fingerprints) -> Held:
+def held_stages(config: RunConfig, output: Folder, prints: Fingerprints) -> Held:
     """The stages that need not run again."""
     markers = {stage: find_complete(output, stage, getattr(prints, stage)) for stage in Stage}
-    return {stage: marker for stage, marker in markers.items() if marker}
+    held = {stage: marker for stage, marker in markers.items() if marker}
+    hub = config.output.hub
+    if hub and Stage.EXPORT in held and not find_pushed(output, hub):
+        # The export only pushes: it needs nothing of the training, whether or not that is there.
+        held[Stage.TRAIN] = held.pop(Stage.EXPORT)
+    return held
 
 
 def prepare(
@@ -175,7 +190,8 @@ def prepare(
             rows.load(config.dataset, config.training.seed)
         base = fetch_model(config, inputs.model, workspace, reporter)
         tokenizer = open_tokenizer(findings, base)
-        check_model(config, inputs.model, base, workspace, reporter)
+        rows = islice(findings.rows.messages(), ROWS_READ_BY_LLAMA_CPP)
+        check_model(config, inputs.model, base, workspace, reporter, rows)
         reporter.message(f"Applying the chat template to {findings.rows.total} rows")
         encode(findings, tokenizer, folder)
     except StageError as error:
@@ -211,6 +227,20 @@ def open_tokenizer(findings: Findings, base: Path) -> PreTrainedTokenizerBase:
     check_template(tokenizer, system=any(rows.has_system for rows in findings.all_rows()))
     findings.template = describe_template(tokenizer)
     return tokenizer
+
+
+def check_model(
+    config: RunConfig,
+    model: source.ModelFiles,
+    base: Path,
+    workspace: Path,
+    reporter: Reporter,
+    rows: Iterable[Sequence[Message]],
+) -> None:
+    """Make sure that the model can be trained and exported as asked."""
+    from finetune_trainer.prepare import model_checks  # noqa: PLC0415 - imports transformers
+
+    model_checks.check_model(config, model, base, workspace, reporter, rows)
 
 
 def encode(findings: Findings, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

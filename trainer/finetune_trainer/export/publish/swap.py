@@ -19,7 +19,7 @@ from pathlib import PurePosixPath
 from pydantic import ValidationError
 
 from finetune_trainer.config import Stage
-from finetune_trainer.marker import MANIFEST, Marker, missing_files, stage_folder
+from finetune_trainer.marker import MANIFEST, Marker, find_complete, missing_files, stage_folder
 from finetune_trainer.outcome import Artifact, Reason, StageError
 from finetune_trainer.storage import Folder
 
@@ -50,12 +50,16 @@ def swap(output: Folder, fingerprint: str, manifest: bytes) -> None:
 
 
 def finish_interrupted(output: Folder, fingerprint: str) -> bytes | None:
-    """Finish the swap of an earlier attempt; returns its manifest, None where there is none."""
+    """Finish the swap of an earlier attempt, where it is not finished.
+
+    Returns the manifest of what earlier attempts published, None where nothing (whole) is.
+    """
     base = stage_folder(Stage.EXPORT, fingerprint)
     manifest = output.read(f"{base}/{RECORD}")
     marker = _parse(manifest)
     if manifest is None or marker is None:
-        return None
+        found = find_complete(output, Stage.EXPORT, fingerprint)
+        return output.read(MANIFEST) if found else None
     if output.read(MANIFEST) == manifest:
         _clean_up(output, base)
     elif missing_files(output, marker, base):

@@ -1,0 +1,193 @@
+"""Pushing a published version to a Hub, with the Hub's own client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+
+from finetune_trainer.config import Fingerprints, Hub, RunConfig, Stage
+from finetune_trainer.export.publish import Publication
+from finetune_trainer.export.publish.hub import TOKEN_VARIABLE, check_token, push
+from finetune_trainer.marker import MANIFEST, PUSHED, Marker, find_pushed
+from finetune_trainer.outcome import Artifact, Reason, StageError
+from finetune_trainer.prepare.stage import held_stages
+from finetune_trainer.progress import Reporter
+from finetune_trainer.storage import LocalFolder
+from tests.integration.trainer.hub_push_server import TOKEN, PushHub, push_hub
+
+# The Hub's client sends files by LFS in a way that httpx wants spelled otherwise.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+REPO = "org/tuned"
+HUB = Hub(repo=REPO)
+FILES = {
+    "adapter/adapter_model.safetensors": b"weights" * 1000,
+    "gguf/tuned-Q8_0.gguf": b"GGUF" * 1000,
+    "README.md": b"---\nlicense: apache-2.0\n---\n# tuned\n",
+    "rejected/tuned-Q3_K_M.gguf": b"bad",
+}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[PushHub]:
+    with push_hub() as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
+        monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+        # Files go by LFS, which this Hub understands.
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        yield running
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> LocalFolder:
+    return LocalFolder(tmp_path / "output")
+
+
+def publish(output: LocalFolder, room: Path, files: dict[str, bytes], name: str = "fp") -> None:
+    def build(listed: tuple[Artifact, ...]) -> bytes:
+        marker = Marker(stage=Stage.EXPORT, fingerprint=name, files=listed)
+        return marker.model_dump_json().encode()
+
+    with Publication(output, name, Reporter()) as publication:
+        for path, data in files.items():
+            (room / path).parent.mkdir(parents=True, exist_ok=True)
+            (room / path).write_bytes(data)
+            publication.add(room / path, path)
+        publication.commit(build)
+
+
+@pytest.fixture
+def run(output: LocalFolder, tmp_path: Path) -> Any:
+    """Push as the stage does, in an empty workspace."""
+    count = iter(range(10))
+
+    def push_now(target: Hub = HUB) -> str:
+        workspace = tmp_path / f"workspace-{next(count)}"
+        return push(target, output, workspace, Reporter()).commit
+
+    publish(output, tmp_path / "room", FILES)
+    return push_now
+
+
+def test_all_files_but_the_rejected_are_on_the_hub(
+    hub: PushHub, run: Any, output: LocalFolder, tmp_path: Path
+) -> None:
+    assert find_pushed(output, HUB) is None
+    assert run() == f"{hub.endpoint}/{REPO}/commit/0123456789abcdef0123456789abcdef01234567"
+    found = hub.files(REPO)
+    expected = {path: output.read(path) for path in (*FILES, "SHA256SUMS", MANIFEST)}
+    del expected["rejected/tuned-Q3_K_M.gguf"]
+    assert found == {**expected, ".gitattributes": b""}
+    assert hub.private == {REPO: True}
+    # Large files don't stay on the disk.
+    left = {p.name for p in (tmp_path / "workspace-0" / "hub").rglob("*") if p.is_file()}
+    assert left == {"README.md", "SHA256SUMS"}
+
+
+def test_what_is_pushed_is_not_pushed_again_and_another_version_is(
+    hub: PushHub, run: Any, output: LocalFolder, tmp_path: Path
+) -> None:
+    assert run() == run()
+    assert hub.commits == 1
+    hub.files(REPO)["theirs.txt"] = b"somebody else's"
+    hub.files(REPO)[".gitignore"] = b"*.gguf"
+    publish(output, tmp_path / "room", {"README.md": b"# new", "gguf/b.gguf": b"new"}, "other")
+    assert find_pushed(output, HUB) is None
+    run()
+    assert set(hub.files(REPO)) == {
+        *(".gitattributes", ".gitignore", "theirs.txt"),
+        *("README.md", "gguf/b.gguf", "SHA256SUMS", MANIFEST),
+    }
+    assert find_pushed(output, HUB.model_copy(update={"repo": "org/other"})) is None
+
+
+def test_another_branch_is_made(hub: PushHub, run: Any) -> None:
+    run(Hub(repo=REPO, private=False, revision="v2"))
+    assert "gguf/tuned-Q8_0.gguf" in hub.files(REPO, "v2")
+    assert set(hub.files(REPO)) == {".gitattributes"}
+    assert hub.private == {REPO: False}
+
+
+@pytest.mark.parametrize(
+    ("route", "failure"),
+    [
+        ("create", (503, Reason.MODEL_HUB_UNAVAILABLE)),
+        ("commit", (503, Reason.MODEL_HUB_UNAVAILABLE)),
+        ("commit", (403, Reason.MODEL_ACCESS_DENIED)),
+        ("commit", (412, Reason.INVALID_CONFIG)),
+        ("store", (403, Reason.MODEL_ACCESS_DENIED)),
+    ],
+)
+def test_a_failed_push_leaves_the_bucket_whole_and_the_next_one_only_pushes(
+    hub: PushHub, run: Any, output: LocalFolder, route: str, failure: tuple[int, Reason]
+) -> None:
+    status, reason = failure
+    hub.fail[route] = status
+    with pytest.raises(StageError, match=r"complete in .*; the next attempt only pushes") as caught:
+        run()
+    assert caught.value.reason is reason
+    assert TOKEN not in caught.value.message
+    assert output.read(PUSHED) is None
+    marker = Marker.model_validate_json(output.read(MANIFEST) or b"")
+    assert all(output.read(f.path) == FILES.get(f.path, output.read(f.path)) for f in marker.files)
+    hub.fail.clear()
+    sent = list(hub.stored)
+    run()
+    assert hub.stored[: len(sent)] == sent
+    assert len(hub.stored) == 2, "no content was sent twice"
+
+
+def test_a_wrong_token_and_a_hub_that_is_not_there(
+    hub: PushHub, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "hf_wrong")
+    with pytest.raises(StageError, match="tokenSecretRef needs the right") as caught:
+        run()
+    assert caught.value.reason is Reason.MODEL_ACCESS_DENIED
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(StageError, match="can't be reached") as caught:
+        run()
+    assert caught.value.reason is Reason.MODEL_HUB_UNAVAILABLE
+    assert hub.commits == 0
+
+
+def test_without_a_token_it_fails_at_once() -> None:
+    check_token(None, {})
+    check_token(HUB, {TOKEN_VARIABLE: TOKEN})
+    with pytest.raises(StageError, match="tokenSecretRef") as caught:
+        check_token(HUB, {})
+    assert caught.value.reason is Reason.INVALID_CONFIG
+
+
+def test_a_file_that_is_not_what_the_manifest_says_is_not_pushed(
+    hub: PushHub, run: Any, output: LocalFolder
+) -> None:
+    output.write("gguf/tuned-Q8_0.gguf", b"GGUF" * 999 + b"GGUE")
+    with pytest.raises(StageError, match=r"is not what manifest\.json says"):
+        run()
+    assert hub.commits == 0
+
+
+def test_prepare_asks_for_an_export_until_the_push_is_done(
+    hub: PushHub, output: LocalFolder, tmp_path: Path
+) -> None:
+    files = {path: data for path, data in FILES.items() if not path.startswith("rejected/")}
+    publish(output, tmp_path / "room", files)
+    prints = Fingerprints(prepare="p", train="t", export="fp")
+
+    def held(target: Hub | None) -> set[Stage]:
+        asked = {"uri": str(output.root), "hub": target}
+        config = RunConfig.model_validate(
+            {"model": {"source": "a/b"}, "dataset": {"source": "/d.csv"}, "output": asked}
+        )
+        return set(held_stages(config, output, prints))
+
+    assert held(None) == {Stage.EXPORT}
+    assert held(HUB) == {Stage.TRAIN}
+    push(HUB, output, tmp_path / "workspace", Reporter())
+    assert held(HUB) == {Stage.EXPORT}
+    assert held(Hub(repo="org/other")) == {Stage.TRAIN}
+    assert hub.commits == 1

@@ -1,0 +1,199 @@
+"""The push to the Hugging Face Hub: what manifest.json lists, in one commit.
+
+All files go but those in rejected/, under the same paths, and manifest.json itself. Files of the
+last push that this version doesn't have are deleted; what others put into the repository stays.
+The client resumes by itself: content that the Hub has is not sent again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+)
+
+from finetune_trainer.config import Hub
+from finetune_trainer.marker import MANIFEST, PUSHED, Marker, Pushed, describe_file, find_pushed
+from finetune_trainer.outcome import Artifact, Reason, StageError
+from finetune_trainer.progress import Reporter, Transfer
+from finetune_trainer.storage import Folder
+
+TOKEN_VARIABLE = "FINETUNE_HUB_TOKEN"  # noqa: S105 - its name
+_PASSING = {408, 429}
+
+log = logging.getLogger(__name__)
+
+
+def check_token(hub: Hub | None, environment: Mapping[str, str] = os.environ) -> None:
+    """StageError where a push is asked for without a token, before anything is computed in vain."""
+    if hub and not environment.get(TOKEN_VARIABLE):
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"spec.output.hub is set, but {TOKEN_VARIABLE} is empty: name a Secret with a Hugging "
+            "Face token in spec.output.hub.tokenSecretRef.",
+        )
+
+
+def push(hub: Hub, output: Folder, workspace: Path, reporter: Reporter) -> Pushed:
+    """Push what the output folder holds, unless that was done; remember it in the folder.
+
+    Files are fetched one at a time, so that one of them at most is on this disk. Raises StageError;
+    the output folder is complete in any case.
+    """
+    if done := find_pushed(output, hub):
+        return done
+    check_token(hub)
+    manifest = output.read(MANIFEST)
+    if manifest is None:
+        raise FileNotFoundError(f"{output.uri_of(MANIFEST)} is missing")
+    files = [f for f in Marker.model_validate_json(manifest).files if not f.rejected]
+    total = sum(item.bytes for item in files)
+    transfer = reporter.transfer(f"Pushing {len(files) + 1} files to {hub.repo}", total)
+    with _errors(hub, output):
+        commit = _Push(hub, output, workspace).run(files, manifest, transfer)
+    sha256 = hashlib.sha256(manifest).hexdigest()
+    pushed = Pushed(repo=hub.repo, revision=hub.revision, manifest_sha256=sha256, commit=commit)
+    output.write(PUSHED, pushed.model_dump_json(indent=2).encode())
+    log.info("Pushed to %s", commit)
+    return pushed
+
+
+class _Push:
+    """One commit."""
+
+    def __init__(self, hub: Hub, output: Folder, workspace: Path) -> None:
+        self._hub = hub
+        self._output = output
+        self._workspace = workspace
+        token = os.environ[TOKEN_VARIABLE]
+        self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+
+    def run(self, files: list[Artifact], manifest: bytes, transfer: Transfer) -> str:
+        """Make the commit; returns its URL."""
+        repo, revision = self._hub.repo, self._hub.revision
+        self._api.create_repo(repo, private=self._hub.private, exist_ok=True)
+        if revision != "main":
+            self._api.create_branch(repo, branch=revision, exist_ok=True)
+        stale = self._stale({item.path for item in files})
+        additions = [self._send(item, transfer) for item in files]
+        additions.append(CommitOperationAdd(MANIFEST, manifest))
+        self._preupload(additions[-1])
+        commit = self._api.create_commit(
+            repo,
+            [*additions, *(CommitOperationDelete(path) for path in stale)],
+            commit_message="Artifacts of a fine-tuning",
+            revision=revision,
+        )
+        return commit.commit_url
+
+    def _send(self, item: Artifact, transfer: Transfer) -> CommitOperationAdd:
+        """Send a large file; a small one stays on the disk and goes with the commit."""
+        file = self._workspace / "hub" / item.path
+        self._output.download(item.path, file)
+        if describe_file(file, item.path).sha256 != item.sha256:
+            raise StageError(
+                Reason.STORAGE_UNAVAILABLE,
+                f"{self._output.uri_of(item.path)} is not what manifest.json says: it is not "
+                "pushed. Find out who or what has changed it; the next attempt tries again.",
+            )
+        operation = CommitOperationAdd(item.path, file)
+        self._preupload(operation)
+        if operation.path_or_fileobj == b"":  # freed, since the Hub has it
+            file.unlink()
+        transfer(item.bytes)
+        return operation
+
+    def _preupload(self, operation: CommitOperationAdd) -> None:
+        self._api.preupload_lfs_files(
+            self._hub.repo,
+            [operation],
+            revision=self._hub.revision,
+            gitignore_content="",  # a .gitignore in the repository must not leave anything out
+        )
+
+    def _stale(self, present: set[str]) -> list[str]:
+        """Files of the last push that are still in the repository, and not in this version."""
+        try:
+            file = self._api.hf_hub_download(
+                self._hub.repo,
+                MANIFEST,
+                revision=self._hub.revision,
+                local_dir=self._workspace / "hub-former",
+            )
+        except EntryNotFoundError:
+            return []
+        try:
+            former = Marker.model_validate_json(Path(file).read_bytes()).files
+        except ValueError:
+            return []  # not ours
+        paths = sorted({item.path for item in former} - present - {MANIFEST})
+        if not paths:
+            return []
+        found = self._api.get_paths_info(self._hub.repo, paths, revision=self._hub.revision)
+        return [info.path for info in found]
+
+
+@contextmanager
+def _errors(hub: Hub, output: Folder) -> Iterator[None]:
+    """Errors of the Hub as reasons; the token is in none of them."""
+    whole = f"The artifacts are complete in {output.uri}; the next attempt only pushes."
+    try:
+        with _unwrapped():
+            yield
+    except HFValidationError as error:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"spec.output.hub.repo {hub.repo!r} is no name of a Hub repository: write org/name.",
+        ) from error
+    except (httpx.TransportError, OfflineModeIsEnabled) as error:
+        raise _unavailable(hub, type(error).__name__, whole) from error
+    except HfHubHTTPError as error:
+        raise _refused(hub, error, whole) from error
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """The client puts what goes wrong with a large file into a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__cause__, httpx.TransportError | HfHubHTTPError):
+            raise error.__cause__ from None
+        raise
+
+
+def _refused(hub: Hub, error: HfHubHTTPError, whole: str) -> StageError:
+    status = error.response.status_code
+    if status in (401, 403, 404):
+        return StageError(
+            Reason.MODEL_ACCESS_DENIED,
+            f"The Hub doesn't let the artifacts into {hub.repo}, branch {hub.revision} (HTTP "
+            f"{status}): the token in the Secret of spec.output.hub.tokenSecretRef needs the right "
+            f"to write there, and the account needs space. {whole}",
+        )
+    if status in _PASSING or status >= 500:
+        return _unavailable(hub, f"HTTP {status}", whole)
+    return StageError(
+        Reason.INVALID_CONFIG,
+        f"The Hub refuses the push to {hub.repo} (HTTP {status}: "
+        f"{error.server_message or 'no message'}): correct spec.output.hub. {whole}",
+    )
+
+
+def _unavailable(hub: Hub, cause: str, whole: str) -> StageError:
+    return StageError(
+        Reason.MODEL_HUB_UNAVAILABLE,
+        f"The Hub can't be reached for the push to {hub.repo} ({cause}): check the network and "
+        f"HF_ENDPOINT. {whole}",
+    )
