@@ -169,15 +169,16 @@ def wait_for_moment(training: Training, attempt: Attempt, moment: str, dice: ran
     """Return somewhere in a step, in the writing of a checkpoint, or in its upload."""
     before = training.checkpoints()
     interval = training.config["training"]["checkpointSteps"]
+    written = max(interval // 2, 1)  # steps between two checkpoints
     start = training.newest()
     if moment == "step":
         attempt.wait_for_step(start + dice.randint(1, interval + 1))
         time.sleep(dice.uniform(0, 0.2))
     elif moment == "write":
-        attempt.wait_for_step(start + interval - 1)
+        attempt.wait_for_step(start + written - 1)
         wait_for(lambda: any(attempt.written()), "a checkpoint on disk")
         time.sleep(dice.uniform(0, 0.02))
     else:
-        attempt.wait_for_step(start + interval - 1)
+        attempt.wait_for_step(start + written - 1)
         wait_for(lambda: training.checkpoints().keys() - before.keys(), "an upload")
         time.sleep(dice.uniform(0, 0.02))

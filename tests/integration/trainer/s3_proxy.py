@@ -6,7 +6,7 @@ import http.client
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,6 +25,9 @@ class Request:
     query: dict[str, list[str]]
     size: int
     """Bytes of the body."""
+
+    checked: bool = False
+    """Whether the server is told the MD5 of the body."""
 
     @property
     def part(self) -> int | None:
@@ -49,6 +52,9 @@ class Fault:
 
     lose_answer: bool = False
     """The server does as it is told, and the client's connection is cut instead of its answer."""
+
+    wait: Callable[[], object] | None = None
+    """Called before anything of the body is read; it may take its time."""
 
 
 Choose = Callable[[Request], Fault | None]
@@ -88,15 +94,23 @@ class Handler(BaseHTTPRequestHandler):
         self.upstream = upstream
         super().__init__(*args, **kwargs)
 
+    def handle(self) -> None:
+        """Answer until the client goes, which a killed one does without a word."""
+        with suppress(ConnectionError):
+            super().handle()
+
     def _pass_on(self) -> None:
         parts = urlsplit(self.path)
         size = int(self.headers.get("Content-Length", 0))
         query = parse_qs(parts.query, keep_blank_values=True)
-        request = Request(self.command, parts.path, query, size)
+        checked = "Content-MD5" in self.headers
+        request = Request(self.command, parts.path, query, size, checked)
         with self.proxy.lock:
             self.proxy.requests.append(request)
             fault = self.proxy.choose(request) or Fault()
             self.proxy.faults += fault != Fault()
+        if fault.wait:
+            fault.wait()
         server = http.client.HTTPConnection(self.upstream, timeout=60)
         try:
             server.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)

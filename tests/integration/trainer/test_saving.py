@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from finetune_trainer.base_model.tokenizer import load_tokenizer
 from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.train import saving, sft
+from finetune_trainer.train import lead, saving, sft
 from finetune_trainer.train.trainer import Data, RecipeTrainer
 from finetune_trainer.train.work import InterruptedTrainingError, Work
 from tests.integration.trainer.recipe import make_work
@@ -121,7 +121,7 @@ def test_the_last_complete_step_outlives_a_pass_that_fails(make: Make, failing: 
 
 
 def test_a_checkpoint_of_the_last_step_is_not_written_twice(make: Make) -> None:
-    trainer, work = make(checkpointSteps=2)
+    trainer, work = make(checkpointSteps=4)
     FailingPass(trainer, 2 + 5)
     error = fail(trainer, work)
     assert error.step == 2
@@ -134,7 +134,7 @@ def test_a_failure_in_the_first_step_has_only_what_was_resumed_from(make: Make) 
     error = fail(trainer, work)
     assert (error.step, error.checkpoint) == (0, None)
 
-    trainer, work = make(checkpointSteps=2)
+    trainer, work = make(checkpointSteps=4)
     FailingPass(trainer, 2 + 5)
     first = fail(trainer, work).checkpoint
     trainer, work = make(first)
@@ -210,18 +210,18 @@ def test_saving_changes_nothing_and_leaves_no_pickled_arguments(make: Make) -> N
 def test_without_a_number_of_steps_the_clock_decides(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "DUE_SECONDS", 0.0)
+    monkeypatch.setattr(lead, "INTERVAL_SECONDS", 0.0)
     trainer, work = make()
     finish(trainer, work)
     assert len(list(work.checkpoints.glob("checkpoint-*"))) == STEPS - 1
-    monkeypatch.setattr(saving, "DUE_SECONDS", 600.0)
+    monkeypatch.setattr(lead, "INTERVAL_SECONDS", 600.0)
     trainer, work = make()
     finish(trainer, work)
     assert not list(work.checkpoints.glob("checkpoint-*"))
 
 
 def test_nothing_goes_on_from_where_an_evaluation_has_ended_the_training(make: Make) -> None:
-    trainer, work = make(checkpointSteps=2, evalSteps=2)
+    trainer, work = make(checkpointSteps=4, evalSteps=2)
 
     class EndingEarly(TrainerCallback):
         def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -1,4 +1,4 @@
-"""The uploader: the training never waits for it, and only the newest checkpoint matters."""
+"""The uploader: it works beside the training, and only the newest checkpoint matters."""
 
 from __future__ import annotations
 
@@ -102,6 +102,30 @@ def test_a_failed_upload_is_a_warning_and_the_next_checkpoint_tries_again(
     store.error = None
     uploader.offer(local(tmp_path, 20))
     assert uploader.finish(soon()) == 20
+
+
+def test_the_training_hears_of_each_checkpoint_that_is_done_with(
+    store: Store, tmp_path: Path
+) -> None:
+    """It may wait for that, so also of one that can't be stored, for whatever reason."""
+    heard: list[int] = []
+    uploader = Uploader(store)
+    uploader.start(local(tmp_path, 5), heard.append)
+    assert heard == [5], "what was fetched is in the store"
+    uploader.offer(local(tmp_path, 10))
+    store.wait()
+    assert heard == [5]
+    store.open()
+    uploader.finish(soon())
+    store.error = StageError(Reason.STORAGE_UNAVAILABLE, "The store answered 503.")
+    uploader.offer(local(tmp_path, 20))
+    uploader.finish(soon())
+    store.save = None  # type: ignore[assignment, method-assign]  # a fault that nobody foresaw
+    uploader.offer(local(tmp_path, 30))
+    uploader.finish(soon())
+    uploader.close()
+    assert list(dict.fromkeys(heard)) == [5, 10, 20, 30]
+    assert uploader.stored == 10
 
 
 def test_the_end_tries_once_more_what_could_not_be_uploaded(

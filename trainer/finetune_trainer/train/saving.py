@@ -4,6 +4,8 @@
                     optimizer.pt  scheduler.pt  rng_state.pth        to go on bit for bit
                     trainer_state.json                               step, log, our counters
 
+When one is due, and when the training has to wait for the store, says `lead`.
+
 A step at the end of an epoch is saved after the epoch's evaluation, so that a resumed run neither
 repeats nor misses it. What the Trainer forgets (running sums of the loss, the time, the state of
 other callbacks) is kept in trainer_state.json, as `stateful_callbacks`.
@@ -37,9 +39,11 @@ from finetune_trainer.failures import explain
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.progress import size
 from finetune_trainer.train.channel import Channel
+from finetune_trainer.train.distributed import is_echo
+from finetune_trainer.train.lead import Lead
 from finetune_trainer.train.work import InterruptedTrainingError, Work
 
-DUE_SECONDS = 600.0  # between two checkpoints where training.checkpointSteps is left out
+POLL_SECONDS = 0.05  # while the store is behind
 FULL_BYTES = 1 << 20  # a disk with less is full
 NOTHING, DUE, LAST = range(3)  # what to do after a step: go on, save, save and end
 
@@ -116,8 +120,8 @@ class Saving(TrainerCallback, ExportableState):
         self._work = work
         self._channel = channel
         self._clock = clock
-        self._steps = work.config.training.checkpoint_steps
-        self._began = self._saved_at = clock()
+        self._lead = Lead(work.config.training.checkpoint_steps, work.room, clock)
+        self._began = clock()
         self._told_to_stop = False
         self._in_optimizer = False
         self._saving: int | None = None
@@ -138,7 +142,8 @@ class Saving(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Bring back what was saved."""
-        self._began = self._saved_at = self._clock()
+        self._began = self._clock()
+        self._lead.begin(state.global_step)
         exportable = [*self._trainer.callback_handler.callbacks, control]
         for callback in exportable:
             if not isinstance(callback, ExportableState):
@@ -197,14 +202,15 @@ class Saving(TrainerCallback, ExportableState):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A checkpoint is complete."""
         self._trainer.accelerator.wait_for_everyone()
-        self._saved_at = self._clock()
+        self._lead.written(state.global_step)
         self._saving = None
         folder = self._folder(state.global_step)
         (folder / "training_args.bin").unlink(missing_ok=True)
         self._newest = (state.global_step, folder)
         if self._channel and state.is_world_process_zero:
             self._channel.checkpoint(state.global_step, folder)
-        if self._told_to_stop:
+        self._wait_for_store()
+        if self._agreed(LAST if self._told_to_stop else NOTHING) == LAST:
             raise InterruptedTrainingError(
                 StageError(Reason.STOPPED, "Stopped by a signal."), state.global_step, folder
             )
@@ -233,6 +239,12 @@ class Saving(TrainerCallback, ExportableState):
         self._newest = (step, folder)
         return folder
 
+    def _hand_over(self) -> None:
+        """Another process has failed and may not save: what it lost is whole in the first one."""
+        folder = self.save_last_step()
+        if folder and self._channel:
+            self._channel.checkpoint(self._trainer.state.global_step, folder)
+
     @contextmanager
     def explained(self) -> Iterator[None]:
         """Say in an error how far the training came."""
@@ -246,6 +258,8 @@ class Saving(TrainerCallback, ExportableState):
             if failure.reason is Reason.OUT_OF_GPU_MEMORY:
                 step = self._trainer.state.global_step
                 raise InterruptedTrainingError(failure, step, self.save_last_step()) from error
+            if is_echo(error):
+                self._hand_over()
             full = failure.reason is Reason.OUT_OF_DISK or self._is_disk_full()
             if self._saving is not None and full:
                 # What was begun gives back the room that the error itself needs to be told.
@@ -255,18 +269,22 @@ class Saving(TrainerCallback, ExportableState):
         finally:
             signal.signal(signal.SIGTERM, before)
 
+    def _wait_for_store(self) -> None:
+        """No step more than an interval ahead of the store; a stop ends the wait."""
+        began = self._clock()
+        while self._lead.is_whole() and not self._told_to_stop:
+            time.sleep(POLL_SECONDS)
+        if (waited := self._clock() - began) > 1:
+            log.info("Waited %.0f s for the upload of an earlier checkpoint", waited)
+
     def _decide(self, state: Any, control: Any) -> None:
-        wish = self._agreed(LAST if self._told_to_stop else DUE if self._is_due(state) else NOTHING)
+        due = DUE if self._lead.is_due(state.global_step) else NOTHING
+        wish = self._agreed(LAST if self._told_to_stop else due)
         self._told_to_stop = wish == LAST
         if wish == NOTHING or (control.should_training_stop and wish == DUE):
             return  # at its end, the training leaves its result
         control.should_save = True
         self._saving = state.global_step
-
-    def _is_due(self, state: Any) -> bool:
-        if self._steps:
-            return bool(state.global_step % self._steps == 0)
-        return self._clock() - self._saved_at >= DUE_SECONDS
 
     def _agreed(self, wish: int) -> int:
         """The strongest wish of all processes, whose clocks and signals differ."""

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from finetune_trainer.progress import Reporter
 from finetune_trainer.train.channel import listening
 from finetune_trainer.train.checkpoints import Checkpoint, CheckpointStore
 from finetune_trainer.train.launch import Workers
+from finetune_trainer.train.lead import tell_stored
 from finetune_trainer.train.uploading import Local, Uploader
 from finetune_trainer.train.work import Failed, Trained, Work
 
@@ -67,7 +69,7 @@ class Session:
         if found:
             plan = plan_after(found.plan, work.plan)
             local = Local(found.step, target, plan, found.max_sequence_length)
-        self._uploader.start(local)
+        self._uploader.start(local, partial(tell_stored, work.room))
         self._looked = True
         if local is None:
             return work

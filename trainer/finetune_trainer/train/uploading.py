@@ -1,4 +1,4 @@
-"""Uploads checkpoints in a thread of its own, so that the training never waits for the store."""
+"""Uploads checkpoints in a thread of its own, beside the training (see lead)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Uploader:
         self._waiting: Local | None = None
         self._uploading: Local | None = None
         self._closing = False
+        self._done_with: Callable[[int], None] = lambda _: None
         self._thread = threading.Thread(target=self._loop, name="checkpoints", daemon=True)
         self.newest: Local | None = None
         """The newest complete checkpoint on disk."""
@@ -48,10 +50,18 @@ class Uploader:
         self.seconds = 0.0
         """What the last upload took."""
 
-    def start(self, fetched: Local | None = None) -> None:
-        """Begin; `fetched` is what was found in the store."""
+    def start(
+        self, fetched: Local | None = None, done_with: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Begin; `fetched` is what was found in the store.
+
+        `done_with` is told the step of each checkpoint that is stored or can't be, the first time
+        at once: of what was fetched, or 0.
+        """
         if fetched:
             self.newest, self.stored = fetched, fetched.step
+        self._done_with = done_with
+        self._done_with(self.stored or 0)
         self._thread.start()
 
     def offer(self, checkpoint: Local) -> None:
@@ -103,6 +113,7 @@ class Uploader:
                 if self.newest is not checkpoint:
                     self._remove(checkpoint)
                 self._changed.notify_all()
+            self._done_with(checkpoint.step)
             if stored:
                 self._prune(checkpoint.step)
 
@@ -117,7 +128,7 @@ class Uploader:
             self._store.save(
                 checkpoint.folder, checkpoint.step, checkpoint.plan, checkpoint.max_sequence_length
             )
-        except (StageError, OSError) as error:
+        except Exception as error:  # whatever it is: the training may wait for this thread
             log.warning(
                 "The checkpoint of step %d is not in the store, the training goes on: %s",
                 checkpoint.step,
