@@ -14,7 +14,7 @@ from finetune_trainer.export.weights.merged import MergedWeights
 from finetune_trainer.storage import OnBytes
 from finetune_trainer.storage.local import replacing
 
-BLOCK_BYTES = 32 << 20  # of rows that are written at a time
+BLOCK_BYTES = 8 << 20  # of rows that are written at a time
 _ALIGNMENT = 8  # of the values' beginning, as the safetensors library has it
 
 _NAMES = {
@@ -58,9 +58,8 @@ def _write_shard(
     on_bytes(len(head))
     for info in infos:
         for start, stop in _blocks(info):
-            rows = weights.rows(info.name, start, stop)
-            file.write(_bytes(rows))
-            on_bytes(rows.nbytes)
+            # No name for the rows: they would stay while the next ones are computed.
+            on_bytes(file.write(_bytes(weights.rows(info.name, start, stop))))
 
 
 def _header(infos: list[TensorInfo]) -> bytes:
