@@ -58,7 +58,9 @@ def downloaded(key: ec.EllipticCurvePrivateKey, tmp_path: Path) -> Path:
     """A published and signed folder, with what other stages left in it."""
     output = LocalFolder(tmp_path / "tuned")
     output.write("stages/train/abc/complete.json", b"{}")
-    signer = signer_for(SIGNED, "tuned", {KEY_VARIABLE: pem(key)})
+    environment = {KEY_VARIABLE: pem(key)}
+    signer = signer_for(SIGNED, "tuned", environment)
+    assert environment == {}, "child processes get no key"
 
     def build(files: tuple[Artifact, ...]) -> bytes:
         marker = Marker(stage=Stage.EXPORT, fingerprint="fp", files=files)

@@ -111,6 +111,7 @@ def test_connections_that_are_cut_at_random_bytes_cost_only_what_was_on_its_way(
     counted: list[int] = []
     folder.upload(source, "big.bin", counted.append, sha256=describe_file(source, "x").sha256)
     assert proxy.faults == cuts
+    assert all(each.checked for each in proxy.requests if each.method == "PUT")
     assert sum(counted) == SIZE
     assert same(folder, source, tmp_path)
 

@@ -7,7 +7,7 @@ It is a Sigstore bundle over an in-toto statement that names every signed file w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,12 +48,15 @@ class Signer:
 
 
 def signer_for(
-    export: Export, name: str, environment: Mapping[str, str] = os.environ
+    export: Export, name: str, environment: MutableMapping[str, str] = os.environ
 ) -> Signer | None:
-    """What spec.export.signing asks for; raises StageError before anything is computed in vain."""
+    """What spec.export.signing asks for; raises StageError before anything is computed in vain.
+
+    The key leaves the environment: child processes, which may run a model's own code, get none.
+    """
     if export.signing is None:
         return None
-    if not (key := environment.get(KEY_VARIABLE)):
+    if not (key := environment.pop(KEY_VARIABLE, "")):
         raise StageError(
             Reason.INVALID_CONFIG,
             f"spec.export.signing is set, but {KEY_VARIABLE} is empty: name a Secret with a "
