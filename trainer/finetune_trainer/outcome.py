@@ -139,7 +139,7 @@ class DatasetSummary(Base):
     """Rows that can't be used."""
 
     duplicates: int = 0
-    """Rows that say the same as an earlier one."""
+    """Rows that say the same as an earlier one; where a bad row makes it fail, those before it."""
 
     truncated: int = 0
     """Examples longer than training.maxSequenceLength."""

@@ -21,8 +21,6 @@ FILES = {
     "optimizer.pt": "moments",
     "rng_state.pth": "dice",
     "trainer_state.json": "{}",
-    "pytorch_model_fsdp_0/.metadata": "shards",
-    "pytorch_model_fsdp_0/__0_0.distcp": "shard",
 }
 NOT_NEEDED = {"training_args.bin": "pickle", "tokenizer.json": "{}", "README.md": "#"}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from finetune_trainer.config import Message
 from finetune_trainer.outcome import Reason, StageError
 
 log = logging.getLogger(__name__)
@@ -96,10 +97,6 @@ def fallback_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The template for a base model that has none."""
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return BEGIN + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
-
-
-Message = dict[str, str]
-"""A turn of a conversation: role (system, user, assistant) and content."""
 
 
 @dataclass(frozen=True)

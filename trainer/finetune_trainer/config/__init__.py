@@ -7,7 +7,14 @@ that file. So a field is named, described, defaulted and bounded once. Nothing h
 from __future__ import annotations
 
 from finetune_trainer.config.base import LOCATION_RULE, Base, Location, Stage, cel, describe
-from finetune_trainer.config.dataset import Columns, CountOrShare, DataFormat, Dataset, allowed
+from finetune_trainer.config.dataset import (
+    Columns,
+    CountOrShare,
+    DataFormat,
+    Dataset,
+    Message,
+    allowed,
+)
 from finetune_trainer.config.model import Model
 from finetune_trainer.config.output import (
     Export,
@@ -44,6 +51,7 @@ __all__ = [
     "JobReference",
     "Location",
     "Lora",
+    "Message",
     "Model",
     "Output",
     "QualityLimit",

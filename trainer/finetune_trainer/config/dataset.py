@@ -38,6 +38,10 @@ def allowed(limit: int | str, total: int) -> int:
     return limit if isinstance(limit, int) else total * int(limit[:-1]) // 100
 
 
+Message = dict[str, str]
+"""A turn of a conversation: `role` (system, user or assistant) and `content`."""
+
+
 class DataFormat(StrEnum):
     """File formats of a dataset; each may be gzipped."""
 

@@ -138,9 +138,9 @@ class Training(Base):
     out, all epochs are trained."""
 
     checkpoint_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """How many optimizer steps may be lost, and trained twice, when the training is killed: there is
-    a checkpoint for every half of it, and no step begins that many ahead of the newest one in the
-    object store. Left out, ten minutes are."""
+    """How many optimizer steps may be lost, and trained twice, when the training is killed: there
+    is a checkpoint for every half of it, and no step begins that many ahead of the newest one in
+    the object store. Left out, ten minutes are."""
 
     engine: Literal["auto", "transformers", "unsloth"] = "auto"
     """`unsloth` is faster on one NVIDIA GPU and takes less memory; `transformers` runs everywhere.

@@ -14,9 +14,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.base_model.tokenizer import IGNORED, Encoded, as_example, encode_batch
-from finetune_trainer.config import Dataset, allowed
+from finetune_trainer.config import Dataset, Message, allowed
 from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.prepare.reading import Message
 from finetune_trainer.prepare.rows import Rows
 from finetune_trainer.prepare.split import Mask
 from finetune_trainer.prepare.statistics import Lengths, length_that_fits, percentile

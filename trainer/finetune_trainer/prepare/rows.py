@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune_trainer.config import Dataset
+from finetune_trainer.config import Dataset, Message
 from finetune_trainer.prepare.inputs import DataFile
-from finetune_trainer.prepare.reading import Message, Problems, Source, open_source
+from finetune_trainer.prepare.reading import Problems, Source, open_source
 from finetune_trainer.prepare.split import Hashes, row_hash
 from finetune_trainer.prepare.statistics import Lengths
 

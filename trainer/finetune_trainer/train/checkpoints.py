@@ -26,9 +26,8 @@ from finetune_trainer.storage import Folder
 COMPLETE = "complete.json"
 KEPT = 2  # checkpoints in the store: the newest, and one more in case that it is damaged
 # What a resume reads. The Trainer also writes the tokenizer's files and its pickled arguments.
-_SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".distcp"}
-_NAMES = {"adapter_config.json", "trainer_state.json", ".metadata"}
-_UNUSED = {"training_args.bin"}
+_SUFFIXES = {".safetensors", ".pt", ".pth"}
+_NAMES = {"adapter_config.json", "trainer_state.json"}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 log = logging.getLogger(__name__)
@@ -192,7 +191,5 @@ def needed(folder: Path) -> list[Path]:
     return sorted(
         file
         for file in folder.rglob("*")
-        if file.is_file()
-        and (file.suffix in _SUFFIXES or file.name in _NAMES)
-        and file.name not in _UNUSED
+        if file.is_file() and (file.suffix in _SUFFIXES or file.name in _NAMES)
     )

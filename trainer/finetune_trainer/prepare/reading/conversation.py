@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from finetune_trainer.config import Message
 from finetune_trainer.prepare.reading.layout import INSTRUCTION, PROMPT, Layout
-from finetune_trainer.prepare.reading.record import Message
 from finetune_trainer.prepare.reading.strict_json import NotJsonError, parse
 from finetune_trainer.prepare.reading.wording import clip, name_of, names
 

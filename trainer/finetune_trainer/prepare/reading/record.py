@@ -9,11 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
+from finetune_trainer.config import Message
 from finetune_trainer.outcome import BadRow
 from finetune_trainer.prepare.reading.wording import SHOWN, clip, plural, printable
-
-Message = dict[str, str]
-"""`role` (system, user or assistant) and `content`."""
 
 Row = tuple[int, int, Sequence[Any] | str]
 """Number and line of a row, and the values of the wanted columns or the cause why it has none."""

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
 
 from finetune_trainer.config import DataFormat, Dataset, allowed
 from finetune_trainer.outcome import DatasetSummary, Reason, StageError
@@ -43,7 +40,6 @@ class Source:
         self._layout = layout
         self._dataset = dataset
         self._uri = uri
-        self._hashes = array("q")
         self.rows = 0
         """Rows read so far, blank lines not counted."""
 
@@ -57,18 +53,11 @@ class Source:
             **reader.described,
         )
 
-    @property
-    def duplicates(self) -> int:
-        """Records read so far that say the same as an earlier one."""
-        hashes = np.frombuffer(self._hashes, dtype=np.int64)
-        return len(hashes) - len(np.unique(hashes))
-
     def summary(self, problems: Problems) -> DatasetSummary:
         """What has been counted so far."""
         return DatasetSummary(
             rows=self.rows,
             invalid=problems.count,
-            duplicates=self.duplicates,
             first_invalid=tuple(problems.first),
         )
 
@@ -79,7 +68,7 @@ class Source:
         Raises StageError, in part after the last record: DatasetEmpty; InvalidRows, with the
         summary; DatasetUnreadable for damaged Parquet.
         """
-        self.rows, self._hashes = 0, array("q")
+        self.rows = 0
         skip = self._dataset.on_invalid_row == "skip"
         try:
             for number, line, built in self._built():
@@ -87,7 +76,6 @@ class Source:
                 if isinstance(built, str):
                     problems.add(number, built + self._place(number, line))
                     continue
-                self._hashes.append(_hash(built))
                 if skip or not problems.count:
                     yield Record(number, built)
         except DamageError as damage:
@@ -144,10 +132,6 @@ class Source:
         if problems.count > len(problems.first):
             text += f" There: {cause}."
         return StageError(Reason.INVALID_ROWS, text, dataset=self.summary(problems))
-
-
-def _hash(messages: Conversation) -> int:
-    return hash(tuple((message["role"], message["content"]) for message in messages))
 
 
 def read_records(file: Path, dataset: Dataset, uri: str, problems: Problems) -> Iterator[Record]:
