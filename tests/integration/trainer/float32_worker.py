@@ -1,6 +1,7 @@
 """The worker in float32, on whatever processor; it notes what of the model this process holds.
 
-FAIL=RANK:STEP:HOW lets one of the processes run out of GPU memory, or be killed, after a step.
+FAIL=RANK:STEP:HOW lets one of the processes run out of GPU memory (full) or be killed after a step,
+or run out of memory within it as long as a pass has several rows (crowded).
 """
 
 from __future__ import annotations
@@ -30,9 +31,24 @@ class Failing(TrainerCallback):
         rank, step, how = os.environ["FAIL"].split(":")
         if os.environ.get("RANK", "0") != rank or state.global_step != int(step):
             return
+        if how == "crowded":
+            return
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def _fail_while_crowded(trainer: Any) -> None:
+    rank, failing, how = os.environ["FAIL"].split(":")
+    if how != "crowded" or os.environ.get("RANK", "0") != rank:
+        return
+
+    def before(model: torch.nn.Module, _: Any) -> None:
+        crowded = trainer.args.per_device_train_batch_size > 1
+        if model.training and crowded and trainer.state.global_step + 1 == int(failing):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    trainer.model.register_forward_pre_hook(before)
 
 
 def _let_accelerate_shard_on_a_cpu() -> None:
@@ -72,6 +88,7 @@ def main(request: Path) -> int:
         guard(trainer)
         if "FAIL" in os.environ:
             trainer.add_callback(Failing())
+            _fail_while_crowded(trainer)
 
     ranks.gathered_state, trackers.guard = noting, guarding
     _let_accelerate_shard_on_a_cpu()

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.outcome import Notice, Reason, StageError
 from finetune_trainer.train.channel import listening
 from finetune_trainer.train.distributed import divide
+from finetune_trainer.train.ladder import descend, step_of
 from finetune_trainer.train.launch import Workers
 from finetune_trainer.train.work import Failed, Trained, Work
 from tests.integration.trainer.float32_worker import NOTE
@@ -178,17 +179,21 @@ def test_a_stop_leaves_one_checkpoint_of_all_processes_to_go_on_from(
 
 
 @pytest.mark.parametrize(
-    ("how", "reason"),
-    [("full", Reason.OUT_OF_GPU_MEMORY), ("killed", None)],
+    ("fail", "reason"),
+    [
+        pytest.param("1:2:full", Reason.OUT_OF_GPU_MEMORY, id="full"),
+        pytest.param("0:3:crowded", Reason.OUT_OF_GPU_MEMORY, id="the one that saves"),
+        pytest.param("1:2:killed", None, id="killed"),
+    ],
 )
 def test_the_process_that_fails_gives_the_reason_for_all(
-    how: str,
+    fail: str,
     reason: Reason | None,
     tiny_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("FAIL", f"1:2:{how}")
+    monkeypatch.setenv("FAIL", fail)
     work = work_of(tiny_model, tmp_path / "failing", 2)
     began = time.monotonic()
 
@@ -196,8 +201,40 @@ def test_the_process_that_fails_gives_the_reason_for_all(
         ending = run(work).ending
         assert isinstance(ending, Failed)
         assert ending.reason is reason
+        assert (ending.checkpoint is not None) == fail.startswith("0"), "the first one saves"
     else:
         with pytest.raises(StageError, match=r"killed|status 137") as caught:
             run(work)
         assert caught.value.reason in (Reason.OOM_KILLED, Reason.INTERNAL_ERROR)
     assert time.monotonic() - began < 100, "the other process doesn't wait for its peer"
+
+
+def test_memory_that_runs_out_in_one_process_makes_the_passes_of_all_smaller(
+    alone: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that fails can't save; the other, which loses its peer, has the last step as well."""
+    monkeypatch.setenv("FAIL", "1:3:crowded")
+    asked: list[Work] = []
+    written: list[Path] = []
+    notices: list[Notice] = []
+
+    def hear(message: dict[str, Any]) -> None:
+        if "checkpoint" in message:
+            written.append(Path(message["checkpoint"]["folder"]))
+
+    def run_once(work: Work) -> Trained | Failed:
+        asked.append(work)
+        with listening(work.room, hear):
+            return Workers(FLOAT32).run(work)
+
+    first = work_of(tiny_model, tmp_path / "crowded", 2)
+    ending = descend(run_once, first, lambda: written[-1] if written else None, notices.append)
+
+    assert [notice.code for notice in notices] == ["MemoryFreed", "BatchHalved"]
+    splits = [(w.plan.batch_size, w.plan.gradient_accumulation_steps) for w in asked]
+    assert splits == [(2, 1), (2, 1), (1, 2)]
+    assert all(work.processes == 2 for work in asked)
+    assert [step_of(work.resume_from) for work in asked] == [0, 2, 2], "not from the beginning"
+    together = Run(first, ending, [])
+    assert together.series("loss") == pytest.approx(alone.series("loss"), abs=LOSS_TOLERANCE)
+    assert_same_adapter(together, alone)

@@ -156,6 +156,10 @@ class RecipeTrainer(SFTTrainer):
         optimizer: Any = self.optimizer
         return cast("torch.nn.Module", self.model), getattr(optimizer, "optimizer", optimizer)
 
+    def store_flos(self) -> None:
+        """Not: nobody reads the sum, and the other processes, of which one may have failed, would
+        have to take part in it before a checkpoint is written."""
+
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL would write one with every checkpoint."""
 
