@@ -7,19 +7,21 @@ on it: how far the clean file is from the reference, and the faulty one.
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
+from finetune_trainer.base_model.converter import llama_folder
 from finetune_trainer.config import Export, Quantization
 from finetune_trainer.config.output import QualityLimit
 from finetune_trainer.export.gate import structure
@@ -88,6 +90,22 @@ def set_value(file: Path, key: str, form: str, value: Any) -> None:
     with Header(file) as header:
         place = header.fields[key].start
     overwrite(file, place, struct.pack(f"<{form}", value))
+
+
+def set_text(file: Path, key: str, old: bytes, new: bytes) -> None:
+    """Change a part of a text, or of a list of texts, to another of the same length."""
+    with Header(file) as header:
+        raw, start = header.raw(key), header.fields[key].start
+    assert len(old) == len(new)
+    overwrite(file, start + raw.index(old), new)
+
+
+def rename(file: Path, key: str, name: str) -> None:
+    """Give an entry of the metadata another name of the same length."""
+    with Header(file) as header:
+        place = header.fields[key].start - 4 - len(key)
+    assert len(key) == len(name)
+    overwrite(file, place, name.encode())
 
 
 def flip(file: Path, place: int, bit: int) -> None:
@@ -170,57 +188,53 @@ def test_other_merges_are_found(first: Gate, faulty: Callable[[Quantization], Pa
         field = header.fields["tokenizer.ggml.merges"]
         raw = header.raw("tokenizer.ggml.merges")
     assert merges is not None
-    pair = next(
-        (a, b)
-        for a, b in zip(reversed(merges), reversed(merges[:-1]), strict=False)
-        if len(a.encode()) == len(b.encode())
-    )
-    one, other = (text.encode() for text in pair)
-    swapped = (
-        raw.replace(one, b"\0" * len(one)).replace(other, one).replace(b"\0" * len(one), other)
-    )
-    overwrite(file, field.start, swapped)
+    one, other = (struct.pack("<Q", len(m.encode())) + m.encode() for m in merges[-2:])
+    assert raw.endswith(one + other)
+    overwrite(file, field.end - len(one + other), other + one)
     refused(first.check(file, Q.F16), "merges")
 
 
 def test_another_way_to_split_words_is_found(
-    first: Gate, faulty: Callable[[Quantization], Path], tmp_path: Path
+    first: Gate, faulty: Callable[[Quantization], Path]
 ) -> None:
-    """gpt-2 keeps numbers together that SmolLM2 splits; no row has one."""
-    file = tmp_path / "other.gguf"
-    rewrite(faulty(Q.F16), file, {"tokenizer.ggml.pre": "gpt-2"})
+    """Mistral's Tekken splits brackets from words otherwise; no row has one."""
+    file = faulty(Q.F16)
+    set_text(file, "tokenizer.ggml.pre", b"smollm", b"tekken")
     refused(first.check(file, Q.F16), "other tokens")
 
 
 def test_another_vocabulary_is_found(first: Gate, faulty: Callable[[Quantization], Path]) -> None:
-    """One letter of a token that no row uses."""
+    """One letter of a token."""
     file = faulty(Q.F16)
-    with Header(file) as header:
-        raw = header.raw("tokenizer.ggml.tokens")
-        start = header.fields["tokenizer.ggml.tokens"].start
-    overwrite(file, start + raw.rindex(b"boiling"), b"bailing")
+    set_text(file, "tokenizer.ggml.tokens", b"boiling", b"bailing")
     refused(first.check(file, Q.F16), "entries of its vocabulary")
 
 
-@pytest.mark.parametrize(
-    ("changed", "word"),
-    [
-        ({"tokenizer.chat_template": "{{ messages[0]['content'] }}"}, "chat template"),
-        ({"tokenizer.ggml.eos_token_id": None}, "as the end of a text"),
-        ({"tokenizer.ggml.add_bos_token": True}, "add_bos"),
-        ({"tokenizer.ggml.add_eos_token": True}, "add_eos"),
-    ],
-)
-def test_what_servers_go_by_is_checked(
-    first: Gate,
-    faulty: Callable[[Quantization], Path],
-    tmp_path: Path,
-    changed: dict[str, Any],
-    word: str,
+def test_another_chat_template_is_found(
+    first: Gate, faulty: Callable[[Quantization], Path]
 ) -> None:
-    file = tmp_path / "other.gguf"
-    rewrite(faulty(Q.F16), file, changed)
-    refused(first.check(file, Q.F16), word)
+    file = faulty(Q.F16)
+    set_text(file, "tokenizer.chat_template", b"'assistant", b"'assisting")
+    refused(first.check(file, Q.F16), "chat template")
+
+
+def test_a_missing_end_token_is_found(first: Gate, faulty: Callable[[Quantization], Path]) -> None:
+    """llama.cpp knows <|im_end|> by its text; others go by the metadata."""
+    file = faulty(Q.F16)
+    rename(file, "tokenizer.ggml.eos_token_id", "tokenizer.ggml.xxx_token_id")
+    refused(first.check(file, Q.F16), "as the end of a text")
+
+
+def test_tokens_that_servers_would_add_are_found(
+    first: Gate, faulty: Callable[[Quantization], Path]
+) -> None:
+    file = faulty(Q.F16)
+    set_value(file, "tokenizer.ggml.add_bos_token", "?", True)
+    assert first._wanted.begins_with_bos  # as SmolLM2's template does
+    first._wanted = replace(first._wanted, begins_with_bos=False)
+    refused(copy.copy(first).check(file, Q.F16), "add_bos")
+    rename(file, "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token")
+    refused(copy.copy(first).check(file, Q.F16), "add_eos")
 
 
 def test_an_end_of_turn_that_llama_cpp_does_not_stop_at_is_found(
@@ -228,10 +242,7 @@ def test_an_end_of_turn_that_llama_cpp_does_not_stop_at_is_found(
 ) -> None:
     """The token lost its text, by which llama.cpp knows it, and is nobody's end any more."""
     file = faulty(Q.F16)
-    with Header(file) as header:
-        raw = header.raw("tokenizer.ggml.tokens")
-        start = header.fields["tokenizer.ggml.tokens"].start
-    overwrite(file, start + raw.index(b"<|im_end|>"), b"<|im_stop|")
+    set_text(file, "tokenizer.ggml.tokens", b"<|im_end|>", b"<|im_stop|")
     set_value(file, "tokenizer.ggml.eos_token_id", "I", 0)
     refused(first.check(file, Q.F16), "would not stop")
 
@@ -308,6 +319,15 @@ def test_a_scale_that_is_no_number_is_found(
     refused(gate.check(file, Q.Q8_0), "llama.cpp can't load it")
 
 
+def test_a_flipped_bit_of_a_scale_is_found(
+    gate: Gate, faulty: Callable[[Quantization], Path]
+) -> None:
+    """The highest one of a block's exponent, in one of 512 rows: BLOCK."""
+    file = faulty(Q.Q8_0)
+    flip(file, tensor_place(file, "blk.0.ffn_up.weight") + 34 * 8 * 100 + 1, 6)
+    refused(gate.check(file, Q.Q8_0), "mean KL divergence")
+
+
 def test_limits_of_the_spec_come_first(tuned: Tuned, opened: Gate) -> None:
     limits = (QualityLimit(quantization=Q.Q8_0, max_kl_divergence=1e-6),)
     gate = with_export(opened, Export(quality_limits=limits))
@@ -347,83 +367,47 @@ def test_a_model_that_is_not_there_is_an_error(tuned: Tuned, tmp_path: Path) -> 
     assert caught.value.reason in (Reason.MODEL_UNSUPPORTED, Reason.INTERNAL_ERROR)
 
 
-class TestAdapter:
+@pytest.fixture(scope="module")
+def adapter(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The adapter alone as GGUF."""
-
-    @pytest.fixture(scope="class")
-    def adapter(self, tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        file = tmp_path_factory.mktemp("adapter") / "LoRA.gguf"
-        write_lora(tuned, file, alpha=8.0)
-        return file
-
-    def test_taken_away_it_leaves_the_base_model(
-        self, gate: Gate, tuned: Tuned, adapter: Path
-    ) -> None:
-        check = gate.check_adapter(adapter)
-        assert check.problems == ()
-        assert check.quality is not None
-        samples = gate.samples(tuned.file(Q.F16), adapter)
-        assert [sample.expected for sample in samples] == [
-            example["completion"][0]["content"] for example in EXAMPLES
-        ]
-        assert all(sample.base is not None for sample in samples)
-        assert [sample.base for sample in samples] != [sample.tuned for sample in samples]
-
-    def test_a_wrong_scale_is_found(self, gate: Gate, tuned: Tuned, tmp_path: Path) -> None:
-        """As of an rsLoRA adapter (rank 4) that is taken for a plain one: ADAPTER."""
-        file = tmp_path / "LoRA.gguf"
-        write_lora(tuned, file, alpha=16.0)
-        refused(gate.check_adapter(file), "mean KL divergence")
-
-    def test_it_has_to_be_whole(self, gate: Gate, adapter: Path, tmp_path: Path) -> None:
-        file = tmp_path / "LoRA.gguf"
-        file.write_bytes(adapter.read_bytes()[:-500])
-        refused(gate.check_adapter(file), "was cut")
+    return write_lora(tuned, tmp_path_factory.mktemp("adapter") / "LoRA.gguf")
 
 
-def write_lora(tuned: Tuned, file: Path, alpha: float) -> None:
-    """The adapter as a GGUF file, by llama.cpp's own script."""
-    import subprocess
-    import sys
-
-    from finetune_trainer.base_model.converter import llama_folder
-
-    folder = file.parent / f"adapter-{alpha}"
-    shutil.copytree(tuned.adapter, folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": alpha}))
-    subprocess.run(
-        [
-            sys.executable,
-            str(llama_folder() / "convert_lora_to_gguf.py"),
-            str(folder),
-            f"--base={tuned.base}",
-            f"--outfile={file}",
-            "--outtype=f32",
-        ],
-        check=True,
-        capture_output=True,
-    )
+def test_without_the_adapter_it_is_the_base_model(gate: Gate, tuned: Tuned, adapter: Path) -> None:
+    check = gate.check_adapter(adapter)
+    assert check.problems == ()
+    assert check.quality is not None
+    samples = gate.samples(tuned.file(Q.F16), adapter)
+    assert [sample.expected for sample in samples] == [
+        example["completion"][0]["content"] for example in EXAMPLES
+    ]
+    assert [sample.base for sample in samples] != [sample.tuned for sample in samples]
+    assert all(sample.base and sample.tuned for sample in samples)
+    assert gate.report().samples == samples
 
 
-def rewrite(source: Path, target: Path, changed: dict[str, Any]) -> None:
-    """A file with other metadata; None takes an entry out."""
-    reader = gguf.GGUFReader(source)
-    architecture = reader.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(target, architecture)
-    for key, field in reader.fields.items():
-        if key.startswith("GGUF.") or key == "general.architecture" or key in changed:
-            continue
-        inner = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
-    for key, value in changed.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif value is not None:
-            writer.add_string(key, value)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def test_a_wrong_scale_of_the_adapter_is_found(gate: Gate, adapter: Path, tmp_path: Path) -> None:
+    """As of an rsLoRA adapter of rank 4 that is taken for a plain one: ADAPTER."""
+    file = Path(shutil.copy(adapter, tmp_path))
+    set_value(file, "adapter.lora.alpha", "f", 16.0)
+    refused(gate.check_adapter(file), "mean KL divergence")
+
+
+def test_an_adapter_has_to_be_whole(gate: Gate, adapter: Path, tmp_path: Path) -> None:
+    file = tmp_path / "LoRA.gguf"
+    file.write_bytes(adapter.read_bytes()[:-500])
+    refused(gate.check_adapter(file), "was cut")
+
+
+def write_lora(tuned: Tuned, file: Path) -> Path:
+    """By llama.cpp's own script."""
+    command = [
+        sys.executable,
+        str(llama_folder() / "convert_lora_to_gguf.py"),
+        str(tuned.adapter),
+        f"--base={tuned.base}",
+        f"--outfile={file}",
+        "--outtype=f32",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return file

@@ -38,6 +38,7 @@ class Session:
     context: Any = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        """Load the file; the process ends where llama.cpp can't."""
         llama_cpp.llama_backend_init()
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = 0

@@ -37,7 +37,7 @@ class MappedWeight(torch.Tensor):
     @staticmethod
     def __new__(cls, source: torch.Tensor) -> MappedWeight:
         """Wrap `source`, which is read and never written."""
-        made: MappedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: MappedWeight = torch.Tensor._make_wrapper_subclass(
             cls, source.shape, dtype=torch.float32, device=source.device, requires_grad=False
         )
         made.source = source
@@ -60,7 +60,7 @@ class MappedWeight(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override] # torch calls it with the class and function
         cls,
         func: Any,
         types: Sequence[type],
@@ -112,9 +112,9 @@ def load_streamed(
     """
     model = load_model(base, "auto", "cpu", trust_remote_code=trust_remote_code)
     _compute_in_float32(model)
-    if adapter is None:
-        return cast("PreTrainedModel", model.eval())
-    return cast("PeftModel", PeftModel.from_pretrained(model, adapter).eval())
+    tuned = model if adapter is None else PeftModel.from_pretrained(model, adapter)
+    tuned.train(False)
+    return tuned
 
 
 @torch.no_grad()

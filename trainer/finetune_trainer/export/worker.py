@@ -1,6 +1,5 @@
 """llama.cpp's library at work, in a process of its own: a JSON request in, a JSON answer out.
 
-    {"do": "quantize", "source": …, "target": …, "type": …, "threads": …}      -> {}
     {"do": "ask", "file": …, "prompt": …, "limit": …, "threads": …, "ends": […]}
         -> {"tokens": […], "stopsAt": […], "answer": …, "stopped": …, "finite": …,
             "template": …}
@@ -23,7 +22,6 @@ in the file `write`.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import sys
@@ -36,19 +34,6 @@ import numpy as np
 
 from finetune_trainer.export.gate import logprobs
 from finetune_trainer.export.session import UBATCH, Session, greedy
-
-
-def quantize(request: dict[str, Any]) -> dict[str, Any]:
-    """Write a 16-bit GGUF file as another type."""
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{request['type']}")
-    options.nthread = request["threads"]
-    status = llama_cpp.llama_model_quantize(
-        request["source"].encode(), request["target"].encode(), ctypes.byref(options)
-    )
-    if status != 0:
-        sys.exit(f"llama_model_quantize returned {status}")
-    return {}
 
 
 def ask(request: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +161,6 @@ def main() -> None:
 
 
 _WORK: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "quantize": quantize,
     "ask": ask,
     "tokenize": tokenize,
     "check": check,

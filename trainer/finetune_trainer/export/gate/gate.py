@@ -1,7 +1,7 @@
 """The gate that each GGUF file has to pass, in the order in which the files are made.
 
     gate = Gate.open(base, adapter, rows, workspace, export)   # what the tuned model says, once
-    gate.check(file, kind)                                     # 16 bits first, then what is made of it
+    gate.check(file, kind)                                     # 16 bits first, then the others
     gate.check_adapter(file)
     gate.samples(file, adapter_file)
     gate.report()

@@ -90,7 +90,7 @@ class Header:
         self.tensors: dict[str, Tensor] = {}
         try:
             self._read()
-        except (struct.error, UnicodeDecodeError, IndexError) as error:
+        except (struct.error, UnicodeDecodeError, OverflowError, ValueError) as error:
             self.data.close()
             raise HeaderError("its header is damaged, or the file was cut in it") from error
         except HeaderError:
@@ -98,6 +98,7 @@ class Header:
             raise
 
     def __enter__(self) -> Self:
+        """Use it in a `with` statement."""
         return self
 
     def __exit__(
@@ -106,6 +107,7 @@ class Header:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Let go of the file."""
         self.data.close()
 
     def value(self, key: str) -> Any:

@@ -95,9 +95,9 @@ def _ask(request: dict[str, Any]) -> dict[str, Any]:
     if done.status != 0:
         raise StageError(
             Reason.INTERNAL_ERROR,
-            "The tuned model could not be run by transformers, to hold the GGUF files against it: "
-            f"{done.last_line():.300}. Give the export's pod more memory, or set spec.export.verify "
-            "to off.",
+            "transformers could not run the tuned model, to hold the GGUF files against it: "
+            f"{done.last_line():.300}. Give the export's pod more memory, or set "
+            "spec.export.verify to off.",
         )
     answer: dict[str, Any] = json.loads(done.output.splitlines()[-1])
     if "reason" in answer:

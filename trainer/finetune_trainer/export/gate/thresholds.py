@@ -29,7 +29,7 @@ LARGE_LIMITS = {
     Quantization.Q6_K: 0.015,
     Quantization.Q5_K_M: 0.03,
     Quantization.Q4_K_M: 0.08,
-    Quantization.IQ4_XS: 0.1,
+    Quantization.IQ4_XS: 0.12,
     Quantization.Q3_K_M: 0.25,
 }
 """Nats per token, for models of LARGE parameters and more."""

@@ -1,0 +1,121 @@
+"""A model whose weights stay in their files computes what a loaded one does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from finetune_trainer.base_model.loading import load_model
+from finetune_trainer.export import streamed
+from finetune_trainer.export.gate.reference import logits_of, passes
+from finetune_trainer.export.gate.rows import Row
+from finetune_trainer.export.streamed import load_streamed
+from tests.integration.trainer.architectures import PACKABLE, VOCABULARY, tiny
+
+FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+SEPARATE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROWS = [Row(tuple(range(1, 40)), (20, 21, 38)), Row(tuple(range(60, 70)), (3, 9))]
+
+
+def save(kind: str, folder: Path, dtype: torch.dtype, **lora: bool) -> tuple[Path, Path]:
+    """A tiny model in 16 bits, and an adapter that changes it much."""
+    base, adapter = folder / "base", folder / "adapter"
+    tiny(kind).to(dtype).save_pretrained(base)
+    targets = FUSED if kind == "phi3" else SEPARATE
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **lora)
+    get_peft_model(load_model(base, "auto", "cpu"), config).save_pretrained(adapter)
+    return base, adapter
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", PACKABLE)
+def test_it_computes_what_a_loaded_model_does(
+    kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, but for the order of sums: blocks of a few rows at a time."""
+    monkeypatch.setattr(streamed, "BLOCK_VALUES", 640)
+    base, adapter = save(kind, tmp_path, dtype)
+    loaded = PeftModel.from_pretrained(load_model(base, torch.float32, "cpu"), adapter).eval()
+    ours = load_streamed(base, adapter)
+    assert isinstance(ours, PeftModel)
+    tuned = logits_of(loaded, ROWS)
+    assert tuned.shape == (5, VOCABULARY)
+    torch.testing.assert_close(logits_of(ours, ROWS), tuned, rtol=1e-4, atol=1e-4)
+    with loaded.disable_adapter(), ours.disable_adapter():
+        alone = logits_of(loaded, ROWS)
+        torch.testing.assert_close(logits_of(ours, ROWS), alone, rtol=1e-4, atol=1e-4)
+    assert (tuned - alone).abs().max() > 1
+
+
+@pytest.mark.parametrize("variant", ["use_rslora", "use_dora"])
+def test_variants_of_lora_are_those_of_peft(variant: str, tmp_path: Path) -> None:
+    base, adapter = save("llama", tmp_path, torch.bfloat16, **{variant: True})
+    loaded = PeftModel.from_pretrained(load_model(base, torch.float32, "cpu"), adapter).eval()
+    ours = load_streamed(base, adapter)
+    torch.testing.assert_close(logits_of(ours, ROWS), logits_of(loaded, ROWS))
+
+
+def test_a_row_is_computed_alike_alone_and_beside_others(tmp_path: Path) -> None:
+    """Padding changes nothing."""
+    base, adapter = save("mistral", tmp_path, torch.bfloat16)
+    model = load_streamed(base, adapter)
+    alone = torch.cat([logits_of(model, [row]) for row in ROWS])
+    torch.testing.assert_close(logits_of(model, ROWS), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_of_linear_layers_can_be_watched(tmp_path: Path) -> None:
+    base, _ = save("llama", tmp_path, torch.bfloat16)
+    model = load_streamed(base, None)
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: seen.__setitem__(name, args[0].shape[-1])
+            )
+    logits_of(model, ROWS)
+    assert len(seen) == 3 * 7 + 1
+    assert seen["model.layers.2.mlp.down_proj"] == 96
+
+
+def test_passes_are_bounded() -> None:
+    long, many = Row(tuple(range(1000)), (999,)), Row(tuple(range(130)), tuple(range(2, 130)))
+    short = Row((1, 2, 3), (2,))
+    assert list(passes([short, short, long, many, short])) == [
+        [short, short],
+        [long],
+        [many],
+        [short],
+    ]
+
+
+def test_the_weights_take_no_memory(smollm2_folder: Path) -> None:
+    """270 MB of weights; measured: 30 MB of anonymous memory more, mostly activations."""
+    program = f"""
+import torch
+from pathlib import Path
+from finetune_trainer.export.streamed import load_streamed
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+def largest(seen):
+    return lambda *_: seen.append(anonymous())
+
+before, seen = anonymous(), []
+model = load_streamed(Path({str(smollm2_folder)!r}), None)
+for module in model.modules():
+    module.register_forward_hook(largest(seen))
+with torch.no_grad():
+    model(torch.arange(1, 50)[None])
+print((max(seen) - before) // 1024)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout.split()[-1]) < 150
