@@ -15,6 +15,9 @@ from finetune_trainer.export.manifest import Manifest, lineage_of, now
 from finetune_trainer.export.models import MERGED, Add, Making, make_gguf, make_merged, model_of
 from finetune_trainer.export.preflight import check_space
 from finetune_trainer.export.publish import Publication, finish_interrupted
+from finetune_trainer.export.publish.hub import check_token, push
+from finetune_trainer.export.publish.publication import Sign
+from finetune_trainer.export.publish.signing import signer_for
 from finetune_trainer.export.report import Facts, license_of, write_model_card, write_report
 from finetune_trainer.export.results import GateReport
 from finetune_trainer.marker import MANIFEST
@@ -42,17 +45,35 @@ class Work:
 
 
 def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
-    """Make the artifacts for `config.resolved`; raises StageError."""
+    """Make the artifacts for `config.resolved`, and push them where that is asked for.
+
+    Raises StageError; a push that failed is all that the next attempt has to do.
+    """
     reporter.begin(Stage.EXPORT, "Fetching the adapter")
+    sign = signer_for(config.export, source.display_name(config.model.source))
+    check_token(config.output.hub)
     output = open_folder(config.output.uri, config.storage)
-    fingerprint = source.resolved_of(config).fingerprints.export
-    if published := finish_interrupted(output, fingerprint):
-        return result_of(config, Manifest.model_validate_json(published))
+    published = finish_interrupted(output, source.resolved_of(config).fingerprints.export)
+    if published:
+        manifest = Manifest.model_validate_json(published)
+    else:
+        manifest = make_and_publish(config, workspace, output, sign, reporter)
+    result = result_of(config, manifest)
+    if config.output.hub and result.reason is Reason.SUCCEEDED:
+        push(config.output.hub, output, workspace, reporter)
+    return result
+
+
+def make_and_publish(
+    config: RunConfig, workspace: Path, output: Folder, sign: Sign | None, reporter: Reporter
+) -> Manifest:
+    """Compute everything, and put it in the place of the former version."""
     inputs = fetch(config, output, workspace)
+    fingerprint = source.resolved_of(config).fingerprints.export
     with Publication(output, fingerprint, reporter) as publication:
         manifest = make_all(Work(config, inputs, workspace, publication, reporter))
-        files = publication.commit(lambda files: encoded(with_files(manifest, files)))
-    return result_of(config, with_files(manifest, files))
+        files = publication.commit(lambda files: encoded(with_files(manifest, files)), sign)
+    return with_files(manifest, files)
 
 
 def make_all(work: Work) -> Manifest:
