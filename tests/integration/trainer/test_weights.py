@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,7 +158,9 @@ def test_shards_and_index_are_those_that_transformers_writes(tmp_path: Path) -> 
     adapter = save_adapter(base, tmp_path / "adapter")
     weights, ours = MergedWeights.open(base, adapter), tmp_path / "ours"
     written: list[int] = []
+    umask = os.umask(0o077)
     write_merged(weights, ours, written.append)
+    os.umask(umask)
     files = {file.name: file for file in ours.iterdir()}
     shards = [file for name, file in files.items() if name != INDEX]
     assert len(shards) > 3

@@ -23,6 +23,7 @@ from finetune_trainer.base_model.tokenizer import (
 )
 from finetune_trainer.export.weights import MergedWeights, write_merged
 from finetune_trainer.export.weights.checkpoint import CONFIG, read_config
+from finetune_trainer.export.weights.safetensors_file import READABLE
 from finetune_trainer.storage import OnBytes
 
 GENERATION = "generation_config.json"
@@ -85,7 +86,7 @@ def assemble(
             shutil.copyfile(base / name, target / name)
     for file in target.iterdir():
         if not file.is_symlink():
-            file.chmod(0o644)  # some are saved for their owner only
+            file.chmod(READABLE)  # some are saved for their owner only
 
 
 def stored_config(config: dict[str, Any], dtype: torch.dtype, *, trusted: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from finetune_trainer.base_model import source
+from finetune_trainer.base_model.loading import use_available_cpus
 from finetune_trainer.base_model.tokenizer import begins_with_bos, load_tokenizer
 from finetune_trainer.config import Quantization, RunConfig
 from finetune_trainer.export.gate.gate import Gate
@@ -70,6 +71,7 @@ def model_of(config: RunConfig, base: Path, adapter: Path | None, folder: Path) 
     `folder` gets its configuration and tokenizer, unless it has them: then it is `base` itself.
     """
     trusted = config.model.trust_remote_code
+    use_available_cpus()
     weights = MergedWeights.open(base, adapter)
     if adapter:
         weights.check_changes()

@@ -15,6 +15,7 @@ from finetune_trainer.storage import OnBytes
 from finetune_trainer.storage.local import replacing
 
 BLOCK_BYTES = 8 << 20  # of rows that are written at a time
+READABLE = 0o644  # for other users as well, whatever the umask
 _ALIGNMENT = 8  # of the values' beginning, as the safetensors library has it
 
 _NAMES = {
@@ -41,11 +42,12 @@ def write_merged(weights: MergedWeights, target: Path, on_bytes: OnBytes | None 
         shards.setdefault(info.shard, []).append(info)
     for shard, infos in shards.items():
         with replacing(target / shard) as partial, partial.open("wb") as file:
+            partial.chmod(READABLE)
             _write_shard(weights, infos, file, on_bytes or (lambda _: None))
-            partial.chmod(0o644)
     if set(shards) != {SINGLE}:
         with replacing(target / INDEX) as partial:
             partial.write_text(json.dumps(_index(weights), indent=2, sort_keys=True) + "\n")
+            partial.chmod(READABLE)
 
 
 def _write_shard(
