@@ -61,6 +61,9 @@ class Vocabulary:
     part: str | None = None
     """File in tests/data/tokenizers; without one it is a SentencePiece model."""
 
+    strips: tuple[str, ...] = ()
+    """Special tokens that swallow the white space behind them."""
+
     gemma: bool = False
     """Whether it is SentencePiece as Gemma has it: no space is put before a text."""
 
@@ -77,6 +80,8 @@ class Family:
     """The chat template: a file in tests/data/chat_templates, or its text."""
 
     shape: dict[str, Any] = field(default_factory=dict)
+    vision: dict[str, Any] | None = None
+    """Of the tower that reads images, which this project leaves as it is."""
 
 
 CHATML = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
@@ -189,6 +194,7 @@ PHI3 = Vocabulary(
         "add_bos_token": False,
         "legacy": False,
     },
+    strips=("</s>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"),
 )
 PHI4_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '<|im_sep|>'"
@@ -239,6 +245,20 @@ FAMILIES: dict[str, Family] = {
         "gemma",
         {**WIDE, **MIXED, "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 8},
     ),
+    "gemma-3-vision": Family(
+        "gemma3",
+        GEMMA,
+        "gemma",
+        {**WIDE, **MIXED, "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 8},
+        vision={
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+    ),
     "mistral": Family("mistral", MISTRAL, "mistral", {**WIDE, "sliding_window": None}),
     "phi-3": Family("phi3", PHI3, "phi3", {**WIDE, "sliding_window": 511}),
     "phi-4": Family("phi3", PHI4, PHI4_TEMPLATE, {**SMALL, "sliding_window": None}),
@@ -274,8 +294,11 @@ def configuration(family: Family) -> Any:
         if f"{name}_token" in vocabulary.settings
     }
     defaults = {"bos_token_id": None, "pad_token_id": None}
+    text = {"vocab_size": vocabulary.rows, **defaults, **named, **family.shape}
+    if family.vision is None:
+        return AutoConfig.for_model(family.kind, **text)
     return AutoConfig.for_model(
-        family.kind, vocab_size=vocabulary.rows, **{**defaults, **named}, **family.shape
+        family.kind, text_config=text, vision_config=family.vision, mm_tokens_per_image=4, **named
     )
 
 
@@ -294,7 +317,12 @@ def write_tokenizer(family: Family, folder: Path) -> None:
     file = DATA / "chat_templates" / f"{family.template}.jinja"
     template = family.template if "{" in family.template else file.read_text(encoding="utf-8")
     added = {
-        str(number): {**_FLAGS, "content": token, "special": True}
+        str(number): {
+            **_FLAGS,
+            "content": token,
+            "special": True,
+            "rstrip": token in vocabulary.strips,
+        }
         for token, number in vocabulary.special.items()
     }
     settings = {
@@ -307,7 +335,7 @@ def write_tokenizer(family: Family, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
-_FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+_FLAGS = {"lstrip": False, "normalized": False, "single_word": False}
 
 
 def add_special(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
@@ -315,7 +343,12 @@ def add_special(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     written = json.loads(tokenizer.to_str())
     written["model"]["vocab"] |= vocabulary.special
     whole = Tokenizer.from_str(json.dumps(written))
-    whole.add_special_tokens([AddedToken(t, special=True) for t in vocabulary.special])
+    whole.add_special_tokens(
+        [
+            AddedToken(token, special=True, rstrip=token in vocabulary.strips)
+            for token in vocabulary.special
+        ]
+    )
     if vocabulary.settings.get("add_bos_token"):
         bos = vocabulary.settings["bos_token"]
         whole.post_processor = TemplateProcessing(

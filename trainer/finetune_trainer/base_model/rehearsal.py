@@ -3,23 +3,26 @@
 A safetensors file begins with the names, types and shapes of its tensors. That beginning, followed
 by a hole of the right size, stands in for the file: llama.cpp's converter reads values only when it
 writes them, and a dry run writes nothing. So all that it may not know shows within seconds: the
-architecture, the tokenizer, a tensor.
+architecture, the tokenizer, a tensor. What it knows of the tokenizer is then asked of llama.cpp.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from finetune_trainer.base_model import converter, hub
+from finetune_trainer.base_model.gguf_name import gguf_name
 from finetune_trainer.base_model.source import ModelFiles, is_hub
 from finetune_trainer.config import Storage
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.storage import Folder, open_folder
 
+WORKER = "finetune_trainer.base_model.rehearsal_worker"
 LENGTH_BYTES = 8  # the header's length comes first, little-endian
 FIRST_BYTES = 1 << 18  # holds the header of most files
 MAX_HEADER = 100_000_000  # safetensors' own limit
@@ -33,16 +36,26 @@ Headers = dict[str, Header]
 """Headers by file."""
 
 
-def rehearse(folder: Path, target: Path, *, trust_remote_code: bool = False) -> None:
-    """Convert to GGUF without writing the file `target`.
+def rehearse(
+    folder: Path, name: str, target: Path, texts: Sequence[str], *, trust_remote_code: bool = False
+) -> list[list[int]]:
+    """Convert a model, whose weights may be stand-ins; how llama.cpp then splits texts into tokens.
 
-    `folder` holds a model whose weights may be stand-ins. Raises StageError(ModelUnsupported) where
-    llama.cpp's converter can't do it.
+    The file `target` gets configuration and vocabulary. Raises StageError(ModelUnsupported) where
+    llama.cpp can't do it.
     """
     with converter.shown(folder, "model", trusted=trust_remote_code) as view:
-        script = converter.llama_folder() / converter.SCRIPT
-        command = [sys.executable, str(script), str(view), "--outfile", str(target), "--dry-run"]
-        converter.run(command, trusted=trust_remote_code)
+        request = {
+            "llama": str(converter.llama_folder()),
+            "folder": str(view),
+            "name": gguf_name(name, folder),
+            "target": str(target),
+            "texts": list(texts),
+        }
+        command = [sys.executable, "-m", WORKER]
+        said = converter.run(command, json.dumps(request), trusted=trust_remote_code)
+    tokens: list[list[int]] = json.loads(said)["tokens"]
+    return tokens
 
 
 def with_stand_ins(files: ModelFiles, headers: Headers, small: Path, target: Path) -> Path:

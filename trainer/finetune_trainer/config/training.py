@@ -39,7 +39,8 @@ class Lora(Base):
         Field(min_length=1, max_length=7, json_schema_extra={"x-kubernetes-list-type": "set"}),
     ] = (TargetModule.Q, TargetModule.K, TargetModule.V, TargetModule.O)
     """Linear layers that get an adapter. The default adapts attention only; add gate_proj,
-    up_proj and down_proj to adapt the MLP as well."""
+    up_proj and down_proj to adapt the MLP as well. In models that fuse layers (Phi-3, Phi-4)
+    q_proj, k_proj and v_proj stand for qkv_proj, gate_proj and up_proj for gate_up_proj."""
 
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r (rank-stabilized LoRA), so that large ranks

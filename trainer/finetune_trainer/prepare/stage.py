@@ -19,7 +19,7 @@ from uuid import uuid4
 import numpy as np
 
 from finetune_trainer.base_model import source
-from finetune_trainer.config import Fingerprints, Resolved, RunConfig, Stage
+from finetune_trainer.config import Fingerprints, Message, Resolved, RunConfig, Stage
 from finetune_trainer.fingerprint import fingerprints
 from finetune_trainer.marker import (
     MANIFEST,
@@ -32,7 +32,6 @@ from finetune_trainer.marker import (
 from finetune_trainer.outcome import Reason, StageError, StageResult
 from finetune_trainer.prepare.inputs import DataFiles, find
 from finetune_trainer.prepare.planning import plan_training
-from finetune_trainer.prepare.reading import Message
 from finetune_trainer.prepare.reading.layout import check_columns
 from finetune_trainer.prepare.report import REPORT, SUMMARY, Findings, Prepared
 from finetune_trainer.prepare.rows import Rows
@@ -76,7 +75,7 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
         base = prepare(config, inputs, output, workspace, reporter)
     elif Stage.EXPORT not in held:
         base = fetch_model(config, inputs.model, workspace, reporter)
-        check_model(config, inputs.model, base, workspace, reporter, ())
+        check_model(config, inputs.model, base, workspace, reporter)
     prepared = read_summary(output, prints.prepare)
     check_held_out(config, prepared.dataset.eval_examples)
     plan = None
@@ -190,8 +189,8 @@ def prepare(
             rows.load(config.dataset, config.training.seed)
         base = fetch_model(config, inputs.model, workspace, reporter)
         tokenizer = open_tokenizer(findings, base)
-        rows = islice(findings.rows.messages(), ROWS_READ_BY_LLAMA_CPP)
-        check_model(config, inputs.model, base, workspace, reporter, rows)
+        first = islice(findings.rows.messages(), ROWS_READ_BY_LLAMA_CPP)
+        check_model(config, inputs.model, base, workspace, reporter, rows=first)
         reporter.message(f"Applying the chat template to {findings.rows.total} rows")
         encode(findings, tokenizer, folder)
     except StageError as error:
@@ -235,12 +234,13 @@ def check_model(
     base: Path,
     workspace: Path,
     reporter: Reporter,
-    rows: Iterable[Sequence[Message]],
+    *,
+    rows: Iterable[Sequence[Message]] = (),
 ) -> None:
     """Make sure that the model can be trained and exported as asked."""
     from finetune_trainer.prepare import model_checks  # noqa: PLC0415 - imports transformers
 
-    model_checks.check_model(config, model, base, workspace, reporter, rows)
+    model_checks.check_model(config, model, base, workspace, reporter, rows=rows)
 
 
 def encode(findings: Findings, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

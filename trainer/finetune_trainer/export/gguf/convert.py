@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_trainer.base_model import converter
+from finetune_trainer.base_model.gguf_name import gguf_name
 from finetune_trainer.base_model.loading import available_cpus
 from finetune_trainer.config import Quantization
 from finetune_trainer.export.gguf.showing import shown_by
@@ -62,7 +63,7 @@ def write_sixteen(
             "folder": str(view),
             "target": str(partial),
             "type": kind.value,
-            "name": model.name,
+            "name": gguf_name(model.name, model.folder),
             "beginsWithBos": model.begins_with_bos,
             "threads": available_cpus(),
         }
