@@ -36,6 +36,9 @@ SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 class Tuned:
     """A base model, an adapter that changes much, and both merged."""
 
+    name: str
+    """The family's, by which llama.cpp knows some tokenizers (Phi-3)."""
+
     base: Path
     adapter: Path
     merged: Path
@@ -50,7 +53,7 @@ class Tuned:
         file = self.files / f"{kind}.gguf"
         if not file.exists() and kind is self.own:
             bos = begins_with_bos(load_tokenizer(self.merged))
-            model = Model(self.merged, None, self.merged, "tiny", kind, begins_with_bos=bos)
+            model = Model(self.merged, None, self.merged, self.name, kind, begins_with_bos=bos)
             write_sixteen(model, file, kind)
         elif not file.exists():
             quantize(self.file(self.own), file, kind)
@@ -75,7 +78,7 @@ def make_tuned(name: str, folder: Path, dtype: torch.dtype, **shape: Any) -> Tun
     model.merge_and_unload().to(dtype).save_pretrained(merged)
     write_tokenizer(family, merged)
     own = Quantization.BF16 if dtype is torch.bfloat16 else Quantization.F16
-    return Tuned(base, adapter, merged, own, folder / "gguf")
+    return Tuned(name, base, adapter, merged, own, folder / "gguf")
 
 
 def make_adapter(base: Path, folder: Path, targets: tuple[str, ...]) -> None:

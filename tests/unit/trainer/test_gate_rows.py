@@ -50,9 +50,9 @@ def test_rows_are_taken_until_the_budget_of_answers_is_used_up() -> None:
 
 
 def test_rows_are_taken_until_the_budget_of_all_tokens_is_used_up() -> None:
-    rows = list(within_budget(cut(encoded(1000, 1)) for _ in range(20)))
-    assert sum(len(row.ids) for row in rows) <= MAX_TOKENS
-    assert len(rows) == MAX_TOKENS // 1001
+    sizes = [700] * 20 + [20]
+    rows = list(within_budget(cut(encoded(size - 1, 1)) for size in sizes))
+    assert [len(row.ids) for row in rows] == [700] * (MAX_TOKENS // 700) + [20]
 
 
 def test_a_row_without_an_answer_is_left_out() -> None:

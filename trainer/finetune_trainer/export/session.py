@@ -17,6 +17,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+CACHE_BYTES = 400 << 20  # for keys and values of answers that are computed side by side
 UBATCH = 128  # tokens that are computed at once, which bounds the memory of activations
 
 
@@ -103,6 +104,20 @@ class Session:
         if llama_cpp.llama_set_adapters_lora(self.context, adapters, 1, scales) != 0:
             sys.exit("llama.cpp can't apply the adapter")
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory that a token's keys and values take, in 16 bits (a little more than they do where
+        some layers see a window only)."""
+        heads = llama_cpp.llama_model_n_head(self.model)
+        width = llama_cpp.llama_model_n_embd(self.model) // max(1, heads)
+        per_layer = 2 * 2 * llama_cpp.llama_model_n_head_kv(self.model) * width
+        return int(llama_cpp.llama_model_n_layer(self.model) * per_layer)
+
+    def close(self) -> None:
+        """Give back the memory of the context."""
+        llama_cpp.llama_free(self.context)
+        self.context = None
+
     def forget(self) -> None:
         """Begin anew."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
@@ -127,6 +142,20 @@ class Session:
             if wanted:
                 pointer = llama_cpp.llama_get_logits_ith(self.context, index)
                 yield np.ctypeslib.as_array(pointer, shape=(self.size,))
+
+
+def groups(
+    prompts: Sequence[Sequence[int]], limit: int, most: int
+) -> Iterator[list[Sequence[int]]]:
+    """Prompts in groups that take at most `most` tokens with `limit` tokens of answer each."""
+    group: list[Sequence[int]] = []
+    for prompt in prompts:
+        if group and sum(len(item) + limit for item in [*group, prompt]) > most:
+            yield group
+            group = []
+        group.append(prompt)
+    if group:
+        yield group
 
 
 def greedy(

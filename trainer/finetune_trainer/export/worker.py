@@ -33,7 +33,7 @@ import llama_cpp
 import numpy as np
 
 from finetune_trainer.export.gate import logprobs
-from finetune_trainer.export.session import UBATCH, Session, greedy
+from finetune_trainer.export.session import CACHE_BYTES, UBATCH, Session, greedy, groups
 
 
 def ask(request: dict[str, Any]) -> dict[str, Any]:
@@ -79,12 +79,10 @@ def tokenize(request: dict[str, Any]) -> dict[str, Any]:
 def check(request: dict[str, Any]) -> dict[str, Any]:
     """Load a file with all its tensors, tokenize texts, and score rows, if there are any."""
     rows = [(row["ids"], row["measured"]) for row in request["rows"]]
-    session = _session(
-        request,
-        length=max((len(ids) for ids, _ in rows), default=UBATCH),
-        outputs=max((len(measured) for _, measured in rows), default=1),
-        check=True,
-    )
+    session = Session(request["file"], request["threads"], check=True)
+    longest = max((len(ids) for ids, _ in rows), default=UBATCH)
+    outputs = max((len(measured) for _, measured in rows), default=1)
+    _open(session, request, longest, outputs=outputs)
     return {
         **_read(session, request["texts"], request["ends"], add_special=False),
         **_score(session, rows, request["against"], request["write"]),
@@ -128,9 +126,13 @@ def _score(
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Let the model answer prompts, given as tokens, with greedy decoding."""
     prompts, limit = request["prompts"], request["limit"]
-    length = sum(len(prompt) + limit for prompt in prompts)
-    session = _session(request, length=length, sequences=len(prompts))
-    found = greedy(session, prompts, limit, request["seconds"])
+    session = Session(request["file"], request["threads"])
+    most = CACHE_BYTES // max(1, session.bytes_per_token)
+    found = []
+    for group in groups(prompts, limit, most):
+        _open(session, request, sum(len(prompt) + limit for prompt in group), len(group))
+        found += greedy(session, group, limit, request["seconds"] * len(group) / len(prompts))
+        session.close()
     return {
         "answers": [
             {"text": session.text(tokens), "tokens": len(tokens), "stopped": ended}
@@ -139,12 +141,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _session(request: dict[str, Any], *, check: bool = False, **context: int) -> Session:
-    session = Session(request["file"], request["threads"], check=check)
-    session.open(**context)
+def _open(
+    session: Session, request: dict[str, Any], length: int, sequences: int = 1, outputs: int = 1
+) -> None:
+    session.open(length=length, sequences=sequences, outputs=outputs)
     if request["adapter"]:
         session.apply(request["adapter"], request["scale"])
-    return session
 
 
 def _finite_logits(model: llama_cpp.Llama) -> bool:
