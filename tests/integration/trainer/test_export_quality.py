@@ -1,0 +1,77 @@
+"""A file over its limit, from the stage's exit code to what a later `prepare` makes of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from finetune_trainer.config import Stage
+from finetune_trainer.outcome import Quality, Reason, StageResult
+from tests.cluster.s3 import Credentials
+from tests.integration.trainer.conftest import Run, Trainer
+
+GOOD, BAD = "gguf/tiny-F16.gguf", "tiny-Q8_0.gguf"
+NO_FILE_KEEPS = 1e-9  # nats per token
+
+
+def figures(result: StageResult | None) -> dict[str, Quality | None]:
+    """Quality of each GGUF file of a model, by path."""
+    assert result is not None
+    paths = {each.path: each.quality for each in result.artifacts}
+    return {path: paths[path] for path in paths if path.endswith(".gguf") and "LoRA" not in path}
+
+
+def ended(run: Run, code: int) -> StageResult:
+    assert run.code == code, run.output
+    assert run.result is not None
+    return run.result
+
+
+def test_a_refused_file_is_published_apart_and_the_export_is_not_complete(
+    trainer: Trainer, run_config: dict[str, Any], moto: Credentials
+) -> None:
+    limits = [{"quantization": "Q8_0", "maxKLDivergence": NO_FILE_KEEPS}]
+    export = {"merged": False, "gguf": ["F16", "Q8_0"], "qualityLimits": limits}
+    result = ended(trainer("run", {**run_config, "export": export}), code=15)
+    assert result.reason is Reason.QUALITY_GATE_FAILED
+    for word in (BAD, "1e-09", "spec.export.qualityLimits", "rejected/"):
+        assert word in result.message
+    assert result.manifest_uri == f"{run_config['output']['uri']}/manifest.json"
+    refused = figures(result)
+    assert refused.keys() == {GOOD, f"rejected/{BAD}"}
+    good, bad = refused[GOOD], refused[f"rejected/{BAD}"]
+    assert good is not None
+    assert good.passed
+    assert bad is not None
+    assert (bad.passed, bad.over_limit, bad.max_kl_divergence) == (False, True, NO_FILE_KEEPS)
+
+    held, manifest = in_bucket(moto, run_config["output"]["uri"])
+    assert {GOOD, f"rejected/{BAD}"} <= held
+    assert f"gguf/{BAD}" not in held
+    assert {each["path"] for each in manifest["files"]} >= {GOOD, f"rejected/{BAD}"}
+
+    again = ended(trainer("prepare", {**run_config, "export": export}), code=0)
+    assert again.complete == (Stage.PREPARE, Stage.TRAIN)
+
+    export["verify"] = "warn"
+    warned = trainer("run", {**run_config, "export": export})
+    result = ended(warned, code=0)
+    assert "Training examples" not in warned.output
+    assert f"{BAD}: " in result.message
+    passed = {path: quality and quality.passed for path, quality in figures(result).items()}
+    assert passed == {GOOD: True, f"gguf/{BAD}": False}
+    held, _ = in_bucket(moto, run_config["output"]["uri"])
+    assert not any(path.startswith("rejected/") for path in held)
+
+    cached = ended(trainer("prepare", {**run_config, "export": export}), code=0)
+    assert cached.complete == (Stage.PREPARE, Stage.TRAIN, Stage.EXPORT)
+    assert figures(cached) == figures(result)
+
+
+def in_bucket(moto: Credentials, uri: str) -> tuple[set[str], dict[str, Any]]:
+    """The paths below the output folder, and its manifest."""
+    client = moto.client()
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    listed = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/")["Contents"]
+    manifest = client.get_object(Bucket=bucket, Key=f"{prefix}/manifest.json")["Body"].read()
+    return {item["Key"].removeprefix(f"{prefix}/") for item in listed}, json.loads(manifest)
