@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import llama_cpp
+import numpy as np
 import pytest
 
 from finetune_trainer.base_model import converter
@@ -55,6 +57,72 @@ def test_each_type_is_written_and_named(files: dict[str, Path]) -> None:
         assert found["general.name"] == "tiny"
     sizes = {kind: file.stat().st_size for kind, file in files.items()}
     assert sizes["F32"] > sizes["F16"] == sizes["BF16"] > sizes["Q8_0"] > sizes["Q4_K_M"]
+
+
+def write_importance(file: Path, source: Path) -> dict[str, int]:
+    """As llama.cpp's imatrix tool writes it; the number of inputs by matrix."""
+    writer = gguf.GGUFWriter(file, "imatrix")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["held-in rows"])
+    writer.add_uint32("imatrix.chunk_count", 7)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    random = np.random.default_rng(0)
+    inputs = {
+        tensor.name: int(tensor.shape[0])
+        for tensor in gguf.GGUFReader(source).tensors
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2
+    }
+    for name, count in inputs.items():
+        sums = random.exponential(size=(1, count)).astype(np.float32) ** 4
+        writer.add_tensor(f"{name}.in_sum2", sums)
+        writer.add_tensor(f"{name}.counts", np.full((1, 1), 3584, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return inputs
+
+
+@pytest.mark.parametrize("kind", ["Q3_K_M", "IQ4_XS"])
+def test_an_importance_matrix_changes_a_small_file_which_says_so(
+    files: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    inputs = write_importance(tmp_path / "imatrix.gguf", files["F16"])
+    quantize(files["F16"], tmp_path / "x.gguf", Quantization(kind), tmp_path / "imatrix.gguf")
+    found = metadata(tmp_path / "x.gguf")
+    assert found["quantize.imatrix.file"] == "imatrix.gguf"
+    assert found["quantize.imatrix.dataset"] == "held-in rows"
+    assert found["quantize.imatrix.entries_count"] == str(len(inputs)) == "14"
+    assert found["quantize.imatrix.chunks_count"] == "7"
+    assert not [key for key in metadata(files[kind]) if "imatrix" in key]
+    before, after = (
+        {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
+        for file in (files[kind], tmp_path / "x.gguf")
+    )
+    same = {name for name in before if np.array_equal(before[name], after[name])}
+    assert not same & set(inputs)
+    assert "output_norm.weight" in same
+
+
+def test_a_file_that_is_no_importance_matrix_is_refused(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(StageError) as caught:
+        quantize(files["F16"], tmp_path / "x.gguf", Quantization.Q4_K_M, files["Q8_0"])
+    assert "is no importance matrix" in caught.value.message
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_no_file_can_serve_the_others_are_made_of_a_temporary_one(
+    files: dict[str, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    made = write_files(plain(tiny_model), tmp_path / "gguf", (Quantization.Q8_0,))
+    kind, source = next(made)
+    assert kind is Quantization.F16
+    assert source.read_bytes() == files["F16"].read_bytes()
+    ((_, file),) = made
+    assert file.read_bytes() == files["Q8_0"].read_bytes()
+    assert sorted(tmp_path.rglob("*")) == [file.parent, file]
 
 
 def test_a_good_file_passes(files: dict[str, Path], tiny_model: Path) -> None:

@@ -20,6 +20,7 @@ SLACK = 256 * 2**20  # tokenizer, examples, logs, caches of datasets
 
 _BITS: dict[Quantization, tuple[float, float]] = {
     # Of the linear layers, and of the output layer (the embedding, where they are one).
+    Quantization.F32: (32, 32),
     Quantization.F16: (16, 16),
     Quantization.BF16: (16, 16),
     Quantization.Q8_0: (8.5, 8.5),

@@ -11,7 +11,10 @@ For the process in which the converter runs only (convert_worker): it imports it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import gguf
@@ -124,18 +127,20 @@ class BlockArray(gguf.LazyChunkedTensor):  # type: ignore[misc, name-defined] # 
         array.shape = sized.shape
         return array
 
-    def blocks(self) -> Iterator[torch.Tensor]:
-        """The values in the order of the file, as they are written."""
+    def blocks(self) -> Iterator[Callable[[], torch.Tensor]]:
+        """What computes the values as they are written, in the order of the file."""
         count = self._values_shape[0] if self._values_shape else 1
-        width = max(1, int(np.prod(self._values_shape, dtype=np.int64)) // max(1, count))
+        width = max(1, math.prod(self._values_shape) // max(1, count))
         step = max(1, BLOCK_VALUES // width)
         for start in range(0, count, step):
-            yield self._rows(start, min(start + step, count)).to(self._written)
+            yield partial(self._block, start, min(start + step, count))
 
-    def tofile(self, file: Any) -> None:
-        """Write the values, for whom it may concern beside convert_worker."""
-        for block in self.blocks():
-            file.write(raw(block))
+    def _block(self, start: int, stop: int) -> torch.Tensor:
+        return self._rows(start, stop).to(self._written)
+
+    def tofile(self, *_: Any) -> None:
+        """The converter's own writer would write block after block."""
+        raise NotImplementedError
 
 
 def stored_tensor(weights: MergedWeights, info: TensorInfo) -> Any:
@@ -151,9 +156,22 @@ def stored_tensor(weights: MergedWeights, info: TensorInfo) -> Any:
     return StoredTensor(stored, info.dtype, rows)
 
 
+def whole(tensor: Any) -> torch.Tensor:
+    """The values of a tensor that the converter computes itself."""
+    return torch.from_numpy(np.ascontiguousarray(gguf.LazyNumpyTensor.to_eager(tensor)))
+
+
 def raw(values: torch.Tensor) -> memoryview:
     """The bytes of a tensor."""
     return values.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def has_infinite(values: torch.Tensor) -> bool:
+    """Whether a tensor in float16 has values that are not finite."""
+    if values.dtype is not torch.float16 or not values.numel():
+        return False
+    low, high = torch.aminmax(values)  # many times faster than torch.isfinite
+    return not (math.isfinite(low) and math.isfinite(high))
 
 
 def _computed(stored: Any) -> Rows:
@@ -161,11 +179,13 @@ def _computed(stored: Any) -> Rows:
 
     It is forgotten with its last row.
     """
-    whole: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []
+    lock = Lock()
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        if not whole:
-            whole.append(LazyTorchTensor.to_eager(stored))
-        return whole[0][start:stop]
+        with lock:
+            if not found:
+                found.append(LazyTorchTensor.to_eager(stored))
+        return found[0][start:stop]
 
     return rows

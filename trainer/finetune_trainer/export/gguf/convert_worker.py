@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from finetune_trainer.export.weights import MergedWeights
 
 WAITING = 2
-"""Blocks that are computed before the first of them is written."""
+"""Blocks that may be ready before the one that is written."""
 
 
 def main() -> None:
@@ -54,13 +54,12 @@ def write(request: dict[str, Any]) -> None:
     torch.set_num_threads(request["threads"])
     adapter = request["adapter"]
     weights = MergedWeights.open(Path(request["base"]), Path(adapter) if adapter else None)
-    with torch.inference_mode():
-        model = build(request, weights)
-        model.prepare_tensors()
-        model.prepare_metadata(vocab_only=False)
-        if not request["beginsWithBos"]:
-            dont_add_bos(model.gguf_writer)
-        write_file(model.gguf_writer, Path(request["target"]))
+    model = build(request, weights)
+    model.prepare_tensors()
+    model.prepare_metadata(vocab_only=False)
+    if not request["beginsWithBos"]:
+        dont_add_bos(model.gguf_writer)
+    write_file(model.gguf_writer, Path(request["target"]), request["threads"])
 
 
 def build(request: dict[str, Any], weights: MergedWeights) -> Any:
@@ -110,74 +109,72 @@ def dont_add_bos(writer: Any) -> None:
         value.value = False
 
 
-def write_file(writer: Any, target: Path) -> None:
-    """Write head and tensors; the next blocks are computed while one is written."""
+def write_file(writer: Any, target: Path, threads: int) -> None:
+    """Write head and tensors: threads compute the next blocks while this one writes."""
+    import torch  # noqa: PLC0415 - not before the path is set
+
     writer.write_header_to_file(path=target)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     (file,) = writer.fout
     writer.write_padding(file, file.tell())
-    file.flush()
-    done, total = 0, sum(tensor.nbytes for tensor in writer.tensors[0].values())
-    with ThreadPoolExecutor(1, "writer") as thread:
-        waiting: deque[tuple[int, Future[int]]] = deque()
-        for values in contents(writer):
-            waiting.append((values.nbytes, thread.submit(file.write, values)))
-            if len(waiting) > WAITING:
-                size, written = waiting.popleft()
-                written.result()
-                done += size
-                child.say_progress(min(done, total), total)
-        for _, written in waiting:
-            written.result()
+    begin, total = file.tell(), sum(padded(writer, each) for each in writer.tensors[0].values())
+    waiting: deque[Future[memoryview]] = deque()
+
+    def write_next() -> None:
+        file.write(waiting.popleft().result())
+        child.say_progress(file.tell() - begin, total)
+
+    # Each thread computes alone: torch's own threads wait for each other in each operation.
+    with ThreadPoolExecutor(
+        threads, "blocks", initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        for block in blocks(writer):
+            waiting.append(pool.submit(block))
+            if len(waiting) > threads + WAITING:
+                write_next()
+        while waiting:
+            write_next()
+    if file.tell() - begin != total:
+        sys.exit(f"the tensors have {file.tell() - begin} bytes instead of {total}")
     writer.close()
-    child.say_progress(total, total)
 
 
-def contents(writer: Any) -> Iterator[memoryview]:
-    """The bytes of all tensors in the order of the file, with the padding between them."""
-    from finetune_trainer.export.gguf.blocks import raw  # noqa: PLC0415 - imports the converter
+def blocks(writer: Any) -> Iterator[Callable[[], memoryview]]:
+    """What computes the bytes of all tensors, in the order of the file."""
+    from finetune_trainer.export.gguf.blocks import BlockArray, whole  # noqa: PLC0415
 
     for name, info in writer.tensors[0].items():
-        size = 0
-        for block in blocks_of(info.tensor):
-            refuse_infinite(name, block)
-            values = raw(block)
-            size += values.nbytes
-            yield values
-        if size != info.nbytes:
-            sys.exit(f"tensor {name} has {size} bytes instead of {info.nbytes}")
-        info.tensor = None
-        padding = writer.ggml_pad(size, writer.data_alignment) - size
-        if padding:
-            yield memoryview(bytes(padding))
+        tensor, info.tensor = info.tensor, None  # to be forgotten when it is written
+        parts = tensor.blocks() if isinstance(tensor, BlockArray) else (partial(whole, tensor),)
+        for part in parts:
+            yield partial(exact_bytes, name, part)
+        if rest := padded(writer, info) - info.nbytes:
+            yield partial(padding, rest)
 
 
-def blocks_of(tensor: Any) -> Iterator[torch.Tensor]:
-    """The values as they are written; what the converter computes itself comes in one piece."""
-    import gguf  # noqa: PLC0415 - not before the path is set
-    import numpy as np  # noqa: PLC0415
-    import torch  # noqa: PLC0415
-
-    from finetune_trainer.export.gguf.blocks import BlockArray  # noqa: PLC0415
-
-    if isinstance(tensor, BlockArray):
-        yield from tensor.blocks()
-    else:
-        values = gguf.LazyNumpyTensor.to_eager(tensor)
-        yield torch.from_numpy(np.ascontiguousarray(values))
+def padding(count: int) -> memoryview:
+    """Zeros."""
+    return memoryview(bytes(count))
 
 
-def refuse_infinite(name: str, block: torch.Tensor) -> None:
-    """float16 ends at 65,504, and what is beyond would be infinite."""
-    import torch  # noqa: PLC0415
+def padded(writer: Any, info: Any) -> int:
+    """Bytes that a tensor takes in the file."""
+    return int(writer.ggml_pad(info.nbytes, writer.data_alignment))
 
-    if block.dtype is torch.float16 and not torch.isfinite(block).all():
+
+def exact_bytes(name: str, block: Callable[[], torch.Tensor]) -> memoryview:
+    """The bytes of a block; refuses what F16 can't hold, which would be infinite."""
+    from finetune_trainer.export.gguf.blocks import has_infinite, raw  # noqa: PLC0415
+
+    values = block()
+    if has_infinite(values):
         raise StageError(
             Reason.MODEL_UNSUPPORTED,
             f"The model's {name} has values that F16 can't hold (its largest is 65,504): write "
             "BF16 instead of F16 in spec.export.gguf.",
         )
+    return raw(values)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,160 @@
+"""Adapter to GGUF files: ours and the usual four tools in a row, on random Llamas.
+
+    python -m benchmarks.export [--folder DIR] [--repeats 2] [--types F16,Q8_0,Q4_K_M]
+    python -m benchmarks.export --sweep
+
+The plain way is what guides tell: load the base in its own type, PEFT's merge_and_unload,
+save_pretrained; llama.cpp's convert_hf_to_gguf.py to F16; then llama_model_quantize with its
+defaults for each type, each step a process of its own. Ours is what the export stage does, checks
+of the gate left out. Both have the same threads, take turns, and read a base that the kernel has in
+its cache. The model has 1.07 billion parameters.
+
+`--sweep` writes F16, Q8_0 and Q4_K_M of models of several sizes with a vocabulary of 128,256, and
+prints the peak of anonymous memory.
+
+The models are made on first use and kept in DIR; 15 GB are needed there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.watch import Cost, watch
+from finetune_trainer.base_model.converter import SCRIPT, llama_folder
+
+SHAPE = "1.07"
+SWEEP = ("0.1", "0.3", "1", "2")
+STEPS = [sys.executable, "-m", "benchmarks.export_steps"]
+
+
+def main() -> None:
+    """Run it all and print ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = Path(tempfile.gettempdir()) / "finetune-benchmark-export"
+    parser.add_argument("--folder", type=Path, default=default, help=f"default: {default}")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--types", default="F16,Q8_0,Q4_K_M", help="the first is F16 or BF16")
+    parser.add_argument("--sweep", action="store_true")
+    chosen = parser.parse_args()
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    print(f"{len(os.sched_getaffinity(0))} CPUs, threads: {threads}, load {os.getloadavg()[0]:.1f}")
+    kinds = chosen.types.split(",")
+    if chosen.sweep:
+        for shape in SWEEP:
+            sweep(model(chosen.folder, shape), kinds)
+    else:
+        compare(model(chosen.folder, SHAPE), kinds, chosen.repeats)
+
+
+def model(folder: Path, shape: str) -> Path:
+    """The folder with base and adapter of a shape, which are made where they are not there."""
+    place = folder / shape
+    if not (place / "adapter" / "tokenizer.json").is_file():  # what is written last
+        place.mkdir(parents=True, exist_ok=True)
+        watch([*STEPS, "make", str(place), shape])
+    return place
+
+
+def compare(place: Path, kinds: list[str], repeats: int) -> None:
+    """Both ways in turns; medians of the ratios."""
+    first: list[tuple[Cost, Cost]] = []
+    whole: list[tuple[Cost, Cost]] = []
+    for repeat in range(repeats):
+        print(f"round {repeat + 1}, load {os.getloadavg()[0]:.1f}")
+        plain = plain_first(place, kinds[0])
+        first.append((plain, ours(place, kinds[:1])))
+        show("merge and convert", *first[-1])
+        rest = [quantized(place, kinds[0], kind) for kind in kinds[1:]]
+        whole.append((sum(rest, start=plain), ours(place, kinds)))
+        show("  ".join(kinds), *whole[-1])
+    summary("merge and convert", first)
+    summary("  ".join(kinds), whole)
+    clean(place)
+
+
+def plain_first(place: Path, kind: str) -> Cost:
+    """Merge, save and convert."""
+    clean(place)
+    warm(place / "base")
+    merged = watch([*STEPS, "merge", str(place)])
+    target = place / "plain" / f"model-{kind}.gguf"
+    target.parent.mkdir()
+    command = [sys.executable, str(llama_folder() / SCRIPT), str(place / "merged")]
+    return merged + watch([*command, "--outtype", kind.lower(), "--outfile", str(target)])
+
+
+def quantized(place: Path, first: str, kind: str) -> Cost:
+    """One more type."""
+    files = [str(place / "plain" / f"model-{each}.gguf") for each in (first, kind)]
+    return watch([*STEPS, "quantize", *files, kind])
+
+
+def ours(place: Path, kinds: list[str]) -> Cost:
+    """Everything in one go."""
+    shutil.rmtree(place / "ours", ignore_errors=True)
+    warm(place / "base")
+    return watch([*STEPS, "ours", str(place), *kinds])
+
+
+def sweep(place: Path, kinds: list[str]) -> None:
+    """A line for one size."""
+    size = sum(file.stat().st_size for file in (place / "base").glob("*.safetensors"))
+    first = ours(place, kinds[:1])
+    whole = ours(place, kinds)
+    print(
+        f"{size / 2e9:5.2f} billion parameters: anonymous memory {first.anonymous_bytes / 1e9:.2f} "
+        f"GB for {kinds[0]}, {whole.anonymous_bytes / 1e9:.2f} GB for all of {', '.join(kinds)}",
+        flush=True,
+    )
+    clean(place)
+
+
+def warm(folder: Path) -> None:
+    """Have the kernel read the files."""
+    for file in folder.iterdir():
+        with file.open("rb") as stream:
+            while stream.read(16 << 20):
+                pass
+
+
+def clean(place: Path) -> None:
+    """Only base and adapter stay."""
+    for name in ("merged", "plain", "ours", "assembled"):
+        shutil.rmtree(place / name, ignore_errors=True)
+
+
+FIGURES = {
+    "wall": "seconds",
+    "CPU": "cpu_seconds",
+    "anonymous memory": "anonymous_bytes",
+    "bytes written": "written_bytes",
+}
+
+
+def show(what: str, plain: Cost, mine: Cost) -> None:
+    """What was measured in one round."""
+    for side, cost in (("plain", plain), ("ours", mine)):
+        print(
+            f"{what:24} {side:6} {cost.seconds:6.1f} s  {cost.cpu_seconds:6.1f} CPU-s  "
+            f"{cost.anonymous_bytes / 1e9:5.2f} GB  {cost.written_bytes / 1e9:5.2f} GB written",
+            flush=True,
+        )
+
+
+def summary(what: str, rounds: list[tuple[Cost, Cost]]) -> None:
+    """Medians of ours / plain over the rounds."""
+    ratios = []
+    for figure, name in FIGURES.items():
+        each = [getattr(mine, name) / getattr(plain, name) for plain, mine in rounds]
+        ratios.append(f"{figure} {statistics.median(each):.2f}")
+    print(f"{what:24} ours/plain: {', '.join(ratios)}")
+
+
+if __name__ == "__main__":
+    main()

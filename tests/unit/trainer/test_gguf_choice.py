@@ -1,0 +1,44 @@
+"""Which GGUF file the others are made of."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_trainer.config import Quantization
+from finetune_trainer.export.gguf.choice import (
+    PROFITING,
+    adapter_file_name,
+    file_name,
+    source_of,
+)
+
+Q = Quantization
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "source"),
+    [
+        ((Q.F16, Q.BF16, Q.Q8_0), Q.BF16, Q.BF16),
+        ((Q.F16, Q.BF16, Q.Q8_0), Q.F16, Q.F16),
+        ((Q.F16, Q.Q8_0), Q.BF16, Q.F16),
+        ((Q.BF16, Q.Q8_0), Q.F16, Q.BF16),
+        ((Q.F32, Q.Q8_0), Q.BF16, Q.F32),
+        ((Q.F32, Q.F16), Q.BF16, Q.F16),
+        ((Q.Q8_0, Q.Q4_K_M), Q.BF16, Q.BF16),
+        ((), Q.F16, Q.F16),
+    ],
+)
+def test_a_file_that_is_asked_for_is_the_source_of_the_others(
+    asked: tuple[Q, ...], own: Q, source: Q
+) -> None:
+    assert source_of(asked, own) is source
+
+
+def test_types_below_eight_bits_profit_of_an_importance_matrix() -> None:
+    kinds = list(Q)
+    assert kinds[kinds.index(Q.Q8_0) + 1 :] == list(PROFITING)
+
+
+def test_names() -> None:
+    assert file_name("Llama-3.2-1B", Q.Q4_K_M) == "Llama-3.2-1B-Q4_K_M.gguf"
+    assert adapter_file_name("Llama-3.2-1B") == "Llama-3.2-1B-LoRA-F32.gguf"
