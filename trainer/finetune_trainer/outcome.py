@@ -159,6 +159,7 @@ class NoticeCode(StrEnum):
     OVERFITTING = "Overfitting"
     LOSS_NOT_FINITE = "LossNotFinite"
     DEAD_GRADIENT = "DeadGradient"
+    ANSWERS_UNRELATED = "AnswersUnrelated"
 
     MEMORY_FREED = "MemoryFreed"
     BATCH_HALVED = "BatchHalved"

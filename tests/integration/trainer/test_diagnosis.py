@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,6 +164,28 @@ def test_answers_that_contradict_each_other_can_not_be_learnt(taught: Path, tmp_
     run = train(taught, tmp_path, CONTRADICTORY, batchSize=10, epochs=60, scheduler="constant")
     assert run.codes == [NoticeCode.LOSS_FLAT]
     assert "responses that contradict each other" in run.notices[0].remedy
+
+
+def spoken(count: int, seed: int, *, related: bool) -> list[dict[str, Any]]:
+    """Answers of five words: the same ones for the same first word of a question, or any."""
+    dice = random.Random(seed)  # noqa: S311
+    rows = []
+    for number in range(count):
+        word = dice.choice(WORDS)
+        own = random.Random(word) if related else dice  # noqa: S311
+        rows.append(message_pair(f"{word} {number}?", " ".join(own.choices(WORDS, k=5))))
+    return rows
+
+
+@pytest.mark.parametrize("related", [False, True])
+def test_answers_beside_the_wrong_questions_are_told_though_the_loss_falls(
+    tiny_model: Path, tmp_path: Path, related: bool
+) -> None:
+    """With the default number of epochs."""
+    rows, held_out = (spoken(count, count, related=related) for count in (60, 16))
+    run = train(tiny_model, tmp_path, rows, held_out, epochs=3, learningRate=0.01)
+    assert run.losses[-1] < 0.7 * run.losses[0]
+    assert run.codes == ([] if related else [NoticeCode.ANSWERS_UNRELATED])
 
 
 def test_few_rows_over_many_epochs_are_learnt_at_the_cost_of_others(

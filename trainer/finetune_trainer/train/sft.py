@@ -13,6 +13,7 @@ on by name.
     trainer     the Trainer's hooks                  loss       the loss on a CPU
     adapter     which layers get one, and its speed  callback   what is reported while it runs
     early       stopping, and the best adapter       saving     checkpoints
+    watch       signs of trouble on the way          pairing    do answers follow from questions
     figures     what it all comes to
 """
 
@@ -41,10 +42,10 @@ from finetune_trainer.base_model.loading import (
     load_model,
     use_available_cpus,
 )
-from finetune_trainer.base_model.tokenizer import load_tokenizer, save_tokenizer
+from finetune_trainer.base_model.tokenizer import load_tokenizer
 from finetune_trainer.outcome import Notice, Reason, StageError
 from finetune_trainer.progress import Reporter
-from finetune_trainer.train import ranks, saving, trackers, unsloth_engine
+from finetune_trainer.train import pairing, ranks, saving, trackers, unsloth_engine
 from finetune_trainer.train.adapter import lora_config, trim
 from finetune_trainer.train.callback import ProgressReport
 from finetune_trainer.train.channel import Channel
@@ -95,6 +96,8 @@ def fine_tune(work: Work, reporter: Reporter, channel: Channel | None = None) ->
 
     reporter.message("Training")
     run = train(trainer, work, channel, best)
+    if (notice := pairing.look(trainer, work, tokenizer)) and notify:
+        notify(notice)
     save_adapter(trainer, tokenizer, work)
     metrics = {
         **measured(trainer, run, best),
@@ -286,7 +289,7 @@ def save_adapter(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase, wor
     tuned.active_peft_config.base_model_name_or_path = work.config.model.source
     # Else PEFT asks the Hub, by network, whether the embeddings were changed.
     tuned.save_pretrained(str(adapter), state_dict=state, save_embedding_layers=False)
-    save_tokenizer(tokenizer, work.model, adapter)
+    tokenizer.save_pretrained(adapter)  # its class goes by config.json, which isn't there
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
     for file in adapter.iterdir():
         file.chmod(0o644)  # safetensors are saved for their owner only

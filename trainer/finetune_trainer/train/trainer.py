@@ -166,14 +166,9 @@ class RecipeTrainer(SFTTrainer):
     def evaluation_loop(self, dataloader: DataLoader[Any], *_: Any, **options: Any) -> Any:
         """The mean over all labels of the held-out rows, not the mean of the batches' means."""
         prefix = options.get("metric_key_prefix", "eval")
-        model = cast("torch.nn.Module", self.model)
-        model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in dataloader:
-            inputs = self._prepare_inputs(batch)
-            count = (inputs["labels"][:, 1:] != IGNORED).sum()
-            with torch.no_grad(), self.compute_loss_context_manager():
-                mean = self.compute_loss(model, inputs)
+            mean, count = self.mean_loss(batch)
             sums += torch.stack([mean.double() * count, count.double()])
         total, labels = self.accelerator.reduce(sums, reduction="sum").tolist()
         loss = total / max(labels, 1)
@@ -187,6 +182,15 @@ class RecipeTrainer(SFTTrainer):
             },
             num_samples=len(self.data.held_out or ()),
         )
+
+    def mean_loss(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean over the labels of a batch as the collator makes it, and how many there are."""
+        model = cast("torch.nn.Module", self.model)
+        model.eval()
+        inputs = self._prepare_inputs(batch)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            mean = self.compute_loss(model, inputs)
+        return mean, (inputs["labels"][:, 1:] != IGNORED).sum()
 
     def _epoch(self) -> int:
         return int(self.state.global_step // self.schedule.steps)
