@@ -9,8 +9,9 @@
 Pure functions of what the Trainer logged. A loss is the mean in nats a token over the steps since
 the log line before; 1 nat is a factor of 2.7 in perplexity. Not covered: spikes that the training
 recovers from by itself, and a loss that is low because the task is trivial. Nor can a curve of the
-default three epochs tell answers that are shuffled: SmolLM2-135M's loss fell by 4 and 5% from the
-second epoch to the third (240 and 480 rows), and by 8% on the same 240 rows in order. `pairing` can.
+default three epochs tell answers that are shuffled: from the second epoch to the third,
+SmolLM2-135M's loss fell by 4 and 5% (240 and 480 rows), and by 8% on the same 240 rows in order.
+`pairing` can.
 """
 
 from __future__ import annotations
