@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from finetune_trainer.base_model.gguf_name import gguf_name
 from finetune_trainer.base_model.loading import load_model
 from finetune_trainer.base_model.tokenizer import (
     begins_with_bos,
@@ -36,9 +37,6 @@ SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 class Tuned:
     """A base model, an adapter that changes much, and both merged."""
 
-    name: str
-    """The family's, by which llama.cpp knows some tokenizers (Phi-3)."""
-
     base: Path
     adapter: Path
     merged: Path
@@ -52,8 +50,8 @@ class Tuned:
         """A GGUF file of the merged model, made when it is asked for first."""
         file = self.files / f"{kind}.gguf"
         if not file.exists() and kind is self.own:
-            bos = begins_with_bos(load_tokenizer(self.merged))
-            model = Model(self.merged, None, self.merged, self.name, kind, begins_with_bos=bos)
+            bos, name = begins_with_bos(load_tokenizer(self.merged)), gguf_name("tiny", self.merged)
+            model = Model(self.merged, None, self.merged, name, kind, begins_with_bos=bos)
             write_sixteen(model, file, kind)
         elif not file.exists():
             quantize(self.file(self.own), file, kind)
@@ -78,7 +76,7 @@ def make_tuned(name: str, folder: Path, dtype: torch.dtype, **shape: Any) -> Tun
     model.merge_and_unload().to(dtype).save_pretrained(merged)
     write_tokenizer(family, merged)
     own = Quantization.BF16 if dtype is torch.bfloat16 else Quantization.F16
-    return Tuned(name, base, adapter, merged, own, folder / "gguf")
+    return Tuned(base, adapter, merged, own, folder / "gguf")
 
 
 def make_adapter(base: Path, folder: Path, targets: tuple[str, ...]) -> None:

@@ -88,7 +88,9 @@ class Gate:
         Raises StageError when the model can't be run.
         """
         workspace.mkdir(parents=True, exist_ok=True)
-        tokenizer = load_tokenizer(adapter or base, trust_remote_code=trust_remote_code)
+        # As the training loads it: without a config.json beside it, which an adapter lacks,
+        # transformers takes another class for some families, with other tokens (Mistral, Phi-3).
+        tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
         rows = choosing.choose(tokenizer, examples)
         known = None
         if export.verify != "off" and rows.cut:
