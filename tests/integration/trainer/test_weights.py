@@ -174,6 +174,13 @@ def test_shards_and_index_are_those_that_transformers_writes(tmp_path: Path) -> 
         assert torch.equal(loaded[name], value)
 
 
+def test_a_tensor_that_the_index_does_not_name_is_no_part_of_the_model(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", max_shard_size="40KB")
+    shard = min(base.glob("*.safetensors"))
+    change(shard, lambda tensors: tensors.update(left_over=torch.zeros(2)))
+    assert "left_over" not in MergedWeights.open(base, None).infos
+
+
 def test_a_merge_that_breaks_off_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", max_shard_size="40KB")
     adapter = save_adapter(base, tmp_path / "adapter")
