@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from finetune_trainer.base_model.loading import load_model
 from finetune_trainer.base_model.tokenizer import load_tokenizer, message_pair
 from finetune_trainer.export.model_folder import write_model
 from finetune_trainer.outcome import Reason, StageError
@@ -172,6 +173,80 @@ def test_qlora_trains_and_merges_into_a_16_bit_model(tiny_model: Path, tmp_path:
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert {value.dtype for value in after.values()} == {torch.float16}
+
+
+def test_4_bit_weights_are_not_repacked_by_an_evaluation(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As bitsandbytes does on CPUs with AVX512-BF16; a backward pass would then misread them."""
+    from bitsandbytes.nn import modules
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    model = load_model(tiny_model, torch.bfloat16, "cpu", quantize=True)
+    layers = [each for each in model.modules() if isinstance(each, modules.Linear4bit)]
+    assert len(layers) == 2 * 7
+    before = [layer.weight.clone() for layer in layers]
+    model.eval()
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+    assert all(torch.equal(layer.weight, old) for layer, old in zip(layers, before, strict=True))
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+GUIDE = {
+    "learning_rate": 2e-4,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 4,
+    "num_train_epochs": 3,
+    "warmup_steps": 0.03,
+    "lr_scheduler_type": "linear",
+    "weight_decay": 0.0,
+    "logging_steps": 10,
+    "seed": 42,
+    "data_seed": 42,
+}
+OTHERS: dict[str, Any] = {
+    "learning_rate": 3e-5,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 7,
+    "warmup_steps": 0.2,
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.01,
+    "logging_steps": 4,
+    "seed": 5,
+    "data_seed": 5,
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, GUIDE),
+        (
+            {
+                "learningRate": 3e-5,
+                "batchSize": 3,
+                "gradientAccumulationSteps": 2,
+                "warmupRatio": 0.2,
+                "scheduler": "cosine",
+                "weightDecay": 0.01,
+                "loggingSteps": 4,
+                "seed": 5,
+            },
+            OTHERS,
+        ),
+    ],
+    ids=["the guide's defaults", "others"],
+)
+def test_every_hyperparameter_reaches_the_trainer_and_no_default_of_a_library_does(
+    tiny_model: Path, tmp_path: Path, settings: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """TRL's own would be, for one, a learning rate of 2e-5."""
+    work = make_work(tiny_model, tmp_path, EXAMPLES, **settings)
+    made = sft.arguments(work, expected["num_train_epochs"], evaluate=False, bf16=False)
+    assert {name: getattr(made, name) for name in expected} == expected
+    assert (made.fp16, made.optim, made.max_grad_norm) == (False, "adamw_torch", 1.0)
 
 
 def test_a_merge_that_changes_nothing_fails(tiny_model: Path, tmp_path: Path) -> None:
