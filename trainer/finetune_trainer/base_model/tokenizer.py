@@ -80,7 +80,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, target: Path)
 
     transformers 5 writes tokenizer.json and a configuration of its own kind. What it leaves out is
     asked for by others: the tokenizer's class and its SentencePiece model by llama.cpp's converter
-    (Phi-3, Phi-4, Gemma 2), the class by programs with an older transformers.
+    (Phi-3, Phi-4, Gemma 2), the class by programs with an older transformers. `target` must have
+    the model's config.json: without it transformers 5 takes some of these classes at their word,
+    and splits text otherwise.
     """
     tokenizer.save_pretrained(target)
     for name in _ORIGINAL_FILES:
