@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -108,8 +109,9 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise(tmp_path: Path) -> None:
     """llama.cpp takes Phi-3's special tokens to swallow space, and can't be told otherwise."""
     folder = write_family(FAMILIES["phi-3"], tmp_path / "phi-3")
     check(folder, tmp_path)
-    file = folder / "tokenizer.json"
-    file.write_text(file.read_text().replace('"rstrip":true', '"rstrip":false'))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(re.sub(r'("rstrip": ?)true', r"\1false", text))
     row = [{"role": "user", "content": "Is it hot?"}, {"role": "assistant", "content": "Yes."}]
     message = refused(folder, tmp_path, rows=[row])
     assert "splits 1 of 6 texts into other tokens" in message

@@ -81,7 +81,7 @@ def check_tokens(texts: list[str], ours: list[list[int]], theirs: list[list[int]
         Reason.MODEL_UNSUPPORTED,
         f"llama.cpp splits {len(other)} of {len(texts)} texts into other tokens than the training "
         f"would, so its GGUF files would answer worse: {two[at : at + 8]} instead of "
-        f"{one[at : at + 8]} in {text:.100!r}. Choose another base model, or leave "
+        f"{one[at : at + 8]} in {text[:100]!r}. Choose another base model, or leave "
         "spec.export.gguf empty to get the adapter and the merged model only.",
     )
 
