@@ -34,6 +34,18 @@ class Output:
         ].read()
 
 
+def all_passed(gate: dict[str, Any]) -> None:
+    """Every file was measured, and the tuned model says what it was taught."""
+    checks = gate["files"]
+    assert [check["file"] for check in checks] == [
+        f"tiny-{kind}.gguf" for kind in ("F16", "LoRA-F32", "Q8_0")
+    ]
+    assert all(check["quality"]["passed"] and not check["problems"] for check in checks)
+    sample = gate["samples"][0]
+    assert (sample["prompt"], sample["tuned"], sample["stopped"]) == (*ROWS[0], True)
+    assert sample["base"] != sample["tuned"]
+
+
 def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
     trainer: Trainer, run_config: dict[str, Any], moto: Credentials
 ) -> None:
@@ -83,14 +95,7 @@ def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
     for item in manifest["files"]:
         assert files[item["path"]] == item["bytes"]
         assert hashlib.sha256(output.read(item["path"])).hexdigest() == item["sha256"]
-    checks = manifest["gate"]["files"]
-    assert [check["file"] for check in checks] == [
-        f"tiny-{kind}.gguf" for kind in ("F16", "LoRA-F32", "Q8_0")
-    ]
-    assert all(check["quality"]["passed"] and not check["problems"] for check in checks)
-    sample = manifest["gate"]["samples"][0]
-    assert (sample["prompt"], sample["tuned"], sample["stopped"]) == (*ROWS[0], True)
-    assert sample["base"] != sample["tuned"]
+    all_passed(manifest["gate"])
     lineage = manifest["lineage"]
     assert lineage["datasetRows"] == len(ROWS)
     assert lineage["hyperparameters"]["epochs"] == 40

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-Message = dict[str, str]
+from finetune_trainer.config import Message
 
 
 class Render(Protocol):
