@@ -44,7 +44,10 @@ def guarded(stage: Stage, work: Callable[[], StageResult]) -> StageResult:
             log.exception("%s failed", stage)
         log.error("%s: %s", failure.reason, failure.message)  # noqa: TRY400 - one line, no trace
         return as_result(stage, failure)
-    log.info("%s: %s", stage, result.message)
+    if result.reason is Reason.SUCCEEDED:
+        log.info("%s: %s", stage, result.message)
+    else:  # with artifacts all the same
+        log.error("%s: %s", result.reason, result.message)
     return result
 
 

@@ -110,7 +110,11 @@ def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
     assert {item.path for item in again.result.artifacts} == files.keys() - {"manifest.json"}
     assert again.result.manifest_uri == exported.result.manifest_uri
 
-    run_config["export"] = {"merged": False, "gguf": ["Q8_0", "Q4_K_M"]}
+    run_config["export"] = {
+        "merged": False,
+        "gguf": ["Q8_0", "Q4_K_M"],
+        "importanceMatrix": True,
+    }
     edited = trainer("run", run_config)
     assert edited.code == 0, edited.output
     assert "Training examples" not in edited.output
@@ -122,6 +126,8 @@ def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
         "manifest.json",
     ]
     assert b"# Also here: ./gguf/tiny-Q4_K_M.gguf\n" in output.read("Modelfile")
+    assert b"quantize.imatrix.entries_count" in output.read("gguf/tiny-Q4_K_M.gguf")
+    assert b"quantize.imatrix" not in output.read("gguf/tiny-Q8_0.gguf")
 
 
 def test_a_missing_file_makes_its_stage_run_again(
