@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from finetune_trainer.config import Export, Lora, Quantization
+from finetune_trainer.export.gguf.choice import source_of
 from finetune_trainer.memory.disk import (
+    UNQUANTIZED,
     DiskNeed,
     check_disk,
     downloaded,
@@ -26,10 +28,15 @@ FILES = {
     ("llama-3.1-8b", Q.Q6_K): 6.14 * GIB,
     ("llama-3.1-8b", Q.Q5_K_M): 5.33 * GIB,
     ("llama-3.1-8b", Q.Q4_K_M): 4.58 * GIB,
+    ("llama-3.1-8b", Q.IQ4_XS): 4.17 * GIB,
+    ("llama-3.1-8b", Q.Q3_K_M): 3.74 * GIB,
     # Written by this trainer; 576 is no multiple of 256, so other blocks are taken.
+    ("smollm2-135m", Q.F32): 540 * MB,
     ("smollm2-135m", Q.F16): 271 * MB,
     ("smollm2-135m", Q.Q8_0): 145 * MB,
     ("smollm2-135m", Q.Q4_K_M): 105 * MB,
+    ("smollm2-135m", Q.IQ4_XS): 91 * MB,
+    ("smollm2-135m", Q.Q3_K_M): 94 * MB,
 }
 
 
@@ -45,18 +52,31 @@ def test_a_training_needs_the_model_and_some_checkpoints() -> None:
     assert need.work == 11 * 4 * 3_407_872
 
 
-def test_an_export_needs_the_model_three_times_and_its_files() -> None:
+def test_an_export_needs_the_base_and_what_it_writes() -> None:
     one = shape("llama-3.1-8b")
     need = export_disk(one, Lora(), Export(), 16_060_000_000)
     files = [gguf_bytes(one, kind) for kind in (Q.F16, Q.Q8_0, Q.Q4_K_M)]
-    assert need.work == pytest.approx(2 * one.parameters + sum(files), rel=0.01)
+    assert need.model == 16_060_000_000
+    assert need.work == pytest.approx(2 * one.parameters + sum(files), rel=0.02)
 
 
-def test_a_quantized_file_alone_needs_its_16_bit_original_beside_it() -> None:
+def test_without_the_merged_model_an_export_needs_its_files_only() -> None:
+    one = shape("llama-3.1-8b")
+    need = export_disk(one, Lora(), Export(merged=False), 0)
+    files = [gguf_bytes(one, kind) for kind in (Q.F16, Q.Q8_0, Q.Q4_K_M)]
+    assert sum(files) < need.work < 1.02 * sum(files)
+    without = export_disk(one, Lora(), Export(merged=False, adapter_gguf=False), 0)
+    assert need.work - without.work == 4 * one.adapter(Lora())
+
+
+@pytest.mark.parametrize("serving", UNQUANTIZED)
+def test_a_quantized_file_alone_needs_its_16_bit_original_beside_it(serving: Quantization) -> None:
     one = shape("llama-3.2-1b")
     alone = export_disk(one, Lora(), Export(gguf=(Q.Q4_K_M,)), 0)
-    both = export_disk(one, Lora(), Export(gguf=(Q.F16, Q.Q4_K_M)), 0)
-    assert alone == both
+    both = export_disk(one, Lora(), Export(gguf=(serving, Q.Q4_K_M)), 0)
+    more = gguf_bytes(one, serving) - gguf_bytes(one, Q.F16)
+    assert both.total - alone.total == more
+    assert source_of((serving, Q.Q4_K_M), Q.BF16) is serving
 
 
 def test_an_adapter_alone_needs_next_to_nothing() -> None:

@@ -16,6 +16,10 @@ from finetune_trainer.outcome import Reason, StageError
 
 BLOCK = 256  # weights in one block of the K types
 CHECKPOINTS = 3  # two kept and one being written
+GATE_BYTES = 3 * 512 * 2  # a token of the vocabulary: three runs over 512 answer tokens, 16 bits
+    2 * 512 * 2
+)  # for each token: log-probabilities in 16 bits of 512 others, by two models
+UNQUANTIZED = frozenset({Quantization.F32, Quantization.F16, Quantization.BF16})
 SLACK = 256 * 2**20  # tokenizer, examples, logs, caches of datasets
 
 _BITS: dict[Quantization, tuple[float, float]] = {
@@ -27,13 +31,22 @@ _BITS: dict[Quantization, tuple[float, float]] = {
     Quantization.Q6_K: (6.5625, 6.5625),
     Quantization.Q5_K_M: (5.67, 6.5625),
     Quantization.Q4_K_M: (4.87, 6.5625),
+    Quantization.IQ4_XS: (4.32, 6.5625),
+    Quantization.Q3_K_M: (3.85, 6.5625),
 }
 _FALLBACK: dict[Quantization, tuple[float, float]] = {
     Quantization.Q6_K: (8.5, 8.5),
     Quantization.Q5_K_M: (6.7, 8.5),
     Quantization.Q4_K_M: (5.7, 8.5),
+    Quantization.IQ4_XS: (4.6, 8.5),
+    Quantization.Q3_K_M: (4.9, 8.5),
 }
-_BASE_BITS = {Quantization.Q5_K_M: 5.5, Quantization.Q4_K_M: 4.5}
+_BASE_BITS = {
+    Quantization.Q5_K_M: 5.5,
+    Quantization.Q4_K_M: 4.5,
+    Quantization.IQ4_XS: 4.25,
+    Quantization.Q3_K_M: 3.4375,
+}
 """Of an input embedding that is not the output layer as well."""
 
 
@@ -68,15 +81,23 @@ def training_disk(shape: Shape, lora: Lora, model_bytes: int) -> DiskNeed:
 
 
 def export_disk(shape: Shape, lora: Lora, export: Export, model_bytes: int) -> DiskNeed:
-    """Adapter, merged model, the 16-bit GGUF file that others are made of, and those."""
+    """Adapter, the merged model where it is asked for, GGUF files and what their gate compares.
+
+    GGUF files are made of the base model and the adapter, so that no merged model is needed for
+    them; where none of their types can serve as the source of the others, a temporary one is.
+    """
+    adapter = 4 * shape.adapter(lora)
     if not (export.merged or export.gguf):
-        return DiskNeed(model=0, work=4 * shape.adapter(lora))
-    merged = 2 * shape.parameters
-    files = sum(gguf_bytes(shape, kind) for kind in export.gguf)
-    sixteen = {Quantization.F16, Quantization.BF16}
-    if export.gguf and not sixteen.intersection(export.gguf):
-        files += gguf_bytes(shape, Quantization.F16)
-    return DiskNeed(model=model_bytes, work=4 * shape.adapter(lora) + merged + files)
+        return DiskNeed(model=0, work=adapter)
+    work = adapter + (2 * shape.parameters if export.merged else 0)
+    if export.gguf:
+        work += sum(gguf_bytes(shape, kind) for kind in export.gguf)
+        if not UNQUANTIZED.intersection(export.gguf):
+            work += gguf_bytes(shape, Quantization.F16)
+        if export.adapter_gguf is not False:
+            work += adapter
+        work += GATE_BYTES * shape.vocabulary
+    return DiskNeed(model=model_bytes, work=work)
 
 
 def gguf_bytes(shape: Shape, kind: Quantization) -> int:

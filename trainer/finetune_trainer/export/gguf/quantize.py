@@ -19,7 +19,7 @@ from finetune_trainer.progress import Reporter
 from finetune_trainer.storage.local import replacing
 
 WORKER = "finetune_trainer.export.gguf.quantize_worker"
-BUFFER_BYTES = 256 << 20
+BUFFER_BYTES = 64 << 20
 """For the rows that llama.cpp has in work at a time: as they are read (from a mapped file), in
 float32 and quantized. A row of a matrix is always done as a whole."""
 
