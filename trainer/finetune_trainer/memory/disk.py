@@ -16,9 +16,10 @@ from finetune_trainer.outcome import Reason, StageError
 
 BLOCK = 256  # weights in one block of the K types
 CHECKPOINTS = 3  # two kept and one being written
-GATE_BYTES = 3 * 512 * 2  # a token of the vocabulary: three runs over 512 answer tokens, 16 bits
-    2 * 512 * 2
-)  # for each token: log-probabilities in 16 bits of 512 others, by two models
+GATE_BYTES = 3 * 512 * 2
+"""For each token of the vocabulary: log-probabilities in 16 bits over 512 answer tokens, of base,
+tuned model and largest GGUF file."""
+
 UNQUANTIZED = frozenset({Quantization.F32, Quantization.F16, Quantization.BF16})
 SLACK = 256 * 2**20  # tokenizer, examples, logs, caches of datasets
 
