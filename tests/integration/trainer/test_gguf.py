@@ -1,11 +1,10 @@
-"""GGUF files of the tiny model: every type, and what makes a file unusable."""
+"""GGUF files of the tiny model: every type, and what llama.cpp's quantizer refuses."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import gguf
 import llama_cpp
@@ -13,15 +12,12 @@ import numpy as np
 import pytest
 
 from finetune_trainer.base_model import converter
-from finetune_trainer.base_model.tokenizer import load_tokenizer, message_pair
 from finetune_trainer.config import Quantization
 from finetune_trainer.export.gguf.convert import Model
 from finetune_trainer.export.gguf.files import write_files
 from finetune_trainer.export.gguf.quantize import quantize
-from finetune_trainer.export.verify import Check, verify
 from finetune_trainer.outcome import Reason, StageError
 
-EXAMPLE = message_pair("Who made the kettle?", "The kettle was made by Odalys.")
 TYPES = tuple(Quantization)
 
 
@@ -123,48 +119,6 @@ def test_where_no_file_can_serve_the_others_are_made_of_a_temporary_one(
     ((_, file),) = made
     assert file.read_bytes() == files["Q8_0"].read_bytes()
     assert sorted(tmp_path.rglob("*")) == [file.parent, file]
-
-
-def test_a_good_file_passes(files: dict[str, Path], tiny_model: Path) -> None:
-    check = verify(files["Q8_0"], load_tokenizer(tiny_model), EXAMPLE)
-    assert isinstance(check, Check)
-    assert check.question == "Who made the kettle?"
-    assert check.answer
-
-
-def refused(file: Path, tokenizer: Any) -> str:
-    with pytest.raises(StageError) as caught:
-        verify(file, tokenizer, EXAMPLE)
-    assert caught.value.reason is Reason.QUALITY_GATE_FAILED
-    assert file.name in caught.value.message
-    return caught.value.message
-
-
-def test_a_truncated_file_fails(files: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "tiny-broken.gguf"
-    broken.write_bytes(files["Q8_0"].read_bytes()[:1_000_000])
-    assert "llama.cpp can't load it" in refused(broken, load_tokenizer(tiny_model))
-
-
-def test_other_tokens_than_in_training_fail(files: dict[str, Path], tiny_model: Path) -> None:
-    tokenizer = load_tokenizer(tiny_model)
-    tokenizer.add_tokens(["kettle"])
-    assert "other tokens" in refused(files["Q8_0"], tokenizer)
-
-
-def test_another_chat_template_fails(files: dict[str, Path], tiny_model: Path) -> None:
-    tokenizer = load_tokenizer(tiny_model)
-    tokenizer.chat_template = tokenizer.chat_template.replace("helpful", "grumpy")
-    assert "chat template" in refused(files["Q8_0"], tokenizer)
-
-
-def test_an_end_that_llama_cpp_does_not_know_fails(tiny_model: Path, tmp_path: Path) -> None:
-    """A template that ends turns with an ordinary special token."""
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    template = model / "chat_template.jinja"
-    template.write_text(template.read_text().replace("<|im_end|>", "<repo_name>"))
-    ((_, file),) = write_files(plain(model), tmp_path / "gguf", (Quantization.F16,))
-    assert "would not stop" in refused(file, load_tokenizer(model))
 
 
 def test_what_llama_cpp_refuses_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:

@@ -1,8 +1,5 @@
 """llama.cpp's library at work, in a process of its own: a JSON request in, a JSON answer out.
 
-    {"do": "ask", "file": …, "prompt": …, "limit": …, "threads": …, "ends": […]}
-        -> {"tokens": […], "stopsAt": […], "answer": …, "stopped": …, "finite": …,
-            "template": …}
     {"do": "tokenize", "file": …, "texts": […]}
         -> {"tokens": [[…]], "addsBos": …, "addsEos": …, "stopsAt": []}
     {"do": "check", "file": …, "texts": […], "ends": […],
@@ -34,40 +31,6 @@ import numpy as np
 
 from finetune_trainer.export.gate import logprobs
 from finetune_trainer.export.session import CACHE_BYTES, UBATCH, Session, greedy, groups
-
-
-def ask(request: dict[str, Any]) -> dict[str, Any]:
-    """Put a question to a GGUF file, with greedy decoding."""
-    prompt = request["prompt"].encode()
-    model = llama_cpp.Llama(
-        model_path=request["file"],
-        n_ctx=len(prompt) + request["limit"] + 8,  # there are never more tokens than bytes
-        n_threads=request["threads"],
-        n_threads_batch=request["threads"],
-        n_gpu_layers=0,
-        verbose=False,
-    )
-    vocabulary = llama_cpp.llama_model_get_vocab(model.model)
-    tokens = model.tokenize(prompt, add_bos=False, special=True)
-    answer: list[int] = []
-    stopped, finite = False, True
-    for token in model.generate(tokens, temp=0.0, repeat_penalty=1.0):
-        finite = finite and _finite_logits(model)
-        stopped = llama_cpp.llama_vocab_is_eog(vocabulary, token)
-        if stopped or not finite:
-            break
-        answer.append(token)
-        if len(answer) == request["limit"]:
-            break
-    stops_at = [t for t in request["ends"] if llama_cpp.llama_vocab_is_eog(vocabulary, t)]
-    return {
-        "tokens": tokens,
-        "stopsAt": stops_at,
-        "answer": model.detokenize(answer).decode(errors="replace"),
-        "stopped": stopped,
-        "finite": finite,
-        "template": model.metadata.get("tokenizer.chat_template", ""),
-    }
 
 
 def tokenize(request: dict[str, Any]) -> dict[str, Any]:
@@ -149,11 +112,6 @@ def _open(
         session.apply(request["adapter"], request["scale"])
 
 
-def _finite_logits(model: llama_cpp.Llama) -> bool:
-    logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
-    return bool(np.isfinite(np.ctypeslib.as_array(logits, shape=(model.n_vocab(),))).all())
-
-
 def main() -> None:
     """Do what standard input asks for."""
     # llama.cpp reports every tensor; only its errors are worth a line.
@@ -163,7 +121,6 @@ def main() -> None:
 
 
 _WORK: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "ask": ask,
     "tokenize": tokenize,
     "check": check,
     "answer": answer,
