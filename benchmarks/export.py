@@ -9,8 +9,8 @@ defaults for each type, each step a process of its own. Ours is what the export 
 of the gate left out. Both have the same threads, take turns, and read a base that the kernel has in
 its cache. The model has 1.07 billion parameters.
 
-`--sweep` writes F16, Q8_0 and Q4_K_M of models of several sizes with a vocabulary of 128,256, and
-prints the peak of anonymous memory.
+`--sweep` does it with models of several sizes and a vocabulary of 128,256, and prints the peak of
+anonymous memory.
 
 The models are made on first use and kept in DIR; 15 GB are needed there.
 """
@@ -105,11 +105,13 @@ def ours(place: Path, kinds: list[str]) -> Cost:
 def sweep(place: Path, kinds: list[str]) -> None:
     """A line for one size."""
     size = sum(file.stat().st_size for file in (place / "base").glob("*.safetensors"))
+    plain = plain_first(place, kinds[0])
     first = ours(place, kinds[:1])
     whole = ours(place, kinds)
+    plainly, alone, all_of = (each.anonymous_bytes / 1e9 for each in (plain, first, whole))
     print(
-        f"{size / 2e9:5.2f} billion parameters: anonymous memory {first.anonymous_bytes / 1e9:.2f} "
-        f"GB for {kinds[0]}, {whole.anonymous_bytes / 1e9:.2f} GB for all of {', '.join(kinds)}",
+        f"{size / 2e9:5.2f} billion parameters: anonymous memory for {kinds[0]} {plainly:.2f} GB "
+        f"plain, {alone:.2f} GB ours; {all_of:.2f} GB ours for {', '.join(kinds)}",
         flush=True,
     )
     clean(place)
