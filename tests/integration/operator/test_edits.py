@@ -42,6 +42,7 @@ def test_another_learning_rate_stops_the_training_and_starts_it_anew(here: Names
     here.apply()
     here.succeed(prepared())
     old = here.start_pod(TRAIN)["metadata"]["uid"]
+    here.wait_phase("Training")
     here.apply(training={"learningRate": 1e-4})
     here.wait_phase("Preparing")
     assert here.pod(TRAIN)["metadata"]["uid"] == old
@@ -64,6 +65,7 @@ def test_other_resources_leave_the_running_training_alone(here: Namespace) -> No
     here.set_pod(here.pod(TRAIN), "Pending", conditions=[waits])
     here.wait("the pod to wait", lambda: here.condition("Progressing")[1] == "Unschedulable")
     old = here.start_pod(TRAIN)["metadata"]["uid"]
+    here.wait_phase("Training")
     # The edit below reaches the operator on another watch than the pod's start.
     here.wait("the start to be seen", lambda: here.condition("Progressing")[1] == "Training")
     here.apply(stages={"train": {"resources": {"limits": {"memory": "8Gi"}}}})
@@ -100,6 +102,7 @@ def test_bad_data_in_the_new_spec_stops_the_old_training(here: Namespace) -> Non
     here.apply()
     here.succeed(prepared())
     here.start_pod(TRAIN)
+    here.wait_phase("Training")
     here.apply(dataset={"source": "s3://data/gone.csv"})
     here.fail(PREPARE, Reason.DATASET_NOT_FOUND, "There is no s3://data/gone.csv.")
     here.wait_phase("Failed")

@@ -51,7 +51,8 @@ class ForkServer:
         disk = [str(small_disk[0]), small_disk[1]] if small_disk else None
         answer = self._ask(
             arguments=arguments,
-            environment=environment,
+            # OpenMP hangs in a fork that wants other threads than its parent has.
+            environment={**environment, "OMP_NUM_THREADS": "1"},
             log=str(log),
             small_disk=disk,
             children=children,
