@@ -80,7 +80,7 @@ class Pipeline:
         log.touch()
         command = ["run", f"--config={room / 'run.json'}", f"--workspace={room / 'workspace'}"]
         home = {"HOME": str(room), "TMPDIR": str(room), "HF_HUB_OFFLINE": "1"}
-        pid = self.server.start(command, {**os.environ, **home}, log, children=True)
+        pid = self.server.start(command, {**os.environ, **home}, log)
         deadline = time.monotonic() + SECONDS
         while (status := self.server.poll(pid)) is None:
             assert time.monotonic() < deadline, log.read_text()
