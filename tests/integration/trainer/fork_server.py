@@ -9,14 +9,11 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
-import logging
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,13 +37,10 @@ class ForkServer:
         environment: dict[str, str],
         log: Path,
         small_disk: tuple[Path, int] | None = None,
-        *,
-        children: bool = False,
     ) -> int:
         """Run `finetune-trainer` with these arguments; returns the process id.
 
-        `small_disk` is a folder that becomes, for this process, a disk of so many bytes. With
-        `children` the programs that stages run beside themselves are forks as well.
+        `small_disk` is a folder that becomes, for this process, a disk of so many bytes.
         """
         disk = [str(small_disk[0]), small_disk[1]] if small_disk else None
         answer = self._ask(
@@ -55,7 +49,6 @@ class ForkServer:
             environment={**environment, "OMP_NUM_THREADS": "1"},
             log=str(log),
             small_disk=disk,
-            children=children,
         )
         return int(answer["pid"])
 
@@ -107,53 +100,6 @@ class ForkedWorker(subprocess.Popen[bytes]):
         self._child_created = True
 
 
-class ForkedChild(subprocess.Popen[str]):
-    """What a stage runs beside itself: a fork in place of `python -m module` or `python file`."""
-
-    def _execute_child(self, args: list[str], *rest: Any) -> None:
-        environment: dict[str, str] = rest[5]
-        stdin, to_child, from_child, stdout, errors, stderr = rest[9:15]
-
-        def work() -> int:
-            for source, target in ((stdin, 0), (stdout, 1), (stderr, 2)):
-                os.dup2(source, target)
-            for end in (to_child, from_child, errors):
-                os.close(end)
-            os.environ.clear()
-            os.environ.update(environment)
-            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115 - descriptors
-            return _program(args[1:])
-
-        sys.stdout.flush()  # else the fork would write it as well
-        sys.stderr.flush()
-        self.pid = _fork(work)
-        self._child_created = True
-        for end in (stdin, stdout, stderr):
-            os.close(end)
-
-
-def _program(arguments: list[str]) -> int:
-    """Run a module or a file as the interpreter does."""
-    logging.getLogger().handlers.clear()  # the stage's own
-    warnings.simplefilter("ignore")  # as child.run asks for; and that the module is there already
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("gguf", "conversion")]:
-        del sys.modules[name]  # the converter has its own
-    try:
-        if arguments[0] == "-m":
-            sys.argv = arguments[1:]
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = arguments
-            sys.path.insert(0, str(Path(arguments[0]).parent))
-            runpy.run_path(arguments[0], run_name="__main__")
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-            return 1
-        return end.code or 0
-    return 0
-
-
 def _fork(work: Callable[[], int]) -> int:
     pid = os.fork()
     if pid:
@@ -177,7 +123,6 @@ def _fork(work: Callable[[], int]) -> int:
 
 def _stage(request: dict[str, Any]) -> int:
     from finetune_trainer import __main__ as command
-    from finetune_trainer.base_model import child
     from finetune_trainer.train import launch
 
     os.environ.clear()
@@ -188,9 +133,6 @@ def _stage(request: dict[str, Any]) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     stand_in = SimpleNamespace(Popen=ForkedWorker, TimeoutExpired=subprocess.TimeoutExpired)
     launch.subprocess = stand_in  # type: ignore[assignment, attr-defined]
-    if request["children"]:
-        other = SimpleNamespace(Popen=ForkedChild, PIPE=subprocess.PIPE)
-        child.subprocess = other  # type: ignore[assignment, attr-defined]
     if disk := request["small_disk"]:
         _mount(*disk)
     sys.argv = ["finetune-trainer", *request["arguments"]]
