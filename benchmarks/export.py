@@ -10,7 +10,7 @@ of the gate left out. Both have the same threads, take turns, and read a base th
 its cache. The model has 1.07 billion parameters.
 
 `--sweep` does it with models of several sizes and a vocabulary of 128,256, and prints the peak of
-anonymous memory.
+anonymous memory and the ratios of merging and converting.
 
 The models are made on first use and kept in DIR; 15 GB are needed there.
 """
@@ -114,6 +114,7 @@ def sweep(place: Path, kinds: list[str]) -> None:
         f"plain, {alone:.2f} GB ours; {all_of:.2f} GB ours for {', '.join(kinds)}",
         flush=True,
     )
+    summary("merge and convert", [(plain, first)])
     clean(place)
 
 
