@@ -9,12 +9,13 @@ from pathlib import Path
 import gguf
 import llama_cpp
 import numpy as np
+import psutil
 import pytest
 
 from finetune_trainer.base_model import converter
 from finetune_trainer.config import Quantization
 from finetune_trainer.export.gguf.convert import Model
-from finetune_trainer.export.gguf.files import write_files
+from finetune_trainer.export.gguf.files import quantize_all, write_files
 from finetune_trainer.export.gguf.quantize import quantize
 from finetune_trainer.outcome import Reason, StageError
 
@@ -107,6 +108,23 @@ def test_a_file_that_is_no_importance_matrix_is_refused(
         quantize(files["F16"], tmp_path / "x.gguf", Quantization.Q4_K_M, files["Q8_0"])
     assert "is no importance matrix" in caught.value.message
     assert not list(tmp_path.iterdir())
+
+
+def test_a_caller_who_wants_no_more_leaves_no_process_and_no_half_file(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    kinds = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M")
+    targets = {Quantization(kind): tmp_path / f"{kind}.gguf" for kind in kinds}
+    made = quantize_all(files["F16"], targets)
+    kind, first = next(made)
+    assert (kind, first) == (Quantization.Q8_0, tmp_path / "Q8_0.gguf")
+    made.close()
+    assert not psutil.Process().children()
+    left = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert first.name in left
+    assert len(left) < len(kinds)
+    for name, content in left.items():
+        assert content == files[name.removesuffix(".gguf")].read_bytes()
 
 
 def test_where_no_file_can_serve_the_others_are_made_of_a_temporary_one(
