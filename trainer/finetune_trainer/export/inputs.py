@@ -15,6 +15,8 @@ from finetune_trainer.storage import Folder
 
 DATASET_REPORT = "dataset-report.json"
 MOST_ROWS = 5000
+"""Examples in memory, more than the gate or an importance matrix measures on."""
+
 EXAMPLES, HELD_OUT = "examples.jsonl", "eval.jsonl"
 
 
@@ -78,7 +80,10 @@ def fetch_examples(config: RunConfig, output: Folder, workspace: Path) -> Exampl
     return Examples(workspace / EXAMPLES, held_out)
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The first JSON values of a file, one a line: more rows than anything here measures on."""
+def read_lines(file: Path, most: int = MOST_ROWS) -> list[dict[str, Any]]:
+    """At most so many of a file's JSON values, one a line, at equal distances."""
     with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in islice(lines, MOST_ROWS)]
+        total = sum(1 for _ in lines)
+    step = -(-total // most) or 1
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in islice(lines, 0, None, step)]

@@ -11,9 +11,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.base_model import source
 from finetune_trainer.base_model.loading import use_available_cpus
@@ -46,11 +47,22 @@ class Add(Protocol):
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """Base model and adapter put together."""
+
+    model: Model
+    weights: MergedWeights
+    """Opened once: of a float32 base that reads all of them."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
 class Making:
     """What all steps need."""
 
     config: RunConfig
-    model: Model
+    tuned: Tuned
     examples: Examples
     result: Path
     """Folder for the files of the output."""
@@ -60,15 +72,21 @@ class Making:
     reporter: Reporter
 
     @property
+    def model(self) -> Model:
+        """What GGUF files are made of."""
+        return self.tuned.model
+
+    @property
     def trusted(self) -> bool:
         """Whether Python code that comes with the model may run."""
         return self.config.model.trust_remote_code
 
 
-def model_of(config: RunConfig, base: Path, adapter: Path | None, folder: Path) -> Model:
-    """The finished model: `base` and `adapter`, or `base` alone; raises StageError.
+def put_together(config: RunConfig, base: Path, adapter: Path | None, folder: Path) -> Tuned:
+    """Put base and adapter together, or take `base` alone; raises StageError.
 
-    `folder` gets its configuration and tokenizer, unless it has them: then it is `base` itself.
+    `folder` gets the configuration and the tokenizer of the finished model, unless it is `base`
+    itself, which has them.
     """
     trusted = config.model.trust_remote_code
     use_available_cpus()
@@ -77,7 +95,7 @@ def model_of(config: RunConfig, base: Path, adapter: Path | None, folder: Path) 
         weights.check_changes()
         assemble(base, adapter, folder, trust_remote_code=trusted, dtype=weights.dtype)
     tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
-    return Model(
+    model = Model(
         base=base,
         adapter=adapter,
         folder=folder,
@@ -86,17 +104,22 @@ def model_of(config: RunConfig, base: Path, adapter: Path | None, folder: Path) 
         begins_with_bos=begins_with_bos(tokenizer),
         trust_remote_code=trusted,
     )
+    return Tuned(model, weights, tokenizer)
+
+
+def add_folder(add: Add, folder: Path) -> None:
+    """Hand on all files of a folder, which has its name in the output folder too."""
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        add(file, file.relative_to(folder.parent).as_posix())
 
 
 def make_merged(making: Making) -> None:
     """Write the merged model's weights beside its configuration, and hand on the folder."""
-    model, folder = making.model, making.model.folder
-    weights = MergedWeights.open(model.base, model.adapter)
-    total = sum(math.prod(info.shape) * info.dtype.itemsize for info in weights.infos.values())
+    tensors = making.tuned.weights.infos.values()
+    total = sum(math.prod(info.shape) * info.dtype.itemsize for info in tensors)
     moved = making.reporter.transfer("Merging the adapter into the base model", total)
-    write_merged(weights, folder, moved)
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        making.add(file, f"{MERGED}/{file.relative_to(folder).as_posix()}")
+    write_merged(making.tuned.weights, making.model.folder, moved)
+    add_folder(making.add, making.model.folder)
 
 
 def make_gguf(making: Making) -> GateReport:
@@ -104,18 +127,17 @@ def make_gguf(making: Making) -> GateReport:
     gate = open_gate(making)
     importance = importance_file(making)
     adapter = make_adapter(making)
-    good: dict[Quantization, Path] = {}
-    for number, (kind, file, check) in enumerate(checked_files(making, gate, importance)):
-        if number == 0 and check.passed:
-            check_adapter(making, gate, adapter)
-            making.reporter.message("Asking the tuned model and its base the same questions")
-            gate.samples(file, adapter)
-        if number == 0 and importance:
-            write_importance(
-                making.model, file, read_lines(making.examples.trained), importance, making.reporter
-            )
-        if kind in making.config.export.gguf and not gate.rejects(check):
-            good[kind] = file
+    files = checked_files(making, gate, importance)
+    first = next(files)  # the one that the others are made of
+    if adapter:
+        check_adapter(making, gate, adapter)
+    if first.check.passed:
+        making.reporter.message("Asking the tuned model and its base the same questions")
+        gate.samples(first.file, adapter)
+    if importance:
+        rows = read_lines(making.examples.trained)
+        write_importance(making.model, first.file, rows, importance, making.reporter)
+    good = {each.kind: each.file for each in (first, *files) if each.usable}
     if good:
         make_modelfile(making, good)
     return gate.report()
@@ -160,18 +182,24 @@ def make_adapter(making: Making) -> Path | None:
     return target
 
 
-def check_adapter(making: Making, gate: Gate, adapter: Path | None) -> None:
+def check_adapter(making: Making, gate: Gate, adapter: Path) -> None:
     """Check the adapter's file against the base model, and hand it on if it is asked for."""
-    if adapter is None:
-        return
     check = gate.check_adapter(adapter)
     if making.config.export.adapter_gguf is not False:
         hand_on(making, gate, adapter, check)
 
 
-def checked_files(
-    making: Making, gate: Gate, importance: Path | None
-) -> Iterator[tuple[Quantization, Path, FileCheck]]:
+class Checked(NamedTuple):
+    """A file that was written and checked."""
+
+    kind: Quantization
+    file: Path
+    check: FileCheck
+    usable: bool
+    """Whether it is asked for and lies with the good ones."""
+
+
+def checked_files(making: Making, gate: Gate, importance: Path | None) -> Iterator[Checked]:
     """Write the files one after the other; each is checked and handed on before the next."""
     kinds = making.config.export.gguf
     files = write_files(
@@ -182,7 +210,7 @@ def checked_files(
         check = gate.check(file, kind)
         if kind in kinds:
             hand_on(making, gate, file, check)
-        yield kind, file, check
+        yield Checked(kind, file, check, kind in kinds and not gate.rejects(check))
 
 
 def hand_on(making: Making, gate: Gate, file: Path, check: FileCheck) -> None:
@@ -194,14 +222,12 @@ def hand_on(making: Making, gate: Gate, file: Path, check: FileCheck) -> None:
 
 def make_modelfile(making: Making, good: dict[Quantization, Path]) -> None:
     """Write the Modelfile for the files that may be used."""
-    model = making.model
-    weights = MergedWeights.open(model.base, model.adapter)
     file = write_modelfile(
         making.result,
         good,
-        load_tokenizer(model.folder, trust_remote_code=making.trusted),
+        making.tuned.tokenizer,
         making.config,
-        parameters=sum(math.prod(info.shape) for info in weights.infos.values()),
-        generation=generation_settings(model.folder, trust_remote_code=making.trusted),
+        parameters=sum(math.prod(info.shape) for info in making.tuned.weights.infos.values()),
+        generation=generation_settings(making.model.folder, trust_remote_code=making.trusted),
     )
     making.add(file, file.name)

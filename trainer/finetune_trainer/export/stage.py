@@ -12,7 +12,15 @@ from finetune_trainer.config import RunConfig, Stage
 from finetune_trainer.export import refusal
 from finetune_trainer.export.inputs import Inputs, fetch, fetch_examples
 from finetune_trainer.export.manifest import Manifest, lineage_of, now
-from finetune_trainer.export.models import MERGED, Add, Making, make_gguf, make_merged, model_of
+from finetune_trainer.export.models import (
+    MERGED,
+    Add,
+    Making,
+    add_folder,
+    make_gguf,
+    make_merged,
+    put_together,
+)
 from finetune_trainer.export.preflight import check_space
 from finetune_trainer.export.publish import Publication, finish_interrupted
 from finetune_trainer.export.publish.hub import check_token, push
@@ -80,8 +88,7 @@ def make_all(work: Work) -> Manifest:
     """Make all files; returns the manifest but for their list."""
     config, inputs = work.config, work.inputs
     work.result.mkdir()
-    for file in sorted(file for file in inputs.adapter.rglob("*") if file.is_file()):
-        work.publication.add(file, f"adapter/{file.relative_to(inputs.adapter).as_posix()}")
+    add_folder(work.publication.add, inputs.adapter)
     work.publication.add(inputs.dataset_report, inputs.dataset_report.name)
     base, gate = None, GateReport()
     if config.export.merged or config.export.gguf:
@@ -107,7 +114,7 @@ def make_models(work: Work, base: Path) -> GateReport:
     folder = (work.result if config.export.merged else work.workspace) / MERGED
     making = Making(
         config=config,
-        model=model_of(config, base, inputs.adapter, folder),
+        tuned=put_together(config, base, inputs.adapter, folder),
         examples=inputs.examples,
         result=work.result,
         workspace=work.workspace,
@@ -126,7 +133,7 @@ def convert_merged(
     with tempfile.TemporaryDirectory(prefix="gguf-", dir=folder) as workspace:
         making = Making(
             config=config,
-            model=model_of(config, folder / MERGED, None, folder / MERGED),
+            tuned=put_together(config, folder / MERGED, None, folder / MERGED),
             examples=fetch_examples(config, store, Path(workspace)),
             result=folder,
             workspace=Path(workspace),
