@@ -169,11 +169,7 @@ def test_an_interrupted_export_sends_no_finished_file_again(counting: Counting, 
             publication.commit(lambda files: manifest("fp", files))
     counting.refuse = ""
     with Publication(counting, "fp", REPORTER) as publication:
-        known = publication.finished("one")
-        assert known is not None
-        assert known.quality == quality
-        assert publication.finished("two") is None
-        publication.keep(known)
+        assert publication.add(one, "one", quality).quality == quality
         publication.add(two, "two")
         publication.commit(lambda files: manifest("fp", files))
     assert counting.uploaded == ["one", "two"]
@@ -191,7 +187,9 @@ def test_a_file_with_other_bytes_is_sent_again(counting: Counting, room: Path) -
     # So is one that was altered where it waits.
     counting.write("stages/export/fp/one", b"altered")
     with Publication(counting, "fp", REPORTER) as publication:
-        assert publication.finished("one") is None
+        publication.add(room / "one", "one")
+        publication._finish_uploads()
+    assert counting.uploaded == ["one", "one", "one"]
 
 
 def test_computing_goes_on_while_files_are_uploaded(counting: Counting, room: Path) -> None:

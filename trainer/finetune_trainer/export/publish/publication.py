@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Self
 
 from finetune_trainer.export.publish.checksums import SHA256SUMS, sha256sums
@@ -68,32 +67,14 @@ class Publication:
         """What was added so far, in this order."""
         return tuple(self._files.values())
 
-    def finished(self, path: str) -> Artifact | None:
-        """A file that an earlier attempt of the same fingerprint has uploaded whole, if any."""
-        return self._staging.find(path)
-
-    def keep(self, artifact: Artifact) -> Artifact:
-        """Take over a `finished` file as it is, without having it on disk."""
-        self._raise_failure()
-        if not self._staging.holds(artifact):
-            raise ValueError(f"{artifact.path} was never uploaded")
-        self._files[artifact.path] = artifact
-        return artifact
-
-    def add(
-        self, file: Path, path: str, quality: Quality | None = None, *, sha256: str | None = None
-    ) -> Artifact:
+    def add(self, file: Path, path: str, quality: Quality | None = None) -> Artifact:
         """Upload a finished file, in the background; it must stay as it is until `commit`.
 
-        `path` is its name in the output folder. `sha256` is what it had when it was written, where
-        that is known; else it is computed here.
+        `path` is its name in the output folder. What an earlier attempt has uploaded is not sent
+        again.
         """
         self._raise_failure()
-        artifact = (
-            Artifact(path=path, bytes=file.stat().st_size, sha256=sha256)
-            if sha256
-            else describe_file(file, path)
-        ).model_copy(update={"quality": quality})
+        artifact = describe_file(file, path).model_copy(update={"quality": quality})
         self._files[path] = artifact
         if self._staging.holds(artifact):
             log.info("%s was uploaded by an earlier attempt", path)
@@ -129,12 +110,7 @@ class Publication:
         """The thread runs already."""
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the background work."""
         self.close()
 

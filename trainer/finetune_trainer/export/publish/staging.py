@@ -44,15 +44,10 @@ class Staging:
         """Where a file waits, below the output folder."""
         return f"{self.base}/{path}"
 
-    def find(self, path: str) -> Artifact | None:
-        """A file that has arrived, also if it was sent by an earlier attempt."""
-        item = self._files.get(path)
-        return item.artifact if item else None
-
     def holds(self, artifact: Artifact) -> bool:
-        """Whether a file has arrived with this size and SHA-256."""
-        found = self.find(artifact.path)
-        return found is not None and _content(found) == _content(artifact)
+        """Whether a file has arrived with this size and SHA-256, now or in an earlier attempt."""
+        found = self._files.get(artifact.path)
+        return found is not None and _content(found.artifact) == _content(artifact)
 
     def record(self, artifact: Artifact) -> None:
         """Remember that a file has arrived."""
