@@ -83,11 +83,6 @@ class Folder(ABC):
         FileNotFoundError when it is missing.
         """
 
-    def move(self, source: str, target: str) -> None:
-        """Give a file another path."""
-        self.copy(source, target)
-        self.delete([source])
-
     @abstractmethod
     def abandon(self, prefix: str) -> None:
         """Drop what uploads below `prefix` left that were never finished."""

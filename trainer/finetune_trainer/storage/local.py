@@ -114,13 +114,6 @@ class LocalFolder(Folder):
                     raise
                 _copy(self.root / source, self.root / target, None)
 
-    def move(self, source: str, target: str) -> None:
-        """Rename."""
-        with self._errors(target):
-            (self.root / target).parent.mkdir(parents=True, exist_ok=True)
-            (self.root / source).replace(self.root / target)
-        self._remove_empty(self.root / source)
-
     def abandon(self, prefix: str) -> None:
         """Delete partial files."""
         base = self.root / prefix.rpartition("/")[0]
