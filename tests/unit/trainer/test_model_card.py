@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from finetune_trainer.export.report import license_of, write_model_card
-from finetune_trainer.export.report.card import hub_datasets, plain, render
+from finetune_trainer.export.report.card import plain, render
 from finetune_trainer.export.results import GateReport
 from tests.report_facts import artifacts, config, facts, gate, lineage, name, trained
 
@@ -113,12 +113,6 @@ def test_text_of_others_makes_no_marks() -> None:
     text = render(given)
     assert "<script>" not in text
     assert "\n# x" not in text
-
-
-def test_a_dataset_of_the_hub_would_be_named() -> None:
-    assert hub_datasets("org/rows") == ["org/rows"]
-    assert hub_datasets("s3://bucket/rows.csv") is None
-    assert hub_datasets("/data/rows.csv") is None
 
 
 def write(folder: Path, readme: str | None, settings: object) -> Path:

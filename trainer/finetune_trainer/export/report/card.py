@@ -60,7 +60,6 @@ def metadata(facts: Facts) -> ModelCardData:
     measured = results(facts) or None
     return ModelCardData(
         base_model=source if is_hub(source) else None,
-        datasets=hub_datasets(facts.config.dataset.source),
         eval_results=measured,
         library_name="transformers" if facts.has("merged") else "peft",
         license=facts.license,
@@ -85,11 +84,6 @@ def tags(facts: Facts) -> list[str]:
         "finetune-operator": True,
     }
     return [name for name, applies in kinds.items() if applies]
-
-
-def hub_datasets(source: str) -> list[str] | None:
-    """The dataset's name on the Hub, where it is from there."""
-    return None if source.startswith(("s3://", "/")) else [source]
 
 
 def data_name(facts: Facts) -> str:

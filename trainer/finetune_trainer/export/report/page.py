@@ -19,7 +19,6 @@ from finetune_trainer.export.report import charts, numbers, tables
 from finetune_trainer.export.report.facts import Facts
 from finetune_trainer.export.report.loading import ways
 from finetune_trainer.export.report.verdict import overall, verdicts
-from finetune_trainer.outcome import REJECTED
 from finetune_trainer.progress import size
 
 _PACKAGE = "finetune_trainer.export.report"
@@ -67,7 +66,6 @@ def _tables(facts: Facts) -> dict[str, Any]:
         "hyperparameters": tables.hyperparameters(facts),
         "lineage": tables.lineage(facts),
         "ways": ways(facts),
-        "rejected": REJECTED,
     }
 
 

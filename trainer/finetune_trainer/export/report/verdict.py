@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from finetune_trainer.export.report import numbers
 from finetune_trainer.export.report.facts import Facts
+from finetune_trainer.outcome import REJECTED
 
 
 class Tone(StrEnum):
@@ -76,7 +77,7 @@ def files(facts: Facts) -> tuple[Verdict, ...]:
     if bad:
         names = ", ".join(check.quantization.value for check in bad)
         kept = any(each.artifact and each.artifact.rejected for each in facts.ggufs)
-        where = "; what was refused lies in rejected/" if kept else ""
+        where = f"; what was refused lies in {REJECTED}/" if kept else ""
         tone = Tone.BAD if len(bad) == len(checks) else Tone.WARNING
         return (Verdict(tone, f"{len(bad)} of {total} not good enough: {names}{where}."),)
     if any(check.quality is None for check in checks):
