@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pydantic import ConfigDict, ValidationError
 
@@ -17,7 +17,8 @@ from finetune_trainer.outcome import Artifact
 from finetune_trainer.storage import Folder
 
 MANIFEST = "manifest.json"
-PUSHED = "stages/hub.json"  # what was pushed to the Hub last: a Pushed
+STAGES = "stages"  # folder of the output for what the stages keep for themselves
+PUSHED = f"{STAGES}/hub.json"  # what was pushed to the Hub last: a Pushed
 METRICS = "metrics.json"  # what `train` leaves beside the adapter
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Pushed(Base):
 
 def stage_folder(stage: Stage, fingerprint: str) -> str:
     """Where a stage leaves its result, below spec.output.uri."""
-    return f"stages/{stage}/{fingerprint}"
+    return f"{STAGES}/{stage}/{fingerprint}"
 
 
 def marker_path(stage: Stage, fingerprint: str) -> str:
@@ -60,6 +61,12 @@ def marker_path(stage: Stage, fingerprint: str) -> str:
     return f"{stage_folder(stage, fingerprint)}/complete.json"
 
 
+def stays_below(path: str) -> bool:
+    """Whether the path of a file that somebody listed stays in the folder that it is below."""
+    listed = PurePosixPath(path)
+    return not listed.is_absolute() and ".." not in listed.parts
+
+
 def describe_file(file: Path, path: str) -> Artifact:
     """Size and SHA-256 of a file on disk, under the name that it gets in the store."""
     with file.open("rb") as stream:
@@ -67,19 +74,14 @@ def describe_file(file: Path, path: str) -> Artifact:
     return Artifact(path=path, bytes=file.stat().st_size, sha256=sha256)
 
 
-def describe_tree(folder: Path, prefix: str = "") -> list[Artifact]:
-    """`describe_file` for all files below a folder."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return [describe_file(p, prefix + p.relative_to(folder).as_posix()) for p in files]
-
-
 def save_stage(output: Folder, stage: Stage, fingerprint: str, folder: Path) -> None:
     """Upload what a stage made, the marker last."""
-    files = describe_tree(folder)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = tuple(describe_file(path, path.relative_to(folder).as_posix()) for path in paths)
     base = stage_folder(stage, fingerprint)
     for item in files:
         output.upload(folder / item.path, f"{base}/{item.path}", sha256=item.sha256)
-    marker = Marker(stage=stage, fingerprint=fingerprint, files=tuple(files))
+    marker = Marker(stage=stage, fingerprint=fingerprint, files=files)
     output.write(marker_path(stage, fingerprint), marker.model_dump_json(indent=2).encode())
 
 

@@ -13,13 +13,13 @@ import errno
 import logging
 import shutil
 from collections.abc import Callable, Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, ValidationError
 
 from finetune_trainer.config import Base, Stage, TrainingPlan
-from finetune_trainer.marker import describe_file, stage_folder
+from finetune_trainer.marker import describe_file, stage_folder, stays_below
 from finetune_trainer.outcome import Artifact, Reason, StageError
 from finetune_trainer.storage import Folder
 
@@ -35,8 +35,7 @@ log = logging.getLogger(__name__)
 
 def _check_paths(files: tuple[Artifact, ...]) -> tuple[Artifact, ...]:
     for file in files:
-        path = PurePosixPath(file.path)
-        if path.is_absolute() or ".." in path.parts:
+        if not stays_below(file.path):
             raise ValueError(f"{file.path!r} leaves the folder")
     return files
 

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.config import Export
-from finetune_trainer.marker import MANIFEST
+from finetune_trainer.marker import MANIFEST, STAGES
 from finetune_trainer.outcome import REJECTED, Artifact, Reason, StageError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ KEY_VARIABLE = "FINETUNE_SIGNING_KEY"
 
 # Beside the signed files in the output folder; verifiers pass over them. manifest.json lists the
 # signature and so can't be signed: provenance.json says the same and is.
-NOT_SIGNED = (SIGNATURE, MANIFEST, REJECTED, "stages")
+NOT_SIGNED = (SIGNATURE, MANIFEST, REJECTED, STAGES)
 
 
 class Signer:

@@ -19,7 +19,15 @@ from pathlib import PurePosixPath
 from pydantic import ValidationError
 
 from finetune_trainer.config import Stage
-from finetune_trainer.marker import MANIFEST, Marker, find_complete, missing_files, stage_folder
+from finetune_trainer.marker import (
+    MANIFEST,
+    STAGES,
+    Marker,
+    find_complete,
+    missing_files,
+    stage_folder,
+    stays_below,
+)
 from finetune_trainer.outcome import Artifact, Reason, StageError
 from finetune_trainer.storage import Folder
 
@@ -27,7 +35,7 @@ FORMER = "manifest.former.json"
 """The manifest that is being replaced, with the files of all versions before the new one."""
 
 RECORD = "commit.json"
-_STAGED = "stages/export/"
+_STAGED = f"{STAGES}/{Stage.EXPORT}/"
 
 
 def swap(output: Folder, fingerprint: str, manifest: bytes) -> None:
@@ -75,7 +83,7 @@ def former_files(output: Folder) -> dict[str, Artifact]:
     found: dict[str, Artifact] = {}
     for path in (*records, FORMER, MANIFEST):
         if marker := _parse(output.read(path)):
-            found |= {item.path: item for item in marker.files if _is_below(item.path)}
+            found |= {item.path: item for item in marker.files if _may_go(item.path)}
     return found
 
 
@@ -114,7 +122,6 @@ def _parse(data: bytes | None) -> Marker | None:
         return None
 
 
-def _is_below(path: str) -> bool:
+def _may_go(path: str) -> bool:
     """Whether a path stays in the output folder, and out of what belongs to the stages."""
-    parts = PurePosixPath(path).parts
-    return not path.startswith("/") and ".." not in parts and parts[:1] != ("stages",)
+    return stays_below(path) and PurePosixPath(path).parts[:1] != (STAGES,)
