@@ -222,17 +222,19 @@ class StageError(Exception):
 
 
 class Quality(Base):
-    """What was measured on a GGUF file in llama.cpp, over the answers of held-out rows."""
+    """What was measured on a GGUF file in llama.cpp, over the answers of held-out rows; of training
+    rows where none are held out."""
 
     kl_divergence: Annotated[float, Field(alias="klDivergence")]
     """Mean Kullback-Leibler divergence of the next token, in nats per token: of a quantization from
-    the 16-bit file that it was made of, and of that file from base model and adapter."""
+    the 16-bit file that it was made of; of that file from base model and adapter; of the adapter's
+    own file, which is taken away from that file, from the base model."""
 
     same_top_token: float
     """Share of tokens at which both find the same next token most likely, 0 to 1."""
 
     perplexity: float
-    """Perplexity of the answers."""
+    """Perplexity of the answers; of the adapter's own file, with it taken away."""
 
     max_kl_divergence: Annotated[float | None, Field(alias="maxKLDivergence")] = None
     """The limit that the divergence was held against."""

@@ -25,7 +25,8 @@ class Quantization(StrEnum):
 
 
 class QualityLimit(Base):
-    """What a GGUF file of one type may lose against the merged model in 16 bits."""
+    """How far a GGUF file of one type may be from what it is held against: a quantization from the
+    16-bit file that it is made of, types without quantization from base model and adapter."""
 
     quantization: Quantization
     """The type that the limit is for."""
@@ -48,7 +49,9 @@ class Export(Base):
 
     gguf: Annotated[
         tuple[Quantization, ...],
-        Field(max_length=9, json_schema_extra={"x-kubernetes-list-type": "set"}),
+        Field(
+            max_length=len(Quantization), json_schema_extra={"x-kubernetes-list-type": "set"}
+        ),
     ] = (Quantization.F16, Quantization.Q8_0, Quantization.Q4_K_M)
     """GGUF files to write, one per type. F16 is exact and largest; Q8_0 is nearly as good at half
     the size; Q4_K_M is the usual choice for serving on small machines."""
@@ -63,7 +66,7 @@ class Export(Base):
     spare those. Better small files for some minutes of computing."""
 
     verify: Literal["fail", "warn", "off"] = "fail"
-    """Compare each GGUF file with the merged model on held-out rows, in llama.cpp. With `fail` a
+    """Compare each GGUF file with the tuned model on held-out rows, in llama.cpp. With `fail` a
     file over its limit goes to rejected/ and the job ends as QualityGateFailed; `warn` only
     reports; `off` only looks whether llama.cpp loads the file and reads text as the training
     did."""
@@ -71,7 +74,7 @@ class Export(Base):
     quality_limits: Annotated[
         tuple[QualityLimit, ...],
         Field(
-            max_length=9,
+            max_length=len(Quantization),
             json_schema_extra={
                 "x-kubernetes-list-type": "map",
                 "x-kubernetes-list-map-keys": ["quantization"],
