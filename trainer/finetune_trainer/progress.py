@@ -153,7 +153,7 @@ class Reporter:
     def notice(self, notice: Notice) -> None:
         """Say what the training noticed or did: a line in the log, and into the status."""
         level = logging.WARNING if notice.warning else logging.INFO
-        extra = {"code": str(notice.code), "step": notice.step}
+        extra = {"code": notice.code, "step": notice.step}
         log.log(level, "%s: %s", notice.code, notice.text, extra=extra)
         self._notices = [*self._notices, notice][-NOTICE_LIMIT:]
         # A merge patch replaces lists: each has to be whole.

@@ -154,15 +154,16 @@ class FineTuneJobSpec(Base):
     ) -> config.RunConfig:
         """The part of the spec that the trainer is told: no Secret names, no pod settings."""
         fields = config.RunConfig.model_fields.keys() & type(self).model_fields.keys()
-        data = {name: getattr(self, name).model_dump(by_alias=False) for name in fields}
-        data["model"].pop("token_secret_ref")
-        data["storage"].pop("secret_ref")
-        for part, secret in (
-            (data["export"]["signing"], "key_secret_ref"),
-            (data["output"]["hub"], "token_secret_ref"),
-        ):
-            if part:
-                del part[secret]
+        data = self.model_dump(
+            by_alias=False,
+            include=fields,
+            exclude={
+                "model": {"token_secret_ref"},
+                "storage": {"secret_ref"},
+                "export": {"signing": {"key_secret_ref"}},
+                "output": {"hub": {"token_secret_ref"}},
+            },
+        )
         known = {"job": job, "resolved": resolved, "hardware": hardware}
         return config.RunConfig.model_validate({**data, **known})
 

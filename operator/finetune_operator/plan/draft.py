@@ -84,7 +84,7 @@ class Draft:
     def announce(self, notice: Notice, scope: str) -> None:
         """Record what the training noticed or did."""
         kind: Literal["Normal", "Warning"] = "Warning" if notice.warning else "Normal"
-        self._notices.append(Event(kind, str(notice.code), shorten(notice.text), scope))
+        self._notices.append(Event(kind, notice.code, shorten(notice.text), scope))
 
     def look_again(self, seconds: float | None) -> None:
         """Make another pass after this time, though nothing may have happened."""
