@@ -49,9 +49,7 @@ class Export(Base):
 
     gguf: Annotated[
         tuple[Quantization, ...],
-        Field(
-            max_length=len(Quantization), json_schema_extra={"x-kubernetes-list-type": "set"}
-        ),
+        Field(max_length=len(Quantization), json_schema_extra={"x-kubernetes-list-type": "set"}),
     ] = (Quantization.F16, Quantization.Q8_0, Quantization.Q4_K_M)
     """GGUF files to write, one per type. F16 is exact and largest; Q8_0 is nearly as good at half
     the size; Q4_K_M is the usual choice for serving on small machines."""
