@@ -45,7 +45,7 @@ def test_a_refused_file_is_published_apart_and_the_export_is_not_complete(
     assert bad is not None
     assert (bad.passed, bad.over_limit, bad.max_kl_divergence) == (False, True, NO_FILE_KEEPS)
 
-    held, manifest = in_bucket(moto, run_config["output"]["uri"])
+    held, manifest, _ = in_bucket(moto, run_config["output"]["uri"])
     assert {GOOD, f"rejected/{BAD}"} <= held
     assert f"gguf/{BAD}" not in held
     assert {each["path"] for each in manifest["files"]} >= {GOOD, f"rejected/{BAD}"}
@@ -60,18 +60,23 @@ def test_a_refused_file_is_published_apart_and_the_export_is_not_complete(
     assert f"{BAD}: " in result.message
     passed = {path: quality and quality.passed for path, quality in figures(result).items()}
     assert passed == {GOOD: True, f"gguf/{BAD}": False}
-    held, _ = in_bucket(moto, run_config["output"]["uri"])
+    held, _, modelfile = in_bucket(moto, run_config["output"]["uri"])
     assert not any(path.startswith("rejected/") for path in held)
+    assert f"\nFROM ./{GOOD}\n" in modelfile, "though a small model had better be served as Q8_0"
 
     cached = ended(trainer("prepare", {**run_config, "export": export}), code=0)
     assert cached.complete == (Stage.PREPARE, Stage.TRAIN, Stage.EXPORT)
     assert figures(cached) == figures(result)
 
 
-def in_bucket(moto: Credentials, uri: str) -> tuple[set[str], dict[str, Any]]:
-    """The paths below the output folder, and its manifest."""
+def in_bucket(moto: Credentials, uri: str) -> tuple[set[str], dict[str, Any], str]:
+    """The paths below the output folder, its manifest, and its Modelfile."""
     client = moto.client()
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     listed = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/")["Contents"]
-    manifest = client.get_object(Bucket=bucket, Key=f"{prefix}/manifest.json")["Body"].read()
-    return {item["Key"].removeprefix(f"{prefix}/") for item in listed}, json.loads(manifest)
+
+    def read(name: str) -> bytes:
+        return client.get_object(Bucket=bucket, Key=f"{prefix}/{name}")["Body"].read()
+
+    paths = {item["Key"].removeprefix(f"{prefix}/") for item in listed}
+    return paths, json.loads(read("manifest.json")), read("Modelfile").decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,14 @@ def test_train_merge_and_convert(local: Local, tiny_model: Path) -> None:
     assert 'TEMPLATE """{{ if .System }}<|im_start|>system\n' in modelfile
     rows = [line for line in output.splitlines() if line.strip().endswith("✓ passed")]
     assert [row.split()[0] for row in rows] == ["tiny-Q8_0.gguf", "tiny-Q4_K_M.gguf"]
+
+    limits = [{"quantization": "Q4_K_M", "maxKLDivergence": 1e-9}]
+    local(*train, f"--set=export.qualityLimits={json.dumps(limits)}")
+    output = local("gguf", "--quantizations=Q4_K_M", code=15)
+    assert "1 of 1 GGUF files falls short and is kept apart in rejected/" in output
+    assert local.files("rejected") == {"tiny-Q4_K_M.gguf"}
+    assert local.files("gguf") == set()
+    assert "Modelfile" not in local.files("."), "the former one names files that are gone"
 
 
 def test_what_comes_first_is_said(local: Local) -> None:

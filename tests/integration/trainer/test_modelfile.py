@@ -27,7 +27,7 @@ from finetune_trainer.config import Quantization, RunConfig
 from finetune_trainer.export import modelfile
 from finetune_trainer.export.chat_shape import ChatShape, NoShapeError, find_shape, trials
 from finetune_trainer.export.go_template import go_template, literal
-from finetune_trainer.export.modelfile import Template, make_template, preferred, write_modelfile
+from finetune_trainer.export.modelfile import Template, make_template, write_modelfile
 from tests.integration.trainer import go_text
 
 TEMPLATES = Path(__file__).parents[2] / "data" / "chat_templates"
@@ -127,21 +127,6 @@ def test_any_text_is_left_as_it_is(text: str, tmp_path: Path) -> None:
     assert go_text.render(template, [[SYSTEM]], tmp_path) == [text + SYSTEM["content"]]
     written = go_text.read_modelfile(f'TEMPLATE """x{template}"""\n')
     assert written == {"template": ["x" + template]}
-
-
-@pytest.mark.parametrize(
-    ("kinds", "parameters", "expected"),
-    [
-        (["F16", "Q8_0", "Q4_K_M"], 8e9, "Q4_K_M"),
-        (["F16", "Q8_0", "Q4_K_M"], 135e6, "Q8_0"),
-        (["Q4_K_M"], 135e6, "Q4_K_M"),
-        (["BF16"], 8e9, "BF16"),
-    ],
-)
-def test_the_file_that_most_people_would_serve(
-    kinds: list[str], parameters: float, expected: str
-) -> None:
-    assert preferred([Quantization(kind) for kind in kinds], parameters) == expected
 
 
 def config(systemPrompt: str | None = None, gguf: tuple[str, ...] = ("F16",)) -> RunConfig:  # noqa: N803 - as in run.json

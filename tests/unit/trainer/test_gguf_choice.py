@@ -1,4 +1,4 @@
-"""Which GGUF file the others are made of."""
+"""Which GGUF file the others are made of, and which one is served."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from finetune_trainer.export.gguf.choice import (
     PROFITING,
     adapter_file_name,
     file_name,
+    preferred,
     source_of,
 )
 
@@ -37,6 +38,21 @@ def test_a_file_that_is_asked_for_is_the_source_of_the_others(
 def test_types_below_eight_bits_profit_of_an_importance_matrix() -> None:
     kinds = list(Q)
     assert kinds[kinds.index(Q.Q8_0) + 1 :] == list(PROFITING)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "parameters", "expected"),
+    [
+        (["F16", "Q8_0", "Q4_K_M"], 8e9, "Q4_K_M"),
+        (["F16", "Q8_0", "Q4_K_M"], 135e6, "Q8_0"),
+        (["Q4_K_M"], 135e6, "Q4_K_M"),
+        (["BF16"], 8e9, "BF16"),
+    ],
+)
+def test_the_file_that_most_people_would_serve(
+    kinds: list[str], parameters: float, expected: str
+) -> None:
+    assert preferred([Q(kind) for kind in kinds], parameters) == expected
 
 
 def test_names() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from finetune_trainer.config import Quantization
+from finetune_trainer.export.gguf.choice import preferred
 from finetune_trainer.export.report import Facts, numbers, tables, write_report
 from finetune_trainer.export.report.charts import MOST_POINTS, NARROW, WIDE, loss_chart, thin
 from finetune_trainer.export.report.facts import Point
@@ -342,8 +343,18 @@ def test_only_what_is_there_is_told_how_to_load() -> None:
     assert titles(facts(files=adapter, config=dora)) == ["PEFT adapter"]
 
 
+@pytest.mark.parametrize(
+    ("parameters", "kind"), [(1.2e9, Quantization.Q8_0), (8e9, Quantization.Q4_K_M)]
+)
+def test_the_file_of_the_commands_is_the_modelfiles(parameters: float, kind: Quantization) -> None:
+    given = facts(trained=trained(metrics={"baseParameters": parameters}))
+    assert served(given) == f"gguf/{name(kind)}"
+    kinds = [check.quantization for check in given.gate.files if check.passed]
+    assert preferred(kinds, parameters) is kind
+
+
 def test_a_refused_file_is_never_recommended() -> None:
-    assert served(facts()) == f"gguf/{name(Quantization.Q4_K_M)}"
+    assert served(facts()) is not None
     refused = gate(files=gate().files[3:])
     assert served(facts(gate=refused)) is None
     # verify: warn leaves it where the good ones are.

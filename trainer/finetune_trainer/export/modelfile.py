@@ -8,7 +8,7 @@ then guesses from the template in the GGUF file.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,11 @@ from finetune_trainer.base_model.tokenizer import end_of_turn_ids, render
 from finetune_trainer.config import Quantization, RunConfig
 from finetune_trainer.export import llama
 from finetune_trainer.export.chat_shape import ChatShape, NoShapeError, find_shape, trials
+from finetune_trainer.export.gguf.choice import preferred
 from finetune_trainer.export.go_template import go_template
 
 MODELFILE = "Modelfile"
-SMALL = 2_000_000_000  # parameters; below, four bits cost much quality
 CONTEXT = 4096  # tokens; Ollama's own default
-
-_LARGE_FIRST = (Quantization.Q4_K_M, Quantization.Q5_K_M, Quantization.Q6_K, Quantization.Q8_0)
-_SMALL_FIRST = (Quantization.Q8_0, Quantization.Q6_K, Quantization.F16, Quantization.BF16)
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +68,6 @@ def write_modelfile(
     target = folder / MODELFILE
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return target
-
-
-def preferred(kinds: Iterable[Quantization], parameters: int) -> Quantization:
-    """The file that most people would serve; small models lose much by four bits."""
-    order = _SMALL_FIRST if parameters < SMALL else _LARGE_FIRST
-    return min(kinds, key=lambda kind: order.index(kind) if kind in order else len(order))
 
 
 def make_template(tokenizer: PreTrainedTokenizerBase, file: Path) -> Template:

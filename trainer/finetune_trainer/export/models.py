@@ -137,9 +137,11 @@ def make_gguf(making: Making) -> GateReport:
     if importance:
         rows = read_lines(making.examples.trained)
         write_importance(making.model, first.file, rows, importance, making.reporter)
-    good = {each.kind: each.file for each in (first, *files) if each.usable}
+    usable = [each for each in (first, *files) if each.usable]
+    # With `verify: warn` some may have fallen short: those only where there is nothing better.
+    good = [each for each in usable if each.check.passed] or usable
     if good:
-        make_modelfile(making, good)
+        make_modelfile(making, {each.kind: each.file for each in good})
     return gate.report()
 
 

@@ -150,7 +150,7 @@ def gguf(
     output: OutputOption = DEFAULT_OUTPUT,
     quantizations: Annotated[list[Quantization], about(Export, "gguf")] = QUANTIZATIONS,
 ) -> None:
-    """Convert the merged model to GGUF files, and ask each a question: leaves OUTPUT/gguf."""
+    """Convert the merged model to GGUF files, and measure each: leaves OUTPUT/gguf."""
     kinds = tuple(quantizations)
     _finish(Stage.EXPORT, lambda reporter: steps.gguf(output.resolve(), kinds, reporter))
 

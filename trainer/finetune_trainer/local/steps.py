@@ -13,7 +13,7 @@ from typing import Any
 from pydantic.alias_generators import to_snake
 
 from finetune_trainer.base_model import source
-from finetune_trainer.config import Export, Quantization, RunConfig, Stage, read_run_config
+from finetune_trainer.config import Quantization, RunConfig, Stage, read_run_config
 from finetune_trainer.marker import describe_file, stage_folder
 from finetune_trainer.memory.machine import this_machine
 from finetune_trainer.outcome import (
@@ -78,10 +78,13 @@ def gguf(folder: Path, kinds: tuple[Quantization, ...], reporter: Reporter) -> S
             Reason.INVALID_CONFIG, f"{merged} does not exist: run `make merge` before `make gguf`."
         )
     from finetune_trainer.export import refusal, stage  # noqa: PLC0415 - imports torch
+    from finetune_trainer.export.modelfile import MODELFILE  # noqa: PLC0415 - imports torch
 
     for former in ("gguf", REJECTED):
         shutil.rmtree(folder / former, ignore_errors=True)
-    config = config.model_copy(update={"export": Export(gguf=kinds)})
+    (folder / MODELFILE).unlink(missing_ok=True)  # none is written where no file may be used
+    export = config.export.model_copy(update={"gguf": kinds})  # the rest as --set left it
+    config = config.model_copy(update={"export": export})
     files: list[Artifact] = []
 
     def add(file: Path, path: str, quality: Quality | None = None) -> None:

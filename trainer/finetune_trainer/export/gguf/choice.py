@@ -1,4 +1,4 @@
-"""Names of the GGUF files, and which of them the others are made of."""
+"""Names of the GGUF files, which of them the others are made of, and which one to serve."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ PROFITING = (
 (ggml-quants.c; its Q8_0 ignores one). None of them needs it."""
 
 
+SMALL = 2_000_000_000  # parameters; below, four bits cost much quality
+_LARGE_FIRST = (Quantization.Q4_K_M, Quantization.Q5_K_M, Quantization.Q6_K, Quantization.Q8_0)
+_SMALL_FIRST = (Quantization.Q8_0, Quantization.Q6_K, Quantization.F16, Quantization.BF16)
+
+
 def file_name(model: str, quantization: Quantization) -> str:
     """The name that people know from the Hub, e.g. Llama-3.2-1B-Q4_K_M.gguf."""
     return f"{model}-{quantization}.gguf"
@@ -25,6 +30,12 @@ def file_name(model: str, quantization: Quantization) -> str:
 def adapter_file_name(model: str) -> str:
     """The name of the adapter's own file, e.g. Llama-3.2-1B-LoRA-F32.gguf."""
     return f"{model}-LoRA-{Quantization.F32}.gguf"
+
+
+def preferred(kinds: Iterable[Quantization], parameters: float) -> Quantization:
+    """The file that most people would serve; small models lose much by four bits."""
+    order = _SMALL_FIRST if parameters < SMALL else _LARGE_FIRST
+    return min(kinds, key=lambda kind: order.index(kind) if kind in order else len(order))
 
 
 def source_of(kinds: Iterable[Quantization], own: Quantization) -> Quantization:

@@ -62,11 +62,6 @@ class GgufFile:
     artifact: Artifact | None
     """None where it was written to no folder that is published."""
 
-    @property
-    def usable(self) -> bool:
-        """Whether it lies with the good ones."""
-        return self.artifact is not None and not self.artifact.rejected
-
 
 @dataclass(frozen=True)
 class Facts:
@@ -136,6 +131,11 @@ class Facts:
     def base_name(self) -> str:
         """The base model's short name."""
         return display_name(self.config.model.source)
+
+    @property
+    def parameters(self) -> float:
+        """Of the base model; 0 where the training didn't count them."""
+        return self.metrics.get("baseParameters", 0)
 
     @property
     def change(self) -> Change | None:

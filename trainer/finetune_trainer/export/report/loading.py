@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from finetune_trainer.base_model.source import is_hub
-from finetune_trainer.config import Quantization
+from finetune_trainer.export.gguf.choice import preferred
 from finetune_trainer.export.report.facts import Facts
 
 MODELFILE = "Modelfile"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values of vLLM's --max-lora-rank (vllm.config.lora.MaxLoRARanks)."""
-
-_SERVED_FIRST = (Quantization.Q4_K_M, Quantization.Q5_K_M, Quantization.Q6_K, Quantization.Q8_0)
 
 
 class Way(NamedTuple):
@@ -41,13 +39,13 @@ def ways(facts: Facts) -> tuple[Way, ...]:
 
 
 def served(facts: Facts) -> str | None:
-    """Path of the GGUF file that the commands name; None where none may be used."""
-    usable = [each for each in facts.ggufs if each.usable and each.check.passed]
-    if not usable:
-        return None
-    order = {kind: place for place, kind in enumerate(_SERVED_FIRST)}
-    first = min(usable, key=lambda each: order.get(each.check.quantization, len(order)))
-    return first.artifact.path if first.artifact else None
+    """Path of the GGUF file that the commands name, the Modelfile's; None where none may be used."""
+    good = {
+        each.check.quantization: each.artifact.path
+        for each in facts.ggufs
+        if each.artifact and each.check.passed
+    }
+    return good[preferred(good, facts.parameters)] if good else None
 
 
 def _llama_cpp(facts: Facts) -> Iterator[Way]:
