@@ -115,11 +115,12 @@ def test_a_caller_who_wants_no_more_leaves_no_process_and_no_half_file(
 ) -> None:
     kinds = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M")
     targets = {Quantization(kind): tmp_path / f"{kind}.gguf" for kind in kinds}
+    others = psutil.Process().children()  # the cluster's, where the whole suite runs
     made = quantize_all(files["F16"], targets)
     kind, first = next(made)
     assert (kind, first) == (Quantization.Q8_0, tmp_path / "Q8_0.gguf")
     made.close()
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= set(others)
     left = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert first.name in left
     assert len(left) < len(kinds)
