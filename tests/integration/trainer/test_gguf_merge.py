@@ -213,6 +213,25 @@ def test_what_can_not_be_merged_is_refused_in_its_own_words(
     assert "The adapter does not belong to this base model" in caught.value.message
 
 
+def test_a_killed_conversion_is_out_of_memory_and_no_fault_of_the_model(
+    converted: dict[str, Path], tmp_path: Path
+) -> None:
+    def kill(*_: int) -> None:
+        for worker in set(psutil.Process().children()) - others:
+            worker.kill()
+
+    others = set(psutil.Process().children())  # the cluster's, where the whole suite runs
+    reporter = Reporter()
+    reporter.set_quietly = kill  # type: ignore[method-assign]
+    with pytest.raises(StageError) as caught:
+        write_sixteen(
+            model_of(converted["llama"]), tmp_path / "x.gguf", Quantization.F16, reporter=reporter
+        )
+    assert caught.value.reason is Reason.OOM_KILLED
+    assert "resources.limits.memory" in caught.value.message
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_conversion_leaves_neither_file_nor_process(
     converted: dict[str, Path], tmp_path: Path
 ) -> None:

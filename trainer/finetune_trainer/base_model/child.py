@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import IO
+
+from finetune_trainer.outcome import Reason, StageError
 
 OnProgress = Callable[[int, int], None]
 """Called with what is done and the total, in a unit of the child's."""
@@ -49,7 +52,8 @@ def run(
 ) -> Finished:
     """Run a program to its end, with `request` on its standard input.
 
-    `on_progress` hears what the program says with `say_progress`.
+    `on_progress` hears what the program says with `say_progress`. Raises StageError(OOMKilled)
+    where it was killed: only the kernel does that, and `kill_running`, after which nobody asks.
     """
     # GGML's own handler would call a debugger for a stack trace, if there is one.
     variables = {
@@ -83,6 +87,12 @@ def run(
             raise
         finally:
             _running.discard(process)
+    if process.returncode == -signal.SIGKILL:
+        raise StageError(
+            Reason.OOM_KILLED,
+            "A process of this stage was killed, most likely for want of memory: raise "
+            "spec.stages.<stage>.resources.limits.memory.",
+        )
     return Finished(process.returncode, output, "".join(errors))
 
 
