@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -78,3 +80,20 @@ def test_rows_are_laid_end_to_end_up_to_a_limit(
     assert {len(piece) for piece in pieces[:-1]} == {20}
     monkeypatch.setattr(importance, "MAX_CHUNKS", 2)
     assert list(chunks(tokenizer, EXAMPLES)) == pieces[:2]
+
+
+def test_rows_of_a_sorted_file_are_read_from_all_over_it(
+    measured: tuple[str, Tuned, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, tuned, _ = measured
+    tokenizer = load_tokenizer(tuned.merged)
+    numbered = [
+        {**EXAMPLES[0], "completion": [{"role": "assistant", "content": str(number)}]}
+        for number in range(1000)
+    ]
+    monkeypatch.setattr(importance, "MAX_CHUNKS", 8)
+    text = "".join(tokenizer.decode(piece) for piece in chunks(tokenizer, numbered))
+    read = [int(each) for each in re.findall(r"\d+", text) if len(each) == 3]
+    assert 400 < np.mean(read) < 700
+    assert min(read) < 200
+    assert max(read) > 900

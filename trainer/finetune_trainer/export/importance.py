@@ -8,6 +8,7 @@ tool writes it (see gguf.importance).
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import chain, islice
@@ -28,6 +29,8 @@ CHUNK_TOKENS = 512
 MAX_CHUNKS = 32
 """16,384 tokens; an 8B model reads them in some minutes on a few CPUs. Sums of squares settle
 early: more text changes the quantized files little."""
+
+BATCH = 64  # rows that are tokenized together
 
 WORKER = "finetune_trainer.export.importance_worker"
 
@@ -51,6 +54,7 @@ def write_importance(
         "trust": model.trust_remote_code,
         "file": str(file),
         "chunks": list(chunks(tokenizer, examples)),
+        "chunkTokens": CHUNK_TOKENS,
         "target": str(target),
     }
     reporter.message("Measuring which weights matter most")
@@ -68,9 +72,15 @@ def write_importance(
 def chunks(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]]
 ) -> Iterable[list[int]]:
-    """Conversations end to end, in pieces of CHUNK_TOKENS; the last may be shorter."""
-    encoded = encode_batch(tokenizer, examples)
-    tokens = chain.from_iterable(item.ids for item in encoded)
+    """Conversations end to end, in pieces of CHUNK_TOKENS; the last may be shorter.
+
+    In an order of their own, always the same: files are often sorted, and MAX_CHUNKS cuts them.
+    """
+    shuffled = random.Random(0).sample(examples, len(examples))  # noqa: S311 - no secret
+    groups = (shuffled[start : start + BATCH] for start in range(0, len(shuffled), BATCH))
+    tokens = chain.from_iterable(
+        item.ids for group in groups for item in encode_batch(tokenizer, group)
+    )
     for _ in range(MAX_CHUNKS):
         piece = list(islice(tokens, CHUNK_TOKENS))
         if not piece:

@@ -2,7 +2,8 @@
 
 A JSON request on standard input:
 
-    {"base": …, "adapter": … or null, "trust": …, "file": …, "chunks": [[tokens]…], "target": …}
+    {"base": …, "adapter": … or null, "trust": …, "file": …, "chunks": [[tokens]…],
+     "chunkTokens": the most that one has, "target": …}
 """
 
 from __future__ import annotations
@@ -88,14 +89,14 @@ def read(model: Any, chunks: list[list[int]]) -> None:
         child.say_progress(done, total)
 
 
-def write(target: Path, heard: dict[str, Inputs], chunks: int) -> None:
+def write(target: Path, heard: dict[str, Inputs], chunks: int, size: int) -> None:
     """Write the file as llama.cpp's imatrix tool does."""
     writer = gguf.GGUFWriter(target, "")
     writer.kv_data[0].pop(gguf.Keys.General.ARCHITECTURE, None)
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["rows of the training"])
     writer.add_uint32("imatrix.chunk_count", chunks)
-    writer.add_uint32("imatrix.chunk_size", 512)
+    writer.add_uint32("imatrix.chunk_size", size)
     for name, inputs in sorted(heard.items()):
         writer.add_tensor(name + SUMS, inputs.sums.astype(np.float32).reshape(1, -1))
         writer.add_tensor(name + COUNTS, np.array([[inputs.count]], dtype=np.float32))
@@ -116,7 +117,7 @@ def main() -> None:
         sys.exit("none of its layers has a name that the GGUF file knows")
     read(model, request["chunks"])
     heard = {name: inputs for name, inputs in heard.items() if inputs.count}
-    write(Path(request["target"]), heard, len(request["chunks"]))
+    write(Path(request["target"]), heard, len(request["chunks"]), request["chunkTokens"])
 
 
 if __name__ == "__main__":
