@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -126,9 +127,11 @@ def make_gguf(making: Making) -> GateReport:
     """Write GGUF files and Modelfile below the result, and check each; raises StageError."""
     gate = open_gate(making)
     importance = importance_file(making)
-    adapter = make_adapter(making)
     files = checked_files(making, gate, importance)
-    first = next(files)  # the one that the others are made of
+    with ThreadPoolExecutor(1, "adapter") as beside:  # both wait long for what they import
+        adapter_made = beside.submit(make_adapter, making)
+        first = next(files)  # the one that the others are made of
+        adapter = adapter_made.result()
     if adapter:
         check_adapter(making, gate, adapter)
     if first.check.passed:
