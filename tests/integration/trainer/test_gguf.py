@@ -18,6 +18,7 @@ from finetune_trainer.export.gguf.convert import Model
 from finetune_trainer.export.gguf.files import quantize_all, write_files
 from finetune_trainer.export.gguf.quantize import quantize
 from finetune_trainer.outcome import Reason, StageError
+from tests.integration.trainer.vocabulary import write_vocabulary
 
 TYPES = tuple(Quantization)
 
@@ -163,5 +164,5 @@ def test_code_that_comes_with_a_model_is_not_run(tiny_model: Path, tmp_path: Pat
     assert "theirs.py" not in shown
     assert b"auto_map" not in shown["tokenizer_config.json"]
     assert shown["config.json"] == (model / "config.json").read_bytes()
-    converter.check_vocabulary(model, tmp_path / "vocabulary.gguf")
+    write_vocabulary(model, tmp_path / "vocabulary.gguf")
     assert not traces.exists()

@@ -10,14 +10,14 @@ import huggingface_hub.constants
 import pytest
 
 from finetune_trainer.config import Fingerprints, Hub, RunConfig, Stage
-from finetune_trainer.export.publish import Publication
 from finetune_trainer.export.publish.hub import TOKEN_VARIABLE, check_token, push
 from finetune_trainer.marker import MANIFEST, PUSHED, Marker, find_pushed
-from finetune_trainer.outcome import Artifact, Reason, StageError
+from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.prepare.stage import held_stages
 from finetune_trainer.progress import Reporter
 from finetune_trainer.storage import LocalFolder
 from tests.integration.trainer.hub_push_server import TOKEN, PushHub, push_hub
+from tests.publishing import publish
 
 # The Hub's client sends files by LFS in a way that httpx wants spelled otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -46,19 +46,6 @@ def output(tmp_path: Path) -> LocalFolder:
     return LocalFolder(tmp_path / "output")
 
 
-def publish(output: LocalFolder, room: Path, files: dict[str, bytes], name: str = "fp") -> None:
-    def build(listed: tuple[Artifact, ...]) -> bytes:
-        marker = Marker(stage=Stage.EXPORT, fingerprint=name, files=listed)
-        return marker.model_dump_json().encode()
-
-    with Publication(output, name, Reporter()) as publication:
-        for path, data in files.items():
-            (room / path).parent.mkdir(parents=True, exist_ok=True)
-            (room / path).write_bytes(data)
-            publication.add(room / path, path)
-        publication.commit(build)
-
-
 @pytest.fixture
 def run(output: LocalFolder, tmp_path: Path) -> Any:
     """Push as the stage does, in an empty workspace."""
@@ -68,7 +55,7 @@ def run(output: LocalFolder, tmp_path: Path) -> Any:
         workspace = tmp_path / f"workspace-{next(count)}"
         return push(target, output, workspace, Reporter()).commit
 
-    publish(output, tmp_path / "room", FILES)
+    publish(output, tmp_path / "room", "fp", FILES)
     return push_now
 
 
@@ -94,7 +81,7 @@ def test_what_is_pushed_is_not_pushed_again_and_another_version_is(
     assert hub.commits == 1
     hub.files(REPO)["theirs.txt"] = b"somebody else's"
     hub.files(REPO)[".gitignore"] = b"*.gguf"
-    publish(output, tmp_path / "room", {"README.md": b"# new", "gguf/b.gguf": b"new"}, "other")
+    publish(output, tmp_path / "room", "other", {"README.md": b"# new", "gguf/b.gguf": b"new"})
     assert find_pushed(output, HUB) is None
     run()
     assert set(hub.files(REPO)) == {
@@ -175,7 +162,7 @@ def test_prepare_asks_for_an_export_until_the_push_is_done(
     hub: PushHub, output: LocalFolder, tmp_path: Path
 ) -> None:
     files = {path: data for path, data in FILES.items() if not path.startswith("rejected/")}
-    publish(output, tmp_path / "room", files)
+    publish(output, tmp_path / "room", "fp", files)
     prints = Fingerprints(prepare="p", train="t", export="fp")
 
     def held(target: Hub | None) -> set[Stage]:

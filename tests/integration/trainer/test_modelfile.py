@@ -13,7 +13,6 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune_trainer.base_model import converter
 from finetune_trainer.base_model.tokenizer import (
     BEGIN,
     PLAIN_TEMPLATE,
@@ -29,6 +28,7 @@ from finetune_trainer.export.chat_shape import ChatShape, NoShapeError, find_sha
 from finetune_trainer.export.go_template import go_template, literal
 from finetune_trainer.export.modelfile import Template, make_template, write_modelfile
 from tests.integration.trainer import go_text
+from tests.integration.trainer.vocabulary import write_vocabulary
 
 TEMPLATES = Path(__file__).parents[2] / "data" / "chat_templates"
 SYSTEM = {"role": "system", "content": "Be a kettle."}
@@ -168,7 +168,7 @@ def served(
     tokenizer.save_pretrained(model)
     file = folder / "gguf" / "tiny-F16.gguf"
     file.parent.mkdir()
-    converter.check_vocabulary(model, file)
+    write_vocabulary(model, file)
     set_add_bos(file, request.param == KINDS[2])
     return tokenizer, file, expected
 

@@ -7,33 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.config import Stage, Storage
-from finetune_trainer.export.publish import Publication, finish_interrupted
-from finetune_trainer.marker import MANIFEST, Marker
-from finetune_trainer.outcome import Artifact
-from finetune_trainer.progress import Reporter
+from finetune_trainer.config import Storage
+from finetune_trainer.marker import MANIFEST
 from finetune_trainer.storage import Folder, open_folder
 from tests.cluster.s3 import Credentials
 from tests.dying_folder import DyingFolder, KilledError, contents
+from tests.publishing import publish
 
 OLD = {"gguf/a": b"old", "gguf/gone": b"old only", "README.md": b"card"}
 NEW = {"gguf/a": b"new", "gguf/b": b"new only", "README.md": b"card"}
-
-
-def publish(output: Folder, room: Path, name: str, version: dict[str, bytes]) -> None:
-    if finish_interrupted(output, name):
-        return
-
-    def build(files: tuple[Artifact, ...]) -> bytes:
-        marker = Marker(stage=Stage.EXPORT, fingerprint=name, files=files)
-        return marker.model_dump_json().encode()
-
-    with Publication(output, name, Reporter()) as publication:
-        for path, data in version.items():
-            (room / path).parent.mkdir(parents=True, exist_ok=True)
-            (room / path).write_bytes(data)
-            publication.add(room / path, path)
-        publication.commit(build)
 
 
 def test_a_death_at_any_moment_is_cleaned_up_by_the_next_attempt(

@@ -18,13 +18,11 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from finetune_trainer.config import Export, Signing, Stage
-from finetune_trainer.export.publish import Publication
+from finetune_trainer.config import Export, Signing
 from finetune_trainer.export.publish.signing import KEY_VARIABLE, Signer, signer_for
-from finetune_trainer.marker import Marker
-from finetune_trainer.outcome import Artifact, Reason, StageError
-from finetune_trainer.progress import Reporter
+from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.storage import LocalFolder
+from tests.publishing import publish
 
 FILES = {
     "adapter/weights": b"weights",
@@ -62,17 +60,7 @@ def downloaded(key: ec.EllipticCurvePrivateKey, tmp_path: Path) -> Path:
     signer = signer_for(SIGNED, "tuned", environment)
     assert environment == {}, "child processes get no key"
 
-    def build(files: tuple[Artifact, ...]) -> bytes:
-        marker = Marker(stage=Stage.EXPORT, fingerprint="fp", files=files)
-        return marker.model_dump_json().encode()
-
-    with Publication(output, "fp", Reporter()) as publication:
-        for path, data in FILES.items():
-            file = tmp_path / "room" / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(data)
-            publication.add(file, path)
-        publication.commit(build, signer)
+    publish(output, tmp_path / "room", "fp", FILES, signer)
     return output.root
 
 

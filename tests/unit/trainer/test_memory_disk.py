@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from finetune_trainer.config import Export, Lora, Quantization
+from finetune_trainer.config import UNQUANTIZED, Export, Lora, Quantization
 from finetune_trainer.export.gguf.choice import source_of
 from finetune_trainer.memory.disk import (
-    UNQUANTIZED,
     DiskNeed,
     check_disk,
     downloaded,

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 
 from finetune_trainer.config import Stage
-from finetune_trainer.export.publish import Publication, finish_interrupted
+from finetune_trainer.export.publish import Publication
 from finetune_trainer.export.publish.checksums import SHA256SUMS, sha256sums
 from finetune_trainer.marker import MANIFEST, Marker, find_complete
 from finetune_trainer.outcome import Artifact, Quality, Reason, StageError
 from finetune_trainer.progress import Reporter
 from finetune_trainer.storage import LocalFolder
 from tests.dying_folder import DyingFolder, KilledError, contents
+from tests.publishing import Version, manifest, publish
 
 REPORTER = Reporter()
-Version = dict[str, bytes]
 OLD: Version = {
     "adapter/weights": b"old adapter",
     "gguf/model-F16.gguf": b"old",
@@ -37,25 +37,6 @@ NEW: Version = {
     "README.md": b"card",
 }
 LATER: Version = {"adapter/weights": b"later adapter", "README.md": b"later"}
-
-
-def manifest(fingerprint: str, files: tuple[Artifact, ...]) -> bytes:
-    return (
-        Marker(stage=Stage.EXPORT, fingerprint=fingerprint, files=files).model_dump_json().encode()
-    )
-
-
-def publish(output: LocalFolder | DyingFolder, room: Path, name: str, version: Version) -> None:
-    """What a stage does: finish what was interrupted, else compute and publish."""
-    if finish_interrupted(output, name):
-        return
-    with Publication(output, name, REPORTER) as publication:
-        for path, data in version.items():
-            file = room / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(data)
-            publication.add(file, path)
-        publication.commit(lambda files: manifest(name, files))
 
 
 @pytest.fixture

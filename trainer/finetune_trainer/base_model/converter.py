@@ -29,16 +29,6 @@ SCRIPT = "convert_hf_to_gguf.py"
 log = logging.getLogger(__name__)
 
 
-def check_vocabulary(model: Path, target: Path, *, trust_remote_code: bool = False) -> None:
-    """Convert configuration and tokenizer only, which takes seconds and needs no weights.
-
-    A model or a tokenizer that llama.cpp does not know fails here, before a GPU is asked for.
-    """
-    with shown(model, "model", trusted=trust_remote_code) as folder:
-        command = [sys.executable, str(llama_folder() / SCRIPT), str(folder)]
-        run([*command, "--outfile", str(target), "--vocab-only"], trusted=trust_remote_code)
-
-
 def run(
     command: list[str],
     request: str = "",

@@ -17,6 +17,7 @@ from finetune_trainer.config.dataset import (
 )
 from finetune_trainer.config.model import Model
 from finetune_trainer.config.output import (
+    UNQUANTIZED,
     Export,
     Hub,
     Output,
@@ -38,6 +39,7 @@ from finetune_trainer.config.training import EarlyStopping, Lora, TargetModule, 
 
 __all__ = [
     "LOCATION_RULE",
+    "UNQUANTIZED",
     "Base",
     "Columns",
     "CountOrShare",

@@ -24,6 +24,10 @@ class Quantization(StrEnum):
     Q3_K_M = "Q3_K_M"
 
 
+UNQUANTIZED = (Quantization.F32, Quantization.F16, Quantization.BF16)
+"""Types that hold weights as they are; the quantizations are made of one of them."""
+
+
 class QualityLimit(Base):
     """How far a GGUF file of one type may be from what it is held against: a quantization from the
     16-bit file that it is made of, types without quantization from base model and adapter."""

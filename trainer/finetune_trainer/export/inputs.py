@@ -10,14 +10,11 @@ from typing import Any
 
 from finetune_trainer.base_model import source
 from finetune_trainer.config import RunConfig, Stage
-from finetune_trainer.marker import METRICS, stage_folder
+from finetune_trainer.marker import DATASET_REPORT, EXAMPLES, HELD_OUT, METRICS, stage_folder
 from finetune_trainer.storage import Folder
 
-DATASET_REPORT = "dataset-report.json"
 MOST_ROWS = 5000
 """Examples in memory, more than the gate or an importance matrix measures on."""
-
-EXAMPLES, HELD_OUT = "examples.jsonl", "eval.jsonl"
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune_trainer.config import Export, Quantization
+from finetune_trainer.config import UNQUANTIZED, Export
 from finetune_trainer.export.results import FileCheck, GateReport
 from finetune_trainer.outcome import REJECTED, Artifact
-
-UNQUANTIZED = (Quantization.F32, Quantization.F16, Quantization.BF16)
 
 
 def message(gate: GateReport, files: Sequence[Artifact], export: Export) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from finetune_trainer.config import Export, Lora, Quantization
+from finetune_trainer.config import UNQUANTIZED, Export, Lora, Quantization
 from finetune_trainer.memory.shape import Shape
 from finetune_trainer.memory.units import binary
 from finetune_trainer.outcome import Reason, StageError
@@ -20,7 +20,6 @@ GATE_BYTES = 3 * 512 * 2
 """For each token of the vocabulary: log-probabilities in 16 bits over 512 answer tokens, of base,
 tuned model and largest GGUF file."""
 
-UNQUANTIZED = frozenset({Quantization.F32, Quantization.F16, Quantization.BF16})
 SLACK = 256 * 2**20  # tokenizer, examples, logs, caches of datasets
 
 _BITS: dict[Quantization, tuple[float, float]] = {
@@ -93,7 +92,7 @@ def export_disk(shape: Shape, lora: Lora, export: Export, model_bytes: int) -> D
     work = adapter + (2 * shape.parameters if export.merged else 0)
     if export.gguf:
         work += sum(gguf_bytes(shape, kind) for kind in export.gguf)
-        if not UNQUANTIZED.intersection(export.gguf):
+        if not any(kind in UNQUANTIZED for kind in export.gguf):
             work += gguf_bytes(shape, Quantization.F16)
         if export.adapter_gguf is not False:
             work += adapter

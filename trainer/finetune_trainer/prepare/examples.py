@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.base_model.tokenizer import IGNORED, Encoded, as_example, encode_batch
 from finetune_trainer.config import Dataset, Message, allowed
+from finetune_trainer.marker import EXAMPLES, HELD_OUT
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.prepare.rows import Rows
 from finetune_trainer.prepare.split import Mask
@@ -23,7 +24,6 @@ from finetune_trainer.prepare.statistics import Lengths, length_that_fits, perce
 BATCH = 256  # rows that are tokenized together
 SHOWN = 10  # rows that a message names
 NOTHING = Encoded([], [], only_last=False)
-EXAMPLES, HELD_OUT = "examples.jsonl", "eval.jsonl"
 
 
 @dataclass(frozen=True)

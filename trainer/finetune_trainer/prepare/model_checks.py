@@ -15,12 +15,11 @@ from finetune_trainer.base_model.probes import PROBES
 from finetune_trainer.base_model.source import ModelFiles, display_name
 from finetune_trainer.base_model.targets import resolve_targets
 from finetune_trainer.base_model.tokenizer import load_tokenizer, render
-from finetune_trainer.config import Export, Lora, Message, Quantization, RunConfig
+from finetune_trainer.config import UNQUANTIZED, Export, Lora, Message, Quantization, RunConfig
 from finetune_trainer.memory.shape import Shape
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.progress import Reporter
 
-UNQUANTIZED = (Quantization.F32, Quantization.F16, Quantization.BF16)
 BLOCK = 32  # values that each quantized block has at least (Q8_0)
 K_BLOCK = 256  # of all types below Q8_0; llama.cpp takes a larger type where rows don't divide
 

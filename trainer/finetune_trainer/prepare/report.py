@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from finetune_trainer.config import Base, RunConfig
+from finetune_trainer.marker import DATASET_REPORT
 from finetune_trainer.outcome import BadRow, DatasetSummary
 from finetune_trainer.prepare.rows import Rows
 from finetune_trainer.prepare.split import Mask, repeated, shared
@@ -18,7 +19,6 @@ from finetune_trainer.prepare.statistics import TokenStats, spread, token_stats
 if TYPE_CHECKING:  # it imports transformers, which takes seconds
     from finetune_trainer.prepare.examples import Examples
 
-REPORT = "dataset-report.json"
 SUMMARY = "summary.json"
 FIRST_INVALID = 10  # bad rows in status
 
@@ -111,7 +111,7 @@ class Findings:
 
     def write(self, folder: Path) -> None:
         """Write dataset-report.json: one key a line, the bad rows last, one a line as well."""
-        with (folder / REPORT).open("w", encoding="utf-8") as out:
+        with (folder / DATASET_REPORT).open("w", encoding="utf-8") as out:
             out.write("{\n")
             for key, value in self.report().items():
                 out.write(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)},\n")

@@ -22,6 +22,7 @@ from finetune_trainer.base_model import source
 from finetune_trainer.config import Fingerprints, Message, Resolved, RunConfig, Stage
 from finetune_trainer.fingerprint import fingerprints
 from finetune_trainer.marker import (
+    DATASET_REPORT,
     MANIFEST,
     Marker,
     find_complete,
@@ -33,7 +34,7 @@ from finetune_trainer.outcome import Reason, StageError, StageResult
 from finetune_trainer.prepare.inputs import DataFiles, find
 from finetune_trainer.prepare.planning import plan_training
 from finetune_trainer.prepare.reading.layout import check_columns
-from finetune_trainer.prepare.report import REPORT, SUMMARY, Findings, Prepared
+from finetune_trainer.prepare.report import SUMMARY, Findings, Prepared
 from finetune_trainer.prepare.rows import Rows
 from finetune_trainer.prepare.split import Mask, hold_out
 from finetune_trainer.progress import Reporter
@@ -197,8 +198,8 @@ def prepare(
         if error.reason not in (Reason.INVALID_ROWS, Reason.EXAMPLES_TOO_LONG):
             raise
         findings.write(folder)
-        report = f"{stage_folder(Stage.PREPARE, inputs.prints.prepare)}/{REPORT}"
-        output.upload(folder / REPORT, report)
+        report = f"{stage_folder(Stage.PREPARE, inputs.prints.prepare)}/{DATASET_REPORT}"
+        output.upload(folder / DATASET_REPORT, report)
         message = f"{error.message} {output.uri_of(report)} lists all rows concerned."
         summary = findings.summary() if findings.rows.total else error.dataset
         raise StageError(error.reason, message, dataset=summary) from error

@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune_trainer.base_model import source
 from finetune_trainer.config import RunConfig, Stage
-from finetune_trainer.marker import METRICS, save_stage, stage_folder
+from finetune_trainer.marker import EXAMPLES, HELD_OUT, METRICS, save_stage, stage_folder
 from finetune_trainer.outcome import Notice, Reason, StageResult
 from finetune_trainer.progress import Reporter, duration
 from finetune_trainer.storage import Folder, open_folder
@@ -62,10 +62,10 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
 def fetch_work(config: RunConfig, output: Folder, workspace: Path, reporter: Reporter) -> Work:
     """Bring everything that the worker needs to disk."""
     prepared = stage_folder(Stage.PREPARE, source.resolved_of(config).fingerprints.prepare)
-    examples, held_out = workspace / "examples.jsonl", workspace / "eval.jsonl"
-    output.download(f"{prepared}/examples.jsonl", examples)
+    examples, held_out = workspace / EXAMPLES, workspace / HELD_OUT
+    output.download(f"{prepared}/{EXAMPLES}", examples)
     if source.resolved_of(config).eval_rows:
-        output.download(f"{prepared}/eval.jsonl", held_out)
+        output.download(f"{prepared}/{HELD_OUT}", held_out)
     model = source.fetch_resolved(config, workspace / "model", reporter)
     room = workspace / "training"
     room.mkdir()

@@ -24,7 +24,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from finetune_trainer.base_model.loading import available_cpus
 from finetune_trainer.base_model.tokenizer import load_tokenizer, render_prompt
-from finetune_trainer.config import Export, Quantization
+from finetune_trainer.config import UNQUANTIZED, Export, Quantization
 from finetune_trainer.export import llama
 from finetune_trainer.export.gate import reference, structure, thresholds, tokens
 from finetune_trainer.export.gate import rows as choosing
@@ -114,7 +114,7 @@ class Gate:
     def check(self, file: Path, kind: Quantization) -> FileCheck:
         """Look at a file; the first has to be the one without quantization that the others are
         made of."""
-        if self._sixteen is None and kind not in structure.SIXTEEN_BITS:
+        if self._sixteen is None and kind not in UNQUANTIZED:
             raise ValueError(f"{file.name} is checked before the file that it was made of")
         try:
             with Header(file) as header:
@@ -226,7 +226,7 @@ class Gate:
         kept = self._workspace / "sixteen.npy"
         if self.training.reference is None:
             return {"rows": [], "against": None, "write": None}
-        of_tuned = kind in structure.SIXTEEN_BITS
+        of_tuned = kind in UNQUANTIZED
         return {
             "rows": self._request_rows(),
             "against": str(self.training.reference.tuned if of_tuned else kept),

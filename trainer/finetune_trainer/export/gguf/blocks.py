@@ -25,7 +25,7 @@ from conversion.base import LazyTorchTensor  # type: ignore[import-not-found]
 from finetune_trainer.export.weights import MergedWeights, TensorInfo
 
 BLOCK_VALUES = 1 << 20
-"""Values of a tensor that are in memory at a time: 16 MiB in float32."""
+"""Values of a tensor that are in memory at a time: 4 MiB in float32."""
 
 Rows = Callable[[int, int], torch.Tensor]
 """Rows from start to stop of a matrix."""

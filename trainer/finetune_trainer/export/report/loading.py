@@ -39,7 +39,7 @@ def ways(facts: Facts) -> tuple[Way, ...]:
 
 
 def served(facts: Facts) -> str | None:
-    """Path of the GGUF file that the commands name, the Modelfile's; None where none may be used."""
+    """Path of the GGUF file that commands and Modelfile name; None where none may be used."""
     good = {
         each.check.quantization: each.artifact.path
         for each in facts.ggufs
