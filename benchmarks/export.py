@@ -30,7 +30,7 @@ from finetune_trainer.base_model.converter import SCRIPT, llama_folder
 
 SHAPE = "1.07"
 SWEEP = ("0.1", "0.3", "1", "2")
-STEPS = [sys.executable, "-m", "benchmarks.export_steps"]
+STEPS = "benchmarks.export_steps"
 
 
 def main() -> None:
@@ -52,12 +52,17 @@ def main() -> None:
         compare(model(chosen.folder, SHAPE), kinds, chosen.repeats)
 
 
+def step(name: str, *arguments: str) -> Cost:
+    """Run one of the programs in benchmarks.export_steps."""
+    return watch([sys.executable, "-m", f"{STEPS}.{name}", *arguments])
+
+
 def model(folder: Path, shape: str) -> Path:
     """The folder with base and adapter of a shape, which are made where they are not there."""
     place = folder / shape
     if not (place / "adapter" / "tokenizer.json").is_file():  # what is written last
         place.mkdir(parents=True, exist_ok=True)
-        watch([*STEPS, "make", str(place), shape])
+        step("make", str(place), shape)
     return place
 
 
@@ -82,7 +87,7 @@ def plain_first(place: Path, kind: str) -> Cost:
     """Merge, save and convert."""
     clean(place)
     warm(place / "base")
-    merged = watch([*STEPS, "merge", str(place)])
+    merged = step("merge", str(place))
     target = place / "plain" / f"model-{kind}.gguf"
     target.parent.mkdir()
     command = [sys.executable, str(llama_folder() / SCRIPT), str(place / "merged")]
@@ -92,14 +97,14 @@ def plain_first(place: Path, kind: str) -> Cost:
 def quantized(place: Path, first: str, kind: str) -> Cost:
     """One more type."""
     files = [str(place / "plain" / f"model-{each}.gguf") for each in (first, kind)]
-    return watch([*STEPS, "quantize", *files, kind])
+    return step("quantize", *files, kind)
 
 
 def ours(place: Path, kinds: list[str]) -> Cost:
     """Everything in one go."""
     shutil.rmtree(place / "ours", ignore_errors=True)
     warm(place / "base")
-    return watch([*STEPS, "ours", str(place), *kinds])
+    return step("ours", str(place), *kinds)
 
 
 def sweep(place: Path, kinds: list[str]) -> None:

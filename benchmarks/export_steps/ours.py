@@ -1,0 +1,28 @@
+"""Ours: base and adapter to GGUF files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from finetune_trainer.config import Quantization
+from finetune_trainer.export.gguf.convert import Model
+from finetune_trainer.export.gguf.files import write_files
+from finetune_trainer.export.model_folder import assemble
+from finetune_trainer.export.weights import MergedWeights
+
+
+def ours(folder: str, *kinds: str) -> None:
+    """As the export stage does it."""
+    place = Path(folder)
+    base, adapter, assembled = place / "base", place / "adapter", place / "assembled" / "model"
+    weights = MergedWeights.open(base, adapter)
+    weights.check_changes()
+    assemble(base, adapter, assembled, dtype=weights.dtype)
+    model = Model(base, adapter, assembled, "model", Quantization.BF16)
+    for _ in write_files(model, place / "ours", [Quantization(kind) for kind in kinds]):
+        pass
+
+
+if __name__ == "__main__":
+    ours(*sys.argv[1:])
