@@ -17,6 +17,9 @@ from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.progress import Reporter
 from finetune_trainer.storage import LocalFolder, open_folder
 
+CARD = "README.md"
+"""Names the license. It changes no result, so it is no part of a folder's revision."""
+
 _SMALL_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 _SAMPLES = 16
 _SAMPLE_BYTES = 1 << 16
@@ -39,7 +42,7 @@ class ModelFiles:
 
     def small(self) -> list[str]:
         """Configuration, tokenizer and templates."""
-        return [name for name in self.sizes if not name.endswith(".safetensors")]
+        return [n for n in self.sizes if not n.endswith(".safetensors") and n != CARD]
 
 
 def is_hub(source: str) -> bool:
@@ -86,12 +89,12 @@ def find(model: Model, storage: Storage) -> ModelFiles:
 def fetch(
     files: ModelFiles, storage: Storage, target: Path, reporter: Reporter, *, weights: bool
 ) -> Path:
-    """Bring the files to disk, without weights if so asked; returns the folder they are in.
+    """Bring the files to disk, without weights and card if so asked; returns their folder.
 
     A folder that is mounted is used as it is; a Hub model goes to the Hub client's cache.
     """
     model = files.model
-    names = files.small() + (files.weights() if weights else [])
+    names = list(files.sizes) if weights else files.small()
     if model.source.startswith("/"):
         return Path(model.source)
     total = sum(files.sizes[name] for name in names)
@@ -139,7 +142,8 @@ def _list_folder(model: Model, storage: Storage) -> tuple[str, dict[str, int]]:
             Reason.MODEL_NOT_FOUND,
             f"The folder {model.source} does not exist: mount it, or correct spec.model.source.",
         )
-    infos = [info for info in folder.list() if _wanted(info.path, model)]
+    found = [info for info in folder.list() if _wanted(info.path, model)]
+    infos = [info for info in found if info.path != CARD]
     if not infos:
         raise StageError(
             Reason.MODEL_NOT_FOUND,
@@ -151,7 +155,7 @@ def _list_folder(model: Model, storage: Storage) -> tuple[str, dict[str, int]]:
     else:
         etags = {info.path: info.etag for info in infos}
     listing = [[info.path, info.size, etags[info.path]] for info in infos]
-    return f"sha256:{digest(listing)}", {info.path: info.size for info in infos}
+    return f"sha256:{digest(listing)}", {info.path: info.size for info in found}
 
 
 def _wanted(name: str, model: Model) -> bool:
@@ -160,7 +164,7 @@ def _wanted(name: str, model: Model) -> bool:
         return False
     if path.suffix == ".py":
         return model.trust_remote_code
-    return path.suffix in _SMALL_FILES or path.suffix == ".safetensors"
+    return path.suffix in _SMALL_FILES or path.suffix == ".safetensors" or name == CARD
 
 
 def _sampled_digest(file: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from finetune_trainer.base_model.source import is_hub
+from finetune_trainer.base_model.source import CARD, is_hub
 from finetune_trainer.export.report import numbers, tables
 from finetune_trainer.export.report.facts import Facts
 from finetune_trainer.export.report.loading import ways
@@ -125,7 +125,7 @@ def license_of(base: Path | None) -> str | None:
 
 
 def _readme_license(base: Path) -> str | None:
-    file = base / "README.md"
+    file = base / CARD
     if not file.is_file():
         return None
     try:
