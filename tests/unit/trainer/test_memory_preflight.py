@@ -1,4 +1,4 @@
-"""Room on the disk is looked at before an export writes to it."""
+"""Memory, and room on the disk, are looked at before an export takes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from finetune_trainer.config import RunConfig
-from finetune_trainer.export.preflight import check_space
+from finetune_trainer.export.preflight import check_memory, check_space
+from finetune_trainer.memory import machine
+from finetune_trainer.memory.units import GIB
 from finetune_trainer.outcome import Reason, StageError
 from tests.unit.trainer.test_memory_shape import config
 
@@ -40,3 +42,19 @@ def test_a_model_that_no_disk_holds(tmp_path: Path) -> None:
 
 def test_a_model_whose_widths_are_not_known_is_left_to_try(tmp_path: Path) -> None:
     run(tmp_path, num_experts=8)
+
+
+@pytest.mark.parametrize("limit", [GIB, 2 * GIB])
+def test_a_pod_with_too_little_memory(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"/sys/fs/cgroup/memory.max": [str(limit)], "/proc/meminfo": []}
+    monkeypatch.setattr(machine, "_lines", files.__getitem__)
+    if limit == 2 * GIB:
+        check_memory()
+        return
+    with pytest.raises(StageError) as raised:
+        check_memory()
+    assert raised.value.reason is Reason.OUT_OF_MEMORY
+    assert raised.value.message == (
+        "The export needs 1.5 GiB of memory, and there are 1.0 GiB: set "
+        "spec.stages.export.resources.limits.memory to at least 2Gi."
+    )

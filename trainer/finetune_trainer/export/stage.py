@@ -21,7 +21,7 @@ from finetune_trainer.export.models import (
     make_merged,
     put_together,
 )
-from finetune_trainer.export.preflight import check_space
+from finetune_trainer.export.preflight import check_memory, check_space
 from finetune_trainer.export.publish import Publication, finish_interrupted
 from finetune_trainer.export.publish.hub import check_token, push
 from finetune_trainer.export.publish.publication import Sign
@@ -110,6 +110,7 @@ def make_all(work: Work) -> Manifest:
 def make_models(work: Work, base: Path) -> GateReport:
     """Write the merged model and GGUF files, each of which is on its way when it is finished."""
     config, inputs = work.config, work.inputs
+    check_memory()
     check_space(config, base, work.workspace)
     folder = (work.result if config.export.merged else work.workspace) / MERGED
     making = Making(
