@@ -10,7 +10,7 @@ importance    which weights a quantization should spare, measured on training ro
 gate      whether a GGUF file is what it should be, against base model and adapter unmerged
 refusal   what is said of files that the gate refused
 streamed  base model and adapter in float32, with weights that stay in their files
-llama     llama.cpp's library in a process of its own (worker, session)
+llama     llama.cpp's library in a process of its own
 modelfile what Ollama needs to serve it, its template made of the chat template's shape
 report    report.html and the model card
 publish   uploads in the background, the change of versions, signature, the Hub

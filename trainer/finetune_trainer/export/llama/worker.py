@@ -30,7 +30,7 @@ import llama_cpp
 import numpy as np
 
 from finetune_trainer.export.gate import logprobs
-from finetune_trainer.export.session import CACHE_BYTES, UBATCH, Session, greedy, groups
+from finetune_trainer.export.llama.session import CACHE_BYTES, UBATCH, Session, greedy, groups
 
 
 def tokenize(request: dict[str, Any]) -> dict[str, Any]:

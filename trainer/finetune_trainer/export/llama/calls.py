@@ -9,6 +9,8 @@ from typing import Any
 
 from finetune_trainer.base_model import child
 
+WORKER = "finetune_trainer.export.llama.worker"
+
 log = logging.getLogger(__name__)
 
 
@@ -18,7 +20,7 @@ class LlamaError(Exception):
 
 def call(**request: Any) -> dict[str, Any]:
     """Send a request and wait for the answer; raises LlamaError."""
-    done = child.run([sys.executable, "-m", "finetune_trainer.export.worker"], json.dumps(request))
+    done = child.run([sys.executable, "-m", WORKER], json.dumps(request))
     if done.status != 0:
         log.error("llama.cpp failed:\n%s", done.errors[-4000:])
         raise LlamaError(done.last_line())
