@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -233,12 +234,15 @@ def test_a_killed_conversion_is_out_of_memory_and_no_fault_of_the_model(
 
 
 def test_an_interrupted_conversion_leaves_neither_file_nor_process(
-    converted: dict[str, Path], tmp_path: Path
+    converted: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     def stop(*_: int) -> None:
         children.extend(set(psutil.Process().children()) - others)
         _thread.interrupt_main()
 
+    # In the background of a shell the interrupt is ignored, and nothing would be raised.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, former))
     others = set(psutil.Process().children())  # the cluster's, where the whole suite runs
     children: list[psutil.Process] = []
     reporter = Reporter()
