@@ -19,8 +19,8 @@ from finetune_trainer.storage import Folder
 MANIFEST = "manifest.json"
 STAGES = "stages"  # folder of the output for what the stages keep for themselves
 PUSHED = f"{STAGES}/hub.json"  # what was pushed to the Hub last: a Pushed
-EXAMPLES, HELD_OUT = "examples.jsonl", "eval.jsonl"  # what `prepare` leaves
-DATASET_REPORT = "dataset-report.json"  # as well
+# What `prepare` leaves.
+EXAMPLES, HELD_OUT, DATASET_REPORT = "examples.jsonl", "eval.jsonl", "dataset-report.json"
 METRICS = "metrics.json"  # what `train` leaves beside the adapter
 
 log = logging.getLogger(__name__)

@@ -149,6 +149,13 @@ class Trainer:
         return Run(done.returncode, done.stdout + done.stderr, StageResult.from_message(text))
 
 
+def use_keys(server: Credentials, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process find the keys of an S3 server, as a pod's environment has them."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret_key)
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # it remembers the keys of other tests
+
+
 @pytest.fixture
 def trainer(tmp_path: Path, moto: Credentials) -> Trainer:
     """The command line with keys for the S3 server."""

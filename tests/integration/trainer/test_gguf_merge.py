@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from finetune_trainer.config import Quantization
 from finetune_trainer.export.gguf.convert import Model, write_sixteen
 from finetune_trainer.export.model_folder import assemble
+from finetune_trainer.failures import MEMORY_REMEDY
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.progress import Reporter
 from tests.integration.trainer.architectures import PACKABLE
@@ -165,12 +167,22 @@ def model_of(place: Path, **options: Any) -> Model:
     )
 
 
+class Listened(Reporter):
+    """Tells each message of the progress to somebody else."""
+
+    def __init__(self, listener: Callable[[str], object]) -> None:
+        super().__init__()
+        self._listener = listener
+
+    def set_quietly(self, message: str) -> None:
+        self._listener(message)
+
+
 def test_a_file_comes_of_a_process_of_its_own_that_says_how_far_it_is(
     converted: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     said: list[str] = []
-    reporter = Reporter()
-    reporter.set_quietly = said.append  # type: ignore[method-assign]
+    reporter = Listened(said.append)
     file = tmp_path / "new" / "tiny-F16.gguf"
     with caplog.at_level("INFO"):
         write_sixteen(model_of(converted["llama"]), file, Quantization.F16, reporter=reporter)
@@ -217,26 +229,25 @@ def test_what_can_not_be_merged_is_refused_in_its_own_words(
 def test_a_killed_conversion_is_out_of_memory_and_no_fault_of_the_model(
     converted: dict[str, Path], tmp_path: Path
 ) -> None:
-    def kill(*_: int) -> None:
+    def kill(_: str) -> None:
         for worker in set(psutil.Process().children()) - others:
             worker.kill()
 
     others = set(psutil.Process().children())  # the cluster's, where the whole suite runs
-    reporter = Reporter()
-    reporter.set_quietly = kill  # type: ignore[method-assign]
+    reporter = Listened(kill)
     with pytest.raises(StageError) as caught:
         write_sixteen(
             model_of(converted["llama"]), tmp_path / "x.gguf", Quantization.F16, reporter=reporter
         )
     assert caught.value.reason is Reason.OOM_KILLED
-    assert "resources.limits.memory" in caught.value.message
+    assert caught.value.message.endswith(MEMORY_REMEDY)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_conversion_leaves_neither_file_nor_process(
     converted: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    def stop(*_: int) -> None:
+    def stop(_: str) -> None:
         children.extend(set(psutil.Process().children()) - others)
         _thread.interrupt_main()
 
@@ -245,8 +256,7 @@ def test_an_interrupted_conversion_leaves_neither_file_nor_process(
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, former))
     others = set(psutil.Process().children())  # the cluster's, where the whole suite runs
     children: list[psutil.Process] = []
-    reporter = Reporter()
-    reporter.set_quietly = stop  # type: ignore[method-assign]
+    reporter = Listened(stop)
     with pytest.raises(KeyboardInterrupt):
         write_sixteen(
             model_of(converted["llama"]), tmp_path / "x.gguf", Quantization.F16, reporter=reporter

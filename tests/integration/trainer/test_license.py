@@ -11,6 +11,7 @@ from finetune_trainer.config import Model, Storage
 from finetune_trainer.export.report import license_of
 from finetune_trainer.progress import Reporter
 from tests.cluster.s3 import Credentials
+from tests.integration.trainer.conftest import use_keys
 
 CARD = b"---\nlicense: apache-2.0\n---\n# tiny\n"
 SMALL = {"config.json": b"{}", "tokenizer.json": b"{}"}
@@ -20,9 +21,7 @@ FILES = {**SMALL, "model.safetensors": b"weights", "README.md": CARD}
 def test_the_license_comes_with_the_weights(
     moto: Credentials, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in moto.environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
+    use_keys(moto, monkeypatch)
     for name, content in FILES.items():
         moto.client().put_object(Bucket=bucket, Key=f"with-card/{name}", Body=content)
     storage = Storage(endpoint=moto.endpoint)

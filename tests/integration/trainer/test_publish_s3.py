@@ -12,6 +12,7 @@ from finetune_trainer.marker import MANIFEST
 from finetune_trainer.storage import Folder, open_folder
 from tests.cluster.s3 import Credentials
 from tests.dying_folder import DyingFolder, KilledError, contents
+from tests.integration.trainer.conftest import use_keys
 from tests.publishing import publish
 
 OLD = {"gguf/a": b"old", "gguf/gone": b"old only", "README.md": b"card"}
@@ -21,9 +22,7 @@ NEW = {"gguf/a": b"new", "gguf/b": b"new only", "README.md": b"card"}
 def test_a_death_at_any_moment_is_cleaned_up_by_the_next_attempt(
     moto: Credentials, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", moto.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", moto.secret_key)
-    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
+    use_keys(moto, monkeypatch)
 
     def folder(name: str) -> Folder:
         return open_folder(f"s3://{bucket}/publish/{name}", Storage(endpoint=moto.endpoint))

@@ -17,6 +17,7 @@ from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.storage import Folder, open_folder, s3_upload
 from tests.cluster.object_store import ObjectStore, object_store
 from tests.cluster.s3 import Credentials
+from tests.integration.trainer.conftest import use_keys
 from tests.integration.trainer.killing import wait_for
 from tests.integration.trainer.s3_proxy import Fault, Proxy, Request, s3_proxy
 
@@ -53,9 +54,7 @@ def server(
         found.client().create_bucket(Bucket="uploads")
     else:
         found = request.getfixturevalue("weed").credentials
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", found.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", found.secret_key)
-    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # it remembers the keys of other tests
+    use_keys(found, monkeypatch)
     monkeypatch.setattr("finetune_trainer.storage.parts.PART_BYTES", PART_BYTES)
     monkeypatch.setattr(s3_upload, "ATTEMPTS", 3)
     # Nothing here gets better with time.

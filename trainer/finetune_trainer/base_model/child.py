@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import IO
 
+from finetune_trainer.failures import MEMORY_REMEDY
 from finetune_trainer.outcome import Reason, StageError
 
 OnProgress = Callable[[int, int], None]
@@ -90,8 +91,7 @@ def run(
     if process.returncode == -signal.SIGKILL:
         raise StageError(
             Reason.OOM_KILLED,
-            "A process of this stage was killed, most likely for want of memory: raise "
-            "spec.stages.<stage>.resources.limits.memory.",
+            f"A process of the stage was killed, most likely for want of memory. {MEMORY_REMEDY}",
         )
     return Finished(process.returncode, output, "".join(errors))
 

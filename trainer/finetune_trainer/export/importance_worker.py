@@ -89,14 +89,14 @@ def read(model: Any, chunks: list[list[int]]) -> None:
         child.say_progress(done, total)
 
 
-def write(target: Path, heard: dict[str, Inputs], chunks: int, size: int) -> None:
+def write(target: Path, heard: dict[str, Inputs], chunks: int, chunk_tokens: int) -> None:
     """Write the file as llama.cpp's imatrix tool does."""
     writer = gguf.GGUFWriter(target, "")
     writer.kv_data[0].pop(gguf.Keys.General.ARCHITECTURE, None)
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["rows of the training"])
     writer.add_uint32("imatrix.chunk_count", chunks)
-    writer.add_uint32("imatrix.chunk_size", size)
+    writer.add_uint32("imatrix.chunk_size", chunk_tokens)
     for name, inputs in sorted(heard.items()):
         writer.add_tensor(name + SUMS, inputs.sums.astype(np.float32).reshape(1, -1))
         writer.add_tensor(name + COUNTS, np.array([[inputs.count]], dtype=np.float32))

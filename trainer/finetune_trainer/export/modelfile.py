@@ -20,10 +20,9 @@ from finetune_trainer.base_model.tokenizer import end_of_turn_ids, render
 from finetune_trainer.config import Quantization, RunConfig
 from finetune_trainer.export import llama
 from finetune_trainer.export.chat_shape import ChatShape, NoShapeError, find_shape, trials
-from finetune_trainer.export.gguf.choice import preferred
+from finetune_trainer.export.gguf.choice import MODELFILE, preferred
 from finetune_trainer.export.go_template import go_template
 
-MODELFILE = "Modelfile"
 CONTEXT = 4096  # tokens; Ollama's own default
 
 log = logging.getLogger(__name__)

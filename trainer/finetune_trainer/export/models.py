@@ -128,7 +128,7 @@ def make_gguf(making: Making) -> GateReport:
     gate = open_gate(making)
     importance = importance_file(making)
     files = checked_files(making, gate, importance)
-    with ThreadPoolExecutor(1, "adapter") as beside:  # both wait long for what they import
+    with ThreadPoolExecutor(1, "adapter") as beside:  # each imports for seconds on one CPU
         adapter_made = beside.submit(make_adapter, making)
         first = next(files)  # the one that the others are made of
         adapter = adapter_made.result()

@@ -15,8 +15,8 @@ from finetune_trainer.memory.units import GIB, binary
 from finetune_trainer.outcome import Reason, StageError
 
 MEMORY_BYTES = 3 * GIB // 2
-"""What all processes of an export take beside mapped files, whatever the model's size: 1.16 GB
-measured with the gate, an importance matrix and the adapter's file at 1.07 billion parameters."""
+"""For all processes of an export, beside mapped files: 1.16 GB were measured with the gate, an
+importance matrix and the adapter's file at 1.07 billion parameters; layers are streamed."""
 
 
 def check_memory() -> None:

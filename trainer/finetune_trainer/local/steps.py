@@ -14,6 +14,7 @@ from pydantic.alias_generators import to_snake
 
 from finetune_trainer.base_model import source
 from finetune_trainer.config import Quantization, RunConfig, Stage, read_run_config
+from finetune_trainer.export.gguf.choice import MODELFILE
 from finetune_trainer.marker import describe_file, stage_folder
 from finetune_trainer.memory.machine import this_machine
 from finetune_trainer.outcome import (
@@ -78,7 +79,6 @@ def gguf(folder: Path, kinds: tuple[Quantization, ...], reporter: Reporter) -> S
             Reason.INVALID_CONFIG, f"{merged} does not exist: run `make merge` before `make gguf`."
         )
     from finetune_trainer.export import refusal, stage  # noqa: PLC0415 - imports torch
-    from finetune_trainer.export.modelfile import MODELFILE  # noqa: PLC0415 - imports torch
 
     for former in ("gguf", REJECTED):
         shutil.rmtree(folder / former, ignore_errors=True)

@@ -47,7 +47,6 @@ NARROW_TYPES = {
 """What llama.cpp takes where rows are no multiple of 256 (src/llama-quant.cpp,
 tensor_type_fallback); where they are none of 32 either, it takes F16."""
 
-
 _CHANGED = ("general.file_type", "general.quantization_version")
 _CHANGED_PREFIXES = ("quantize.", "split.")
 

@@ -1,6 +1,7 @@
 """GGUF files: the merged model in 16 bits, quantizations of it, and the adapter alone.
 
-choice           names of the files, and which of them the others are made of
+files            all of them, each when it is complete
+choice           names of the files, which the others are made of, and which one to serve
 convert          base model + adapter -> GGUF in one go, without a merged model in between
 convert_worker   llama.cpp's converter, fed from the merged weights; a program of its own
 blocks           tensors that the converter moves about in 16 bits, written block by block

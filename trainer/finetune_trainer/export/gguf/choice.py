@@ -1,4 +1,4 @@
-"""Names of the GGUF files, which of them the others are made of, and which one to serve."""
+"""Names of GGUF files and Modelfile: which file the others are made of, and which one to serve."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ PROFITING = (
 """Types whose blocks llama.cpp fits with an importance matrix, the more so the fewer bits they have
 (ggml-quants.c; its Q8_0 ignores one). None of them needs it."""
 
+
+MODELFILE = "Modelfile"  # names the preferred file
 
 SMALL = 2_000_000_000  # parameters; below, four bits cost much quality
 _LARGE_FIRST = (Quantization.Q4_K_M, Quantization.Q5_K_M, Quantization.Q6_K, Quantization.Q8_0)
