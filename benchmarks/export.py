@@ -26,7 +26,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.watch import Cost, watch
-from finetune_trainer.base_model.converter import SCRIPT, llama_folder
+from finetune_trainer.model.converter import SCRIPT, llama_folder
 
 SHAPE = "1.07"
 SWEEP = ("0.1", "0.3", "1", "2")

@@ -24,13 +24,13 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from examples.base_model import smollm2
-from finetune_trainer.base_model.loading import compute_dtype
-from finetune_trainer.config import RunConfig, Training, TrainingPlan
+from finetune_trainer.contract import RunConfig, Training, TrainingPlan
 from finetune_trainer.memory.predict import Recipe, predict
-from finetune_trainer.memory.shape import Shape
-from finetune_trainer.progress import Reporter
-from finetune_trainer.train import sft
-from finetune_trainer.train.work import Work
+from finetune_trainer.model.loading import compute_dtype
+from finetune_trainer.model.shape import Shape
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.train.link.work import Work
+from finetune_trainer.train.recipe import sft
 
 WORDS = "the kettle whistles when the water boils and stops when it is lifted "
 ALL_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_trainer.base_model.tokenizer import message_pair
+from finetune_trainer.model.tokenizer import message_pair
 
 MODULES = (
     "argparse asyncio collections concurrent.futures contextlib csv datetime decimal difflib email "

@@ -24,16 +24,16 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks import texts
 from examples.base_model import smollm2
-from finetune_trainer.base_model import loading
-from finetune_trainer.base_model.tokenizer import encode, load_tokenizer
-from finetune_trainer.config import Hardware, RunConfig, TrainingPlan
-from finetune_trainer.logs import set_up_libraries
+from finetune_trainer.contract import Hardware, RunConfig, TrainingPlan
 from finetune_trainer.memory.plan import Lengths, plan
-from finetune_trainer.memory.shape import Shape
-from finetune_trainer.train import sft
-from finetune_trainer.train.packing import prepare_packing
-from finetune_trainer.train.trainer import Data
-from finetune_trainer.train.work import Work
+from finetune_trainer.model import loading
+from finetune_trainer.model.shape import Shape
+from finetune_trainer.model.tokenizer import encode, load_tokenizer
+from finetune_trainer.runtime.logs import set_up_libraries
+from finetune_trainer.train.link.work import Work
+from finetune_trainer.train.recipe import sft
+from finetune_trainer.train.recipe.packing import prepare_packing
+from finetune_trainer.train.recipe.trainer import Data
 
 LONGEST, FIXED = 1024, 256  # tokens
 SETTINGS: dict[str, Any] = {"epochs": 1, "maxSequenceLength": LONGEST}

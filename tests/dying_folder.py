@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from finetune_trainer.storage import FileInfo, Folder, OnBytes
+from finetune_trainer.store import FileInfo, Folder, OnBytes
 
 
 class KilledError(Exception):

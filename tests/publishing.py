@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune_trainer.config import Stage
+from finetune_trainer.contract import Artifact, Stage
 from finetune_trainer.export.publish import Publication, finish_interrupted
 from finetune_trainer.export.publish.publication import Sign
-from finetune_trainer.marker import Marker
-from finetune_trainer.outcome import Artifact
-from finetune_trainer.progress import Reporter
-from finetune_trainer.storage import Folder
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.store import Folder
+from finetune_trainer.store.marker import Marker
 
 Version = Mapping[str, bytes]
 """Contents by path."""

@@ -10,11 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from finetune_trainer.config import Fingerprints, Quantization, RunConfig, Training
+from finetune_trainer.contract import (
+    Artifact,
+    FileCheck,
+    Fingerprints,
+    GateReport,
+    Notice,
+    NoticeCode,
+    Quality,
+    Quantization,
+    RunConfig,
+    Sample,
+    Training,
+)
 from finetune_trainer.export.manifest import Lineage
 from finetune_trainer.export.report import Facts
-from finetune_trainer.export.results import FileCheck, GateReport, Sample
-from finetune_trainer.outcome import Artifact, Notice, NoticeCode, Quality
 from finetune_trainer.prepare.statistics import histogram, spread
 
 ROW_COUNT, LIMIT = 480, 512

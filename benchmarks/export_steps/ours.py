@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from finetune_trainer.config import Quantization
+from finetune_trainer.contract import Quantization
 from finetune_trainer.export.gguf.convert import Model
 from finetune_trainer.export.gguf.files import write_files
-from finetune_trainer.export.model_folder import assemble
-from finetune_trainer.export.weights import MergedWeights
+from finetune_trainer.export.merge import MergedWeights
+from finetune_trainer.export.merge.model_folder import assemble
 
 
 def ours(folder: str, *kinds: str) -> None:

@@ -20,8 +20,9 @@ import aiohttp
 from kubernetes.aio import client, config
 
 from finetune_operator import errors
-from finetune_operator.api.base import API_VERSION, GROUP, KIND, PLURAL, VERSION
+from finetune_operator.api.base import API_VERSION, KIND
 from finetune_operator.api.labels import OPERATOR, SELECTOR
+from finetune_trainer.contract import GROUP, PLURAL, VERSION
 
 Object = dict[str, Any]
 

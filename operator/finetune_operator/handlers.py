@@ -12,12 +12,13 @@ from typing import Any
 
 import kopf
 
-from finetune_operator.api import base, labels
+from finetune_operator.api import labels
 from finetune_operator.cluster import Cluster
 from finetune_operator.observe import controller_uid
 from finetune_operator.reconcile import Snapshot
+from finetune_trainer.contract import GROUP, PLURAL, VERSION
 
-FINETUNEJOBS = (base.GROUP, base.VERSION, base.PLURAL)
+FINETUNEJOBS = (GROUP, VERSION, PLURAL)
 JOBS = ("batch", "v1", "jobs")
 PODS = ("", "v1", "pods")
 OURS = {labels.MANAGED_BY: labels.OPERATOR}

@@ -13,7 +13,7 @@ from typing import Any
 from kubernetes.utils import parse_quantity
 
 from finetune_operator.api.finetunejob import FineTuneJobSpec, PodSettings
-from finetune_trainer.config import Hardware
+from finetune_trainer.contract import Hardware
 
 Labels = Mapping[str, str]
 

@@ -24,8 +24,7 @@ from finetune_operator.pods import (
     trainer_image,
     true_conditions,
 )
-from finetune_trainer.config import Stage, describe
-from finetune_trainer.outcome import Notice
+from finetune_trainer.contract import Notice, Stage, describe
 
 
 class Finish(StrEnum):

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from finetune_operator.api import labels
-from finetune_trainer.outcome import StageResult
+from finetune_trainer.contract import StageResult
 
 Raw = Mapping[str, Any]
 

@@ -31,8 +31,7 @@ from finetune_operator.observe import (
 from finetune_operator.plan import Event, Plan, Policy, StartStage, StopJob, plan, refuse
 from finetune_operator.settings import Settings
 from finetune_operator.status import status_patch
-from finetune_trainer.config import Stage
-from finetune_trainer.outcome import Reason
+from finetune_trainer.contract import Reason, Stage
 
 logger = logging.getLogger(__name__)
 

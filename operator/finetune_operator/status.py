@@ -20,8 +20,7 @@ from finetune_operator.api.finetunejob import (
     StageState,
     StageStatus,
 )
-from finetune_trainer.config import Stage
-from finetune_trainer.outcome import Notice, Quality, Reason
+from finetune_trainer.contract import Notice, Quality, Reason, Stage
 
 PHASES = {
     Stage.PREPARE: Phase.PREPARING,

@@ -18,8 +18,8 @@ from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
+from finetune_trainer.contract import Artifact
 from finetune_trainer.local.quality import show_quality
-from finetune_trainer.outcome import Artifact
 from tests.cluster import provider
 from tests.cluster.errors import ClusterError
 from tests.cluster.paths import REPOSITORY, cache_dir, state_dir

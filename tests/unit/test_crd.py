@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from finetune_operator.api import crd
 from finetune_operator.api.base import EnvVar
 from finetune_operator.api.finetunejob import FineTuneJobSpec
-from finetune_trainer import config
+from finetune_trainer import contract
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,7 +164,7 @@ def test_a_variable_with_two_values_is_refused_in_the_rules_words() -> None:
     }
     with pytest.raises(ValidationError) as refused:
         FineTuneJobSpec.model_validate(spec)
-    words = config.describe(refused.value, prefix="spec.")
+    words = contract.describe(refused.value, prefix="spec.")
     assert words.startswith("spec.stages.train.env.0: must have exactly one of value and valueFrom")
 
 
@@ -188,5 +188,5 @@ def test_example_is_what_the_types_accept() -> None:
     for file in sorted((ROOT / "examples").glob("finetunejob*.yaml")):
         document = yaml.safe_load(file.read_text())
         spec = FineTuneJobSpec.model_validate(document["spec"])
-        run = spec.run_config(config.JobReference(name="a", namespace="b"), None)
+        run = spec.run_config(contract.JobReference(name="a", namespace="b"), None)
         assert run.training == spec.training

@@ -12,8 +12,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from finetune_trainer.config import Dataset, EarlyStopping, Lora, Training
-from finetune_trainer.outcome import NoticeCode
+from finetune_trainer.contract import Dataset, EarlyStopping, Lora, NoticeCode, Training
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 NESTED = {"columns": Dataset.model_fields["columns"].default.__class__, "lora": Lora}

@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune_trainer.config import Export, Quantization
-from finetune_trainer.config.output import QualityLimit
-from finetune_trainer.outcome import Quality
+from finetune_trainer.contract import Export, Quality, QualityLimit, Quantization
 from tests.unit.test_docs import fields, written
 
 FOLDER = Path(__file__).parents[2] / "docs"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from finetune_trainer.outcome import Reason
+from finetune_trainer.contract import Reason
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 

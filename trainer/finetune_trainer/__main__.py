@@ -12,14 +12,20 @@ from typing import Annotated, NoReturn
 import typer
 from pydantic import ValidationError
 
-from finetune_trainer.config import RunConfig, Stage, read_run_config
-from finetune_trainer.failures import explain
+from finetune_trainer.contract import (
+    Reason,
+    RunConfig,
+    Stage,
+    StageError,
+    StageResult,
+    read_run_config,
+)
 from finetune_trainer.local import commands
 from finetune_trainer.local.quality import show_quality
-from finetune_trainer.logs import FORMAT_VARIABLE, LogFormat, set_up_libraries
-from finetune_trainer.outcome import Reason, StageError, StageResult
-from finetune_trainer.progress import Reporter, reporter_for
-from finetune_trainer.running import (
+from finetune_trainer.runtime.failures import explain
+from finetune_trainer.runtime.logs import FORMAT_VARIABLE, LogFormat, set_up_libraries
+from finetune_trainer.runtime.progress import Reporter, reporter_for
+from finetune_trainer.stage_runner import (
     as_result,
     guarded,
     perform,

@@ -6,12 +6,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from finetune_trainer.config import Base, cel
+from finetune_trainer.contract import GROUP, VERSION, Base, cel
 
-GROUP = "finetune.dev"
-VERSION = "v1alpha1"
 KIND = "FineTuneJob"
-PLURAL = "finetunejobs"
 API_VERSION = f"{GROUP}/{VERSION}"
 
 Name = Annotated[str, Field(min_length=1, max_length=253)]

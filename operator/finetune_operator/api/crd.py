@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
-from finetune_operator.api.base import GROUP, KIND, PLURAL, VERSION
+from finetune_operator.api.base import KIND
 from finetune_operator.api.finetunejob import FineTuneJob
+from finetune_trainer.contract import GROUP, PLURAL, VERSION
 
 Schema = dict[str, Any]
 

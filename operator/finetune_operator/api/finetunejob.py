@@ -19,19 +19,18 @@ from finetune_operator.api.base import (
     Toleration,
     Volume,
 )
-from finetune_trainer import config
-from finetune_trainer.config import Base, Stage
-from finetune_trainer.outcome import DatasetSummary, Notice, Quality
+from finetune_trainer import contract
+from finetune_trainer.contract import Base, DatasetSummary, Notice, Progress, Quality, Stage
 
 
-class ModelSpec(config.Model):
+class ModelSpec(contract.Model):
     """The base model to fine-tune."""
 
     token_secret_ref: SecretKeyReference | None = None
     """Secret with a Hugging Face token, for gated or private models."""
 
 
-class StorageSpec(config.Storage):
+class StorageSpec(contract.Storage):
     """How to reach the object store of every `s3://` URI in the spec."""
 
     secret_ref: SecretReference | None = None
@@ -41,7 +40,7 @@ class StorageSpec(config.Storage):
     it."""
 
 
-class SigningSpec(config.Signing):
+class SigningSpec(contract.Signing):
     """Sign the artifacts, offline and with a private key: model.sig, in the format of
     model-signing (OpenSSF)."""
 
@@ -50,14 +49,14 @@ class SigningSpec(config.Signing):
     the pod of export gets it, by reference; the operator may not read it."""
 
 
-class ExportSpec(config.Export):
+class ExportSpec(contract.Export):
     """The artifacts to write beside the adapter."""
 
     signing: SigningSpec | None = None
     """Sign the artifacts; left out, they are not signed."""
 
 
-class HubSpec(config.Hub):
+class HubSpec(contract.Hub):
     """A model repository on the Hugging Face Hub that the artifacts are pushed to as well."""
 
     token_secret_ref: SecretKeyReference
@@ -65,7 +64,7 @@ class HubSpec(config.Hub):
     gets it, by reference; the operator may not read it."""
 
 
-class OutputSpec(config.Output):
+class OutputSpec(contract.Output):
     """Where the artifacts go."""
 
     hub: HubSpec | None = None
@@ -126,8 +125,8 @@ class FineTuneJobSpec(Base):
     """The model that should be in the bucket. Editing it reruns only what the edit touches."""
 
     model: ModelSpec
-    dataset: config.Dataset
-    training: config.Training = config.Training()
+    dataset: contract.Dataset
+    training: contract.Training = contract.Training()
     export: ExportSpec = ExportSpec()
     output: OutputSpec
     storage: StorageSpec = StorageSpec()
@@ -148,12 +147,12 @@ class FineTuneJobSpec(Base):
 
     def run_config(
         self,
-        job: config.JobReference,
-        resolved: config.Resolved | None,
-        hardware: config.Hardware | None = None,
-    ) -> config.RunConfig:
+        job: contract.JobReference,
+        resolved: contract.Resolved | None,
+        hardware: contract.Hardware | None = None,
+    ) -> contract.RunConfig:
         """The part of the spec that the trainer is told: no Secret names, no pod settings."""
-        fields = config.RunConfig.model_fields.keys() & type(self).model_fields.keys()
+        fields = contract.RunConfig.model_fields.keys() & type(self).model_fields.keys()
         data = self.model_dump(
             by_alias=False,
             include=fields,
@@ -165,7 +164,7 @@ class FineTuneJobSpec(Base):
             },
         )
         known = {"job": job, "resolved": resolved, "hardware": hardware}
-        return config.RunConfig.model_validate({**data, **known})
+        return contract.RunConfig.model_validate({**data, **known})
 
 
 class Phase(StrEnum):
@@ -220,53 +219,6 @@ class StageStatus(Base):
 
     completion_time: str | None = None
     """When it ended (RFC 3339)."""
-
-
-class Progress(Base):
-    """How far the running stage is. Written by the trainer itself, at most every 10 seconds."""
-
-    stage: Stage | None = None
-    """The stage that reports."""
-
-    job: str | None = None
-    """The Job (batch/v1) whose pod reports."""
-
-    step: int | None = None
-    """Steps done."""
-
-    total_steps: int | None = None
-    """Steps in all."""
-
-    percent: str | None = None
-    """Share done, e.g. 35%."""
-
-    epoch: float | None = None
-    """Passes over the data so far."""
-
-    loss: float | None = None
-    """Training loss at the last logging step."""
-
-    eval_loss: float | None = None
-    """Loss on the held-out rows at the last evaluation."""
-
-    learning_rate: float | None = None
-    """Learning rate at the last logging step."""
-
-    tokens_per_second: float | None = None
-    """Tokens trained on per second, padding not counted."""
-
-    eta: str | None = None
-    """Time left in this stage, e.g. 4m10s."""
-
-    message: str | None = None
-    """What is being done."""
-
-    notices: tuple[Notice, ...] = ()
-    """The last 20 things that the running training noticed or did. The operator copies them to
-    status.notices and makes Events of them."""
-
-    last_update_time: str | None = None
-    """When this was written (RFC 3339)."""
 
 
 class ArtifactStatus(Base):
@@ -364,7 +316,7 @@ class FineTuneJobStatus(Base):
     lineage: Lineage | None = None
     """What the artifacts were made from."""
 
-    resolved: config.Resolved | None = None
+    resolved: contract.Resolved | None = None
     """What `prepare` found out about the present spec; the stages after it rely on it."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune_operator.api.base import GROUP
+from finetune_trainer.contract import GROUP
 
 OPERATOR = "finetune-operator"
 CONTAINER = "trainer"

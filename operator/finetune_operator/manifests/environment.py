@@ -7,7 +7,7 @@ from typing import Any
 from finetune_operator.api.base import EnvVar
 from finetune_operator.api.finetunejob import FineTuneJobSpec, PodSettings
 from finetune_operator.settings import Settings
-from finetune_trainer.config import Stage
+from finetune_trainer.contract import Stage
 
 Variable = dict[str, Any]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from finetune_operator.api import base, labels
 from finetune_operator.observe import ObservedFineTuneJob
-from finetune_trainer.config import Stage
+from finetune_trainer.contract import Stage
 
 NAME_LIMIT = 63
 HASH_LENGTH = 10

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_operator.api.base import GROUP, PLURAL
 from finetune_operator.manifests.names import child_name, metadata
 from finetune_operator.observe import ObservedFineTuneJob
+from finetune_trainer.contract import GROUP, PLURAL
 
 ROLE = "progress"
 RBAC = "rbac.authorization.k8s.io"

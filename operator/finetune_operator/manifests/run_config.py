@@ -8,7 +8,7 @@ from typing import Any
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.manifests.names import child_name, metadata
 from finetune_operator.observe import ObservedFineTuneJob
-from finetune_trainer.config import Hardware, JobReference, Resolved
+from finetune_trainer.contract import Hardware, JobReference, Resolved
 
 FILE = "run.json"
 

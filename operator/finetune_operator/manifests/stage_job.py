@@ -19,8 +19,7 @@ from finetune_operator.manifests.volumes import (
 )
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
-from finetune_trainer.config import Base, Hardware, Stage
-from finetune_trainer.outcome import ExitCode
+from finetune_trainer.contract import Base, ExitCode, Hardware, Stage
 
 USER = 65532
 # A stopped stage has this long to say so; a training also brings a checkpoint to the store.

@@ -12,7 +12,7 @@ from finetune_operator.manifests.run_config import run_config_map
 from finetune_operator.manifests.stage_job import Attempt, stage_job
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
-from finetune_trainer.config import Hardware, Resolved, Stage
+from finetune_trainer.contract import Hardware, Resolved, Stage
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_operator.api.finetunejob import PodSettings
-from finetune_trainer.config import Hardware, Stage
+from finetune_trainer.contract import Hardware, Stage
 
 CONFIG_FOLDER = "/etc/finetune"
 WORKSPACE = "/workspace"

@@ -15,8 +15,7 @@ from finetune_operator.plan.refuse import refuse
 from finetune_operator.plan.types import Plan, Policy, StartStage
 from finetune_operator.plan.verdict import Done, Failure, Pending, judge
 from finetune_operator.status import Note, shorten, timestamp
-from finetune_trainer.config import Stage
-from finetune_trainer.outcome import Reason
+from finetune_trainer.contract import Reason, Stage
 
 TERMINAL = {Phase.SUCCEEDED, Phase.FAILED}
 

@@ -15,8 +15,7 @@ from finetune_operator.api.finetunejob import (
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan.types import Action, Event, Plan, Policy, StopJob
 from finetune_operator.status import Note, Outlook, conditions, shorten
-from finetune_trainer.config import Stage
-from finetune_trainer.outcome import Notice
+from finetune_trainer.contract import Notice, Stage
 
 
 class Draft:

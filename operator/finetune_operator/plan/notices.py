@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from finetune_operator.plan.draft import Draft
-from finetune_trainer.config import Stage
-from finetune_trainer.outcome import Notice
+from finetune_trainer.contract import Notice, Stage
 
 LIMIT = 50  # notices in status; further ones are in the log only
 

@@ -10,8 +10,7 @@ from finetune_operator.api.finetunejob import StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan.types import Event, Plan, StopJob
 from finetune_operator.status import shorten
-from finetune_trainer.config import Stage
-from finetune_trainer.outcome import Reason
+from finetune_trainer.contract import Reason, Stage
 
 
 def refuse(

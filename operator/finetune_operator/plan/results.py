@@ -9,8 +9,7 @@ from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
 from finetune_operator.plan.verdict import Done, Failure
 from finetune_operator.status import shortfall, timestamp
-from finetune_trainer.config import Resolved, Stage
-from finetune_trainer.outcome import Artifact, StageResult
+from finetune_trainer.contract import Artifact, Resolved, Stage, StageResult
 
 OVER_LIMIT = "QualityLimitExceeded"  # the event of a file that `verify: warn` lets pass
 

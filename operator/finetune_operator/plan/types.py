@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Literal
 
 from finetune_operator.api.finetunejob import FineTuneJobStatus
-from finetune_trainer.config import Resolved, Stage
+from finetune_trainer.contract import Resolved, Stage
 
 
 @dataclass(frozen=True)

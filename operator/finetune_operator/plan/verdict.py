@@ -10,8 +10,7 @@ from finetune_operator.observe import Finish, ObservedJob
 from finetune_operator.plan.types import Policy
 from finetune_operator.pods import ObservedPod, Waiting
 from finetune_operator.status import Note
-from finetune_trainer.config import Stage
-from finetune_trainer.outcome import ExitCode, Reason, StageResult
+from finetune_trainer.contract import ExitCode, Reason, Stage, StageResult
 
 KILLED = {137, 143}  # 128 + SIGKILL, 128 + SIGTERM
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import httpx
 
-from finetune_trainer.config import Fingerprints, Resolved, Stage
-from finetune_trainer.outcome import Artifact, Reason, StageResult
+from finetune_trainer.contract import Artifact, Fingerprints, Reason, Resolved, Stage, StageResult
 from tests.cluster.control_plane import ControlPlane
 
 # More than any step takes. The garbage collector, which also stops the pods of a deleted Job, looks

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune_trainer.config import Stage
-from finetune_trainer.outcome import Reason
+from finetune_trainer.contract import Reason, Stage
 from tests.integration.operator.process import Operator
 from tests.integration.operator.stage import (
     FOLDER,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_trainer.config import Stage
-from finetune_trainer.outcome import Reason
+from finetune_trainer.contract import Reason, Stage
 from tests.integration.operator.stage import Namespace, exported, prepared, resolved, trained
 
 PREPARE, TRAIN, EXPORT = Stage.PREPARE, Stage.TRAIN, Stage.EXPORT

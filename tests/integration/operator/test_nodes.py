@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 import yaml
 
-from finetune_trainer.config import Hardware, RunConfig, Stage
+from finetune_trainer.contract import Hardware, RunConfig, Stage
 from tests.cluster.control_plane import ControlPlane
 from tests.integration.operator.stage import Namespace, prepared, resolved
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_trainer.config import Quantization, Stage
-from finetune_trainer.outcome import Artifact, Quality, Reason
+from finetune_trainer.contract import Artifact, Quality, Quantization, Reason, Stage
 from tests.integration.operator.stage import (
     FOLDER,
     MANIFEST_URI,

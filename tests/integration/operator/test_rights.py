@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from finetune_trainer.config import Stage
+from finetune_trainer.contract import Stage
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.errors import CommandFailed
 from tests.integration.operator.process import NAMESPACE, RELEASE

@@ -5,7 +5,7 @@ The garbage collector takes its time to learn of a new kind, so this comes late 
 
 from __future__ import annotations
 
-from finetune_trainer.config import Stage
+from finetune_trainer.contract import Stage
 from tests.integration.operator.stage import CHILDREN, Namespace, prepared
 
 

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from examples.base_model import smollm2
-from finetune_trainer.config import Stage
-from finetune_trainer.outcome import StageResult
+from finetune_trainer.contract import Stage, StageResult
 from tests.cluster.object_store import moto_server
 from tests.cluster.s3 import Credentials
 

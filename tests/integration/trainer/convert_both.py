@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 
-from finetune_trainer.base_model.converter import llama_folder
+from finetune_trainer.model.converter import llama_folder
 
 sys.path[:0] = [str(llama_folder()), str(llama_folder() / "gguf-py")]
 

@@ -18,8 +18,8 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from finetune_trainer.base_model import loading
-from finetune_trainer.train import ranks, trackers, worker
+from finetune_trainer.model import loading
+from finetune_trainer.train.recipe import ranks, trackers, worker
 
 NOTE = "held-{}.json"
 

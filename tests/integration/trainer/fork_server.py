@@ -1,7 +1,8 @@
 """The command line without waiting for its imports: a process that has them forks one per run.
 
-What runs is `finetune_trainer.__main__.main`, and its worker is `finetune_trainer.train.worker`,
-each in a process of its own, with its own environment and log; only `exec` is left out.
+What runs is `finetune_trainer.__main__.main`, and its worker is
+`finetune_trainer.train.recipe.worker`, each in a process of its own, with its own
+environment and log; only `exec` is left out.
 """
 
 from __future__ import annotations
@@ -86,11 +87,11 @@ class ForkedWorker(subprocess.Popen[bytes]):
     """What the stage starts as its worker: a fork in place of the command."""
 
     def _execute_child(self, args: list[str], *_: Any) -> None:
-        # python -m finetune_trainer.train.tied <parent> python -m <module> <request>
+        # python -m finetune_trainer.runtime.die_with_parent <parent> python -m <module> <request>
         parent, module, request = int(args[3]), args[-2], Path(args[-1])
 
         def work() -> int:
-            from finetune_trainer.train.tied import die_with_parent
+            from finetune_trainer.runtime.die_with_parent import die_with_parent
 
             die_with_parent(parent)
             status: int = importlib.import_module(module).main(request)
@@ -123,7 +124,7 @@ def _fork(work: Callable[[], int]) -> int:
 
 def _stage(request: dict[str, Any]) -> int:
     from finetune_trainer import __main__ as command
-    from finetune_trainer.train import launch
+    from finetune_trainer.train.supervisor import launch
 
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -154,7 +155,7 @@ def _mount(folder: str, size: int) -> None:
 
 
 def _serve() -> None:
-    from finetune_trainer.logs import set_up_libraries
+    from finetune_trainer.runtime.logs import set_up_libraries
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print

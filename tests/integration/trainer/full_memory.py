@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import torch
 
-from finetune_trainer.config import Base
-from finetune_trainer.train import launch
+from finetune_trainer.contract import Base
+from finetune_trainer.train.supervisor import launch
 
 VARIABLE = "TEST_FULL_MEMORY"  # a Fault as JSON
 MESSAGE = (
@@ -148,8 +148,8 @@ def rows_of(inputs: dict[str, Any]) -> list[tuple[int, ...]]:
 
 def worker(request: Path) -> int:
     """The real worker, on a machine whose memory is full."""
-    from finetune_trainer.train import sft
-    from finetune_trainer.train import worker as real
+    from finetune_trainer.train.recipe import sft
+    from finetune_trainer.train.recipe import worker as real
 
     full = FullMemory(
         Fault.model_validate_json(os.environ[VARIABLE]), request.parent / "memory-ran-out"
@@ -172,7 +172,7 @@ class FullWorkers(launch.Workers):
 def command() -> None:
     """The real command, whose train stage starts this worker."""
     from finetune_trainer.__main__ import main
-    from finetune_trainer.train import session
+    from finetune_trainer.train.supervisor import session
 
     setattr(session, "Workers", FullWorkers)  # noqa: B010 - mypy refuses the assignment
     main()

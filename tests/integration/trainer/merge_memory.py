@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from finetune_trainer.export.weights import MergedWeights, write_merged
+from finetune_trainer.export.merge import MergedWeights, write_merged
 
 
 class Sampling(threading.Thread):

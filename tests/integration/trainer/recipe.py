@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune_trainer.base_model.tokenizer import load_tokenizer
-from finetune_trainer.config import RunConfig
-from finetune_trainer.train import sft
-from finetune_trainer.train.examples import Examples, tokenize
-from finetune_trainer.train.packing import prepare_packing
-from finetune_trainer.train.trainer import Data, RecipeTrainer
-from finetune_trainer.train.work import Work, default_plan
+from finetune_trainer.contract import RunConfig
+from finetune_trainer.model.tokenizer import load_tokenizer
+from finetune_trainer.train.link.work import Work, default_plan
+from finetune_trainer.train.recipe import sft
+from finetune_trainer.train.recipe.data import Examples, tokenize
+from finetune_trainer.train.recipe.packing import prepare_packing
+from finetune_trainer.train.recipe.trainer import Data, RecipeTrainer
 
 Rows = list[dict[str, Any]]
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune_trainer.base_model.tokenizer import encode, message_pair, render
+from finetune_trainer.model.tokenizer import encode, message_pair, render
 from tests.integration.trainer.conftest import ATTENTION, MLP, ROWS, write_csv
 from tests.integration.trainer.families import FAMILIES, write_family
 from tests.integration.trainer.fork_server import ForkServer, fork_server

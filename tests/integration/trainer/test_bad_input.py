@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from finetune_trainer.outcome import Reason, StageResult
+from finetune_trainer.contract import Reason, StageResult
 from tests.cluster.object_store import ObjectStore, object_store
 from tests.cluster.s3 import Credentials
 from tests.integration.trainer.conftest import Trainer

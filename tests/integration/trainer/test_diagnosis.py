@@ -14,12 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from finetune_trainer.base_model.tokenizer import encode, load_tokenizer, message_pair
-from finetune_trainer.outcome import Notice, NoticeCode, Reason, StageError
-from finetune_trainer.progress import Reporter
-from finetune_trainer.train import sft
+from finetune_trainer.contract import Notice, NoticeCode, Reason, StageError
+from finetune_trainer.model.tokenizer import encode, load_tokenizer, message_pair
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.train.link.work import Trained
+from finetune_trainer.train.recipe import sft
 from finetune_trainer.train.stage import describe
-from finetune_trainer.train.work import Trained
 from tests.integration.trainer.conftest import ATTENTION, MLP, ROWS, Trainer
 from tests.integration.trainer.recipe import make_work
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.outcome import Notice, Reason, StageError
-from finetune_trainer.train.channel import listening
-from finetune_trainer.train.distributed import divide
-from finetune_trainer.train.ladder import descend, step_of
-from finetune_trainer.train.launch import Workers
-from finetune_trainer.train.work import Failed, Trained, Work
+from finetune_trainer.contract import Notice, Reason, StageError
+from finetune_trainer.train.link.channel import listening
+from finetune_trainer.train.link.work import Failed, Trained, Work
+from finetune_trainer.train.supervisor.ladder import descend, step_of
+from finetune_trainer.train.supervisor.launch import Workers
+from finetune_trainer.train.supervisor.setup import divide
 from tests.integration.trainer.float32_worker import NOTE
 from tests.integration.trainer.recipe import make_work
 

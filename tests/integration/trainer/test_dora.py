@@ -11,13 +11,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from finetune_trainer.base_model.loading import load_model
-from finetune_trainer.base_model.tokenizer import load_tokenizer
-from finetune_trainer.config import Lora
-from finetune_trainer.memory.shape import Shape
-from finetune_trainer.train import saving, sft
-from finetune_trainer.train.trainer import Data, RecipeTrainer
-from finetune_trainer.train.work import Work
+from finetune_trainer.contract import Lora
+from finetune_trainer.model.loading import load_model
+from finetune_trainer.model.shape import Shape
+from finetune_trainer.model.tokenizer import load_tokenizer
+from finetune_trainer.train.link.work import Work
+from finetune_trainer.train.recipe import saving, sft
+from finetune_trainer.train.recipe.trainer import Data, RecipeTrainer
 from tests.integration.trainer.conftest import ROWS
 from tests.integration.trainer.families import FAMILIES, write_family
 from tests.integration.trainer.recipe import make_work

@@ -11,14 +11,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from finetune_trainer.base_model.tokenizer import IGNORED, message_pair
-from finetune_trainer.config import RunConfig
-from finetune_trainer.outcome import Notice, NoticeCode, Reason, StageError
+from finetune_trainer.contract import Notice, NoticeCode, Reason, RunConfig, StageError
+from finetune_trainer.model.tokenizer import IGNORED, message_pair
 from finetune_trainer.prepare.stage import check_held_out
-from finetune_trainer.progress import Reporter
-from finetune_trainer.train import sft
-from finetune_trainer.train.early import BEST, BestAdapter
-from finetune_trainer.train.work import Trained, Work
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.train.link.work import Trained, Work
+from finetune_trainer.train.recipe import sft
+from finetune_trainer.train.recipe.callbacks import BEST, BestAdapter
 from tests.integration.trainer.conftest import ROWS
 from tests.integration.trainer.recipe import build, make_work, tokenized
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from finetune_trainer.config import Stage
-from finetune_trainer.outcome import Quality, Reason, StageResult
+from finetune_trainer.contract import Quality, Reason, Stage, StageResult
 from tests.cluster.s3 import Credentials
 from tests.integration.trainer.conftest import Run, Trainer
 

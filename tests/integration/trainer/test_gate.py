@@ -21,14 +21,18 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from finetune_trainer.base_model.converter import llama_folder
-from finetune_trainer.config import Export, Quantization
-from finetune_trainer.config.output import QualityLimit
+from finetune_trainer.contract import (
+    Export,
+    FileCheck,
+    QualityLimit,
+    Quantization,
+    Reason,
+    StageError,
+)
 from finetune_trainer.export.gate import structure
 from finetune_trainer.export.gate.gate import Gate
-from finetune_trainer.export.gate.header import Header
-from finetune_trainer.export.results import FileCheck
-from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.export.gguf.header import Header
+from finetune_trainer.model.converter import llama_folder
 from tests.integration.trainer.families import WIDE
 from tests.integration.trainer.tuned import EXAMPLES, Tuned, make_tuned
 

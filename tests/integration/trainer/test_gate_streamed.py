@@ -10,11 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from finetune_trainer.base_model.loading import load_model
-from finetune_trainer.export import streamed
-from finetune_trainer.export.gate.reference import logits_of, passes
-from finetune_trainer.export.gate.rows import Row
-from finetune_trainer.export.streamed import load_streamed
+from finetune_trainer.export.reference import float32_model
+from finetune_trainer.export.reference.compute import logits_of, passes
+from finetune_trainer.export.reference.float32_model import load_streamed
+from finetune_trainer.export.reference.rows import Row
+from finetune_trainer.model.loading import load_model
 from tests.integration.trainer.architectures import PACKABLE, VOCABULARY, tiny
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -38,7 +38,7 @@ def test_it_computes_what_a_loaded_model_does(
     kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, but for the order of sums: blocks of a few rows at a time."""
-    monkeypatch.setattr(streamed, "BLOCK_VALUES", 640)
+    monkeypatch.setattr(float32_model, "BLOCK_VALUES", 640)
     base, adapter = save(kind, tmp_path, dtype)
     loaded = PeftModel.from_pretrained(load_model(base, torch.float32, "cpu"), adapter).eval()
     ours = load_streamed(base, adapter)
@@ -98,7 +98,7 @@ def test_the_weights_take_no_memory(smollm2_folder: Path) -> None:
     program = f"""
 import torch
 from pathlib import Path
-from finetune_trainer.export.streamed import load_streamed
+from finetune_trainer.export.reference.float32_model import load_streamed
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -12,12 +12,11 @@ import numpy as np
 import psutil
 import pytest
 
-from finetune_trainer.base_model import converter
-from finetune_trainer.config import Quantization
+from finetune_trainer.contract import Quantization, Reason, StageError
 from finetune_trainer.export.gguf.convert import Model
 from finetune_trainer.export.gguf.files import quantize_all, write_files
 from finetune_trainer.export.gguf.quantize import quantize
-from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.model import converter
 from tests.integration.trainer.vocabulary import write_vocabulary
 
 TYPES = tuple(Quantization)

@@ -23,12 +23,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from finetune_trainer.config import Quantization
+from finetune_trainer.contract import Quantization, Reason, StageError
 from finetune_trainer.export.gguf.convert import Model, write_sixteen
-from finetune_trainer.export.model_folder import assemble
-from finetune_trainer.failures import MEMORY_REMEDY
-from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.progress import Reporter
+from finetune_trainer.export.merge.model_folder import assemble
+from finetune_trainer.runtime.failures import MEMORY_REMEDY
+from finetune_trainer.runtime.progress import Reporter
 from tests.integration.trainer.architectures import PACKABLE
 from tests.integration.trainer.test_weights import merge_in_memory, save_adapter
 

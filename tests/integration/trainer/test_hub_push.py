@@ -9,13 +9,12 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
-from finetune_trainer.config import Fingerprints, Hub, RunConfig, Stage
+from finetune_trainer.contract import Fingerprints, Hub, Reason, RunConfig, Stage, StageError
 from finetune_trainer.export.publish.hub import TOKEN_VARIABLE, check_token, push
-from finetune_trainer.marker import MANIFEST, PUSHED, Marker, find_pushed
-from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.prepare.stage import held_stages
-from finetune_trainer.progress import Reporter
-from finetune_trainer.storage import LocalFolder
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.store import LocalFolder
+from finetune_trainer.store.marker import MANIFEST, PUSHED, Marker, find_pushed
 from tests.integration.trainer.hub_push_server import TOKEN, PushHub, push_hub
 from tests.publishing import publish
 

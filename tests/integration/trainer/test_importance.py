@@ -11,12 +11,12 @@ from gguf import GGUFReader
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from finetune_trainer.base_model.tokenizer import load_tokenizer
-from finetune_trainer.export import importance
+from finetune_trainer.export.gguf import importance
 from finetune_trainer.export.gguf.convert import Model
-from finetune_trainer.export.gguf.importance import COUNTS, SUMS
-from finetune_trainer.export.importance import chunks, write_importance
-from finetune_trainer.progress import Reporter
+from finetune_trainer.export.gguf.importance import chunks, write_importance
+from finetune_trainer.export.gguf.importance_file import COUNTS, SUMS
+from finetune_trainer.model.tokenizer import load_tokenizer
+from finetune_trainer.runtime.progress import Reporter
 from tests.integration.trainer.families import WIDE
 from tests.integration.trainer.tuned import EXAMPLES, Tuned, make_tuned
 

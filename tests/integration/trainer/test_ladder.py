@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune_trainer.base_model.tokenizer import message_pair
-from finetune_trainer.failures import explain
-from finetune_trainer.outcome import Notice, NoticeCode, Reason, StageResult
-from finetune_trainer.progress import Reporter
-from finetune_trainer.train import launch, sft
-from finetune_trainer.train.channel import listening
-from finetune_trainer.train.ladder import descend, step_of
-from finetune_trainer.train.work import Failed, Trained, Work, as_failed
+from finetune_trainer.contract import Notice, NoticeCode, Reason, StageResult
+from finetune_trainer.model.tokenizer import message_pair
+from finetune_trainer.runtime.failures import explain
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.train.link.channel import listening
+from finetune_trainer.train.link.work import Failed, Trained, Work, as_failed
+from finetune_trainer.train.recipe import sft
+from finetune_trainer.train.supervisor import launch
+from finetune_trainer.train.supervisor.ladder import descend, step_of
 from tests.integration.trainer.conftest import ATTENTION, ROWS, Trainer
 from tests.integration.trainer.full_memory import VARIABLE, Fault, FullMemory, FullWorkers
 from tests.integration.trainer.recipe import make_work

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.base_model import source
-from finetune_trainer.config import Model, Storage
+from finetune_trainer.contract import Model, Storage
 from finetune_trainer.export.report import license_of
-from finetune_trainer.progress import Reporter
+from finetune_trainer.model import source
+from finetune_trainer.runtime.progress import Reporter
 from tests.cluster.s3 import Credentials
 from tests.integration.trainer.conftest import use_keys
 

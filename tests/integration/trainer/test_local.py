@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from finetune_trainer.contract import StageError
 from finetune_trainer.local import steps
-from finetune_trainer.outcome import StageError
 from tests.integration.trainer.conftest import ATTENTION, MLP, Trainer, write_csv
 
 

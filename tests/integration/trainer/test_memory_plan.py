@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.config import RunConfig, TrainingPlan
-from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.progress import Reporter
-from finetune_trainer.train import launch, setup, stage
-from finetune_trainer.train.devices import Gpu
-from finetune_trainer.train.work import Failed, Work
+from finetune_trainer.contract import Reason, RunConfig, StageError, TrainingPlan
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.train import stage
+from finetune_trainer.train.link.work import Failed, Work
+from finetune_trainer.train.supervisor import launch, setup
+from finetune_trainer.train.supervisor.setup import Gpu
 from tests.integration.trainer.conftest import Trainer
 
 MIB, GIB = 2**20, 2**30

@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from finetune_trainer.base_model import rehearsal, source
-from finetune_trainer.config import Export, Lora, RunConfig, TargetModule
-from finetune_trainer.memory.shape import Shape
-from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.prepare import model_checks
+from finetune_trainer.contract import Export, Lora, Reason, RunConfig, StageError, TargetModule
+from finetune_trainer.model import rehearsal, source
+from finetune_trainer.model.shape import Shape
+from finetune_trainer.prepare import checks
 from finetune_trainer.prepare.stage import check_config
-from finetune_trainer.progress import Reporter
+from finetune_trainer.runtime.progress import Reporter
 from tests.cluster.s3 import Credentials
 from tests.integration.trainer.families import FAMILIES, write_family
 
@@ -51,7 +50,7 @@ def run_config(folder: Path | str, **parts: Any) -> RunConfig:
 def check(folder: Path, room: Path, rows: Sequence[Any] = (), **parts: Any) -> None:
     config = run_config(folder, **parts)
     files = source.find(config.model, config.storage)
-    model_checks.check_model(config, files, folder, room, Reporter(), rows=rows)
+    checks.check_model(config, files, folder, room, Reporter(), rows=rows)
 
 
 def refused(folder: Path, room: Path, rows: Sequence[Any] = ()) -> str:
@@ -83,7 +82,7 @@ def test_a_model_in_a_bucket_is_checked_without_fetching_its_weights(
             shutil.copy(file, small)
     config = run_config(f"s3://{bucket}/models/good", storage={"endpoint": moto.endpoint})
     files = source.find(config.model, config.storage)
-    model_checks.check_model(config, files, small, tmp_path, Reporter())
+    checks.check_model(config, files, small, tmp_path, Reporter())
 
     stand_in = tmp_path / "rehearsal" / WEIGHTS
     assert load_file(stand_in).keys() == load_file(good / WEIGHTS).keys()
@@ -139,7 +138,7 @@ def test_widths_that_llama_cpp_does_not_quantize(
     width: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     shape = Shape("llama", 2, width, width, width, 128, 512, tied=True)
-    check_widths: Callable[[list[str]], None] = lambda kinds: model_checks.check_widths(  # noqa: E731 - short
+    check_widths: Callable[[list[str]], None] = lambda kinds: checks.check_widths(  # noqa: E731 - short
         Export.model_validate({"gguf": kinds}), shape
     )
     check_widths(["F32", "F16", "BF16"])
@@ -158,15 +157,15 @@ def layers(*names: str) -> list[str]:
 
 def test_target_modules_that_the_model_lacks() -> None:
     lora = Lora(target_modules=(TargetModule.Q, TargetModule.GATE, TargetModule.DOWN))
-    model_checks.check_targets(lora, layers("qkv_proj", "gate_up_proj", "down_proj"))
+    checks.check_targets(lora, layers("qkv_proj", "gate_up_proj", "down_proj"))
     with pytest.raises(StageError) as caught:
-        model_checks.check_targets(lora, layers("q_proj", "up_proj", "fc2"))
+        checks.check_targets(lora, layers("q_proj", "up_proj", "fc2"))
     assert caught.value.reason is Reason.INVALID_CONFIG
     assert "has no gate_proj, down_proj." in caught.value.message
     assert "are fc2, q_proj, up_proj: set it to some of q_proj, up_proj" in caught.value.message
     # A vision tower's layers of the same name are none of the text's.
     with pytest.raises(StageError, match="none of the names"):
-        model_checks.check_targets(lora, ["vision_tower.layers.0.q_proj.weight"])
+        checks.check_targets(lora, ["vision_tower.layers.0.q_proj.weight"])
 
 
 def test_a_dora_adapter_alone_as_gguf_is_refused() -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune_trainer.base_model.tokenizer import load_tokenizer, save_tokenizer
-from finetune_trainer.export.model_folder import assemble, stored_config, write_model
+from finetune_trainer.export.merge.model_folder import assemble, stored_config, write_model
+from finetune_trainer.model.tokenizer import load_tokenizer, save_tokenizer
 from tests.integration.trainer.adapters import SINGLE, merge_in_memory, save_adapter
 
 END_OF_TURN = 2  # <|im_end|> of SmolLM2

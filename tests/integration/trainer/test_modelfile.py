@@ -13,7 +13,18 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune_trainer.base_model.tokenizer import (
+from finetune_trainer.contract import Quantization, RunConfig
+from finetune_trainer.export.ollama import modelfile
+from finetune_trainer.export.ollama.modelfile import Template, make_template, write_modelfile
+from finetune_trainer.export.ollama.template import (
+    ChatShape,
+    NoShapeError,
+    find_shape,
+    go_template,
+    literal,
+    trials,
+)
+from finetune_trainer.model.tokenizer import (
     BEGIN,
     PLAIN_TEMPLATE,
     as_example,
@@ -22,11 +33,6 @@ from finetune_trainer.base_model.tokenizer import (
     load_tokenizer,
     render,
 )
-from finetune_trainer.config import Quantization, RunConfig
-from finetune_trainer.export import modelfile
-from finetune_trainer.export.chat_shape import ChatShape, NoShapeError, find_shape, trials
-from finetune_trainer.export.go_template import go_template, literal
-from finetune_trainer.export.modelfile import Template, make_template, write_modelfile
 from tests.integration.trainer import go_text
 from tests.integration.trainer.vocabulary import write_vocabulary
 

@@ -11,12 +11,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from finetune_trainer.base_model.tokenizer import IGNORED, message_pair
-from finetune_trainer.train import attention
-from finetune_trainer.train.adapter import Dropout
-from finetune_trainer.train.batches import PackingCollator, PaddingCollator
-from finetune_trainer.train.loss import answer_loss
-from finetune_trainer.train.packing import prepare_packing
+from finetune_trainer.model.tokenizer import IGNORED, message_pair
+from finetune_trainer.train.recipe import packing
+from finetune_trainer.train.recipe.adapter import Dropout
+from finetune_trainer.train.recipe.data import PackingCollator, PaddingCollator
+from finetune_trainer.train.recipe.packing import prepare_packing
+from finetune_trainer.train.recipe.trainer import answer_loss
 from tests.integration.trainer.architectures import LEAKING, PACKABLE, VOCABULARY, tiny
 from tests.integration.trainer.conftest import ROWS
 from tests.integration.trainer.recipe import build
@@ -83,10 +83,10 @@ def test_a_model_whose_rows_would_see_each_other_gets_padding(
 
 def test_scores_that_are_capped_are_computed_by_a_function_that_can() -> None:
     """Gemma 2: PyTorch's own attention has no cap, and ours says that it has none."""
-    assert not attention.computes(tiny("gemma2").config)
-    assert attention.computes(tiny("gemma3_text").config)
+    assert not packing.computes(tiny("gemma2").config)
+    assert packing.computes(tiny("gemma3_text").config)
     with pytest.raises(NotImplementedError, match="softcap"):
-        attention.packed_attention(
+        packing.packed_attention(
             torch.nn.Identity(), *[torch.zeros(1, 2, 4, 8)] * 3, None, softcap=50.0
         )
 
@@ -108,7 +108,7 @@ def test_attention_by_blocks_is_pytorchs_with_a_mask(
     distance = torch.arange(time)[:, None] - torch.arange(time)
     seen = (row[:, None] == row) & (distance >= 0) & (distance < (window or time))
 
-    ours, _ = attention.packed_attention(
+    ours, _ = packing.packed_attention(
         torch.nn.Identity(),
         query,
         key,
@@ -162,7 +162,7 @@ def test_packed_and_padded_training_end_in_the_same_adapter(
     def trained(packing: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
         trainer = build(tiny_model, tmp_path, examples, packing=packing, batchSize=2)
         if packing:
-            assert trainer.model.config._attn_implementation == attention.NAME
+            assert trainer.model.config._attn_implementation == packing.NAME
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         weights = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}

@@ -6,8 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from finetune_trainer.config import Stage
-from finetune_trainer.outcome import Reason
+from finetune_trainer.contract import Reason, Stage
 from tests.cluster.s3 import Credentials
 from tests.integration.trainer.conftest import ROWS, Trainer
 

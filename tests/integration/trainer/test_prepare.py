@@ -10,22 +10,20 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.base_model.tokenizer import (
+from finetune_trainer.contract import Reason, RunConfig, StageError
+from finetune_trainer.model.tokenizer import (
     IGNORED,
     as_example,
     encode,
     encode_batch,
     load_tokenizer,
 )
-from finetune_trainer.config import RunConfig
-from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.prepare.checks import check_template, describe_template
 from finetune_trainer.prepare.examples import check_lengths, write_examples
-from finetune_trainer.prepare.inputs import DataFile
 from finetune_trainer.prepare.report import Findings
-from finetune_trainer.prepare.rows import Rows
+from finetune_trainer.prepare.rows import DataFile, Rows
 from finetune_trainer.prepare.split import hold_out
-from finetune_trainer.prepare.template import check_template, describe_template
-from finetune_trainer.storage import LocalFolder
+from finetune_trainer.store import LocalFolder
 from tests.cluster.s3 import Credentials
 from tests.integration.trainer.conftest import ROWS, Trainer
 

@@ -14,9 +14,8 @@ from uuid import uuid4
 import pytest
 import yaml
 
-from finetune_trainer.config import JobReference, Stage
-from finetune_trainer.outcome import Notice, NoticeCode
-from finetune_trainer.progress import NOTICE_LIMIT, ApiServer, Reporter, reporter_for
+from finetune_trainer.contract import JobReference, Notice, NoticeCode, Stage
+from finetune_trainer.runtime.progress import NOTICE_LIMIT, ApiServer, Reporter, reporter_for
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.paths import REPOSITORY
 

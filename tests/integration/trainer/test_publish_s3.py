@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.config import Storage
-from finetune_trainer.marker import MANIFEST
-from finetune_trainer.storage import Folder, open_folder
+from finetune_trainer.contract import Storage
+from finetune_trainer.store import Folder, open_folder
+from finetune_trainer.store.marker import MANIFEST
 from tests.cluster.s3 import Credentials
 from tests.dying_folder import DyingFolder, KilledError, contents
 from tests.integration.trainer.conftest import use_keys

@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune_trainer.base_model.loading import load_model
-from finetune_trainer.base_model.tokenizer import load_tokenizer, message_pair
-from finetune_trainer.export.model_folder import write_model
-from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.progress import Reporter
-from finetune_trainer.train import sft
-from finetune_trainer.train.examples import check
-from finetune_trainer.train.trainer import RecipeTrainer
+from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.export.merge.model_folder import write_model
+from finetune_trainer.model.loading import load_model
+from finetune_trainer.model.tokenizer import load_tokenizer, message_pair
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.train.recipe import sft
+from finetune_trainer.train.recipe.data import check
+from finetune_trainer.train.recipe.trainer import RecipeTrainer
 from tests.integration.trainer.conftest import ROWS
 from tests.integration.trainer.recipe import build, make_work, tokenized
 

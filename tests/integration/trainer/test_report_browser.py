@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, Route, sync_playwright
 
+from finetune_trainer.contract import GateReport, Sample
 from finetune_trainer.export.report import write_report
-from finetune_trainer.export.results import GateReport, Sample
 from tests import report_facts
 from tests.cluster import chromium
 from tests.cluster.fixtures import start_or_leave_out

@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from finetune_trainer.base_model.source import resolved_of
-from finetune_trainer.config import RunConfig
-from finetune_trainer.fingerprint import fingerprints
+from finetune_trainer.contract import RunConfig, fingerprints
+from finetune_trainer.model.source import resolved_of
 from tests.cluster.s3 import Credentials
 from tests.integration.trainer.conftest import Trainer, write_csv
 from tests.integration.trainer.fork_server import NO_MOUNT, ForkServer, fork_server

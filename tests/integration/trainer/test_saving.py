@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from finetune_trainer.base_model.tokenizer import load_tokenizer
-from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.train import lead, saving, sft
-from finetune_trainer.train.trainer import Data, RecipeTrainer
-from finetune_trainer.train.work import InterruptedTrainingError, Work
+from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.model.tokenizer import load_tokenizer
+from finetune_trainer.train.link import upload_lag
+from finetune_trainer.train.link.work import InterruptedTrainingError, Work
+from finetune_trainer.train.recipe import saving, sft
+from finetune_trainer.train.recipe.trainer import Data, RecipeTrainer
 from tests.integration.trainer.recipe import make_work
 
 ROWS = [
@@ -210,11 +211,11 @@ def test_saving_changes_nothing_and_leaves_no_pickled_arguments(make: Make) -> N
 def test_without_a_number_of_steps_the_clock_decides(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lead, "INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(upload_lag, "INTERVAL_SECONDS", 0.0)
     trainer, work = make()
     finish(trainer, work)
     assert len(list(work.checkpoints.glob("checkpoint-*"))) == STEPS - 1
-    monkeypatch.setattr(lead, "INTERVAL_SECONDS", 600.0)
+    monkeypatch.setattr(upload_lag, "INTERVAL_SECONDS", 600.0)
     trainer, work = make()
     finish(trainer, work)
     assert not list(work.checkpoints.glob("checkpoint-*"))

@@ -18,10 +18,9 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from finetune_trainer.config import Export, Signing
+from finetune_trainer.contract import Export, Reason, Signing, StageError
 from finetune_trainer.export.publish.signing import KEY_VARIABLE, Signer, signer_for
-from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.storage import LocalFolder
+from finetune_trainer.store import LocalFolder
 from tests.publishing import publish
 
 FILES = {

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from finetune_trainer.outcome import Reason, StageResult
+from finetune_trainer.contract import Reason, StageResult
 from tests.integration.trainer.conftest import Trainer
 
 

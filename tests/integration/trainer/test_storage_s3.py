@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.config import Stage, Storage
-from finetune_trainer.marker import find_complete, save_stage
-from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.storage import Folder, open_folder
+from finetune_trainer.contract import Reason, Stage, StageError, Storage
+from finetune_trainer.store import Folder, open_folder
+from finetune_trainer.store.marker import find_complete, save_stage
 from tests.cluster.s3 import Credentials
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune_trainer.base_model.tokenizer import (
+from finetune_trainer.model.tokenizer import (
     IGNORED,
     PLAIN_TEMPLATE,
     encode,

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.config import JobReference, Tracker
-from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.progress import Reporter
-from finetune_trainer.train import sft, trackers
-from finetune_trainer.train.work import Trained, Work
+from finetune_trainer.contract import JobReference, Reason, StageError, Tracker
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.train.link.work import Trained, Work
+from finetune_trainer.train.recipe import sft, trackers
+from finetune_trainer.train.supervisor import setup
 from tests.integration.trainer.recipe import make_work
 from tests.integration.trainer.test_distributed import make_rows
 
@@ -46,7 +46,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
 
 
 def train(work: Work) -> Trained:
-    trackers.check(work.config.training.report_to, {"WANDB_MODE": "offline"} | _set())
+    setup.check_trackers(work.config.training.report_to, {"WANDB_MODE": "offline"} | _set())
     return sft.fine_tune(work, Reporter())
 
 
@@ -169,7 +169,7 @@ def test_a_tracker_without_an_address_ends_the_job_before_the_training(
     tracker: Tracker, environment: dict[str, str], named: str, tmp_path: Path
 ) -> None:
     with pytest.raises(StageError, match=f"training.reportTo names {tracker}.*{named}") as caught:
-        trackers.check([tracker], environment, tmp_path)
+        setup.check_trackers([tracker], environment, tmp_path)
 
     assert caught.value.reason is Reason.INVALID_CONFIG
 
@@ -177,10 +177,10 @@ def test_a_tracker_without_an_address_ends_the_job_before_the_training(
 def test_a_tracker_that_is_not_installed_ends_the_job_before_the_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(trackers.PACKAGES, Tracker.WANDB, ("no_such_package",))
+    monkeypatch.setitem(setup.TRACKER_PACKAGES, Tracker.WANDB, ("no_such_package",))
 
     with pytest.raises(StageError, match="no package no_such_package: use an image") as caught:
-        trackers.check([Tracker.WANDB], {"WANDB_MODE": "offline"})
+        setup.check_trackers([Tracker.WANDB], {"WANDB_MODE": "offline"})
 
     assert caught.value.reason is Reason.INVALID_CONFIG
 
@@ -197,4 +197,4 @@ def test_a_tracker_that_is_not_installed_ends_the_job_before_the_training(
 def test_a_tracker_with_its_variables_is_accepted(
     tracker: Tracker, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    trackers.check([tracker], environment, tmp_path)
+    setup.check_trackers([tracker], environment, tmp_path)

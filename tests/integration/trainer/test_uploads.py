@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.config import Storage
-from finetune_trainer.marker import describe_file
-from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.storage import Folder, open_folder, s3_upload
+from finetune_trainer.contract import Reason, StageError, Storage
+from finetune_trainer.store import Folder, open_folder, s3_upload
+from finetune_trainer.store.marker import describe_file
 from tests.cluster.object_store import ObjectStore, object_store
 from tests.cluster.s3 import Credentials
 from tests.integration.trainer.conftest import use_keys
@@ -26,8 +25,8 @@ SIZE = 5 * PART_BYTES + 12345  # six parts
 CHILD = """
 import sys
 from pathlib import Path
-from finetune_trainer.config import Storage
-from finetune_trainer.storage import open_folder, parts
+from finetune_trainer.contract import Storage
+from finetune_trainer.store import open_folder, parts
 parts.PART_BYTES = 5 << 20
 uri, endpoint, source = sys.argv[1:]
 open_folder(uri, Storage(endpoint=endpoint)).upload(Path(source), "big.bin")
@@ -55,7 +54,7 @@ def server(
     else:
         found = request.getfixturevalue("weed").credentials
     use_keys(found, monkeypatch)
-    monkeypatch.setattr("finetune_trainer.storage.parts.PART_BYTES", PART_BYTES)
+    monkeypatch.setattr("finetune_trainer.store.parts.PART_BYTES", PART_BYTES)
     monkeypatch.setattr(s3_upload, "ATTEMPTS", 3)
     # Nothing here gets better with time.
     monkeypatch.setattr(s3_upload, "PAUSE_SECONDS", 0.01)
@@ -270,8 +269,8 @@ def test_a_copy_is_the_store_s_own_work(
     folder.upload(source, "staged/big.bin")
     proxy.forget()
     folder.copy("staged/big.bin", "one.bin")
-    monkeypatch.setattr("finetune_trainer.storage.s3.COPYING.multipart_threshold", PART_BYTES)
-    monkeypatch.setattr("finetune_trainer.storage.s3.COPYING.multipart_chunksize", PART_BYTES)
+    monkeypatch.setattr("finetune_trainer.store.s3.COPYING.multipart_threshold", PART_BYTES)
+    monkeypatch.setattr("finetune_trainer.store.s3.COPYING.multipart_chunksize", PART_BYTES)
     folder.copy("staged/big.bin", "two.bin")
     folder.delete(["staged/big.bin"])
     assert proxy.passed < 10_000

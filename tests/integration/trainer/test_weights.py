@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from finetune_trainer.export.weights import MergedWeights, merged, write_merged
-from finetune_trainer.export.weights.adapter import read_adapter
-from finetune_trainer.export.weights.delta import Delta
-from finetune_trainer.outcome import StageError
+from finetune_trainer.contract import StageError
+from finetune_trainer.export.merge import MergedWeights, merged, write_merged
+from finetune_trainer.export.merge.adapter import Delta, read_adapter
 from tests.integration.trainer.adapters import (
     INDEX,
     SINGLE,

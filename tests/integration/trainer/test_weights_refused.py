@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune_trainer.export.weights import MergedWeights, merged, write_merged
-from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.export.merge import MergedWeights, merged, write_merged
 from tests.integration.trainer.adapters import (
     INDEX,
     SINGLE,

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from finetune_trainer.base_model.gguf_name import gguf_name
-from finetune_trainer.base_model.loading import load_model
-from finetune_trainer.base_model.tokenizer import (
+from finetune_trainer.contract import Export, Quantization
+from finetune_trainer.export.gate.gate import Gate
+from finetune_trainer.export.gguf.convert import Model, write_sixteen
+from finetune_trainer.export.gguf.quantize import quantize
+from finetune_trainer.model.converter import gguf_name
+from finetune_trainer.model.loading import load_model
+from finetune_trainer.model.tokenizer import (
     begins_with_bos,
     load_tokenizer,
     message_pair,
     save_tokenizer,
 )
-from finetune_trainer.config import Export, Quantization
-from finetune_trainer.export.gate.gate import Gate
-from finetune_trainer.export.gguf.convert import Model, write_sixteen
-from finetune_trainer.export.gguf.quantize import quantize
 from tests.integration.trainer.conftest import ROWS
 from tests.integration.trainer.families import FAMILIES, write_family, write_tokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from finetune_trainer.base_model import converter
+from finetune_trainer.model import converter
 
 
 def write_vocabulary(model: Path, target: Path) -> None:

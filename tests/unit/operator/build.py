@@ -21,8 +21,7 @@ from finetune_operator.api.finetunejob import (
 )
 from finetune_operator.observe import Finish, ObservedFineTuneJob, ObservedJob
 from finetune_operator.pods import ObservedPod
-from finetune_trainer.config import Fingerprints, Resolved, Stage
-from finetune_trainer.outcome import Artifact, Reason, StageResult
+from finetune_trainer.contract import Artifact, Fingerprints, Reason, Resolved, Stage, StageResult
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 SETTINGS = dict.fromkeys(Stage, "settings-1")

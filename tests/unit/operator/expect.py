@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from finetune_operator.api.finetunejob import FineTuneJobStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan import Event, Plan, Policy, StartStage, StopJob, plan
-from finetune_trainer.config import Resolved, Stage
+from finetune_trainer.contract import Resolved, Stage
 from tests.unit.operator.build import EXPORT, NOW, PREPARE, SETTINGS, TRAIN, resolved
 
 

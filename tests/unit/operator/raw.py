@@ -7,8 +7,7 @@ from typing import Any
 
 from finetune_operator.observe import ObservedJob, observe_jobs
 from finetune_operator.pods import ObservedPod
-from finetune_trainer.config import Stage
-from finetune_trainer.outcome import Reason, StageResult
+from finetune_trainer.contract import Reason, Stage, StageResult
 
 OWNER = {"kind": "FineTuneJob", "name": "support", "uid": "uid-1", "controller": True}
 FINGERPRINT = "f" * 64

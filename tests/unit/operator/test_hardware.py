@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.hardware import memory_label, training_hardware
-from finetune_trainer.config import Hardware
+from finetune_trainer.contract import Hardware
 from tests.unit.operator.build import spec
 
 MEMORY = "nvidia.com/gpu.memory"

@@ -18,7 +18,7 @@ from finetune_operator.hardware import training_hardware
 from finetune_operator.manifests import pod_settings_digest, stage_objects
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
-from finetune_trainer.config import Hardware, RunConfig, Stage
+from finetune_trainer.contract import Hardware, RunConfig, Stage
 from tests.unit.operator.build import EXPORT, PREPARE, SPEC, TRAIN, job, resolved
 
 GOLDEN = Path(__file__).parent / "golden"

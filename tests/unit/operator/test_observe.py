@@ -16,8 +16,7 @@ from finetune_operator.observe import (
     observe_jobs,
     stages_at_work,
 )
-from finetune_trainer.config import Stage
-from finetune_trainer.outcome import Notice, NoticeCode
+from finetune_trainer.contract import Notice, NoticeCode, Stage
 from tests.unit.operator.build import SPEC
 from tests.unit.operator.raw import (
     FAILED,

@@ -7,7 +7,7 @@ import pytest
 from finetune_operator.api.finetunejob import Phase
 from finetune_operator.observe import Finish
 from finetune_operator.plan import Plan
-from finetune_trainer.outcome import Reason
+from finetune_trainer.contract import Reason
 from tests.unit.operator.build import (
     PREPARE,
     TRAIN,

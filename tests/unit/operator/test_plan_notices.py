@@ -8,8 +8,14 @@ from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob, Reported
 from finetune_operator.plan import Event, Plan, Policy, plan
 from finetune_operator.plan.notices import LIMIT
-from finetune_trainer.config import TrainingPlan
-from finetune_trainer.outcome import BadRow, DatasetSummary, Notice, NoticeCode, Reason
+from finetune_trainer.contract import (
+    BadRow,
+    DatasetSummary,
+    Notice,
+    NoticeCode,
+    Reason,
+    TrainingPlan,
+)
 from tests.unit.operator.build import (
     ALL_DONE,
     DONE_MESSAGE,

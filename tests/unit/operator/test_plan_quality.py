@@ -8,7 +8,7 @@ import pytest
 
 from finetune_operator.api.finetunejob import ArtifactStatus, FineTuneJobStatus, Phase
 from finetune_operator.plan import Plan
-from finetune_trainer.outcome import Artifact, Quality, Reason
+from finetune_trainer.contract import Artifact, Quality, Reason
 from tests.unit.operator.build import (
     DONE_MESSAGE,
     EXPORT,

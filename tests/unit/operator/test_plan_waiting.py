@@ -9,7 +9,7 @@ import pytest
 from finetune_operator.api.finetunejob import Phase
 from finetune_operator.plan import Plan
 from finetune_operator.pods import Waiting
-from finetune_trainer.outcome import Reason
+from finetune_trainer.contract import Reason
 from tests.unit.operator.build import (
     EXPORT,
     PREPARE,

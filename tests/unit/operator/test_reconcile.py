@@ -13,7 +13,7 @@ from finetune_operator.metrics import Metrics
 from finetune_operator.reconcile import SOON, Reconciler, Snapshot
 from finetune_operator.settings import Settings
 from finetune_operator.status import timestamp
-from finetune_trainer.config import Hardware, RunConfig
+from finetune_trainer.contract import Hardware, RunConfig
 from tests.unit.operator.build import SPEC
 
 KEY = "ml/support"

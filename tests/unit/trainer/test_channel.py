@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.train.channel import NAME, Channel, listening
+from finetune_trainer.train.link.channel import NAME, Channel, listening
 
 
 def test_all_that_was_sent_is_handled_when_the_block_ends(tmp_path: Path) -> None:

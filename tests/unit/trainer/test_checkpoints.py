@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.config import TrainingPlan
-from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.storage import FileInfo, LocalFolder, OnBytes
-from finetune_trainer.train.checkpoints import Checkpoint, CheckpointStore, needed
+from finetune_trainer.contract import Reason, StageError, TrainingPlan
+from finetune_trainer.store import FileInfo, LocalFolder, OnBytes
+from finetune_trainer.train.supervisor.checkpoints import Checkpoint, CheckpointStore, needed
 
 PLAN = TrainingPlan(batch_size=2, gradient_accumulation_steps=4, gradient_checkpointing=False)
 BASE = "stages/train/abc/checkpoints"

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.config import RunConfig, TrainingPlan
-from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.storage import LocalFolder
-from finetune_trainer.train.checkpoints import Checkpoint, CheckpointStore
-from finetune_trainer.train.session import going_on, plan_after, refusal
-from finetune_trainer.train.uploading import Local, Uploader
-from finetune_trainer.train.work import Work
+from finetune_trainer.contract import Reason, RunConfig, StageError, TrainingPlan
+from finetune_trainer.store import LocalFolder
+from finetune_trainer.train.link.work import Work
+from finetune_trainer.train.supervisor.checkpoints import Checkpoint, CheckpointStore
+from finetune_trainer.train.supervisor.session import going_on, plan_after, refusal
+from finetune_trainer.train.supervisor.uploads import Local, Uploader
 
 PLAN = TrainingPlan(batch_size=2, gradient_accumulation_steps=4, gradient_checkpointing=False)
 SECONDS = 10.0

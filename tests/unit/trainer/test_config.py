@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from finetune_trainer.config import RunConfig, describe
+from finetune_trainer.contract import RunConfig, describe
 
 GOOD: dict[str, Any] = {
     "model": {"source": "org/name"},

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.config import Training
-from finetune_trainer.outcome import Notice, NoticeCode
-from finetune_trainer.train.curves import BINS, Point, curve, points, spread
-from finetune_trainer.train.diagnosis import diagnose
+from finetune_trainer.contract import Notice, NoticeCode, Training
+from finetune_trainer.train.recipe.curves import BINS, Point, curve, points, spread
+from finetune_trainer.train.recipe.diagnosis import diagnose
 
 SETTINGS = Training(learning_rate=1e-3, epochs=10)
 Shape = Callable[[float], float]

@@ -7,11 +7,26 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.config import RunConfig, Training, TrainingPlan
-from finetune_trainer.outcome import NoticeCode, Reason, StageError
-from finetune_trainer.train.devices import Gpu, parse, visible_gpus
-from finetune_trainer.train.distributed import command, divide, processes_wanted
-from finetune_trainer.train.engine import Choice, choose, missing_for_unsloth, model_type_of
+from finetune_trainer.contract import (
+    NoticeCode,
+    Reason,
+    RunConfig,
+    StageError,
+    Training,
+    TrainingPlan,
+)
+from finetune_trainer.train.supervisor.launch import command
+from finetune_trainer.train.supervisor.setup import (
+    Choice,
+    Gpu,
+    choose,
+    divide,
+    missing_for_unsloth,
+    model_type_of,
+    parse,
+    processes_wanted,
+    visible_gpus,
+)
 
 H100 = Gpu("NVIDIA H100", 80 << 30, (9, 0))
 OLD = Gpu("Tesla P100", 16 << 30, (6, 0))
@@ -222,6 +237,6 @@ def test_one_process_is_started_directly_and_several_through_torchrun() -> None:
     several = command("worker", Path("/work.json"), 4, 24.0)
 
     assert one[1:] == ["-m", "worker", "/work.json"]
-    assert several[2] == "finetune_trainer.train.torchrun"
+    assert several[2] == "finetune_trainer.train.recipe.torchrun"
     assert {"--nproc-per-node=4", "--shutdown-timeout=24"} <= set(several)
     assert several[-3:] == ["--module", "worker", "/work.json"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from finetune_trainer.config import Export, Quantization
-from finetune_trainer.export import refusal
-from finetune_trainer.export.results import FileCheck, GateReport
-from finetune_trainer.outcome import Artifact, Quality
+from finetune_trainer.contract import Artifact, Export, FileCheck, GateReport, Quality, Quantization
+from finetune_trainer.export.gate import refusal
 
 GOOD = Quality(kl_divergence=0.01, same_top_token=0.97, perplexity=5.5, max_kl_divergence=0.08)
 BAD = GOOD.model_copy(update={"kl_divergence": 0.4, "passed": False})

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.config import RunConfig
-from finetune_trainer.fingerprint import canonical, fingerprints
+from finetune_trainer.contract import RunConfig
+from finetune_trainer.contract.fingerprint import canonical, fingerprints
 
 BASE: dict[str, Any] = {
     "model": {"source": "org/name"},

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.config import Quantization
+from finetune_trainer.contract import Quantization
 from finetune_trainer.export.gate import structure
-from finetune_trainer.export.gate.header import Header, HeaderError
+from finetune_trainer.export.gguf.header import Header, HeaderError
 
 ROWS, COLUMNS = 4, 512
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune_trainer.export.gate import logprobs
-from finetune_trainer.export.gate.logprobs import Measured, kl_divergence, normalised
+from finetune_trainer.export.reference import logprobs
+from finetune_trainer.export.reference.logprobs import Measured, kl_divergence, normalised
 
 
 def logits(seed: int, tokens: int = 64, vocabulary: int = 5_000) -> logprobs.Floats:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from finetune_trainer.base_model.tokenizer import IGNORED, Encoded
-from finetune_trainer.export.gate.rows import (
+from finetune_trainer.export.reference.rows import (
     MAX_ANSWER_TOKENS,
     MAX_ANSWER_TOKENS_OF_ROW,
     MAX_TOKENS,
@@ -13,6 +12,7 @@ from finetune_trainer.export.gate.rows import (
     spread,
     within_budget,
 )
+from finetune_trainer.model.tokenizer import IGNORED, Encoded
 
 
 def encoded(prompt: int, answer: int) -> Encoded:

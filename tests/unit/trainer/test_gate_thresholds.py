@@ -6,8 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from finetune_trainer.config import Quantization
-from finetune_trainer.config.output import QualityLimit
+from finetune_trainer.contract import QualityLimit, Quantization
 from finetune_trainer.export.gate.thresholds import (
     LARGE_LIMITS,
     PUBLISHED,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from finetune_trainer.config import Quantization
-from finetune_trainer.export.gguf.choice import (
+from finetune_trainer.contract import Quantization
+from finetune_trainer.export.gguf.files import (
     PROFITING,
     adapter_file_name,
     file_name,

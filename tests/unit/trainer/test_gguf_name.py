@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.base_model.gguf_name import gguf_name
+from finetune_trainer.model.converter import gguf_name
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.config import RunConfig, TrainingPlan
-from finetune_trainer.failures import explain
-from finetune_trainer.outcome import Notice, NoticeCode, Reason, StageError
-from finetune_trainer.train.ladder import (
+from finetune_trainer.contract import (
+    Notice,
+    NoticeCode,
+    Reason,
+    RunConfig,
+    StageError,
+    TrainingPlan,
+)
+from finetune_trainer.runtime.failures import explain
+from finetune_trainer.train.link.work import Failed, Trained, Work, read_lengths, write_lengths
+from finetune_trainer.train.supervisor.ladder import (
     Attempt,
     descend,
     latest,
     next_rung,
-    read_lengths,
     smaller,
     step_of,
-    write_lengths,
 )
-from finetune_trainer.train.work import Failed, Trained, Work
 
 TORCH = (
     "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 23.65 GiB of "

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.logs import JsonLine, LogFormat, redact
-from finetune_trainer.progress import Reporter
+from finetune_trainer.runtime.logs import JsonLine, LogFormat, redact
+from finetune_trainer.runtime.progress import Reporter
 
 PROGRAM = """
 import logging, os, subprocess, sys, warnings
-from finetune_trainer.logs import begin_stage, set_up_libraries
+from finetune_trainer.runtime.logs import begin_stage, set_up_libraries
 
 set_up_libraries()
 begin_stage("train")
@@ -35,7 +35,8 @@ if "child" not in sys.argv:
 """.replace(
     "CHILD",
     repr(
-        "import logging; from finetune_trainer.logs import set_up_libraries; set_up_libraries();"
+        "import logging; from finetune_trainer.runtime.logs import set_up_libraries;"
+        "set_up_libraries();"
         "logging.getLogger('finetune_trainer.worker').warning('from the worker')"
     ),
 )
@@ -83,7 +84,7 @@ def test_a_step_has_its_figures_as_fields() -> None:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLine())
-    progress = logging.getLogger("finetune_trainer.progress")
+    progress = logging.getLogger("finetune_trainer.runtime.progress")
     progress.addHandler(handler)
     level, progress.level = progress.level, logging.INFO
     try:

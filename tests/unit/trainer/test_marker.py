@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.config import Stage, Storage
-from finetune_trainer.marker import MANIFEST, Marker, find_complete
-from finetune_trainer.outcome import Artifact, Quality
-from finetune_trainer.storage import Folder, open_folder
+from finetune_trainer.contract import Artifact, Quality, Stage, Storage
+from finetune_trainer.store import Folder, open_folder
+from finetune_trainer.store.marker import MANIFEST, Marker, find_complete
 
 GOOD = Quality(kl_divergence=0.03, same_top_token=0.92, perplexity=5.5, max_kl_divergence=0.08)
 BAD = GOOD.model_copy(update={"kl_divergence": 0.4, "passed": False})

@@ -10,10 +10,10 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune_trainer.config import Lora, TargetModule
+from finetune_trainer.contract import Lora, TargetModule
 from finetune_trainer.memory.predict import Kept, Recipe, kept_by_layer
-from finetune_trainer.memory.shape import Shape
-from finetune_trainer.train.adapter import lora_config, trim
+from finetune_trainer.model.shape import Shape
+from finetune_trainer.train.recipe.adapter import lora_config, trim
 
 TOKENS = 512
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"]

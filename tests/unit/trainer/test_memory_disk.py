@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from finetune_trainer.config import UNQUANTIZED, Export, Lora, Quantization
-from finetune_trainer.export.gguf.choice import source_of
+from finetune_trainer.contract import UNQUANTIZED, Export, Lora, Quantization, Reason, StageError
+from finetune_trainer.export.gguf.files import source_of
 from finetune_trainer.memory.disk import (
     DiskNeed,
     check_disk,
@@ -14,7 +14,6 @@ from finetune_trainer.memory.disk import (
     gguf_bytes,
     training_disk,
 )
-from finetune_trainer.outcome import Reason, StageError
 from tests.unit.trainer.test_memory_shape import shape
 
 GIB, MB = 2**30, 10**6

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.config import Hardware, Training, TrainingPlan
+from finetune_trainer.contract import Hardware, Reason, StageError, Training, TrainingPlan
 from finetune_trainer.memory.plan import GPU_USEFUL, Lengths, plan
 from finetune_trainer.memory.remedies import Attempt
-from finetune_trainer.outcome import Reason, StageError
 from tests.unit.trainer.test_memory_shape import shape
 
 GIB = 2**30

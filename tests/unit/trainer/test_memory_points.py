@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from finetune_trainer.config import Lora, TargetModule
+from finetune_trainer.contract import Lora, TargetModule
 from finetune_trainer.memory.predict import GPU_OVERHEAD, Head, Kept, Recipe, predict
 from tests.unit.trainer.test_memory_shape import shape
 

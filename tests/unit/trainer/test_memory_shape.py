@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.config import Lora, TargetModule
-from finetune_trainer.memory.shape import Shape
+from finetune_trainer.contract import Lora, TargetModule
+from finetune_trainer.model.shape import Shape
 
 MODELS = Path(__file__).parents[2] / "data" / "models"
 
@@ -54,7 +54,7 @@ def test_base_and_adapter_are_those_of_transformers_and_peft(name: str, targets:
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from finetune_trainer.train.adapter import lora_config
+    from finetune_trainer.train.recipe.adapter import lora_config
 
     settings = config(name)
     settings = settings.get("text_config", settings)

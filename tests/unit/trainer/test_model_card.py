@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from finetune_trainer.contract import GateReport
 from finetune_trainer.export.report import license_of, write_model_card
 from finetune_trainer.export.report.card import plain, render
-from finetune_trainer.export.results import GateReport
 from tests.report_facts import artifacts, config, facts, gate, lineage, name, trained
 
 

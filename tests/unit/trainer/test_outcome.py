@@ -7,18 +7,21 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from finetune_trainer.config import Fingerprints, Quantization, Resolved, Stage
-from finetune_trainer.outcome import (
-    TERMINATION_MESSAGE_LIMIT,
+from finetune_trainer.contract import (
     Artifact,
     BadRow,
     DatasetSummary,
+    Fingerprints,
     Notice,
     NoticeCode,
     Quality,
+    Quantization,
     Reason,
+    Resolved,
+    Stage,
     StageResult,
 )
+from finetune_trainer.contract.outcome import TERMINATION_MESSAGE_LIMIT
 
 
 def result(artifacts: int, text: int = 10) -> StageResult:

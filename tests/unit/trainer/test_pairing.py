@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.outcome import NoticeCode
-from finetune_trainer.train.pairing import FEWEST, Pair, judge, swapped
+from finetune_trainer.contract import NoticeCode
+from finetune_trainer.train.recipe.pairing import FEWEST, Pair, judge, swapped
 
 
 def row(question: str, answer: str, *before: str) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune_trainer.config import Lora
-from finetune_trainer.train.adapter import lora_config
-from finetune_trainer.train.sft import trainable_parameters
+from finetune_trainer.contract import Lora
+from finetune_trainer.train.recipe.adapter import lora_config
+from finetune_trainer.train.recipe.sft import trainable_parameters
 
 LLAMA_3_2_1B = LlamaConfig(
     vocab_size=128256,

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.config import Stage
+from finetune_trainer.contract import Artifact, Quality, Reason, Stage, StageError
 from finetune_trainer.export.publish import Publication
-from finetune_trainer.export.publish.checksums import SHA256SUMS, sha256sums
-from finetune_trainer.marker import MANIFEST, Marker, find_complete
-from finetune_trainer.outcome import Artifact, Quality, Reason, StageError
-from finetune_trainer.progress import Reporter
-from finetune_trainer.storage import LocalFolder
+from finetune_trainer.export.publish.publication import SHA256SUMS, sha256sums
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.store import LocalFolder
+from finetune_trainer.store.marker import MANIFEST, Marker, find_complete
 from tests.dying_folder import DyingFolder, KilledError, contents
 from tests.publishing import Version, manifest, publish
 

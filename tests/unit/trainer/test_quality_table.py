@@ -6,8 +6,8 @@ import re
 
 from rich.console import Console
 
+from finetune_trainer.contract import Artifact, Quality
 from finetune_trainer.local.quality import quality_table
-from finetune_trainer.outcome import Artifact, Quality
 
 GOOD = Quality(
     kl_divergence=0.001234, same_top_token=0.97654, perplexity=5.4321, max_kl_divergence=0.005

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from finetune_trainer.config import Dataset
-from finetune_trainer.outcome import StageError
+from finetune_trainer.contract import Dataset, StageError
 from finetune_trainer.prepare.reading import Problems, Record, open_source, read_records
 from finetune_trainer.prepare.split import repeated, row_hash
 

@@ -15,8 +15,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.config import Columns, Dataset
-from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.contract import Columns, Dataset, Reason, StageError
 from finetune_trainer.prepare.reading import Problems, Record, open_source
 
 CORPUS = Path(__file__).parents[2] / "data" / "corpus"

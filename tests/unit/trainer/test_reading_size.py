@@ -15,8 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetune_trainer.config import Dataset
-from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.contract import Dataset, Reason, StageError
 from finetune_trainer.prepare.reading import Problems, open_source, read_records
 
 URI = "s3://data/train.csv"
@@ -26,8 +25,8 @@ HEADER = "instruction,response\n"
 CHILD = """
 import json, re, sys, time
 from pathlib import Path
-from finetune_trainer.config import Dataset
-from finetune_trainer.outcome import StageError
+from finetune_trainer.contract import Dataset
+from finetune_trainer.contract import StageError
 from finetune_trainer.prepare.reading import Problems, open_source
 
 def peak():

@@ -12,16 +12,14 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.config import Quantization
-from finetune_trainer.export.gguf.choice import preferred
+from finetune_trainer.contract import Artifact, FileCheck, GateReport, Quantization, Sample
+from finetune_trainer.export.gguf.files import preferred
 from finetune_trainer.export.report import Facts, numbers, tables, write_report
 from finetune_trainer.export.report.charts import MOST_POINTS, NARROW, WIDE, loss_chart, thin
 from finetune_trainer.export.report.facts import Point
 from finetune_trainer.export.report.loading import served, ways
 from finetune_trainer.export.report.page import render, visible
 from finetune_trainer.export.report.verdict import Tone, overall, verdicts
-from finetune_trainer.export.results import FileCheck, GateReport, Sample
-from finetune_trainer.outcome import Artifact
 from tests.report_facts import (
     artifacts,
     config,

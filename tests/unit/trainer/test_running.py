@@ -8,11 +8,10 @@ import logging
 import pytest
 import torch
 
-from finetune_trainer.config import Stage
-from finetune_trainer.failures import explain
-from finetune_trainer.outcome import Reason, StageError, StageResult
-from finetune_trainer.progress import duration, size
-from finetune_trainer.running import guarded
+from finetune_trainer.contract import Reason, Stage, StageError, StageResult
+from finetune_trainer.runtime.failures import explain
+from finetune_trainer.runtime.units import duration, size
+from finetune_trainer.stage_runner import guarded
 
 
 def caused_by(cause: Exception) -> RuntimeError:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.config import Storage
-from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.storage import Folder, open_folder, split
-from finetune_trainer.storage.local import PARTIAL
+from finetune_trainer.contract import Reason, StageError, Storage
+from finetune_trainer.store import Folder, open_folder, split
+from finetune_trainer.store.local import PARTIAL
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import sys
 import psutil
 import pytest
 
-TIED = [sys.executable, "-m", "finetune_trainer.train.tied"]
+TIED = [sys.executable, "-m", "finetune_trainer.runtime.die_with_parent"]
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
 PARENT = f"""
 import os, subprocess

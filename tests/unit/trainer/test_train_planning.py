@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.config import Hardware, RunConfig, TrainingPlan
+from finetune_trainer.contract import Hardware, Reason, RunConfig, StageError, TrainingPlan
 from finetune_trainer.memory.plan import Lengths, plan
-from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.train.devices import Gpu
-from finetune_trainer.train.planning import Needs, plan_for, read_needs
+from finetune_trainer.train.supervisor.setup import Gpu, Needs, plan_for, read_needs
 from tests.unit.trainer.test_memory_shape import MODELS, shape
 
 GIB = 2**30

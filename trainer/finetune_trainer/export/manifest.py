@@ -12,10 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from finetune_trainer.base_model import source
-from finetune_trainer.config import Base, Fingerprints, RunConfig, Stage
-from finetune_trainer.export.results import GateReport
-from finetune_trainer.outcome import Artifact
+from finetune_trainer.contract import Artifact, Base, Fingerprints, GateReport, RunConfig, Stage
+from finetune_trainer.model import source
 
 _PACKAGES = ("finetune-operator", "torch", "transformers", "trl", "peft", "llama-cpp-python")
 

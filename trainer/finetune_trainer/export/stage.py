@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_trainer.base_model import source
-from finetune_trainer.config import RunConfig, Stage
-from finetune_trainer.export import refusal
-from finetune_trainer.export.inputs import Inputs, fetch, fetch_examples
+from finetune_trainer.contract import Artifact, GateReport, Reason, RunConfig, Stage, StageResult
+from finetune_trainer.export.gate import refusal
+from finetune_trainer.export.inputs import Inputs, check_memory, check_space, fetch, fetch_examples
 from finetune_trainer.export.manifest import Manifest, lineage_of, now
-from finetune_trainer.export.models import (
+from finetune_trainer.export.pipeline import (
     MERGED,
     Add,
     Making,
@@ -21,17 +20,15 @@ from finetune_trainer.export.models import (
     make_merged,
     put_together,
 )
-from finetune_trainer.export.preflight import check_memory, check_space
 from finetune_trainer.export.publish import Publication, finish_interrupted
 from finetune_trainer.export.publish.hub import check_token, push
 from finetune_trainer.export.publish.publication import Sign
 from finetune_trainer.export.publish.signing import signer_for
 from finetune_trainer.export.report import Facts, license_of, write_model_card, write_report
-from finetune_trainer.export.results import GateReport
-from finetune_trainer.marker import MANIFEST
-from finetune_trainer.outcome import Artifact, Reason, StageResult
-from finetune_trainer.progress import Reporter
-from finetune_trainer.storage import Folder, open_folder
+from finetune_trainer.model import source
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.store import Folder, open_folder
+from finetune_trainer.store.marker import MANIFEST
 
 MODEL_CARD, REPORT = "README.md", "report.html"
 

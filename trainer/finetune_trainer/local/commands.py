@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 
-from finetune_trainer.config import (
+from finetune_trainer.contract import (
     Columns,
     Dataset,
     Export,
@@ -19,15 +19,15 @@ from finetune_trainer.config import (
     Quantization,
     RunConfig,
     Stage,
+    StageResult,
     TargetModule,
     Training,
 )
 from finetune_trainer.local import steps
 from finetune_trainer.local.quality import show_quality
-from finetune_trainer.logs import set_up_libraries
-from finetune_trainer.outcome import StageResult
-from finetune_trainer.progress import Reporter
-from finetune_trainer.running import guarded, stop_on_signal
+from finetune_trainer.runtime.logs import set_up_libraries
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.stage_runner import guarded, stop_on_signal
 
 app = typer.Typer(help="Train, merge and convert on one machine.", no_args_is_help=True)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from finetune_trainer.outcome import Artifact, Quality
+from finetune_trainer.contract import Artifact, Quality
 
 TITLE = "GGUF files against what they were made of"
 WIDTH = 120  # of a log, which has none of its own

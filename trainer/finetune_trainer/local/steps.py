@@ -12,22 +12,25 @@ from typing import Any
 
 from pydantic.alias_generators import to_snake
 
-from finetune_trainer.base_model import source
-from finetune_trainer.config import Quantization, RunConfig, Stage, read_run_config
-from finetune_trainer.export.gguf.choice import MODELFILE
-from finetune_trainer.marker import describe_file, stage_folder
-from finetune_trainer.memory.machine import this_machine
-from finetune_trainer.outcome import (
+from finetune_trainer.contract import (
     REJECTED,
     Artifact,
     Quality,
+    Quantization,
     Reason,
+    RunConfig,
+    Stage,
     StageError,
     StageResult,
+    read_run_config,
 )
-from finetune_trainer.progress import Reporter
-from finetune_trainer.running import perform
-from finetune_trainer.storage import LocalFolder
+from finetune_trainer.export.gguf.files import MODELFILE
+from finetune_trainer.memory.machine import this_machine
+from finetune_trainer.model import source
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.stage_runner import perform
+from finetune_trainer.store import LocalFolder
+from finetune_trainer.store.marker import describe_file, stage_folder
 
 # In a checkout, the examples are the defaults.
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
@@ -59,7 +62,7 @@ def train(config: RunConfig, folder: Path, reporter: Reporter) -> StageResult:
 def merge(folder: Path, reporter: Reporter) -> StageResult:
     """Merge `lora_adapter` into its base model, as `merged`."""
     config = _last_run(folder)
-    from finetune_trainer.export.model_folder import write_model  # noqa: PLC0415 - imports torch
+    from finetune_trainer.export.merge.model_folder import write_model  # noqa: PLC0415 - imports torch
 
     base = source.fetch_resolved(config, _workspace(folder) / "model", reporter)
     target = folder / "merged"
@@ -78,7 +81,8 @@ def gguf(folder: Path, kinds: tuple[Quantization, ...], reporter: Reporter) -> S
         raise StageError(
             Reason.INVALID_CONFIG, f"{merged} does not exist: run `make merge` before `make gguf`."
         )
-    from finetune_trainer.export import refusal, stage  # noqa: PLC0415 - imports torch
+    from finetune_trainer.export import stage  # noqa: PLC0415 - imports torch
+    from finetune_trainer.export.gate import refusal  # noqa: PLC0415 - imports torch
 
     for former in ("gguf", REJECTED):
         shutil.rmtree(folder / former, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Memory and disk: what a training needs, and how it is split so that it fits.
 
-shape     the model's widths and parameter counts, from its config.json
 predict   bytes on a GPU, or of the process on a CPU, term by term
 disk      bytes on disk for training and export
 plan      micro-batch, accumulation, recomputation and parallelism for the hardware that there is

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from finetune_trainer.config import UNQUANTIZED, Export, Lora, Quantization
-from finetune_trainer.memory.shape import Shape
-from finetune_trainer.memory.units import binary
-from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.contract import UNQUANTIZED, Export, Lora, Quantization, Reason, StageError
+from finetune_trainer.model.shape import Shape
+from finetune_trainer.runtime.units import binary
 
 BLOCK = 256  # weights in one block of the K types
 CHECKPOINTS = 3  # two kept and one being written

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from finetune_trainer.config import Hardware
+from finetune_trainer.contract import Hardware
 
 
 def this_machine(workspace: Path) -> Hardware:

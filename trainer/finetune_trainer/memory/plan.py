@@ -20,11 +20,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune_trainer.config import Hardware, Training, TrainingPlan
+from finetune_trainer.contract import Hardware, Reason, StageError, Training, TrainingPlan
 from finetune_trainer.memory.remedies import MARGIN, Attempt, gpu_remedies, host_remedies
-from finetune_trainer.memory.shape import Shape
-from finetune_trainer.memory.units import binary
-from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.model.shape import Shape
+from finetune_trainer.runtime.units import binary
 
 GPU_SATURATED, GPU_USEFUL = 8192, 16_384
 CPU_USEFUL = 2048

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
-from finetune_trainer.config import Lora, Training
-from finetune_trainer.memory.shape import Shape
+from finetune_trainer.contract import Lora, Training
+from finetune_trainer.model.shape import Shape
 
 NF4 = 0.516  # bytes a weight: 4 bits, and 0.127 bits of doubly quantized scales (QLoRA, section 3)
 GPU_OVERHEAD = 600_000_000  # CUDA context, cuBLAS workspace, fragments; fitted on published tables

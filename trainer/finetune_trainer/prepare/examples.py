@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.base_model.tokenizer import IGNORED, Encoded, as_example, encode_batch
-from finetune_trainer.config import Dataset, Message, allowed
-from finetune_trainer.marker import EXAMPLES, HELD_OUT
-from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.contract import Dataset, Message, Reason, StageError, allowed
+from finetune_trainer.model.tokenizer import IGNORED, Encoded, as_example, encode_batch
 from finetune_trainer.prepare.rows import Rows
 from finetune_trainer.prepare.split import Mask
 from finetune_trainer.prepare.statistics import Lengths, length_that_fits, percentile
+from finetune_trainer.store.marker import EXAMPLES, HELD_OUT
 
 BATCH = 256  # rows that are tokenized together
 SHOWN = 10  # rows that a message names

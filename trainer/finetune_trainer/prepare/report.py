@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from finetune_trainer.config import Base, RunConfig
-from finetune_trainer.marker import DATASET_REPORT
-from finetune_trainer.outcome import BadRow, DatasetSummary
+from finetune_trainer.contract import BadRow, Base, DatasetSummary, RunConfig
 from finetune_trainer.prepare.rows import Rows
 from finetune_trainer.prepare.split import Mask, repeated, shared
 from finetune_trainer.prepare.statistics import TokenStats, spread, token_stats
+from finetune_trainer.store.marker import DATASET_REPORT
 
 if TYPE_CHECKING:  # it imports transformers, which takes seconds
     from finetune_trainer.prepare.examples import Examples

@@ -18,10 +18,26 @@ from uuid import uuid4
 
 import numpy as np
 
-from finetune_trainer.base_model import source
-from finetune_trainer.config import Fingerprints, Message, Resolved, RunConfig, Stage
-from finetune_trainer.fingerprint import fingerprints
-from finetune_trainer.marker import (
+from finetune_trainer.contract import (
+    Fingerprints,
+    Message,
+    Reason,
+    Resolved,
+    RunConfig,
+    Stage,
+    StageError,
+    StageResult,
+    fingerprints,
+)
+from finetune_trainer.model import source
+from finetune_trainer.prepare.checks import plan_training
+from finetune_trainer.prepare.reading.layout import check_columns
+from finetune_trainer.prepare.report import SUMMARY, Findings, Prepared
+from finetune_trainer.prepare.rows import DataFiles, Rows, find
+from finetune_trainer.prepare.split import Mask, hold_out
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.store import Folder, open_folder
+from finetune_trainer.store.marker import (
     DATASET_REPORT,
     MANIFEST,
     Marker,
@@ -30,15 +46,6 @@ from finetune_trainer.marker import (
     save_stage,
     stage_folder,
 )
-from finetune_trainer.outcome import Reason, StageError, StageResult
-from finetune_trainer.prepare.inputs import DataFiles, find
-from finetune_trainer.prepare.planning import plan_training
-from finetune_trainer.prepare.reading.layout import check_columns
-from finetune_trainer.prepare.report import SUMMARY, Findings, Prepared
-from finetune_trainer.prepare.rows import Rows
-from finetune_trainer.prepare.split import Mask, hold_out
-from finetune_trainer.progress import Reporter
-from finetune_trainer.storage import Folder, open_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -219,8 +226,8 @@ def fetch_model(
 def open_tokenizer(findings: Findings, base: Path) -> PreTrainedTokenizerBase:
     """The tokenizer, whose chat template can do what the rows need."""
     # Here and not above: importing transformers takes seconds, which no mistake so far needed.
-    from finetune_trainer.base_model.tokenizer import load_tokenizer  # noqa: PLC0415
-    from finetune_trainer.prepare.template import check_template, describe_template  # noqa: PLC0415
+    from finetune_trainer.model.tokenizer import load_tokenizer  # noqa: PLC0415
+    from finetune_trainer.prepare.checks import check_template, describe_template  # noqa: PLC0415
 
     trust = findings.config.model.trust_remote_code
     tokenizer = load_tokenizer(base, trust_remote_code=trust)
@@ -239,9 +246,9 @@ def check_model(
     rows: Iterable[Sequence[Message]] = (),
 ) -> None:
     """Make sure that the model can be trained and exported as asked."""
-    from finetune_trainer.prepare import model_checks  # noqa: PLC0415 - imports transformers
+    from finetune_trainer.prepare import checks  # noqa: PLC0415 - imports transformers
 
-    model_checks.check_model(config, model, base, workspace, reporter, rows=rows)
+    checks.check_model(config, model, base, workspace, reporter, rows=rows)
 
 
 def encode(findings: Findings, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

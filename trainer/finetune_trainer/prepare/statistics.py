@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from finetune_trainer.config import Base
+from finetune_trainer.contract import Base
 
 Lengths = npt.NDArray[np.uint32]
 

@@ -1,6 +1,7 @@
-"""The second room: train the adapter.
+"""Train: two processes. The stage supervises, and has no torch; a worker runs the recipe.
 
-stage      inputs from the store, result into the store; starts the worker
-worker     the process that trains
-sft        the recipe, read from top to bottom
+stage       inputs from the store, result into the store
+supervisor  the stage's process: workers, memory ladder, checkpoints, uploads
+link        what passes between the two
+recipe      the worker's process: torch and the model
 """

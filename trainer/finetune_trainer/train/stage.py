@@ -10,19 +10,18 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.base_model import source
-from finetune_trainer.config import RunConfig, Stage
-from finetune_trainer.marker import EXAMPLES, HELD_OUT, METRICS, save_stage, stage_folder
-from finetune_trainer.outcome import Notice, Reason, StageResult
-from finetune_trainer.progress import Reporter, duration
-from finetune_trainer.storage import Folder, open_folder
-from finetune_trainer.train.checkpoints import CheckpointStore
-from finetune_trainer.train.ladder import descend
-from finetune_trainer.train.launch import as_error
-from finetune_trainer.train.planning import Needs, read_needs
-from finetune_trainer.train.session import Session
-from finetune_trainer.train.setup import settle
-from finetune_trainer.train.work import Failed, Trained, Work, default_plan
+from finetune_trainer.contract import Notice, Reason, RunConfig, Stage, StageResult
+from finetune_trainer.model import source
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.units import duration
+from finetune_trainer.store import Folder, open_folder
+from finetune_trainer.store.marker import EXAMPLES, HELD_OUT, METRICS, save_stage, stage_folder
+from finetune_trainer.train.link.work import Failed, Trained, Work, default_plan
+from finetune_trainer.train.supervisor.checkpoints import CheckpointStore
+from finetune_trainer.train.supervisor.ladder import descend
+from finetune_trainer.train.supervisor.launch import as_error
+from finetune_trainer.train.supervisor.session import Session
+from finetune_trainer.train.supervisor.setup import Needs, read_needs, settle
 
 log = logging.getLogger(__name__)
 

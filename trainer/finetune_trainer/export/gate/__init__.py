@@ -1,10 +1,8 @@
 """Whether a GGUF file is what it should be: read, counted, tokenized and computed before it counts.
 
 gate        what the export asks: one file after the other, the 16-bit one first
-rows        the rows that are measured on
-reference   what the tuned model says, by transformers and PEFT, before any conversion
-logprobs    log-probabilities in a file, and how far two of them are apart
 structure   header, sizes, types and metadata
 tokens      the same tokens, template and end as in training
 thresholds  what a type may lose, by the model's size
+refusal     what is said of files that the gate refused
 """

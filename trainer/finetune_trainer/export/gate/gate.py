@@ -22,15 +22,24 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from finetune_trainer.base_model.loading import available_cpus
-from finetune_trainer.base_model.tokenizer import load_tokenizer, render_prompt
-from finetune_trainer.config import UNQUANTIZED, Export, Quantization
+from finetune_trainer.contract import (
+    UNQUANTIZED,
+    Export,
+    FileCheck,
+    GateReport,
+    Quality,
+    Quantization,
+    Reason,
+    Sample,
+    StageError,
+)
 from finetune_trainer.export import llama
-from finetune_trainer.export.gate import reference, structure, thresholds, tokens
-from finetune_trainer.export.gate import rows as choosing
-from finetune_trainer.export.gate.header import Header, HeaderError
-from finetune_trainer.export.results import FileCheck, GateReport, Sample
-from finetune_trainer.outcome import Quality, Reason, StageError
+from finetune_trainer.export.gate import structure, thresholds, tokens
+from finetune_trainer.export.gguf.header import Header, HeaderError
+from finetune_trainer.export.reference import compute
+from finetune_trainer.export.reference import rows as choosing
+from finetune_trainer.model.loading import available_cpus
+from finetune_trainer.model.tokenizer import load_tokenizer, render_prompt
 
 SAMPLES = 10
 SAMPLE_TOKENS = 128
@@ -52,7 +61,7 @@ class Training:
     context: int | None
     """The longest text that the model is made for, in tokens."""
 
-    reference: reference.Reference | None
+    reference: compute.Reference | None
     """What the tuned model says of the rows; None where nothing is measured."""
 
 
@@ -94,7 +103,7 @@ class Gate:
         rows = choosing.choose(tokenizer, examples)
         known = None
         if export.verify != "off" and rows.cut:
-            known = reference.compute(
+            known = compute.compute(
                 base, adapter, rows.cut, workspace, trust_remote_code=trust_remote_code
             )
             _log_reference(rows, known)
@@ -339,7 +348,7 @@ class Gate:
         return check
 
 
-def _log_reference(rows: choosing.Rows, known: reference.Reference) -> None:
+def _log_reference(rows: choosing.Rows, known: compute.Reference) -> None:
     base = known.base_perplexity
     log.info(
         "The gate measures on %d tokens of %d rows: perplexity %.4g%s",

@@ -8,8 +8,8 @@ from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from finetune_trainer.config import Quantization
-from finetune_trainer.export.gate.header import Header, Tensor
+from finetune_trainer.contract import Quantization
+from finetune_trainer.export.gguf.header import Header, Tensor
 
 FILE_TYPES = {
     Quantization.F32: LlamaFileType.ALL_F32,

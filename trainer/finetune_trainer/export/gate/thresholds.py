@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from finetune_trainer.config import Quantization
-from finetune_trainer.config.output import QualityLimit
+from finetune_trainer.contract import QualityLimit, Quantization
 
 PUBLISHED = {
     Quantization.Q8_0: 0.001355,

@@ -9,10 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.base_model.probes import PROBES
-from finetune_trainer.base_model.tokenizer import begins_with_bos, end_of_turn_ids
-from finetune_trainer.export.gate.header import Header
-from finetune_trainer.export.gate.rows import Rows
+from finetune_trainer.export.gguf.header import Header
+from finetune_trainer.export.reference.rows import Rows
+from finetune_trainer.model.tokenizer import PROBES, begins_with_bos, end_of_turn_ids
 
 _NORMAL = 1  # tokenizer.ggml.token_type of an ordinary token
 

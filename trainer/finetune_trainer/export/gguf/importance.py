@@ -1,82 +1,88 @@
-"""llama.cpp's importance matrix: for each input of a matrix, how large it is on real text.
+"""The importance matrix: how large each layer's inputs are on rows of the training.
 
-A quantization rounds the weights of large inputs more carefully. The file is GGUF, as llama.cpp's
-imatrix tool writes it: for each matrix `NAME.in_sum2`, the sums of its squared inputs, and
-`NAME.counts`, of how many tokens.
+Quantizations of few bits then round those weights most carefully that are multiplied by most. It is
+measured on base model and adapter as transformers and PEFT run them, and written as llama.cpp's own
+tool writes it (see importance_file).
 """
 
 from __future__ import annotations
 
-import ctypes
-from dataclasses import dataclass
+import json
+import random
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import gguf
-import llama_cpp
-import numpy as np
-import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
 
-SUMS, COUNTS = ".in_sum2", ".counts"
-_CHUNKS, _DATASETS = "imatrix.chunk_count", "imatrix.datasets"
-_TEXT_BYTES = 127  # of an override's value, in llama.cpp
+from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.export.gguf.convert import Model
+from finetune_trainer.model.tokenizer import encode_batch, load_tokenizer
+from finetune_trainer.runtime import child
+from finetune_trainer.runtime.progress import Reporter
 
+CHUNK_TOKENS = 512
+"""Tokens of one pass, as in llama.cpp's imatrix tool."""
 
-@dataclass(frozen=True)
-class Matrix:
-    """What llama_model_quantize takes."""
+MAX_CHUNKS = 32
+"""16,384 tokens; an 8B model reads them in some minutes on a few CPUs. Sums of squares settle
+early: more text changes the quantized files little."""
 
-    data: Any
-    """Array of llama_model_imatrix_data, the last one empty."""
+BATCH = 64  # rows that are tokenized together
 
-    notes: Any
-    """Array of llama_model_kv_override: how the file says that it used the matrix."""
-
-    values: tuple[npt.NDArray[np.float32], ...]
-    """The memory that `data` points to."""
+WORKER = "finetune_trainer.export.gguf.importance_worker"
 
 
-def read(file: Path) -> Matrix:
-    """Read an importance matrix; raises ValueError where the file is none."""
-    reader = gguf.GGUFReader(file)
-    tensors = {tensor.name: np.asarray(tensor.data, np.float32) for tensor in reader.tensors}
-    names = sorted(name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS))
-    if missing := [name for name in names if name + COUNTS not in tensors] or not names:
-        raise ValueError(f"{file.name} is no importance matrix (counts are missing: {missing})")
-    values = tuple(mean_squares(tensors[name + SUMS], tensors[name + COUNTS]) for name in names)
-    data = (llama_cpp.llama_model_imatrix_data * (len(names) + 1))()
-    for item, name, array in zip(data, names, values, strict=False):
-        item.name = name.encode()
-        item.data = array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        item.size = array.size
-    return Matrix(data, _notes(file, reader, len(names)), values)
+def write_importance(
+    model: Model,
+    file: Path,
+    examples: Sequence[dict[str, Any]],
+    target: Path,
+    reporter: Reporter,
+) -> None:
+    """Measure on the examples and write the file `target`.
+
+    `file` is a GGUF file of the model without quantization, whose names are used. Raises
+    StageError when the model can't be run, or has no layer by one of these names.
+    """
+    tokenizer = load_tokenizer(model.folder, trust_remote_code=model.trust_remote_code)
+    request = {
+        "base": str(model.base),
+        "adapter": model.adapter and str(model.adapter),
+        "trust": model.trust_remote_code,
+        "file": str(file),
+        "chunks": list(chunks(tokenizer, examples)),
+        "chunkTokens": CHUNK_TOKENS,
+        "target": str(target),
+    }
+    reporter.message("Measuring which weights matter most")
+    done = child.run(
+        [sys.executable, "-m", WORKER], json.dumps(request), on_progress=reporter.steps
+    )
+    if done.status != 0:
+        raise StageError(
+            Reason.MODEL_UNSUPPORTED,
+            f"The importance matrix could not be measured: {done.last_line():.300}. Set "
+            "spec.export.importanceMatrix to false.",
+        )
 
 
-def mean_squares(
-    sums: npt.NDArray[np.float32], counts: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
-    """Mean squared inputs, flat; 1 for an expert that no token reached."""
-    rows = sums.reshape(counts.size, -1)
-    count = counts.reshape(-1, 1)
-    means = np.divide(rows, count, out=np.ones_like(rows), where=count > 0)
-    return np.ascontiguousarray(means.ravel())
+def chunks(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]]
+) -> Iterable[list[int]]:
+    """Conversations end to end, in pieces of CHUNK_TOKENS; the last may be shorter.
 
-
-def _notes(file: Path, reader: Any, entries: int) -> Any:
-    """The keys that llama.cpp's own quantizer leaves."""
-    notes: list[tuple[str, int | str]] = [("quantize.imatrix.file", file.name)]
-    if datasets := reader.get_field(_DATASETS):
-        notes.append(("quantize.imatrix.dataset", str(datasets.contents(0))))
-    notes.append(("quantize.imatrix.entries_count", entries))
-    if chunks := reader.get_field(_CHUNKS):
-        notes.append(("quantize.imatrix.chunks_count", int(chunks.contents())))
-    array = (llama_cpp.llama_model_kv_override * (len(notes) + 1))()
-    for item, (key, value) in zip(array, notes, strict=False):
-        item.key = key.encode()
-        if isinstance(value, int):
-            item.tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
-            item.value.val_i64 = value
-        else:
-            item.tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR
-            item.value.val_str = value.encode()[:_TEXT_BYTES]
-    return array
+    In an order of their own, always the same: files are often sorted, and MAX_CHUNKS cuts them.
+    """
+    shuffled = random.Random(0).sample(examples, len(examples))  # noqa: S311 - no secret
+    groups = (shuffled[start : start + BATCH] for start in range(0, len(shuffled), BATCH))
+    tokens = chain.from_iterable(
+        item.ids for group in groups for item in encode_batch(tokenizer, group)
+    )
+    for _ in range(MAX_CHUNKS):
+        piece = list(islice(tokens, CHUNK_TOKENS))
+        if not piece:
+            return
+        yield piece

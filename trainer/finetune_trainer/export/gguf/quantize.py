@@ -10,13 +10,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from finetune_trainer.base_model import child
-from finetune_trainer.base_model.loading import available_cpus
-from finetune_trainer.config import Quantization
-from finetune_trainer.export.gguf.showing import shown_by
-from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.progress import Reporter
-from finetune_trainer.storage.local import replacing
+from finetune_trainer.contract import Quantization, Reason, StageError
+from finetune_trainer.model.loading import available_cpus
+from finetune_trainer.runtime import child
+from finetune_trainer.runtime.child import shown_by
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.store.local import replacing
 
 WORKER = "finetune_trainer.export.gguf.quantize_worker"
 BUFFER_BYTES = 64 << 20

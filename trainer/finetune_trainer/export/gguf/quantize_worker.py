@@ -17,8 +17,8 @@ from typing import Any
 
 import llama_cpp
 
-from finetune_trainer.base_model import child
-from finetune_trainer.export.gguf import importance
+from finetune_trainer.export.gguf import importance_file
+from finetune_trainer.runtime import child
 
 _ERROR = 4  # ggml_log_level
 _SIZE = re.compile(r"^size = +([0-9.]+) MiB")
@@ -34,7 +34,7 @@ def main() -> None:
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{prefix}_{request['type']}")
     options.nthread = request["threads"]
     options.max_buf_size = request["bufferBytes"]
-    matrix = importance.read(Path(request["importance"])) if request["importance"] else None
+    matrix = importance_file.read(Path(request["importance"])) if request["importance"] else None
     if matrix:
         options.imatrix = matrix.data
         options.kv_overrides = matrix.notes

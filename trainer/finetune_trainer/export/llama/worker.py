@@ -29,8 +29,8 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from finetune_trainer.export.gate import logprobs
 from finetune_trainer.export.llama.session import CACHE_BYTES, UBATCH, Session, greedy, groups
+from finetune_trainer.export.reference import logprobs
 
 
 def tokenize(request: dict[str, Any]) -> dict[str, Any]:

@@ -23,11 +23,17 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from finetune_trainer.config import Hub
-from finetune_trainer.marker import MANIFEST, PUSHED, Marker, Pushed, describe_file, find_pushed
-from finetune_trainer.outcome import Artifact, Reason, StageError
-from finetune_trainer.progress import Reporter, Transfer
-from finetune_trainer.storage import Folder
+from finetune_trainer.contract import Artifact, Hub, Reason, StageError
+from finetune_trainer.runtime.progress import Reporter, Transfer
+from finetune_trainer.store import Folder
+from finetune_trainer.store.marker import (
+    MANIFEST,
+    PUSHED,
+    Marker,
+    Pushed,
+    describe_file,
+    find_pushed,
+)
 
 TOKEN_VARIABLE = "FINETUNE_HUB_TOKEN"  # noqa: S105 - its name
 _PASSING = {408, 429}

@@ -1,26 +1,39 @@
-"""A new version of the output folder: uploaded file by file in the background, published at once.
-
-The computing of the next file never waits for the upload of the last one. All the while the former
-version stays whole under its names.
-"""
+"""A new version of the output folder: uploaded in the background, published at once."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Self
 
-from finetune_trainer.export.publish.checksums import SHA256SUMS, sha256sums
-from finetune_trainer.export.publish.staging import Staging
-from finetune_trainer.export.publish.swap import swap
-from finetune_trainer.marker import describe_file
-from finetune_trainer.outcome import Artifact, Quality
-from finetune_trainer.progress import Reporter, Transfer, size
-from finetune_trainer.storage import Folder
+from finetune_trainer.contract import Artifact, Quality
+from finetune_trainer.export.publish.swap import Staging, swap
+from finetune_trainer.runtime.progress import Reporter, Transfer
+from finetune_trainer.runtime.units import size
+from finetune_trainer.store import Folder
+from finetune_trainer.store.marker import describe_file
+
+SHA256SUMS = "SHA256SUMS"
+
+
+def sha256sums(artifacts: Iterable[Artifact]) -> bytes:
+    """One line for each file, sorted by path."""
+    return "".join(sorted((_line(item) for item in artifacts), key=_path)).encode()
+
+
+def _line(item: Artifact) -> str:
+    """Two spaces mean text mode, which is the same as binary mode on Linux and macOS."""
+    escaped = item.path.replace("\\", "\\\\").replace("\n", "\\n")
+    return f"{'' if escaped == item.path else chr(92)}{item.sha256}  {escaped}\n"
+
+
+def _path(line: str) -> str:
+    return line.partition("  ")[2]
+
 
 Files = tuple[Artifact, ...]
 Build = Callable[[Files], bytes]

@@ -13,9 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer.config import Export
-from finetune_trainer.marker import MANIFEST, STAGES
-from finetune_trainer.outcome import REJECTED, Artifact, Reason, StageError
+from finetune_trainer.contract import REJECTED, Artifact, Export, Reason, StageError
+from finetune_trainer.store.marker import MANIFEST, STAGES
 
 if TYPE_CHECKING:
     from model_signing import signing

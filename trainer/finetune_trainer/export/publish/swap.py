@@ -1,25 +1,16 @@
-"""The new version takes the place of the former one: manifest away, files, manifest.
-
-A reader who finds manifest.json finds every file that it lists as it lists it:
-
-1. The new manifest is left beside the staged files (commit.json): from here on the swap can be
-   finished by a later attempt without computing anything again.
-2. manifest.json moves to manifest.former.json.
-3. The staged files are copied to their names by the store itself, or linked on disk.
-4. Files of the former version that the new one doesn't have are deleted.
-5. manifest.json is written.
-6. Staged files, manifest.former.json and commit.json go, the last last.
-"""
+"""A new version waits until it is whole, then takes the place of the former one."""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import PurePosixPath
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from finetune_trainer.config import Stage
-from finetune_trainer.marker import (
+from finetune_trainer.contract import Artifact, Base, Reason, Stage, StageError
+from finetune_trainer.store import FileInfo, Folder
+from finetune_trainer.store.marker import (
     MANIFEST,
     STAGES,
     Marker,
@@ -28,8 +19,71 @@ from finetune_trainer.marker import (
     stage_folder,
     stays_below,
 )
-from finetune_trainer.outcome import Artifact, Reason, StageError
-from finetune_trainer.storage import Folder
+
+UPLOADS = "uploads.json"
+
+log = logging.getLogger(__name__)
+
+
+class Staged(Base):
+    """A file that has arrived."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    artifact: Artifact
+    etag: str
+    """The store's, as in a listing; empty on disk."""
+
+
+_Uploads = TypeAdapter(tuple[Staged, ...])
+
+
+class Staging:
+    """The staged files of one fingerprint; one thread at a time records."""
+
+    def __init__(self, output: Folder, fingerprint: str) -> None:
+        self._output = output
+        self.base = stage_folder(Stage.EXPORT, fingerprint)
+        self._files = {item.artifact.path: item for item in self._read()}
+
+    def path(self, path: str) -> str:
+        """Where a file waits, below the output folder."""
+        return f"{self.base}/{path}"
+
+    def holds(self, artifact: Artifact) -> bool:
+        """Whether a file has arrived with this size and SHA-256, now or in an earlier attempt."""
+        found = self._files.get(artifact.path)
+        return found is not None and _content(found.artifact) == _content(artifact)
+
+    def record(self, artifact: Artifact) -> None:
+        """Remember that a file has arrived."""
+        infos = self._output.list(self.path(artifact.path))
+        etag = next(info.etag for info in infos if info.path == self.path(artifact.path))
+        self._files[artifact.path] = Staged(artifact=artifact, etag=etag)
+        data = _Uploads.dump_json(tuple(self._files.values()), indent=2)
+        self._output.write(self.path(UPLOADS), data)
+
+    def _read(self) -> list[Staged]:
+        """What uploads.json lists and is still there, unchanged."""
+        data = self._output.read(self.path(UPLOADS))
+        if data is None:
+            return []
+        try:
+            items = _Uploads.validate_json(data)
+        except ValidationError:
+            log.warning("%s is not of this version", self._output.uri_of(self.path(UPLOADS)))
+            return []
+        there = {info.path: info for info in self._output.list(f"{self.base}/")}
+        return [item for item in items if self._is_there(item, there)]
+
+    def _is_there(self, item: Staged, there: dict[str, FileInfo]) -> bool:
+        info = there.get(self.path(item.artifact.path))
+        return info is not None and (info.size, info.etag) == (item.artifact.bytes, item.etag)
+
+
+def _content(artifact: Artifact) -> tuple[int, str]:
+    return artifact.bytes, artifact.sha256
+
 
 FORMER = "manifest.former.json"
 """The manifest that is being replaced, with the files of all versions before the new one."""

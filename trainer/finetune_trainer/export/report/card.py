@@ -14,12 +14,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from finetune_trainer.base_model.source import CARD, is_hub
 from finetune_trainer.export.report import numbers, tables
 from finetune_trainer.export.report.facts import Facts
 from finetune_trainer.export.report.loading import ways
 from finetune_trainer.export.report.verdict import learnt
-from finetune_trainer.progress import size
+from finetune_trainer.model.source import CARD, is_hub
+from finetune_trainer.runtime.units import size
 
 
 def write_model_card(target: Path, facts: Facts) -> None:

@@ -7,11 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from finetune_trainer.base_model.source import display_name
-from finetune_trainer.config import RunConfig
-from finetune_trainer.export.results import FileCheck, GateReport
-from finetune_trainer.outcome import Artifact, Notice
-from finetune_trainer.progress import perplexity
+from finetune_trainer.contract import Artifact, FileCheck, GateReport, Notice, RunConfig
+from finetune_trainer.model.source import display_name
+from finetune_trainer.runtime.units import perplexity
 
 if TYPE_CHECKING:  # it imports transformers, which takes seconds
     from finetune_trainer.export.manifest import Lineage

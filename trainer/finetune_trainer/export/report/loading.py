@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from finetune_trainer.base_model.source import is_hub
-from finetune_trainer.export.gguf.choice import MODELFILE, preferred
+from finetune_trainer.export.gguf.files import MODELFILE, preferred
 from finetune_trainer.export.report.facts import Facts
+from finetune_trainer.model.source import is_hub
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values of vLLM's --max-lora-rank (vllm.config.lora.MaxLoRARanks)."""

@@ -14,12 +14,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from finetune_trainer.base_model.source import is_hub
 from finetune_trainer.export.report import charts, numbers, tables
 from finetune_trainer.export.report.facts import Facts
 from finetune_trainer.export.report.loading import ways
 from finetune_trainer.export.report.verdict import overall, verdicts
-from finetune_trainer.progress import size
+from finetune_trainer.model.source import is_hub
+from finetune_trainer.runtime.units import size
 
 _PACKAGE = "finetune_trainer.export.report"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from finetune_trainer.config import Training
+from finetune_trainer.contract import Training
 from finetune_trainer.export.report import numbers
 from finetune_trainer.export.report.facts import Facts, GgufFile, Point
 from finetune_trainer.export.report.verdict import Tone
-from finetune_trainer.progress import duration, size
+from finetune_trainer.runtime.units import duration, size
 
 
 class Row(NamedTuple):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from finetune_trainer.contract import REJECTED
 from finetune_trainer.export.report import numbers
 from finetune_trainer.export.report.facts import Facts
-from finetune_trainer.outcome import REJECTED
 
 
 class Tone(StrEnum):

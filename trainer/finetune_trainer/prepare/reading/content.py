@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from finetune_trainer.outcome import Reason, StageError
+from finetune_trainer.contract import Reason, StageError
 
 CHUNK = 1 << 20  # bytes
 START = 1 << 16  # bytes that tell what a file is

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from finetune_trainer.config import Message
+from finetune_trainer.contract import Message
+from finetune_trainer.prepare.reading.json_records import NotJsonError, parse
 from finetune_trainer.prepare.reading.layout import INSTRUCTION, PROMPT, Layout
-from finetune_trainer.prepare.reading.strict_json import NotJsonError, parse
-from finetune_trainer.prepare.reading.wording import clip, name_of, names
+from finetune_trainer.prepare.reading.record import clip, name_of, names
 
 Conversation = tuple[Message, ...]
 

@@ -6,9 +6,8 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finetune_trainer.config import Columns
-from finetune_trainer.outcome import Reason, StageError
-from finetune_trainer.prepare.reading.wording import name_of, names
+from finetune_trainer.contract import Columns, Reason, StageError
+from finetune_trainer.prepare.reading.record import name_of, names
 
 INSTRUCTION, PROMPT, MESSAGES = "instruction", "prompt-completion", "messages"
 

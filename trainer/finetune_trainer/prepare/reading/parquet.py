@@ -8,10 +8,9 @@ from contextlib import contextmanager
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune_trainer.outcome import StageError
+from finetune_trainer.contract import StageError
 from finetune_trainer.prepare.reading.content import BOMB_RATIO, Content, expands_to, unreadable
-from finetune_trainer.prepare.reading.record import Row
-from finetune_trainer.prepare.reading.wording import clip, name_of
+from finetune_trainer.prepare.reading.record import Row, clip, name_of
 
 BATCH, BATCH_BYTES = 64, 16 << 20  # what is in memory at once, as Python objects
 BUFFER = 1 << 20  # bytes read ahead of each column

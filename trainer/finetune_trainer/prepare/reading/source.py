@@ -6,13 +6,18 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune_trainer.config import DataFormat, Dataset, allowed
-from finetune_trainer.outcome import DatasetSummary, Reason, StageError
+from finetune_trainer.contract import (
+    DataFormat,
+    Dataset,
+    DatasetSummary,
+    Reason,
+    StageError,
+    allowed,
+)
 from finetune_trainer.prepare.reading.content import GZIP, PARQUET, Content, foreign, unreadable
 from finetune_trainer.prepare.reading.conversation import Conversation, InvalidError, builder
 from finetune_trainer.prepare.reading.encoding import Text, read_as_text
-from finetune_trainer.prepare.reading.json_array import JsonArray
-from finetune_trainer.prepare.reading.jsonl import JsonLines
+from finetune_trainer.prepare.reading.json_records import JsonArray, JsonLines
 from finetune_trainer.prepare.reading.layout import (
     Layout,
     check_columns,

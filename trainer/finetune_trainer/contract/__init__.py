@@ -1,0 +1,122 @@
+"""The contract between the operator and the trainer, and between the trainer's stages.
+
+base            what all its types have in common
+model, dataset, training, output  the spec's parts; each field is described and bounded once
+run             run.json as a whole, and what `prepare` adds to it
+outcome         reasons, exit codes, and the termination message
+notices         what a training says about itself
+progress        status.progress, and where it is written
+dataset_report  what `prepare` found in the dataset
+artifacts, quality    the files that come out, and what was measured on them
+fingerprint     what a stage's result depends on
+
+It is all that the operator knows of the trainer, and imports pydantic alone.
+"""
+
+from __future__ import annotations
+
+from finetune_trainer.contract.artifacts import REJECTED, Artifact, Quality
+from finetune_trainer.contract.base import (
+    GROUP,
+    LOCATION_RULE,
+    PLURAL,
+    VERSION,
+    Base,
+    Location,
+    Stage,
+    cel,
+    describe,
+)
+from finetune_trainer.contract.dataset import (
+    Columns,
+    CountOrShare,
+    DataFormat,
+    Dataset,
+    Message,
+    allowed,
+)
+from finetune_trainer.contract.dataset_report import BadRow, DatasetSummary
+from finetune_trainer.contract.fingerprint import digest, fingerprints
+from finetune_trainer.contract.model import Model
+from finetune_trainer.contract.notices import NEWS, Notice, NoticeCode
+from finetune_trainer.contract.outcome import ExitCode, Reason, StageError, StageResult
+from finetune_trainer.contract.output import (
+    UNQUANTIZED,
+    Export,
+    Hub,
+    Output,
+    QualityLimit,
+    Quantization,
+    Signing,
+    Storage,
+)
+from finetune_trainer.contract.progress import Progress, status_path
+from finetune_trainer.contract.quality import FileCheck, GateReport, Sample
+from finetune_trainer.contract.run import (
+    Fingerprints,
+    Hardware,
+    JobReference,
+    Resolved,
+    RunConfig,
+    TrainingPlan,
+    read_run_config,
+)
+from finetune_trainer.contract.training import EarlyStopping, Lora, TargetModule, Tracker, Training
+
+__all__ = [
+    "GROUP",
+    "LOCATION_RULE",
+    "NEWS",
+    "PLURAL",
+    "REJECTED",
+    "UNQUANTIZED",
+    "VERSION",
+    "Artifact",
+    "BadRow",
+    "Base",
+    "Columns",
+    "CountOrShare",
+    "DataFormat",
+    "Dataset",
+    "DatasetSummary",
+    "EarlyStopping",
+    "ExitCode",
+    "Export",
+    "FileCheck",
+    "Fingerprints",
+    "GateReport",
+    "Hardware",
+    "Hub",
+    "JobReference",
+    "Location",
+    "Lora",
+    "Message",
+    "Model",
+    "Notice",
+    "NoticeCode",
+    "Output",
+    "Progress",
+    "Quality",
+    "QualityLimit",
+    "Quantization",
+    "Reason",
+    "Resolved",
+    "RunConfig",
+    "Sample",
+    "Signing",
+    "Stage",
+    "StageError",
+    "StageResult",
+    "Storage",
+    "TargetModule",
+    "Tracker",
+    "Training",
+    "TrainingPlan",
+    "allowed",
+    "cel",
+    "describe",
+    "digest",
+    "fingerprints",
+    "read_run_config",
+    "status_path",
+]

@@ -1,0 +1,119 @@
+"""spec.dataset."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from finetune_trainer.contract.base import LOCATION_RULE, Base, Location, cel
+
+ColumnName = Annotated[str, Field(min_length=1, max_length=256)]
+
+COUNT_OR_SHARE: dict[str, Any] = {
+    "x-kubernetes-int-or-string": True,
+    **cel(
+        "type(self) == int ? self >= 0 : self.matches('^(100|[0-9]{1,2})%$')",
+        "must be a whole number from 0, or a percentage such as 10%",
+    ),
+}
+"""Schema of a count or a percentage, as Kubernetes writes maxUnavailable."""
+
+
+def _check_count_or_share(value: int | str) -> int | str:
+    if value >= 0 if isinstance(value, int) else re.fullmatch(r"(100|[0-9]{1,2})%", value):
+        return value
+    raise ValueError("must be a whole number from 0, or a percentage such as 10%")
+
+
+CountOrShare = Annotated[
+    int | str, AfterValidator(_check_count_or_share), Field(json_schema_extra=COUNT_OR_SHARE)
+]
+
+
+def allowed(limit: int | str, total: int) -> int:
+    """How many of `total` a CountOrShare allows; a share is rounded down."""
+    return limit if isinstance(limit, int) else total * int(limit[:-1]) // 100
+
+
+Message = dict[str, str]
+"""A turn of a conversation: `role` (system, user or assistant) and `content`."""
+
+
+class DataFormat(StrEnum):
+    """File formats of a dataset; each may be gzipped."""
+
+    AUTO = "auto"
+    CSV = "csv"
+    JSONL = "jsonl"
+    PARQUET = "parquet"
+
+
+class Columns(Base):
+    """Which columns (or JSON keys) of the dataset hold what. Where the file has none of the
+    columns named here but `messages`, or `prompt` and `completion`, those are used."""
+
+    instruction: ColumnName = "instruction"
+    """Column with what the user says."""
+
+    response: ColumnName = "response"
+    """Column with what the model should answer. Loss is computed on this only."""
+
+    input: ColumnName | None = None
+    """Column with further input that belongs to the instruction; it follows it after a blank line
+    and may be empty. Left out, a column named `input` is used if there is one."""
+
+    system: ColumnName | None = None
+    """Column with a system prompt per row; an empty cell means spec.dataset.systemPrompt."""
+
+    messages: ColumnName | None = None
+    """Column with whole conversations: a list of `{role, content}`, ending with the assistant's
+    answer. It takes the place of the other columns."""
+
+
+class Dataset(Base):
+    """The examples to learn from."""
+
+    source: Annotated[Location, Field(json_schema_extra=LOCATION_RULE)]
+    """A table with a header: `s3://bucket/key.csv`, or the absolute path of a mounted file; CSV,
+    JSON lines or Parquet, gzipped or not. Cells are text: `NA`, `null` and `0012` stay what they
+    are."""
+
+    format: DataFormat = DataFormat.AUTO
+    """`auto` looks at the content, or name it: csv, jsonl or parquet. The delimiter, quoting and
+    encoding of a CSV file are detected and named in dataset-report.json."""
+
+    columns: Columns = Columns()
+    """Maps the columns of the file; needed only where they are not `instruction` and `response`."""
+
+    system_prompt: Annotated[str, Field(max_length=16384)] | None = None
+    """System prompt of every example. Left out, there is none, except what the model's chat
+    template adds by itself."""
+
+    on_invalid_row: Literal["fail", "skip"] = "fail"
+    """What a blank, ragged or unreadable row does: `fail` ends the job before anything is trained
+    and names the rows; `skip` leaves them out, up to maxInvalidRows."""
+
+    max_invalid_rows: CountOrShare = "10%"
+    """With onInvalidRow `skip`: how many rows may be left out, as a number or as a percentage of
+    all rows; more end the job."""
+
+    max_truncated_rows: CountOrShare = "10%"
+    """How many rows may be longer than training.maxSequenceLength, as a number or as a percentage
+    of all rows. They are cut at the end and counted in dataset-report.json; more end the job."""
+
+    eval_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    """Share of the rows that are held out to measure the loss before and after the training, from
+    0 to 0.5; at least one row from 20 rows on, none below, and never more than 1,000. The choice
+    depends on the rows and training.seed only."""
+
+    eval_source: Annotated[Location, Field(json_schema_extra=LOCATION_RULE)] | None = None
+    """A file of its own with held-out rows, in the same format and with the same columns.
+    evalFraction then has no effect."""
+
+    @property
+    def splits(self) -> bool:
+        """Whether held-out rows are taken from the dataset itself."""
+        return self.eval_source is None and self.eval_fraction > 0

@@ -1,0 +1,142 @@
+"""spec.export, spec.output and spec.storage."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_trainer.contract.base import LOCATION_RULE, Base, Location, cel
+
+
+class Quantization(StrEnum):
+    """GGUF file types, named as llama.cpp names them; the largest first."""
+
+    F32 = "F32"
+    F16 = "F16"
+    BF16 = "BF16"
+    Q8_0 = "Q8_0"
+    Q6_K = "Q6_K"
+    Q5_K_M = "Q5_K_M"
+    Q4_K_M = "Q4_K_M"
+    IQ4_XS = "IQ4_XS"
+    Q3_K_M = "Q3_K_M"
+
+
+UNQUANTIZED = (Quantization.F32, Quantization.F16, Quantization.BF16)
+"""Types that hold weights as they are; the quantizations are made of one of them."""
+
+
+class QualityLimit(Base):
+    """How far a GGUF file of one type may be from what it is held against: a quantization from the
+    16-bit file that it is made of, types without quantization from base model and adapter."""
+
+    quantization: Quantization
+    """The type that the limit is for."""
+
+    max_kl_divergence: Annotated[float, Field(alias="maxKLDivergence", gt=0, le=100)]
+    """Largest mean Kullback-Leibler divergence of the next token, in nats per token, over the
+    answers of the held-out rows."""
+
+
+class Signing(Base):
+    """Sign the artifacts, offline and with a private key: model.sig, in the format of
+    model-signing (OpenSSF)."""
+
+
+class Export(Base):
+    """The artifacts to write beside the adapter."""
+
+    merged: bool = True
+    """Write the merged model (base plus adapter, 16-bit safetensors) as well."""
+
+    gguf: Annotated[
+        tuple[Quantization, ...],
+        Field(max_length=len(Quantization), json_schema_extra={"x-kubernetes-list-type": "set"}),
+    ] = (Quantization.F16, Quantization.Q8_0, Quantization.Q4_K_M)
+    """GGUF files to write, one per type. F16 is exact and largest; Q8_0 is nearly as good at half
+    the size; Q4_K_M is the usual choice for serving on small machines."""
+
+    adapter_gguf: bool | None = None
+    """Write the adapter alone as a GGUF file, which llama.cpp and Ollama apply to a GGUF file of
+    the base model. Left out, it is written beside GGUF files if llama.cpp can apply it (DoRA it
+    can't)."""
+
+    importance_matrix: bool = False
+    """Measure on training rows which weights matter most, and let the quantizations below Q8_0
+    spare those. Better small files for some minutes of computing."""
+
+    verify: Literal["fail", "warn", "off"] = "fail"
+    """Compare each GGUF file with the tuned model on held-out rows, in llama.cpp. With `fail` a
+    file over its limit goes to rejected/ and the job ends as QualityGateFailed; `warn` only
+    reports; `off` only looks whether llama.cpp loads the file and reads text as the training
+    did."""
+
+    quality_limits: Annotated[
+        tuple[QualityLimit, ...],
+        Field(
+            max_length=len(Quantization),
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["quantization"],
+            },
+        ),
+    ] = ()
+    """Limits of your own in place of those that follow from type and model size."""
+
+    signing: Signing | None = None
+    """Sign the artifacts; left out, they are not signed."""
+
+
+class Hub(Base):
+    """A model repository on the Hugging Face Hub that the artifacts are pushed to as well."""
+
+    repo: Annotated[
+        str,
+        Field(
+            min_length=3,
+            max_length=193,
+            json_schema_extra=cel(
+                "self.matches('^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')",
+                "must be org/name of a repository on the Hugging Face Hub",
+            ),
+        ),
+    ]
+    """The repository, `org/name`. It is created where it doesn't exist."""
+
+    private: bool = True
+    """Create it as a private repository; one that exists stays as it is."""
+
+    revision: Annotated[str, Field(min_length=1, max_length=256)] = "main"
+    """Branch to push to; it is created where it doesn't exist."""
+
+
+class Output(Base):
+    """Where the artifacts go."""
+
+    uri: Annotated[Location, Field(json_schema_extra=LOCATION_RULE)]
+    """The folder for everything that the job writes: `s3://bucket/prefix` or an absolute path.
+    Give each FineTuneJob its own. manifest.json is written last: when it is there, all is there."""
+
+    hub: Hub | None = None
+    """Push the artifacts to the Hugging Face Hub, once all of them are in the folder."""
+
+
+class Storage(Base):
+    """How to reach the object store of every `s3://` URI in the spec."""
+
+    endpoint: Annotated[
+        str | None,
+        Field(
+            max_length=512,
+            json_schema_extra=cel(
+                "self.startsWith('http://') || self.startsWith('https://')",
+                "must start with http:// or https://",
+            ),
+        ),
+    ] = None
+    """URL of an S3-compatible store such as MinIO or SeaweedFS. Leave it out for Amazon S3."""
+
+    region: Annotated[str, Field(min_length=1, max_length=64)] = "us-east-1"
+    """Region of the buckets."""

@@ -1,0 +1,117 @@
+"""run.json as a whole, and what `prepare` adds to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_trainer.contract.base import Base
+from finetune_trainer.contract.dataset import Dataset
+from finetune_trainer.contract.model import Model
+from finetune_trainer.contract.output import Export, Output, Storage
+from finetune_trainer.contract.training import Training
+
+
+class Fingerprints(Base):
+    """SHA-256 over what can change each stage's result (finetune_trainer.contract.fingerprint)."""
+
+    prepare: str
+    """Of the examples."""
+
+    train: str
+    """Of the adapter."""
+
+    export: str
+    """Of the artifacts."""
+
+
+class TrainingPlan(Base):
+    """How `prepare` fits the training into the memory that is there. It never changes the effective
+    batch, so it is no part of a fingerprint."""
+
+    batch_size: int
+    """Examples in one forward pass on one device."""
+
+    gradient_accumulation_steps: int
+    """Forward passes per optimizer step on each device."""
+
+    gradient_checkpointing: bool
+    """Whether activations are computed again in the backward pass."""
+
+    parallelism: Literal["none", "ddp", "fsdp"] = "none"
+    """How several devices share the work."""
+
+    device_bytes: int | None = None
+    """Predicted peak of a GPU's memory, or of the process on a CPU."""
+
+    memory_bytes: int | None = None
+    """Memory that a device was known to have; absent where the split is just that of the spec."""
+
+
+class Hardware(Base):
+    """What the training's pod will have, as far as the operator knows; `prepare` plans with it."""
+
+    gpus: int = 0
+    """GPUs of the pod."""
+
+    gpu_memory_bytes: int | None = None
+    """Memory of one GPU."""
+
+    memory_bytes: int | None = None
+    """Memory limit of the pod."""
+
+    ephemeral_storage_bytes: int | None = None
+    """Limit of the pod's ephemeral storage."""
+
+
+class Resolved(Base):
+    """What `prepare` found out and the later stages rely on."""
+
+    fingerprints: Fingerprints
+    dataset_etag: Annotated[str, Field(alias="datasetETag")]
+    """ETag of the dataset's object, or sha256:… of a local file."""
+
+    dataset_rows: int
+    """Examples that will be trained on."""
+
+    eval_rows: int = 0
+    """Examples that are held out."""
+
+    plan: TrainingPlan | None = None
+    """How the training is split into passes; None when nothing is known of the hardware."""
+
+    model_revision: str
+    """Commit of a Hub model, or a digest over a folder's file names, sizes and ETags."""
+
+
+class JobReference(Base):
+    """The FineTuneJob whose status.progress the trainer reports to."""
+
+    name: str
+    namespace: str
+
+
+class RunConfig(Base):
+    """The whole of ``run.json``."""
+
+    job: JobReference | None = None
+    """Absent on one machine without Kubernetes."""
+
+    model: Model
+    dataset: Dataset
+    training: Training = Training()
+    export: Export = Export()
+    output: Output
+    storage: Storage = Storage()
+    hardware: Hardware | None = None
+    """Absent on one machine without Kubernetes, where the machine itself tells."""
+
+    resolved: Resolved | None = None
+    """Absent for `prepare`, which finds it out; `train` and `export` need it."""
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """Read ``run.json``; raises OSError and pydantic's ValidationError."""
+    return RunConfig.model_validate_json(path.read_bytes())

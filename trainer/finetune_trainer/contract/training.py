@@ -1,0 +1,179 @@
+"""spec.training."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from finetune_trainer.contract.base import Base, cel
+
+
+class TargetModule(StrEnum):
+    """Names of the linear layers that LoRA can adapt, as PEFT spells them."""
+
+    Q = "q_proj"
+    K = "k_proj"
+    V = "v_proj"
+    O = "o_proj"  # noqa: E741 - the letter is the layer's name
+    GATE = "gate_proj"
+    UP = "up_proj"
+    DOWN = "down_proj"
+
+
+class Lora(Base):
+    """The low-rank adapter (PEFT's LoraConfig)."""
+
+    r: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank of the adapter. Twice the rank is twice the trainable parameters."""
+
+    alpha: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Scale of the adapter: its output is multiplied by alpha / r."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the adapter's inputs dropped during training, from 0 up to (not including) 1."""
+
+    target_modules: Annotated[
+        tuple[TargetModule, ...],
+        Field(min_length=1, max_length=7, json_schema_extra={"x-kubernetes-list-type": "set"}),
+    ] = (TargetModule.Q, TargetModule.K, TargetModule.V, TargetModule.O)
+    """Linear layers that get an adapter. The default adapts attention only; add gate_proj,
+    up_proj and down_proj to adapt the MLP as well. In models that fuse layers (Phi-3, Phi-4)
+    q_proj, k_proj and v_proj stand for qkv_proj, gate_proj and up_proj for gate_up_proj."""
+
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r (rank-stabilized LoRA), so that large ranks
+    learn as they should."""
+
+    use_dora: bool = False
+    """Learn a magnitude for each output beside the direction (DoRA): a little better at small
+    ranks, slower to train. llama.cpp can't apply such an adapter alone; the merged files are as
+    usual."""
+
+
+class EarlyStopping(Base):
+    """When to stop before all epochs are trained."""
+
+    patience: Annotated[int, Field(ge=1, le=1000)] = 2
+    """Evaluations in a row without a better loss after which the training stops."""
+
+    min_delta: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """How much lower the loss must be to count as better."""
+
+
+class Tracker(StrEnum):
+    """Experiment trackers, as the Trainer's report_to names them."""
+
+    TENSORBOARD = "tensorboard"
+    MLFLOW = "mlflow"
+    WANDB = "wandb"
+
+
+class Training(Base):
+    """Hyperparameters of the supervised fine-tuning, with the defaults of the guide."""
+
+    method: Literal["lora", "qlora"] = "lora"
+    """`lora` keeps the base model in 16 bit; `qlora` loads it in 4 bit (NF4), which takes about a
+    quarter of the memory for the weights and is slower. Both are merged into a 16-bit model."""
+
+    lora: Lora = Lora()
+    """Size and place of the adapter."""
+
+    epochs: Annotated[
+        int | Literal["auto"],
+        Field(
+            json_schema_extra={
+                "x-kubernetes-int-or-string": True,
+                **cel(
+                    "type(self) == int ? (self >= 1 && self <= 1000) : self == 'auto'",
+                    "must be a whole number from 1 to 1000, or auto",
+                ),
+            }
+        ),
+    ] = 3
+    """Passes over the data, 1 to 1000, or `auto`: 5 for under 500 rows, 3 for up to 5,000 rows,
+    2 above."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    """Peak learning rate of AdamW, above 0 and up to 1. If the loss rises, lower it."""
+
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 2
+    """Examples in one forward pass. Times gradientAccumulationSteps it is the effective batch,
+    which decides on the result; how that is split into passes is adapted to the memory."""
+
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] = 4
+    """Forward passes per optimizer step; the effective batch is this times batchSize."""
+
+    max_sequence_length: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
+    """Longest example in tokens; what is longer is cut off at the end, counted in
+    dataset-report.json, and fails above dataset.maxTruncatedRows."""
+
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of all steps in which the learning rate rises from zero to its peak."""
+
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """How the learning rate falls after the warmup (transformers' lr_scheduler_type)."""
+
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Weight decay of AdamW."""
+
+    packing: bool = True
+    """Lay the rows of a forward pass end to end instead of padding them to the longest; each row
+    still sees only itself, so the result is the same and no time goes into padding."""
+
+    gradient_checkpointing: Literal["auto", "always", "never"] = "auto"
+    """Compute activations again in the backward pass instead of keeping them: about a third
+    slower, several times less memory. `auto` does so where memory is short."""
+
+    min_sequence_length: Annotated[int, Field(ge=16)] | None = None
+    """How short maxSequenceLength may be made when GPU memory runs out in spite of one example a
+    pass and gradient checkpointing. Left out, the job fails instead, with a remedy."""
+
+    eval_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Optimizer steps between two evaluations on the held-out rows. Left out, there is one before
+    the training and one after every epoch."""
+
+    early_stopping: EarlyStopping | None = None
+    """Stop when the loss on the held-out rows no longer falls, and keep the best adapter. Left
+    out, all epochs are trained."""
+
+    checkpoint_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """How many optimizer steps may be lost, and trained twice, when the training is killed: there
+    is a checkpoint for every half of it, and no step begins that many ahead of the newest one in
+    the object store. Left out, ten minutes are."""
+
+    engine: Literal["auto", "transformers", "unsloth"] = "auto"
+    """`unsloth` is faster on one NVIDIA GPU and takes less memory; `transformers` runs everywhere.
+    `auto` takes Unsloth where it can run, and says in status why where it can't."""
+
+    parallelism: Literal["auto", "ddp", "fsdp"] = "auto"
+    """With several GPUs in the pod: `ddp` keeps the whole model on each, `fsdp` spreads it over
+    all. `auto` takes ddp where the model fits one GPU."""
+
+    gpu_memory: Annotated[str, Field(pattern=r"^[1-9][0-9]*(Mi|Gi)$")] | None = None
+    """Memory of one GPU, e.g. `24Gi`, so that it is known before a GPU is asked for whether the
+    training fits. Left out, the label nvidia.com/gpu.memory of the cluster's nodes tells, where
+    the operator may read it; without it, the training's pod looks at its own GPU."""
+
+    report_to: Annotated[
+        tuple[Tracker, ...],
+        Field(max_length=3, json_schema_extra={"x-kubernetes-list-type": "set"}),
+    ] = ()
+    """Experiment trackers, by the Trainer's names: tensorboard (written beside the adapter),
+    mlflow, wandb. Set their variables (MLFLOW_TRACKING_URI, WANDB_API_KEY …) in
+    stages.train.env."""
+
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 42
+    """Seed of the adapter's initial weights, the order of the rows, dropout, and of the choice of
+    held-out rows."""
+
+    logging_steps: Annotated[int, Field(ge=1, le=100_000)] = 10
+    """Optimizer steps between two lines of loss, learning rate and epoch in the log."""
+
+    @field_validator("epochs")
+    @classmethod
+    def _epochs_in_range(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 1 <= value <= 1000:
+            raise ValueError("must be a whole number from 1 to 1000, or auto")
+        return value

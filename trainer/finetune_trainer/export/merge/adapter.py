@@ -1,0 +1,184 @@
+"""A LoRA adapter as PEFT saves it, and what it does to each weight."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.export.merge.checkpoint import open_file, some
+
+ALIGNED = 64  # rows
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The adapter of one weight W of shape (out, in)."""
+
+    a: torch.Tensor
+    """(r, in)"""
+
+    b: torch.Tensor
+    """(out, r)"""
+
+    scale: float
+    """s: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+
+    magnitude: torch.Tensor | None = None
+    """m of DoRA: (out,)"""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight that it changes."""
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """Everything that was learnt."""
+        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
+
+    def merge(self, base: torch.Tensor, start: int) -> torch.Tensor:
+        """The merged rows in float32; `base` are rows of W from `start` on."""
+        stop = start + base.shape[0]
+        low, high = _enough_rows(start, stop, self.b.shape[0])
+        total = self.b[low:high].float() @ self.a.float()
+        total = total[start - low : stop - low].mul_(self.scale).add_(base)
+        if self.magnitude is not None:
+            norm = torch.linalg.norm(total, dim=1)
+            total.mul_((self.magnitude[start:stop].float() / norm).unsqueeze(1))
+        return total
+
+
+def _enough_rows(start: int, stop: int, rows: int) -> tuple[int, int]:
+    """The rows to compute so that `start` to `stop` get the bits that they have among all."""
+    low = start // ALIGNED * ALIGNED
+    high = min(-(-stop // ALIGNED) * ALIGNED, rows)
+    if high - low < ALIGNED:  # the last few rows
+        low = max(0, low - ALIGNED)
+    return low, high
+
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+
+_OTHER_RESULT = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "megatron_config",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+"""Fields of PEFT 0.21's LoraConfig that say what is merged, or that it can't be."""
+
+_PLAIN_START = (True, False, None, "gaussian")
+"""Values of init_lora_weights that leave the base model's weights as they are."""
+
+
+def read_adapter(folder: Path) -> dict[str, Delta]:
+    """The adapter's deltas by module, e.g. model.layers.0.self_attn.q_proj; raises StageError."""
+    config = _read_config(folder / CONFIG)
+    _refuse_other_kinds(config)
+    if missing := [key for key in ("r", "lora_alpha") if not config.get(key)]:
+        raise _unusable(f"{CONFIG} has no {some(missing)}")
+    tensors = _read_tensors(folder / WEIGHTS)
+    modules = {name.removesuffix(_A) for name in tensors if name.endswith(_A)}
+    used = {f"{m}{part}" for m in modules for part in (_A, _B, _MAGNITUDE)}
+    if unknown := sorted(set(tensors) - used):
+        raise StageError(
+            Reason.MODEL_UNSUPPORTED,
+            f"The adapter can't be merged: it holds {some(unknown)} besides the LoRA weights of "
+            "linear layers. Leave embed_tokens and lm_head out of the target modules.",
+        )
+    if not modules:
+        raise _unusable("it holds no LoRA layer")
+    return {m.removeprefix(PREFIX): _delta(m, tensors, config) for m in sorted(modules)}
+
+
+def _delta(module: str, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Delta:
+    a, b = tensors[module + _A], tensors.get(module + _B)
+    magnitude = tensors.get(module + _MAGNITUDE)
+    if b is None:
+        raise _unusable(f"{module}{_B} is missing")
+    if bool(config.get("use_dora")) is (magnitude is None):
+        raise _unusable(f"use_dora is not what its weights for {module} say")
+    rank = _for_module(config, "rank_pattern", module, config["r"])
+    alpha = _for_module(config, "alpha_pattern", module, config["lora_alpha"])
+    if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
+        raise _unusable(
+            f"{module} has shapes {tuple(a.shape)} and {tuple(b.shape)} instead of rank {rank}"
+        )
+    divisor = math.sqrt(rank) if config.get("use_rslora") else rank
+    return Delta(a, b, alpha / divisor, magnitude)
+
+
+def _for_module(config: dict[str, Any], pattern: str, module: str, usual: Any) -> Any:
+    """A module's own rank or alpha, where the pattern names it."""
+    patterns = config.get(pattern) or {}
+    if not patterns:
+        return usual
+    from peft.utils.other import get_pattern_key  # noqa: PLC0415 - slow to import, and seldom needed
+
+    return patterns.get(get_pattern_key(list(patterns), module.removeprefix(PREFIX)), usual)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = dict(json.loads(file.read_bytes()))
+    except FileNotFoundError as error:
+        raise _unusable(f"{file.name} is missing") from error
+    except (ValueError, TypeError) as error:
+        raise _unusable(f"{file.name} is no JSON object ({error})") from error
+    return config
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return open_file(file)
+    except FileNotFoundError as error:
+        raise _unusable(f"{file.name} is missing") from error
+    except SafetensorError as error:
+        raise _unusable(f"{file.name} can't be read ({error})") from error
+
+
+def _refuse_other_kinds(config: dict[str, Any]) -> None:
+    if (kind := config.get("peft_type")) != "LORA":
+        raise _refused(f"peft_type {kind}")
+    if found := [name for name in _OTHER_RESULT if config.get(name)]:
+        raise _refused(some(found))
+    if config.get("bias") not in ("none", None):
+        raise _refused(f"bias {config['bias']}")
+    if (start := config.get("init_lora_weights")) not in _PLAIN_START:
+        raise _refused(f"init_lora_weights {start}")
+
+
+def _refused(what: str) -> StageError:
+    return StageError(
+        Reason.MODEL_UNSUPPORTED,
+        f"The adapter can't be merged: its {CONFIG} sets {what}. Train plain LoRA, rsLoRA or DoRA "
+        "without it, or merge this adapter with PEFT itself.",
+    )
+
+
+def _unusable(cause: str) -> StageError:
+    return StageError(
+        Reason.MODEL_UNSUPPORTED,
+        f"The adapter can't be merged: {cause:.400}. Train again, so that it is written anew.",
+    )

@@ -1,0 +1,132 @@
+"""The finished model's folder but for its weights: configuration, generation, tokenizer.
+
+The configuration is the base's own file, so that every program that reads the base reads the tuned
+model. The tokenizer is the adapter's, which the training used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+
+from finetune_trainer.export.merge import MergedWeights, write_merged
+from finetune_trainer.export.merge.checkpoint import CONFIG, read_config
+from finetune_trainer.export.merge.writer import READABLE
+from finetune_trainer.model.loading import use_available_cpus
+from finetune_trainer.model.tokenizer import end_of_turn_ids, load_tokenizer, save_tokenizer
+from finetune_trainer.store import OnBytes
+
+GENERATION = "generation_config.json"
+
+_OF_THE_BASE = (
+    "preprocessor_config.json",  # what servers need for a model with a vision tower
+    "processor_config.json",
+)
+
+_DTYPES = ("dtype", "torch_dtype")  # the newer name and the older
+
+log = logging.getLogger(__name__)
+
+
+def write_model(
+    base: Path,
+    adapter: Path,
+    target: Path,
+    on_bytes: OnBytes | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Merge the adapter into the base model, as a whole folder that transformers loads.
+
+    Raises StageError: QualityGateFailed when the adapter changes nothing or isn't finite,
+    ModelUnsupported when it can't be merged into this base.
+    """
+    use_available_cpus()
+    weights = MergedWeights.open(base, adapter)
+    weights.check_changes()
+    assemble(base, adapter, target, trust_remote_code=trust_remote_code, dtype=weights.dtype)
+    write_merged(weights, target, on_bytes)
+    log.info("Merged the adapter into %d weights", len(weights.targets))
+
+
+def assemble(
+    base: Path,
+    adapter: Path,
+    target: Path,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Fill the folder `target` with all files of the merged model but weights and their index.
+
+    `dtype` is the type of the weights (MergedWeights.dtype); left out, it is found out again.
+    Raises StageError when base or adapter can't be read.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    dtype = dtype or MergedWeights.open(base, adapter).dtype
+    config = read_config(base)
+    tokenizer = load_tokenizer(adapter, trust_remote_code=trust_remote_code)
+    _write(target / CONFIG, stored_config(config, dtype, trusted=trust_remote_code))
+    generation = generation_settings(base, trust_remote_code=trust_remote_code)
+    _write(target / GENERATION, stopping(generation, tokenizer))
+    save_tokenizer(tokenizer, base, target)
+    code = [file.name for file in base.glob("*.py")] if trust_remote_code else []
+    for name in (*_OF_THE_BASE, *code):
+        if (base / name).is_file() and not (target / name).exists():
+            shutil.copyfile(base / name, target / name)
+    for file in target.iterdir():
+        if not file.is_symlink():
+            file.chmod(READABLE)  # some are saved for their owner only
+
+
+def stored_config(config: dict[str, Any], dtype: torch.dtype, *, trusted: bool) -> dict[str, Any]:
+    """config.json for weights of another type; without `trusted`, no mention of Python code."""
+    name = str(dtype).removeprefix("torch.")
+    config = _with_dtype(config, name)
+    config["dtype"] = name
+    if not trusted:
+        config.pop("auto_map", None)
+    return config
+
+
+def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Wherever it is named, also for the parts of a model of several."""
+    changed = {}
+    for key, value in config.items():
+        part = key.endswith("_config") and isinstance(value, dict)
+        given = key in _DTYPES and value is not None
+        changed[key] = _with_dtype(value, name) if part else name if given else value
+    return changed
+
+
+def generation_settings(base: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The base's generation settings; without a file of their own, those of its config.json."""
+    if (base / GENERATION).is_file():
+        settings = dict(json.loads((base / GENERATION).read_bytes()))
+    else:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        settings = GenerationConfig.from_model_config(config).to_diff_dict()
+    # It would say that nobody chose these settings, and that they may be made anew.
+    settings.pop("_from_model_config", None)
+    return settings
+
+
+def stopping(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Generation settings with every token that the chat template ends turns with."""
+    known = settings.get("eos_token_id")
+    ends = [known] if isinstance(known, int) else list(known or [])
+    for token in (tokenizer.eos_token_id, *sorted(end_of_turn_ids(tokenizer))):
+        if token not in ends:
+            ends.append(token)
+    return {**settings, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")

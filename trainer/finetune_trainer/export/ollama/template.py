@@ -1,0 +1,243 @@
+"""A chat template, taken to pieces by trying it out, as a Go text/template for Ollama."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from finetune_trainer.contract import Message
+
+
+class Render(Protocol):
+    """The chat template: messages to text, up to where the next answer begins."""
+
+    def __call__(self, messages: Sequence[Message], /) -> str:
+        """Raises whatever the template raises."""
+
+
+class NoShapeError(Exception):
+    """The template can't be written as fixed text around what is said; the message says why."""
+
+
+@dataclass(frozen=True)
+class ChatShape:
+    """The fixed texts of a conversation that begins with the user and ends with the user."""
+
+    head: str
+    """Before the first thing that the user says, where there is no system prompt. A system prompt
+    that the template has by itself is in here."""
+
+    system: Literal["first", "last", "refused", "ignored"]
+    """Where a system prompt goes: before the first or the last thing that the user says; or what
+    the template does to one. A refused one can only be told as a part of the first question."""
+
+    before_system: str
+    """In the place of `head` where it goes first; else what stands just before it."""
+
+    after_system: str
+    answer: str
+    """Between what the user says and an answer."""
+
+    further: str
+    """Between an answer and what the user says next."""
+
+    end: str
+    """Behind the last thing that the user says: here the model's answer begins."""
+
+    strips: bool = False
+    """Whether the template removes blank space around what is said."""
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Put a conversation together."""
+        rest = list(messages)
+        prompt = rest.pop(0)["content"] if rest[0]["role"] == "system" else ""
+        parts = [self.head]
+        if prompt and self.system == "first":
+            parts = [self.before_system, prompt, self.after_system]
+        elif prompt and self.system == "refused":
+            parts += [prompt, "\n\n"]
+        for index, message in enumerate(rest):
+            if index:
+                parts.append(self.further if message["role"] == "user" else self.answer)
+            if prompt and self.system == "last" and message is rest[-1]:
+                parts += [self.before_system, prompt, self.after_system]
+            parts.append(message["content"])
+        return "".join([*parts, self.end])
+
+
+def find_shape(render: Render) -> ChatShape:
+    """Take a template to pieces; raises NoShapeError."""
+    try:
+        shape = _pieces(render)
+    except NoShapeError:
+        raise
+    except Exception as error:  # the model's own template runs: anything can come out
+        raise NoShapeError(f"it fails on a conversation of several turns ({error})") from error
+    for messages in trials(system=shape.system not in ("refused", "ignored")):
+        if shape.render(messages) != render(messages):
+            raise NoShapeError("what it writes depends on what is said")
+    spaced = _turns("  spaced \n")
+    if shape.render(spaced) == render(spaced):
+        return shape
+    if shape.render(_turns("spaced")) != render(spaced):
+        raise NoShapeError("what it writes depends on blank space in what is said")
+    return replace(shape, strips=True)
+
+
+def trials(*, system: bool) -> list[list[Message]]:
+    """Conversations to compare renderings on."""
+    said = [
+        "What is 2+2?",
+        "It is 4.",
+        'Two\n\nlines, with {{ braces }} and "quotes".',
+        "<b>Ünïcödé</b> 漢字 ☕",
+        "a",
+        "system",
+        "user: no",
+    ]
+    found = []
+    for length in (1, 3, 5, 7):
+        turns = [_message("assistant" if n % 2 else "user", said[n]) for n in range(length)]
+        found.append(turns)
+        if system:
+            found.append([_message("system", "Be brief.\nBe kind."), *turns])
+    return found
+
+
+_SYSTEM, _ASK1, _TELL1, _ASK2, _TELL2, _ASK3 = (f"☃{n}☃" for n in range(6))
+_TURNS = (_ASK1, _TELL1, _ASK2, _TELL2, _ASK3)
+
+
+def _pieces(render: Render) -> ChatShape:
+    head, end = _split(render(_turns(_ASK1)), (_ASK1,))
+    first, answer, further, answer_again, further_again, last = _split(
+        render(_turns(*_TURNS)), _TURNS
+    )
+    if (first, answer, further, last) != (head, answer_again, further_again, end):
+        raise NoShapeError("it writes later turns in another way than the first")
+    system, before, after = _system(render, head, end)
+    return ChatShape(head, system, before, after, answer, further, end)
+
+
+def _system(
+    render: Render, head: str, end: str
+) -> tuple[Literal["first", "last", "refused", "ignored"], str, str]:
+    prompt = _message("system", _SYSTEM)
+    try:
+        one = render([prompt, *_turns(_ASK1)])
+    except Exception:  # templates refuse by raising an error of their own
+        return "refused", "", ""
+    if _SYSTEM not in one:
+        return "ignored", "", ""
+    before, after, ended = _split(one, (_SYSTEM, _ASK1))
+    if ended != end:
+        raise NoShapeError("a system prompt changes what follows the question")
+    three = render([prompt, *_turns(*_TURNS)])
+    if three.index(_SYSTEM) < three.index(_ASK1):
+        return "first", before, after
+    if not before.startswith(head):
+        raise NoShapeError("a system prompt changes the beginning")
+    return "last", before.removeprefix(head), after
+
+
+def _turns(*said: str) -> list[Message]:
+    return [_message("assistant" if n % 2 else "user", text) for n, text in enumerate(said)]
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _split(text: str, marks: Sequence[str]) -> list[str]:
+    """The text before, between and behind the marks, each of which must be there once."""
+    parts = []
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found or mark in text:
+            raise NoShapeError("it leaves out, repeats or reorders what is said")
+        parts.append(before)
+    return [*parts, text]
+
+
+def go_template(shape: ChatShape) -> str:
+    """The template; its renderings equal `shape.render` for conversations that end with the user.
+
+    One that ends with an assistant's message is rendered up to that message's end, so that the
+    model goes on with it.
+    """
+    ask = _common_end(shape.head, shape.further)
+    if shape.system == "first":
+        ask = _common_end(ask, shape.after_system)
+    lines = [
+        _head(shape, ask) + "{{ range $i, $_ := .Messages }}",
+        "{{- $last := eq (len (slice $.Messages $i)) 1 }}",
+        '{{- if eq .Role "user" }}'
+        + literal(ask)
+        + _inside(shape)
+        + "{{ .Content }}{{ if $last }}"
+        + literal(shape.end)
+        + "{{ end }}",
+        '{{- else if eq .Role "assistant" }}'
+        + literal(shape.answer)
+        + "{{ .Content }}{{ if not $last }}"
+        + literal(shape.further.removesuffix(ask))
+        + "{{ end }}",
+        "{{- end }}",
+        "{{- end }}",
+    ]
+    return "\n".join(lines)
+
+
+def literal(text: str) -> str:
+    """Text that Go and the Modelfile's parser leave as it is.
+
+    The parser drops what can't be printed, and three quotes end a value; Go takes `{{` for the
+    beginning of an action, also where the first brace is the text's last character.
+    """
+    printable = all(c.isprintable() or c == "\n" for c in text)
+    if printable and '"' not in text and "{{" not in text and not text.endswith("{"):
+        return text
+    return '{{ "' + "".join(_escaped(c) for c in text) + '" }}'
+
+
+def _escaped(char: str) -> str:
+    """A character in a Go string."""
+    if char in '"\\':
+        return "\\" + char
+    if char == "\n":
+        return "\\n"
+    return char if char.isprintable() else f"\\U{ord(char):08x}"
+
+
+def _head(shape: ChatShape, ask: str) -> str:
+    plain = literal(shape.head.removesuffix(ask))
+    if shape.system != "first":
+        return plain
+    return (
+        "{{ if .System }}"
+        + literal(shape.before_system)
+        + "{{ .System }}"
+        + literal(shape.after_system.removesuffix(ask))
+        + "{{ else }}"
+        + plain
+        + "{{ end }}"
+    )
+
+
+def _inside(shape: ChatShape) -> str:
+    """A system prompt that stands within what the user says."""
+    if shape.system == "last":
+        before, after = literal(shape.before_system), literal(shape.after_system)
+        return "{{ if and $last $.System }}" + before + "{{ $.System }}" + after + "{{ end }}"
+    if shape.system == "refused":  # the system prompt is message 0 where there is one
+        return '{{ if and $.System (eq $i 1) }}{{ $.System }}{{ "\\n\\n" }}{{ end }}'
+    return ""
+
+
+def _common_end(one: str, other: str) -> str:
+    """The longest text that both end with."""
+    length = 0
+    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
+        length += 1
+    return one[len(one) - length :]

@@ -1,0 +1,102 @@
+"""The rows that the gate measures on: few enough to compute, many enough to tell.
+
+The answers are measured, since they are what was trained. Prompts are context only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_batch, render
+
+T = TypeVar("T")
+
+MAX_ROWS = 64
+MAX_ANSWER_TOKENS = 512
+"""Over all rows. The mean KL divergence of 512 tokens has a relative standard error of 5-10%."""
+MAX_ANSWER_TOKENS_OF_ROW = 128
+MAX_TOKENS_OF_ROW = 1024
+MAX_TOKENS = 2048
+"""Over all rows, with their prompts. It bounds the time: a model of 8 billion parameters computes
+16 GFLOP for each, twice in float32 for the reference, and once for each file."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some tokens of a conversation, and which of them are measured."""
+
+    ids: tuple[int, ...]
+    measured: tuple[int, ...]
+    """Positions in `ids` (from 1 on) of the tokens of answers: each is predicted by the tokens
+    before it."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is measured on."""
+
+    examples: tuple[dict[str, Any], ...]
+    """The conversations, as `prepare` left them."""
+
+    texts: tuple[str, ...]
+    """They as the chat template renders them, whole."""
+
+    full_ids: tuple[tuple[int, ...], ...]
+    """Their tokens, whole."""
+
+    cut: tuple[Row, ...]
+    """The part of each that is measured on; a row that no room was left for is left out."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are measured."""
+        return sum(len(row.measured) for row in self.cut)
+
+
+def choose(tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]]) -> Rows:
+    """Spread the choice over the whole file, where rows of one kind often stand together."""
+    chosen = tuple(spread(examples, MAX_ROWS))
+    encoded = encode_batch(tokenizer, chosen)
+    return Rows(
+        examples=chosen,
+        texts=tuple(render(tokenizer, e["prompt"] + e["completion"]) for e in chosen),
+        full_ids=tuple(tuple(item.ids) for item in encoded),
+        cut=tuple(within_budget(cut(item) for item in encoded)),
+    )
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of them, at equal distances, in their order."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def cut(encoded: Encoded) -> Row:
+    """The first answer tokens of a conversation, and as much before them as there is room for."""
+    learnt = [i for i, label in enumerate(encoded.labels) if label != IGNORED and i > 0]
+    learnt = learnt[:MAX_ANSWER_TOKENS_OF_ROW]
+    end = learnt[-1] + 1 if learnt else 0
+    start = max(0, end - MAX_TOKENS_OF_ROW)
+    measured = tuple(i - start for i in learnt if i > start)
+    return Row(ids=tuple(encoded.ids[start:end]), measured=measured)
+
+
+def within_budget(rows: Iterable[Row]) -> Iterable[Row]:
+    """Rows with something to measure, until the answers' or all tokens' budget is used up."""
+    answers = tokens = 0
+    for row in rows:
+        if not row.measured:
+            continue
+        measured = row.measured[: MAX_ANSWER_TOKENS - answers]
+        if not measured:
+            return
+        if tokens + len(row.ids) > MAX_TOKENS:
+            continue  # a shorter one may fit
+        answers += len(measured)
+        tokens += len(row.ids)
+        yield Row(ids=row.ids[: measured[-1] + 1], measured=measured)

@@ -1,0 +1,129 @@
+"""llama.cpp's converter from safetensors to GGUF, as a program of its own."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.runtime import child
+
+MARKS = ("phi-3", "phi3")  # what llama.cpp looks for in general.name (llama-vocab.cpp)
+
+
+def gguf_name(name: str, folder: Path) -> str:
+    """The model's name, as it has to be for llama.cpp to read text as the training did.
+
+    Phi-3's special tokens swallow the white space behind them (rstrip). GGUF has no field for that;
+    llama.cpp goes by the name. `folder` has the model's config.json and tokenizer.
+    """
+    known = any(mark in name.lower() for mark in MARKS)
+    return name if known or not _swallows_space(folder) else f"{name} (Phi-3)"
+
+
+def _swallows_space(folder: Path) -> bool:
+    config = json.loads((folder / "config.json").read_bytes())
+    file = folder / "tokenizer.json"
+    if config.get("model_type") != "phi3" or not file.is_file():
+        return False
+    added = json.loads(file.read_bytes()).get("added_tokens", [])
+    return any(token.get("special") and token.get("rstrip") for token in added)
+
+
+SCRIPT = "convert_hf_to_gguf.py"
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    command: list[str],
+    request: str = "",
+    *,
+    trusted: bool,
+    on_progress: child.OnProgress | None = None,
+) -> str:
+    """Run a program that works with the converter, and return what it said.
+
+    Raises StageError when it failed, by default with ModelUnsupported, and OSError when the disk is
+    full.
+    """
+    environment = {} if trusted else {"HF_HUB_OFFLINE": "1"}
+    done = child.run(command, request, environment, on_progress)
+    if done.status == 0:
+        return done.output
+    log.error("llama.cpp's converter failed:\n%s", (done.output + done.errors)[-4000:])
+    if "No space left on device" in done.errors:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if refused := _refusal(done.output):
+        raise refused
+    cause = done.last_line().removeprefix("ERROR:hf-to-gguf:").rstrip(" .")
+    raise StageError(
+        Reason.MODEL_UNSUPPORTED,
+        f"llama.cpp can't convert this model to GGUF: {cause:.300}. Choose another base "
+        "model, or leave spec.export.gguf empty to get the adapter and the merged model only.",
+    )
+
+
+def refuse(error: StageError) -> NoReturn:
+    """In the program: hand an error over to the trainer, and end."""
+    json.dump({"reason": error.reason, "message": error.message}, sys.stdout)
+    sys.exit(1)
+
+
+def _refusal(output: str) -> StageError | None:
+    try:
+        said = json.loads(output)
+        return StageError(Reason(said["reason"]), said["message"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def shown(model: Path, name: str, *, trusted: bool) -> Iterator[Path]:
+    """The model's folder as the converter may see it.
+
+    It is called `name`, since the converter takes what it writes about the model from there.
+    """
+    with tempfile.TemporaryDirectory(prefix="model-") as temporary:
+        view = Path(temporary, name)
+        if trusted:
+            view.symlink_to(model.resolve())
+        else:
+            view.mkdir()
+            without_code(model, view)
+        yield view
+
+
+def without_code(model: Path, view: Path) -> Path:
+    """Fill `view` with links to the model's files, without Python files and references to any."""
+    for file in model.iterdir():
+        if file.suffix == ".py" or not file.is_file():
+            continue
+        if file.suffix == ".json" and b'"auto_map"' in file.read_bytes():
+            content = json.loads(file.read_bytes())
+            content.pop("auto_map", None)
+            (view / file.name).write_text(json.dumps(content))
+        else:
+            (view / file.name).symlink_to(file.resolve())
+    return view
+
+
+def llama_folder() -> Path:
+    """Where the converter is. StageError(InvalidConfig) when it isn't there."""
+    # `make build` links the folder into the virtual environment; the image sets the variable.
+    folder = Path(os.environ.get("LLAMA_CPP_DIR") or Path(sys.prefix) / "llama.cpp")
+    if not (folder / SCRIPT).is_file():
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"{folder} is not the folder with llama.cpp's {SCRIPT}: use the project's trainer "
+            "image or `make build`, or name it in LLAMA_CPP_DIR.",
+        )
+    return folder

@@ -1,0 +1,126 @@
+"""The model in memory, and the machine that it is in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from finetune_trainer.model.tokenizer import unsupported
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype | Literal["auto"],
+    device: str,
+    *,
+    quantize: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load the model for causal language modelling; "auto" keeps the type that it is stored in.
+
+    With `quantize` its linear layers are held in 4 bits (NF4), and `dtype` is what they compute in.
+    Raises StageError(ModelUnsupported) when transformers can't load it.
+    """
+    disable_progress_bar()  # type: ignore[no-untyped-call] # it moves per tensor
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    if quantize:
+        options["quantization_config"] = _nf4(dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        # What transformers raises for a model that it does not know depends on where it broke.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk, not the model
+        raise unsupported("model", error, trust_remote_code) from error
+    if quantize:
+        _keep_weights_in_place(model)
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        # PyTorch's own attention can't cap the scores and would leave it out (Gemma 2).
+        model.set_attn_implementation("eager")
+    return model
+
+
+def compute_dtype() -> torch.dtype:
+    """bfloat16 where the hardware computes in it, float32 elsewhere."""
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
+    return torch.bfloat16 if native else torch.float32
+
+
+def device_name() -> str:
+    """The device that trains and its memory, for people."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _cgroup_number("memory.max")
+    memory = min(memory, limit) if limit else memory
+    return f"CPU, {torch.get_num_threads()} threads, {memory / 2**30:.1f} GiB"
+
+
+def use_available_cpus() -> None:
+    """Run as many threads as the container may use CPUs; more of them only wait for each other."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    torch.set_num_threads(available_cpus())
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use: its affinity, cut by the cgroup's limit."""
+    allowed = len(os.sched_getaffinity(0))
+    quota = _cgroup_quota()
+    return max(1, min(allowed, round(quota))) if quota else allowed
+
+
+def _cgroup_quota() -> float | None:
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _cgroup_number(name: str) -> int | None:
+    try:
+        return int(Path("/sys/fs/cgroup", name).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+
+
+def _nf4(dtype: torch.dtype | Literal["auto"]) -> Any:
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _keep_weights_in_place(model: PreTrainedModel) -> None:
+    """Switch off the CPU path of bitsandbytes that breaks training.
+
+    With AVX512-BF16 a forward pass in evaluation mode repacks the 4-bit weights in place, and a
+    backward pass after it computes with weights that it misreads.
+    """
+    from bitsandbytes.nn.modules import Linear4bit  # noqa: PLC0415 - only where 4 bits are used
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,176 @@
+"""The widths of a model, read from its config.json, and how many parameters they make.
+
+Covered exactly: llama (and SmolLM), mistral, qwen2, qwen3, gemma, gemma2, gemma3 (text), phi3.
+Other dense decoders with a gated MLP are taken by the standard keys. Mixtures of experts and
+models without these keys are not covered: there is no shape, and so no prediction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from finetune_trainer.contract import Lora
+from finetune_trainer.model.targets import modules_for
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+_GEMMA3 = {
+    # transformers' defaults, which the published config.json files leave out.
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 262_208,
+}
+_TIED = {"gemma", "gemma2", "gemma3_text", "smollm3"}  # where config.json leaves the key out
+_NORMS_PER_LAYER = {"gemma2": 4, "gemma3_text": 4}
+_NORM_ON_QUERY_AND_KEY = {"qwen3", "gemma3_text"}
+_FUSED = {"phi3"}  # query, key and value are one layer, gate and up another
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths are in elements; counts are of parameters."""
+
+    model_type: str
+    layers: int
+    hidden: int
+    query: int
+    """Attention heads times their width."""
+
+    key_value: int
+    """Key-value heads times their width."""
+
+    mlp: int
+    vocabulary: int
+    tied: bool
+    """Whether the input embedding is the output layer as well."""
+
+    head: int = 0
+    """Width of one attention head."""
+
+    attention_bias: int = 0
+    """Parameters of the attention layers' biases in one layer."""
+
+    mlp_bias: int = 0
+    norms: int = 2
+    """Norms as wide as `hidden` in one layer."""
+
+    qk_norm: bool = False
+    """Whether queries and keys are normalised."""
+
+    fused: bool = False
+    """Whether query, key and value (and gate and up) are one linear layer."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self | None:
+        """Read config.json; None where it is not of a covered architecture."""
+        text = config.get("text_config")
+        if isinstance(text, dict):
+            config = {"tie_word_embeddings": config.get("tie_word_embeddings"), **text}
+        kind = str(config.get("model_type", ""))
+        if kind == "gemma3_text":
+            config = {**_GEMMA3, **config}
+        if any(config.get(key) for key in _EXPERTS):
+            return None
+        try:
+            return cls._read(kind, config)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            return None
+
+    @classmethod
+    def _read(cls, kind: str, config: dict[str, Any]) -> Self:
+        hidden = int(config["hidden_size"])
+        heads = int(config["num_attention_heads"])
+        head = int(config.get("head_dim") or hidden // heads)
+        key_value = int(config.get("num_key_value_heads") or heads) * head
+        query, mlp = heads * head, int(config["intermediate_size"])
+        bias = query + 2 * key_value if kind == "qwen2" else 0
+        if config.get("attention_bias") is True:
+            bias = query + 2 * key_value + hidden
+        tied = config.get("tie_word_embeddings")
+        shape = cls(
+            model_type=kind,
+            layers=int(config["num_hidden_layers"]),
+            hidden=hidden,
+            query=query,
+            key_value=key_value,
+            mlp=mlp,
+            vocabulary=int(config["vocab_size"]),
+            tied=kind in _TIED if tied is None else bool(tied),
+            head=head,
+            attention_bias=bias,
+            mlp_bias=2 * mlp + hidden if config.get("mlp_bias") is True else 0,
+            norms=_NORMS_PER_LAYER.get(kind, 2),
+            qk_norm=kind in _NORM_ON_QUERY_AND_KEY,
+            fused=kind in _FUSED,
+        )
+        if min(shape.layers, hidden, query, key_value, mlp, shape.vocabulary) <= 0:
+            raise ValueError("a width is not positive")
+        return shape
+
+    @property
+    def linear(self) -> int:
+        """Parameters of the linear layers' weights, which QLoRA holds in 4 bits."""
+        attention = self.hidden * (2 * self.query + 2 * self.key_value)
+        return self.layers * (attention + 3 * self.hidden * self.mlp)
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the input embedding and, where it is another, the output layer."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def other(self) -> int:
+        """Parameters of norms and biases."""
+        layer = self.norms * self.hidden + self.attention_bias + self.mlp_bias
+        layer += 2 * self.head if self.qk_norm else 0
+        return self.layers * layer + self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the base model."""
+        return self.linear + self.embedding + self.other
+
+    def targets(self, lora: Lora) -> dict[str, tuple[int, int]]:
+        """Input and output width of each kind of layer that gets an adapter."""
+        widths = {
+            "q_proj": (self.hidden, self.query),
+            "k_proj": (self.hidden, self.key_value),
+            "v_proj": (self.hidden, self.key_value),
+            "o_proj": (self.query, self.hidden),
+            "gate_proj": (self.hidden, self.mlp),
+            "up_proj": (self.hidden, self.mlp),
+            "down_proj": (self.mlp, self.hidden),
+            "qkv_proj": (self.hidden, self.query + 2 * self.key_value),
+            "gate_up_proj": (self.hidden, 2 * self.mlp),
+        }
+        own = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+        there = own if self.fused else widths.keys() - {"qkv_proj", "gate_up_proj"}
+        names = modules_for(lora.target_modules, there).values()
+        return {name: widths[name] for name in names if name}
+
+    def adapter(self, lora: Lora) -> int:
+        """Trainable parameters: A is rank x input, B is output x rank, in every layer.
+
+        DoRA has a magnitude for each output as well.
+        """
+        magnitudes = 1 if lora.use_dora else 0
+        widths = self.targets(lora).values()
+        return self.layers * sum(lora.r * (i + o) + magnitudes * o for i, o in widths)
+
+    def scaled(self, factor: float) -> Shape:
+        """A model of like proportions, `factor` times as wide and deep, of the same vocabulary."""
+
+        def times(width: int) -> int:
+            return max(1, round(width * factor))
+
+        return replace(
+            self,
+            layers=times(self.layers),
+            hidden=times(self.hidden),
+            query=times(self.query),
+            key_value=times(self.key_value),
+            mlp=times(self.mlp),
+            attention_bias=times(self.attention_bias) if self.attention_bias else 0,
+            mlp_bias=times(self.mlp_bias) if self.mlp_bias else 0,
+        )

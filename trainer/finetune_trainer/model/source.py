@@ -1,0 +1,187 @@
+"""Where the base model is: its revision, its files, and fetching them.
+
+Only safetensors, JSON, tokenizer files and chat templates are read, never pickled weights; Python
+code only when spec.model.trustRemoteCode allows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from finetune_trainer.contract import (
+    Model,
+    Reason,
+    Resolved,
+    RunConfig,
+    StageError,
+    Storage,
+    digest,
+)
+from finetune_trainer.model import hub
+from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.store import LocalFolder, open_folder
+
+CARD = "README.md"
+"""Names the license. It changes no result, so it is no part of a folder's revision."""
+
+_SMALL_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+_SAMPLES = 16
+_SAMPLE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of a base model that count, at one revision."""
+
+    model: Model
+    revision: str
+    """Commit of a Hub model, or a digest over a folder's file names, sizes and ETags."""
+
+    sizes: dict[str, int]
+    """Bytes of each file, by name."""
+
+    def weights(self) -> list[str]:
+        """The safetensors files."""
+        return [name for name in self.sizes if name.endswith(".safetensors")]
+
+    def small(self) -> list[str]:
+        """Configuration, tokenizer and templates."""
+        return [n for n in self.sizes if not n.endswith(".safetensors") and n != CARD]
+
+
+def is_hub(source: str) -> bool:
+    """Whether a model's source names a Hub repository rather than a folder."""
+    return not source.startswith(("s3://", "/"))
+
+
+def display_name(source: str) -> str:
+    """The model's short name, for file names: the last part of its source."""
+    name = PurePosixPath(source.removeprefix("s3://").rstrip("/")).name
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name) or "model"
+
+
+def find(model: Model, storage: Storage) -> ModelFiles:
+    """Resolve the revision and list the files; reads no weights.
+
+    Raises StageError: ModelNotFound, ModelAccessDenied, ModelUnsupported (no safetensors),
+    ModelHubUnavailable, or the store's reasons.
+    """
+    if is_hub(model.source):
+        revision, sizes = hub.list_files(model.source, model.revision)
+    else:
+        revision, sizes = _list_folder(model, storage)
+    wanted = {name: size for name, size in sorted(sizes.items()) if _wanted(name, model)}
+    if any(name.startswith("model") and name.endswith(".safetensors") for name in wanted):
+        # Mistral's repositories hold the weights a second time, in another layout.
+        wanted = {k: v for k, v in wanted.items() if not k.startswith("consolidated")}
+    files = ModelFiles(model, revision, wanted)
+    if "config.json" not in wanted:
+        raise StageError(
+            Reason.MODEL_NOT_FOUND if not sizes else Reason.MODEL_UNSUPPORTED,
+            f"{model.source} holds no config.json, so it is not a transformers model: give "
+            "org/name on the Hub, or the folder that save_pretrained wrote.",
+        )
+    if not files.weights():
+        raise StageError(
+            Reason.MODEL_UNSUPPORTED,
+            f"{model.source} holds no safetensors weights (pickled .bin files are not loaded, for "
+            "safety): convert it with save_pretrained, or choose a revision that has them.",
+        )
+    return files
+
+
+def fetch(
+    files: ModelFiles, storage: Storage, target: Path, reporter: Reporter, *, weights: bool
+) -> Path:
+    """Bring the files to disk, without weights and card if so asked; returns their folder.
+
+    A folder that is mounted is used as it is; a Hub model goes to the Hub client's cache.
+    """
+    model = files.model
+    names = list(files.sizes) if weights else files.small()
+    if model.source.startswith("/"):
+        return Path(model.source)
+    total = sum(files.sizes[name] for name in names)
+    moved = reporter.transfer(
+        f"Fetching {'' if weights else 'the tokenizer of '}{model.source}", total
+    )
+    if is_hub(model.source):
+        return hub.download(model.source, files.revision, names, moved)
+    folder = open_folder(model.source, storage)
+    for name in names:
+        folder.download(name, target / name, moved)
+    return target
+
+
+def fetch_resolved(config: RunConfig, target: Path, reporter: Reporter) -> Path:
+    """Bring the whole model to disk, in just the revision that `prepare` saw."""
+    wanted = resolved_of(config).model_revision
+    model = config.model
+    if is_hub(model.source):
+        model = model.model_copy(update={"revision": wanted})
+    files = find(model, config.storage)
+    if files.revision != wanted:
+        raise StageError(
+            Reason.MODEL_NOT_FOUND,
+            f"The files in {model.source} are not those that `prepare` checked: somebody replaced "
+            "them meanwhile. Change the spec, or create the job anew, to start from the new ones.",
+        )
+    return fetch(files, config.storage, target, reporter, weights=True)
+
+
+def resolved_of(config: RunConfig) -> Resolved:
+    """What `prepare` found out; StageError when run.json lacks it."""
+    if config.resolved is None:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            "run.json has no `resolved`: run `prepare` first and pass on what it reports.",
+        )
+    return config.resolved
+
+
+def _list_folder(model: Model, storage: Storage) -> tuple[str, dict[str, int]]:
+    folder = open_folder(model.source, storage)
+    if isinstance(folder, LocalFolder) and not folder.root.is_dir():
+        raise StageError(
+            Reason.MODEL_NOT_FOUND,
+            f"The folder {model.source} does not exist: mount it, or correct spec.model.source.",
+        )
+    found = [info for info in folder.list() if _wanted(info.path, model)]
+    infos = [info for info in found if info.path != CARD]
+    if not infos:
+        raise StageError(
+            Reason.MODEL_NOT_FOUND,
+            f"There is no model in {model.source}: upload config.json, tokenizer and safetensors "
+            "there, or correct spec.model.source.",
+        )
+    if isinstance(folder, LocalFolder):
+        etags = {info.path: _sampled_digest(folder.root / info.path) for info in infos}
+    else:
+        etags = {info.path: info.etag for info in infos}
+    listing = [[info.path, info.size, etags[info.path]] for info in infos]
+    return f"sha256:{digest(listing)}", {info.path: info.size for info in found}
+
+
+def _wanted(name: str, model: Model) -> bool:
+    path = PurePosixPath(name)
+    if len(path.parts) > 1:  # other formats and precisions often lie in subfolders
+        return False
+    if path.suffix == ".py":
+        return model.trust_remote_code
+    return path.suffix in _SMALL_FILES or path.suffix == ".safetensors" or name == CARD
+
+
+def _sampled_digest(file: Path) -> str:
+    """SHA-256 of a small file; of blocks spread over a large one, where any training shows."""
+    size = file.stat().st_size
+    sha256 = hashlib.sha256()
+    with file.open("rb") as stream:
+        if size <= 2 * _SAMPLES * _SAMPLE_BYTES:
+            sha256.update(stream.read())
+        else:
+            for number in range(_SAMPLES):
+                stream.seek(number * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                sha256.update(stream.read(_SAMPLE_BYTES))
+    return sha256.hexdigest()

@@ -1,0 +1,264 @@
+"""The tokenizer: loading it, and how a conversation becomes tokens and labels."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from finetune_trainer.contract import Message, Reason, StageError
+
+PROBES = (
+    "3 33 333 3333 33333 1,234.56 2026-11-24",
+    "I've said it'd WORK; they'LL see. (Don't [stop]!) a_b-c/d == 'x' && \"y\"",
+    "one  two   three\n\nfour\n\n\nfive\tsix\n  seven",
+    "Zürich, naïve café, señor, Привет мир, Ελλάδα, 你好世界, こんにちは, 한국어, ١٢٣",
+    "🙂 👩‍👩‍👧 ✓ → ≤ ½ € ™",
+)
+"""Texts at which the ways to split text before tokenizing differ: numbers, contractions, white
+space, scripts, emoji. A handful of rows may contain none of these."""
+
+
+log = logging.getLogger(__name__)
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_ORIGINAL_FILES = (
+    TOKENIZER_CONFIG,
+    "tokenizer.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+IGNORED = -100  # label of a token that no loss is computed on
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ '### Response:\n' + message['content'] + eos_token }}"
+    "{% else %}"
+    "{{ '### ' + ('Instruction' if message['role'] == 'user' else 'Context') + ':\n'"
+    " + message['content'] + '\n\n' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+"""For base models that come without a chat template. It is saved with the tokenizer, so that the
+merged model and the GGUF files use what the training used. The token that the tokenizer begins a
+text with, if it does, stands before it."""
+
+BEGIN = "{{ bos_token }}"
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; it always has a chat template, an end token and a padding token.
+
+    Raises StageError when transformers can't read it.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        # What transformers raises for a broken or unknown tokenizer depends on where it broke.
+        raise unsupported("tokenizer", error, trust_remote_code) from error
+    if tokenizer.eos_token_id is None:
+        raise StageError(
+            Reason.MODEL_UNSUPPORTED,
+            "The base model's tokenizer names no end token (eos_token), so a tuned model would "
+            "never stop: add it to tokenizer_config.json.",
+        )
+    if not tokenizer.chat_template:
+        log.warning(
+            "The base model has no chat template; '### Instruction: … ### Response: …' is used"
+        )
+        tokenizer.chat_template = fallback_template(tokenizer)
+    if tokenizer.pad_token_id is None:
+        # Not a new token: the vocabulary must keep the shape of the embeddings.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, target: Path) -> None:
+    """Write the tokenizer as the base model's folder has it, with the chat template in use.
+
+    transformers 5 writes tokenizer.json and a configuration of its own kind. What it leaves out is
+    asked for by others: the tokenizer's class and its SentencePiece model by llama.cpp's converter
+    (Phi-3, Phi-4, Gemma 2), the class by programs with an older transformers. `target` must have
+    the model's config.json: without it transformers 5 takes some of these classes at their word,
+    and splits text otherwise.
+    """
+    tokenizer.save_pretrained(target)
+    for name in _ORIGINAL_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, target / name)
+    settings = json.loads((target / TOKENIZER_CONFIG).read_bytes())
+    if settings.pop("chat_template", None):  # it lies in chat_template.jinja, maybe another one
+        (target / TOKENIZER_CONFIG).write_text(
+            json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+
+def fallback_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template for a base model that has none."""
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return BEGIN + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation in tokens."""
+
+    ids: list[int]
+    labels: list[int]
+    """The ids of what is learnt (answers, each with its end of turn); IGNORED elsewhere."""
+
+    only_last: bool
+    """Whether earlier answers are not learnt, since the template writes them otherwise once the
+    conversation goes on (it removes their reasoning, for example)."""
+
+
+def message_pair(instruction: str, response: str) -> dict[str, Any]:
+    """A question and its answer as an example."""
+    return as_example(
+        ({"role": "user", "content": instruction}, {"role": "assistant", "content": response})
+    )
+
+
+def as_example(messages: Sequence[Message]) -> dict[str, Any]:
+    """A conversation as the training reads it (TRL's conversational prompt-completion): all turns
+    but the last as `prompt`, the last answer as `completion`."""
+    return {"prompt": list(messages[:-1]), "completion": [messages[-1]]}
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, prompt: bool = False
+) -> str:
+    """A conversation as text; with `prompt` up to where the model's next answer begins."""
+    text = tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=prompt
+    )
+    return str(text)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]) -> str:
+    """The question as text, up to where the model's answer begins."""
+    return render(tokenizer, example["prompt"], prompt=True)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]
+) -> tuple[list[int], list[int]]:
+    """Token ids of the whole conversation and their labels; see `encode_batch`."""
+    (encoded,) = encode_batch(tokenizer, [example])
+    return encoded.ids, encoded.labels
+
+
+def encode_batch(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]]
+) -> list[Encoded]:
+    """Examples as token ids and labels: every answer with its end of turn is learnt.
+
+    For a question and an answer this says what TRL does (a test compares the two); of longer
+    conversations TRL would learn the last answer only. Tokenizing many texts at once is several
+    times faster. Raises what the template raises for a conversation that it refuses.
+    """
+    rendered = [_rendered(tokenizer, example) for example in examples]
+    texts = [text for item in rendered for text in item.texts()]
+    if not texts:
+        return []
+    # A tokenizer warns of texts beyond the model's length; those are counted, and cut later.
+    ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    return [item.encoded(ids) for item in rendered]
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """The texts of a conversation that have to be tokenized to label it."""
+
+    full: str
+    earlier: list[tuple[str, str]]
+    """Per answer but the last: the text up to its beginning, and up to its end."""
+
+    last: str
+    """The text up to the beginning of the last answer."""
+
+    only_last: bool
+
+    def texts(self) -> list[str]:
+        return [self.full, *(text for pair in self.earlier for text in pair), self.last]
+
+    def encoded(self, ids: Iterator[list[int]]) -> Encoded:
+        """Take this conversation's texts' ids, in the order of `texts`, and label them."""
+        full = next(ids)
+        labels = [IGNORED] * len(full)
+        for _ in self.earlier:
+            start, end = _common(full, next(ids)), _common(full, next(ids))
+            labels[start:end] = full[start:end]
+        start = _common(full, next(ids))
+        labels[start:] = full[start:]
+        return Encoded(full, labels, self.only_last)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]) -> _Rendered:
+    messages: list[Message] = example["prompt"] + example["completion"]
+    full = render(tokenizer, messages)
+    last = render(tokenizer, example["prompt"], prompt=True)
+    answers = [i for i, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
+    earlier = []
+    try:
+        for index in answers:
+            begun = render(tokenizer, messages[:index], prompt=True)
+            ended = render(tokenizer, messages[: index + 1])
+            if not (full.startswith(ended) and ended.startswith(begun)):
+                return _Rendered(full, [], last, only_last=True)
+            earlier.append((begun, ended))
+    except Exception as error:  # the model's own template runs: anything can come out
+        log.debug("The template refuses a part of a conversation that it takes: %s", error)
+        return _Rendered(full, [], last, only_last=True)
+    return _Rendered(full, earlier, last, only_last=False)
+
+
+def _common(ours: list[int], theirs: list[int]) -> int:
+    """How many tokens two lists have in common at their beginning."""
+    for position, (one, other) in enumerate(zip(ours, theirs, strict=False)):
+        if one != other:
+            return position
+    return min(len(ours), len(theirs))
+
+
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template begins a conversation with the bos_token."""
+    pair = message_pair("a", "b")
+    return bool(tokenizer.bos_token) and render_prompt(tokenizer, pair).startswith(
+        str(tokenizer.bos_token)
+    )
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The special tokens that the chat template puts behind an answer."""
+    answer = "\N{SNOWMAN}"  # in no template, so that what follows it is the end of the turn
+    pair = message_pair("a", answer)
+    text = render(tokenizer, [*pair["prompt"], *pair["completion"]])
+    tail = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return special.intersection(tail)
+
+
+def unsupported(part: str, error: Exception, trusted: bool) -> StageError:
+    """What a failure of transformers to load a part of the model means."""
+    lines = str(error).strip().splitlines()
+    cause = lines[0] if lines else type(error).__name__
+    remedy = "Choose a model that this version of transformers supports"
+    if "trust_remote_code" in str(error) and not trusted:
+        remedy += ", or set spec.model.trustRemoteCode after reading the model's code"
+    return StageError(
+        Reason.MODEL_UNSUPPORTED,
+        f"The base model's {part} can't be loaded: {cause.rstrip(' :.'):.300}. {remedy}.",
+    )

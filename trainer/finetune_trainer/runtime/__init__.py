@@ -1,0 +1,1 @@
+"""How a process of the trainer lives and ends: log, progress, signals, errors, child processes."""

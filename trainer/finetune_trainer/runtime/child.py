@@ -1,0 +1,138 @@
+"""Programs that the trainer runs beside itself.
+
+llama.cpp aborts its process where it meets what it can't handle, and a process that aborts can't
+say why it failed. So its native code runs in a child, which also gives all memory back.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import IO
+
+from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.runtime.failures import MEMORY_REMEDY
+from finetune_trainer.runtime.progress import Reporter, Transfer
+
+OnProgress = Callable[[int, int], None]
+"""Called with what is done and the total, in a unit of the child's."""
+
+_PROGRESS = "progress:"
+_SAID = re.compile(rf"{_PROGRESS} (\d+) (\d+)\n")
+
+_running: set[subprocess.Popen[str]] = set()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a child ended."""
+
+    status: int
+    """Exit status; negative when a signal ended it."""
+
+    output: str
+    errors: str
+
+    def last_line(self) -> str:
+        """The last line that it wrote, which tends to say what went wrong."""
+        lines = [line.strip() for line in (self.output + self.errors).splitlines() if line.strip()]
+        return lines[-1] if lines else f"it ended with status {self.status}"
+
+
+def run(
+    command: list[str],
+    request: str = "",
+    environment: dict[str, str] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Finished:
+    """Run a program to its end, with `request` on its standard input.
+
+    `on_progress` hears what the program says with `say_progress`. Raises StageError(OOMKilled)
+    where it was killed: only the kernel does that, and `kill_running`, after which nobody asks.
+    """
+    # GGML's own handler would call a debugger for a stack trace, if there is one.
+    variables = {
+        **os.environ,
+        "GGML_NO_BACKTRACE": "1",
+        "PYTHONWARNINGS": "ignore",
+        "TQDM_DISABLE": "1",
+        **(environment or {}),
+    }
+    errors: list[str] = []
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=variables,
+    ) as process:
+        stream, process.stderr = process.stderr, None  # communicate() leaves it to the thread
+        listener = threading.Thread(
+            target=_listen, args=(stream, errors, on_progress), name="child", daemon=True
+        )
+        listener.start()
+        _running.add(process)
+        try:
+            output, _ = process.communicate(request)
+            listener.join()
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            _running.discard(process)
+    if process.returncode == -signal.SIGKILL:
+        raise StageError(
+            Reason.OOM_KILLED,
+            f"A process of the stage was killed, most likely for want of memory. {MEMORY_REMEDY}",
+        )
+    return Finished(process.returncode, output, "".join(errors))
+
+
+def say_progress(done: int, total: int) -> None:
+    """In the child: how much of the work is done."""
+    sys.stderr.write(f"{_PROGRESS} {done} {total}\n")
+    sys.stderr.flush()
+
+
+def _listen(stream: IO[str] | None, errors: list[str], on_progress: OnProgress | None) -> None:
+    with stream or nullcontext(()) as lines:
+        for line in lines:
+            said = _SAID.fullmatch(line)
+            if said is None:
+                errors.append(line)
+            elif on_progress:
+                on_progress(int(said[1]), int(said[2]))
+
+
+def kill_running() -> None:
+    """End the children that are at work; for a process that is about to end itself."""
+    for process in list(_running):
+        process.kill()
+
+
+def shown_by(reporter: Reporter | None, what: str) -> OnProgress | None:
+    """A listener to bytes done and to be done; None where nobody looks."""
+    return None if reporter is None else _Shown(reporter, what)
+
+
+class _Shown:
+    def __init__(self, reporter: Reporter, what: str) -> None:
+        self._reporter = reporter
+        self._what = what
+        self._transfer: Transfer | None = None
+        self._done = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._transfer is None:
+            self._transfer = self._reporter.transfer(self._what, total)
+        self._transfer(done - self._done)
+        self._done = done

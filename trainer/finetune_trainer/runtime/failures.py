@@ -1,0 +1,78 @@
+"""What an error means: its reason, and what to do about it."""
+
+from __future__ import annotations
+
+import errno
+import re
+
+from pydantic import ValidationError
+
+from finetune_trainer.contract import Reason, StageError, describe
+
+_DISK_FULL = ("No space left on device", "os error 28", "Disk quota exceeded")
+
+# torch.OutOfMemoryError (torch.cuda.OutOfMemoryError is the same class), and what the driver,
+# cuBLAS, cuDNN, NCCL and bitsandbytes say when it is they who ask for memory.
+_GPU_FULL = (
+    "CUDA out of memory",
+    "HIP out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Failed to CUDA calloc",
+    "Cuda failure 'out of memory'",
+    "Error out of memory at line",
+)
+_MEMORY_FULL = ("can't allocate memory", "Cannot allocate memory")
+_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
+_CAPACITY = re.compile(r"total capacity of ([\d.]+ \w+)")
+_FREE = re.compile(r"of which ([\d.]+ \w+) is free")
+
+GPU_MEMORY_REMEDY = (
+    "In this order: set training.batchSize to 1 (and raise gradientAccumulationSteps to match), "
+    "lower training.maxSequenceLength, set training.method to qlora, or choose a smaller base "
+    "model."
+)
+MEMORY_REMEDY = "Raise the memory limit of the stage's pod."
+
+
+def explain(error: Exception) -> StageError:
+    """The reason of an error, and a message with what to do about it."""
+    if isinstance(error, StageError):
+        return error
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, ValidationError):
+        return StageError(Reason.INVALID_CONFIG, describe(error, prefix="spec."))
+    if _is_disk_full(error):
+        return StageError(
+            Reason.OUT_OF_DISK,
+            "The disk is full: give the stage's pod more ephemeral storage (an export needs about "
+            "four times the size of the model), or write fewer artifacts.",
+        )
+    if any(sign in text for sign in _GPU_FULL) or type(error).__name__ == "OutOfMemoryError":
+        what = f"The GPU's memory is full{_figures(text)}."
+        return StageError(Reason.OUT_OF_GPU_MEMORY, f"{what} {GPU_MEMORY_REMEDY}")
+    if isinstance(error, MemoryError) or any(sign in text for sign in _MEMORY_FULL):
+        return StageError(Reason.OUT_OF_MEMORY, f"The memory is full. {MEMORY_REMEDY}")
+    first = text.strip().splitlines()[0]
+    return StageError(Reason.INTERNAL_ERROR, f"{first:.500} (the log has the details)")
+
+
+def _figures(text: str) -> str:
+    """What torch's allocator says, in short: what it wanted, and how much there is."""
+    asked, capacity, free = (found.search(text) for found in (_ASKED, _CAPACITY, _FREE))
+    if not asked:
+        return ""
+    there = f" where {free[1]} of {capacity[1]} are free" if capacity and free else ""
+    return f" (tried to allocate {asked[1]}{there})"
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(sign in str(seen) for sign in _DISK_FULL):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

@@ -1,0 +1,109 @@
+"""Run a stage so that, whatever happens, it ends with a reason, an exit code and one clear line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from finetune_trainer.contract import Reason, RunConfig, Stage, StageError, StageResult
+from finetune_trainer.runtime import child, stopping
+from finetune_trainer.runtime.failures import explain
+from finetune_trainer.runtime.logs import begin_stage
+from finetune_trainer.runtime.progress import Reporter
+
+log = logging.getLogger(__name__)
+
+
+def perform(stage: Stage, config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
+    """Run one stage in a folder of its own below `workspace`, which is removed afterwards."""
+    begin_stage(stage)
+    room = workspace / stage
+    shutil.rmtree(room, ignore_errors=True)
+    room.mkdir(parents=True)
+    result = _stage_function(stage)(config, room, reporter)
+    reporter.done(result.message)
+    shutil.rmtree(room, ignore_errors=True)
+    return result
+
+
+def guarded(stage: Stage, work: Callable[[], StageResult]) -> StageResult:
+    """Do the work; an error becomes a result that names its reason."""
+    try:
+        result = work()
+    except Exception as error:  # the edge: nothing may end a stage without a reason
+        failure = explain(error)
+        if failure.reason is Reason.INTERNAL_ERROR:
+            log.exception("%s failed", stage)
+        log.error("%s: %s", failure.reason, failure.message)  # noqa: TRY400 - one line, no trace
+        return as_result(stage, failure)
+    if result.reason is Reason.SUCCEEDED:
+        log.info("%s: %s", stage, result.message)
+    else:  # with artifacts all the same
+        log.error("%s: %s", result.reason, result.message)
+    return result
+
+
+def as_result(stage: Stage, failure: StageError) -> StageResult:
+    """The result of a stage that failed."""
+    return StageResult(
+        stage=stage,
+        reason=failure.reason,
+        message=failure.message,
+        dataset=failure.dataset,
+        notices=failure.notices,
+    )
+
+
+def write_termination_message(result: StageResult, path: Path | None) -> None:
+    """Leave the result where the kubelet reads it."""
+    if path is None:
+        return
+    try:
+        path.write_bytes(result.to_message())
+    except OSError as error:
+        log.warning("The termination message can't be written to %s: %s", path, error)
+
+
+def stop_on_signal(stage: Callable[[], Stage], path: Path | None, reporter: Reporter) -> None:
+    """On SIGTERM or SIGINT, save what the stage can save, say so and end.
+
+    Python runs signal handlers between its own instructions only, and a quantization stays in
+    native code for minutes. So the signal wakes a thread, through a pipe, that ends the process.
+    """
+    wake, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+
+    def wait() -> None:
+        os.read(wake, 1)
+        then = stopping.stop() or "the stage starts anew with the next attempt"
+        result = StageResult(
+            stage=stage(), reason=Reason.STOPPED, message=f"Stopped by a signal; {then}."
+        )
+        write_termination_message(result, path)
+        log.warning("%s: %s", result.reason, result.message)
+        child.kill_running()
+        reporter.close()
+        sys.stdout.flush()
+        os._exit(Reason.STOPPED.exit_code)
+
+    threading.Thread(target=wait, name="stop", daemon=True).start()
+
+
+def _stage_function(stage: Stage) -> Callable[[RunConfig, Path, Reporter], StageResult]:
+    # Imported when needed: each brings seconds of libraries that the others do without.
+    if stage is Stage.PREPARE:
+        from finetune_trainer.prepare.stage import run  # noqa: PLC0415
+    elif stage is Stage.TRAIN:
+        from finetune_trainer.train.stage import run  # noqa: PLC0415
+    else:
+        from finetune_trainer.export.stage import run  # noqa: PLC0415
+    return run

@@ -1,0 +1,144 @@
+"""What the stage tells its worker, and what the worker leaves: JSON files in the stage's folder."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune_trainer.contract import (
+    Base,
+    Notice,
+    NoticeCode,
+    Reason,
+    RunConfig,
+    StageError,
+    TrainingPlan,
+)
+
+LENGTHS = "lengths.json"
+TRAINED, FAILED = "trained.json", "failed.json"
+
+
+class Work(Base):
+    """One run of the worker. A further one, e.g. after memory ran out, gets a changed copy."""
+
+    config: RunConfig
+    plan: TrainingPlan
+    """How a step is split into passes."""
+
+    processes: int = 1
+    """How many workers train together, each with a device of its own."""
+
+    max_sequence_length: int
+    """Tokens; at most what the spec says."""
+
+    engine: Literal["transformers", "unsloth"]
+    examples: Path
+    """examples.jsonl, as `prepare` left it."""
+
+    held_out: Path | None
+    """eval.jsonl, or None when no row is held out."""
+
+    model: Path
+    """Folder of the base model."""
+
+    room: Path
+    """Folder for everything that the worker writes."""
+
+    resume_from: Path | None = None
+    """Folder of the checkpoint to go on from."""
+
+    @property
+    def adapter(self) -> Path:
+        """Where the adapter and the tokenizer go."""
+        return self.room / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the Trainer writes its checkpoints."""
+        return self.room / "trainer"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Where TensorBoard's files go."""
+        return self.room / "tensorboard"
+
+
+class Trained(Base):
+    """What came out, beside the files of the adapter."""
+
+    metrics: dict[str, float]
+    effective: dict[str, Any]
+    """The hyperparameters as they were applied, e.g. with the epochs that `auto` stood for."""
+
+    history: list[dict[str, float]] = []
+    """What the Trainer logged, step by step, for curves."""
+
+
+class Failed(Base):
+    """Why the worker gave up."""
+
+    reason: Reason
+    message: str
+    step: int | None = None
+    """Optimizer steps that were complete."""
+
+    checkpoint: Path | None = None
+    """A checkpoint of that step, where it could still be written."""
+
+
+class InterruptedTrainingError(StageError):
+    """The training ended in between, and can go on from a checkpoint on disk if there is one."""
+
+    def __init__(self, cause: StageError, step: int, checkpoint: Path | None) -> None:
+        super().__init__(cause.reason, cause.message)
+        self.step = step
+        self.checkpoint = checkpoint
+
+
+def as_failed(error: StageError) -> Failed:
+    """What the worker leaves of an error."""
+    failed = Failed(reason=error.reason, message=error.message)
+    if isinstance(error, InterruptedTrainingError):
+        return failed.model_copy(update={"step": error.step, "checkpoint": error.checkpoint})
+    return failed
+
+
+def default_plan(config: RunConfig) -> TrainingPlan:
+    """The plan of `prepare`, or what the spec says where there is none."""
+    if config.resolved is not None and config.resolved.plan is not None:
+        return config.resolved.plan
+    training = config.training
+    wish = training.gradient_checkpointing
+    # On a GPU of unknown memory it is more often short than not.
+    gpu = config.hardware.gpus > 0 if config.hardware else any(Path("/dev").glob("nvidia[0-9]*"))
+    return TrainingPlan(
+        batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        gradient_checkpointing=wish == "always" or (wish == "auto" and gpu),
+    )
+
+
+def write_lengths(room: Path, lengths: Iterable[int]) -> None:
+    """Leave how many examples have how many tokens, for the stage."""
+    counts = sorted(Counter(int(length) for length in lengths).items())
+    (room / LENGTHS).write_text(json.dumps(counts), encoding="utf-8")
+
+
+def read_lengths(room: Path) -> dict[int, int]:
+    """What the worker left; empty when it did not get so far."""
+    file = room / LENGTHS
+    return dict(json.loads(file.read_bytes())) if file.exists() else {}
+
+
+def fallback_notice(evidence: str) -> Notice:
+    """That the transformers engine trains, where Unsloth was wished for."""
+    return Notice(
+        code=NoticeCode.ENGINE_FALLBACK,
+        evidence=f"{evidence:.300}",
+        remedy="The transformers engine trains instead, with the same result. "
+        "Set training.engine to transformers to silence this.",
+    )

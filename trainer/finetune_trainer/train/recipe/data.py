@@ -1,0 +1,291 @@
+"""The examples as token ids and labels, and which of them train together."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.model.tokenizer import IGNORED, encode_batch, end_of_turn_ids
+
+TOKENIZED_AT_ONCE = 512  # conversations in memory as text
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows of one file."""
+
+    rows: datasets.Dataset
+    """input_ids and labels; labels are IGNORED where nothing is learnt."""
+
+    lengths: NDArray[np.int32]
+    """Tokens of each row."""
+
+    targets: NDArray[np.int32]
+    """Labels of each row that count for the loss."""
+
+    learns_end: bool
+    """Whether some row teaches the end of a turn."""
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.rows)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one pass over all rows."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+
+def tokenize(
+    file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, cache: Path
+) -> Examples:
+    """Tokenize a file of `prepare`, cut each row at `max_length`, and keep the result in `cache`.
+
+    A later worker in the same folder, and the other processes of this one, find it there.
+    """
+    datasets.disable_progress_bars()
+    about = file.stat()
+    rows = datasets.Dataset.from_generator(
+        _rows,
+        gen_kwargs={"file": file, "tokenizer": tokenizer, "max_length": max_length},
+        features=datasets.Features(
+            {
+                "input_ids": datasets.List(datasets.Value("int32")),
+                "labels": datasets.List(datasets.Value("int32")),
+                "targets": datasets.Value("int32"),
+                "end": datasets.Value("bool"),
+            }
+        ),
+        cache_dir=str(cache),
+        # Given by hand: working it out would pickle the tokenizer.
+        fingerprint=f"{file.stem}-{about.st_size}-{about.st_mtime_ns}-{max_length}",
+    )
+    arrays = rows.select_columns(["targets", "end"]).with_format("numpy")
+    return Examples(
+        rows=rows.select_columns(["input_ids", "labels"]),
+        lengths=_lengths(rows),
+        targets=np.asarray(arrays["targets"][:], dtype=np.int32),
+        learns_end=bool(np.any(arrays["end"][:])),
+    )
+
+
+def check(examples: Examples, *, shortened: bool) -> None:
+    """Make sure that every row teaches something and that the end of the turn is learnt."""
+    empty = int((examples.targets == 0).sum())
+    if empty and not shortened:
+        # `prepare` leaves such rows out, so this is another tokenizer than it saw.
+        raise StageError(
+            Reason.INTERNAL_ERROR,
+            f"{empty} of {len(examples)} examples have no answer within maxSequenceLength.",
+        )
+    if empty:
+        log.warning(
+            "%d of %d examples have no answer within the shortened sequence and teach nothing",
+            empty,
+            len(examples),
+        )
+    if not examples.learns_end:
+        raise StageError(
+            Reason.MODEL_UNSUPPORTED,
+            "No example's labels contain an end-of-turn token, so the tuned model would never "
+            "stop: raise training.maxSequenceLength, or correct the model's chat template.",
+        )
+
+
+def _rows(
+    file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Iterator[dict[str, Any]]:
+    ends = end_of_turn_ids(tokenizer)
+    with file.open(encoding="utf-8") as lines:
+        while chunk := [json.loads(line) for line in itertools.islice(lines, TOKENIZED_AT_ONCE)]:
+            for encoded in encode_batch(tokenizer, chunk):
+                ids, labels = encoded.ids[:max_length], encoded.labels[:max_length]
+                yield {
+                    "input_ids": ids,
+                    "labels": labels,
+                    # The first token is predicted from nothing.
+                    "targets": sum(label != IGNORED for label in labels[1:]),
+                    "end": not ends.isdisjoint(labels),
+                }
+
+
+def _lengths(rows: datasets.Dataset) -> NDArray[np.int32]:
+    """Length of each row, from the offsets that Arrow keeps, without reading the ids."""
+    chunks = rows.data.column("input_ids").chunks
+    parts = [np.diff(chunk.offsets.to_numpy()) for chunk in chunks]
+    return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+
+
+Rows = list[int]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a step is split: `passes` on each of `processes`."""
+
+    passes: int
+    processes: int
+    packed: bool
+    """Whether rows are laid end to end (only their sum counts) or padded to the longest."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All steps of a training."""
+
+    lengths: NDArray[np.int32]
+    """Tokens of each row."""
+
+    batch: int
+    """Rows in a step (the effective batch); the last step of an epoch has what is left."""
+
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        return math.ceil(len(self.lengths) / self.batch)
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Rows of an epoch in the order of its steps."""
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
+
+    def passes(self, epoch: int, split: Split) -> Iterator[list[Rows]]:
+        """For every pass of an epoch: the rows for each process.
+
+        A step has as many passes as `split` says; the last one only as many as it needs.
+        """
+        order = self.order(epoch)
+        for start in range(0, len(order), self.batch):
+            rows = order[start : start + self.batch]
+            passes = math.ceil(split.passes * len(rows) / self.batch)
+            groups = self._groups(rows, passes * split.processes, split.packed)
+            for slot in range(passes):
+                yield groups[slot * split.processes : (slot + 1) * split.processes]
+
+    def count_passes(self, split: Split) -> int:
+        """Passes in an epoch on each process."""
+        full, rest = divmod(len(self.lengths), self.batch)
+        return full * split.passes + math.ceil(split.passes * rest / self.batch)
+
+    def tokens(self, steps: int) -> int:
+        """Tokens of the first so many steps, over all epochs."""
+        epochs, rest = divmod(steps, self.steps)
+        whole = epochs * int(self.lengths.sum(dtype=np.int64))
+        if not rest:
+            return whole
+        rows = self.order(epochs)[: rest * self.batch]
+        return whole + int(self.lengths[rows].sum(dtype=np.int64))
+
+    def _groups(self, rows: NDArray[np.int64], count: int, packed: bool) -> list[Rows]:
+        ordered = rows[np.argsort(-self.lengths[rows], kind="stable")].tolist()
+        sizes = self.lengths[ordered].tolist()
+        return balanced(ordered, sizes, count) if packed else contiguous(ordered, count)
+
+
+def balanced(rows: Sequence[int], sizes: Sequence[int], count: int) -> list[Rows]:
+    """Groups with about the same sum of sizes: each row, the longest first, joins the smallest.
+
+    No group holds more than the longest row times the (rounded up) number of rows per group.
+    """
+    groups: list[Rows] = [[] for _ in range(count)]
+    heap = [(0, index) for index in range(count)]
+    for row, size in zip(rows, sizes, strict=True):
+        total, index = heapq.heappop(heap)
+        groups[index].append(row)
+        heapq.heappush(heap, (total + size, index))
+    return groups
+
+
+def contiguous(rows: Sequence[int], count: int) -> list[Rows]:
+    """Groups of neighbours, as equal in number as can be; the larger ones come last."""
+    cuts = [len(rows) * index // count for index in range(count + 1)]
+    return [list(rows[start:end]) for start, end in itertools.pairwise(cuts)]
+
+
+class StepSampler(torch.utils.data.Sampler[Rows]):
+    """Yields this process's rows pass by pass. A pass without rows is an empty list."""
+
+    def __init__(
+        self, schedule: Schedule, split: Split, process: int, epoch: Callable[[], int]
+    ) -> None:
+        self._schedule = schedule
+        self._split = split
+        self._process = process
+        self._epoch = epoch  # asked when an epoch begins
+
+    def __len__(self) -> int:
+        """Passes in an epoch."""
+        return self._schedule.count_passes(self._split)
+
+    def __iter__(self) -> Iterator[Rows]:
+        """One epoch."""
+        for groups in self._schedule.passes(self._epoch(), self._split):
+            yield groups[self._process]
+
+
+@dataclass(frozen=True)
+class PaddingCollator:
+    """Rows below each other, filled up to the longest: tensors of [rows, time]."""
+
+    pad: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make input_ids, attention_mask and labels."""
+        rows = rows or [{"input_ids": [self.pad], "labels": [IGNORED]}]
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), width), self.pad, dtype=torch.long)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+        for index, row in enumerate(rows):
+            length = len(row["input_ids"])
+            ids[index, :length] = torch.tensor(row["input_ids"])
+            labels[index, :length] = torch.tensor(row["labels"])
+            mask[index, :length] = 1
+        labels[:, 0] = IGNORED
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@dataclass(frozen=True)
+class PackingCollator:
+    """Rows end to end: tensors of [1, time]; each row's positions begin at 0 again.
+
+    There is no attention mask. Attention functions see the rows' bounds in `cu_seq_lens_*` (as
+    FlashAttention calls them) or in the positions.
+    """
+
+    pad: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Make input_ids, position_ids, labels and the rows' bounds."""
+        rows = rows or [{"input_ids": [self.pad], "labels": [IGNORED]}]
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        labels = [torch.tensor(row["labels"]) for row in rows]
+        for row in labels:
+            row[0] = IGNORED  # the row before must not learn to say it
+        lengths = [len(row) for row in ids]
+        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        return {
+            "input_ids": torch.cat(ids)[None],
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "labels": torch.cat(labels)[None],
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+        }

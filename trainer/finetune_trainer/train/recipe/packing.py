@@ -1,0 +1,260 @@
+"""How a model attends to packed rows, proven on the model itself before it trains."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import send_to_device
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from finetune_trainer.train.link.processes import is_first
+from finetune_trainer.train.recipe.data import PackingCollator
+
+NAME = "packed_rows"  # as models' attn_implementation
+BLOCK = 128  # queries at once; 64 to 128 measured fastest, their scores stay in the L2 cache
+KINDS = {"full_attention", "sliding_attention"}  # what can be computed here
+
+Bounds = list[tuple[int, int]]
+
+
+def register() -> None:
+    """Make it known to transformers, which then neither builds nor passes a mask."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def computes(config: Any) -> bool:
+    """Whether a model's layers attend in a way that can be computed here."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or KINDS)
+    special = ("attn_logit_softcapping", "attention_dropout", "attention_chunk_size")
+    return kinds <= KINDS and not any(getattr(text, name, None) for name in special)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, heads, time, size]
+    key: torch.Tensor,  # [1, key heads, time, size]
+    value: torch.Tensor,
+    _mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers; returns [1, time, heads, size].
+
+    `cu_seq_lens_q` are the rows' bounds; left out, there is one row. NotImplementedError for what
+    some model wants beyond that.
+    """
+    special = ("softcap", "s_aux", "position_bias")
+    wanted = [name for name in special if others.get(name) is not None]
+    if others.get("dropout"):
+        wanted.append("dropout")
+    if query.shape[0] != 1 or wanted or getattr(module, "is_causal", True) is False:
+        raise NotImplementedError(f"packed attention of {query.shape[0]} sequences with {wanted}")
+    ends = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = _Rows.apply(  # type: ignore[no-untyped-call]
+        query[0], key[0], value[0], scale, sliding_window, list(pairwise(ends))
+    )
+    return out.transpose(0, 1)[None], None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+class _Rows(torch.autograd.Function):
+    """Causal attention within each row. Heads that share keys are one matrix product."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes them so
+        ctx: Any,
+        query: torch.Tensor,  # [heads, time, size]
+        key: torch.Tensor,  # [key heads, time, size]
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+        rows: Bounds,
+    ) -> torch.Tensor:
+        groups = key.shape[0]
+        out = query.new_empty(*query.shape[:2], value.shape[-1])
+        for start, end, low in _blocks(rows, window):
+            block = query[:, start:end].reshape(groups, -1, query.shape[-1])
+            weights = _weights(block, key[:, low:end], scale, end - start, window)
+            mixed = torch.bmm(weights.to(value.dtype), value[:, low:end])
+            out[:, start:end] = mixed.view(-1, end - start, value.shape[-1])
+        ctx.save_for_backward(query, key, value)
+        ctx.options = scale, window, rows
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
+        query, key, value = ctx.saved_tensors
+        scale, window, rows = ctx.options
+        groups, dtype = key.shape[0], query.dtype
+        d_query = torch.empty_like(query)
+        d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
+        for start, end, low in _blocks(rows, window):
+            block = query[:, start:end].reshape(groups, -1, query.shape[-1])
+            above = gradient[:, start:end].reshape(groups, -1, value.shape[-1])
+            keys, values = key[:, low:end], value[:, low:end]
+            weights = _weights(block, keys, scale, end - start, window)
+            d_value[:, low:end] += torch.bmm(weights.to(dtype).transpose(1, 2), above)
+            d_weights = torch.bmm(above, values.transpose(1, 2)).float()
+            scores = torch._softmax_backward_data(d_weights, weights, -1, torch.float32)
+            scores = scores.mul_(scale).to(dtype)
+            d_query[:, start:end] = torch.bmm(scores, keys).view(-1, end - start, keys.shape[-1])
+            d_key[:, low:end] += torch.bmm(scores.transpose(1, 2), block)
+        return d_query, d_key, d_value, None, None, None
+
+
+def _blocks(rows: Bounds, window: int | None) -> list[tuple[int, int, int]]:
+    """Queries from `start` to `end`, and the first key that one of them sees."""
+    found = []
+    for first, last in rows:
+        for start in range(first, last, BLOCK):
+            low = first if window is None else max(first, start - window + 1)
+            found.append((start, min(start + BLOCK, last), low))
+    return found
+
+
+def _weights(
+    query: torch.Tensor, key: torch.Tensor, scale: float, count: int, window: int | None
+) -> torch.Tensor:
+    """Probabilities in float32 of `count` queries per head, whose last key is their own."""
+    scores = torch.bmm(query, key.transpose(1, 2)).float().mul_(scale)
+    keys = key.shape[1]
+    by_head = scores.view(key.shape[0], -1, count, keys)
+    by_head[..., keys - count :].add_(_later(count))
+    if window is not None and keys > window:
+        by_head.add_(_earlier(count, keys, window))
+    return torch.softmax(scores, dim=-1)
+
+
+@lru_cache(maxsize=BLOCK)
+def _later(count: int) -> torch.Tensor:
+    """Minus infinity above the diagonal: keys behind the query."""
+    return torch.full((count, count), -torch.inf).triu(1)
+
+
+@lru_cache(maxsize=16)
+def _earlier(count: int, keys: int, window: int) -> torch.Tensor:
+    """Minus infinity for keys that have left the window."""
+    own = torch.arange(keys - count, keys)[:, None]
+    return torch.zeros(count, keys).masked_fill_(torch.arange(keys) <= own - window, -torch.inf)
+
+
+LENGTHS = 7, 5
+# Mean deviations, as a share of the logits' spread.
+LEAK = 1e-3  # from another row before it: mostly exactly 0, in every type
+TOLERANCE, ROUGH_TOLERANCE = 1e-3, 0.1  # from the row alone, in float32 and in 16-bit types
+
+log = logging.getLogger(__name__)
+
+
+def prepare_packing(model: PreTrainedModel) -> bool:
+    """Let the model attend to packed rows in the fastest way that is right; False when none is.
+
+    Several processes follow the first one, which alone may hold the weights.
+    """
+    chosen = _choose(model) if is_first() else None
+    if dist.is_initialized():
+        dist.broadcast_object_list(box := [chosen])
+        (chosen,) = box
+    if chosen is None:
+        log.warning(
+            "Rows are padded, not packed: in this model, rows that lie end to end would see each "
+            "other"
+        )
+        return False
+    if chosen == NAME:
+        register()  # in each process
+    model.set_attn_implementation(chosen)
+    log.info("Rows are packed (attention: %s)", chosen)
+    return True
+
+
+def _choose(model: PreTrainedModel) -> str | None:
+    before = model.config._attn_implementation
+    try:
+        alone = _logits_alone(model)
+        found = (name for name in _candidates(model, before) if _is_right(model, name, alone))
+        return next(found, None)
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _is_right(model: PreTrainedModel, name: str, alone: torch.Tensor) -> bool:
+    try:
+        model.set_attn_implementation(name)
+        packed, other = _logits_packed(model, 0), _logits_packed(model, 1)
+    except Exception as error:  # whatever a model's code raises for what it can't do
+        log.debug("Packing with the attention %s: %s", name, error)
+        return False
+    second = slice(LENGTHS[0], None)
+    leak, off = deviation(other[second], packed[second]), deviation(packed, alone)
+    log.debug("Packing with the attention %s: leak %.1e, deviation %.1e", name, leak, off)
+    allowed = TOLERANCE if model.dtype is torch.float32 else ROUGH_TOLERANCE
+    return leak < LEAK and off < allowed
+
+
+def _candidates(model: PreTrainedModel, before: str) -> list[str]:
+    names = [before]
+    # A model that will be spread over GPUs is still on the CPU.
+    if model.device.type == "cpu" and not torch.cuda.is_available():
+        if computes(model.config):
+            register()
+            names.insert(0, NAME)
+    elif is_flash_attn_2_available() and model.dtype is not torch.float32:
+        names.insert(0, "flash_attention_2")
+    return names
+
+
+def deviation(packed: torch.Tensor, alone: torch.Tensor) -> float:
+    """Mean difference of two tensors of logits, as a share of their spread."""
+    return float((packed - alone).abs().mean() / alone.std().clamp(min=1e-9))
+
+
+def _rows(model: PreTrainedModel, first: int) -> list[list[int]]:
+    """Two rows of random tokens; `first` chooses the first one."""
+    tokens = model.config.get_text_config().vocab_size
+    seeds = (first, len(LENGTHS))
+    return [
+        torch.randint(tokens, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+        for length, seed in zip(LENGTHS, seeds, strict=True)
+    ]
+
+
+def _logits_alone(model: PreTrainedModel) -> torch.Tensor:
+    rows = [torch.tensor([row], device=model.device) for row in _rows(model, 0)]
+    return torch.cat([_logits(model, input_ids=row) for row in rows])
+
+
+def _logits_packed(model: PreTrainedModel, first: int) -> torch.Tensor:
+    rows = [{"input_ids": row, "labels": row} for row in _rows(model, first)]
+    batch = PackingCollator(pad=0)(rows)
+    del batch["labels"]
+    return _logits(model, **send_to_device(batch, model.device))
+
+
+def _logits(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
+    """[tokens, vocabulary]"""
+    training = model.training
+    model.train(False)
+    try:
+        with torch.no_grad():
+            logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    finally:
+        model.train(training)
+    return logits[0].float()

@@ -1,0 +1,302 @@
+"""TRL's SFTTrainer with our order of rows, our loss on a CPU, and an exact evaluation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import torch
+from accelerate.data_loader import prepare_data_loader
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_utils import EvalLoopOutput
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from finetune_trainer.model.tokenizer import IGNORED
+from finetune_trainer.runtime.units import perplexity
+from finetune_trainer.train.recipe import ranks, unsloth_engine
+from finetune_trainer.train.recipe.data import (
+    Examples,
+    PackingCollator,
+    PaddingCollator,
+    Rows,
+    Schedule,
+    Split,
+    StepSampler,
+    contiguous,
+)
+
+
+def answer_loss(
+    model: torch.nn.Module, inputs: dict[str, Any], *, some_logits: bool = True
+) -> torch.Tensor:
+    """Sum of the cross entropy over all labels.
+
+    With `some_logits` the model computes logits only where a label is.
+    """
+    inputs = dict(inputs)
+    targets = inputs.pop("labels")[:, 1:]  # [batch, time - 1]: each position predicts the next
+    keep = (targets != IGNORED).any(dim=0).nonzero().flatten()
+    if some_logits:
+        inputs["logits_to_keep"] = keep
+    logits = model(**inputs, use_cache=False).logits  # [batch, kept, vocabulary]
+    if not some_logits:
+        logits = logits[:, keep]
+    return cross_entropy(
+        logits.flatten(0, 1).float(),
+        targets[:, keep].flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+    )
+
+
+def computes_some_logits(model: torch.nn.Module) -> bool:
+    """Whether the model can be asked for the logits of some positions only."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+ADAPTER = "adapter_model.safetensors"
+OPTIMIZER = "optimizer.pt"
+
+
+def save_optimizer(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, *, write: bool
+) -> None:
+    """Gather the moments of all processes; the one with `write` writes them."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(state, folder / OPTIMIZER)
+
+
+def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Take this process's part of the moments."""
+    state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+
+
+def load_adapter(model: torch.nn.Module, folder: Path) -> None:
+    """Take this process's part of the adapter; RuntimeError when it is one of another shape."""
+    saved = load_file(folder / ADAPTER)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    # PEFT's files leave out the adapter's own name.
+    names = {name: name.replace(".default.", ".") for name in trained}
+    if set(names.values()) != saved.keys():
+        raise RuntimeError(f"{ADAPTER} in {folder} is not of this model's layers")
+    state: dict[str, Any] = {name: saved[short] for name, short in names.items()}
+    options = StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
+    set_model_state_dict(model, state, options=options)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained and evaluated on."""
+
+    examples: Examples
+    held_out: Examples | None
+    packed: bool
+
+
+class RecipeTrainer(SFTTrainer):
+    """A step's rows are those of the schedule; on a CPU the loss is plain PyTorch."""
+
+    def __init__(
+        self,
+        *,
+        data: Data,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        processing_class: PreTrainedTokenizerBase,
+        **options: Any,
+    ) -> None:
+        self.data = data
+        self._some_logits = computes_some_logits(model)
+        collator = PackingCollator if data.packed else PaddingCollator
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=data.examples.rows,
+            eval_dataset=data.held_out.rows if data.held_out else None,
+            data_collator=collator(processing_class.pad_token_id),
+            processing_class=processing_class,
+            **options,
+        )
+        self.split = Split(args.gradient_accumulation_steps, args.world_size, data.packed)
+        per_pass = args.per_device_train_batch_size * args.world_size
+        batch = per_pass * args.gradient_accumulation_steps
+        self.schedule = Schedule(data.examples.lengths, batch, args.seed)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The rows of the schedule, split between the processes."""
+        sampler = StepSampler(self.schedule, self.split, self.args.process_index, self._epoch)
+        return self._loader(self.data.examples.rows, sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """The held-out rows, those of like length together."""
+        held_out = self.data.held_out
+        # The Trainer names its own set here; only a set from elsewhere is not ours to order.
+        if held_out is None or not (eval_dataset is None or eval_dataset is self.eval_dataset):
+            return super().get_eval_dataloader(eval_dataset)
+        per_pass = self.args.per_device_eval_batch_size
+        sampler = EvaluationSampler(
+            held_out, per_pass, self.args.world_size, self.args.process_index
+        )
+        return self._loader(held_out.rows, sampler)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Sum of the cross entropy over the labels, divided by their number in the whole step."""
+        if unsloth_engine.is_loaded():
+            return unsloth_engine.loss(model, inputs, num_items_in_batch)
+        if self.args.device.type != "cpu":
+            return super().compute_loss(  # type: ignore[no-untyped-call]
+                model, inputs, return_outputs, num_items_in_batch
+            )
+        assert not return_outputs, "the evaluation below asks for the loss only"  # noqa: S101
+        labels = (inputs["labels"][:, 1:] != IGNORED).sum()
+        count = labels if num_items_in_batch is None else num_items_in_batch
+        total = answer_loss(model, inputs, some_logits=self._some_logits)
+        loss = total / torch.as_tensor(count).clamp(min=1)
+        # The count is that of all processes, whose gradients will be averaged.
+        return loss * (1 if num_items_in_batch is None else self.args.world_size)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter; of a model spread over processes, too, and not the whole model then."""
+        state = ranks.gathered_state(cast("torch.nn.Module", self.model))
+        if state is None:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self._save(output_dir, state_dict=state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As one process would, also of a model spread over several."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        write, folder = self.args.should_save, Path(output_dir)
+        save_optimizer(*self._parts(), folder, write=write)
+        if write:
+            torch.save(cast("Any", self.lr_scheduler).state_dict(), folder / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Through the CPU's memory; the Trainer would take the device's with several processes."""
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        parts: dict[str, Any] = {SCHEDULER_NAME: self.lr_scheduler}
+        if self.is_fsdp_enabled:
+            load_optimizer(*self._parts(), folder)
+        else:
+            parts[OPTIMIZER_NAME] = self.optimizer
+        for name, part in parts.items():
+            saved = torch.load(folder / name, map_location="cpu", weights_only=True)
+            part.load_state_dict(saved)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        """The adapter."""
+        if self.is_fsdp_enabled:
+            load_adapter(self._parts()[0], Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _parts(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        """Model and optimizer without what accelerate wraps around the latter."""
+        optimizer: Any = self.optimizer
+        return cast("torch.nn.Module", self.model), getattr(optimizer, "optimizer", optimizer)
+
+    def store_flos(self) -> None:
+        """Not: nobody reads the sum, and the other processes, of which one may have failed, would
+        have to take part in it before a checkpoint is written."""
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: TRL would write one with every checkpoint."""
+
+    def evaluation_loop(self, dataloader: DataLoader[Any], *_: Any, **options: Any) -> Any:
+        """The mean over all labels of the held-out rows, not the mean of the batches' means."""
+        prefix = options.get("metric_key_prefix", "eval")
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for batch in dataloader:
+            mean, count = self.mean_loss(batch)
+            sums += torch.stack([mean.double() * count, count.double()])
+        total, labels = self.accelerator.reduce(sums, reduction="sum").tolist()
+        loss = total / max(labels, 1)
+        return EvalLoopOutput(
+            predictions=(),  # type: ignore[arg-type]
+            label_ids=None,
+            metrics={
+                f"{prefix}_loss": loss,
+                f"{prefix}_perplexity": perplexity(loss),
+                f"{prefix}_tokens": labels,
+            },
+            num_samples=len(self.data.held_out or ()),
+        )
+
+    def mean_loss(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean over the labels of a batch as the collator makes it, and how many there are."""
+        model = cast("torch.nn.Module", self.model)
+        model.eval()
+        inputs = self._prepare_inputs(batch)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            mean = self.compute_loss(model, inputs)
+        return mean, (inputs["labels"][:, 1:] != IGNORED).sum()
+
+    def _epoch(self) -> int:
+        return int(self.state.global_step // self.schedule.steps)
+
+    def _loader(self, rows: datasets.Dataset, sampler: Sampler[Rows]) -> DataLoader[Any]:
+        # The sampler knows the processes, so that accelerate must not split the batches again.
+        loader = DataLoader(
+            rows,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            # Its own, lest an evaluation take random numbers from the training's dropout.
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+        prepared: DataLoader[Any] = prepare_data_loader(
+            loader,
+            device=self.args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+        )
+        return prepared
+
+
+class EvaluationSampler(Sampler[Rows]):
+    """Yields this process's rows, the longest first; each process has as many passes."""
+
+    def __init__(self, examples: Examples, per_pass: int, processes: int, process: int) -> None:
+        order = (-examples.lengths).argsort(kind="stable").tolist()
+        passes = -(-len(order) // (per_pass * processes))
+        self._passes = contiguous(order, passes * processes)[process::processes]
+
+    def __len__(self) -> int:
+        """Passes."""
+        return len(self._passes)
+
+    def __iter__(self) -> Iterator[Rows]:
+        """All of them once."""
+        return iter(self._passes)

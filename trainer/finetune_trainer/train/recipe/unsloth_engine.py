@@ -1,0 +1,152 @@
+"""Unsloth: its import, how it loads a model, and what to do where it fails.
+
+Written against Unsloth 2026.10's own source. It needs a GPU even to load a model, so that only its
+import and what surrounds it is tested. Whatever it raises before the first step, memory and disk
+apart, lets the worker start over with the transformers engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_trainer.contract import Reason
+from finetune_trainer.runtime.failures import explain
+from finetune_trainer.train.link.work import Work, fallback_notice
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune_trainer.train.link.channel import Channel
+
+FITTING_REASONS = (Reason.OUT_OF_GPU_MEMORY, Reason.OUT_OF_MEMORY, Reason.OUT_OF_DISK)
+
+log = logging.getLogger(__name__)
+
+
+class EngineFailedError(Exception):
+    """Unsloth can't be imported or can't load the model."""
+
+
+def import_first(room: Path) -> None:
+    """Import Unsloth, which changes transformers, TRL and PEFT, ahead of all of them.
+
+    Raises EngineFailedError.
+    """
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it would ask the Hub for a file
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(room / "unsloth"))  # not the workdir
+    with _failing("be imported"), contextlib.redirect_stdout(io.StringIO()):
+        import unsloth  # noqa: F401, PLC0415
+
+
+def is_loaded() -> bool:
+    """Whether Unsloth has changed the libraries of this process."""
+    return "unsloth" in sys.modules
+
+
+def load(work: Work, dtype: torch.dtype) -> Any:
+    """The model with its adapter; raises EngineFailedError, and torch's own error without memory.
+
+    Only the way of computing is Unsloth's: weights, tokenizer, template, data and labels are those
+    of the transformers engine.
+    """
+    settings, lora = work.config.training, work.config.training.lora
+    recompute = "unsloth" if work.plan.gradient_checkpointing else False
+    with _failing("load the model"), contextlib.redirect_stdout(io.StringIO()):
+        from unsloth import FastLanguageModel  # noqa: PLC0415
+
+        # Imports PEFT, which Unsloth has to be imported ahead of.
+        from finetune_trainer.train.recipe.adapter import linear_layers, target_modules  # noqa: PLC0415
+
+        model, _ = FastLanguageModel.from_pretrained(
+            model_name=str(work.model),
+            max_seq_length=work.max_sequence_length,
+            dtype=dtype,
+            load_in_4bit=settings.method == "qlora",
+            use_exact_model_name=True,  # else it takes a 4-bit model of its own from the Hub
+            fix_tokenizer=False,
+            device_map={"": "cuda:0"},
+            use_gradient_checkpointing=recompute,
+            random_state=settings.seed,
+            max_lora_rank=lora.r,
+            local_files_only=True,
+        )
+        tuned = FastLanguageModel.get_peft_model(
+            model,
+            r=lora.r,
+            target_modules=target_modules(lora, linear_layers(model)),
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
+            bias="none",
+            use_gradient_checkpointing=recompute,
+            random_state=settings.seed,
+        )
+    tuned.register_forward_pre_hook(_say_where_rows_begin, with_kwargs=True)
+    return tuned
+
+
+def options(work: Work) -> dict[str, Any]:
+    """Arguments of the Trainer, by its names: Unsloth recomputes activations by itself."""
+    return {"gradient_checkpointing": False} if work.engine == "unsloth" else {}
+
+
+def row_lengths(positions: torch.Tensor) -> torch.Tensor | None:
+    """Lengths of packed rows, from positions [1, time] that begin at 0 again with each row."""
+    import torch  # noqa: PLC0415 - not in the stage
+
+    if positions.dim() != 2 or positions.shape[0] != 1:
+        return None
+    starts = (positions[0] == 0).nonzero().flatten()
+    if starts.numel() == 0 or int(starts[0]) != 0:
+        return None
+    return torch.diff(starts, append=starts.new_tensor([positions.shape[1]])).to(torch.int32)
+
+
+def loss(
+    model: torch.nn.Module, inputs: dict[str, Any], labels_in_step: torch.Tensor | int | None
+) -> torch.Tensor:
+    """Unsloth's own loss, whose kernel never makes all logits: a sum over labels / their number."""
+    found: torch.Tensor = model(**inputs, num_items_in_batch=labels_in_step, use_cache=False).loss
+    return found
+
+
+def fall_back(work: Work, request: Path, cause: EngineFailedError, channel: Channel | None) -> None:
+    """Start this process over with the transformers engine; never returns.
+
+    What Unsloth has changed in the libraries can't be undone.
+    """
+    if channel:
+        channel.notice(fallback_notice(f"Unsloth can't {cause}"))
+    other = work.model_copy(update={"engine": "transformers"})
+    request.write_text(other.model_dump_json(indent=2), encoding="utf-8")
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - this program
+
+
+@contextlib.contextmanager
+def _failing(what: str) -> Any:
+    try:
+        yield
+    except Exception as error:  # it raises whatever its checks and patches stumble upon
+        if explain(error).reason in FITTING_REASONS:
+            raise
+        log.warning("Unsloth can't %s", what, exc_info=True)
+        first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise EngineFailedError(f"{what}: {first}") from error
+
+
+def _say_where_rows_begin(
+    _model: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # Its attention doesn't look at positions.
+    positions = options.get("position_ids")
+    if positions is not None and (lengths := row_lengths(positions)) is not None:
+        options = {**options, "packed_seq_lengths": lengths}
+    return args, options
