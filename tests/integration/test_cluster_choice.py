@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import binaries, debian, provider
-from tests.cluster.errors import Unavailable
-from tests.cluster.kind import KindCluster
-from tests.cluster.native import NativeCluster
+from hack import debian
+from hack.cluster import binaries, provider
+from hack.cluster.kind import KindCluster
+from hack.cluster.native import NativeCluster
+from hack.process import Unavailable
 
 SOURCES = """\
 bookworm|main|http://one.invalid/debian/

@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.cluster.control_plane import ControlPlane
+from hack.cluster.control_plane import ControlPlane
 from tests.integration.operator.process import Operator, install
 from tests.integration.operator.stage import Namespace
 

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.cluster.control_plane import ControlPlane
-from tests.cluster.process import wait_until
+from hack.cluster.control_plane import ControlPlane
+from hack.process import wait_until
 
 NAMESPACE = "finetune-system"
 RELEASE = "finetune-operator"

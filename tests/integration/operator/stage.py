@@ -13,7 +13,7 @@ import httpx
 
 from finetune_trainer.config import Fingerprints, Resolved, Stage
 from finetune_trainer.outcome import Artifact, Reason, StageResult
-from tests.cluster.control_plane import ControlPlane
+from hack.cluster.control_plane import ControlPlane
 
 # More than any step takes. The garbage collector, which also stops the pods of a deleted Job, looks
 # for new kinds every 30 seconds, and pauses meanwhile.

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from finetune_trainer.config import Hardware, RunConfig, Stage
-from tests.cluster.control_plane import ControlPlane
+from hack.cluster.control_plane import ControlPlane
 from tests.integration.operator.stage import Namespace, prepared, resolved
 
 PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN

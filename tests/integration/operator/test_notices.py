@@ -8,7 +8,7 @@ import pytest
 
 from finetune_trainer.config import Stage
 from finetune_trainer.outcome import BadRow, DatasetSummary, Notice, NoticeCode, Reason
-from tests.cluster.control_plane import ControlPlane
+from hack.cluster.control_plane import ControlPlane
 from tests.integration.operator.process import Operator
 from tests.integration.operator.stage import Namespace, prepared, resolved, trained
 

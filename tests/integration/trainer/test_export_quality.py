@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune_trainer.config import Stage
 from finetune_trainer.outcome import Quality, Reason, StageResult
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials
 from tests.integration.trainer.conftest import Run, Trainer
 
 GOOD, BAD = "gguf/tiny-F16.gguf", "tiny-Q8_0.gguf"

@@ -19,7 +19,7 @@ from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.prepare import model_checks
 from finetune_trainer.prepare.stage import check_config
 from finetune_trainer.progress import Reporter
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials
 from tests.integration.trainer.families import FAMILIES, write_family
 
 WEIGHTS = "model.safetensors"

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_trainer.config import Stage
 from finetune_trainer.outcome import Reason
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials
 from tests.integration.trainer.conftest import ROWS, Trainer
 
 

@@ -26,7 +26,7 @@ from finetune_trainer.prepare.rows import Rows
 from finetune_trainer.prepare.split import hold_out
 from finetune_trainer.prepare.template import check_template, describe_template
 from finetune_trainer.storage import LocalFolder
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials
 from tests.integration.trainer.conftest import ROWS, Trainer
 
 SYSTEM = {"role": "system", "content": "Be a kettle."}

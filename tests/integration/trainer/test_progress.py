@@ -17,8 +17,8 @@ import yaml
 from finetune_trainer.config import JobReference, Stage
 from finetune_trainer.outcome import Notice, NoticeCode
 from finetune_trainer.progress import NOTICE_LIMIT, ApiServer, Reporter, reporter_for
-from tests.cluster.control_plane import ControlPlane
-from tests.cluster.paths import REPOSITORY
+from hack import REPOSITORY
+from hack.cluster.control_plane import ControlPlane
 
 NAME = "reports"
 OBJECTS = f"""

@@ -10,7 +10,7 @@ import pytest
 from finetune_trainer.config import Storage
 from finetune_trainer.marker import MANIFEST
 from finetune_trainer.storage import Folder, open_folder
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials
 from tests.dying_folder import DyingFolder, KilledError, contents
 from tests.integration.trainer.conftest import use_keys
 from tests.publishing import publish

@@ -26,7 +26,7 @@ import pytest
 from finetune_trainer.base_model.source import resolved_of
 from finetune_trainer.config import RunConfig
 from finetune_trainer.fingerprint import fingerprints
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials
 from tests.integration.trainer.conftest import Trainer, write_csv
 from tests.integration.trainer.fork_server import NO_MOUNT, ForkServer, fork_server
 from tests.integration.trainer.killing import (

@@ -11,7 +11,7 @@ from finetune_trainer.config import Stage, Storage
 from finetune_trainer.marker import find_complete, save_stage
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.storage import Folder, open_folder
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from finetune_trainer.config import Storage
 from finetune_trainer.marker import describe_file
 from finetune_trainer.outcome import Reason, StageError
 from finetune_trainer.storage import Folder, open_folder, s3_upload
-from tests.cluster.object_store import ObjectStore, object_store
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials, ObjectStore, object_store
 from tests.integration.trainer.conftest import use_keys
 from tests.integration.trainer.killing import wait_for
 from tests.integration.trainer.s3_proxy import Fault, Proxy, Request, s3_proxy
