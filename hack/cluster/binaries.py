@@ -1,9 +1,10 @@
 """Finds the programs of a Kubernetes cluster, or builds them once.
 
 `KUBEBUILDER_ASSETS` (the convention of controller-runtime's envtest) names a folder of binaries
-and wins. Else the user's cache is looked into, and on Debian or Ubuntu it is filled: etcd from
-Debian's package, Kubernetes from Debian's source. A target is built in a temporary folder and
-renamed into place, so a build that was cut off leaves nothing that looks complete.
+and wins; a folder with kubelet, kube-proxy and kube-scheduler serves the native node as well. The
+last resort is the user's cache, which is filled on Debian or Ubuntu: etcd from Debian's package,
+Kubernetes 1.20 from Debian's source. A target is built in a temporary folder and renamed into
+place, so a build that was cut off leaves nothing that looks complete.
 """
 
 from __future__ import annotations
@@ -39,15 +40,19 @@ def _folder() -> Path:
     return cache_dir() / "kubernetes" / f"{VERSION}-r{RECIPE}-{debian.architecture()}"
 
 
-def _from_assets(targets: Iterable[str]) -> dict[str, Path] | None:
+def _from_assets(targets: tuple[str, ...]) -> dict[str, Path]:
+    """The programs of the folder that the variable names; none where it can't serve a node.
+
+    A node wants one version throughout. busybox belongs to no version: it may be missing.
+    """
     assets = os.environ.get(ASSETS_VARIABLE)
     if not assets:
-        return None
-    names = [name for target in targets for name in PROGRAMS[target]]
-    found = {name: Path(assets) / name for name in names}
-    missing = [name for name, path in found.items() if not os.access(path, os.X_OK)]
+        return {}
+    named = {name: Path(assets) / name for target in targets for name in PROGRAMS[target]}
+    found = {name: path for name, path in named.items() if os.access(path, os.X_OK)}
+    missing = [name for name in named if name not in found and name not in PROGRAMS["pause"]]
     if missing and "node" in targets:
-        return None  # assets are for the control plane; a node wants one version throughout
+        return {}
     if missing:
         raise Unavailable(
             f"{ASSETS_VARIABLE}={assets} lacks {', '.join(missing)}. The official envtest archive "
@@ -133,18 +138,23 @@ def ensure(targets: Iterable[str]) -> dict[str, Path]:
     """Paths of the programs of these targets, by name; builds what is missing."""
     targets = tuple(targets)
     found = _from_assets(targets)
-    if found:
-        return found
+    rest = tuple(target for target in targets if not found.keys() >= set(PROGRAMS[target]))
+    return {**found, **_from_debian(rest)} if rest else found
+
+
+def _from_debian(targets: tuple[str, ...]) -> dict[str, Path]:
     if not debian.is_debian_like():
-        raise Unavailable(f"there is no way to get Kubernetes' programs on this machine: {REMEDY}")
+        wanted = ", ".join(name for target in targets for name in PROGRAMS[target])
+        raise Unavailable(f"there is no way to get {wanted} on this machine: {REMEDY}")
     found = _cached(targets)
     if found:
         return found
     with _locked(targets):
         missing = [target for target in targets if not _cached([target])]
         if missing:
-            label = f"Building Kubernetes {VERSION} ({', '.join(missing)})"
-            with step(label) as current:
+            compiled = any(target in TARGETS for target in missing)
+            label = f"Building Kubernetes {VERSION}" if compiled else "Fetching from Debian"
+            with step(f"{label} ({', '.join(missing)})") as current:
                 _build(missing, current)
     found = _cached(targets)
     if not found:

@@ -85,6 +85,11 @@ class ControlPlane:
         """The API server's version, such as v1.20.2."""
         return str(self._request("GET", "/version").json()["gitVersion"])
 
+    @property
+    def minor_version(self) -> int:
+        """The 20 of v1.20.2."""
+        return int(self.version.split(".")[1])
+
     def user_kubeconfig(self, user: str) -> Path:
         """The kubeconfig of one of USERS."""
         return self.folder / f"{user}.kubeconfig"

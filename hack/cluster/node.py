@@ -147,12 +147,15 @@ class Node:
         root = self.folder
         snapshotter = "native" if _filesystem(root) == "overlayfs" else "overlayfs"
         network = self.network
+        minor = minor_version(programs["kubelet"])
         files: dict[str, str] = {
             "containerd.toml": node_config.containerd(
                 root / "containerd", root / "cni", snapshotter
             ),
             "cni/10-finetune.conflist": json.dumps(node_config.cni(network)),
-            "kubelet.json": json.dumps(node_config.kubelet(network, plane.ca, f"/{self.cgroup}")),
+            "kubelet.json": json.dumps(
+                node_config.kubelet(network, plane.ca, f"/{self.cgroup}", minor)
+            ),
             "kube-proxy.json": json.dumps(
                 node_config.kube_proxy(network, plane.user_kubeconfig("proxy"))
             ),
@@ -163,11 +166,13 @@ class Node:
             "folder": str(root),
             "binds": {str(root / name): str(target) for name, target in BINDS.items()},
             "start_file": str(self._start_file),
-            "daemons": self._daemons(programs, plane),
+            "daemons": self._daemons(programs, plane, minor),
         }
         self._plan_file.write_text(json.dumps(plan, indent=2))
 
-    def _daemons(self, programs: dict[str, Path], plane: ControlPlane) -> list[dict[str, object]]:
+    def _daemons(
+        self, programs: dict[str, Path], plane: ControlPlane, minor: int
+    ) -> list[dict[str, object]]:
         kubelet = {
             "config": self.folder / "kubelet.json",
             "kubeconfig": plane.user_kubeconfig("kubelet"),
@@ -175,7 +180,7 @@ class Node:
             "node-ip": self.network.node_address,
             "container-runtime-endpoint": f"unix://{node_config.CONTAINERD_SOCKET}",
         }
-        if minor_version(programs["kubelet"]) < 24:
+        if minor < 24:
             kubelet["container-runtime"] = "remote"
         containerd = {"config": self.folder / "containerd.toml"}
         proxy = {"config": self.folder / "kube-proxy.json"}

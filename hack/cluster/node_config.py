@@ -70,11 +70,12 @@ def cni(network: NodeNetwork) -> dict[str, Any]:
     return {"cniVersion": "0.4.0", "name": "finetune", "plugins": [bridge, portmap]}
 
 
-def kubelet(network: NodeNetwork, ca: Path, cgroup: str) -> dict[str, Any]:
+def kubelet(network: NodeNetwork, ca: Path, cgroup: str, minor: int) -> dict[str, Any]:
     """The kubelet: pods in a cgroup of the cluster's own, access only by the API server.
 
     There is no cluster DNS; naming the node as the server makes a look-up fail at once instead
-    of after seconds, and keeps a warning from every pod.
+    of after seconds, and keeps a warning from every pod. A kubelet from 1.35 on starts on a machine
+    with cgroup version 1 only when it is told to; one before 1.31 refuses the field.
     """
     return {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -98,6 +99,7 @@ def kubelet(network: NodeNetwork, ca: Path, cgroup: str) -> dict[str, Any]:
         "oomScoreAdj": 1,
         "readOnlyPort": 0,
         "resolvConf": "",
+        **({"failCgroupV1": False} if minor >= 31 else {}),
     }
 
 
