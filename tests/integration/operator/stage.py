@@ -72,6 +72,17 @@ class Namespace:
             answer = self._http.put(self._path("finetunejobs", name), json=body)
         assert answer.is_success, answer.text
 
+    def refusal(self, **spec: Any) -> str:
+        """What the API server says against a spec, or nothing; it creates nothing."""
+        body = {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FineTuneJob",
+            "metadata": {"name": "refused", "namespace": self.name},
+            "spec": {**SPEC, **spec},
+        }
+        answer = self._http.post(self._path("finetunejobs"), json=body, params={"dryRun": "All"})
+        return "" if answer.is_success else str(answer.json()["message"])
+
     def delete(self) -> None:
         answer = self._http.delete(self._path("finetunejobs", "support"))
         assert answer.is_success, answer.text

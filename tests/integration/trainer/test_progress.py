@@ -80,9 +80,7 @@ class Pod:
 
 @pytest.fixture
 def pod(control_plane: ControlPlane, tmp_path: Path) -> Pod:
-    # Without validation on the client's side, which on older servers refuses CEL rules.
-    control_plane.kubectl("apply", "--validate=false", "-f", str(REPOSITORY / "crds"))
-    control_plane.kubectl("wait", "--for=condition=Established", "crd/finetunejobs.finetune.dev")
+    control_plane.apply_definitions(str(REPOSITORY / "crds"))
     namespace = f"progress-{uuid4().hex[:8]}"
     control_plane.kubectl("create", "namespace", namespace)
     return Pod(control_plane, namespace, tmp_path)
