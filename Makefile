@@ -23,11 +23,11 @@ export LLAMA_CPP_DIR := $(CURDIR)/$(VENV)/llama.cpp
 
 .PHONY: demo
 demo: build ## A cluster, a bucket, a FineTuneJob: from CSV to an answering GGUF
-	$(BIN)/python -m tests.e2e.demo up
+	$(BIN)/python -m hack.demo up
 
 .PHONY: demo-down
 demo-down: ## Remove everything that demo started (what was built stays in the cache)
-	$(BIN)/python -m tests.e2e.demo down
+	$(BIN)/python -m hack.demo down
 
 ##@ One machine, no Kubernetes
 
@@ -70,7 +70,7 @@ test-e2e: kubernetes ## The main job on a real node
 # say so at their end; in CI that is a failure.
 .PHONY: kubernetes
 kubernetes: build ## Build or find the control plane (and node) that the tests run on
-	$(BIN)/python -m tests.cluster build-binaries || [ "$${CI:-}" != true ]
+	$(BIN)/python -m hack.cluster build-binaries || [ "$${CI:-}" != true ]
 
 .PHONY: lint
 lint: build ## ruff, mypy, import-linter, hadolint
@@ -99,11 +99,11 @@ verify: build ## Prove, in a temporary folder, that generated files are fresh
 
 .PHONY: images
 images: build ## Build both images with Docker or buildah
-	$(BIN)/python -m tests.cluster.images build
+	$(BIN)/python -m hack.images build
 
 .PHONY: constraints
 constraints: build ## Resolve the pins anew, keeping those that still fit (UPGRADE=1: newest)
-	$(BIN)/python constraints/update.py $(if $(UPGRADE),--upgrade)
+	$(BIN)/python -m hack.constraints $(if $(UPGRADE),--upgrade)
 
 .PHONY: clean
 clean: ## Remove .venv and caches of the tools (the cache folder stays)
@@ -115,12 +115,12 @@ help: ## This list
 	  /^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The wheel of llama-cpp-python is compiled once per version and machine and kept in the cache.
-$(READY): pyproject.toml constraints/dev.txt images/trainer/llama_cpp.py
+$(READY): pyproject.toml constraints/dev.txt hack/llama_cpp.py
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed (PYTHON=python3.12 make …)")'
 	@echo "Setting up $(VENV): about 3 minutes, and 6 more where llama.cpp has to be compiled once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints/dev.txt pip
-	$(BIN)/python images/trainer/llama_cpp.py --wheel-dir $(VENV)/wheels | tee $(VENV)/llama_cpp.txt
+	$(BIN)/python hack/llama_cpp.py --wheel-dir $(VENV)/wheels | tee $(VENV)/llama_cpp.txt
 	ln -sfn "$$(sed -n 's/^converter=//p' $(VENV)/llama_cpp.txt)" $(VENV)/llama.cpp
 	$(BIN)/python -m pip install --constraint constraints/dev.txt --find-links $(VENV)/wheels \
 	  --progress-bar off --editable '.[operator,trainer,trackers,signing,dev]' \

@@ -1,3 +1,3 @@
 """Fixtures that all tests may ask for."""
 
-pytest_plugins = ["tests.cluster.fixtures"]
+pytest_plugins = ["tests.fixtures"]

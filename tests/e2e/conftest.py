@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.fixtures import start_or_leave_out
-from tests.e2e import environment as env
-from tests.e2e.environment import Environment
+from hack.demo import environment as env
+from hack.demo.environment import Environment
+from tests.fixtures import start_or_leave_out
 
 NAME = "e2e"
 KEEP = "FINETUNE_KEEP_CLUSTER"

@@ -18,10 +18,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from tests.e2e import answers
-from tests.e2e.demo import download, models_of, ready_message, smallest_gguf
-from tests.e2e.environment import EXAMPLE, Environment
-from tests.e2e.follow import follow, poll, stage_of
+from hack.demo import models
+from hack.demo.environment import EXAMPLE, Environment
+from hack.demo.follow import follow, poll, ready_message, stage_of
+from hack.demo.models import download, models_of, smallest_gguf
 
 NAME = yaml.safe_load(EXAMPLE.read_text())["metadata"]["name"]
 CHILDREN = "jobs,pods,configmaps,serviceaccounts,roles,rolebindings"
@@ -135,12 +135,12 @@ def test_every_condition_is_about_the_current_generation(environment: Environmen
 
 
 def test_the_tuned_model_answers_what_only_the_csv_knows(environment: Environment) -> None:
-    asked = answers.questions()
+    asked = models.questions()
     job = environment.get("finetunejob", NAME)
     tuned = environment.downloads / Path(smallest_gguf(job)["uri"]).name
-    given = dict(zip(asked, answers.ask(tuned, asked), strict=True))
+    given = dict(zip(asked, models.ask(tuned, asked), strict=True))
     assert [q.text for q, answer in given.items() if not q.answered_by(answer)] == []
-    base = dict(zip(asked, answers.ask(answers.base_gguf(), asked), strict=True))
+    base = dict(zip(asked, models.ask(models.base_gguf(), asked), strict=True))
     assert [q.text for q, answer in base.items() if q.answered_by(answer)] == []
 
 

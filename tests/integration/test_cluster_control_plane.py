@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster import binaries
-from tests.cluster.control_plane import ControlPlane
-from tests.cluster.errors import CommandFailed
-from tests.cluster.process import output
+from hack.cluster import binaries
+from hack.cluster.control_plane import ControlPlane
+from hack.process import CommandFailed, output
 
 COUNT = 50
 CRD = {

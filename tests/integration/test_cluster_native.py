@@ -10,12 +10,12 @@ import psutil
 import pytest
 import yaml
 
-from tests.cluster import cgroups, debian
-from tests.cluster.errors import Unavailable
-from tests.cluster.fixtures import start_or_leave_out
-from tests.cluster.native import NativeCluster
-from tests.cluster.node import BINDS
-from tests.cluster.pause_image import REFERENCE
+from hack import debian
+from hack.cluster.native import NativeCluster
+from hack.cluster.node import BINDS, CGROUPS
+from hack.cluster.node_config import PAUSE_IMAGE
+from hack.process import Unavailable
+from tests.fixtures import start_or_leave_out
 
 SCRIPT = """
 b=/busybox
@@ -42,7 +42,7 @@ RESTRICTED_CONTAINER = {
 def job(name: str) -> str:
     container = {
         "name": "main",
-        "image": REFERENCE,
+        "image": PAUSE_IMAGE,
         "imagePullPolicy": "Never",
         "command": ["/busybox", "sh", "-c", SCRIPT],
         "securityContext": RESTRICTED_CONTAINER,
@@ -137,7 +137,7 @@ def test_down_leaves_nothing_behind(cluster: NativeCluster) -> None:
     assert not [process for process in inside if process.is_running()]
     assert not network.present()
     assert str(cluster.folder) not in Path("/proc/mounts").read_text()
-    assert not list(cgroups.ROOT.glob(f"**/{cluster.node.cgroup}"))
+    assert not list(CGROUPS.glob(f"**/{cluster.node.cgroup}"))
     assert not cluster.folder.exists()
     assert network.host_address not in [
         address.address for entries in psutil.net_if_addrs().values() for address in entries

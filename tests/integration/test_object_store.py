@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from tests.cluster.errors import ClusterError
-from tests.cluster.object_store import ObjectStore, moto_server, object_store
+from hack.object_store import ObjectStore, object_store
+from hack.process import ClusterError
+from tests.fixtures import moto_server
 
 MEBIBYTE = 1024 * 1024
 

@@ -10,11 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from hack.images.base import apt_sources
+from hack.images.build import (
+    INPUTS,
+    NAMES,
+    LlamaCpp,
+    content_hash,
+    offer_to_image,
+    set_dates,
+    stage,
+)
+from hack.images.pip_settings import CA_IN_BUILD, from_listing
 from images import requirements, slim
-from tests.cluster.image_base import apt_sources
-from tests.cluster.images import INPUTS, NAMES, content_hash, set_dates, stage
-from tests.cluster.llama import LlamaCpp, offer_to_image
-from tests.cluster.pip_settings import CA_IN_BUILD, from_listing
 
 ROOT = Path(__file__).parents[2]
 FILES = {
@@ -24,7 +31,7 @@ FILES = {
     "images/slim.py": "slim",
     "images/operator/Dockerfile": "FROM base",
     "images/trainer/Dockerfile": "FROM base",
-    "images/trainer/llama_cpp.py": "llama",
+    "hack/llama_cpp.py": "llama",
     "constraints/operator.txt": "kopf==1",
     "constraints/trainer.txt": "torch==2",
     "operator/finetune_operator/main.py": "operator",
@@ -51,7 +58,7 @@ def tree(tmp_path: Path) -> Path:
         ("operator/finetune_operator/main.py", {"operator"}),
         ("constraints/operator.txt", {"operator"}),
         ("constraints/trainer.txt", {"trainer"}),
-        ("images/trainer/llama_cpp.py", {"trainer"}),
+        ("hack/llama_cpp.py", {"trainer"}),
         ("trainer/finetune_trainer/train/sft.py", {"operator", "trainer"}),
         ("pyproject.toml", {"operator", "trainer"}),
         ("images/slim.py", {"operator", "trainer"}),
@@ -73,7 +80,7 @@ def test_a_build_sees_its_inputs_alone_under_one_date(tree: Path) -> None:
 
     files = {p.relative_to(context).as_posix() for p in context.rglob("*") if p.is_file()}
     elsewhere = {"docs/page.md", "constraints/trainer.txt", "images/trainer/Dockerfile"}
-    assert files == set(FILES) - elsewhere - {"images/trainer/llama_cpp.py"}
+    assert files == set(FILES) - elsewhere - {"hack/llama_cpp.py"}
     assert content_hash("operator", context) == content_hash("operator", tree)
     assert len({path.stat().st_mtime for path in context.rglob("*")}) == 1
 
@@ -194,7 +201,7 @@ def test_the_base_takes_only_the_releases_own_sources(monkeypatch: pytest.Monkey
         "bookworm-security|main|http://a.example/debian-security/",
         "stable|main|http://tool.example/apt/",
     )
-    monkeypatch.setattr("tests.cluster.image_base.output", lambda _argv: "\n".join(rows))
+    monkeypatch.setattr("hack.images.base.output", lambda _argv: "\n".join(rows))
     assert apt_sources("bookworm") == [
         "deb http://a.example/debian/ bookworm main",
         "deb http://a.example/debian-security/ bookworm-security main",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from images.trainer import llama_cpp
+from hack import llama_cpp
 
 ROOT = Path(__file__).parents[2]
 

@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.base_model.converter import llama_folder
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from finetune_trainer.model.converter import llama_folder
 from tests.integration.trainer.conftest import ROWS
 
 Ranks = Callable[[str, str], int | None]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any
 from uuid import uuid4
 
 import pytest
 
-from tests.cluster.control_plane import ControlPlane
+from hack.cluster.control_plane import ControlPlane
 from tests.integration.operator.process import Operator, install
 from tests.integration.operator.stage import Namespace
 
@@ -28,6 +30,36 @@ def operator(
     operator.start()
     yield operator
     operator.stop()
+
+
+@pytest.fixture
+def older_definition(installed: ControlPlane) -> Iterator[None]:
+    """The definition as of before a rule: a chart's upgrade doesn't replace it."""
+    name = "crd/finetunejobs.finetune.dev"
+    today = json.loads(installed.kubectl("get", name, "-o", "json"))
+    del today["metadata"]["resourceVersion"]
+    older = without_rules(today)
+    if older == today:  # this server dropped them, since it knows no rules
+        yield
+        return
+    default = Namespace(installed, "default")
+    wrong = {"training": {"epochs": 0}}
+    installed.kubectl("replace", "-f", "-", input=json.dumps(older))
+    default.wait("the older definition", lambda: not default.refusal(**wrong))
+    yield
+    installed.kubectl("replace", "-f", "-", input=json.dumps(today))
+    default.wait("today's definition", lambda: default.refusal(**wrong))
+    default.close()
+
+
+def without_rules(node: Any) -> Any:
+    """The same document without its validation rules."""
+    if isinstance(node, list):
+        return [without_rules(each) for each in node]
+    if not isinstance(node, dict):
+        return node
+    rules = "x-kubernetes-validations"
+    return {name: without_rules(each) for name, each in node.items() if name != rules}
 
 
 @pytest.fixture

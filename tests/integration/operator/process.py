@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.cluster.control_plane import ControlPlane
-from tests.cluster.process import wait_until
+from hack.cluster.control_plane import ControlPlane
+from hack.process import wait_until
 
 NAMESPACE = "finetune-system"
 RELEASE = "finetune-operator"
@@ -33,9 +33,7 @@ def install(plane: ControlPlane) -> None:
     objects: list[dict[str, Any]] = [doc for text in texts for doc in yaml.safe_load_all(text)]
     wanted = [each for each in objects if each and each["kind"] != "Deployment"]
     plane.kubectl("create", "namespace", NAMESPACE)
-    # Without validation on the client's side, which on older servers refuses CEL rules.
-    plane.kubectl("apply", "--validate=false", "-f", "-", input=yaml.safe_dump_all(wanted))
-    plane.kubectl("wait", "--for=condition=Established", "crd/finetunejobs.finetune.dev")
+    plane.apply_definitions("-", input=yaml.safe_dump_all(wanted))
 
 
 class Operator:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from finetune_trainer.contract import Artifact, Fingerprints, Reason, Resolved, Stage, StageResult
-from tests.cluster.control_plane import ControlPlane
+from hack.cluster.control_plane import ControlPlane
 
 # More than any step takes. The garbage collector, which also stops the pods of a deleted Job, looks
 # for new kinds every 30 seconds, and pauses meanwhile.
@@ -70,6 +70,17 @@ class Namespace:
             body["metadata"] = current["metadata"]
             answer = self._http.put(self._path("finetunejobs", name), json=body)
         assert answer.is_success, answer.text
+
+    def refusal(self, **spec: Any) -> str:
+        """What the API server says against a spec, or nothing; it creates nothing."""
+        body = {
+            "apiVersion": "finetune.dev/v1alpha1",
+            "kind": "FineTuneJob",
+            "metadata": {"name": "refused", "namespace": self.name},
+            "spec": {**SPEC, **spec},
+        }
+        answer = self._http.post(self._path("finetunejobs"), json=body, params={"dryRun": "All"})
+        return "" if answer.is_success else str(answer.json()["message"])
 
     def delete(self) -> None:
         answer = self._http.delete(self._path("finetunejobs", "support"))

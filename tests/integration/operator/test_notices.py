@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune_trainer.contract import BadRow, DatasetSummary, Notice, NoticeCode, Reason, Stage
-from tests.cluster.control_plane import ControlPlane
+from hack.cluster.control_plane import ControlPlane
 from tests.integration.operator.process import Operator
 from tests.integration.operator.stage import Namespace, prepared, resolved, trained
 

@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 
 from finetune_trainer.contract import Stage
-from tests.cluster.control_plane import ControlPlane
+from hack.cluster.control_plane import ControlPlane
 from tests.integration.operator.process import Operator
 from tests.integration.operator.stage import Namespace, exported, prepared, trained
 

@@ -8,8 +8,8 @@ import httpx
 import pytest
 
 from finetune_trainer.contract import Stage
-from tests.cluster.control_plane import ControlPlane
-from tests.cluster.errors import CommandFailed
+from hack.cluster.control_plane import ControlPlane
+from hack.process import CommandFailed
 from tests.integration.operator.process import NAMESPACE, RELEASE
 from tests.integration.operator.stage import Namespace
 

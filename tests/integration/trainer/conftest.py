@@ -16,8 +16,8 @@ import pytest
 
 from examples.base_model import smollm2
 from finetune_trainer.contract import Stage, StageResult
-from tests.cluster.object_store import moto_server
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials
+from tests.fixtures import moto_server
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")

@@ -16,8 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from finetune_trainer.contract import Reason, StageResult
-from tests.cluster.object_store import ObjectStore, object_store
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials, ObjectStore, object_store
 from tests.integration.trainer.conftest import Trainer
 from tests.integration.trainer.hub_server import COMMIT, hub_server
 

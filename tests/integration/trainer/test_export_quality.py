@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from finetune_trainer.contract import Quality, Reason, Stage, StageResult
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials
 from tests.integration.trainer.conftest import Run, Trainer
 
 GOOD, BAD = "gguf/tiny-F16.gguf", "tiny-Q8_0.gguf"

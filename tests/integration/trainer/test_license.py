@@ -10,7 +10,7 @@ from finetune_trainer.contract import Model, Storage
 from finetune_trainer.export.report import license_of
 from finetune_trainer.model import source
 from finetune_trainer.runtime.progress import Reporter
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials
 from tests.integration.trainer.conftest import use_keys
 
 CARD = b"---\nlicense: apache-2.0\n---\n# tiny\n"

@@ -18,7 +18,7 @@ from finetune_trainer.model.shape import Shape
 from finetune_trainer.prepare import checks
 from finetune_trainer.prepare.stage import check_config
 from finetune_trainer.runtime.progress import Reporter
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials
 from tests.integration.trainer.families import FAMILIES, write_family
 
 WEIGHTS = "model.safetensors"

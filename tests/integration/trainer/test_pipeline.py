@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from finetune_trainer.contract import Reason, Stage
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials
 from tests.integration.trainer.conftest import ROWS, Trainer
 
 

@@ -24,7 +24,7 @@ from finetune_trainer.prepare.report import Findings
 from finetune_trainer.prepare.rows import DataFile, Rows
 from finetune_trainer.prepare.split import hold_out
 from finetune_trainer.store import LocalFolder
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials
 from tests.integration.trainer.conftest import ROWS, Trainer
 
 SYSTEM = {"role": "system", "content": "Be a kettle."}

@@ -16,8 +16,8 @@ import yaml
 
 from finetune_trainer.contract import JobReference, Notice, NoticeCode, Stage
 from finetune_trainer.runtime.progress import NOTICE_LIMIT, ApiServer, Reporter, reporter_for
-from tests.cluster.control_plane import ControlPlane
-from tests.cluster.paths import REPOSITORY
+from hack import REPOSITORY
+from hack.cluster.control_plane import ControlPlane
 
 NAME = "reports"
 OBJECTS = f"""
@@ -79,9 +79,7 @@ class Pod:
 
 @pytest.fixture
 def pod(control_plane: ControlPlane, tmp_path: Path) -> Pod:
-    # Without validation on the client's side, which on older servers refuses CEL rules.
-    control_plane.kubectl("apply", "--validate=false", "-f", str(REPOSITORY / "crds"))
-    control_plane.kubectl("wait", "--for=condition=Established", "crd/finetunejobs.finetune.dev")
+    control_plane.apply_definitions(str(REPOSITORY / "crds"))
     namespace = f"progress-{uuid4().hex[:8]}"
     control_plane.kubectl("create", "namespace", namespace)
     return Pod(control_plane, namespace, tmp_path)

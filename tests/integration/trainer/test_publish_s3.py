@@ -10,7 +10,7 @@ import pytest
 from finetune_trainer.contract import Storage
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import MANIFEST
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials
 from tests.dying_folder import DyingFolder, KilledError, contents
 from tests.integration.trainer.conftest import use_keys
 from tests.publishing import publish

@@ -13,9 +13,8 @@ from playwright.sync_api import Browser, Page, Route, sync_playwright
 
 from finetune_trainer.contract import GateReport, Sample
 from finetune_trainer.export.report import write_report
-from tests import report_facts
-from tests.cluster import chromium
-from tests.cluster.fixtures import start_or_leave_out
+from tests import chromium, report_facts
+from tests.fixtures import start_or_leave_out
 
 PHONE, SMALL_PHONE, DESK = (390, 844), (360, 780), (1280, 800)
 SECTIONS = ("result", "quality", "answers", "training", "use", "dataset", "settings", "files")

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from finetune_trainer.contract import RunConfig, fingerprints
+from finetune_trainer.contract import RunConfig
+from finetune_trainer.contract.fingerprint import fingerprints
 from finetune_trainer.model.source import resolved_of
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials
 from tests.integration.trainer.conftest import Trainer, write_csv
 from tests.integration.trainer.fork_server import NO_MOUNT, ForkServer, fork_server
 from tests.integration.trainer.killing import (

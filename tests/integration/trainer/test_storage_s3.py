@@ -10,7 +10,7 @@ import pytest
 from finetune_trainer.contract import Reason, Stage, StageError, Storage
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import find_complete, save_stage
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ import pytest
 from finetune_trainer.contract import Reason, StageError, Storage
 from finetune_trainer.store import Folder, open_folder, s3_upload
 from finetune_trainer.store.marker import describe_file
-from tests.cluster.object_store import ObjectStore, object_store
-from tests.cluster.s3 import Credentials
+from hack.object_store import Credentials, ObjectStore, object_store
 from tests.integration.trainer.conftest import use_keys
 from tests.integration.trainer.killing import wait_for
 from tests.integration.trainer.s3_proxy import Fault, Proxy, Request, s3_proxy

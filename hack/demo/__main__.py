@@ -1,0 +1,156 @@
+"""`make demo`: the main job, from a CSV in a bucket to a GGUF that answers.
+
+python -m hack.demo up      bring everything up and run the example
+python -m hack.demo down    remove it
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+from rich import filesize
+from rich.console import Console
+from rich.table import Table
+
+from finetune_trainer.contract import Artifact
+from finetune_trainer.local.quality import show_quality
+from hack import REPOSITORY, cache_dir, state_dir
+from hack.cluster import provider
+from hack.demo import environment, models
+from hack.demo.environment import NAMESPACE, Environment
+from hack.demo.follow import follow, ready_message
+from hack.process import ClusterError
+from hack.progress import step
+
+NAME = "demo"
+JOB_SECONDS = 1800
+
+app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
+console = Console()
+
+
+@app.command()
+def up() -> None:
+    """Bring up cluster, store and operator; run examples/finetunejob.yaml; show the result."""
+    started = time.monotonic()
+    announce()
+    env = environment.bring_up(NAME)
+    job = run_example(env)
+    show_resource(env)
+    show_quality(files_of(job))
+    if job["status"]["phase"] != "Succeeded":
+        console.print(f"[red]The job failed:[/] {ready_message(job)}")
+        raise typer.Exit(1)
+    show_artifacts(job)
+    right = show_answers(env, job)
+    say_how_to_go_on(env)
+    console.print(f"Took {time.monotonic() - started:.0f} s.")
+    if not right:
+        console.print("[red]The tuned model did not answer every question.[/]")
+        raise typer.Exit(1)
+
+
+@app.command()
+def down() -> None:
+    """Remove the cluster, the store and their data; what was built stays in the cache."""
+    environment.take_down(NAME)
+
+
+def announce() -> None:
+    """Say what is about to be set up, and where."""
+    cluster = provider.choose(NAME)
+    console.rule("finetune-operator demo")
+    console.print(
+        f"Sets up, on this machine: a single-node Kubernetes ({cluster.name}), SeaweedFS as the "
+        "object store, the operator by its Helm chart, and runs examples/finetunejob.yaml: "
+        "SmolLM2-135M-Instruct learns a small CSV on the CPU.\n"
+        f"State goes to {state_dir(NAME).relative_to(REPOSITORY)}/, what is built to {cache_dir()} "
+        "(up to about 10 GB).",
+        soft_wrap=True,
+    )
+    for line in cluster.announce():
+        console.print(f"Outside of these two folders: {line}", soft_wrap=True, markup=False)
+    console.print("`make demo-down` removes all of it.\n")
+
+
+def run_example(env: Environment) -> dict[str, Any]:
+    """Apply the example and follow it to its end; returns the FineTuneJob."""
+    name = yaml.safe_load(environment.EXAMPLE.read_text())["metadata"]["name"]
+    console.print(f"$ kubectl apply -n {NAMESPACE} -f examples/{environment.EXAMPLE.name}")
+    console.print(env.kubectl("apply", "-f", str(environment.EXAMPLE)).strip(), markup=False)
+    return follow(env.reader(name), console, JOB_SECONDS)
+
+
+def show_resource(env: Environment) -> None:
+    """Print what `kubectl get -o wide` prints."""
+    console.print(f"\n$ kubectl get ftj -n {NAMESPACE} -o wide")
+    console.print(env.kubectl("get", "ftj", "-o", "wide"), markup=False, soft_wrap=True)
+
+
+def show_artifacts(job: dict[str, Any]) -> None:
+    """Print the artifacts as the status lists them."""
+    folder = job["spec"]["output"]["uri"]
+    console.print(f"Artifacts in {folder}:", highlight=False)
+    for artifact in job["status"]["artifacts"]:
+        path = artifact["uri"].removeprefix(folder + "/")
+        size = filesize.decimal(artifact["bytes"])
+        console.print(
+            f"  {path:44} {size:>9}  {artifact['sha256']}", soft_wrap=True, highlight=False
+        )
+
+
+def files_of(job: dict[str, Any]) -> list[Artifact]:
+    """The artifacts of the status, with paths below the output folder."""
+    folder = job["spec"]["output"]["uri"]
+    listed = job["status"].get("artifacts", [])
+    return [
+        Artifact(
+            path=each["uri"].removeprefix(f"{folder}/"),
+            bytes=each["bytes"],
+            sha256=each["sha256"],
+            quality=each.get("quality"),
+        )
+        for each in listed
+    ]
+
+
+def show_answers(env: Environment, job: dict[str, Any]) -> bool:
+    """Ask both models, print the answers; tells whether the tuned one was right every time."""
+    asked = models.questions()
+    artifact = models.smallest_gguf(job)
+    with step(f"Asking {Path(artifact['uri']).name} and the base model"):
+        tuned_file = models.download(env, artifact["uri"], env.downloads)
+        base, tuned = models.ask(models.base_gguf(), asked), models.ask(tuned_file, asked)
+    table = Table("Question", "Base model", "Tuned", show_lines=True)
+    right = True
+    for question, before, after in zip(asked, base, tuned, strict=True):
+        good = question.answered_by(after)
+        right = right and good
+        table.add_row(question.text, before, f"{'[green]✓' if good else '[red]✗'}[/] {after}")
+    console.print(table)
+    return right
+
+
+def say_how_to_go_on(env: Environment) -> None:
+    """Print how to use what is running now."""
+    console.print(
+        f"\nGo on with:\n  export KUBECONFIG={env.cluster.kubeconfig}\n"
+        f"  kubectl get ftj -n {NAMESPACE} -o yaml\n"
+        f"  kubectl logs -n {NAMESPACE} -l finetune.dev/stage=train --tail=40\n"
+        "  make demo-down",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except (ClusterError, TimeoutError) as error:
+        sys.exit(f"demo: {error}")
