@@ -12,6 +12,7 @@ import numpy as np
 
 from finetune_trainer.contract import (
     Artifact,
+    DatasetReport,
     FileCheck,
     Fingerprints,
     GateReport,
@@ -22,6 +23,7 @@ from finetune_trainer.contract import (
     RunConfig,
     Sample,
     Training,
+    TrainingRecord,
 )
 from finetune_trainer.export.manifest import Lineage
 from finetune_trainer.export.report import Facts
@@ -115,7 +117,12 @@ def dataset_report(**changes: Any) -> dict[str, Any]:
     return {
         "source": "s3://company-data/support/tickets-2026.csv",
         "etag": "9b2cf535f27731c974343645a3985328",
-        "detected": {"format": "csv", "encoding": "utf-8"},
+        "detected": {
+            "format": "csv",
+            "encoding": "utf-8",
+            "layout": "instruction",
+            "columns": {"instruction": "question", "response": "reply"},
+        },
         "rows": 486,
         "invalid": 3,
         "examples": 429,
@@ -192,7 +199,7 @@ def digest(text: str) -> str:
 
 
 def facts(**changes: Any) -> Facts:
-    """All of it; `changes` replace arguments of Facts.of."""
+    """All of it; `changes` replace fields of Facts, two of them as the JSON that stages left."""
     given: dict[str, Any] = {
         "config": config(),
         "lineage": lineage(),
@@ -203,4 +210,6 @@ def facts(**changes: Any) -> Facts:
         "created": "2026-11-24T13:37:00Z",
         "license": "llama3.2",
     } | changes
-    return Facts.of(given.pop("config"), given.pop("lineage"), **given)
+    given["trained"] = TrainingRecord.model_validate(given["trained"])
+    given["dataset"] = DatasetReport.model_validate(given["dataset"])
+    return Facts(**given)

@@ -62,7 +62,7 @@ class Run:
     @property
     def losses(self) -> list[float]:
         assert self.trained is not None
-        return [line["loss"] for line in self.trained.history if "loss" in line]
+        return [line.loss for line in self.trained.history if line.loss is not None]
 
 
 def train(

@@ -78,7 +78,8 @@ class Run:
         return load_file(self.work.adapter / "adapter_model.safetensors")
 
     def series(self, name: str) -> list[float]:
-        return [entry[name] for entry in self.trained.history if name in entry]
+        found = (getattr(entry, name) for entry in self.trained.history)
+        return [value for value in found if value is not None]
 
 
 def run(work: Work, module: str = FLOAT32) -> Run:
@@ -125,8 +126,8 @@ def test_two_processes_train_like_one_at_the_same_effective_batch(
         expected = alone.series(name)
         assert len(expected) > 2
         assert together.series(name) == pytest.approx(expected, abs=LOSS_TOLERANCE), name
-    for name in ("evalTokens", "trainTokens", "trainSteps", "trainableParameters"):
-        assert together.trained.metrics[name] == alone.trained.metrics[name], name
+    for name in ("eval_tokens", "train_tokens", "train_steps", "trainable_parameters"):
+        assert getattr(together.trained.metrics, name) == getattr(alone.trained.metrics, name), name
     assert_same_adapter(together, alone)
     assert_peft_loads(together, tiny_model)
     notes = [json.loads((together.work.room / NOTE.format(rank)).read_text()) for rank in (0, 1)]

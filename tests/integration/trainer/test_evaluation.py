@@ -90,12 +90,12 @@ def test_the_loss_is_that_of_all_answer_tokens_before_and_after(
     before = mean_loss(base, tiny_model, other)
     after = mean_loss(PeftModel.from_pretrained(base, work.adapter), tiny_model, other)
     metrics = trained.metrics
-    assert metrics["baseEvalLoss"] == pytest.approx(before, rel=1e-4)
-    assert metrics["evalLoss"] == pytest.approx(after, rel=1e-4)
-    assert metrics["basePerplexity"] == pytest.approx(math.exp(before), rel=1e-3)
-    assert metrics["perplexity"] == pytest.approx(math.exp(after), rel=1e-3)
-    assert metrics["evalTokens"] == tokenized(tiny_model, other, HELD_OUT).targets.sum()
-    assert metrics["evalLoss"] != metrics["baseEvalLoss"]
+    assert metrics.base_eval_loss == pytest.approx(before, rel=1e-4)
+    assert metrics.eval_loss == pytest.approx(after, rel=1e-4)
+    assert metrics.base_perplexity == pytest.approx(math.exp(before), rel=1e-3)
+    assert metrics.perplexity == pytest.approx(math.exp(after), rel=1e-3)
+    assert metrics.eval_tokens == tokenized(tiny_model, other, HELD_OUT).targets.sum()
+    assert metrics.eval_loss != metrics.base_eval_loss
     assert [step for step, _ in reporter.evaluations] == [0, 3, 6]
     assert reporter.evaluations[0][1] == pytest.approx(before, rel=1e-4)
 
@@ -105,9 +105,9 @@ def test_evaluations_come_as_often_as_asked_and_at_the_end(
 ) -> None:
     work = work_in(tiny_model, tmp_path, epochs=2, batchSize=1, evalSteps=5, loggingSteps=2)
     trained = sft.fine_tune(work, Reporter())
-    evaluated = [entry["step"] for entry in trained.history if "eval_loss" in entry]
+    evaluated = [entry.step for entry in trained.history if entry.eval_loss is not None]
     assert evaluated == [0, 5, 10, 12]
-    logged = [entry for entry in trained.history if "loss" in entry]
+    logged = [entry for entry in trained.history if entry.loss is not None]
     assert [entry["step"] for entry in logged] == [1, 2, 4, 6, 8, 10, 12]
     names = {"step", "epoch", "loss", "learning_rate", "grad_norm"}
     assert all(entry.keys() == names for entry in logged)
@@ -136,9 +136,12 @@ def test_tokens_and_their_rate_are_those_of_the_training(tiny_model: Path, tmp_p
     trained = sft.fine_tune(work_in(tiny_model, tmp_path, epochs=3), Reporter())
     metrics = trained.metrics
     one_epoch = tokenized(tiny_model, tmp_path, EXAMPLES).tokens
-    assert metrics["trainTokens"] == 3 * one_epoch
+    assert metrics.train_tokens == 3 * one_epoch
     # Evaluations are part of the time, and of no rate.
-    assert metrics["tokensPerSecond"] > metrics["trainTokens"] / metrics["trainRuntimeSeconds"]
+    assert metrics.tokens_per_second
+    assert metrics.train_tokens
+    assert metrics.train_runtime_seconds
+    assert metrics.tokens_per_second > metrics.train_tokens / metrics.train_runtime_seconds
 
 
 def stopped_early(tiny_model: Path, room: Path, **settings: Any) -> tuple[Trained, Listener]:
@@ -163,11 +166,11 @@ def test_training_stops_when_it_gets_no_better_and_keeps_the_best_adapter(
     monkeypatch.setattr(sft, "compute_dtype", lambda: torch.float32)
     trained, listener = stopped_early(tiny_model, tmp_path, earlyStopping={"patience": 3})
     metrics = trained.metrics
-    evaluated = {e["step"]: e["eval_loss"] for e in trained.history if "eval_loss" in e}
+    evaluated = {e.step: e.eval_loss for e in trained.history if e.eval_loss is not None}
     best = min((step for step in evaluated if step), key=lambda step: evaluated[step])
-    assert metrics["trainSteps"] == best + 3 < 40
-    assert metrics["bestStep"] == best
-    assert metrics["evalLoss"] == pytest.approx(evaluated[best], rel=1e-5)
+    assert metrics.train_steps == best + 3 < 40
+    assert metrics.best_step == best
+    assert metrics.eval_loss == pytest.approx(evaluated[best], rel=1e-5)
     notice = next(n for n in listener.notices if n.code == NoticeCode.EARLY_STOPPED)
     assert notice.step == best + 3
     assert f"at step {best:g}:" in notice.evidence

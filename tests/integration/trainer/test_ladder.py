@@ -72,7 +72,7 @@ class Outcome:
     @property
     def losses(self) -> dict[float, float]:
         assert isinstance(self.ending, Trained)
-        return {line["step"]: line["loss"] for line in self.ending.history if "loss" in line}
+        return {line.step: line.loss for line in self.ending.history if line.loss is not None}
 
 
 class Heard:

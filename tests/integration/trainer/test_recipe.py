@@ -165,8 +165,8 @@ def test_qlora_trains_and_merges_into_a_16_bit_model(tiny_model: Path, tmp_path:
     )
     adapter = work.adapter
     trained = sft.fine_tune(work, Reporter())
-    assert trained.metrics["baseParameters"] == 3_219_776
-    assert trained.metrics["finalLoss"] < trained.metrics["trainLoss"]
+    assert trained.metrics.base_parameters == 3_219_776
+    assert (trained.metrics.final_loss or 0) < (trained.metrics.train_loss or 0)
     write_model(tiny_model, adapter, tmp_path / "merged")
     before = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()

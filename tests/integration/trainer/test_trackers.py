@@ -69,7 +69,7 @@ def test_tensorboard_files_hold_the_losses(tiny_model: Path, tmp_path: Path) -> 
     for record in records(file.read_bytes()):
         for value in Event.FromString(record).summary.value:
             scalars.setdefault(value.tag, []).append(value.simple_value)
-    losses = [entry["loss"] for entry in trained.history if "loss" in entry]
+    losses = [entry.loss for entry in trained.history if entry.loss is not None]
     assert len(losses) == STEPS
     assert scalars["train/loss"] == pytest.approx(losses)
     assert len(scalars["eval/loss"]) == 2
@@ -101,7 +101,7 @@ def test_mlflow_gets_the_figures_and_the_jobs_name(
     assert run.info.run_name == "kettle"
     assert run.info.status == "FINISHED"
     losses = [point.value for point in client.get_metric_history(run.info.run_id, "loss")]
-    assert losses == pytest.approx([e["loss"] for e in trained.history if "loss" in e])
+    assert losses == pytest.approx([e.loss for e in trained.history if e.loss is not None])
     assert run.data.params["learning_rate"] == "0.0002"
 
 
@@ -150,7 +150,7 @@ def test_a_tracker_that_fails_costs_a_warning_and_not_the_training(
         thread.join()
         server.server_close()
 
-    assert trained.metrics["trainSteps"] == STEPS
+    assert trained.metrics.train_steps == STEPS
     warnings = [r.getMessage() for r in caplog.records if r.name == trackers.__name__]
     assert len(warnings) == 1
     assert warnings[0].startswith("MLflow fails, the training goes on without it:")

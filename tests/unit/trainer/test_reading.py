@@ -52,7 +52,7 @@ def test_a_file_of_the_corpus(case: dict[str, Any], tmp_path: Path) -> None:
         check_error(case, caught.value, problems)
     else:
         source = open_source(file, settings, URI)
-        found = source.detected.to_report()
+        found = source.detected.model_dump(mode="json", exclude_none=True)
         records.extend(source.records(problems))
         summary = source.summary(problems)
         assert case.get("detected", {}).items() <= found.items()

@@ -66,7 +66,7 @@ def read(data: bytes, dataset: Dataset) -> Reading:
         else:
             assert len(found.records) + found.problems.count == source.rows
             assert found.records
-            json.dumps(source.detected.to_report()).encode()
+            source.detected.model_dump_json().encode()
     if dataset is FAIL and found.error is None:
         assert not found.problems.count
     for record in found.records:

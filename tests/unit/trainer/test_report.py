@@ -105,12 +105,11 @@ EVERY_MISSING: dict[str, dict[str, Any]] = {
     "only step 0": {"trained": trained(history=[{"step": 0.0, "eval_loss": 2.5}])},
     "no finite loss": {
         "trained": trained(
-            metrics={"finalLoss": float("nan"), "evalLoss": float("inf")},
-            history=[{"step": 1}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": None}],
+            metrics={}, history=[{"step": 1}, {"step": 2, "loss": None}, {"step": 3}]
         )
     },
     "an old dataset report": {"dataset": {"rows": 12}},
-    "an empty histogram": {"dataset": dataset_report(histogram=[], tokens={}, answerTokens={})},
+    "an empty histogram": {"dataset": dataset_report(histogram=[], tokens=None, answerTokens=None)},
     "training rows": {"gate": gate(held_out=False)},
     "nothing at all": {
         "trained": {"metrics": {}, "hyperparameters": {}},

@@ -7,6 +7,7 @@ outcome         reasons, exit codes, and the termination message
 notices         what a training says about itself
 progress        status.progress, and where it is written
 dataset_report  what `prepare` found in the dataset
+training_record metrics.json
 artifacts, quality    the files that come out, and what was measured on them
 fingerprint     what a stage's result depends on
 
@@ -35,7 +36,18 @@ from finetune_trainer.contract.dataset import (
     Message,
     allowed,
 )
-from finetune_trainer.contract.dataset_report import BadRow, DatasetSummary
+from finetune_trainer.contract.dataset_report import (
+    BadRow,
+    ChatTemplate,
+    Conversations,
+    DatasetReport,
+    DatasetSummary,
+    DetectedFile,
+    FileReport,
+    LengthSpread,
+    ListedRows,
+    Split,
+)
 from finetune_trainer.contract.fingerprint import digest, fingerprints
 from finetune_trainer.contract.model import Model
 from finetune_trainer.contract.notices import NEWS, Notice, NoticeCode
@@ -62,6 +74,7 @@ from finetune_trainer.contract.run import (
     read_run_config,
 )
 from finetune_trainer.contract.training import EarlyStopping, Lora, TargetModule, Tracker, Training
+from finetune_trainer.contract.training_record import LogEntry, TrainingMetrics, TrainingRecord
 
 __all__ = [
     "GROUP",
@@ -74,21 +87,29 @@ __all__ = [
     "Artifact",
     "BadRow",
     "Base",
+    "ChatTemplate",
     "Columns",
+    "Conversations",
     "CountOrShare",
     "DataFormat",
     "Dataset",
+    "DatasetReport",
     "DatasetSummary",
+    "DetectedFile",
     "EarlyStopping",
     "ExitCode",
     "Export",
     "FileCheck",
+    "FileReport",
     "Fingerprints",
     "GateReport",
     "Hardware",
     "Hub",
     "JobReference",
+    "LengthSpread",
+    "ListedRows",
     "Location",
+    "LogEntry",
     "Lora",
     "Message",
     "Model",
@@ -104,6 +125,7 @@ __all__ = [
     "RunConfig",
     "Sample",
     "Signing",
+    "Split",
     "Stage",
     "StageError",
     "StageResult",
@@ -111,7 +133,9 @@ __all__ = [
     "TargetModule",
     "Tracker",
     "Training",
+    "TrainingMetrics",
     "TrainingPlan",
+    "TrainingRecord",
     "allowed",
     "cel",
     "describe",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import ConfigDict
+
 from finetune_trainer.contract.base import Base
 
 
@@ -41,3 +43,115 @@ class DatasetSummary(Base):
 
     first_invalid: tuple[BadRow, ...] = ()
     """The first ten rows that can't be used."""
+
+
+class ListedRows(Base):
+    """Rows that have something in common, by their numbers in the file."""
+
+    count: int
+    rows: list[int] = []
+
+
+class LengthSpread(Base):
+    """Lengths of examples in tokens."""
+
+    min: int
+    median: float
+    mean: float
+    p95: int
+    p99: int
+    max: int
+    total: int
+
+
+class DetectedFile(Base):
+    """What a file was found to be. What has no meaning for its format is absent."""
+
+    format: str
+    compression: str | None = None
+    encoding: str | None = None
+    delimiter: str | None = None
+    quote: str | None = None
+    """The quote character; empty where quotes have no meaning."""
+
+    escape: str | None = None
+    """How a quote stands inside quotes: `doubled` or `backslash`."""
+
+    layout: str
+    """instruction, prompt-completion or messages."""
+
+    columns: dict[str, str]
+    """Which column (or key) is used as what."""
+
+    unused_columns: tuple[str, ...] = ()
+    """Columns that nothing is taken from."""
+
+
+class ChatTemplate(Base):
+    """The model's chat template."""
+
+    sha256: str
+    fallback: bool
+    """Whether the model has none, so that a plain one stands in."""
+
+
+class Conversations(Base):
+    """Examples with more than one answer."""
+
+    with_several_answers: int
+    only_last_answer_learnt: int
+
+
+class Split(Base):
+    """How rows were held out: by `evalFraction` or by `evalSource`."""
+
+    by: str
+    eval_fraction: float | str | int | None = None
+    seed: int | None = None
+    held_out: ListedRows | None = None
+    eval_source: str | None = None
+    also_trained_on: ListedRows | None = None
+
+
+class LengthReport(Base):
+    """How long the examples of a file are."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    max_sequence_length: int | None = None
+    truncated: ListedRows | None = None
+    left_out: ListedRows | None = None
+    """Rows without an answer within the maximum length."""
+
+    tokens: LengthSpread | None = None
+    answer_tokens: LengthSpread | None = None
+    tokens_after_cutting: int | None = None
+    histogram: tuple[tuple[int, int], ...] = ()
+    """The longest length that counts in a bin, and its rows; bins have one width."""
+
+    conversations: Conversations | None = None
+
+
+class FileReport(LengthReport):
+    """One file of examples."""
+
+    source: str | None = None
+    etag: str | None = None
+    detected: DetectedFile | None = None
+    rows: int | None = None
+    invalid: int | None = None
+
+
+class DatasetReport(FileReport):
+    """dataset-report.json but for the rows that can't be used, which may be very many.
+
+    A field is absent where `prepare` did not get so far. An export may read the report of another
+    version.
+    """
+
+    examples: int | None = None
+    eval_examples: int | None = None
+    duplicates: ListedRows | None = None
+    split: Split | None = None
+    chat_template: ChatTemplate | None = None
+    eval_source: FileReport | None = None

@@ -9,7 +9,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.contract import Reason, RunConfig, Stage, StageError
+from finetune_trainer.contract import (
+    DatasetReport,
+    Reason,
+    RunConfig,
+    Stage,
+    StageError,
+    TrainingRecord,
+)
 from finetune_trainer.memory.disk import check_disk, export_disk
 from finetune_trainer.memory.machine import free_memory
 from finetune_trainer.model import source
@@ -43,16 +50,14 @@ class Inputs:
 
     examples: Examples
 
-    training: dict[str, Any]
-    """metrics.json: metrics, hyperparameters, notices and history of the training."""
+    training: TrainingRecord
 
     dataset_report: Path
 
     @property
-    def dataset(self) -> dict[str, Any]:
+    def dataset(self) -> DatasetReport:
         """What dataset-report.json says."""
-        found: dict[str, Any] = json.loads(self.dataset_report.read_bytes())
-        return found
+        return DatasetReport.model_validate_json(self.dataset_report.read_bytes())
 
 
 def fetch(config: RunConfig, output: Folder, workspace: Path) -> Inputs:
@@ -66,7 +71,7 @@ def fetch(config: RunConfig, output: Folder, workspace: Path) -> Inputs:
     return Inputs(
         adapter=workspace / "adapter",
         examples=fetch_examples(config, output, workspace),
-        training=json.loads((workspace / METRICS).read_bytes()),
+        training=TrainingRecord.model_validate_json((workspace / METRICS).read_bytes()),
         dataset_report=report,
     )
 

@@ -8,11 +8,19 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
-from finetune_trainer.contract import Artifact, Base, Fingerprints, GateReport, RunConfig, Stage
+from finetune_trainer.contract import (
+    Artifact,
+    Base,
+    Fingerprints,
+    GateReport,
+    RunConfig,
+    Stage,
+    TrainingRecord,
+)
 from finetune_trainer.model import source
 
 _PACKAGES = ("finetune-operator", "torch", "transformers", "trl", "peft", "llama-cpp-python")
@@ -31,7 +39,7 @@ class Lineage(Base):
     columns: dict[str, str]
     model: str
     model_revision: str
-    hyperparameters: dict[str, Any]
+    hyperparameters: dict[str, JsonValue]
     """As they were applied."""
 
     fingerprints: Fingerprints
@@ -53,8 +61,8 @@ class Manifest(Base):
     """What was measured on the GGUF files."""
 
 
-def lineage_of(config: RunConfig, trained: dict[str, Any]) -> Lineage:
-    """What the files are made from; `trained` is what metrics.json holds."""
+def lineage_of(config: RunConfig, trained: TrainingRecord) -> Lineage:
+    """What the files are made from."""
     resolved = source.resolved_of(config)
     return Lineage(
         dataset=config.dataset.source,
@@ -65,7 +73,7 @@ def lineage_of(config: RunConfig, trained: dict[str, Any]) -> Lineage:
         columns=config.dataset.columns.model_dump(exclude_none=True),
         model=config.model.source,
         model_revision=resolved.model_revision,
-        hyperparameters=trained["hyperparameters"],
+        hyperparameters=trained.hyperparameters,
         fingerprints=resolved.fingerprints,
         versions=versions(),
     )

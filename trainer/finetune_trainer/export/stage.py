@@ -96,7 +96,7 @@ def make_all(work: Work) -> Manifest:
         files=(),
         created=now(),
         lineage=lineage_of(config, inputs.training),
-        metrics=inputs.training["metrics"],
+        metrics=inputs.training.metrics.named(),
         gate=gate,
     )
     work.reporter.message("Writing model card and report")
@@ -143,9 +143,9 @@ def convert_merged(
 
 def describe(work: Work, base: Path | None, manifest: Manifest) -> None:
     """Write model card and report of all files so far."""
-    facts = Facts.of(
-        work.config,
-        manifest.lineage,
+    facts = Facts(
+        config=work.config,
+        lineage=manifest.lineage,
         trained=work.inputs.training,
         dataset=work.inputs.dataset,
         gate=manifest.gate,

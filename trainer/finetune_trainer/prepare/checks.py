@@ -8,12 +8,12 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import (
     UNQUANTIZED,
+    ChatTemplate,
     Export,
     Lora,
     Message,
@@ -68,13 +68,13 @@ def check_template(tokenizer: PreTrainedTokenizerBase, *, system: bool) -> None:
         _check_system(tokenizer)
 
 
-def describe_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def describe_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     """The template for dataset-report.json."""
     text = str(tokenizer.get_chat_template())
-    return {
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "fallback": text.removeprefix(BEGIN) == PLAIN_TEMPLATE,
-    }
+    return ChatTemplate(
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        fallback=text.removeprefix(BEGIN) == PLAIN_TEMPLATE,
+    )
 
 
 def _check_system(tokenizer: PreTrainedTokenizerBase) -> None:

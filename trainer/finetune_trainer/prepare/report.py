@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from finetune_trainer.contract import BadRow, Base, DatasetSummary, RunConfig
+from finetune_trainer.contract import (
+    BadRow,
+    Base,
+    ChatTemplate,
+    Conversations,
+    DatasetReport,
+    DatasetSummary,
+    FileReport,
+    ListedRows,
+    RunConfig,
+    Split,
+)
 from finetune_trainer.prepare.rows import Rows
 from finetune_trainer.prepare.split import Mask, repeated, shared
 from finetune_trainer.prepare.statistics import TokenStats, spread, token_stats
@@ -45,7 +56,7 @@ class Findings:
     eval_rows: Rows | None = None
     examples: Examples | None = None
     eval_examples: Examples | None = None
-    template: dict[str, Any] | None = None
+    template: ChatTemplate | None = None
 
     def all_rows(self) -> list[Rows]:
         """The files that are read."""
@@ -88,31 +99,27 @@ class Findings:
             tokens=self.tokens,
         )
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> DatasetReport:
         """Everything but the bad rows."""
         summary = self.summary()
-        report: dict[str, Any] = {
-            **_file(self.rows),
-            "examples": summary.examples,
-            "evalExamples": summary.eval_examples,
-            "duplicates": _listed(self.rows, repeated(self.rows.hashes)),
-        }
-        if self.examples:
-            report |= _lengths(self.examples)
-            report["split"] = self._split()
-        if self.template:
-            report["chatTemplate"] = self.template
-        if self.eval_rows:
-            report["evalSource"] = _file(self.eval_rows)
-        if self.eval_examples:
-            report["evalSource"] |= _lengths(self.eval_examples)
-        return report
+        return DatasetReport(
+            **_file(self.rows, self.examples),
+            examples=summary.examples,
+            eval_examples=summary.eval_examples,
+            duplicates=_listed(self.rows, repeated(self.rows.hashes)),
+            split=self._split() if self.examples else None,
+            chat_template=self.template,
+            eval_source=FileReport(**_file(self.eval_rows, self.eval_examples))
+            if self.eval_rows
+            else None,
+        )
 
     def write(self, folder: Path) -> None:
         """Write dataset-report.json: one key a line, the bad rows last, one a line as well."""
+        report = self.report().model_dump(mode="json", exclude_none=True)
         with (folder / DATASET_REPORT).open("w", encoding="utf-8") as out:
             out.write("{\n")
-            for key, value in self.report().items():
+            for key, value in report.items():
                 out.write(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)},\n")
             if self.eval_rows:
                 _write_invalid(out, "evalSourceInvalidRows", self.eval_rows)
@@ -120,22 +127,21 @@ class Findings:
             _write_invalid(out, "invalidRows", self.rows)
             out.write("\n}\n")
 
-    def _split(self) -> dict[str, Any]:
+    def _split(self) -> Split:
         dataset = self.config.dataset
         if self.eval_rows:
-            common = self._shared()
-            return {
-                "by": "evalSource",
-                "evalSource": dataset.eval_source,
-                "alsoTrainedOn": _listed(self.eval_rows, common),
-            }
+            return Split(
+                by="evalSource",
+                eval_source=dataset.eval_source,
+                also_trained_on=_listed(self.eval_rows, self._shared()),
+            )
         assert self.examples  # noqa: S101 - there is no split before
-        return {
-            "by": "evalFraction",
-            "evalFraction": dataset.eval_fraction,
-            "seed": self.config.training.seed,
-            "heldOut": _listed(self.rows, self.examples.held & self.examples.used),
-        }
+        return Split(
+            by="evalFraction",
+            eval_fraction=dataset.eval_fraction,
+            seed=self.config.training.seed,
+            held_out=_listed(self.rows, self.examples.held & self.examples.used),
+        )
 
     def _shared(self) -> Mask:
         if self.eval_rows is None:
@@ -143,37 +149,37 @@ class Findings:
         return shared(self.eval_rows.hashes, self.rows.hashes)
 
 
-def _file(rows: Rows) -> dict[str, Any]:
-    return {
+def _file(rows: Rows, examples: Examples | None) -> dict[str, Any]:
+    """The fields of a FileReport, as far as they are known."""
+    found: dict[str, Any] = {
         "source": rows.file.uri,
         "etag": rows.file.etag,
         "detected": rows.detected,
         "rows": rows.total,
         "invalid": rows.problems.count,
     }
-
-
-def _lengths(examples: Examples) -> dict[str, Any]:
+    if examples is None:
+        return found
     used = examples.used
     tokens = token_stats(examples.lengths[used], examples.limit)
-    return {
-        "maxSequenceLength": examples.limit,
+    return found | {
+        "max_sequence_length": examples.limit,
         "truncated": _listed(examples.rows, examples.too_long & used),
-        "leftOut": _listed(examples.rows, examples.left_out),
+        "left_out": _listed(examples.rows, examples.left_out),
         "tokens": spread(examples.lengths[used]),
-        "answerTokens": spread(examples.answers[used]),
-        "tokensAfterCutting": tokens.total,
-        "histogram": [[bin_.up_to, bin_.rows] for bin_ in tokens.histogram],
-        "conversations": {
-            "withSeveralAnswers": examples.conversations,
-            "onlyLastAnswerLearnt": examples.only_last,
-        },
+        "answer_tokens": spread(examples.answers[used]),
+        "tokens_after_cutting": tokens.total,
+        "histogram": tuple((bin_.up_to, bin_.rows) for bin_ in tokens.histogram),
+        "conversations": Conversations(
+            with_several_answers=examples.conversations,
+            only_last_answer_learnt=examples.only_last,
+        ),
     }
 
 
-def _listed(rows: Rows, mask: Mask) -> dict[str, Any]:
+def _listed(rows: Rows, mask: Mask) -> ListedRows:
     numbers = rows.numbers[mask].tolist()
-    return {"count": len(numbers), "rows": numbers}
+    return ListedRows(count=len(numbers), rows=numbers)
 
 
 def _write_invalid(out: TextIO, key: str, rows: Rows) -> None:

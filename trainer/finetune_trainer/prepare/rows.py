@@ -10,7 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune_trainer.contract import Dataset, Message, Reason, RunConfig, StageError, Storage
+from finetune_trainer.contract import (
+    Dataset,
+    DetectedFile,
+    Message,
+    Reason,
+    RunConfig,
+    StageError,
+    Storage,
+)
 from finetune_trainer.prepare.reading import Problems, Source, open_source
 from finetune_trainer.prepare.split import Hashes, row_hash
 from finetune_trainer.prepare.statistics import Lengths
@@ -108,9 +116,9 @@ class Rows:
             self._source.check(self.problems)
 
     @property
-    def detected(self) -> dict[str, object]:
+    def detected(self) -> DetectedFile | None:
         """What the file was found to be, for the report."""
-        return self._source.detected.to_report() if self._source else {}
+        return self._source.detected if self._source else None
 
     @property
     def numbers(self) -> Lengths:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-from finetune_trainer.contract import Base
+from finetune_trainer.contract import Base, LengthSpread
 
 Lengths = npt.NDArray[np.uint32]
 
@@ -61,19 +59,19 @@ def histogram(lengths: Lengths) -> tuple[LengthBin, ...]:
     )
 
 
-def spread(lengths: Lengths) -> dict[str, Any]:
+def spread(lengths: Lengths) -> LengthSpread | None:
     """Minimum, middle, upper end and sum."""
     if not len(lengths):
-        return {}
-    return {
-        "min": int(lengths.min()),
-        "median": float(np.median(lengths)),
-        "mean": round(float(lengths.mean()), 1),
-        "p95": percentile(lengths, 95),
-        "p99": percentile(lengths, 99),
-        "max": int(lengths.max()),
-        "total": int(lengths.sum(dtype=np.uint64)),
-    }
+        return None
+    return LengthSpread(
+        min=int(lengths.min()),
+        median=float(np.median(lengths)),
+        mean=round(float(lengths.mean()), 1),
+        p95=percentile(lengths, 95),
+        p99=percentile(lengths, 99),
+        max=int(lengths.max()),
+        total=int(lengths.sum(dtype=np.uint64)),
+    )
 
 
 def percentile(lengths: Lengths, percent: int) -> int:

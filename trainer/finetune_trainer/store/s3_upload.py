@@ -40,7 +40,7 @@ from finetune_trainer.store.parts import (
     read_part,
     read_parts,
 )
-from finetune_trainer.store.s3 import DAMAGED, DamagedError, error_code
+from finetune_trainer.store.s3_errors import DAMAGED, DamagedError, error_code
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -5,12 +5,10 @@ Nothing here imports torch: see worker.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
-from finetune_trainer.contract import Notice, Reason, RunConfig, Stage, StageResult
+from finetune_trainer.contract import Reason, RunConfig, Stage, StageResult, TrainingRecord
 from finetune_trainer.model import source
 from finetune_trainer.runtime.progress import Reporter
 from finetune_trainer.runtime.units import duration
@@ -43,17 +41,22 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
         work.adapter.rename(result / "adapter")
         if work.tensorboard.is_dir():
             work.tensorboard.rename(result / "tensorboard")
-        described = describe(trained, session.notices)
-        (result / METRICS).write_text(json.dumps(described, indent=2))
+        record = TrainingRecord(
+            metrics=trained.metrics,
+            hyperparameters=trained.hyperparameters,
+            notices=tuple(session.notices),
+            history=trained.history,
+        )
+        (result / METRICS).write_text(record.model_dump_json(indent=2, exclude_none=True))
         reporter.message("Saving the adapter")
         save_stage(output, Stage.TRAIN, prints.train, result)
     session.clear()
-    seconds = trained.metrics["trainRuntimeSeconds"]
     return StageResult(
         stage=Stage.TRAIN,
         reason=Reason.SUCCEEDED,
-        message=f"loss {trained.metrics['finalLoss']:.4f} after {duration(seconds)}",
-        metrics=trained.metrics,
+        message=f"loss {trained.metrics.final_loss:.4f} "
+        f"after {duration(trained.metrics.train_runtime_seconds or 0)}",
+        metrics=trained.metrics.named(),
         notices=tuple(session.notices),
     )
 
@@ -99,13 +102,3 @@ def train(work: Work, session: Session) -> Trained:
     if isinstance(ending, Failed):
         raise as_error(ending, notices=tuple(session.notices))
     return ending
-
-
-def describe(trained: Trained, notices: list[Notice]) -> dict[str, Any]:
-    """What goes to the store beside the adapter, for the export and for people."""
-    return {
-        "metrics": trained.metrics,
-        "hyperparameters": trained.effective,
-        "notices": [notice.model_dump(mode="json") for notice in notices],
-        "history": trained.history,
-    }

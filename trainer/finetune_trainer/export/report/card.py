@@ -103,7 +103,7 @@ def results(facts: Facts) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=str(facts.dataset.get("detected", {}).get("format", "text")),
+            dataset_type=facts.dataset.detected.format if facts.dataset.detected else "text",
             dataset_name=f"held-out rows of {data_name(facts)}",
             metric_type=kind,
             metric_name=name,

@@ -98,11 +98,11 @@ def _mark(axes: Axes, best: Point) -> None:
 
 def length_chart(facts: Facts, size: Size, name: str) -> str | None:
     """Rows by their length in tokens, with maxSequenceLength marked; None without a histogram."""
-    bins = [(int(up_to), int(rows)) for up_to, rows in facts.dataset.get("histogram") or []]
+    bins = facts.dataset.histogram
     if not bins:
         return None
     width = bins[0][0]
-    limit = int(facts.dataset.get("maxSequenceLength") or 0)
+    limit = facts.dataset.max_sequence_length or 0
     longest = bins[-1][0]
     with mpl.rc_context(_style(name)):
         figure, axes = _axes(size)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple
 
-from finetune_trainer.contract import Artifact, FileCheck, GateReport, Notice, RunConfig
+from finetune_trainer.contract import (
+    Artifact,
+    DatasetReport,
+    FileCheck,
+    GateReport,
+    Notice,
+    RunConfig,
+    TrainingMetrics,
+    TrainingRecord,
+)
 from finetune_trainer.model.source import display_name
 from finetune_trainer.runtime.units import perplexity
 
@@ -72,53 +80,32 @@ class Facts:
 
     gate: GateReport
     files: tuple[Artifact, ...]
-    dataset: Mapping[str, Any]
-    """dataset-report.json."""
-
-    metrics: Mapping[str, float]
-    """Of the training; finite ones only."""
-
-    hyperparameters: Mapping[str, Any]
-    notices: tuple[Notice, ...]
-    losses: tuple[Point, ...]
-    """Training loss by step."""
-
-    evaluations: tuple[Point, ...]
-    """Loss on the held-out rows by step; step 0 is the base model."""
+    dataset: DatasetReport
+    trained: TrainingRecord
 
     license: str | None = None
     """Of the base model, as the Hub names licenses; None where it isn't known."""
 
-    @classmethod
-    def of(
-        cls,
-        config: RunConfig,
-        lineage: Lineage,
-        *,
-        trained: Mapping[str, Any],
-        dataset: Mapping[str, Any],
-        gate: GateReport,
-        files: Iterable[Artifact],
-        created: str,
-        license: str | None = None,  # noqa: A002 - the Hub's word
-    ) -> Self:
-        """From the values that the stages left; `trained` is metrics.json, `dataset` is
-        dataset-report.json."""
-        history = trained.get("history") or []
-        return cls(
-            config=config,
-            lineage=lineage,
-            created=created,
-            gate=gate,
-            files=tuple(files),
-            dataset=dataset,
-            metrics={name: value for name, value in trained["metrics"].items() if finite(value)},
-            hyperparameters=trained["hyperparameters"],
-            notices=tuple(Notice.model_validate(each) for each in trained.get("notices") or []),
-            losses=points(history, "loss"),
-            evaluations=points(history, "eval_loss"),
-            license=license,
-        )
+    @property
+    def metrics(self) -> TrainingMetrics:
+        """Of the training."""
+        return self.trained.metrics
+
+    @property
+    def notices(self) -> tuple[Notice, ...]:
+        """Of the training."""
+        return self.trained.notices
+
+    @property
+    def losses(self) -> tuple[Point, ...]:
+        """Training loss by step."""
+        return tuple(Point(e.step, e.loss) for e in self.trained.history if e.loss is not None)
+
+    @property
+    def evaluations(self) -> tuple[Point, ...]:
+        """Loss on the held-out rows by step; step 0 is the base model."""
+        history = self.trained.history
+        return tuple(Point(e.step, e.eval_loss) for e in history if e.eval_loss is not None)
 
     @property
     def name(self) -> str:
@@ -133,7 +120,7 @@ class Facts:
     @property
     def parameters(self) -> float:
         """Of the base model; 0 where the training didn't count them."""
-        return self.metrics.get("baseParameters", 0)
+        return self.metrics.base_parameters or 0
 
     @property
     def change(self) -> Change | None:
@@ -141,7 +128,7 @@ class Facts:
 
         The training measures on all of them, the gate only on some.
         """
-        base, tuned = self.metrics.get("baseEvalLoss"), self.metrics.get("evalLoss")
+        base, tuned = self.metrics.base_eval_loss, self.metrics.eval_loss
         if base is not None and tuned is not None:
             return Change(base, tuned, "training")
         base, tuned = self.gate.base_perplexity, self.gate.tuned_perplexity
@@ -163,17 +150,3 @@ class Facts:
     def has(self, folder: str) -> bool:
         """Whether the output has such a folder (or file)."""
         return any(each.path == folder or each.path.startswith(f"{folder}/") for each in self.files)
-
-
-def points(history: Iterable[Mapping[str, Any]], name: str) -> tuple[Point, ...]:
-    """One curve of the training's history; entries that are no number are left out."""
-    return tuple(
-        Point(int(entry["step"]), float(entry[name]))
-        for entry in history
-        if finite(entry.get(name)) and finite(entry.get("step"))
-    )
-
-
-def finite(value: Any) -> bool:
-    """Whether it is a number that can be shown."""
-    return isinstance(value, int | float) and math.isfinite(value)

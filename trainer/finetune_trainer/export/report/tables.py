@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from finetune_trainer.contract import Training
+from finetune_trainer.contract import LengthSpread, ListedRows, Training
 from finetune_trainer.export.report import numbers
 from finetune_trainer.export.report.facts import Facts, GgufFile, Point
 from finetune_trainer.export.report.verdict import Tone
@@ -121,14 +121,14 @@ def training(facts: Facts) -> tuple[Row, ...]:
     """What the training took."""
     metrics = facts.metrics
     found = [
-        _row("Steps", metrics.get("trainSteps"), numbers.count),
-        _row("Duration", metrics.get("trainRuntimeSeconds"), duration),
-        _row("Tokens trained on", metrics.get("trainTokens"), numbers.count),
-        _row("Tokens per second", metrics.get("tokensPerSecond"), numbers.count),
-        _row("Trainable parameters", metrics.get("trainableParameters"), numbers.count),
-        _row("Parameters of the base model", metrics.get("baseParameters"), numbers.count),
-        _row("Mean training loss", metrics.get("trainLoss"), numbers.loss),
-        _row("Last training loss", metrics.get("finalLoss"), numbers.loss),
+        _row("Steps", metrics.train_steps, numbers.count),
+        _row("Duration", metrics.train_runtime_seconds, duration),
+        _row("Tokens trained on", metrics.train_tokens, numbers.count),
+        _row("Tokens per second", metrics.tokens_per_second, numbers.count),
+        _row("Trainable parameters", metrics.trainable_parameters, numbers.count),
+        _row("Parameters of the base model", metrics.base_parameters, numbers.count),
+        _row("Mean training loss", metrics.train_loss, numbers.loss),
+        _row("Last training loss", metrics.final_loss, numbers.loss),
     ]
     return tuple(row for row in found if row)
 
@@ -137,36 +137,32 @@ def _row(name: str, value: float | None, write: Any) -> Row | None:
     return None if value is None else Row(name, write(value))
 
 
-_LISTED = ("duplicates", "truncated", "leftOut")
-
-
 def dataset(facts: Facts) -> tuple[Row, ...]:
     """What `prepare` found in the data, where its report says so."""
     report = facts.dataset
-    listed = {name: _count(report.get(name)) for name in _LISTED}
     found = [
-        Row("Rows in the file", numbers.count(report.get("rows"))),
-        Row("Examples trained on", numbers.count(report.get("examples"))),
-        Row("Examples held out", numbers.count(report.get("evalExamples"))),
-        Row("Rows that can't be used", numbers.count(report.get("invalid"))),
-        Row("Duplicates", numbers.count(listed["duplicates"])),
-        Row("Cut at maxSequenceLength", numbers.count(listed["truncated"])),
-        Row("Left out: no answer within it", numbers.count(listed["leftOut"])),
-        Row("Tokens of an example", _spread(report.get("tokens"))),
-        Row("Tokens of an answer", _spread(report.get("answerTokens"))),
-        Row("Tokens in all", numbers.count((report.get("tokens") or {}).get("total"))),
+        Row("Rows in the file", numbers.count(report.rows)),
+        Row("Examples trained on", numbers.count(report.examples)),
+        Row("Examples held out", numbers.count(report.eval_examples)),
+        Row("Rows that can't be used", numbers.count(report.invalid)),
+        Row("Duplicates", numbers.count(_count(report.duplicates))),
+        Row("Cut at maxSequenceLength", numbers.count(_count(report.truncated))),
+        Row("Left out: no answer within it", numbers.count(_count(report.left_out))),
+        Row("Tokens of an example", _spread(report.tokens)),
+        Row("Tokens of an answer", _spread(report.answer_tokens)),
+        Row("Tokens in all", numbers.count(report.tokens.total if report.tokens else None)),
     ]
     return tuple(row for row in found if row.value != numbers.NOTHING)
 
 
-def _count(listed: Any) -> int | None:
-    return listed.get("count") if isinstance(listed, Mapping) else None
+def _count(listed: ListedRows | None) -> int | None:
+    return listed.count if listed else None
 
 
-def _spread(values: Any) -> str:
-    if not values:
+def _spread(found: LengthSpread | None) -> str:
+    if found is None:
         return numbers.NOTHING
-    median, p95, most = (numbers.count(values.get(name)) for name in ("median", "p95", "max"))
+    median, p95, most = (numbers.count(value) for value in (found.median, found.p95, found.max))
     return f"median {median}, 95% up to {p95}, longest {most}"
 
 
@@ -187,7 +183,7 @@ def hyperparameters(facts: Facts) -> tuple[Row, ...]:
     usual = dict(_flat(Training().model_dump(mode="json")))
     return tuple(
         Row(name, numbers.setting(value), changed=name in usual and usual[name] != value)
-        for name, value in _flat(facts.hyperparameters)
+        for name, value in _flat(facts.trained.hyperparameters)
     )
 
 

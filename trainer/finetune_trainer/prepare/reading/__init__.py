@@ -11,11 +11,10 @@ closed, a file that is cut off), nothing is left out: the run fails.
 
 from __future__ import annotations
 
-from finetune_trainer.prepare.reading.record import Detected, Problems, Record
+from finetune_trainer.prepare.reading.record import Problems, Record
 from finetune_trainer.prepare.reading.source import Source, open_source, read_records
 
 __all__ = [
-    "Detected",
     "Problems",
     "Record",
     "Source",

@@ -85,45 +85,7 @@ class Record:
     last."""
 
 
-@dataclass(frozen=True)
-class Detected:
-    """What the file was found to be; None where it doesn't apply to the format."""
-
-    format: str
-    """csv, jsonl, json (one array of objects) or parquet."""
-
-    layout: str
-    """instruction, prompt-completion or messages."""
-
-    columns: dict[str, str]
-    """Which column (or key) is used as what."""
-
-    unused: tuple[str, ...] = ()
-    """Columns that nothing is taken from."""
-
-    compression: str | None = None
-    encoding: str | None = None
-    delimiter: str | None = None
-    quote: str | None = None
-    """The quote character; empty where quotes have no meaning."""
-
-    escape: str | None = None
-    """How a quote stands inside quotes: `doubled` or `backslash`."""
-
-    def to_report(self) -> dict[str, Any]:
-        """What stands in dataset-report.json."""
-        found = {
-            "format": self.format,
-            "compression": self.compression,
-            "encoding": self.encoding,
-            "delimiter": self.delimiter,
-            "quote": self.quote,
-            "escape": self.escape,
-            "layout": self.layout,
-            "columns": dict(self.columns),
-            "unusedColumns": [printable(name) for name in self.unused[:100]],
-        }
-        return {key: value for key, value in found.items() if value is not None}
+UNUSED_SHOWN = 100  # columns in dataset-report.json
 
 
 def _spool() -> IO[str]:

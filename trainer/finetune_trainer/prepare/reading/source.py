@@ -10,6 +10,7 @@ from finetune_trainer.contract import (
     DataFormat,
     Dataset,
     DatasetSummary,
+    DetectedFile,
     Reason,
     StageError,
     allowed,
@@ -28,7 +29,14 @@ from finetune_trainer.prepare.reading.layout import (
     missing_column,
 )
 from finetune_trainer.prepare.reading.parquet import Parquet
-from finetune_trainer.prepare.reading.record import DamageError, Detected, Problems, Reader, Record
+from finetune_trainer.prepare.reading.record import (
+    UNUSED_SHOWN,
+    DamageError,
+    Problems,
+    Reader,
+    Record,
+    printable,
+)
 from finetune_trainer.prepare.reading.table import Table
 
 _JSON = re.compile(r'\{\s*"|\[\s*[\[{]')
@@ -49,11 +57,13 @@ class Source:
         """Rows read so far, blank lines not counted."""
 
         used = set(layout.columns.values())
-        self.detected = Detected(
+        self.detected = DetectedFile(
             format=reader.format,
             layout=layout.kind,
             columns=layout.columns,
-            unused=tuple(name for name in reader.fields if name not in used),
+            unused_columns=tuple(printable(name) for name in reader.fields if name not in used)[
+                :UNUSED_SHOWN
+            ],
             compression=compression,
             **reader.described,
         )

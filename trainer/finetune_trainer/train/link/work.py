@@ -6,15 +6,19 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from pydantic import JsonValue
 
 from finetune_trainer.contract import (
     Base,
+    LogEntry,
     Notice,
     NoticeCode,
     Reason,
     RunConfig,
     StageError,
+    TrainingMetrics,
     TrainingPlan,
 )
 
@@ -70,11 +74,11 @@ class Work(Base):
 class Trained(Base):
     """What came out, beside the files of the adapter."""
 
-    metrics: dict[str, float]
-    effective: dict[str, Any]
+    metrics: TrainingMetrics
+    hyperparameters: dict[str, JsonValue]
     """The hyperparameters as they were applied, e.g. with the epochs that `auto` stood for."""
 
-    history: list[dict[str, float]] = []
+    history: tuple[LogEntry, ...] = ()
     """What the Trainer logged, step by step, for curves."""
 
 

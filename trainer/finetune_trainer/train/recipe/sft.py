@@ -97,15 +97,10 @@ def fine_tune(work: Work, reporter: Reporter, channel: Channel | None = None) ->
     if (notice := pairing.look(trainer, work, tokenizer)) and notify:
         notify(notice)
     save_adapter(trainer, tokenizer, work)
-    metrics = {
-        **measured(trainer, run, best),
-        "trainableParameters": float(trainable),
-        "baseParameters": float(parameters),
-    }
-    effective = {**settings.model_dump(mode="json"), "epochs": epochs}
+    counts = {"trainable_parameters": float(trainable), "base_parameters": float(parameters)}
     return Trained(
-        metrics={name: round(value, 6) for name, value in metrics.items()},
-        effective=effective,
+        metrics=measured(trainer, run, best).model_copy(update=counts).rounded(),
+        hyperparameters={**settings.model_dump(mode="json"), "epochs": epochs},
         history=history(trainer),
     )
 
