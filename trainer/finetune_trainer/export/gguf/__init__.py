@@ -3,6 +3,7 @@
 files              all of them, each when it is complete; their names, and which to serve
 convert            base model + adapter -> GGUF in one go, and the adapter alone
 convert_worker     llama.cpp's converter, fed from the merged weights; a program of its own
+blocks             its tensors, written block by block
 quantize           a 16-bit file as another type
 quantize_worker    llama.cpp's quantizer; a program of its own
 importance         which weights a quantization should spare, measured on training rows
