@@ -100,7 +100,7 @@ class Problems:
     first: list[BadRow] = field(default_factory=list)
     _all: IO[str] = field(default_factory=_spool, repr=False)
 
-    def __post_init__(self) -> None:  # noqa: D105
+    def __post_init__(self) -> None:
         weakref.finalize(self, self._all.close)
 
     def add(self, row: int, cause: str) -> None:

@@ -31,10 +31,10 @@ class Rows(Protocol):
 
     line_num: int
 
-    def __iter__(self) -> Iterator[list[str]]:  # noqa: D105
+    def __iter__(self) -> Iterator[list[str]]:
         ...
 
-    def __next__(self) -> list[str]:  # noqa: D105
+    def __next__(self) -> list[str]:
         ...
 
 
