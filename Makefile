@@ -7,7 +7,11 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+LIGHT  := $(VENV)/.light
 READY  := $(VENV)/.ready
+
+EVERYTHING := operator,trainer,gguf,trackers,signing,dev,integration
+comma      := ,
 
 # What one machine trains with; the guide's names. Empty: the trainer's own default.
 DATASET    ?=
@@ -18,6 +22,12 @@ TRAIN_ARGS ?=
 
 # llama.cpp's converter, laid out from the same sdist as the library.
 export LLAMA_CPP_DIR := $(CURDIR)/$(VENV)/llama.cpp
+
+define install
+$(BIN)/python -m pip install --constraint constraints/dev.txt --progress-bar off --no-compile $(2) \
+  --editable '.[$(1)]' \
+  | grep --line-buffered -E '^(Collecting|Installing|Successfully)' | cut -c1-100
+endef
 
 ##@ Main job
 
@@ -55,7 +65,9 @@ test: lint verify kubernetes ## Every test: unit, integration on a real control 
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: test-unit
-test-unit: build ## Tests that need no cluster
+test-unit: export OMP_NUM_THREADS := 1
+test-unit: export PYTHONDONTWRITEBYTECODE :=
+test-unit: $(LIGHT) ## Tests that need no cluster and no llama.cpp: under 3 minutes from a fresh clone
 	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
 
 .PHONY: test-integration
@@ -81,16 +93,16 @@ lint: build ## ruff, mypy, import-linter, hadolint
 	$(BIN)/hadolint images/operator/Dockerfile images/trainer/Dockerfile
 
 .PHONY: format
-format: build ## Let ruff put the code in order
+format: $(LIGHT) ## Let ruff put the code in order
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 .PHONY: generate
-generate: build ## Write crds/ and the chart's copy from the API's types
+generate: $(LIGHT) ## Write crds/ and the chart's copy from the API's types
 	$(BIN)/python -m finetune_operator.api.crd .
 
 .PHONY: verify
-verify: build ## Prove, in a temporary folder, that generated files are fresh
+verify: $(LIGHT) ## Prove, in a temporary folder, that generated files are fresh
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cp -r crds charts "$$folder"; \
 	$(BIN)/python -m finetune_operator.api.crd "$$folder"; \
 	for part in crds charts; do \
@@ -114,15 +126,22 @@ help: ## This list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# The wheel of llama-cpp-python is compiled once per version and machine and kept in the cache.
-$(READY): pyproject.toml constraints/dev.txt hack/llama_cpp.py
+# What linters and unit tests need. Bytecode is written when a module is imported first: compiling all
+# of it would take as long as the tests.
+$(LIGHT): pyproject.toml constraints/dev.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed (PYTHON=python3.12 make …)")'
-	@echo "Setting up $(VENV): about 3 minutes, and 6 more where llama.cpp has to be compiled once."
+	@echo "Setting up $(VENV): a minute beside the downloads."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints/dev.txt pip
+	$(call install,operator$(comma)trainer$(comma)dev)
+	touch $@
+
+# The rest. The wheel of llama-cpp-python is compiled once per version and machine and kept in the
+# cache. (A few files of the packages are for other Pythons and don't compile.)
+$(READY): $(LIGHT) hack/llama_cpp.py
+	@echo "Setting up the rest of $(VENV): about 2 minutes, and 6 more where llama.cpp has to be compiled once."
 	$(BIN)/python hack/llama_cpp.py --wheel-dir $(VENV)/wheels | tee $(VENV)/llama_cpp.txt
 	ln -sfn "$$(sed -n 's/^converter=//p' $(VENV)/llama_cpp.txt)" $(VENV)/llama.cpp
-	$(BIN)/python -m pip install --constraint constraints/dev.txt --find-links $(VENV)/wheels \
-	  --progress-bar off --editable '.[operator,trainer,trackers,signing,dev]' \
-	  | grep --line-buffered -E '^(Collecting|Installing|Successfully)' | cut -c1-100
+	$(call install,$(EVERYTHING),--find-links $(VENV)/wheels)
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	touch $@

@@ -16,9 +16,9 @@ from hack import REPOSITORY
 FOLDER = REPOSITORY / "constraints"
 EXTRAS = {
     "operator": "operator",
-    "trainer": "trainer,trackers,signing",
-    "unsloth": "trainer,trackers,signing,unsloth",
-    "dev": "operator,trainer,trackers,signing,dev",
+    "trainer": "trainer,gguf,trackers,signing",
+    "unsloth": "trainer,gguf,trackers,signing,unsloth",
+    "dev": "operator,trainer,gguf,trackers,signing,dev,integration",
 }
 
 
