@@ -23,7 +23,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NoReturn
@@ -43,7 +43,6 @@ MODULES = (
     "finetune_trainer.train.recipe.torchrun",
     "finetune_trainer.export.stage",
     "finetune_trainer.export.reference.compute",
-    "finetune_trainer.store.s3",
     "transformers.models.llama.modeling_llama",
     "tensorboardX",
     "llama_cpp",
@@ -65,13 +64,14 @@ class Forked(subprocess.Popen[Any]):
         command = [os.fspath(each) for each in args]
         cwd, environment, pipes, new_session = rest[4], rest[5], rest[8 + 1 : 15], rest[20]
         self._socket: socket.socket | None = None
-        if command[:2] != [sys.executable, "-m"]:
+        interpreter, _, module = " ".join(command).partition(" -m ")
+        if interpreter not in (sys.executable, f"{sys.executable} -u") or not module:
             super()._execute_child(args, *rest)  # type: ignore[misc]
             return
         stdin, _, _, stdout, _, stderr = pipes
         given = [number if number >= 0 else n for n, number in enumerate((stdin, stdout, stderr))]
         request = {
-            "command": command[2:],
+            "command": command[command.index("-m") + 1 :],
             "environment": dict(os.environ if environment is None else environment),
             "cwd": os.fspath(cwd or Path.cwd()),
             "newSession": bool(new_session),
@@ -230,11 +230,8 @@ def _report(clients: dict[int, socket.socket]) -> None:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:
             return
-        with clients.pop(pid) as client:
-            try:
-                client.send(str(status).encode())
-            except OSError:
-                continue  # nobody waits any more
+        with clients.pop(pid) as client, suppress(OSError):  # maybe nobody waits any more
+            client.send(str(status).encode())
 
 
 def _answer(client: socket.socket, clients: dict[int, socket.socket], others: list[Any]) -> None:
@@ -246,14 +243,15 @@ def _answer(client: socket.socket, clients: dict[int, socket.socket], others: li
             each.close()
         for number, descriptor in enumerate(given):
             os.dup2(descriptor, number)
-        os.closerange(3, max(given, default=2) + 1)
+        os.closerange(3, 256)  # as exec does
         return _run(request)
 
     pid = _fork(work, new_session=request["newSession"])
     for descriptor in given:
         os.close(descriptor)
     clients[pid] = client
-    client.send(str(pid).encode())
+    with suppress(OSError):
+        client.send(str(pid).encode())
 
 
 def _fork(work: Any, *, new_session: bool) -> int:
@@ -286,10 +284,8 @@ def _exit_status(end: SystemExit) -> int:
 
 def _end(status: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with suppress(OSError, ValueError):  # maybe nobody reads any more
             stream.flush()
-        except (OSError, ValueError):
-            continue  # nobody reads it
     os._exit(status)
 
 
