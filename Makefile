@@ -60,23 +60,33 @@ gguf: build ## Convert the merged model to GGUF and quantize it
 
 ##@ Development
 
+# Files run side by side, the longest first (tests/conftest.py). SEED: of the property tests.
+WORKERS ?= 2
+SEED    ?= $(shell echo $$RANDOM)
+PYTEST   = $(BIN)/python -m pytest --numprocesses $(WORKERS) --durations 25 \
+             --hypothesis-seed $(SEED) $(PYTEST_ARGS)
+
 .PHONY: test
 test: lint verify kubernetes ## Every test: unit, integration on a real control plane, end to end on a real node
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST)
+
+.PHONY: test-all
+test-all: lint verify kubernetes ## The same with every family of models, before a release
+	$(PYTEST) --all-families
 
 .PHONY: test-unit
 test-unit: export OMP_NUM_THREADS := 1
 test-unit: export PYTHONDONTWRITEBYTECODE :=
 test-unit: $(LIGHT) ## Tests that need no cluster and no llama.cpp: under 3 minutes from a fresh clone
-	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
+	$(PYTEST) tests/unit
 
 .PHONY: test-integration
 test-integration: kubernetes ## Tests on a real API server, store and model, without a node
-	$(BIN)/python -m pytest tests/integration $(PYTEST_ARGS)
+	$(PYTEST) tests/integration
 
 .PHONY: test-e2e
 test-e2e: kubernetes ## The main job on a real node
-	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
+	$(PYTEST) tests/e2e
 
 # Built ahead of the tests, since it takes minutes once. Where it can't be, the tests that need it
 # say so at their end; in CI that is a failure.

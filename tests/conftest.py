@@ -1,3 +1,84 @@
-"""Fixtures that all tests may ask for."""
+"""Fixtures that all tests may ask for, and how the tests run: side by side, on one thread each."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+from hypothesis.database import DirectoryBasedExampleDatabase
+
+from hack import cache_dir
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler.protocol import Scheduling
 
 pytest_plugins = ["tests.fixtures"]
+
+# Before anything imports torch: two workers with threads for all CPUs wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Each run tries other examples. One that failed is kept, and tried first from then on.
+settings.register_profile(
+    "finetune",
+    deadline=None,
+    derandomize=False,
+    print_blob=True,
+    database=DirectoryBasedExampleDatabase(cache_dir() / "hypothesis"),
+)
+settings.load_profile("finetune")
+
+INTEGRATION = Path("tests/integration")
+TRAINER = INTEGRATION / "trainer"
+# Native nodes of one machine share folders below /var/lib, so one worker has both, one by one.
+NODE_FILES = {Path("tests/e2e/test_main_job.py"), INTEGRATION / "test_cluster_native.py"}
+# The order in which workers take the files. A long one at the end would run alone.
+LONG_FILES = [
+    Path("tests/e2e/test_main_job.py"),
+    TRAINER / "test_resume.py",
+    TRAINER / "test_distributed.py",
+    TRAINER / "test_architectures.py",
+    TRAINER / "test_pipeline.py",
+    TRAINER / "test_export_quality.py",
+    INTEGRATION,
+]
+
+
+def file_of(nodeid: str) -> Path:
+    """The file of a test."""
+    return Path(nodeid.partition("::")[0])
+
+
+def rank(file: Path) -> int:
+    """A file's place in LONG_FILES; those without one come last."""
+    places = (n for n, long in enumerate(LONG_FILES) if file.is_relative_to(long))
+    return next(places, len(LONG_FILES))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --all-families."""
+    parser.addoption(
+        "--all-families", action="store_true", help="test every family of models instead of three"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put long files first where workers share them."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: rank(file_of(item.nodeid)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    """Give each worker whole files, whose fixtures are then made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "a node" if file_of(nodeid) in NODE_FILES else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return Files(config, log)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
@@ -17,7 +17,11 @@ from hack.cluster.control_plane import ControlPlane
 from hack.object_store import Credentials
 from hack.process import Unavailable
 
+if TYPE_CHECKING:
+    from xdist.workermanage import WorkerController
+
 LEFT_OUT: pytest.StashKey[set[str]] = pytest.StashKey()
+WORKER_KEY = "left-out"
 
 
 def leave_out(config: pytest.Config, reason: str) -> NoReturn:
@@ -52,12 +56,24 @@ def control_plane(
     plane.stop()
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let a worker hand over what it left out."""
+    if output := getattr(session.config, "workeroutput", None):
+        output[WORKER_KEY] = sorted(session.config.stash.get(LEFT_OUT, set()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: WorkerController) -> None:
+    """Take over what a worker left out."""
+    reasons = getattr(node, "workeroutput", {}).get(WORKER_KEY, [])
+    node.config.stash.setdefault(LEFT_OUT, set()).update(reasons)
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Name what this run left out, and what would change that."""
-    reasons = config.stash[LEFT_OUT] if LEFT_OUT in config.stash else set[str]()
-    for reason in sorted(reasons):
+    for reason in sorted(config.stash.get(LEFT_OUT, set())):
         terminalreporter.write_line(f"left out: {reason}", yellow=True)
 
 

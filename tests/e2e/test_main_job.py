@@ -79,7 +79,9 @@ def finish(environment: Environment, request: pytest.FixtureRequest) -> Finish:
 
     def _finish(timeout: float) -> dict[str, Any]:
         with capture.global_and_fixture_disabled():
-            return follow(environment.reader(NAME), Console(force_terminal=False), timeout)
+            return follow(
+                environment.reader(NAME), Console(stderr=True, force_terminal=False), timeout
+            )
 
     return _finish
 

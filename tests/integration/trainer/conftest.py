@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from examples.base_model import smollm2
 from finetune_trainer.contract import Stage, StageResult
 from hack.object_store import Credentials
 from tests.fixtures import moto_server
+from tests.integration.trainer.fork_server import ForkServer, fork_server, with_popen
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -84,6 +86,47 @@ def bucket(moto: Credentials, tiny_model: Path, tmp_path_factory: pytest.TempPat
     return "trainer"
 
 
+class Processes:
+    """Starts the trainer's processes: forks of a server that is started when it is needed first."""
+
+    def __init__(self) -> None:
+        self.real = False
+        """Whether they are started as users do, import by import."""
+
+        self._stack = ExitStack()
+        self._server: ForkServer | None = None
+
+    @property
+    def server(self) -> ForkServer:
+        self._server = self._server or self._stack.enter_context(fork_server())
+        return self._server
+
+    def popen(self, *arguments: Any, **options: Any) -> subprocess.Popen[Any]:
+        """As subprocess.Popen."""
+        popen = subprocess.Popen if self.real else self.server.popen
+        return popen(*arguments, **options)
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """How the trainer's code that runs in this process starts others."""
+    found = Processes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune_trainer.runtime.child.subprocess", with_popen(found.popen))
+        yield found
+    found.close()
+
+
+@pytest.fixture(autouse=True)
+def _real_processes(request: pytest.FixtureRequest, processes: Processes) -> Iterator[None]:
+    processes.real = request.node.get_closest_marker("real_processes") is not None
+    yield
+    processes.real = False
+
+
 def write_csv(file: Path, rows: list[tuple[str, str]] | None = None) -> None:
     """Write a dataset."""
     with file.open("w", newline="", encoding="utf-8") as stream:
@@ -104,6 +147,7 @@ class Trainer:
     """The command line, in a process of its own as in a pod."""
 
     folder: Path
+    processes: Processes
     environment: dict[str, str] = field(default_factory=dict)
 
     def command(self, name: str, config: dict[str, Any]) -> list[str]:
@@ -136,16 +180,17 @@ class Trainer:
     def __call__(self, name: str, config: dict[str, Any]) -> Run:
         """Run a command to its end."""
         self.log.unlink(missing_ok=True)
-        done = subprocess.run(
+        with self.processes.popen(
             self.command(name, config),
             env=self.full_environment,
-            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=300,
-            check=False,
-        )
+        ) as process:
+            output, errors = process.communicate(timeout=300)
         text = self.log.read_text() if self.log.exists() else ""
-        return Run(done.returncode, done.stdout + done.stderr, StageResult.from_message(text))
+        return Run(process.returncode, output + errors, StageResult.from_message(text))
 
 
 def use_keys(server: Credentials, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,13 +201,13 @@ def use_keys(server: Credentials, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def trainer(tmp_path: Path, moto: Credentials) -> Trainer:
+def trainer(tmp_path: Path, moto: Credentials, processes: Processes) -> Trainer:
     """The command line with keys for the S3 server."""
     environment = {
         "AWS_ACCESS_KEY_ID": moto.access_key,
         "AWS_SECRET_ACCESS_KEY": moto.secret_key,
     }
-    return Trainer(tmp_path, environment)
+    return Trainer(tmp_path, processes, environment)
 
 
 @pytest.fixture

@@ -1,90 +1,115 @@
-"""The command line without waiting for its imports: a process that has them forks one per run.
+"""`python -m MODULE` without waiting for its imports: a process that has them forks one per run.
 
-What runs is `finetune_trainer.__main__.main`, and its worker is
-`finetune_trainer.train.recipe.worker`, each in a process of its own, with its own
-environment and log; only `exec` is left out.
+What runs is the module as `__main__`, in a process of its own, with its own environment and
+streams; only `exec` is left out. The trainer's commands run so in these tests, with the children
+that they start. Tests with the marker `real_processes` start them as users do.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
+import runpy
+import selectors
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 ROOT = Path(__file__).parents[3]
 NO_MOUNT = 77  # this machine lets nobody mount a disk
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000  # <linux/sched.h>
+REQUEST_BYTES = 1 << 20
+COMMAND = "finetune_trainer"
+TIED = "finetune_trainer.runtime.die_with_parent"
+# What takes seconds to import. Not gguf: llama.cpp's converter brings its own.
+MODULES = (
+    "finetune_trainer.__main__",
+    "finetune_trainer.prepare.stage",
+    "finetune_trainer.train.stage",
+    "finetune_trainer.train.recipe.worker",
+    "finetune_trainer.train.recipe.torchrun",
+    "finetune_trainer.export.stage",
+    "finetune_trainer.export.reference.compute",
+    "transformers.models.llama.modeling_llama",
+    "tensorboardX",
+    "llama_cpp",
+    "boto3",
+)
 
 
-class ForkServer:
-    """The end that tests talk to."""
+class Forked(subprocess.Popen[Any]):
+    """A process of the server, where the command is a Python module; any other as usual."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
+    address: ClassVar[str] = ""
+    """The server's socket."""
 
-    def start(
-        self,
-        arguments: list[str],
-        environment: dict[str, str],
-        log: Path,
-        small_disk: tuple[Path, int] | None = None,
-    ) -> int:
-        """Run `finetune-trainer` with these arguments; returns the process id.
+    small_disk: ClassVar[tuple[Path, int] | None] = None
 
-        `small_disk` is a folder that becomes, for this process, a disk of so many bytes.
-        """
-        disk = [str(small_disk[0]), small_disk[1]] if small_disk else None
-        answer = self._ask(
-            arguments=arguments,
-            # OpenMP hangs in a fork that wants other threads than its parent has.
-            environment={**environment, "OMP_NUM_THREADS": "1"},
-            log=str(log),
-            small_disk=disk,
-        )
-        return int(answer["pid"])
+    def _execute_child(self, args: Any, *rest: Any) -> None:
+        # (executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
+        # six ends of pipes, restore_signals, gid, gids, uid, umask, start_new_session, …)
+        command = [os.fspath(each) for each in args]
+        cwd, environment, pipes, new_session = rest[4], rest[5], rest[8 + 1 : 15], rest[20]
+        self._socket: socket.socket | None = None
+        interpreter, _, module = " ".join(command).partition(" -m ")
+        if interpreter not in (sys.executable, f"{sys.executable} -u") or not module:
+            super()._execute_child(args, *rest)  # type: ignore[misc]
+            return
+        stdin, _, _, stdout, _, stderr = pipes
+        given = [number if number >= 0 else n for n, number in enumerate((stdin, stdout, stderr))]
+        request = {
+            "command": command[command.index("-m") + 1 :],
+            "environment": dict(os.environ if environment is None else environment),
+            "cwd": os.fspath(cwd or Path.cwd()),
+            "newSession": bool(new_session),
+            "smallDisk": self.small_disk and [str(self.small_disk[0]), self.small_disk[1]],
+        }
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, REQUEST_BYTES)
+        self._socket.connect(self.address)
+        socket.send_fds(self._socket, [json.dumps(request).encode()], given)
+        self.pid = int(self._socket.recv(64))
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
-    def poll(self, pid: int) -> int | None:
-        """The exit status, negative for a signal; None while it runs."""
-        status: int | None = self._ask(poll=pid)["status"]
-        return status
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        if self._socket is None:
+            return super()._try_wait(wait_flags)  # type: ignore[misc, no-any-return]
+        try:
+            told = self._socket.recv(64, socket.MSG_DONTWAIT if wait_flags else 0)
+        except BlockingIOError:
+            return 0, 0
+        self._socket.close()
+        return self.pid, int(told or signal.SIGKILL)  # without a word: the server was killed
 
-    def _ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
-
-
-@contextmanager
-def fork_server(*modules: str) -> Iterator[ForkServer]:
-    """Start one, which has these modules of the trainer too; it ends with the block."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.integration.trainer.fork_server", *modules],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        yield ForkServer(process)
-        assert process.stdin is not None
-        process.stdin.close()
+    def _internal_poll(self, *arguments: Any, **options: Any) -> int | None:
+        if self._socket is None:
+            return super()._internal_poll(*arguments, **options)  # type: ignore[misc, no-any-return]
+        if self.returncode is None and self._waitpid_lock.acquire(blocking=False):  # type: ignore[attr-defined]
+            try:
+                pid, status = self._try_wait(os.WNOHANG)
+                if pid:
+                    self._handle_exitstatus(status)  # type: ignore[attr-defined]
+            finally:
+                self._waitpid_lock.release()  # type: ignore[attr-defined]
+        return self.returncode
 
 
 class ForkedWorker(subprocess.Popen[bytes]):
-    """What the stage starts as its worker: a fork in place of the command."""
+    """What the stage starts as its worker: a fork of the stage itself, which dies with it."""
 
     def _execute_child(self, args: list[str], *_: Any) -> None:
         # python -m finetune_trainer.runtime.die_with_parent <parent> python -m <module> <request>
@@ -97,48 +122,206 @@ class ForkedWorker(subprocess.Popen[bytes]):
             status: int = importlib.import_module(module).main(request)
             return status
 
-        self.pid = _fork(work)
+        self.pid = _fork(work, new_session=True)
         self._child_created = True
 
 
-def _fork(work: Callable[[], int]) -> int:
+def with_popen(popen: type[subprocess.Popen[Any]]) -> Any:
+    """The module subprocess, which starts programs in another way."""
+    own = {name: value for name, value in vars(subprocess).items() if not name.startswith("__")}
+    return SimpleNamespace(**{**own, "Popen": popen})
+
+
+class ForkServer:
+    """The end that tests talk to."""
+
+    def __init__(self, address: str) -> None:
+        self.popen = type("Popen", (Forked,), {"address": address})
+        self._processes: dict[int, Forked] = {}
+
+    def start(
+        self,
+        arguments: list[str],
+        environment: dict[str, str],
+        log: Path,
+        small_disk: tuple[Path, int] | None = None,
+    ) -> int:
+        """Run `finetune-trainer` with these arguments; returns the process id.
+
+        `small_disk` is a folder that becomes, for this process, a disk of so many bytes.
+        """
+        popen = type("Popen", (self.popen,), {"small_disk": small_disk})
+        with log.open("ab") as output:
+            process = popen(
+                [sys.executable, "-m", COMMAND, *arguments],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        self._processes[process.pid] = process
+        return int(process.pid)
+
+    def poll(self, pid: int) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        return self._processes[pid].poll()
+
+
+@contextmanager
+def fork_server() -> Iterator[ForkServer]:
+    """Start one; it ends with the block."""
+    with tempfile.TemporaryDirectory(prefix="forks-") as folder:
+        home = Path(folder, "home")
+        home.mkdir()
+        address = str(Path(folder, "socket"))
+        with subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.trainer.fork_server", address],
+            cwd=ROOT,
+            # Libraries choose their folders when they are imported.
+            env={**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            yield ForkServer(address)
+            process.stdin.close()
+
+
+# The server
+
+
+def serve(address: str) -> None:
+    """Fork what clients ask for, and tell each how its process ended, until stdin is closed."""
+    from finetune_trainer.runtime.logs import set_up_libraries
+
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print
+    set_up_libraries()  # as the command does, before the libraries are loaded
+    for name in MODULES:
+        importlib.import_module(name)
+    assert threading.active_count() == 1, "a fork has one thread only"
+    gc.collect()
+    gc.freeze()
+    woken, wake = socket.socketpair()
+    wake.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno())
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    clients: dict[int, socket.socket] = {}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(address)
+        listener.listen(16)
+        print("ready", file=answer, flush=True)
+        with selectors.DefaultSelector() as selector:
+            for each in (listener, woken, sys.stdin):
+                selector.register(each, selectors.EVENT_READ)
+            while sys.stdin not in (ready := [key.fileobj for key, _ in selector.select()]):
+                if woken in ready:
+                    woken.recv(4096)
+                    _report(clients)
+                if listener in ready:
+                    client, _ = listener.accept()
+                    _answer(client, clients, [listener, woken, wake, selector])
+
+
+def _report(clients: dict[int, socket.socket]) -> None:
+    while clients:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            return
+        with clients.pop(pid) as client, suppress(OSError):  # maybe nobody waits any more
+            client.send(str(status).encode())
+
+
+def _answer(client: socket.socket, clients: dict[int, socket.socket], others: list[Any]) -> None:
+    data, given, _, _ = socket.recv_fds(client, REQUEST_BYTES, 3)
+    request = json.loads(data)
+
+    def work() -> int:
+        for each in (client, *clients.values(), *others):
+            each.close()
+        for number, descriptor in enumerate(given):
+            os.dup2(descriptor, number)
+        os.closerange(3, 256)  # as exec does
+        return _run(request)
+
+    pid = _fork(work, new_session=request["newSession"])
+    for descriptor in given:
+        os.close(descriptor)
+    clients[pid] = client
+    with suppress(OSError):
+        client.send(str(pid).encode())
+
+
+def _fork(work: Any, *, new_session: bool) -> int:
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
-        os.setsid()
+        if new_session:
+            os.setsid()
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         status = work()
     except SystemExit as end:
-        status = int(end.code or 0)
+        status = _exit_status(end)
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        _end(status)
 
 
-def _stage(request: dict[str, Any]) -> int:
-    from finetune_trainer import __main__ as command
-    from finetune_trainer.train.supervisor import launch
+def _exit_status(end: SystemExit) -> int:
+    if isinstance(end.code, str):
+        print(end.code, file=sys.stderr)
+        return 1
+    return int(end.code or 0)
 
+
+def _end(status: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # maybe nobody reads any more
+            stream.flush()
+    os._exit(status)
+
+
+def _run(request: dict[str, Any]) -> int:
+    """Be the process that was asked for."""
     os.environ.clear()
     os.environ.update(request["environment"])
-    descriptor = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    stand_in = SimpleNamespace(Popen=ForkedWorker, TimeoutExpired=subprocess.TimeoutExpired)
-    launch.subprocess = stand_in  # type: ignore[assignment, attr-defined]
-    if disk := request["small_disk"]:
+    # OpenMP hangs in a fork that wants other threads than its parent has.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.chdir(request["cwd"])
+    tempfile.tempdir = None
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    if disk := request["smallDisk"]:
         _mount(*disk)
-    sys.argv = ["finetune-trainer", *request["arguments"]]
-    command.main()
+    module, *arguments = request["command"]
+    if module == TIED:  # not tied: its parent is the server
+        module, *arguments = arguments[3:]
+    _let_children_fork()
+    sys.argv = [module, *arguments]
+    warnings.simplefilter("ignore" if os.environ.get("PYTHONWARNINGS") == "ignore" else "default")
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # it is loaded already
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0
+
+
+def _let_children_fork() -> None:
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    from finetune_trainer.runtime import child
+    from finetune_trainer.train.supervisor import launch
+
+    popen = type("Popen", (Forked,), {"address": sys.argv[1]})
+    child.subprocess = with_popen(popen)  # type: ignore[attr-defined]
+    launch.subprocess = with_popen(ForkedWorker)  # type: ignore[attr-defined]
+    subprocess_handler.Popen = popen  # type: ignore[attr-defined]
 
 
 def _mount(folder: str, size: int) -> None:
@@ -154,29 +337,5 @@ def _mount(folder: str, size: int) -> None:
         sys.exit(NO_MOUNT)
 
 
-def _serve() -> None:
-    from finetune_trainer.runtime.logs import set_up_libraries
-
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print
-    set_up_libraries()  # as the command does, before the libraries are loaded
-    own = ("storage.s3", "base_model.loading", "train.stage", "train.worker", "train.sft")
-    for name in (*own, *sys.argv[1:]):
-        importlib.import_module(f"finetune_trainer.{name}")
-    statuses: dict[int, int] = {}
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "poll" in request:
-            pid = request["poll"]
-            if pid not in statuses:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    statuses[pid] = os.waitstatus_to_exitcode(status)
-            answer: dict[str, Any] = {"status": statuses.get(pid)}
-        else:
-            answer = {"pid": _fork(lambda request=request: _stage(request))}  # type: ignore[misc]
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    _serve()
+    serve(sys.argv[1])

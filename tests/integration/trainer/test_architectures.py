@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_trainer.model.tokenizer import encode, message_pair, render
-from tests.integration.trainer.conftest import ATTENTION, MLP, ROWS, write_csv
+from tests.integration.trainer.conftest import ATTENTION, MLP, ROWS, Processes, write_csv
 from tests.integration.trainer.families import FAMILIES, write_family
-from tests.integration.trainer.fork_server import ForkServer, fork_server
+from tests.integration.trainer.fork_server import ForkServer
 
 KINDS = ("F16", "Q8_0", "Q4_K_M")
 SECONDS = 300.0
@@ -90,9 +89,8 @@ class Pipeline:
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
-    with fork_server("prepare.model_checks", "export.stage") as server:
-        yield Pipeline(server, tmp_path_factory.mktemp("families"))
+def pipeline(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    return Pipeline(processes.server, tmp_path_factory.mktemp("families"))
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.trainer.conftest import ATTENTION, MLP, ROWS, Trainer, write_csv
+from tests.integration.trainer.conftest import ATTENTION, MLP, ROWS, Processes, Trainer, write_csv
 
 PAGE = Path(__file__).parents[3] / "docs" / "export.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
@@ -27,7 +27,9 @@ def test_the_page_loads_each_artifact() -> None:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+def exported(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, processes: Processes
+) -> Path:
     """A folder as the page has it: support-bot/ with the artifacts, and a GGUF file of the base."""
     folder = tmp_path_factory.mktemp("docs")
     write_csv(folder / "rows.csv")
@@ -44,7 +46,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
         "output": {"uri": str(folder / "support-bot")},
     }
     (folder / "home").mkdir()
-    done = Trainer(folder)("run", config)
+    done = Trainer(folder, processes)("run", config)
     assert done.code == 0, done.output
     convert = Path(os.environ["LLAMA_CPP_DIR"]) / "convert_hf_to_gguf.py"
     command = [sys.executable, convert, tiny_model, "--outtype=f16", "--outfile=base-F16.gguf"]

@@ -27,8 +27,8 @@ from finetune_trainer.contract import RunConfig
 from finetune_trainer.contract.fingerprint import fingerprints
 from finetune_trainer.model.source import resolved_of
 from hack.object_store import Credentials
-from tests.integration.trainer.conftest import Trainer, write_csv
-from tests.integration.trainer.fork_server import NO_MOUNT, ForkServer, fork_server
+from tests.integration.trainer.conftest import Processes, Trainer, write_csv
+from tests.integration.trainer.fork_server import NO_MOUNT, ForkServer
 from tests.integration.trainer.killing import (
     MOMENTS,
     VICTIMS,
@@ -52,12 +52,6 @@ SETTINGS: dict[str, Any] = {
     "lora": {"r": 8, "dropout": 0.1},
 }
 WORDS = ("kettle", "was", "made", "by", "Odalys", "hot", "as", "boiling", "water", "green", "hums")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with fork_server() as server:
-        yield server
 
 
 def make_rows(count: int) -> list[tuple[str, str]]:
@@ -144,7 +138,7 @@ def slowly(wait: Callable[[], object]) -> Callable[[Request], Fault | None]:
 
 @pytest.fixture(scope="module")
 def trainings(
-    server: ForkServer,
+    processes: Processes,
     store: Proxy,
     moto: Credentials,
     dataset: str,
@@ -152,7 +146,7 @@ def trainings(
 ) -> Trainings:
     folder, bucket = tmp_path_factory.mktemp("trainings"), dataset.split("/")[2]
     keys = {"AWS_ACCESS_KEY_ID": moto.access_key, "AWS_SECRET_ACCESS_KEY": moto.secret_key}
-    trainer = Trainer(folder, keys)
+    trainer = Trainer(folder, processes, keys)
     config: dict[str, Any] = {
         "model": {"source": f"s3://{bucket}/models/tiny"},
         "dataset": {"source": dataset, "evalFraction": 0.2},
@@ -165,7 +159,7 @@ def trainings(
     assert prepared.result.resolved is not None, prepared.output
     resolved = prepared.result.resolved.model_copy(update={"plan": None})
     whole = RunConfig.model_validate({**config, "resolved": resolved.model_dump(mode="json")})
-    return Trainings(server, moto.client(), folder, whole, trainer.full_environment)
+    return Trainings(processes.server, moto.client(), folder, whole, trainer.full_environment)
 
 
 def finish(training: Training) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def test_there_is_nothing_to_say_of_almost_nothing(history: list[Point]) -> None
     assert codes(history) == set()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     start=st.floats(0.8, 5),
     end=st.floats(0.01, 0.4),
@@ -108,7 +108,7 @@ def test_no_alarm_while_a_loss_falls_by_whatever_noise(  # noqa: PLR0917 - drawn
         assert codes(history) == set()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     level=st.floats(0.5, 3),
     noise=st.floats(0, 0.7),
@@ -130,7 +130,7 @@ def test_no_alarm_in_one_epoch_that_hardly_moves(
     assert codes(history) == set()
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(best=st.floats(0.5, 2), gap=st.floats(0, 0.09), seed=st.integers(0, 10_000))
 def test_no_alarm_where_the_held_out_loss_stays_near_its_best(
     best: float, gap: float, seed: int

@@ -81,12 +81,7 @@ def test_every_shorter_file_is_cut(file: Path, tmp_path: Path) -> None:
     assert damage(cut) == ["10,000 bytes follow its last tensor"]
 
 
-@settings(
-    max_examples=300,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    database=None,
-)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 700), value=st.binary(min_size=1, max_size=8))
 def test_damage_is_a_problem_and_never_a_crash(
     file: Path, tmp_path: Path, place: int, value: bytes

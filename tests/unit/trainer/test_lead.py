@@ -99,7 +99,7 @@ def test_nobody_is_waited_for_where_nobody_uploads(tmp_path: Path) -> None:
         assert not ahead.is_whole()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(steps=st.integers(1, 12), pace=st.floats(0.1, 20), seed=st.integers(0, 1000))
 def test_a_kill_at_any_moment_costs_one_interval_at_most(
     steps: int, pace: float, seed: int

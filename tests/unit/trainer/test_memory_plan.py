@@ -130,7 +130,7 @@ lengths = st.integers(16, 32_768)
 sizes = st.floats(0.5, 200)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(trainings, models, lengths, sizes, st.sampled_from([0, 1, 2, 4]))
 def test_a_plan_keeps_the_effective_batch_and_fits(
     training: Training, model: str, longest: int, gib: float, devices: int
@@ -155,7 +155,7 @@ def test_a_plan_keeps_the_effective_batch_and_fits(
         assert made.gradient_checkpointing == (training.gradient_checkpointing == "always")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(trainings, models, lengths, st.tuples(sizes, sizes), st.booleans())
 def test_more_memory_never_makes_a_pass_smaller(
     training: Training, model: str, longest: int, two: tuple[float, float], gpu: bool
@@ -170,7 +170,7 @@ def test_more_memory_never_makes_a_pass_smaller(
     assert chosen[0] <= chosen[1]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(trainings, models, lengths, st.integers(1, 32), st.booleans())
 def test_the_prediction_grows_with_passes_and_lengths(
     training: Training, model: str, longest: int, size: int, checkpointing: bool
@@ -244,7 +244,7 @@ def test_a_pod_with_gpus_needs_memory_of_its_own(
     assert f"limits.memory to at least {need}" in error.message
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(trainings, models, lengths, sizes)
 def test_every_suggestion_fits(training: Training, model: str, longest: int, gib: float) -> None:
     try:

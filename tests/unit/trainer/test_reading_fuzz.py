@@ -32,12 +32,10 @@ FAIL = Dataset(source=URI)
 
 
 def fuzz(examples: int) -> Any:
-    """The same examples in every run, each within two seconds."""
+    """Other examples in every run, each within twenty seconds on however busy a machine."""
     return settings(
         max_examples=examples,
-        derandomize=True,
-        deadline=2000,
-        database=None,
+        deadline=20_000,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 
