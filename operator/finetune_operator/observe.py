@@ -52,6 +52,9 @@ class ObservedJob:
     created: datetime
     finished: Finish | None = None
     finished_at: datetime | None = None
+    broke_rule: bool = False
+    """Whether its podFailurePolicy failed it, for an exit code that no further pod can change."""
+
     deleting: bool = False
     pod: ObservedPod | None = None
     lingers: bool = False
@@ -203,6 +206,7 @@ def _job(raw: Raw, pods: list[Raw]) -> ObservedJob:
         created=created_at(raw),
         finished=Finish(ended["type"]) if ended else None,
         finished_at=moment(ended.get("lastTransitionTime")) if ended else None,
+        broke_rule=ended is not None and ended.get("reason") == "PodFailurePolicy",
         deleting="deletionTimestamp" in meta,
         pod=observe_pod(pods[-1]) if pods else None,
         lingers=any(observe_pod(pod).at_work for pod in pods[:-1]),

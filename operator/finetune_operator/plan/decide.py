@@ -67,7 +67,7 @@ def _follow(draft: Draft, stage: Stage) -> None:
         draft.tell("StageRecreated", f"The pod of {stage} is made anew with its changed settings.")
         _give_back(draft, stage)
         return
-    verdict = judge(run, draft.policy, draft.now)
+    verdict = judge(run, draft.stages[stage], draft.policy, draft.now)
     if stage is Stage.PREPARE and not isinstance(verdict, Pending):
         results.show_dataset(draft, run)
     match verdict:
@@ -75,11 +75,19 @@ def _follow(draft: Draft, stage: Stage) -> None:
             draft.look_again(verdict.look_again)
             if verdict.note is not None:
                 draft.notes[stage] = verdict.note
+            if verdict.disruption is not None:
+                _remember(draft, stage, verdict.disruption)
         case Done():
             results.take_in(draft, run, verdict)
         case Failure():
             results.show_published(draft, run, verdict)
             _fail(draft, stage, verdict)
+
+
+def _remember(draft: Draft, stage: Stage, disruption: Failure) -> None:
+    """Keep in status how the pod ended: it may be gone by the time its Job has failed."""
+    message = shorten(disruption.message)
+    draft.change(stage, reason=str(disruption.reason), message=message)
 
 
 def _current_run(draft: Draft, stage: Stage) -> ObservedJob | None:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from finetune_operator.api.finetunejob import StageStatus
 from finetune_operator.observe import Finish, ObservedJob
 from finetune_operator.plan.types import Policy
 from finetune_operator.pods import ObservedPod, Waiting
@@ -42,6 +43,9 @@ class Pending:
     look_again: float | None = None
     """Seconds after which the verdict may differ though nothing happened."""
 
+    disruption: Failure | None = None
+    """How its pod ended. The Job makes another pod, or fails when this one is gone already."""
+
 
 @dataclass(frozen=True)
 class Done:
@@ -70,15 +74,15 @@ class Failure:
 Verdict = Pending | Done | Failure
 
 
-def judge(job: ObservedJob, policy: Policy, now: datetime) -> Verdict:
-    """Read one attempt's Job and pod."""
+def judge(job: ObservedJob, stage: StageStatus, policy: Policy, now: datetime) -> Verdict:
+    """Read one attempt's Job and pod; `stage` remembers the disruption of an earlier pass."""
     pod = job.pod
     if pod is not None and pod.exit_code == ExitCode.SUCCEEDED:
         return _succeeded(job.stage, pod, now)
     if job.deleting:
         return Pending()  # whatever its pod says, someone is taking it away
     if pod is None:
-        return _without_pod(job, policy, now)
+        return _without_pod(job, stage, policy, now)
     if pod.exit_code is not None or pod.phase == "Failed":
         return _ended(job, pod, now)
     if job.finished is not None:
@@ -100,8 +104,9 @@ def _ended(job: ObservedJob, pod: ObservedPod, now: datetime) -> Verdict:
     failure = _failure(job.stage, pod, pod.finished_at or now)
     if failure.free and job.finished is None:
         # Where the Job's podFailurePolicy ignores disruptions, its controller makes another pod
-        # within the same attempt. Only a Job that has failed is given up.
-        return Pending()
+        # within the same attempt; old controllers replace each pod that is deleted. Today's let
+        # the Job fail when the pod is gone. Only a Job that has failed is given up.
+        return Pending(disruption=failure)
     return failure
 
 
@@ -128,7 +133,7 @@ def _from_outside(stage: Stage, pod: ObservedPod, at: datetime) -> Failure | Non
         return _disrupted(stage, pod.disruption, at)
     if pod.oom_killed:
         return Failure(Reason.OOM_KILLED, _oom_killed(stage), at)
-    if pod.deleting and pod.exit_code in KILLED:
+    if pod.deleting and (pod.exit_code is None or pod.exit_code in KILLED):
         return _disrupted(stage, "the pod was deleted", at)
     return None
 
@@ -172,7 +177,10 @@ def _stopping(stage: Stage, pod: ObservedPod) -> str:
     )
 
 
-def _without_pod(job: ObservedJob, policy: Policy, now: datetime) -> Verdict:
+def _without_pod(job: ObservedJob, stage: StageStatus, policy: Policy, now: datetime) -> Verdict:
+    if job.finished is Finish.FAILED and stage.reason in set(Reason):
+        message, at = stage.message or "", job.finished_at or now
+        return Failure(Reason(stage.reason), message, at, free=True)
     if job.finished is not None:
         return _without_last_word(job, policy, now)
     left = policy.pod_grace - (now - job.created)
@@ -194,8 +202,12 @@ def _without_last_word(job: ObservedJob, policy: Policy, now: datetime) -> Verdi
     if job.finished is Finish.COMPLETE and job.stage is not Stage.PREPARE:
         return Done(None, at)
     message = f"The Job {job.name} ended, and its pod is gone with what it had to say."
-    reason = Reason.INTERNAL_ERROR if job.finished is Finish.COMPLETE else Reason.POD_DISRUPTED
-    return Failure(reason, message, at)
+    if job.finished is Finish.COMPLETE:
+        return Failure(Reason.INTERNAL_ERROR, message, at)
+    # A failure of the stage's own is counted as soon as its pod is seen to have ended. A pod that
+    # nobody saw end was taken away.
+    free = job.pod is None and not job.broke_rule
+    return Failure(Reason.POD_DISRUPTED, message, at, free=free)
 
 
 def _not_started(stage: Stage, pod: ObservedPod, policy: Policy, now: datetime) -> Verdict:

@@ -56,6 +56,13 @@ def test_a_job_that_ended(finish: Finish) -> None:
     assert (job.finished, job.finished_at) == (finish, moment("12:10:00"))
 
 
+@pytest.mark.parametrize(
+    ("reason", "broke_rule"), [("PodFailurePolicy", True), ("BackoffLimitExceeded", False)]
+)
+def test_why_a_job_failed(reason: str, broke_rule: bool) -> None:
+    assert observed(conditions=[{**FAILED[0], "reason": reason}]).broke_rule is broke_rule
+
+
 def test_the_newest_pod_counts() -> None:
     job = observed(raw_pod("late", "12:05:00"), raw_pod("early", "12:01:00"))
     assert job.pod is not None

@@ -7,6 +7,7 @@ import pytest
 from finetune_operator.api.finetunejob import Phase, StageState
 from finetune_operator.observe import Finish
 from finetune_operator.plan import Plan
+from finetune_operator.pods import ObservedPod
 from finetune_trainer.contract import Reason
 from tests.unit.operator.build import (
     PREPARE,
@@ -46,6 +47,30 @@ from tests.unit.operator.expect import (
     unchanged,
     warning,
 )
+
+DELETED_MESSAGE = "The pod of train was disrupted (the pod was deleted)."
+
+
+def deleted_pod() -> ObservedPod:
+    return pod(phase="Failed", exit_code=137, finished_at=at(0), deleting=True)
+
+
+def started_anew(failures: int) -> Plan:
+    """The second attempt of `train` starts, since what the first said is lost."""
+    lost = "The Job train-1 ended, and its pod is gone with what it had to say."
+    return Plan(
+        status(
+            Phase.TRAINING,
+            TRAIN,
+            DONE,
+            running(TRAIN, 2, fingerprint="train-a", failures=failures),
+            LAST,
+            resolved=resolved(),
+        ),
+        (start(TRAIN, 2),),
+        (warning("PodDisrupted", lost), started(TRAIN, 2)),
+    )
+
 
 CASES = [
     Case(
@@ -116,7 +141,34 @@ CASES = [
         "an evicted pod of a Job that has not failed may be replaced by the Job itself",
         job(training()),
         [run(TRAIN, pod=evicted())],
-        unchanged(training()),
+        unchanged(training(reason=Reason.POD_DISRUPTED, message=EVICTED_MESSAGE)),
+    ),
+    Case(
+        "a pod that was deleted may be replaced by the Job itself",
+        job(training()),
+        [run(TRAIN, pod=deleted_pod())],
+        unchanged(training(reason=Reason.POD_DISRUPTED, message=DELETED_MESSAGE)),
+    ),
+    Case(
+        "the pod that took its place is followed like the first",
+        job(training(reason=Reason.POD_DISRUPTED, message=DELETED_MESSAGE)),
+        [run(TRAIN, **ended(1, last_words="RuntimeError: no luck"))],
+        train_retries(Reason.INTERNAL_ERROR, CRASH),
+    ),
+    Case(
+        "a Job that fails after its pod was deleted is tried again free of charge",
+        job(
+            training(reason=Reason.POD_DISRUPTED, message=DELETED_MESSAGE),
+            spec=spec(backoffLimit=0),
+        ),
+        [run(TRAIN, finished=Finish.FAILED, finished_at=at(0), pod=None)],
+        train_retries(Reason.POD_DISRUPTED, DELETED_MESSAGE, failures=0),
+    ),
+    Case(
+        "with what the trainer said, where it had the time",
+        job(training(reason=Reason.STOPPED, message="stopped at step 5")),
+        [run(TRAIN, finished=Finish.FAILED, finished_at=at(0), pod=None)],
+        train_retries(Reason.STOPPED, "stopped at step 5", failures=0),
     ),
     Case(
         "a trainer that was stopped is tried again free of charge",
@@ -130,9 +182,22 @@ CASES = [
         [run(TRAIN, **ended(137, deleting=True))],
         train_retries(
             Reason.POD_DISRUPTED,
-            "The pod of train was disrupted (the pod was deleted).",
+            DELETED_MESSAGE,
             failures=0,
         ),
+    ),
+    Case(
+        "so is a pod that was deleted before its container ran",
+        job(training()),
+        [
+            run(
+                TRAIN,
+                finished=Finish.FAILED,
+                finished_at=at(0),
+                pod=pod(phase="Failed", started=False, deleting=True),
+            )
+        ],
+        train_retries(Reason.POD_DISRUPTED, DELETED_MESSAGE, failures=0),
     ),
     Case(
         "a pod that the kernel killed for memory is tried again, and says which limit to raise",
@@ -160,27 +225,16 @@ CASES = [
         train_retries(Reason.INTERNAL_ERROR, "The pod of train failed before it ran."),
     ),
     Case(
-        "a failed Job whose pod is gone for good is tried again, and counts",
-        job(training()),
+        "a failed Job whose pod nobody saw end is tried again free of charge",
+        job(training(), spec=spec(backoffLimit=0)),
         [run(TRAIN, finished=Finish.FAILED, finished_at=at(-31), pod=None)],
-        Plan(
-            status(
-                Phase.TRAINING,
-                TRAIN,
-                DONE,
-                running(TRAIN, 2, fingerprint="train-a", failures=1),
-                LAST,
-                resolved=resolved(),
-            ),
-            (start(TRAIN, 2),),
-            (
-                warning(
-                    "PodDisrupted",
-                    "The Job train-1 ended, and its pod is gone with what it had to say.",
-                ),
-                started(TRAIN, 2),
-            ),
-        ),
+        started_anew(failures=0),
+    ),
+    Case(
+        "unless it failed because of its pod's exit code",
+        job(training()),
+        [run(TRAIN, finished=Finish.FAILED, finished_at=at(-31), broke_rule=True, pod=None)],
+        started_anew(failures=1),
     ),
     Case(
         "a prepare that ended well without a word is tried again",

@@ -115,7 +115,7 @@ CASES = [
         "a stopped pod whose Job has not failed may be replaced by the Job itself",
         job(training()),
         [run(TRAIN, pod=pod(phase="Failed", exit_code=14, finished_at=NOW, result=STOPPED))],
-        unchanged(training()),
+        unchanged(training(reason=STOPPED.reason, message=STOPPED.message)),
     ),
     Case(
         "a replacement that the Job has made is the same attempt",
