@@ -14,6 +14,7 @@ import kopf
 
 from finetune_operator.api import labels
 from finetune_operator.cluster import Cluster
+from finetune_operator.errors import ClusterError
 from finetune_operator.observe import controller_uid
 from finetune_operator.reconcile import Snapshot
 from finetune_trainer.contract import GROUP, PLURAL, VERSION
@@ -63,6 +64,16 @@ class Watches:
     def keys(self) -> list[str]:
         """All FineTuneJobs."""
         return list(self._finetunejobs)
+
+    async def problem(self, namespaces: tuple[str, ...]) -> str:
+        """Why the watches can't be relied on; empty when they can."""
+        try:
+            some = await self._cluster.any_finetunejob(namespaces)
+        except ClusterError as error:
+            return str(error)
+        if some and not self.synced:
+            return "the first lists of the watches are not in yet"
+        return ""
 
     async def resync(self, namespaces: tuple[str, ...]) -> None:
         """Drop what is gone though no watch said so, and have every FineTuneJob looked at.

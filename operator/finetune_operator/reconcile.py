@@ -19,7 +19,7 @@ from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.cluster import Cluster
 from finetune_operator.hardware import Labels, memory_label, training_hardware
 from finetune_operator.manifests import StageObjects, pod_settings_digest, stage_objects
-from finetune_operator.metrics import Metrics
+from finetune_operator.monitoring import Metrics
 from finetune_operator.observe import (
     ObservedFineTuneJob,
     ObservedJob,
@@ -193,7 +193,7 @@ class Reconciler:
         except errors.ForbiddenError:
             # By design where only some namespaces are watched; spec.training.gpuMemory helps.
             key = f"{job.namespace}/{job.name}"
-            logger.info("No right to read the nodes' GPU memory.", extra={"job": key})
+            logger.info("No right to read the nodes' GPU memory.", extra={"finetunejob": key})
             return ()
 
     async def _ensure(self, job: ObservedFineTuneJob, body: Raw) -> Raw:
@@ -227,13 +227,13 @@ class Reconciler:
         about = {"namespace": job.namespace, "name": job.name, "uid": job.uid}
         for event in events:
             level = logging.WARNING if event.type == "Warning" else logging.INFO
-            logger.log(level, "%s: %s", event.reason, event.message, extra={"job": key})
+            logger.log(level, "%s: %s", event.reason, event.message, extra={"finetunejob": key})
             try:
                 await self._cluster.record_event(
                     about, event.type, event.reason, event.message, event.scope
                 )
             except errors.ClusterError as error:
-                logger.warning("An event got lost: %s", error, extra={"job": key})
+                logger.warning("An event got lost: %s", error, extra={"finetunejob": key})
 
     def _bridge(self, key: str, job: ObservedFineTuneJob) -> _Bridge:
         """The bridge of this object, empty where there is none or it is too old to be needed."""

@@ -120,7 +120,9 @@ class WorkQueue:
         except Exception as error:  # a worker outlives whatever one key does to it
             delay = self._failed(key)
             trace = None if isinstance(error, self._expected) else error
-            logger.warning("%s; again in %.1f s", error, delay, exc_info=trace, extra={"job": key})
+            logger.warning(
+                "%s; again in %.1f s", error, delay, exc_info=trace, extra={"finetunejob": key}
+            )
         else:
             self._failures.pop(key, None)
         finally:

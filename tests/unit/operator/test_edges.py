@@ -11,7 +11,7 @@ import pytest
 from kubernetes.aio import client
 
 from finetune_operator import cluster, errors
-from finetune_operator.main import JsonFormatter, PlainFormatter
+from finetune_operator.logs import HumanLine, JsonLine
 
 
 def refusal(status: int, **body: Any) -> client.ApiException:
@@ -94,28 +94,31 @@ def record(**fields: Any) -> logging.LogRecord:
     return made
 
 
-def test_json_lines_name_the_job() -> None:
-    line = json.loads(JsonFormatter().format(record(job="ml/support")))
+def test_json_lines_name_the_finetunejob() -> None:
+    line = json.loads(JsonLine().format(record(finetunejob="ml/support")))
     assert line.pop("time").endswith("+00:00")
     assert line == {
         "level": "info",
         "logger": "finetune",
         "message": "Started it",
-        "job": "ml/support",
+        "finetunejob": "ml/support",
     }
 
 
 def test_json_lines_of_kopf_name_the_object() -> None:
-    line = json.loads(JsonFormatter().format(record(k8s_ref={"namespace": "ml", "name": "x"})))
-    assert line["job"] == "ml/x"
+    line = json.loads(
+        JsonLine().format(record(k8s_ref={"namespace": "ml", "name": "x"}, k8s_skip=True))
+    )
+    assert line["finetunejob"] == "ml/x"
+    assert line.keys() == {"time", "level", "logger", "message", "finetunejob"}
 
 
 def test_json_lines_hold_a_stack_trace_in_one_line() -> None:
     error = ValueError("no")
-    text = JsonFormatter().format(record(exc_info=(ValueError, error, None)))
+    text = JsonLine().format(record(exc_info=(ValueError, error, None)))
     assert "\n" not in text
     assert json.loads(text)["exception"] == "ValueError: no"
 
 
-def test_plain_lines_begin_with_the_job() -> None:
-    assert "[ml/support] Started it" in PlainFormatter().format(record(job="ml/support"))
+def test_lines_for_people_begin_with_the_finetunejob() -> None:
+    assert "[ml/support] Started it" in HumanLine().format(record(finetunejob="ml/support"))

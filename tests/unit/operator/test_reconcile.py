@@ -9,7 +9,7 @@ import pytest
 
 from finetune_operator import errors
 from finetune_operator.cluster import Cluster
-from finetune_operator.metrics import Metrics
+from finetune_operator.monitoring import Metrics
 from finetune_operator.reconcile import SOON, Reconciler, Snapshot
 from finetune_operator.settings import Settings
 from finetune_operator.status import timestamp
