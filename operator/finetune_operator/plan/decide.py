@@ -179,8 +179,8 @@ def _advance(draft: Draft) -> Plan:
             _start(draft, stage)
         case _:
             draft.stop_unclaimed()
-    earlier = bool(draft.field("artifacts"))
-    notices = draft.field("notices")
+    earlier = bool(draft.found.artifacts)
+    notices = draft.found.notices
     outlook = say.working(draft.stages[stage], draft.notes.get(stage), earlier, notices)
     return draft.finish(stage, outlook)
 
@@ -199,7 +199,7 @@ def _start(draft: Draft, stage: Stage) -> None:
     if key is None:
         raise ValueError(f"{stage} has no fingerprint though prepare succeeded")
     attempt = status.attempt + 1
-    resolved = None if stage is Stage.PREPARE else draft.field("resolved")
+    resolved = None if stage is Stage.PREPARE else draft.found.resolved
     draft.act(StartStage(stage, key, attempt, resolved))
     draft.tell("StageStarted", f"Started {stage}, attempt {attempt}.")
     _running(draft, stage, attempt, draft.now)
@@ -222,8 +222,8 @@ def _stop_all(draft: Draft) -> None:
 
 
 def _succeed(draft: Draft) -> Plan:
-    folder, manifest = draft.spec.output.uri, draft.field("manifest_uri")
+    folder, manifest = draft.spec.output.uri, draft.found.manifest_uri
     message = f"The artifacts are in {folder}; {manifest} lists them."
-    message += say.warned_of(draft.field("notices")) + say.fell_short(draft.field("artifacts"))
+    message += say.warned_of(draft.found.notices) + say.fell_short(draft.found.artifacts)
     draft.tell(Reason.SUCCEEDED, message)
     return draft.finish(Stage.EXPORT, say.succeeded(message))

@@ -3,19 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Literal, Self, TypedDict, Unpack
 
 from finetune_operator.api.finetunejob import (
+    ArtifactStatus,
     FineTuneJobSpec,
     FineTuneJobStatus,
+    Lineage,
     StageState,
     StageStatus,
 )
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan.types import Action, Event, Plan, Policy, StopJob
 from finetune_operator.status import Note, Outlook, conditions, shorten
-from finetune_trainer.contract import Notice, Stage
+from finetune_trainer.contract import DatasetSummary, Notice, Resolved, Stage
+
+
+class StageFields(TypedDict, total=False):
+    """The fields of a StageStatus that a plan changes."""
+
+    state: StageState
+    fingerprint: str
+    attempt: int
+    failures: int
+    reason: str | None
+    message: str | None
+    start_time: str | None
+    completion_time: str | None
+
+
+@dataclass
+class Found:
+    """What status holds of the stages' results, as it will be."""
+
+    artifacts: tuple[ArtifactStatus, ...]
+    manifest_uri: str | None
+    metrics: dict[str, float]
+    dataset: DatasetSummary | None
+    notices: tuple[Notice, ...]
+    lineage: Lineage | None
+    resolved: Resolved | None
+
+    @classmethod
+    def in_status(cls, status: FineTuneJobStatus) -> Self:
+        """As it is now."""
+        return cls(
+            artifacts=status.artifacts,
+            manifest_uri=status.manifest_uri,
+            metrics=status.metrics,
+            dataset=status.dataset,
+            notices=status.notices,
+            lineage=status.lineage,
+            resolved=status.resolved,
+        )
 
 
 class Draft:
@@ -40,9 +82,7 @@ class Draft:
         self.now = now
         self.occupied = occupied
         self.stages = _stages(job)
-        self.fields: dict[str, Any] = {}
-        """Further fields of status that change."""
-
+        self.found = Found.in_status(job.status)
         self.notes: dict[Stage, Note] = {}
         self._actions: list[Action] = []
         self._events: list[Event] = []
@@ -60,13 +100,9 @@ class Draft:
         key = self.key(stage)
         return [run for run in self.runs if run.stage is stage and run.key == key]
 
-    def change(self, stage: Stage, **fields: Any) -> None:
+    def change(self, stage: Stage, **fields: Unpack[StageFields]) -> None:
         """Change fields of a stage."""
-        self.stages[stage] = self.stages[stage].model_copy(update=fields)
-
-    def field(self, name: str) -> Any:
-        """A field of status as it will be."""
-        return self.fields.get(name, getattr(self.job.status, name))
+        self.stages[stage] = StageStatus.model_validate({**dict(self.stages[stage]), **fields})
 
     def act(self, action: Action) -> None:
         """Do this."""
@@ -104,15 +140,19 @@ class Draft:
     def finish(self, stage: Stage, outlook: Outlook) -> Plan:
         """The plan, with the status that it leads to."""
         previous, generation = self.job.status, self.job.generation
-        status: FineTuneJobStatus = previous.model_copy(
-            update={
-                **self.fields,
-                "observed_generation": generation,
-                "phase": outlook.phase,
-                "stage": stage,
-                "conditions": conditions(previous.conditions, outlook, generation, self.now),
-                "stages": tuple(self.stages.values()),
-            }
+        status = FineTuneJobStatus(
+            observed_generation=generation,
+            phase=outlook.phase,
+            stage=stage,
+            conditions=conditions(previous.conditions, outlook, generation, self.now),
+            stages=tuple(self.stages.values()),
+            artifacts=self.found.artifacts,
+            manifest_uri=self.found.manifest_uri,
+            metrics=self.found.metrics,
+            dataset=self.found.dataset,
+            notices=self.found.notices,
+            lineage=self.found.lineage,
+            resolved=self.found.resolved,
         )
         return Plan(
             status=status,

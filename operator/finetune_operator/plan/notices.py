@@ -12,13 +12,13 @@ LIMIT = 50  # notices in status; further ones are in the log only
 
 def take_in_notices(draft: Draft) -> None:
     """Announce and remember each notice about the present training that status doesn't hold."""
-    known: tuple[Notice, ...] = draft.field("notices")
+    known = draft.found.notices
     fresh = [notice for notice in dict.fromkeys(_said(draft)) if notice not in known]
     for notice in fresh[: max(LIMIT - len(known), 0)]:
         draft.announce(notice, scope=draft.key(Stage.TRAIN) or "")
         known = (*known, notice)
     if fresh:
-        draft.fields["notices"] = known
+        draft.found.notices = known
 
 
 def _said(draft: Draft) -> Iterator[Notice]:

@@ -26,7 +26,7 @@ def take_in(draft: Draft, run: ObservedJob, done: Done) -> None:
     )
     draft.tell("StageSucceeded", f"Finished {stage}: {result.message if result else 'done'}")
     if result is not None and result.metrics:
-        draft.fields["metrics"] = dict(result.metrics)
+        draft.found.metrics = dict(result.metrics)
     match stage:
         case Stage.PREPARE if result is not None and result.resolved is not None:
             _resolve(draft, result, result.resolved)
@@ -55,7 +55,7 @@ def show_dataset(draft: Draft, run: ObservedJob) -> None:
     """Show what `prepare` found in the dataset, whether or not that made it fail."""
     result = run.pod.result if run.pod is not None else None
     mine = result is not None and result.stage is Stage.PREPARE
-    draft.fields["dataset"] = result.dataset if result is not None and mine else None
+    draft.found.dataset = result.dataset if result is not None and mine else None
 
 
 def _resolve(draft: Draft, result: StageResult, resolved: Resolved) -> None:
@@ -63,14 +63,14 @@ def _resolve(draft: Draft, result: StageResult, resolved: Resolved) -> None:
     complete = set(result.complete)
     if Stage.EXPORT in complete:
         complete.add(Stage.TRAIN)  # the adapter is needed for an export only
-    draft.fields["resolved"] = resolved
+    draft.found.resolved = resolved
     draft.change(Stage.PREPARE, fingerprint=resolved.fingerprints.prepare)
     kept = {
         stage: _resolve_stage(draft, stage, resolved, cached=stage in complete)
         for stage in (Stage.TRAIN, Stage.EXPORT)
     }
     if not kept[Stage.TRAIN] and not result.metrics:
-        draft.fields["metrics"] = {}
+        draft.found.metrics = {}
     if Stage.EXPORT in complete and not kept[Stage.EXPORT]:
         _exported(draft, result, image=None)
 
@@ -81,7 +81,7 @@ def _resolve_stage(draft: Draft, stage: Stage, resolved: Resolved, *, cached: bo
     fingerprint: str = getattr(resolved.fingerprints, stage)
     same = before.fingerprint == fingerprint
     if stage is Stage.TRAIN and not same:
-        draft.fields["notices"] = ()  # they are about another training
+        draft.found.notices = ()  # they are about another training
     if same and _still_holds(draft, before, cached=cached):
         return True
     if cached:
@@ -120,13 +120,16 @@ def _later(one: str | None, other: str | None) -> bool:
 
 def _exported(draft: Draft, result: StageResult | None, image: str | None) -> None:
     """Show the artifacts and what they were made from."""
-    resolved: Resolved = draft.field("resolved")
     folder = draft.spec.output.uri.rstrip("/")
     artifacts = result.artifacts if result else ()
     manifest = result.manifest_uri if result else None
-    draft.fields["artifacts"] = tuple(_artifact(folder, each) for each in artifacts)
-    draft.fields["manifest_uri"] = manifest or f"{folder}/manifest.json"
-    draft.fields["lineage"] = Lineage(
+    draft.found.artifacts = tuple(_artifact(folder, each) for each in artifacts)
+    draft.found.manifest_uri = manifest or f"{folder}/manifest.json"
+    draft.found.lineage = _lineage(draft.found.resolved, image) if draft.found.resolved else None
+
+
+def _lineage(resolved: Resolved, image: str | None) -> Lineage:
+    return Lineage(
         dataset_etag=resolved.dataset_etag,
         dataset_rows=resolved.dataset_rows,
         eval_rows=resolved.eval_rows,
