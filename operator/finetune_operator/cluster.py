@@ -1,6 +1,7 @@
 """The only place that talks to the API server (watching aside, which is Kopf's).
 
-Objects go in and come out as plain dicts. The client's exceptions leave as `errors`.
+Objects go in and come out as plain dicts. The client's exceptions leave as ClusterErrors, so that
+`reconcile` decides by type whether to wait, to look again or to tell the user.
 """
 
 from __future__ import annotations
@@ -19,10 +20,46 @@ from typing import Any, Literal, Self, cast
 import aiohttp
 from kubernetes.aio import client, config
 
-from finetune_operator import errors
-from finetune_operator.api.base import API_VERSION, KIND
-from finetune_operator.api.labels import OPERATOR, SELECTOR
+from finetune_operator.api.base import API_VERSION, CHILDREN_SELECTOR, KIND, OPERATOR
 from finetune_trainer.contract import GROUP, PLURAL, VERSION
+
+
+class OperatorError(Exception):
+    """Anything that the operator reports by its message alone."""
+
+
+class ClusterError(OperatorError):
+    """The API server refused a request or couldn't be asked."""
+
+    def __init__(self, message: str, detail: str = "") -> None:
+        super().__init__(message)
+        self.detail = detail or message
+        """The API server's own words, without the request."""
+
+
+class NotFoundError(ClusterError):
+    """The object isn't there."""
+
+
+class AlreadyExistsError(ClusterError):
+    """An object of that name is there already."""
+
+
+class ConflictError(ClusterError):
+    """The object changed since it was read."""
+
+
+class InvalidError(ClusterError):
+    """The API server calls the object invalid; sending it again can't help."""
+
+
+class ForbiddenError(ClusterError):
+    """RBAC, a quota or an admission rule says no."""
+
+
+class UnavailableError(ClusterError):
+    """The API server can't be reached, is overloaded or failed."""
+
 
 Object = dict[str, Any]
 
@@ -38,18 +75,18 @@ PATHS = {
     "Role": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/roles",
     "RoleBinding": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/rolebindings",
 }
-WATCHED = {KIND: "", "Job": SELECTOR, "Pod": SELECTOR}
+WATCHED = {KIND: "", "Job": CHILDREN_SELECTOR, "Pod": CHILDREN_SELECTOR}
 MERGE_PATCH = "application/merge-patch+json"
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
 PAGE = 500
 NODES_SECONDS = 60.0  # for so long the nodes' labels are taken for what they were
 
-BY_STATUS: dict[int, type[errors.ClusterError]] = {
-    400: errors.InvalidError,
-    403: errors.ForbiddenError,
-    404: errors.NotFoundError,
-    409: errors.ConflictError,
-    422: errors.InvalidError,
+BY_STATUS: dict[int, type[ClusterError]] = {
+    400: InvalidError,
+    403: ForbiddenError,
+    404: NotFoundError,
+    409: ConflictError,
+    422: InvalidError,
 }
 
 
@@ -116,7 +153,7 @@ class Cluster:
         path = f"{_path('Job', {'namespace': namespace})}/{name}"
         try:
             await self._request("DELETE", path, body=body)
-        except (errors.NotFoundError, errors.ConflictError):
+        except (NotFoundError, ConflictError):
             return  # it is gone, or another one has its name by now
 
     async def patch_status(
@@ -147,7 +184,7 @@ class Cluster:
         event = _event(about, kind, reason, message, scope)
         try:
             await self.create(event)
-        except errors.AlreadyExistsError:
+        except AlreadyExistsError:
             meta = event["metadata"]
             again = {"lastTimestamp": event["lastTimestamp"]}
             path = f"{_path('Event', meta)}/{meta['name']}"
@@ -217,7 +254,7 @@ class Cluster:
             raise _convert(error, f"{method} {path}") from error
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             message = f"{method} {path}: {error or type(error).__name__}"
-            raise errors.UnavailableError(message) from error
+            raise UnavailableError(message) from error
         return cast(Object, answer)
 
 
@@ -233,7 +270,7 @@ async def _configuration() -> client.Configuration:
                 persist_config=False,
             )
     except config.ConfigException as error:
-        raise errors.UnavailableError(f"No way to reach a cluster: {error}") from error
+        raise UnavailableError(f"No way to reach a cluster: {error}") from error
     return configuration
 
 
@@ -247,12 +284,12 @@ def _collection(kind: str, namespace: str) -> str:
     return PATHS[kind].replace("/namespaces/{namespace}", part)
 
 
-def _convert(error: client.ApiException, what: str) -> errors.ClusterError:
+def _convert(error: client.ApiException, what: str) -> ClusterError:
     status = _status(error.body)
     detail = str(status.get("message") or error.reason)
-    kind = BY_STATUS.get(error.status, errors.UnavailableError)
+    kind = BY_STATUS.get(error.status, UnavailableError)
     if error.status == 409 and status.get("reason") == "AlreadyExists":
-        kind = errors.AlreadyExistsError
+        kind = AlreadyExistsError
     return kind(f"{what}: {detail}", detail)
 
 

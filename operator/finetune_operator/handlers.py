@@ -12,9 +12,14 @@ from typing import Any
 
 import kopf
 
-from finetune_operator.api import labels
-from finetune_operator.cluster import Cluster
-from finetune_operator.errors import ClusterError
+from finetune_operator.api.base import (
+    CHILDREN_SELECTOR,
+    FINETUNEJOB_NAME_ANNOTATION,
+    FINETUNEJOB_UID_LABEL,
+    MANAGED_BY_LABEL,
+    OPERATOR,
+)
+from finetune_operator.cluster import Cluster, ClusterError
 from finetune_operator.observe import controller_uid
 from finetune_operator.reconcile import Snapshot
 from finetune_trainer.contract import GROUP, PLURAL, VERSION
@@ -22,7 +27,7 @@ from finetune_trainer.contract import GROUP, PLURAL, VERSION
 FINETUNEJOBS = (GROUP, VERSION, PLURAL)
 JOBS = ("batch", "v1", "jobs")
 PODS = ("", "v1", "pods")
-OURS = {labels.MANAGED_BY: labels.OPERATOR}
+OURS = {MANAGED_BY_LABEL: OPERATOR}
 
 Raw = dict[str, Any]
 Index = Mapping[str, Iterable[Raw]]
@@ -134,8 +139,8 @@ class Watches:
         self, namespace: str | None, annotations: Mapping[str, str], **_: Any
     ) -> None:
         self.synced = True
-        if labels.JOB_NAME in annotations:
-            self._add(f"{namespace}/{annotations[labels.JOB_NAME]}")
+        if FINETUNEJOB_NAME_ANNOTATION in annotations:
+            self._add(f"{namespace}/{annotations[FINETUNEJOB_NAME_ANNOTATION]}")
 
 
 def kopf_settings(settings: kopf.OperatorSettings, request_seconds: float) -> None:
@@ -149,8 +154,8 @@ def kopf_settings(settings: kopf.OperatorSettings, request_seconds: float) -> No
     settings.networking.error_backoffs = (1, 1, 2, 3, 5, 5, 5, 5, 5, 5, 5, 5)
     # Servers send a bookmark every minute: a watch that is silent for longer is dead.
     settings.watching.inactivity_timeout = 90.0
-    settings.watching.label_selectors[JOBS] = labels.SELECTOR
-    settings.watching.label_selectors[PODS] = labels.SELECTOR
+    settings.watching.label_selectors[JOBS] = CHILDREN_SELECTOR
+    settings.watching.label_selectors[PODS] = CHILDREN_SELECTOR
 
 
 async def _index_finetunejob(
@@ -166,10 +171,10 @@ async def _index_job(body: kopf.Body, **_: Any) -> dict[str, Raw]:
 async def _index_pod(namespace: str | None, body: kopf.Body, **_: Any) -> dict[str, Raw]:
     """By the uid of the FineTuneJob, and by its name, which another one may have later."""
     raw = dict(body)
-    name = (body["metadata"].get("annotations") or {}).get(labels.JOB_NAME)
+    name = (body["metadata"].get("annotations") or {}).get(FINETUNEJOB_NAME_ANNOTATION)
     by_name = {f"{namespace}/{name}": raw} if name else {}
     return {_owner_uid(raw): raw, **by_name}
 
 
 def _owner_uid(pod: Raw) -> str:
-    return str(pod["metadata"]["labels"].get(labels.JOB_UID, ""))
+    return str(pod["metadata"]["labels"].get(FINETUNEJOB_UID_LABEL, ""))

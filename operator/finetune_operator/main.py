@@ -11,8 +11,7 @@ from functools import partial
 
 import kopf
 
-from finetune_operator.cluster import Cluster
-from finetune_operator.errors import ClusterError, NotFoundError, OperatorError
+from finetune_operator.cluster import Cluster, ClusterError, NotFoundError, OperatorError
 from finetune_operator.handlers import Watches, kopf_settings
 from finetune_operator.logs import configure_logging
 from finetune_operator.monitoring import Metrics, Probes

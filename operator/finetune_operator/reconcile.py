@@ -14,9 +14,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from finetune_operator import errors
 from finetune_operator.api.finetunejob import FineTuneJobSpec
-from finetune_operator.cluster import Cluster
+from finetune_operator.cluster import (
+    AlreadyExistsError,
+    Cluster,
+    ClusterError,
+    ConflictError,
+    ForbiddenError,
+    InvalidError,
+    NotFoundError,
+)
 from finetune_operator.hardware import Labels, memory_label, training_hardware
 from finetune_operator.manifests import StageObjects, pod_settings_digest, stage_objects
 from finetune_operator.monitoring import Metrics
@@ -106,9 +113,9 @@ class Reconciler:
         decided = self._plan(job, runs, stages_at_work(snapshot.earlier_pods))
         try:
             return await self._carry_out(key, job, runs, decided, bridge)
-        except errors.ConflictError:
+        except ConflictError:
             return "stale", SOON
-        except errors.NotFoundError:
+        except NotFoundError:
             self._forget(key)
             return "gone", None
 
@@ -136,11 +143,11 @@ class Reconciler:
     ) -> tuple[str, float | None]:
         try:
             await self._apply(job, decided, bridge)
-        except errors.InvalidError as error:
+        except InvalidError as error:
             # E.g. a quantity that is none: only the server that makes pods of it can tell.
             decided = refuse(job, runs, Reason.INVALID_SPEC, error.detail, datetime.now(UTC))
             await self._apply(job, decided, bridge)
-        except errors.ForbiddenError as error:
+        except ForbiddenError as error:
             # E.g. a quota: it may be raised, so the queue tries again, and the user learns why.
             await self._record(key, job, (Event("Warning", "Forbidden", error.detail),))
             raise
@@ -190,7 +197,7 @@ class Reconciler:
             return ()
         try:
             return await self._cluster.node_labels(label)
-        except errors.ForbiddenError:
+        except ForbiddenError:
             # By design where only some namespaces are watched; spec.training.gpuMemory helps.
             key = f"{job.namespace}/{job.name}"
             logger.info("No right to read the nodes' GPU memory.", extra={"finetunejob": key})
@@ -200,12 +207,12 @@ class Reconciler:
         """Create an object; one that is there already must be ours."""
         try:
             return await self._cluster.create(body)
-        except errors.AlreadyExistsError:
+        except AlreadyExistsError:
             meta = body["metadata"]
             found = await self._cluster.get(body["kind"], meta["namespace"], meta["name"])
             if controller_uid(found) != job.uid:
                 message = f"{body['kind']} {meta['name']} exists and belongs to someone else"
-                raise errors.ForbiddenError(message) from None
+                raise ForbiddenError(message) from None
             return found
 
     async def _write_status(
@@ -232,7 +239,7 @@ class Reconciler:
                 await self._cluster.record_event(
                     about, event.type, event.reason, event.message, event.scope
                 )
-            except errors.ClusterError as error:
+            except ClusterError as error:
                 logger.warning("An event got lost: %s", error, extra={"finetunejob": key})
 
     def _bridge(self, key: str, job: ObservedFineTuneJob) -> _Bridge:

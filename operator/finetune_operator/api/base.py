@@ -1,4 +1,4 @@
-"""Kubernetes types that the API borrows, cut down to the fields that make sense here."""
+"""What the API borrows from Kubernetes, and the labels by which the operator knows its children."""
 
 from __future__ import annotations
 
@@ -7,6 +7,28 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from finetune_trainer.contract import GROUP, VERSION, Base, cel
+
+OPERATOR = "finetune-operator"
+TRAINER_CONTAINER = "trainer"
+
+MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
+CHILDREN_SELECTOR = f"{MANAGED_BY_LABEL}={OPERATOR}"
+
+# Labels
+FINETUNEJOB_LABEL = (
+    f"{GROUP}/job"  # the FineTuneJob's name, cut to a label's length: for `kubectl -l`
+)
+FINETUNEJOB_UID_LABEL = f"{GROUP}/job-uid"
+STAGE_LABEL = f"{GROUP}/stage"
+ATTEMPT_LABEL = f"{GROUP}/attempt"
+
+# Annotations, which may be longer
+FINETUNEJOB_NAME_ANNOTATION = f"{GROUP}/job-name"  # the FineTuneJob's whole name
+STAGE_KEY_ANNOTATION = f"{GROUP}/key"  # the stage's fingerprint; for `prepare`, the generation
+POD_SETTINGS_ANNOTATION = (
+    f"{GROUP}/pod-settings"  # digest of the settings that the pods are made with
+)
+
 
 KIND = "FineTuneJob"
 API_VERSION = f"{GROUP}/{VERSION}"

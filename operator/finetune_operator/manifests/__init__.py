@@ -1,6 +1,52 @@
 """Builders of the objects that a stage needs. Pure: values in, plain objects out."""
 
-from finetune_operator.manifests.stage_job import pod_settings_digest
-from finetune_operator.manifests.stage_objects import StageObjects, stage_objects
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_operator.api.finetunejob import FineTuneJobSpec
+from finetune_operator.manifests.children import progress_access, run_config_map
+from finetune_operator.manifests.stage_job import Attempt, pod_settings_digest, stage_job
+from finetune_operator.observe import ObservedFineTuneJob
+from finetune_operator.settings import Settings
+from finetune_trainer.contract import Hardware, Resolved, Stage
 
 __all__ = ["StageObjects", "pod_settings_digest", "stage_objects"]
+
+
+@dataclass(frozen=True)
+class StageObjects:
+    """The objects of one attempt."""
+
+    access: tuple[dict[str, Any], ...]
+    """ServiceAccount, Role and RoleBinding for the live progress."""
+
+    config_map: dict[str, Any]
+    job: dict[str, Any]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The Job last: its pod needs the others."""
+        yield from (*self.access, self.config_map, self.job)
+
+
+def stage_objects(
+    job: ObservedFineTuneJob,
+    spec: FineTuneJobSpec,
+    settings: Settings,
+    *,
+    stage: Stage,
+    key: str,
+    attempt: int,
+    resolved: Resolved | None,
+    hardware: Hardware,
+) -> StageObjects:
+    """Build them."""
+    config_map = run_config_map(job, spec, resolved, hardware)
+    which = Attempt(stage, key, attempt, config_map["metadata"]["name"], hardware)
+    return StageObjects(
+        access=progress_access(job, spec.service_account_name),
+        config_map=config_map,
+        job=stage_job(job, spec, which, settings),
+    )

@@ -1,21 +1,24 @@
-"""The Job of one attempt at a stage."""
+"""The Job of one attempt at a stage: its pod, with environment and volumes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_operator.api import labels
+from finetune_operator.api.base import (
+    FINETUNEJOB_NAME_ANNOTATION,
+    POD_SETTINGS_ANNOTATION,
+    STAGE_KEY_ANNOTATION,
+    TRAINER_CONTAINER,
+    EnvVar,
+)
 from finetune_operator.api.finetunejob import FineTuneJobSpec, PodSettings
-from finetune_operator.manifests.environment import environment
-from finetune_operator.manifests.names import child_name, digest, metadata, stage_labels
-from finetune_operator.manifests.progress_access import service_account_name
-from finetune_operator.manifests.volumes import (
-    CONFIG_FOLDER,
-    WORKSPACE,
-    mounts,
-    shared_memory_mib,
-    volumes,
+from finetune_operator.manifests.children import (
+    child_name,
+    digest,
+    metadata,
+    service_account_name,
+    stage_labels,
 )
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
@@ -62,9 +65,9 @@ def stage_job(
     meta = metadata(job, child_name(job, attempt.stage, *parts))
     meta["labels"] = stage_labels(job, attempt.stage, attempt.number)
     meta["annotations"] = {
-        labels.JOB_NAME: job.name,
-        labels.KEY: attempt.key,
-        labels.POD_SETTINGS: pod_settings,
+        FINETUNEJOB_NAME_ANNOTATION: job.name,
+        STAGE_KEY_ANNOTATION: attempt.key,
+        POD_SETTINGS_ANNOTATION: pod_settings,
     }
     return {
         "apiVersion": "batch/v1",
@@ -117,7 +120,7 @@ def _dump(value: Base | None) -> dict[str, Any] | None:
 def _pod_failure_policy() -> dict[str, Any]:
     """What the Job's controller decides itself, on servers that know the field."""
     codes = {
-        "containerName": labels.CONTAINER,
+        "containerName": TRAINER_CONTAINER,
         "operator": "In",
         "values": FINAL_EXIT_CODES,
     }
@@ -139,7 +142,7 @@ def _pod_template(
     return {
         "metadata": {
             "labels": {**pod.labels, **own},
-            "annotations": {**pod.annotations, labels.JOB_NAME: job.name},
+            "annotations": {**pod.annotations, FINETUNEJOB_NAME_ANNOTATION: job.name},
         },
         "spec": {
             "restartPolicy": "Never",
@@ -180,7 +183,7 @@ def _container(
     }
     config = f"{CONFIG_FOLDER}/run.json"
     container: dict[str, Any] = {
-        "name": labels.CONTAINER,
+        "name": TRAINER_CONTAINER,
         "image": _image(pod, settings),
         "imagePullPolicy": settings.image_pull_policy,
         "command": ["finetune-trainer"],
@@ -221,3 +224,136 @@ def _placement(pod: PodSettings) -> dict[str, Any]:
         }.items()
         if value
     }
+
+
+Variable = dict[str, Any]
+
+
+def environment(
+    spec: FineTuneJobSpec,
+    stage: Stage,
+    pod: PodSettings,
+    settings: Settings,
+    told: dict[str, str],
+) -> list[Variable]:
+    """All variables: those of the user, those in `told`, and the credentials by reference."""
+    own = [{"name": name, "value": value} for name, value in told.items()]
+    own += _credentials(spec)
+    own += _credentials_of_export(spec) if stage is Stage.EXPORT else []
+    # The last of two variables with one name wins: the user's stand first, so as not to break the
+    # contract between operator and trainer.
+    taken = {each["name"] for each in own}
+    users = [_variable(each) for each in pod.env if each.name not in taken]
+    return [*_defaults(settings, users), *users, *own]
+
+
+def _defaults(settings: Settings, users: list[Variable]) -> list[Variable]:
+    """What the user may set otherwise."""
+    defaults = {"FINETUNE_LOG_FORMAT": settings.trainer_log_format}
+    given = {each["name"] for each in users}
+    return [{"name": name, "value": text} for name, text in defaults.items() if name not in given]
+
+
+def _credentials(spec: FineTuneJobSpec) -> list[Variable]:
+    found: list[Variable] = []
+    if spec.storage.secret_ref is not None:
+        secret = spec.storage.secret_ref.name
+        found += [
+            _from_secret("AWS_ACCESS_KEY_ID", secret, "AWS_ACCESS_KEY_ID"),
+            _from_secret("AWS_SECRET_ACCESS_KEY", secret, "AWS_SECRET_ACCESS_KEY"),
+            _from_secret("AWS_SESSION_TOKEN", secret, "AWS_SESSION_TOKEN", optional=True),
+            # boto3 reads it where spec.storage.endpoint says nothing: manifests in Git then fit
+            # every cluster.
+            _from_secret("AWS_ENDPOINT_URL_S3", secret, "AWS_ENDPOINT_URL_S3", optional=True),
+        ]
+    if spec.model.token_secret_ref is not None:
+        token = spec.model.token_secret_ref
+        found.append(_from_secret("HF_TOKEN", token.name, token.key))
+    return found
+
+
+def _credentials_of_export(spec: FineTuneJobSpec) -> list[Variable]:
+    """What no other stage has a use for."""
+    found: list[Variable] = []
+    if spec.export.signing is not None:
+        key = spec.export.signing.key_secret_ref
+        found.append(_from_secret("FINETUNE_SIGNING_KEY", key.name, key.key))
+    if spec.output.hub is not None:
+        token = spec.output.hub.token_secret_ref
+        found.append(_from_secret("FINETUNE_HUB_TOKEN", token.name, token.key))
+    return found
+
+
+def _variable(given: EnvVar) -> Variable:
+    if given.value_from is None:
+        return {"name": given.name, "value": given.value}
+    secret = given.value_from.secret_key_ref
+    return _from_secret(given.name, secret.name, secret.key, optional=secret.optional)
+
+
+def _from_secret(name: str, secret: str, key: str, *, optional: bool = False) -> Variable:
+    reference: dict[str, Any] = {"name": secret, "key": key}
+    if optional:
+        reference["optional"] = True
+    return {"name": name, "valueFrom": {"secretKeyRef": reference}}
+
+
+CONFIG_FOLDER = "/etc/finetune"
+WORKSPACE = "/workspace"
+TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"  # noqa: S105 - a path
+TOKEN_SECONDS = 3607  # the kubelet renews the token long before
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the kernel's name
+SHARED_MEMORY_MIB = 8192
+MEBIBYTE = 1 << 20
+
+
+def mounts(pod: PodSettings, shared_memory: int | None) -> list[dict[str, Any]]:
+    """The container's volumeMounts."""
+    found: list[dict[str, Any]] = [
+        {"name": "workspace", "mountPath": WORKSPACE},
+        {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
+        {"name": "token", "mountPath": TOKEN_FOLDER, "readOnly": True},
+    ]
+    if shared_memory is not None:
+        found.append({"name": "shared-memory", "mountPath": SHARED_MEMORY})
+    for number, volume in enumerate(pod.volumes):
+        mount = {"name": f"claim-{number}", "mountPath": volume.mount_path}
+        found.append(mount | ({"readOnly": True} if volume.read_only else {}))
+    return found
+
+
+def volumes(pod: PodSettings, config_map: str, shared_memory: int | None) -> list[dict[str, Any]]:
+    """The pod's volumes."""
+    namespace = {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}
+    root = {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
+    sources = [
+        {"serviceAccountToken": {"path": "token", "expirationSeconds": TOKEN_SECONDS}},
+        {"configMap": root},
+        {"downwardAPI": {"items": [{"path": "namespace", **namespace}]}},
+    ]
+    found: list[dict[str, Any]] = [
+        {"name": "workspace", "emptyDir": {}},
+        {"name": "config", "configMap": {"name": config_map}},
+        {"name": "token", "projected": {"sources": sources}},
+    ]
+    if shared_memory is not None:
+        folder = {"medium": "Memory", "sizeLimit": f"{shared_memory}Mi"}
+        found.append({"name": "shared-memory", "emptyDir": folder})
+    for number, volume in enumerate(pod.volumes):
+        claim = {"claimName": volume.claim_name}
+        found.append({"name": f"claim-{number}", "persistentVolumeClaim": claim})
+    return found
+
+
+def shared_memory_mib(stage: Stage, pod: PodSettings, hardware: Hardware) -> int | None:
+    """MiB of /dev/shm that several GPUs get, through which their processes talk (NCCL, gloo).
+
+    A container's own 64 MiB are too few. What is written there counts against the pod's memory
+    limit, hence no more than a quarter of that.
+    """
+    mounted = {volume.mount_path.rstrip("/") for volume in pod.volumes}
+    if stage is not Stage.TRAIN or hardware.gpus <= 1 or SHARED_MEMORY in mounted:
+        return None
+    if hardware.memory_bytes is None:
+        return SHARED_MEMORY_MIB
+    return max(min(SHARED_MEMORY_MIB, hardware.memory_bytes // 4 // MEBIBYTE), 1)

@@ -9,10 +9,7 @@ from finetune_operator import status as say
 from finetune_operator.api.finetunejob import Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan import results
-from finetune_operator.plan.draft import Draft
-from finetune_operator.plan.notices import take_in_notices
-from finetune_operator.plan.refuse import refuse
-from finetune_operator.plan.types import Plan, Policy, StartStage
+from finetune_operator.plan.draft import Draft, Event, Plan, Policy, StartStage, StopJob
 from finetune_operator.plan.verdict import Done, Failure, Pending, judge
 from finetune_operator.status import Note, shorten, timestamp
 from finetune_trainer.contract import Reason, Stage
@@ -49,7 +46,7 @@ def plan(
     )
     for stage in Stage:
         _follow(draft, stage)
-    take_in_notices(draft)
+    results.take_in_notices(draft)
     return _advance(draft)
 
 
@@ -227,3 +224,32 @@ def _succeed(draft: Draft) -> Plan:
     message += say.warned_of(draft.found.notices) + say.fell_short(draft.found.artifacts)
     draft.tell(Reason.SUCCEEDED, message)
     return draft.finish(Stage.EXPORT, say.succeeded(message))
+
+
+def refuse(
+    job: ObservedFineTuneJob,
+    runs: Sequence[ObservedJob],
+    reason: Reason,
+    message: str,
+    now: datetime,
+) -> Plan:
+    """Fail for good, and stop what an earlier spec has started."""
+    message = shorten(message)
+    known = {stage.name: stage for stage in job.status.stages}
+    outlook = say.refused(reason, message)
+    status = job.status.model_copy(
+        update={
+            "observed_generation": job.generation,
+            "phase": outlook.phase,
+            "stages": tuple(_halted(known.get(name, StageStatus(name=name))) for name in Stage),
+            "conditions": say.conditions(job.status.conditions, outlook, job.generation, now),
+        }
+    )
+    stops = tuple(StopJob(run.name, run.uid) for run in runs if run.active and not run.deleting)
+    return Plan(status, actions=stops, events=(Event("Warning", reason, message),))
+
+
+def _halted(stage: StageStatus) -> StageStatus:
+    if stage.state is not StageState.RUNNING:
+        return stage
+    return stage.model_copy(update={"state": StageState.PENDING, "start_time": None})

@@ -1,7 +1,8 @@
-"""What a stage's result means for the stages after it, and for status."""
+"""What the stages' results and the training's notices mean for status and the next stages."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 
 from finetune_operator.api.finetunejob import ArtifactStatus, Lineage, StageState, StageStatus
@@ -9,7 +10,7 @@ from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
 from finetune_operator.plan.verdict import Done, Failure
 from finetune_operator.status import shortfall, timestamp
-from finetune_trainer.contract import Artifact, Resolved, Stage, StageResult
+from finetune_trainer.contract import Artifact, Notice, Resolved, Stage, StageResult
 
 OVER_LIMIT = "QualityLimitExceeded"  # the event of a file that `verify: warn` lets pass
 
@@ -145,3 +146,29 @@ def _artifact(folder: str, artifact: Artifact) -> ArtifactStatus:
         sha256=artifact.sha256,
         quality=artifact.quality,
     )
+
+
+NOTICES_LIMIT = 50  # notices in status; further ones are in the log only
+
+
+def take_in_notices(draft: Draft) -> None:
+    """Announce and remember each notice about the present training that status doesn't hold."""
+    known = draft.found.notices
+    fresh = [notice for notice in dict.fromkeys(_said(draft)) if notice not in known]
+    for notice in fresh[: max(NOTICES_LIMIT - len(known), 0)]:
+        draft.announce(notice, scope=draft.key(Stage.TRAIN) or "")
+        known = (*known, notice)
+    if fresh:
+        draft.found.notices = known
+
+
+def _said(draft: Draft) -> Iterator[Notice]:
+    """Live, and with the last word of each attempt. The progress of an earlier training stands
+    until the next one begins to report, so it counts only from a Job of this training."""
+    runs = draft.runs_of(Stage.TRAIN)
+    if draft.job.reported.job in {run.name for run in runs}:
+        yield from draft.job.reported.notices
+    for run in runs:
+        result = run.pod.result if run.pod is not None else None
+        if result is not None and result.stage is Stage.TRAIN:
+            yield from result.notices

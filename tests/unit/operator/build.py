@@ -19,8 +19,7 @@ from finetune_operator.api.finetunejob import (
     StageState,
     StageStatus,
 )
-from finetune_operator.observe import Finish, ObservedFineTuneJob, ObservedJob
-from finetune_operator.pods import ObservedPod
+from finetune_operator.observe import Finish, ObservedFineTuneJob, ObservedJob, ObservedPod
 from finetune_trainer.contract import Artifact, Fingerprints, Reason, Resolved, Stage, StageResult
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from kubernetes.aio import client
 
-from finetune_operator import cluster, errors
+from finetune_operator import cluster
 from finetune_operator.logs import HumanLine, JsonLine
 
 
@@ -23,18 +23,18 @@ def refusal(status: int, **body: Any) -> client.ApiException:
 @pytest.mark.parametrize(
     ("status", "reason", "expected"),
     [
-        (400, "BadRequest", errors.InvalidError),
-        (403, "Forbidden", errors.ForbiddenError),
-        (404, "NotFound", errors.NotFoundError),
-        (409, "AlreadyExists", errors.AlreadyExistsError),
-        (409, "Conflict", errors.ConflictError),
-        (422, "Invalid", errors.InvalidError),
-        (429, "TooManyRequests", errors.UnavailableError),
-        (500, "InternalError", errors.UnavailableError),
+        (400, "BadRequest", cluster.InvalidError),
+        (403, "Forbidden", cluster.ForbiddenError),
+        (404, "NotFound", cluster.NotFoundError),
+        (409, "AlreadyExists", cluster.AlreadyExistsError),
+        (409, "Conflict", cluster.ConflictError),
+        (422, "Invalid", cluster.InvalidError),
+        (429, "TooManyRequests", cluster.UnavailableError),
+        (500, "InternalError", cluster.UnavailableError),
     ],
 )
 def test_a_refusal_becomes_an_error_of_our_own(
-    status: int, reason: str, expected: type[errors.ClusterError]
+    status: int, reason: str, expected: type[cluster.ClusterError]
 ) -> None:
     refused = refusal(status, reason=reason, message="no such luck")
     error = cluster._convert(refused, "GET /x")

@@ -7,7 +7,7 @@ import pytest
 from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob, Reported
 from finetune_operator.plan import Event, Plan, Policy, plan
-from finetune_operator.plan.notices import LIMIT
+from finetune_operator.plan.results import NOTICES_LIMIT
 from finetune_trainer.contract import (
     BadRow,
     DatasetSummary,
@@ -363,10 +363,10 @@ def decided(given: ObservedFineTuneJob, *runs: ObservedJob) -> Plan:
 
 
 def test_a_flood_of_notices_is_cut() -> None:
-    flood = tuple(RISING.model_copy(update={"step": step}) for step in range(LIMIT + 5))
+    flood = tuple(RISING.model_copy(update={"step": step}) for step in range(NOTICES_LIMIT + 5))
     given = decided(job(training(), reported=reports(*flood)), run(TRAIN))
-    assert given.status.notices == flood[:LIMIT]
-    assert len(given.notices) == LIMIT
+    assert given.status.notices == flood[:NOTICES_LIMIT]
+    assert len(given.notices) == NOTICES_LIMIT
     again = job(given.status, reported=reports(*flood[-20:]))
     assert decided(again, run(TRAIN)) == unchanged(given.status)
 
