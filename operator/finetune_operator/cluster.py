@@ -20,7 +20,7 @@ from typing import Any, Literal, Self, cast
 import aiohttp
 from kubernetes.aio import client, config
 
-from finetune_operator.api.base import API_VERSION, CHILDREN_SELECTOR, KIND, OPERATOR
+from finetune_operator.api.base import API_VERSION, CHILDREN_SELECTOR, KIND, OPERATOR, JsonObject
 from finetune_trainer.contract import GROUP, PLURAL, VERSION
 
 
@@ -61,8 +61,6 @@ class UnavailableError(ClusterError):
     """The API server can't be reached, is overloaded or failed."""
 
 
-Object = dict[str, Any]
-
 # What the operator reads and writes, by kind.
 PATHS = {
     KIND: f"/apis/{GROUP}/{VERSION}/namespaces/{{namespace}}/{PLURAL}",
@@ -81,7 +79,7 @@ METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v
 PAGE = 500
 NODES_SECONDS = 60.0  # for so long the nodes' labels are taken for what they were
 
-BY_STATUS: dict[int, type[ClusterError]] = {
+ERROR_BY_STATUS: dict[int, type[ClusterError]] = {
     400: InvalidError,
     403: ForbiddenError,
     404: NotFoundError,
@@ -134,11 +132,11 @@ class Cluster:
             insecure=not self._configuration.verify_ssl,
         )
 
-    async def create(self, body: Object) -> Object:
+    async def create(self, body: JsonObject) -> JsonObject:
         """Create an object; raises AlreadyExistsError where one of its name is there."""
         return await self._request("POST", _path(body["kind"], body["metadata"]), body=body)
 
-    async def get(self, kind: str, namespace: str, name: str) -> Object:
+    async def get(self, kind: str, namespace: str, name: str) -> JsonObject:
         """Read an object; raises NotFoundError."""
         return await self._request("GET", f"{_path(kind, {'namespace': namespace})}/{name}")
 
@@ -158,7 +156,7 @@ class Cluster:
 
     async def patch_status(
         self, namespace: str, name: str, resource_version: str, patch: Mapping[str, Any]
-    ) -> Object:
+    ) -> JsonObject:
         """Change a FineTuneJob's status; raises ConflictError if it changed since it was read."""
         body = {
             "apiVersion": API_VERSION,
@@ -216,7 +214,7 @@ class Cluster:
                 return True
         return False
 
-    async def _list(self, kind: str, namespace: str, selector: str) -> AsyncIterator[Object]:
+    async def _list(self, kind: str, namespace: str, selector: str) -> AsyncIterator[JsonObject]:
         query = {"limit": str(PAGE), "labelSelector": selector}
         while True:
             page = await self._request(
@@ -233,11 +231,11 @@ class Cluster:
         method: str,
         path: str,
         *,
-        body: Object | None = None,
+        body: JsonObject | None = None,
         query: Mapping[str, str] | None = None,
         content_type: str = "application/json",
         accept: str = "application/json",
-    ) -> Object:
+    ) -> JsonObject:
         try:
             answer = await self._api.call_api(
                 path,
@@ -255,7 +253,7 @@ class Cluster:
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             message = f"{method} {path}: {error or type(error).__name__}"
             raise UnavailableError(message) from error
-        return cast(Object, answer)
+        return cast(JsonObject, answer)
 
 
 async def _configuration() -> client.Configuration:
@@ -287,7 +285,7 @@ def _collection(kind: str, namespace: str) -> str:
 def _convert(error: client.ApiException, what: str) -> ClusterError:
     status = _status(error.body)
     detail = str(status.get("message") or error.reason)
-    kind = BY_STATUS.get(error.status, UnavailableError)
+    kind = ERROR_BY_STATUS.get(error.status, UnavailableError)
     if error.status == 409 and status.get("reason") == "AlreadyExists":
         kind = AlreadyExistsError
     return kind(f"{what}: {detail}", detail)
@@ -304,7 +302,7 @@ def _status(body: str | bytes | None) -> Mapping[str, Any]:
 
 def _event(
     about: Mapping[str, Any], kind: str, reason: str, message: str, scope: str = ""
-) -> Object:
+) -> JsonObject:
     # The name is a function of what is said, so that saying it twice is one Event.
     words = "/".join((about["uid"], *([scope] if scope else []), reason, message))
     said = hashlib.sha256(words.encode()).hexdigest()[:16]

@@ -18,6 +18,7 @@ from finetune_operator.api.base import (
     FINETUNEJOB_UID_LABEL,
     MANAGED_BY_LABEL,
     OPERATOR,
+    JsonObject,
 )
 from finetune_operator.cluster import Cluster, ClusterError
 from finetune_operator.observe import controller_uid
@@ -29,8 +30,7 @@ JOBS = ("batch", "v1", "jobs")
 PODS = ("", "v1", "pods")
 OURS = {MANAGED_BY_LABEL: OPERATOR}
 
-Raw = dict[str, Any]
-Index = Mapping[str, Iterable[Raw]]
+Index = Mapping[str, Iterable[JsonObject]]
 
 
 class Watches:
@@ -96,7 +96,7 @@ class Watches:
         for key in self.keys():
             self._add(key)
 
-    def _present(self, index: Index, key: str) -> list[Raw]:
+    def _present(self, index: Index, key: str) -> list[JsonObject]:
         found = index.get(key, ())
         return [raw for raw in found if raw["metadata"]["uid"] not in self._gone]
 
@@ -160,15 +160,15 @@ def kopf_settings(settings: kopf.OperatorSettings, request_seconds: float) -> No
 
 async def _index_finetunejob(
     namespace: str | None, name: str, body: kopf.Body, **_: Any
-) -> dict[str, Raw]:
+) -> dict[str, JsonObject]:
     return {f"{namespace}/{name}": dict(body)}
 
 
-async def _index_job(body: kopf.Body, **_: Any) -> dict[str, Raw]:
+async def _index_job(body: kopf.Body, **_: Any) -> dict[str, JsonObject]:
     return {controller_uid(body): dict(body)}
 
 
-async def _index_pod(namespace: str | None, body: kopf.Body, **_: Any) -> dict[str, Raw]:
+async def _index_pod(namespace: str | None, body: kopf.Body, **_: Any) -> dict[str, JsonObject]:
     """By the uid of the FineTuneJob, and by its name, which another one may have later."""
     raw = dict(body)
     name = (body["metadata"].get("annotations") or {}).get(FINETUNEJOB_NAME_ANNOTATION)
@@ -176,5 +176,5 @@ async def _index_pod(namespace: str | None, body: kopf.Body, **_: Any) -> dict[s
     return {_owner_uid(raw): raw, **by_name}
 
 
-def _owner_uid(pod: Raw) -> str:
+def _owner_uid(pod: JsonObject) -> str:
     return str(pod["metadata"]["labels"].get(FINETUNEJOB_UID_LABEL, ""))

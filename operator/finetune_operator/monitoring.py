@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 # Most passes only look; one that starts a stage makes half a dozen requests.
 BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 30.0)
 UNKNOWN = "Unknown"
-FRESH_SECONDS = 5.0  # for so long the answer to the readiness probe counts
+READINESS_SECONDS = 5.0  # for so long the answer to the readiness probe counts
 
 
 class Metrics:
@@ -94,7 +94,7 @@ class Probes:
 
     async def _readyz(self, _: web.Request) -> web.Response:
         now = time.monotonic()
-        fresh = self._looked_at is not None and now - self._looked_at <= FRESH_SECONDS
+        fresh = self._looked_at is not None and now - self._looked_at <= READINESS_SECONDS
         if self._problem or not fresh:
             self._problem = await self._find_problem()
             self._looked_at = time.monotonic()

@@ -21,11 +21,10 @@ from finetune_operator.api.base import (
     STAGE_KEY_ANNOTATION,
     STAGE_LABEL,
     TRAINER_CONTAINER,
+    JsonObject,
 )
 from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
 from finetune_trainer.contract import Notice, Stage, StageResult, describe
-
-Raw = Mapping[str, Any]
 
 # Reasons in a pod's status with which the node or the control plane took the pod away, or did not
 # let it in: nothing that the container did. Any `OutOf<resource>` belongs here as well.
@@ -43,7 +42,7 @@ DISRUPTIONS = {
 # The kubelet evicts as well when a pod outgrows its own limits: that is the pod's doing.
 OVERGROWN = re.compile(r"exceeds the (total )?limit|exceeded its local ephemeral storage limit")
 ENDED = {"Succeeded", "Failed"}  # phases of a pod
-LAST_WORDS_LIMIT = 300  # characters of a log line that is quoted to the user
+LOG_LINE_LIMIT = 300  # characters of a log line that is quoted to the user
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class ObservedPod:
     exit_code: int | None = None
     finished_at: datetime | None = None
     result: StageResult | None = None
-    last_words: str = ""
+    last_log_line: str = ""
     """The last line of the log, where the container left no StageResult."""
 
     oom_killed: bool = False
@@ -92,7 +91,7 @@ class ObservedPod:
         return self.started and self.exit_code is None and self.phase not in ENDED
 
 
-def observe_pod(raw: Raw) -> ObservedPod:
+def observe_pod(raw: JsonObject) -> ObservedPod:
     """Parse a pod."""
     meta, status = raw["metadata"], raw.get("status") or {}
     state = _trainer_state(status)
@@ -109,7 +108,7 @@ def observe_pod(raw: Raw) -> ObservedPod:
         exit_code=ended.get("exitCode"),
         finished_at=moment(ended.get("finishedAt")),
         result=result,
-        last_words="" if result else _last_words(ended.get("message", "")),
+        last_log_line="" if result else _last_log_line(ended.get("message", "")),
         oom_killed=ended.get("reason") == "OOMKilled",
         out_of_disk=_out_of_disk(status),
         disruption=_disruption(status),
@@ -118,7 +117,7 @@ def observe_pod(raw: Raw) -> ObservedPod:
     )
 
 
-def _trainer_state(status: Raw) -> Raw:
+def _trainer_state(status: JsonObject) -> JsonObject:
     """State of the trainer's container; sidecars that others injected don't count."""
     for container in status.get("containerStatuses") or []:
         if container["name"] == TRAINER_CONTAINER:
@@ -126,22 +125,22 @@ def _trainer_state(status: Raw) -> Raw:
     return {}
 
 
-def _waiting(state: Raw) -> Waiting:
+def _waiting(state: JsonObject) -> Waiting:
     return Waiting(state.get("reason", ""), state.get("message", ""))
 
 
-def _last_words(message: str) -> str:
+def _last_log_line(message: str) -> str:
     """The last line of a log: of a stack trace, the one that says what happened."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1][:LAST_WORDS_LIMIT] if lines else ""
+    return lines[-1][:LOG_LINE_LIMIT] if lines else ""
 
 
-def _out_of_disk(status: Raw) -> str | None:
+def _out_of_disk(status: JsonObject) -> str | None:
     message = status.get("message") or ""
     return message if status.get("reason") == "Evicted" and OVERGROWN.search(message) else None
 
 
-def _disruption(status: Raw) -> str | None:
+def _disruption(status: JsonObject) -> str | None:
     if _out_of_disk(status) is not None:
         return None
     reason, message = status.get("reason") or "", status.get("message") or ""
@@ -154,19 +153,19 @@ def _disruption(status: Raw) -> str | None:
     return None
 
 
-def _unschedulable(status: Raw) -> str | None:
+def _unschedulable(status: JsonObject) -> str | None:
     for condition in status.get("conditions") or []:
         if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
             return str(condition.get("message") or "no node fits")
     return None
 
 
-def true_conditions(status: Raw) -> list[Raw]:
+def true_conditions(status: JsonObject) -> list[JsonObject]:
     """The conditions that hold, of any object's status."""
     return [c for c in status.get("conditions") or [] if c.get("status") == "True"]
 
 
-def trainer_image(pod_spec: Raw) -> str:
+def trainer_image(pod_spec: JsonObject) -> str:
     """The image of the trainer's container."""
     for container in pod_spec["containers"]:
         if container["name"] == TRAINER_CONTAINER:
@@ -174,7 +173,7 @@ def trainer_image(pod_spec: Raw) -> str:
     return ""
 
 
-def created_at(raw: Raw) -> datetime:
+def created_at(raw: JsonObject) -> datetime:
     """When an object was created."""
     return moment(raw["metadata"].get("creationTimestamp")) or datetime.min.replace(tzinfo=UTC)
 
@@ -198,7 +197,7 @@ class ObservedJob:
     name: str
     uid: str
     stage: Stage
-    key: str
+    stage_key: str
     """The stage's fingerprint; for `prepare`, the generation."""
 
     attempt: int
@@ -209,12 +208,12 @@ class ObservedJob:
     created: datetime
     finished: Finish | None = None
     finished_at: datetime | None = None
-    broke_rule: bool = False
+    failed_by_exit_code: bool = False
     """Whether its podFailurePolicy failed it, for an exit code that no further pod can change."""
 
     deleting: bool = False
     pod: ObservedPod | None = None
-    lingers: bool = False
+    earlier_pod_at_work: bool = False
     """Whether an earlier pod of it still runs."""
 
     @property
@@ -226,14 +225,16 @@ class ObservedJob:
         return self.finished is None and not ended
 
     @property
-    def occupied(self) -> bool:
+    def may_have_pod_at_work(self) -> bool:
         """Whether a pod of it may be at work. A Job may have failed while its pod, on its way out,
         still writes a checkpoint."""
-        return self.active or self.lingers or (self.pod is not None and self.pod.at_work)
+        return (
+            self.active or self.earlier_pod_at_work or (self.pod is not None and self.pod.at_work)
+        )
 
 
 @dataclass(frozen=True)
-class Reported:
+class ReportedProgress:
     """What the operator reads of the trainer's `status.progress`."""
 
     job: str | None = None
@@ -258,11 +259,11 @@ class ObservedFineTuneJob:
     status: FineTuneJobStatus
     """Without `progress`, which belongs to the trainer."""
 
-    reported: Reported = Reported()
+    reported: ReportedProgress = ReportedProgress()
     deleting: bool = False
 
 
-def observe_finetunejob(raw: Raw) -> ObservedFineTuneJob:
+def observe_finetunejob(raw: JsonObject) -> ObservedFineTuneJob:
     """Parse a FineTuneJob; a spec that an older CRD let through becomes `spec_error`."""
     meta = raw["metadata"]
     spec, error = None, None
@@ -284,9 +285,11 @@ def observe_finetunejob(raw: Raw) -> ObservedFineTuneJob:
     )
 
 
-def observe_jobs(owner: str, jobs: Iterable[Raw], pods: Iterable[Raw]) -> tuple[ObservedJob, ...]:
+def observe_jobs(
+    owner: str, jobs: Iterable[JsonObject], pods: Iterable[JsonObject]
+) -> tuple[ObservedJob, ...]:
     """The stage Jobs that a FineTuneJob (its uid) owns, oldest first, each with its newest pod."""
-    of_job: dict[str, list[Raw]] = {}
+    of_job: dict[str, list[JsonObject]] = {}
     for pod in sorted(pods, key=created_at):
         of_job.setdefault(controller_uid(pod), []).append(pod)
     found = [
@@ -297,7 +300,7 @@ def observe_jobs(owner: str, jobs: Iterable[Raw], pods: Iterable[Raw]) -> tuple[
     return tuple(sorted(found, key=lambda job: (job.created, job.name)))
 
 
-def stages_at_work(pods: Iterable[Raw]) -> frozenset[Stage]:
+def stages_at_work(pods: Iterable[JsonObject]) -> frozenset[Stage]:
     """The stages of which one of these pods still runs."""
     known = [(pod["metadata"].get("labels") or {}, pod) for pod in pods]
     return frozenset(
@@ -307,7 +310,7 @@ def stages_at_work(pods: Iterable[Raw]) -> frozenset[Stage]:
     )
 
 
-def controller_uid(raw: Raw) -> str:
+def controller_uid(raw: Mapping[str, Any]) -> str:
     """The uid of the object's controller, or an empty string."""
     for owner in raw["metadata"].get("ownerReferences") or []:
         if owner.get("controller"):
@@ -315,7 +318,7 @@ def controller_uid(raw: Raw) -> str:
     return ""
 
 
-def _status(raw: Raw) -> FineTuneJobStatus:
+def _status(raw: JsonObject) -> FineTuneJobStatus:
     # A status that can't be read (written by a newer operator) is like none: everything is looked
     # at anew, and what the object store already holds is not done again.
     fields = {key: value for key, value in (raw.get("status") or {}).items() if key != "progress"}
@@ -325,20 +328,22 @@ def _status(raw: Raw) -> FineTuneJobStatus:
         return FineTuneJobStatus()
 
 
-def _reported(raw: Raw) -> Reported:
+def _reported(raw: JsonObject) -> ReportedProgress:
     progress = (raw.get("status") or {}).get("progress") or {}
     notices = (_notice(each) for each in progress.get("notices") or [])
-    return Reported(progress.get("job"), tuple(each for each in notices if each is not None))
+    return ReportedProgress(
+        progress.get("job"), tuple(each for each in notices if each is not None)
+    )
 
 
-def _notice(raw: Raw) -> Notice | None:
+def _notice(raw: JsonObject) -> Notice | None:
     try:
         return Notice.model_validate(raw)
     except ValidationError:
         return None  # of a newer trainer; it stands in the progress and in the log
 
 
-def _is_stage_job(raw: Raw) -> bool:
+def _is_stage_job(raw: JsonObject) -> bool:
     meta = raw["metadata"]
     known, notes = meta.get("labels") or {}, meta.get("annotations") or {}
     return (
@@ -348,7 +353,7 @@ def _is_stage_job(raw: Raw) -> bool:
     )
 
 
-def _job(raw: Raw, pods: list[Raw]) -> ObservedJob:
+def _job(raw: JsonObject, pods: list[JsonObject]) -> ObservedJob:
     """Its pods come oldest first."""
     meta, status = raw["metadata"], raw.get("status") or {}
     ended = next((c for c in true_conditions(status) if c["type"] in set(Finish)), None)
@@ -356,15 +361,15 @@ def _job(raw: Raw, pods: list[Raw]) -> ObservedJob:
         name=meta["name"],
         uid=meta["uid"],
         stage=Stage(meta["labels"][STAGE_LABEL]),
-        key=meta["annotations"][STAGE_KEY_ANNOTATION],
+        stage_key=meta["annotations"][STAGE_KEY_ANNOTATION],
         attempt=int(meta["labels"][ATTEMPT_LABEL]),
         pod_settings=meta["annotations"].get(POD_SETTINGS_ANNOTATION, ""),
         image=trainer_image(raw["spec"]["template"]["spec"]),
         created=created_at(raw),
         finished=Finish(ended["type"]) if ended else None,
         finished_at=moment(ended.get("lastTransitionTime")) if ended else None,
-        broke_rule=ended is not None and ended.get("reason") == "PodFailurePolicy",
+        failed_by_exit_code=ended is not None and ended.get("reason") == "PodFailurePolicy",
         deleting="deletionTimestamp" in meta,
         pod=observe_pod(pods[-1]) if pods else None,
-        lingers=any(observe_pod(pod).at_work for pod in pods[:-1]),
+        earlier_pod_at_work=any(observe_pod(pod).at_work for pod in pods[:-1]),
     )

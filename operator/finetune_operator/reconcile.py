@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
+from finetune_operator.api.base import JsonObject
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.cluster import (
     AlreadyExistsError,
@@ -42,32 +42,32 @@ from finetune_trainer.contract import Reason, Stage
 
 logger = logging.getLogger(__name__)
 
-SOON = 1.0  # seconds until a pass that found the object changed under its hands is repeated
-BRIDGE_SECONDS = 60.0  # no watch is that late; whoever is, is not believed any more
-
-Raw = dict[str, Any]
+STALE_RETRY_SECONDS = (
+    1.0  # seconds until a pass that found the object changed under its hands is repeated
+)
+OWN_WRITES_SECONDS = 60.0  # no watch is that late; whoever is, is not believed any more
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """What the watches have seen of one FineTuneJob and its children."""
 
-    finetunejob: Raw
-    jobs: tuple[Raw, ...]
-    pods: tuple[Raw, ...]
-    earlier_pods: tuple[Raw, ...] = ()
+    finetunejob: JsonObject
+    jobs: tuple[JsonObject, ...]
+    pods: tuple[JsonObject, ...]
+    earlier_pods: tuple[JsonObject, ...] = ()
     """Pods of another FineTuneJob that had this name before."""
 
 
 @dataclass
-class _Bridge:
+class _OwnWrites:
     """What this process wrote for one key and the watches may not show yet."""
 
     uid: str
     outdated: str | None = None
     """The resourceVersion that our last status patch replaced."""
 
-    created: dict[str, Raw] = field(default_factory=dict)
+    created: dict[str, JsonObject] = field(default_factory=dict)
     """Jobs that we made, by name."""
 
     until: float = 0.0
@@ -87,7 +87,7 @@ class Reconciler:
         self._settings = settings
         self._metrics = metrics
         self._policy = Policy(secret_grace=timedelta(seconds=settings.secret_grace_seconds))
-        self._bridges: dict[str, _Bridge] = {}
+        self._own_writes: dict[str, _OwnWrites] = {}
 
     async def __call__(self, key: str) -> float | None:
         """Make one pass over `namespace/name`; the seconds after which to make another."""
@@ -104,92 +104,112 @@ class Reconciler:
         if snapshot is None:
             self._forget(key)
             return "gone", None
-        job = observe_finetunejob(snapshot.finetunejob)
-        bridge = self._bridge(key, job)
-        if bridge.outdated == job.resource_version:
-            return "stale", SOON  # the watch will bring what we have written ourselves
-        runs = observe_jobs(job.uid, _jobs(snapshot, bridge), snapshot.pods)
-        self._metrics.in_phase(key, job.status.phase)
-        decided = self._plan(job, runs, stages_at_work(snapshot.earlier_pods))
+        finetunejob = observe_finetunejob(snapshot.finetunejob)
+        own_writes = self._own_writes_of(key, finetunejob)
+        if own_writes.outdated == finetunejob.resource_version:
+            return (
+                "stale",
+                STALE_RETRY_SECONDS,
+            )  # the watch will bring what we have written ourselves
+        jobs = observe_jobs(finetunejob.uid, _jobs(snapshot, own_writes), snapshot.pods)
+        self._metrics.in_phase(key, finetunejob.status.phase)
+        decided = self._plan(finetunejob, jobs, stages_at_work(snapshot.earlier_pods))
         try:
-            return await self._carry_out(key, job, runs, decided, bridge)
+            return await self._carry_out(key, finetunejob, jobs, decided, own_writes)
         except ConflictError:
-            return "stale", SOON
+            return "stale", STALE_RETRY_SECONDS
         except NotFoundError:
             self._forget(key)
             return "gone", None
 
     def _plan(
         self,
-        job: ObservedFineTuneJob,
-        runs: tuple[ObservedJob, ...],
-        occupied: frozenset[Stage],
+        finetunejob: ObservedFineTuneJob,
+        jobs: tuple[ObservedJob, ...],
+        stages_with_old_pods: frozenset[Stage],
     ) -> Plan:
-        spec = job.spec
+        spec = finetunejob.spec
         digests = (
             {stage: pod_settings_digest(spec, stage, self._settings) for stage in Stage}
             if spec is not None
             else {}
         )
-        return plan(job, runs, digests, self._policy, datetime.now(UTC), occupied=occupied)
+        return plan(
+            finetunejob,
+            jobs,
+            digests,
+            self._policy,
+            datetime.now(UTC),
+            stages_with_old_pods=stages_with_old_pods,
+        )
 
     async def _carry_out(
         self,
         key: str,
-        job: ObservedFineTuneJob,
-        runs: tuple[ObservedJob, ...],
+        finetunejob: ObservedFineTuneJob,
+        jobs: tuple[ObservedJob, ...],
         decided: Plan,
-        bridge: _Bridge,
+        own_writes: _OwnWrites,
     ) -> tuple[str, float | None]:
         try:
-            await self._apply(job, decided, bridge)
+            await self._apply(finetunejob, decided, own_writes)
         except InvalidError as error:
             # E.g. a quantity that is none: only the server that makes pods of it can tell.
-            decided = refuse(job, runs, Reason.INVALID_SPEC, error.detail, datetime.now(UTC))
-            await self._apply(job, decided, bridge)
+            decided = refuse(
+                finetunejob, jobs, Reason.INVALID_SPEC, error.detail, datetime.now(UTC)
+            )
+            await self._apply(finetunejob, decided, own_writes)
         except ForbiddenError as error:
             # E.g. a quota: it may be raised, so the queue tries again, and the user learns why.
-            await self._record(key, job, (Event("Warning", "Forbidden", error.detail),))
+            await self._record(key, finetunejob, (Event("Warning", "Forbidden", error.detail),))
             raise
         # Before the status, which says that they were posted: none is lost, and one that is posted
         # again after a crash is the same Event by its name.
-        await self._record(key, job, decided.notices)
-        changed = await self._write_status(key, job, decided, bridge)
-        await self._record(key, job, decided.events)
+        await self._record(key, finetunejob, decided.notices)
+        changed = await self._write_status(key, finetunejob, decided, own_writes)
+        await self._record(key, finetunejob, decided.events)
         result = "changed" if changed or decided.actions else "unchanged"
         return result, decided.requeue_after
 
-    async def _apply(self, job: ObservedFineTuneJob, decided: Plan, bridge: _Bridge) -> None:
+    async def _apply(
+        self, finetunejob: ObservedFineTuneJob, decided: Plan, own_writes: _OwnWrites
+    ) -> None:
         for action in decided.actions:
             match action:
                 case StopJob():
-                    await self._cluster.delete_job(job.namespace, action.name, action.uid)
-                    bridge.created.pop(action.name, None)
+                    await self._cluster.delete_job(finetunejob.namespace, action.name, action.uid)
+                    own_writes.created.pop(action.name, None)
                 case StartStage():
-                    await self._start(job, action, bridge)
+                    await self._start(finetunejob, action, own_writes)
 
-    async def _start(self, job: ObservedFineTuneJob, action: StartStage, bridge: _Bridge) -> None:
-        if job.spec is None:
+    async def _start(
+        self, finetunejob: ObservedFineTuneJob, action: StartStage, own_writes: _OwnWrites
+    ) -> None:
+        if finetunejob.spec is None:
             raise ValueError("a stage can't be started without a spec")
-        nodes = await self._gpu_nodes(job, job.spec) if action.stage is Stage.PREPARE else ()
+        nodes = (
+            await self._gpu_nodes(finetunejob, finetunejob.spec)
+            if action.stage is Stage.PREPARE
+            else ()
+        )
         objects: StageObjects = stage_objects(
-            job,
-            job.spec,
+            finetunejob,
+            finetunejob.spec,
             self._settings,
             stage=action.stage,
-            key=action.key,
+            stage_key=action.stage_key,
             attempt=action.attempt,
             resolved=action.resolved,
-            hardware=training_hardware(job.spec, nodes),
+            hardware=training_hardware(finetunejob.spec, nodes),
         )
-        made: Raw = {}
+        made: JsonObject = {}
         for body in objects:
-            made = await self._ensure(job, body)
-        bridge.created[made["metadata"]["name"]] = made
-        bridge.until = time.monotonic() + BRIDGE_SECONDS
+            made = await self._ensure(finetunejob, body)
+        own_writes.created[made["metadata"]["name"]] = made
+        own_writes.until = time.monotonic() + OWN_WRITES_SECONDS
 
     async def _gpu_nodes(
-        self, job: ObservedFineTuneJob, spec: FineTuneJobSpec
+        self, finetunejob: ObservedFineTuneJob, spec: FineTuneJobSpec
     ) -> tuple[Labels, ...]:
         """Labels of the nodes with GPUs, where they are needed and may be read."""
         label = memory_label(spec)
@@ -199,39 +219,47 @@ class Reconciler:
             return await self._cluster.node_labels(label)
         except ForbiddenError:
             # By design where only some namespaces are watched; spec.training.gpuMemory helps.
-            key = f"{job.namespace}/{job.name}"
+            key = f"{finetunejob.namespace}/{finetunejob.name}"
             logger.info("No right to read the nodes' GPU memory.", extra={"finetunejob": key})
             return ()
 
-    async def _ensure(self, job: ObservedFineTuneJob, body: Raw) -> Raw:
+    async def _ensure(self, finetunejob: ObservedFineTuneJob, body: JsonObject) -> JsonObject:
         """Create an object; one that is there already must be ours."""
         try:
             return await self._cluster.create(body)
         except AlreadyExistsError:
             meta = body["metadata"]
             found = await self._cluster.get(body["kind"], meta["namespace"], meta["name"])
-            if controller_uid(found) != job.uid:
+            if controller_uid(found) != finetunejob.uid:
                 message = f"{body['kind']} {meta['name']} exists and belongs to someone else"
                 raise ForbiddenError(message) from None
             return found
 
     async def _write_status(
-        self, key: str, job: ObservedFineTuneJob, decided: Plan, bridge: _Bridge
+        self, key: str, finetunejob: ObservedFineTuneJob, decided: Plan, own_writes: _OwnWrites
     ) -> bool:
-        patch = status_patch(job.status, decided.status)
+        patch = status_patch(finetunejob.status, decided.status)
         if not patch:
             return False
-        version = job.resource_version
-        written = await self._cluster.patch_status(job.namespace, job.name, version, patch)
+        version = finetunejob.resource_version
+        written = await self._cluster.patch_status(
+            finetunejob.namespace, finetunejob.name, version, patch
+        )
         if written["metadata"]["resourceVersion"] != version:
-            bridge.outdated = version
-            bridge.until = time.monotonic() + BRIDGE_SECONDS
+            own_writes.outdated = version
+            own_writes.until = time.monotonic() + OWN_WRITES_SECONDS
         self._metrics.in_phase(key, decided.status.phase)
         return True
 
-    async def _record(self, key: str, job: ObservedFineTuneJob, events: Iterable[Event]) -> None:
+    async def _record(
+        self, key: str, finetunejob: ObservedFineTuneJob, events: Iterable[Event]
+    ) -> None:
         """Post the Events; they are news, not state, so losing one is no failure."""
-        about = {"namespace": job.namespace, "name": job.name, "uid": job.uid}
+        about = {
+            "namespace": finetunejob.namespace,
+            "name": finetunejob.name,
+            "uid": finetunejob.uid,
+        }
         for event in events:
             level = logging.WARNING if event.type == "Warning" else logging.INFO
             logger.log(level, "%s: %s", event.reason, event.message, extra={"finetunejob": key})
@@ -242,22 +270,22 @@ class Reconciler:
             except ClusterError as error:
                 logger.warning("An event got lost: %s", error, extra={"finetunejob": key})
 
-    def _bridge(self, key: str, job: ObservedFineTuneJob) -> _Bridge:
+    def _own_writes_of(self, key: str, finetunejob: ObservedFineTuneJob) -> _OwnWrites:
         """The bridge of this object, empty where there is none or it is too old to be needed."""
-        bridge = self._bridges.get(key)
-        expired = bridge is not None and bridge.until < time.monotonic()
-        if bridge is None or bridge.uid != job.uid or expired:
-            bridge = self._bridges[key] = _Bridge(job.uid)
-        return bridge
+        own_writes = self._own_writes.get(key)
+        expired = own_writes is not None and own_writes.until < time.monotonic()
+        if own_writes is None or own_writes.uid != finetunejob.uid or expired:
+            own_writes = self._own_writes[key] = _OwnWrites(finetunejob.uid)
+        return own_writes
 
     def _forget(self, key: str) -> None:
-        self._bridges.pop(key, None)
+        self._own_writes.pop(key, None)
         self._metrics.forget(key)
 
 
-def _jobs(snapshot: Snapshot, bridge: _Bridge) -> list[Raw]:
+def _jobs(snapshot: Snapshot, own_writes: _OwnWrites) -> list[JsonObject]:
     """The Jobs seen, and those that we made a moment ago and the watch doesn't show yet."""
-    seen = {job["metadata"]["name"] for job in snapshot.jobs}
-    for name in seen & bridge.created.keys():
-        del bridge.created[name]
-    return [*snapshot.jobs, *bridge.created.values()]
+    seen = {finetunejob["metadata"]["name"] for finetunejob in snapshot.jobs}
+    for name in seen & own_writes.created.keys():
+        del own_writes.created[name]
+    return [*snapshot.jobs, *own_writes.created.values()]

@@ -34,7 +34,7 @@ MESSAGE_LIMIT = 1024  # characters of a message in a condition, an event or a st
 
 
 @dataclass(frozen=True)
-class Note:
+class PendingReason:
     """What a person should know while a stage waits."""
 
     reason: str
@@ -44,7 +44,7 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Claim:
+class ConditionValue:
     """Whether a condition holds, and why."""
 
     holds: bool
@@ -53,21 +53,21 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Summary:
     """The phase and the three conditions that belong together."""
 
     phase: Phase
-    ready: Claim
-    progressing: Claim
-    degraded: Claim
+    ready: ConditionValue
+    progressing: ConditionValue
+    degraded: ConditionValue
 
 
-def working(
+def working_summary(
     stage: StageStatus,
-    note: Note | None,
+    note: PendingReason | None,
     earlier_artifacts: bool,
     notices: Iterable[Notice] = (),
-) -> Outlook:
+) -> Summary:
     """A stage runs, or waits to; `notices` are the present training's."""
     phase = PHASES[stage.name]
     if stage.name is Stage.PREPARE and stage.state is StageState.PENDING and not stage.attempt:
@@ -75,50 +75,52 @@ def working(
     absent = "The artifacts are not there yet."
     if earlier_artifacts:
         absent = "The artifacts in status are those of an earlier spec."
-    return Outlook(
+    return Summary(
         phase=phase,
-        ready=Claim(False, phase, absent),
-        progressing=_progress(stage, phase, note, notices),
-        degraded=_trouble(stage, note),
+        ready=ConditionValue(False, phase, absent),
+        progressing=_progressing(stage, phase, note, notices),
+        degraded=_degraded(stage, note),
     )
 
 
-def failed(phase_stage: StageStatus) -> Outlook:
+def failed_summary(phase_stage: StageStatus) -> Summary:
     """The FineTuneJob has failed, and only another spec can change that."""
     reason = phase_stage.reason or Reason.INTERNAL_ERROR
     message = phase_stage.message or ""
-    return refused(reason, message)
+    return refused_summary(reason, message)
 
 
-def refused(reason: str, message: str) -> Outlook:
+def refused_summary(reason: str, message: str) -> Summary:
     """The FineTuneJob has failed for a reason that needs no stage."""
-    return Outlook(
+    return Summary(
         phase=Phase.FAILED,
-        ready=Claim(False, reason, message),
-        progressing=Claim(False, reason, "No further attempt is made until the spec changes."),
-        degraded=Claim(True, reason, message),
+        ready=ConditionValue(False, reason, message),
+        progressing=ConditionValue(
+            False, reason, "No further attempt is made until the spec changes."
+        ),
+        degraded=ConditionValue(True, reason, message),
     )
 
 
-def succeeded(message: str) -> Outlook:
+def succeeded_summary(message: str) -> Summary:
     """The artifacts are there."""
-    return Outlook(
+    return Summary(
         phase=Phase.SUCCEEDED,
-        ready=Claim(True, Reason.SUCCEEDED, message),
-        progressing=Claim(False, Reason.SUCCEEDED, "There is nothing to do."),
-        degraded=Claim(False, AS_EXPECTED, ALL_WELL),
+        ready=ConditionValue(True, Reason.SUCCEEDED, message),
+        progressing=ConditionValue(False, Reason.SUCCEEDED, "There is nothing to do."),
+        degraded=ConditionValue(False, AS_EXPECTED, ALL_WELL),
     )
 
 
 def conditions(
-    previous: Iterable[Condition], outlook: Outlook, generation: int, now: datetime
+    previous: Iterable[Condition], summary: Summary, generation: int, now: datetime
 ) -> tuple[Condition, ...]:
     """The three conditions; one that says what it said before keeps its transition time."""
     before = {condition.type: condition for condition in previous}
     claims = {
-        "Ready": outlook.ready,
-        "Progressing": outlook.progressing,
-        "Degraded": outlook.degraded,
+        "Ready": summary.ready,
+        "Progressing": summary.progressing,
+        "Degraded": summary.degraded,
     }
     return tuple(
         _condition(kind, claim, before.get(kind), generation, now) for kind, claim in claims.items()
@@ -143,7 +145,7 @@ def shorten(message: str) -> str:
     return message if len(message) <= MESSAGE_LIMIT else message[: MESSAGE_LIMIT - 1] + "…"
 
 
-def warned_of(notices: Iterable[Notice]) -> str:
+def warnings_hint(notices: Iterable[Notice]) -> str:
     """A hint to append to a message; empty where the training gave no warning.
 
     Such a training is not Degraded: it goes on, and its result is there for a person to judge.
@@ -152,7 +154,7 @@ def warned_of(notices: Iterable[Notice]) -> str:
     return f" The training warned of {', '.join(codes)}: see status.notices." if codes else ""
 
 
-def shortfall(file: str, quality: Quality | None) -> str:
+def quality_fault(file: str, quality: Quality | None) -> str:
     """What the quality gate found wrong with a file, in one sentence."""
     if quality is None or not quality.over_limit:
         return f"{file} did not pass the checks; the manifest says why."
@@ -162,40 +164,42 @@ def shortfall(file: str, quality: Quality | None) -> str:
     )
 
 
-def fell_short(artifacts: Iterable[ArtifactStatus]) -> str:
+def quality_hint(artifacts: Iterable[ArtifactStatus]) -> str:
     """A hint to append to a message; empty where every file passed the quality gate.
 
     With `verify: warn` only: otherwise such a file ends the job.
     """
     failed = [each for each in artifacts if each.quality is not None and not each.quality.passed]
-    words = [shortfall(each.uri.rpartition("/")[2], each.quality) for each in failed]
+    words = [quality_fault(each.uri.rpartition("/")[2], each.quality) for each in failed]
     return f" Short of the quality asked for: {' '.join(words)}" if words else ""
 
 
-def _progress(
-    stage: StageStatus, phase: Phase, note: Note | None, notices: Iterable[Notice]
-) -> Claim:
+def _progressing(
+    stage: StageStatus, phase: Phase, note: PendingReason | None, notices: Iterable[Notice]
+) -> ConditionValue:
     if note is not None:
-        return Claim(True, note.reason, note.message)
+        return ConditionValue(True, note.reason, note.message)
     if stage.state is StageState.RUNNING:
-        hint = warned_of(notices) if stage.name is Stage.TRAIN else ""
-        return Claim(True, phase, f"{stage.name} is at work, attempt {stage.attempt}.{hint}")
+        hint = warnings_hint(notices) if stage.name is Stage.TRAIN else ""
+        return ConditionValue(
+            True, phase, f"{stage.name} is at work, attempt {stage.attempt}.{hint}"
+        )
     if stage.reason:
         upcoming = f"Attempt {stage.attempt + 1} of {stage.name} follows."
-        return Claim(True, RETRYING, f"{upcoming} The last one ended: {stage.message}")
-    return Claim(True, phase, f"{stage.name} is about to start.")
+        return ConditionValue(True, RETRYING, f"{upcoming} The last one ended: {stage.message}")
+    return ConditionValue(True, phase, f"{stage.name} is about to start.")
 
 
-def _trouble(stage: StageStatus, note: Note | None) -> Claim:
+def _degraded(stage: StageStatus, note: PendingReason | None) -> ConditionValue:
     if note is not None and note.degraded:
-        return Claim(True, note.reason, note.message)
+        return ConditionValue(True, note.reason, note.message)
     if stage.state is StageState.PENDING and stage.reason:
-        return Claim(True, stage.reason, stage.message or "")
-    return Claim(False, AS_EXPECTED, ALL_WELL)
+        return ConditionValue(True, stage.reason, stage.message or "")
+    return ConditionValue(False, AS_EXPECTED, ALL_WELL)
 
 
 def _condition(
-    kind: str, claim: Claim, before: Condition | None, generation: int, now: datetime
+    kind: str, claim: ConditionValue, before: Condition | None, generation: int, now: datetime
 ) -> Condition:
     state: Literal["True", "False"] = "True" if claim.holds else "False"
     kept = before is not None and before.status == state

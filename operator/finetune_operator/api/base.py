@@ -33,6 +33,8 @@ POD_SETTINGS_ANNOTATION = (
 KIND = "FineTuneJob"
 API_VERSION = f"{GROUP}/{VERSION}"
 
+JsonObject = dict[str, Any]  # a Kubernetes object, or a part of one, as the API server writes it
+
 Name = Annotated[str, Field(min_length=1, max_length=253)]
 Quantity = Annotated[int | str, Field(json_schema_extra={"x-kubernetes-int-or-string": True})]
 Preserved = Annotated[

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from finetune_operator.api.base import JsonObject
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.manifests.children import progress_access, run_config_map
 from finetune_operator.manifests.stage_job import Attempt, pod_settings_digest, stage_job
@@ -20,13 +20,13 @@ __all__ = ["StageObjects", "pod_settings_digest", "stage_objects"]
 class StageObjects:
     """The objects of one attempt."""
 
-    access: tuple[dict[str, Any], ...]
+    access: tuple[JsonObject, ...]
     """ServiceAccount, Role and RoleBinding for the live progress."""
 
-    config_map: dict[str, Any]
-    job: dict[str, Any]
+    config_map: JsonObject
+    job: JsonObject
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[JsonObject]:
         """The Job last: its pod needs the others."""
         yield from (*self.access, self.config_map, self.job)
 
@@ -37,14 +37,14 @@ def stage_objects(
     settings: Settings,
     *,
     stage: Stage,
-    key: str,
+    stage_key: str,
     attempt: int,
     resolved: Resolved | None,
     hardware: Hardware,
 ) -> StageObjects:
     """Build them."""
     config_map = run_config_map(job, spec, resolved, hardware)
-    which = Attempt(stage, key, attempt, config_map["metadata"]["name"], hardware)
+    which = Attempt(stage, stage_key, attempt, config_map["metadata"]["name"], hardware)
     return StageObjects(
         access=progress_access(job, spec.service_account_name),
         config_map=config_map,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
 
 from finetune_operator.api import base
 from finetune_operator.api.base import (
@@ -19,6 +18,7 @@ from finetune_operator.api.base import (
     MANAGED_BY_LABEL,
     OPERATOR,
     STAGE_LABEL,
+    JsonObject,
 )
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.observe import ObservedFineTuneJob
@@ -34,10 +34,10 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]
 
 
-def child_name(job: ObservedFineTuneJob, role: str, *parts: object) -> str:
+def child_name(owner: ObservedFineTuneJob, role: str, *parts: object) -> str:
     """`<job>-<role>-<hash>`, a valid name of any child; the hash covers uid, role and parts."""
-    suffix = f"-{role}-{digest(job.uid, role, *parts)}"
-    readable = job.name.replace(".", "-")[: NAME_LIMIT - len(suffix)].rstrip("-")
+    suffix = f"-{role}-{digest(owner.uid, role, *parts)}"
+    readable = owner.name.replace(".", "-")[: NAME_LIMIT - len(suffix)].rstrip("-")
     return readable + suffix
 
 
@@ -48,114 +48,114 @@ def label_value(text: str) -> str:
     return text[: NAME_LIMIT - HASH_LENGTH - 1].rstrip("-.") + "-" + digest(text)
 
 
-def common_labels(job: ObservedFineTuneJob) -> dict[str, str]:
+def common_labels(owner: ObservedFineTuneJob) -> dict[str, str]:
     """Labels of every child."""
-    name = label_value(job.name)
+    name = label_value(owner.name)
     return {
         "app.kubernetes.io/name": "finetune-trainer",
         "app.kubernetes.io/instance": name,
         "app.kubernetes.io/part-of": OPERATOR,
         MANAGED_BY_LABEL: OPERATOR,
         FINETUNEJOB_LABEL: name,
-        FINETUNEJOB_UID_LABEL: job.uid,
+        FINETUNEJOB_UID_LABEL: owner.uid,
     }
 
 
-def stage_labels(job: ObservedFineTuneJob, stage: Stage, attempt: int) -> dict[str, str]:
+def stage_labels(owner: ObservedFineTuneJob, stage: Stage, attempt: int) -> dict[str, str]:
     """Labels of one attempt's Job and pods."""
     return {
-        **common_labels(job),
+        **common_labels(owner),
         "app.kubernetes.io/component": str(stage),
         STAGE_LABEL: str(stage),
         ATTEMPT_LABEL: str(attempt),
     }
 
 
-def metadata(job: ObservedFineTuneJob, name: str) -> dict[str, Any]:
+def metadata(owner: ObservedFineTuneJob, name: str) -> JsonObject:
     """Metadata of a child that is collected with its FineTuneJob."""
-    owner = {
+    reference = {
         "apiVersion": base.API_VERSION,
         "kind": base.KIND,
-        "name": job.name,
-        "uid": job.uid,
+        "name": owner.name,
+        "uid": owner.uid,
         "controller": True,
         "blockOwnerDeletion": True,
     }
     return {
         "name": name,
-        "namespace": job.namespace,
-        "labels": common_labels(job),
-        "ownerReferences": [owner],
+        "namespace": owner.namespace,
+        "labels": common_labels(owner),
+        "ownerReferences": [reference],
     }
 
 
-FILE = "run.json"
+RUN_CONFIG_FILE = "run.json"
 
 
 def run_config_map(
-    job: ObservedFineTuneJob,
+    owner: ObservedFineTuneJob,
     spec: FineTuneJobSpec,
     resolved: Resolved | None,
     hardware: Hardware,
-) -> dict[str, Any]:
+) -> JsonObject:
     """An immutable ConfigMap, named by its content: another content is another object."""
-    reference = JobReference(name=job.name, namespace=job.namespace)
-    told = spec.run_config(reference, resolved, hardware)
-    config = told.model_dump(mode="json", exclude_none=True)
+    job_reference = JobReference(name=owner.name, namespace=owner.namespace)
+    run_config = spec.run_config(job_reference, resolved, hardware)
+    config = run_config.model_dump(mode="json", exclude_none=True)
     content = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": metadata(job, child_name(job, "run", content)),
+        "metadata": metadata(owner, child_name(owner, "run", content)),
         "immutable": True,
-        "data": {FILE: content},
+        "data": {RUN_CONFIG_FILE: content},
     }
 
 
-ROLE = "progress"
+PROGRESS_ROLE = "progress"
 RBAC = "rbac.authorization.k8s.io"
 
 
-def service_account_name(job: ObservedFineTuneJob, users: str | None) -> str:
+def service_account_name(owner: ObservedFineTuneJob, users: str | None) -> str:
     """The ServiceAccount of the pods: the user's, or one of the job's own."""
-    return users or child_name(job, ROLE)
+    return users or child_name(owner, PROGRESS_ROLE)
 
 
-def progress_access(job: ObservedFineTuneJob, users: str | None) -> tuple[dict[str, Any], ...]:
+def progress_access(owner: ObservedFineTuneJob, users: str | None) -> tuple[JsonObject, ...]:
     """Role and binding, and a ServiceAccount where the user named none."""
-    account = service_account_name(job, users)
-    role = child_name(job, ROLE)
+    account = service_account_name(owner, users)
+    role = child_name(owner, PROGRESS_ROLE)
     binding = {
         "apiVersion": f"{RBAC}/v1",
         "kind": "RoleBinding",
         # A binding is never changed, only made: so another ServiceAccount gets another one.
-        "metadata": metadata(job, child_name(job, ROLE, account)),
+        "metadata": metadata(owner, child_name(owner, PROGRESS_ROLE, account)),
         "roleRef": {"apiGroup": RBAC, "kind": "Role", "name": role},
-        "subjects": [{"kind": "ServiceAccount", "name": account, "namespace": job.namespace}],
+        "subjects": [{"kind": "ServiceAccount", "name": account, "namespace": owner.namespace}],
     }
-    own = () if users else (_service_account(job, account),)
-    return (*own, _role(job, role), binding)
+    own = () if users else (_service_account(owner, account),)
+    return (*own, _role(owner, role), binding)
 
 
-def _service_account(job: ObservedFineTuneJob, name: str) -> dict[str, Any]:
+def _service_account(owner: ObservedFineTuneJob, name: str) -> JsonObject:
     return {
         "apiVersion": "v1",
         "kind": "ServiceAccount",
-        "metadata": metadata(job, name),
+        "metadata": metadata(owner, name),
         "automountServiceAccountToken": False,
     }
 
 
-def _role(job: ObservedFineTuneJob, name: str) -> dict[str, Any]:
+def _role(owner: ObservedFineTuneJob, name: str) -> JsonObject:
     rule = {
         "apiGroups": [GROUP],
         "resources": [f"{PLURAL}/status"],
-        "resourceNames": [job.name],
+        "resourceNames": [owner.name],
         "verbs": ["patch"],
     }
     return {
         "apiVersion": f"{RBAC}/v1",
         "kind": "Role",
-        "metadata": metadata(job, name),
+        "metadata": metadata(owner, name),
         "rules": [rule],
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from finetune_operator.api.base import (
     FINETUNEJOB_NAME_ANNOTATION,
@@ -11,6 +10,7 @@ from finetune_operator.api.base import (
     STAGE_KEY_ANNOTATION,
     TRAINER_CONTAINER,
     EnvVar,
+    JsonObject,
 )
 from finetune_operator.api.finetunejob import FineTuneJobSpec, PodSettings
 from finetune_operator.manifests.children import (
@@ -49,7 +49,7 @@ class Attempt:
     """Which attempt at which stage, told what."""
 
     stage: Stage
-    key: str
+    stage_key: str
     number: int
     config_map: str
     hardware: Hardware
@@ -57,16 +57,16 @@ class Attempt:
 
 
 def stage_job(
-    job: ObservedFineTuneJob, spec: FineTuneJobSpec, attempt: Attempt, settings: Settings
-) -> dict[str, Any]:
+    owner: ObservedFineTuneJob, spec: FineTuneJobSpec, attempt: Attempt, settings: Settings
+) -> JsonObject:
     """A batch/v1 Job that runs one pod once; the operator decides on further attempts."""
     pod_settings = pod_settings_digest(spec, attempt.stage, settings)
-    parts = (attempt.key, pod_settings, attempt.number)
-    meta = metadata(job, child_name(job, attempt.stage, *parts))
-    meta["labels"] = stage_labels(job, attempt.stage, attempt.number)
+    parts = (attempt.stage_key, pod_settings, attempt.number)
+    meta = metadata(owner, child_name(owner, attempt.stage, *parts))
+    meta["labels"] = stage_labels(owner, attempt.stage, attempt.number)
     meta["annotations"] = {
-        FINETUNEJOB_NAME_ANNOTATION: job.name,
-        STAGE_KEY_ANNOTATION: attempt.key,
+        FINETUNEJOB_NAME_ANNOTATION: owner.name,
+        STAGE_KEY_ANNOTATION: attempt.stage_key,
         POD_SETTINGS_ANNOTATION: pod_settings,
     }
     return {
@@ -77,7 +77,7 @@ def stage_job(
             "backoffLimit": 0,
             "ttlSecondsAfterFinished": max(spec.ttl_seconds_after_finished, SHORTEST_TTL_SECONDS),
             "podFailurePolicy": _pod_failure_policy(),
-            "template": _pod_template(job, spec, attempt, settings, meta["name"]),
+            "template": _pod_template(owner, spec, attempt, settings, meta["name"]),
         },
     }
 
@@ -98,7 +98,7 @@ def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings)
     )
 
 
-def _publishing(spec: FineTuneJobSpec, stage: Stage) -> list[dict[str, Any]]:
+def _publishing(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
     """What an export signs with, and where it pushes to."""
     parts = (spec.export.signing, spec.output.hub) if stage is Stage.EXPORT else ()
     return [part.model_dump(mode="json") for part in parts if part is not None]
@@ -113,11 +113,11 @@ def _image(pod: PodSettings, settings: Settings) -> str:
     return pod.image or settings.trainer_image
 
 
-def _dump(value: Base | None) -> dict[str, Any] | None:
+def _dump(value: Base | None) -> JsonObject | None:
     return value.model_dump(mode="json", exclude_none=True) if value is not None else None
 
 
-def _pod_failure_policy() -> dict[str, Any]:
+def _pod_failure_policy() -> JsonObject:
     """What the Job's controller decides itself, on servers that know the field."""
     codes = {
         "containerName": TRAINER_CONTAINER,
@@ -134,19 +134,23 @@ def _pod_failure_policy() -> dict[str, Any]:
 
 
 def _pod_template(
-    job: ObservedFineTuneJob, spec: FineTuneJobSpec, attempt: Attempt, settings: Settings, name: str
-) -> dict[str, Any]:
+    owner: ObservedFineTuneJob,
+    spec: FineTuneJobSpec,
+    attempt: Attempt,
+    settings: Settings,
+    name: str,
+) -> JsonObject:
     pod = _pod_settings(spec, attempt.stage)
     shared_memory = shared_memory_mib(attempt.stage, pod, attempt.hardware)
-    own = stage_labels(job, attempt.stage, attempt.number)
+    own = stage_labels(owner, attempt.stage, attempt.number)
     return {
         "metadata": {
             "labels": {**pod.labels, **own},
-            "annotations": {**pod.annotations, FINETUNEJOB_NAME_ANNOTATION: job.name},
+            "annotations": {**pod.annotations, FINETUNEJOB_NAME_ANNOTATION: owner.name},
         },
         "spec": {
             "restartPolicy": "Never",
-            "serviceAccountName": service_account_name(job, spec.service_account_name),
+            "serviceAccountName": service_account_name(owner, spec.service_account_name),
             # The usual token never expires on older servers; the projected volume takes its place.
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
@@ -173,7 +177,7 @@ def _container(
     settings: Settings,
     job_name: str,
     shared_memory: int | None,
-) -> dict[str, Any]:
+) -> JsonObject:
     pod = _pod_settings(spec, stage)
     told = {
         "HOME": WORKSPACE,
@@ -182,7 +186,7 @@ def _container(
         "FINETUNE_GRACE_SECONDS": str(GRACE_SECONDS[stage]),
     }
     config = f"{CONFIG_FOLDER}/run.json"
-    container: dict[str, Any] = {
+    container: JsonObject = {
         "name": TRAINER_CONTAINER,
         "image": _image(pod, settings),
         "imagePullPolicy": settings.image_pull_policy,
@@ -205,13 +209,13 @@ def _container(
     return container
 
 
-def _pull_secrets(settings: Settings) -> dict[str, Any]:
+def _pull_secrets(settings: Settings) -> JsonObject:
     if not settings.image_pull_secrets:
         return {}
     return {"imagePullSecrets": [{"name": name} for name in settings.image_pull_secrets]}
 
 
-def _placement(pod: PodSettings) -> dict[str, Any]:
+def _placement(pod: PodSettings) -> JsonObject:
     """Where the pod may run, and how urgently."""
     return {
         key: value
@@ -226,16 +230,13 @@ def _placement(pod: PodSettings) -> dict[str, Any]:
     }
 
 
-Variable = dict[str, Any]
-
-
 def environment(
     spec: FineTuneJobSpec,
     stage: Stage,
     pod: PodSettings,
     settings: Settings,
     told: dict[str, str],
-) -> list[Variable]:
+) -> list[JsonObject]:
     """All variables: those of the user, those in `told`, and the credentials by reference."""
     own = [{"name": name, "value": value} for name, value in told.items()]
     own += _credentials(spec)
@@ -247,15 +248,15 @@ def environment(
     return [*_defaults(settings, users), *users, *own]
 
 
-def _defaults(settings: Settings, users: list[Variable]) -> list[Variable]:
+def _defaults(settings: Settings, users: list[JsonObject]) -> list[JsonObject]:
     """What the user may set otherwise."""
     defaults = {"FINETUNE_LOG_FORMAT": settings.trainer_log_format}
     given = {each["name"] for each in users}
     return [{"name": name, "value": text} for name, text in defaults.items() if name not in given]
 
 
-def _credentials(spec: FineTuneJobSpec) -> list[Variable]:
-    found: list[Variable] = []
+def _credentials(spec: FineTuneJobSpec) -> list[JsonObject]:
+    found: list[JsonObject] = []
     if spec.storage.secret_ref is not None:
         secret = spec.storage.secret_ref.name
         found += [
@@ -272,9 +273,9 @@ def _credentials(spec: FineTuneJobSpec) -> list[Variable]:
     return found
 
 
-def _credentials_of_export(spec: FineTuneJobSpec) -> list[Variable]:
+def _credentials_of_export(spec: FineTuneJobSpec) -> list[JsonObject]:
     """What no other stage has a use for."""
-    found: list[Variable] = []
+    found: list[JsonObject] = []
     if spec.export.signing is not None:
         key = spec.export.signing.key_secret_ref
         found.append(_from_secret("FINETUNE_SIGNING_KEY", key.name, key.key))
@@ -284,15 +285,15 @@ def _credentials_of_export(spec: FineTuneJobSpec) -> list[Variable]:
     return found
 
 
-def _variable(given: EnvVar) -> Variable:
+def _variable(given: EnvVar) -> JsonObject:
     if given.value_from is None:
         return {"name": given.name, "value": given.value}
     secret = given.value_from.secret_key_ref
     return _from_secret(given.name, secret.name, secret.key, optional=secret.optional)
 
 
-def _from_secret(name: str, secret: str, key: str, *, optional: bool = False) -> Variable:
-    reference: dict[str, Any] = {"name": secret, "key": key}
+def _from_secret(name: str, secret: str, key: str, *, optional: bool = False) -> JsonObject:
+    reference: JsonObject = {"name": secret, "key": key}
     if optional:
         reference["optional"] = True
     return {"name": name, "valueFrom": {"secretKeyRef": reference}}
@@ -307,9 +308,9 @@ SHARED_MEMORY_MIB = 8192
 MEBIBYTE = 1 << 20
 
 
-def mounts(pod: PodSettings, shared_memory: int | None) -> list[dict[str, Any]]:
+def mounts(pod: PodSettings, shared_memory: int | None) -> list[JsonObject]:
     """The container's volumeMounts."""
-    found: list[dict[str, Any]] = [
+    found: list[JsonObject] = [
         {"name": "workspace", "mountPath": WORKSPACE},
         {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
         {"name": "token", "mountPath": TOKEN_FOLDER, "readOnly": True},
@@ -322,7 +323,7 @@ def mounts(pod: PodSettings, shared_memory: int | None) -> list[dict[str, Any]]:
     return found
 
 
-def volumes(pod: PodSettings, config_map: str, shared_memory: int | None) -> list[dict[str, Any]]:
+def volumes(pod: PodSettings, config_map: str, shared_memory: int | None) -> list[JsonObject]:
     """The pod's volumes."""
     namespace = {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}
     root = {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
@@ -331,7 +332,7 @@ def volumes(pod: PodSettings, config_map: str, shared_memory: int | None) -> lis
         {"configMap": root},
         {"downwardAPI": {"items": [{"path": "namespace", **namespace}]}},
     ]
-    found: list[dict[str, Any]] = [
+    found: list[JsonObject] = [
         {"name": "workspace", "emptyDir": {}},
         {"name": "config", "configMap": {"name": config_map}},
         {"name": "token", "projected": {"sources": sources}},

@@ -16,7 +16,7 @@ from finetune_operator.api.finetunejob import (
     StageStatus,
 )
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
-from finetune_operator.status import Note, Outlook, conditions, shorten
+from finetune_operator.status import PendingReason, Summary, conditions, shorten
 from finetune_trainer.contract import DatasetSummary, Notice, Resolved, Stage
 
 
@@ -25,7 +25,7 @@ class StartStage:
     """Make this attempt's Job, with all that it needs."""
 
     stage: Stage
-    key: str
+    stage_key: str
     """The stage's fingerprint; for `prepare`, the generation."""
 
     attempt: int
@@ -99,7 +99,7 @@ class StageFields(TypedDict, total=False):
 
 
 @dataclass
-class Found:
+class StageResults:
     """What status holds of the stages' results, as it will be."""
 
     artifacts: tuple[ArtifactStatus, ...]
@@ -129,86 +129,86 @@ class Draft:
 
     def __init__(
         self,
-        job: ObservedFineTuneJob,
+        finetunejob: ObservedFineTuneJob,
         spec: FineTuneJobSpec,
-        runs: Sequence[ObservedJob],
+        jobs: Sequence[ObservedJob],
         *,
         pod_settings: Mapping[Stage, str],
         policy: Policy,
         now: datetime,
-        occupied: frozenset[Stage],
+        stages_with_old_pods: frozenset[Stage],
     ) -> None:
-        self.job = job
+        self.finetunejob = finetunejob
         self.spec = spec
-        self.runs = runs
+        self.jobs = jobs
         self.pod_settings = pod_settings
         self.policy = policy
         self.now = now
-        self.occupied = occupied
-        self.stages = _stages(job)
-        self.found = Found.in_status(job.status)
-        self.notes: dict[Stage, Note] = {}
+        self.stages_with_old_pods = stages_with_old_pods
+        self.stages = _stages(finetunejob)
+        self.found = StageResults.in_status(finetunejob.status)
+        self.pending_reasons: dict[Stage, PendingReason] = {}
         self._actions: list[Action] = []
         self._events: list[Event] = []
         self._notices: list[Event] = []
-        self._looks: list[float] = []
+        self._delays: list[float] = []
 
-    def key(self, stage: Stage) -> str | None:
+    def stage_key(self, stage: Stage) -> str | None:
         """What tells this stage's Jobs from those of another spec."""
         if stage is Stage.PREPARE:
-            return str(self.job.generation)
+            return str(self.finetunejob.generation)
         return self.stages[stage].fingerprint
 
-    def runs_of(self, stage: Stage) -> list[ObservedJob]:
+    def jobs_of(self, stage: Stage) -> list[ObservedJob]:
         """The attempts at this stage for the spec as it is now, oldest first."""
-        key = self.key(stage)
-        return [run for run in self.runs if run.stage is stage and run.key == key]
+        key = self.stage_key(stage)
+        return [job for job in self.jobs if job.stage is stage and job.stage_key == key]
 
     def change(self, stage: Stage, **fields: Unpack[StageFields]) -> None:
         """Change fields of a stage."""
         self.stages[stage] = StageStatus.model_validate({**dict(self.stages[stage]), **fields})
 
-    def act(self, action: Action) -> None:
+    def add_action(self, action: Action) -> None:
         """Do this."""
         self._actions.append(action)
 
-    def tell(self, reason: str, message: str) -> None:
+    def add_event(self, reason: str, message: str) -> None:
         """Record that something happened as it should."""
         self._events.append(Event("Normal", str(reason), shorten(message)))
 
-    def warn(self, reason: str, message: str) -> None:
+    def add_warning(self, reason: str, message: str) -> None:
         """Record that something went wrong."""
         self._events.append(Event("Warning", str(reason), shorten(message)))
 
-    def announce(self, notice: Notice, scope: str) -> None:
+    def add_notice(self, notice: Notice, scope: str) -> None:
         """Record what the training noticed or did."""
         kind: Literal["Normal", "Warning"] = "Warning" if notice.warning else "Normal"
         self._notices.append(Event(kind, notice.code, shorten(notice.text), scope))
 
-    def look_again(self, seconds: float | None) -> None:
+    def requeue_after(self, seconds: float | None) -> None:
         """Make another pass after this time, though nothing may have happened."""
         if seconds is not None:
-            self._looks.append(seconds)
+            self._delays.append(seconds)
 
-    def stop_unclaimed(self) -> None:
+    def stop_obsolete_jobs(self) -> None:
         """Stop each Job at work that is not its stage's current attempt.
 
         This one rule stops Jobs of an earlier spec, of a stage that turned out to be done, of a
         stage that failed while its pod waited, and pods that are to be made anew.
         """
-        for run in self.runs:
-            if run.active and not run.deleting and not self._claimed(run):
-                self.act(StopJob(run.name, run.uid))
-                self.tell("StageStopped", f"Stopped {run.stage} (Job {run.name}).")
+        for job in self.jobs:
+            if job.active and not job.deleting and not self._is_current(job):
+                self.add_action(StopJob(job.name, job.uid))
+                self.add_event("StageStopped", f"Stopped {job.stage} (Job {job.name}).")
 
-    def finish(self, stage: Stage, outlook: Outlook) -> Plan:
+    def finish(self, stage: Stage, summary: Summary) -> Plan:
         """The plan, with the status that it leads to."""
-        previous, generation = self.job.status, self.job.generation
+        previous, generation = self.finetunejob.status, self.finetunejob.generation
         status = FineTuneJobStatus(
             observed_generation=generation,
-            phase=outlook.phase,
+            phase=summary.phase,
             stage=stage,
-            conditions=conditions(previous.conditions, outlook, generation, self.now),
+            conditions=conditions(previous.conditions, summary, generation, self.now),
             stages=tuple(self.stages.values()),
             artifacts=self.found.artifacts,
             manifest_uri=self.found.manifest_uri,
@@ -223,19 +223,19 @@ class Draft:
             actions=tuple(self._actions),
             notices=tuple(self._notices),
             events=tuple(self._events),
-            requeue_after=min(self._looks, default=None),
+            requeue_after=min(self._delays, default=None),
         )
 
-    def _claimed(self, run: ObservedJob) -> bool:
-        stage = self.stages[run.stage]
-        current = run.key == self.key(run.stage) and run.attempt == stage.attempt
+    def _is_current(self, job: ObservedJob) -> bool:
+        stage = self.stages[job.stage]
+        current = job.stage_key == self.stage_key(job.stage) and job.attempt == stage.attempt
         return stage.state is StageState.RUNNING and current
 
 
-def _stages(job: ObservedFineTuneJob) -> dict[Stage, StageStatus]:
+def _stages(finetunejob: ObservedFineTuneJob) -> dict[Stage, StageStatus]:
     """The stages as status remembers them; a new generation has `prepare` look at all anew."""
-    known = {stage.name: stage for stage in job.status.stages}
+    known = {stage.name: stage for stage in finetunejob.status.stages}
     stages = {name: known.get(name, StageStatus(name=name)) for name in Stage}
-    if job.status.observed_generation != job.generation:
+    if finetunejob.status.observed_generation != finetunejob.generation:
         stages[Stage.PREPARE] = StageStatus(name=Stage.PREPARE)
     return stages

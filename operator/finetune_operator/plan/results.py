@@ -9,15 +9,15 @@ from finetune_operator.api.finetunejob import ArtifactStatus, Lineage, StageStat
 from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
 from finetune_operator.plan.verdict import Done, Failure
-from finetune_operator.status import shortfall, timestamp
+from finetune_operator.status import quality_fault, timestamp
 from finetune_trainer.contract import Artifact, Notice, Resolved, Stage, StageResult
 
 OVER_LIMIT = "QualityLimitExceeded"  # the event of a file that `verify: warn` lets pass
 
 
-def take_in(draft: Draft, run: ObservedJob, done: Done) -> None:
+def record_success(draft: Draft, job: ObservedJob, done: Done) -> None:
     """Record that a stage succeeded, and what it said."""
-    stage, result = run.stage, done.result
+    stage, result = job.stage, done.result
     draft.change(
         stage,
         state=StageState.SUCCEEDED,
@@ -25,41 +25,41 @@ def take_in(draft: Draft, run: ObservedJob, done: Done) -> None:
         message=result.message or None if result else None,
         completion_time=timestamp(done.at),
     )
-    draft.tell("StageSucceeded", f"Finished {stage}: {result.message if result else 'done'}")
+    draft.add_event("StageSucceeded", f"Finished {stage}: {result.message if result else 'done'}")
     if result is not None and result.metrics:
         draft.found.metrics = dict(result.metrics)
     match stage:
         case Stage.PREPARE if result is not None and result.resolved is not None:
-            _resolve(draft, result, result.resolved)
+            _record_resolved(draft, result, result.resolved)
         case Stage.EXPORT:
-            _exported(draft, result, run.image)
-            warn_of_quality(draft, result, OVER_LIMIT)
+            _record_artifacts(draft, result, job.image)
+            warn_of_failed_files(draft, result, OVER_LIMIT)
 
 
-def show_published(draft: Draft, run: ObservedJob, failure: Failure) -> None:
+def record_published_files(draft: Draft, job: ObservedJob, failure: Failure) -> None:
     """Show what a failed export published all the same: the files that passed the quality gate,
     and those that it keeps apart."""
     result = failure.result
-    if run.stage is Stage.EXPORT and result is not None and result.manifest_uri is not None:
-        _exported(draft, result, run.image)
+    if job.stage is Stage.EXPORT and result is not None and result.manifest_uri is not None:
+        _record_artifacts(draft, result, job.image)
 
 
-def warn_of_quality(draft: Draft, result: StageResult | None, reason: str) -> bool:
+def warn_of_failed_files(draft: Draft, result: StageResult | None, reason: str) -> bool:
     """Record each file that the quality gate found fault with; whether there are any."""
     failed = [each for each in result.artifacts if each.failed] if result is not None else []
     for each in failed:
-        draft.warn(reason, shortfall(each.path, each.quality))
+        draft.add_warning(reason, quality_fault(each.path, each.quality))
     return bool(failed)
 
 
-def show_dataset(draft: Draft, run: ObservedJob) -> None:
+def record_dataset(draft: Draft, job: ObservedJob) -> None:
     """Show what `prepare` found in the dataset, whether or not that made it fail."""
-    result = run.pod.result if run.pod is not None else None
+    result = job.pod.result if job.pod is not None else None
     mine = result is not None and result.stage is Stage.PREPARE
     draft.found.dataset = result.dataset if result is not None and mine else None
 
 
-def _resolve(draft: Draft, result: StageResult, resolved: Resolved) -> None:
+def _record_resolved(draft: Draft, result: StageResult, resolved: Resolved) -> None:
     """Compare what `prepare` found with what status remembers, stage by stage."""
     complete = set(result.complete)
     if Stage.EXPORT in complete:
@@ -73,7 +73,7 @@ def _resolve(draft: Draft, result: StageResult, resolved: Resolved) -> None:
     if not kept[Stage.TRAIN] and not result.metrics:
         draft.found.metrics = {}
     if Stage.EXPORT in complete and not kept[Stage.EXPORT]:
-        _exported(draft, result, image=None)
+        _record_artifacts(draft, result, image=None)
 
 
 def _resolve_stage(draft: Draft, stage: Stage, resolved: Resolved, *, cached: bool) -> bool:
@@ -94,12 +94,12 @@ def _resolve_stage(draft: Draft, stage: Stage, resolved: Resolved, *, cached: bo
             message="The object store already holds the result.",
             completion_time=timestamp(draft.now),
         )
-        draft.tell("StageCached", f"The object store already holds the result of {stage}.")
+        draft.add_event("StageCached", f"The object store already holds the result of {stage}.")
     else:
         draft.stages[stage] = StageStatus(name=stage, fingerprint=fingerprint)
         # Attempts are numbered on from those whose Jobs have ended, since their numbers name them.
         # A Job at work is this very attempt, started before that could be written to status.
-        used = [run.attempt for run in draft.runs_of(stage) if run.finished or run.deleting]
+        used = [job.attempt for job in draft.jobs_of(stage) if job.finished or job.deleting]
         draft.change(stage, attempt=max([before.attempt if same else 0, *used]))
     return False
 
@@ -110,16 +110,16 @@ def _still_holds(draft: Draft, stage: StageStatus, *, cached: bool) -> bool:
     if stage.state is not StageState.SUCCEEDED:
         return False
     # The store has the last word, except on what came into it after `prepare` looked.
-    return cached or _later(stage.completion_time, draft.stages[Stage.PREPARE].start_time)
+    return cached or _is_later(stage.completion_time, draft.stages[Stage.PREPARE].start_time)
 
 
-def _later(one: str | None, other: str | None) -> bool:
+def _is_later(one: str | None, other: str | None) -> bool:
     if one is None or other is None:
         return False
     return datetime.fromisoformat(one) >= datetime.fromisoformat(other)
 
 
-def _exported(draft: Draft, result: StageResult | None, image: str | None) -> None:
+def _record_artifacts(draft: Draft, result: StageResult | None, image: str | None) -> None:
     """Show the artifacts and what they were made from."""
     folder = draft.spec.output.uri.rstrip("/")
     artifacts = result.artifacts if result else ()
@@ -151,24 +151,24 @@ def _artifact(folder: str, artifact: Artifact) -> ArtifactStatus:
 NOTICES_LIMIT = 50  # notices in status; further ones are in the log only
 
 
-def take_in_notices(draft: Draft) -> None:
+def record_notices(draft: Draft) -> None:
     """Announce and remember each notice about the present training that status doesn't hold."""
     known = draft.found.notices
-    fresh = [notice for notice in dict.fromkeys(_said(draft)) if notice not in known]
+    fresh = [notice for notice in dict.fromkeys(_reported_notices(draft)) if notice not in known]
     for notice in fresh[: max(NOTICES_LIMIT - len(known), 0)]:
-        draft.announce(notice, scope=draft.key(Stage.TRAIN) or "")
+        draft.add_notice(notice, scope=draft.stage_key(Stage.TRAIN) or "")
         known = (*known, notice)
     if fresh:
         draft.found.notices = known
 
 
-def _said(draft: Draft) -> Iterator[Notice]:
+def _reported_notices(draft: Draft) -> Iterator[Notice]:
     """Live, and with the last word of each attempt. The progress of an earlier training stands
     until the next one begins to report, so it counts only from a Job of this training."""
-    runs = draft.runs_of(Stage.TRAIN)
-    if draft.job.reported.job in {run.name for run in runs}:
-        yield from draft.job.reported.notices
-    for run in runs:
-        result = run.pod.result if run.pod is not None else None
+    jobs = draft.jobs_of(Stage.TRAIN)
+    if draft.finetunejob.reported.job in {job.name for job in jobs}:
+        yield from draft.finetunejob.reported.notices
+    for job in jobs:
+        result = job.pod.result if job.pod is not None else None
         if result is not None and result.stage is Stage.TRAIN:
             yield from result.notices

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from finetune_operator.api.finetunejob import StageStatus
 from finetune_operator.observe import Finish, ObservedJob, ObservedPod, Waiting
 from finetune_operator.plan.draft import Policy
-from finetune_operator.status import Note
+from finetune_operator.status import PendingReason
 from finetune_trainer.contract import ExitCode, Reason, Stage, StageResult
 
 KILLED = {137, 143}  # 128 + SIGKILL, 128 + SIGTERM
@@ -38,8 +38,8 @@ UNPULLABLE = {"InvalidImageName", "ErrImageNeverPull"}
 class Pending:
     """Not ended yet."""
 
-    note: Note | None = None
-    look_again: float | None = None
+    reason: PendingReason | None = None
+    requeue_after: float | None = None
     """Seconds after which the verdict may differ though nothing happened."""
 
     disruption: Failure | None = None
@@ -85,7 +85,7 @@ def judge(job: ObservedJob, stage: StageStatus, policy: Policy, now: datetime) -
     if pod.exit_code is not None or pod.phase == "Failed":
         return _ended(job, pod, now)
     if job.finished is not None:
-        return _without_last_word(job, policy, now)
+        return _without_pod_report(job, policy, now)
     return _not_started(job.stage, pod, policy, now)
 
 
@@ -121,7 +121,7 @@ def _failure(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
         return outside
     if result is not None:
         return Failure(result.reason, result.message, at, free=result.reason is Reason.STOPPED)
-    return _silent(stage, pod, at)
+    return _without_result(stage, pod, at)
 
 
 def _from_outside(stage: Stage, pod: ObservedPod, at: datetime) -> Failure | None:
@@ -137,12 +137,12 @@ def _from_outside(stage: Stage, pod: ObservedPod, at: datetime) -> Failure | Non
     return None
 
 
-def _silent(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
+def _without_result(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
     """A container that ended without a StageResult."""
     code = pod.exit_code
     if code is None:
         return Failure(Reason.INTERNAL_ERROR, f"The pod of {stage} failed before it ran.", at)
-    words = f": {pod.last_words}" if pod.last_words else "; its log may say why."
+    words = f": {pod.last_log_line}" if pod.last_log_line else "; its log may say why."
     known = {int(each) for each in ExitCode}
     reason = REASONS.get(ExitCode(code), Reason.INTERNAL_ERROR) if code in known else None
     message = f"{stage} ended with exit code {code}{words}"
@@ -181,23 +181,23 @@ def _without_pod(job: ObservedJob, stage: StageStatus, policy: Policy, now: date
         message, at = stage.message or "", job.finished_at or now
         return Failure(Reason(stage.reason), message, at, free=True)
     if job.finished is not None:
-        return _without_last_word(job, policy, now)
+        return _without_pod_report(job, policy, now)
     left = policy.pod_grace - (now - job.created)
     if left > timedelta():
-        return Pending(look_again=left.total_seconds())
+        return Pending(requeue_after=left.total_seconds())
     message = f"The Job {job.name} has no pod yet. `kubectl describe job {job.name}` may say why."
-    return Pending(Note("PodNotCreated", message, degraded=True))
+    return Pending(PendingReason("PodNotCreated", message, degraded=True))
 
 
-def _without_last_word(job: ObservedJob, policy: Policy, now: datetime) -> Verdict:
+def _without_pod_report(job: ObservedJob, policy: Policy, now: datetime) -> Verdict:
     """The Job has ended, but what its pod said is not there (yet, or any more)."""
     if job.finished is Finish.FAILED and job.pod is not None and job.pod.at_work:
         # Given up while its pod is on its way out, which may take its grace period.
-        return Pending(Note("Stopping", _stopping(job.stage, job.pod)))
+        return Pending(PendingReason("Stopping", _stopping(job.stage, job.pod)))
     at = job.finished_at or now
     left = policy.report_grace - (now - at)
     if left > timedelta():
-        return Pending(look_again=left.total_seconds())
+        return Pending(requeue_after=left.total_seconds())
     if job.finished is Finish.COMPLETE and job.stage is not Stage.PREPARE:
         return Done(None, at)
     message = f"The Job {job.name} ended, and its pod is gone with what it had to say."
@@ -205,7 +205,7 @@ def _without_last_word(job: ObservedJob, policy: Policy, now: datetime) -> Verdi
         return Failure(Reason.INTERNAL_ERROR, message, at)
     # A failure of the stage's own is counted as soon as its pod is seen to have ended. A pod that
     # nobody saw end was taken away.
-    free = job.pod is None and not job.broke_rule
+    free = job.pod is None and not job.failed_by_exit_code
     return Failure(Reason.POD_DISRUPTED, message, at, free=free)
 
 
@@ -224,21 +224,21 @@ def _waiting(
         return Failure(Reason.IMAGE_NOT_PULLED, _not_pulled(stage, pod, waiting), now)
     if waiting.reason in PULLING:
         message = _not_pulled(stage, pod, waiting)
-        return Pending(Note(Reason.IMAGE_NOT_PULLED, message, degraded=True))
+        return Pending(PendingReason(Reason.IMAGE_NOT_PULLED, message, degraded=True))
     missing = _missing_secret(stage, waiting)
     if missing is not None:
         return _secret_missing(missing, pod, policy, now)
     if waiting.reason.endswith("Error"):
         message = f"The pod of {stage} can't start ({waiting.reason}): {waiting.message}"
-        return Pending(Note(waiting.reason, message, degraded=True))
+        return Pending(PendingReason(waiting.reason, message, degraded=True))
     return Pending()
 
 
-def _unscheduled(stage: Stage, pod: ObservedPod) -> Note | None:
+def _unscheduled(stage: Stage, pod: ObservedPod) -> PendingReason | None:
     if pod.unschedulable is None:
         return None
     message = f"The pod of {stage} waits for a node: {pod.unschedulable}"
-    return Note(Reason.UNSCHEDULABLE, message)
+    return PendingReason(Reason.UNSCHEDULABLE, message)
 
 
 def _not_pulled(stage: Stage, pod: ObservedPod, waiting: Waiting) -> str:
@@ -264,7 +264,7 @@ def _missing_secret(stage: Stage, waiting: Waiting) -> str | None:
 def _secret_missing(missing: str, pod: ObservedPod, policy: Policy, now: datetime) -> Verdict:
     left = policy.secret_grace - (now - pod.since)
     if left > timedelta():
-        note = Note(Reason.SECRET_NOT_FOUND, f"{missing}. Create it.", degraded=True)
-        return Pending(note, look_again=left.total_seconds())
+        reason = PendingReason(Reason.SECRET_NOT_FOUND, f"{missing}. Create it.", degraded=True)
+        return Pending(reason, requeue_after=left.total_seconds())
     message = f"{missing}. Create it, then delete this FineTuneJob and apply it again."
     return Failure(Reason.SECRET_NOT_FOUND, message, now)

@@ -18,7 +18,7 @@ from finetune_operator.cluster import (
     UnavailableError,
 )
 from finetune_operator.monitoring import Metrics
-from finetune_operator.reconcile import SOON, Reconciler, Snapshot
+from finetune_operator.reconcile import STALE_RETRY_SECONDS, Reconciler, Snapshot
 from finetune_operator.settings import Settings
 from finetune_operator.status import timestamp
 from finetune_trainer.contract import Hardware, RunConfig
@@ -147,7 +147,7 @@ async def test_a_new_job_gets_its_children_then_its_status_then_its_events(world
 async def test_a_pass_over_what_this_process_has_already_changed_waits(world: World) -> None:
     await world.reconcile(KEY)
     world.cluster.calls.clear()
-    assert await world.reconcile(KEY) == SOON
+    assert await world.reconcile(KEY) == STALE_RETRY_SECONDS
     assert world.cluster.calls == []
     assert world.passes("stale") == 1
 
@@ -209,7 +209,7 @@ async def test_a_quota_is_told_to_the_user_and_tried_again(world: World) -> None
 
 async def test_a_status_that_changed_meanwhile_is_looked_at_again(world: World) -> None:
     world.cluster.failures["patch", "ml/support@7"] = ConflictError("changed")
-    assert await world.reconcile(KEY) == SOON
+    assert await world.reconcile(KEY) == STALE_RETRY_SECONDS
     assert world.calls("event") == []
 
 
@@ -281,7 +281,7 @@ async def test_a_notice_is_posted_before_the_status_remembers_it(world: World) -
 async def test_a_notice_whose_status_could_not_be_written_is_posted_again(world: World) -> None:
     training(world)
     world.cluster.failures["patch", "ml/support@7"] = ConflictError("changed")
-    assert await world.reconcile(KEY) == SOON
+    assert await world.reconcile(KEY) == STALE_RETRY_SECONDS
     world.cluster.failures.clear()
     await world.reconcile(KEY)
     # The same words in the same scope: to the API server that is one Event.
