@@ -1,7 +1,7 @@
 """What the cluster's objects say, parsed once into frozen values.
 
-Everything that knows how Kubernetes spells things is here: conditions, container states and the
-kubelet's reasons. So `plan` reads like the decision that it is.
+Only this module knows how Kubernetes writes conditions, container states and the kubelet's reasons,
+so that `plan` contains decisions alone.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from finetune_operator.api.base import (
 from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
 from finetune_trainer.contract import Notice, Stage, StageResult, describe
 
-# Reasons in a pod's status with which the node or the control plane took the pod away, or did not
-# let it in: nothing that the container did. Any `OutOf<resource>` belongs here as well.
+# Reasons in a pod's status for which the container is not to blame: the node or the control plane
+# removed the pod or did not admit it. `OutOf<resource>` is another, for any resource.
 DISRUPTIONS = {
     "Evicted",
     "NodeAffinity",
@@ -39,7 +39,7 @@ DISRUPTIONS = {
     "Terminated",
     "UnexpectedAdmissionError",
 }
-# The kubelet evicts as well when a pod outgrows its own limits: that is the pod's doing.
+# The kubelet also evicts a pod that exceeds its own limits, and then the pod is to blame.
 OVERGROWN = re.compile(r"exceeds the (total )?limit|exceeded its local ephemeral storage limit")
 ENDED = {"Succeeded", "Failed"}  # phases of a pod
 LOG_LINE_LIMIT = 300  # characters of a log line that is quoted to the user
@@ -60,7 +60,7 @@ class ObservedPod:
     name: str
     phase: str
     since: datetime
-    """When the kubelet took it on; before that, when it was created."""
+    """When the kubelet accepted it, or else when it was created."""
 
     image: str
     started: bool = False
@@ -71,28 +71,27 @@ class ObservedPod:
     finished_at: datetime | None = None
     result: StageResult | None = None
     last_log_line: str = ""
-    """The last line of the log, where the container left no StageResult."""
+    """The last line of the log, if the container left no StageResult."""
 
     oom_killed: bool = False
     out_of_disk: str | None = None
-    """The kubelet's words, where the pod outgrew its ephemeral storage."""
+    """The kubelet's message, if the pod exceeded its ephemeral storage."""
 
     disruption: str | None = None
-    """Who took the pod away and why, where the trainer is not to blame."""
+    """Who removed the pod and why, if the trainer is not to blame."""
 
     unschedulable: str | None = None
-    """The scheduler's words, while there is no node for it."""
+    """The scheduler's message, while no node fits."""
 
     deleting: bool = False
 
     @property
     def at_work(self) -> bool:
-        """Whether its trainer still runs; a pod that is being deleted has its grace period."""
+        """Whether its trainer still runs, maybe in the grace period of a deleted pod."""
         return self.started and self.exit_code is None and self.phase not in ENDED
 
 
 def observe_pod(raw: JsonObject) -> ObservedPod:
-    """Parse a pod."""
     meta, status = raw["metadata"], raw.get("status") or {}
     state = _trainer_state(status)
     ended = state.get("terminated") or {}
@@ -118,7 +117,7 @@ def observe_pod(raw: JsonObject) -> ObservedPod:
 
 
 def _trainer_state(status: JsonObject) -> JsonObject:
-    """State of the trainer's container; sidecars that others injected don't count."""
+    """The state of the trainer's container; injected sidecars don't count."""
     for container in status.get("containerStatuses") or []:
         if container["name"] == TRAINER_CONTAINER:
             return container.get("state") or {}
@@ -130,7 +129,7 @@ def _waiting(state: JsonObject) -> Waiting:
 
 
 def _last_log_line(message: str) -> str:
-    """The last line of a log: of a stack trace, the one that says what happened."""
+    """The last line of a log: in a stack trace, the one with the error."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return lines[-1][:LOG_LINE_LIMIT] if lines else ""
 
@@ -161,7 +160,7 @@ def _unschedulable(status: JsonObject) -> str | None:
 
 
 def true_conditions(status: JsonObject) -> list[JsonObject]:
-    """The conditions that hold, of any object's status."""
+    """The conditions of any object's status that are True."""
     return [c for c in status.get("conditions") or [] if c.get("status") == "True"]
 
 
@@ -174,17 +173,16 @@ def trainer_image(pod_spec: JsonObject) -> str:
 
 
 def created_at(raw: JsonObject) -> datetime:
-    """When an object was created."""
     return moment(raw["metadata"].get("creationTimestamp")) or datetime.min.replace(tzinfo=UTC)
 
 
 def moment(text: str | None) -> datetime | None:
-    """A time as Kubernetes writes it."""
+    """Parse a time as Kubernetes writes it."""
     return datetime.fromisoformat(text) if text else None
 
 
 class Finish(StrEnum):
-    """How a Job ended, named as its condition."""
+    """How a Job ended; the value is the type of its condition."""
 
     COMPLETE = "Complete"
     FAILED = "Failed"
@@ -202,14 +200,14 @@ class ObservedJob:
 
     attempt: int
     pod_settings: str
-    """Digest of the settings that its pods are made with."""
+    """Digest of the settings of its pods."""
 
     image: str
     created: datetime
     finished: Finish | None = None
     finished_at: datetime | None = None
     failed_by_exit_code: bool = False
-    """Whether its podFailurePolicy failed it, for an exit code that no further pod can change."""
+    """Whether an exit code in its podFailurePolicy failed it, which no further pod can change."""
 
     deleting: bool = False
     pod: ObservedPod | None = None
@@ -218,7 +216,7 @@ class ObservedJob:
 
     @property
     def active(self) -> bool:
-        """Whether it has not come to its end."""
+        """Whether it hasn't ended."""
         if self.deleting:
             return True
         ended = self.pod is not None and self.pod.exit_code is not None
@@ -226,8 +224,8 @@ class ObservedJob:
 
     @property
     def may_have_pod_at_work(self) -> bool:
-        """Whether a pod of it may be at work. A Job may have failed while its pod, on its way out,
-        still writes a checkpoint."""
+        """Whether one of its pods may be running: in a failed Job, the pod may still write a
+        checkpoint during its grace period."""
         return (
             self.active or self.earlier_pod_at_work or (self.pod is not None and self.pod.at_work)
         )
@@ -235,7 +233,7 @@ class ObservedJob:
 
 @dataclass(frozen=True)
 class ReportedProgress:
-    """What the operator reads of the trainer's `status.progress`."""
+    """The part of the trainer's `status.progress` that the operator reads."""
 
     job: str | None = None
     """The Job whose pod reports."""
@@ -254,7 +252,7 @@ class ObservedFineTuneJob:
     resource_version: str
     spec: FineTuneJobSpec | None
     spec_error: str | None
-    """Why the spec can't be used (it is None then)."""
+    """Why the spec is invalid; `spec` is None then."""
 
     status: FineTuneJobStatus
     """Without `progress`, which belongs to the trainer."""
@@ -264,7 +262,7 @@ class ObservedFineTuneJob:
 
 
 def observe_finetunejob(raw: JsonObject) -> ObservedFineTuneJob:
-    """Parse a FineTuneJob; a spec that an older CRD let through becomes `spec_error`."""
+    """Parse a FineTuneJob; an invalid spec, which an older CRD may admit, becomes `spec_error`."""
     meta = raw["metadata"]
     spec, error = None, None
     try:
@@ -288,7 +286,7 @@ def observe_finetunejob(raw: JsonObject) -> ObservedFineTuneJob:
 def observe_jobs(
     owner: str, jobs: Iterable[JsonObject], pods: Iterable[JsonObject]
 ) -> tuple[ObservedJob, ...]:
-    """The stage Jobs that a FineTuneJob (its uid) owns, oldest first, each with its newest pod."""
+    """The stage Jobs of the FineTuneJob with the uid `owner`, oldest first, each with its pods."""
     of_job: dict[str, list[JsonObject]] = {}
     for pod in sorted(pods, key=created_at):
         of_job.setdefault(controller_uid(pod), []).append(pod)
@@ -301,7 +299,7 @@ def observe_jobs(
 
 
 def stages_at_work(pods: Iterable[JsonObject]) -> frozenset[Stage]:
-    """The stages of which one of these pods still runs."""
+    """The stages that one of these pods still runs."""
     known = [(pod["metadata"].get("labels") or {}, pod) for pod in pods]
     return frozenset(
         Stage(bears[STAGE_LABEL])
@@ -319,8 +317,8 @@ def controller_uid(raw: Mapping[str, Any]) -> str:
 
 
 def _status(raw: JsonObject) -> FineTuneJobStatus:
-    # A status that can't be read (written by a newer operator) is like none: everything is looked
-    # at anew, and what the object store already holds is not done again.
+    # A status that can't be parsed (a newer operator wrote it) counts as none: `prepare` looks at
+    # everything again, and results that the object store holds are not computed again.
     fields = {key: value for key, value in (raw.get("status") or {}).items() if key != "progress"}
     try:
         return FineTuneJobStatus.model_validate(fields)
@@ -340,7 +338,7 @@ def _notice(raw: JsonObject) -> Notice | None:
     try:
         return Notice.model_validate(raw)
     except ValidationError:
-        return None  # of a newer trainer; it stands in the progress and in the log
+        return None  # from a newer trainer; progress and log have it
 
 
 def _is_stage_job(raw: JsonObject) -> bool:
@@ -354,7 +352,7 @@ def _is_stage_job(raw: JsonObject) -> bool:
 
 
 def _job(raw: JsonObject, pods: list[JsonObject]) -> ObservedJob:
-    """Its pods come oldest first."""
+    """Parse a Job; `pods` are its pods, oldest first."""
     meta, status = raw["metadata"], raw.get("status") or {}
     ended = next((c for c in true_conditions(status) if c["type"] in set(Finish)), None)
     return ObservedJob(

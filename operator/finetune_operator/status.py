@@ -1,8 +1,7 @@
-"""What status says: phase, conditions and the patch that writes them. Pure.
+"""Phase, conditions and messages in status, and the patch that writes them. Pure.
 
-Conditions follow the API conventions: CamelCase reasons, observedGeneration, and a
-lastTransitionTime that moves only when a condition's status does, so that `kubectl wait` and
-GitOps tools can rely on them.
+Conditions follow the API conventions, so `kubectl wait` and GitOps tools can rely on them: reasons
+are CamelCase words, and lastTransitionTime moves only when a condition's status changes.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ MESSAGE_LIMIT = 1024  # characters of a message in a condition, an event or a st
 
 @dataclass(frozen=True)
 class PendingReason:
-    """What a person should know while a stage waits."""
+    """Why a stage has to wait, for the conditions."""
 
     reason: str
     message: str
@@ -68,7 +67,7 @@ def working_summary(
     earlier_artifacts: bool,
     notices: Iterable[Notice] = (),
 ) -> Summary:
-    """A stage runs, or waits to; `notices` are the present training's."""
+    """A stage runs, or waits to run; `notices` are those of the current training."""
     phase = PHASES[stage.name]
     if stage.name is Stage.PREPARE and stage.state is StageState.PENDING and not stage.attempt:
         phase = Phase.PENDING
@@ -84,14 +83,14 @@ def working_summary(
 
 
 def failed_summary(phase_stage: StageStatus) -> Summary:
-    """The FineTuneJob has failed, and only another spec can change that."""
+    """A stage failed for good, and with it the FineTuneJob."""
     reason = phase_stage.reason or Reason.INTERNAL_ERROR
     message = phase_stage.message or ""
     return refused_summary(reason, message)
 
 
 def refused_summary(reason: str, message: str) -> Summary:
-    """The FineTuneJob has failed for a reason that needs no stage."""
+    """The FineTuneJob failed, and only another spec can change that."""
     return Summary(
         phase=Phase.FAILED,
         ready=ConditionValue(False, reason, message),
@@ -103,7 +102,6 @@ def refused_summary(reason: str, message: str) -> Summary:
 
 
 def succeeded_summary(message: str) -> Summary:
-    """The artifacts are there."""
     return Summary(
         phase=Phase.SUCCEEDED,
         ready=ConditionValue(True, Reason.SUCCEEDED, message),
@@ -115,7 +113,7 @@ def succeeded_summary(message: str) -> Summary:
 def conditions(
     previous: Iterable[Condition], summary: Summary, generation: int, now: datetime
 ) -> tuple[Condition, ...]:
-    """The three conditions; one that says what it said before keeps its transition time."""
+    """The three conditions; one whose status is unchanged keeps its transition time."""
     before = {condition.type: condition for condition in previous}
     claims = {
         "Ready": summary.ready,
@@ -130,7 +128,7 @@ def conditions(
 def status_patch(old: FineTuneJobStatus, new: FineTuneJobStatus) -> dict[str, Any]:
     """The merge patch from one status to the other; empty when they are the same.
 
-    `progress` is never in it: that field is the trainer's.
+    It never contains `progress`, which only the trainer writes.
     """
     return _merge_patch(_dump(old), _dump(new))
 
@@ -141,21 +139,22 @@ def timestamp(moment: datetime) -> str:
 
 
 def shorten(message: str) -> str:
-    """Cut a message that would bloat the object."""
+    """Cut a message at MESSAGE_LIMIT."""
     return message if len(message) <= MESSAGE_LIMIT else message[: MESSAGE_LIMIT - 1] + "…"
 
 
 def warnings_hint(notices: Iterable[Notice]) -> str:
-    """A hint to append to a message; empty where the training gave no warning.
+    """A sentence to append to a message; empty if the training gave no warning.
 
-    Such a training is not Degraded: it goes on, and its result is there for a person to judge.
+    A warning doesn't make the FineTuneJob Degraded: the training goes on, and a person can judge
+    its result.
     """
     codes = dict.fromkeys(notice.code for notice in notices if notice.warning)
     return f" The training warned of {', '.join(codes)}: see status.notices." if codes else ""
 
 
 def quality_fault(file: str, quality: Quality | None) -> str:
-    """What the quality gate found wrong with a file, in one sentence."""
+    """Why a file failed the quality gate, in one sentence."""
     if quality is None or not quality.over_limit:
         return f"{file} did not pass the checks; the manifest says why."
     return (
@@ -165,9 +164,9 @@ def quality_fault(file: str, quality: Quality | None) -> str:
 
 
 def quality_hint(artifacts: Iterable[ArtifactStatus]) -> str:
-    """A hint to append to a message; empty where every file passed the quality gate.
+    """A sentence to append to a message; empty if every file passed the quality gate.
 
-    With `verify: warn` only: otherwise such a file ends the job.
+    Only with `verify: warn`: otherwise such a file makes the FineTuneJob fail.
     """
     failed = [each for each in artifacts if each.quality is not None and not each.quality.passed]
     words = [quality_fault(each.uri.rpartition("/")[2], each.quality) for each in failed]
@@ -221,7 +220,7 @@ def _dump(status: FineTuneJobStatus) -> dict[str, Any]:
 
 
 def _merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """RFC 7386: what is gone becomes null, and objects are compared field by field."""
+    """RFC 7386: a removed field becomes null, and objects are compared field by field."""
     patch: dict[str, Any] = dict.fromkeys(old.keys() - new.keys())
     for key, value in new.items():
         before = old.get(key)

@@ -1,4 +1,4 @@
-"""`plan`: follow each stage's Job, take in what `prepare` found, start what is next."""
+"""`plan`: follow the Job of each stage, record its result, start the next stage."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def plan(
     *,
     stages_with_old_pods: frozenset[Stage] = frozenset(),
 ) -> Plan:
-    """Decide what leads from what is (job, runs) to the artifacts that the spec asks for.
+    """Decide what to do next to get the artifacts that the spec asks for.
 
-    `pod_settings` holds, per stage, the digest of the settings that its pods would get now;
-    `occupied` the stages at which a pod of an earlier FineTuneJob of this name is still at work.
+    `jobs` are the attempts so far. `pod_settings` maps each stage to the digest of the settings
+    that its pods would get now. In `stages_with_old_pods`, a pod of an earlier FineTuneJob of the
+    same name still runs.
     """
     if finetunejob.deleting or _is_settled(finetunejob):
         return Plan(finetunejob.status)
@@ -66,7 +67,7 @@ def _is_settled(finetunejob: ObservedFineTuneJob) -> bool:
 
 
 def _follow_stage(draft: Draft, stage: Stage) -> None:
-    """Take in what became of the stage's current attempt."""
+    """Record what has become of the current attempt at a stage."""
     job = _current_job(draft, stage)
     if job is None:
         return
@@ -94,7 +95,7 @@ def _follow_stage(draft: Draft, stage: Stage) -> None:
 
 
 def _remember_disruption(draft: Draft, stage: Stage, disruption: Failure) -> None:
-    """Keep in status how the pod ended: it may be gone by the time its Job has failed."""
+    """Keep in status how the pod ended: it may be gone by the time its Job fails."""
     message = shorten(disruption.message)
     draft.change(stage, reason=str(disruption.reason), message=message)
 
@@ -104,8 +105,8 @@ def _current_job(draft: Draft, stage: Stage) -> ObservedJob | None:
     if status.state is StageState.RUNNING:
         mine = [job for job in jobs if job.attempt == status.attempt]
         if not mine:
-            # Deleted by hand, or by its TTL while the operator was away. The same attempt is made
-            # again: should the Job merely not be visible yet, its name keeps it from being two.
+            # Somebody deleted the Job, or its TTL did while the operator was down. Start the same
+            # attempt again. If the watch just doesn't show the Job yet, its name prevents a second.
             _undo_start(draft, stage)
         return min(mine, key=lambda job: job.deleting, default=None)
     if status.state is StageState.PENDING:
@@ -114,7 +115,7 @@ def _current_job(draft: Draft, stage: Stage) -> ObservedJob | None:
 
 
 def _adopt(draft: Draft, stage: Stage, jobs: Sequence[ObservedJob]) -> ObservedJob | None:
-    """A Job that was started before its start could be written to status."""
+    """Find a Job that was started although status doesn't say so, and record it as running."""
     attempt = draft.stages[stage].attempt
     newer = [job for job in jobs if job.attempt > attempt and not job.deleting]
     newer = [job for job in newer if not _has_outdated_settings(draft, job)]
@@ -126,7 +127,7 @@ def _adopt(draft: Draft, stage: Stage, jobs: Sequence[ObservedJob]) -> ObservedJ
 
 
 def _has_outdated_settings(draft: Draft, job: ObservedJob) -> bool:
-    """Whether its pod would be made differently now, and hasn't done anything yet."""
+    """Whether the pod has not started yet and would get other settings now."""
     if job.finished is not None or job.deleting or (job.pod is not None and job.pod.started):
         return False
     return job.pod_settings != draft.pod_settings[job.stage]
@@ -145,7 +146,7 @@ def _mark_running(draft: Draft, stage: Stage, attempt: int, since: datetime) -> 
 
 
 def _undo_start(draft: Draft, stage: Stage) -> None:
-    """Undo the start of an attempt, which will be made again under the same number."""
+    """Undo the start of an attempt, so that it starts again under the same number."""
     attempt = draft.stages[stage].attempt - 1
     draft.change(stage, state=StageState.PENDING, attempt=attempt, start_time=None)
 
@@ -172,7 +173,7 @@ def _record_failure(draft: Draft, stage: Stage, failure: Failure) -> None:
 
 
 def _advance(draft: Draft) -> Plan:
-    """Start the first stage that is not done, unless it runs, waits or has failed."""
+    """Start the first stage that is not done, if it isn't running, waiting or failed."""
     left = [each for each in draft.stages.values() if each.state is not StageState.SUCCEEDED]
     if not left:
         draft.stop_obsolete_jobs()
@@ -204,7 +205,7 @@ def _start(draft: Draft, stage: Stage) -> None:
         return
     mine = any(job.stage is stage and job.may_have_pod_at_work for job in draft.jobs)
     if mine or stage in draft.stages_with_old_pods:
-        # Two at a time would write the same files, a training's checkpoints for one.
+        # Two pods at a time would write the same files, e.g. checkpoints.
         draft.pending_reasons[stage] = PendingReason(
             "Stopping", f"{stage} starts when its earlier pod has stopped."
         )
@@ -219,7 +220,7 @@ def _start(draft: Draft, stage: Stage) -> None:
 
 
 def _retry_delay(status: StageStatus, policy: Policy, now: datetime) -> timedelta:
-    """How long the next attempt has to wait still."""
+    """How long the next attempt still has to wait."""
     if status.reason is None or status.completion_time is None:
         return timedelta()
     pause = policy.retry_base * 2.0 ** min(status.attempt - 1, 16)
@@ -228,7 +229,6 @@ def _retry_delay(status: StageStatus, policy: Policy, now: datetime) -> timedelt
 
 
 def _halt_running_stages(draft: Draft) -> None:
-    """No stage goes on when the FineTuneJob has failed."""
     for stage, status in draft.stages.items():
         if status.state is StageState.RUNNING:
             draft.change(stage, state=StageState.PENDING, start_time=None)
@@ -249,7 +249,7 @@ def refuse(
     message: str,
     now: datetime,
 ) -> Plan:
-    """Fail for good, and stop what an earlier spec has started."""
+    """Fail for good, and stop all Jobs of an earlier spec."""
     message = shorten(message)
     known = {stage.name: stage for stage in finetunejob.status.stages}
     summary = refused_summary(reason, message)

@@ -1,4 +1,4 @@
-"""The plan while it is being made: the stages as they will stand, and what leads there."""
+"""The plan while it is being made, and the types that it consists of."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from finetune_trainer.contract import DatasetSummary, Notice, Resolved, Stage
 
 @dataclass(frozen=True)
 class StartStage:
-    """Make this attempt's Job, with all that it needs."""
+    """Create the Job of this attempt and the objects that it needs."""
 
     stage: Stage
     stage_key: str
@@ -46,43 +46,45 @@ Action = StartStage | StopJob
 
 @dataclass(frozen=True)
 class Event:
-    """What `kubectl describe` shows to have happened."""
+    """An Event about the FineTuneJob, as `kubectl describe` shows it."""
 
     type: Literal["Normal", "Warning"]
     reason: str
     message: str
     scope: str = ""
-    """What the words are about, where the same words may be said again of something else."""
+    """Tells apart events with the same words about different things."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do now, what to say, and when to look again if nothing happens before."""
+    """The actions, status and events that follow from one pass."""
 
     status: FineTuneJobStatus
     actions: tuple[Action, ...] = ()
     events: tuple[Event, ...] = ()
     requeue_after: float | None = None
+    """Seconds until the next pass, if nothing happens before."""
+
     notices: tuple[Event, ...] = ()
-    """Events to post before `status`, which remembers that they were, is written."""
+    """Events to post before `status` is written, since status remembers that they were posted."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """For how long the decision is patient."""
+    """How long to wait before a failure is declared, and between attempts."""
 
     secret_grace: timedelta = timedelta(seconds=30)
-    """A Secret may be created a little later than the job that names it."""
+    """A Secret may be created a little later than the FineTuneJob that names it."""
 
     report_grace: timedelta = timedelta(seconds=30)
-    """A Job's end may be seen before its pod's: the two are watched apart."""
+    """The end of a Job may be seen before the end of its pod, since they are watched separately."""
 
     pod_grace: timedelta = timedelta(seconds=30)
-    """After this the user is told that a Job still has no pod."""
+    """A Job without a pod is reported after this time."""
 
     retry_base: timedelta = timedelta(seconds=10)
     retry_cap: timedelta = timedelta(minutes=5)
-    """Further attempts follow after retry_base, doubled each time up to retry_cap."""
+    """The pause before an attempt: retry_base, doubled each time up to retry_cap."""
 
 
 class StageFields(TypedDict, total=False):
@@ -100,7 +102,7 @@ class StageFields(TypedDict, total=False):
 
 @dataclass
 class StageResults:
-    """What status holds of the stages' results, as it will be."""
+    """The part of status that holds the stages' results."""
 
     artifacts: tuple[ArtifactStatus, ...]
     manifest_uri: str | None
@@ -112,7 +114,6 @@ class StageResults:
 
     @classmethod
     def in_status(cls, status: FineTuneJobStatus) -> Self:
-        """As it is now."""
         return cls(
             artifacts=status.artifacts,
             manifest_uri=status.manifest_uri,
@@ -125,7 +126,7 @@ class StageResults:
 
 
 class Draft:
-    """Collects a plan; `finish` freezes it. Lives within one call of `plan`."""
+    """Collects a plan within one call of `plan`; `finish` freezes it."""
 
     def __init__(
         self,
@@ -154,47 +155,42 @@ class Draft:
         self._delays: list[float] = []
 
     def stage_key(self, stage: Stage) -> str | None:
-        """What tells this stage's Jobs from those of another spec."""
+        """The key by which the Jobs of this spec are known: fingerprint, or generation."""
         if stage is Stage.PREPARE:
             return str(self.finetunejob.generation)
         return self.stages[stage].fingerprint
 
     def jobs_of(self, stage: Stage) -> list[ObservedJob]:
-        """The attempts at this stage for the spec as it is now, oldest first."""
+        """The attempts at this stage for the current spec, oldest first."""
         key = self.stage_key(stage)
         return [job for job in self.jobs if job.stage is stage and job.stage_key == key]
 
     def change(self, stage: Stage, **fields: Unpack[StageFields]) -> None:
-        """Change fields of a stage."""
         self.stages[stage] = StageStatus.model_validate({**dict(self.stages[stage]), **fields})
 
     def add_action(self, action: Action) -> None:
-        """Do this."""
         self._actions.append(action)
 
     def add_event(self, reason: str, message: str) -> None:
-        """Record that something happened as it should."""
         self._events.append(Event("Normal", str(reason), shorten(message)))
 
     def add_warning(self, reason: str, message: str) -> None:
-        """Record that something went wrong."""
         self._events.append(Event("Warning", str(reason), shorten(message)))
 
     def add_notice(self, notice: Notice, scope: str) -> None:
-        """Record what the training noticed or did."""
         kind: Literal["Normal", "Warning"] = "Warning" if notice.warning else "Normal"
         self._notices.append(Event(kind, notice.code, shorten(notice.text), scope))
 
     def requeue_after(self, seconds: float | None) -> None:
-        """Make another pass after this time, though nothing may have happened."""
+        """Make another pass after this time, even if nothing happens; None: no need to."""
         if seconds is not None:
             self._delays.append(seconds)
 
     def stop_obsolete_jobs(self) -> None:
-        """Stop each Job at work that is not its stage's current attempt.
+        """Stop each active Job that is not the current attempt of its stage.
 
-        This one rule stops Jobs of an earlier spec, of a stage that turned out to be done, of a
-        stage that failed while its pod waited, and pods that are to be made anew.
+        This one rule covers Jobs of an earlier spec, Jobs of a stage that the store already holds,
+        Jobs of a stage that failed while its pod waited, and pods with outdated settings.
         """
         for job in self.jobs:
             if job.active and not job.deleting and not self._is_current(job):
@@ -202,7 +198,6 @@ class Draft:
                 self.add_event("StageStopped", f"Stopped {job.stage} (Job {job.name}).")
 
     def finish(self, stage: Stage, summary: Summary) -> Plan:
-        """The plan, with the status that it leads to."""
         previous, generation = self.finetunejob.status, self.finetunejob.generation
         status = FineTuneJobStatus(
             observed_generation=generation,
@@ -233,7 +228,7 @@ class Draft:
 
 
 def _stages(finetunejob: ObservedFineTuneJob) -> dict[Stage, StageStatus]:
-    """The stages as status remembers them; a new generation has `prepare` look at all anew."""
+    """The stages as status remembers them; a new generation starts again with `prepare`."""
     known = {stage.name: stage for stage in finetunejob.status.stages}
     stages = {name: known.get(name, StageStatus(name=name)) for name in Stage}
     if finetunejob.status.observed_generation != finetunejob.generation:

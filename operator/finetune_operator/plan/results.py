@@ -1,4 +1,4 @@
-"""What the stages' results and the training's notices mean for status and the next stages."""
+"""Record results of the stages and notices of the training in the draft."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from finetune_operator.plan.verdict import Done, Failure
 from finetune_operator.status import quality_fault, timestamp
 from finetune_trainer.contract import Artifact, Notice, Resolved, Stage, StageResult
 
-OVER_LIMIT = "QualityLimitExceeded"  # the event of a file that `verify: warn` lets pass
+OVER_LIMIT = "QualityLimitExceeded"  # the event about a file that `verify: warn` lets pass
+NOTICES_LIMIT = 50  # notices in status; the log has the others
 
 
 def record_success(draft: Draft, job: ObservedJob, done: Done) -> None:
-    """Record that a stage succeeded, and what it said."""
     stage, result = job.stage, done.result
     draft.change(
         stage,
@@ -37,15 +37,15 @@ def record_success(draft: Draft, job: ObservedJob, done: Done) -> None:
 
 
 def record_published_files(draft: Draft, job: ObservedJob, failure: Failure) -> None:
-    """Show what a failed export published all the same: the files that passed the quality gate,
-    and those that it keeps apart."""
+    """Show the files that an export published although it failed: those that passed the quality
+    gate, and those below `rejected/`."""
     result = failure.result
     if job.stage is Stage.EXPORT and result is not None and result.manifest_uri is not None:
         _record_artifacts(draft, result, job.image)
 
 
 def warn_of_failed_files(draft: Draft, result: StageResult | None, reason: str) -> bool:
-    """Record each file that the quality gate found fault with; whether there are any."""
+    """Warn of each file that failed the quality gate; return whether there are any."""
     failed = [each for each in result.artifacts if each.failed] if result is not None else []
     for each in failed:
         draft.add_warning(reason, quality_fault(each.path, each.quality))
@@ -53,17 +53,17 @@ def warn_of_failed_files(draft: Draft, result: StageResult | None, reason: str) 
 
 
 def record_dataset(draft: Draft, job: ObservedJob) -> None:
-    """Show what `prepare` found in the dataset, whether or not that made it fail."""
+    """Show what `prepare` found in the dataset, also if it failed because of that."""
     result = job.pod.result if job.pod is not None else None
     mine = result is not None and result.stage is Stage.PREPARE
     draft.found.dataset = result.dataset if result is not None and mine else None
 
 
 def _record_resolved(draft: Draft, result: StageResult, resolved: Resolved) -> None:
-    """Compare what `prepare` found with what status remembers, stage by stage."""
+    """Compare the fingerprints that `prepare` computed with those in status, stage by stage."""
     complete = set(result.complete)
     if Stage.EXPORT in complete:
-        complete.add(Stage.TRAIN)  # the adapter is needed for an export only
+        complete.add(Stage.TRAIN)  # only an export needs the adapter
     draft.found.resolved = resolved
     draft.change(Stage.PREPARE, fingerprint=resolved.fingerprints.prepare)
     kept = {
@@ -77,7 +77,7 @@ def _record_resolved(draft: Draft, result: StageResult, resolved: Resolved) -> N
 
 
 def _resolve_stage(draft: Draft, stage: Stage, resolved: Resolved, *, cached: bool) -> bool:
-    """Bring one stage in line; whether what status says of it was kept."""
+    """Update one stage; return whether its status stayed as it was."""
     before = draft.stages[stage]
     fingerprint: str = getattr(resolved.fingerprints, stage)
     same = before.fingerprint == fingerprint
@@ -97,8 +97,8 @@ def _resolve_stage(draft: Draft, stage: Stage, resolved: Resolved, *, cached: bo
         draft.add_event("StageCached", f"The object store already holds the result of {stage}.")
     else:
         draft.stages[stage] = StageStatus(name=stage, fingerprint=fingerprint)
-        # Attempts are numbered on from those whose Jobs have ended, since their numbers name them.
-        # A Job at work is this very attempt, started before that could be written to status.
+        # The number of an attempt is part of its Job's name, so skip those of ended Jobs. An active
+        # Job is the next attempt itself: it was started before status could be written.
         used = [job.attempt for job in draft.jobs_of(stage) if job.finished or job.deleting]
         draft.change(stage, attempt=max([before.attempt if same else 0, *used]))
     return False
@@ -109,7 +109,7 @@ def _still_holds(draft: Draft, stage: StageStatus, *, cached: bool) -> bool:
         return True
     if stage.state is not StageState.SUCCEEDED:
         return False
-    # The store has the last word, except on what came into it after `prepare` looked.
+    # The store decides, except about a result that was written after `prepare` looked.
     return cached or _is_later(stage.completion_time, draft.stages[Stage.PREPARE].start_time)
 
 
@@ -120,7 +120,6 @@ def _is_later(one: str | None, other: str | None) -> bool:
 
 
 def _record_artifacts(draft: Draft, result: StageResult | None, image: str | None) -> None:
-    """Show the artifacts and what they were made from."""
     folder = draft.spec.output.uri.rstrip("/")
     artifacts = result.artifacts if result else ()
     manifest = result.manifest_uri if result else None
@@ -148,11 +147,8 @@ def _artifact(folder: str, artifact: Artifact) -> ArtifactStatus:
     )
 
 
-NOTICES_LIMIT = 50  # notices in status; further ones are in the log only
-
-
 def record_notices(draft: Draft) -> None:
-    """Announce and remember each notice about the present training that status doesn't hold."""
+    """Post each notice of the current training that is not in status yet, and add it there."""
     known = draft.found.notices
     fresh = [notice for notice in dict.fromkeys(_reported_notices(draft)) if notice not in known]
     for notice in fresh[: max(NOTICES_LIMIT - len(known), 0)]:
@@ -163,8 +159,11 @@ def record_notices(draft: Draft) -> None:
 
 
 def _reported_notices(draft: Draft) -> Iterator[Notice]:
-    """Live, and with the last word of each attempt. The progress of an earlier training stands
-    until the next one begins to report, so it counts only from a Job of this training."""
+    """The notices in the live progress, and in the result of each attempt.
+
+    The progress of an earlier training stays until the next one reports. So it counts only if a
+    Job of this training wrote it.
+    """
     jobs = draft.jobs_of(Stage.TRAIN)
     if draft.finetunejob.reported.job in {job.name for job in jobs}:
         yield from draft.finetunejob.reported.notices

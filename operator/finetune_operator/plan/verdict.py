@@ -1,4 +1,4 @@
-"""What a stage's Job amounts to: still waiting, done, or failed and for which reason."""
+"""Judge one attempt at a stage: still pending, done, or failed, and why."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune_trainer.contract import ExitCode, Reason, Stage, StageResult
 
 KILLED = {137, 143}  # 128 + SIGKILL, 128 + SIGTERM
 
-# What an exit code says where the container left no StageResult.
+# The reason behind an exit code, if the container left no StageResult.
 REASONS = {
     ExitCode.BAD_INPUT: Reason.DATASET_UNREADABLE,
     ExitCode.BAD_CONFIG: Reason.INVALID_CONFIG,
@@ -25,11 +25,11 @@ REASONS = {
     ExitCode.QUALITY_GATE: Reason.QUALITY_GATE_FAILED,
 }
 
-# The kubelet's words for a reference to a Secret that it can't follow.
+# What the kubelet says when a Secret or its key is missing.
 SECRET_MISSING = re.compile(r'secret "(?P<name>[^"]+)" not found', re.IGNORECASE)
 KEY_MISSING = re.compile(r"find key (?P<key>\S+) in Secret \S*?/(?P<name>\S+)", re.IGNORECASE)
 
-# The kubelet goes on trying to pull; these two it can't cure.
+# The kubelet keeps trying to pull an image, but a retry can't help in the last two cases.
 PULLING = {"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "ImageInspectError"}
 UNPULLABLE = {"InvalidImageName", "ErrImageNeverPull"}
 
@@ -40,10 +40,10 @@ class Pending:
 
     reason: PendingReason | None = None
     requeue_after: float | None = None
-    """Seconds after which the verdict may differ though nothing happened."""
+    """Seconds after which the verdict may differ even if nothing happens."""
 
     disruption: Failure | None = None
-    """How its pod ended. The Job makes another pod, or fails when this one is gone already."""
+    """How its pod ended. The Job creates another pod, or fails after this one is gone."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Done:
     """Ended well."""
 
     result: StageResult | None
-    """None where the pod's word was lost, but not its exit code."""
+    """None if the pod's result was lost, but not its exit code."""
 
     at: datetime
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Ended badly, or can't begin."""
+    """Failed, or unable to start."""
 
     reason: Reason
     message: str
@@ -67,19 +67,19 @@ class Failure:
     """Whether the attempt doesn't count against backoffLimit."""
 
     result: StageResult | None = None
-    """What the stage said, where it counts for good."""
+    """The stage's own result, if no retry can change it."""
 
 
 Verdict = Pending | Done | Failure
 
 
 def judge(job: ObservedJob, stage: StageStatus, policy: Policy, now: datetime) -> Verdict:
-    """Read one attempt's Job and pod; `stage` remembers the disruption of an earlier pass."""
+    """Judge one attempt by its Job and pod; `stage` holds a disruption seen in an earlier pass."""
     pod = job.pod
     if pod is not None and pod.exit_code == ExitCode.SUCCEEDED:
         return _succeeded(job.stage, pod, now)
     if job.deleting:
-        return Pending()  # whatever its pod says, someone is taking it away
+        return Pending()  # the Job is being deleted: wait until it is gone
     if pod is None:
         return _without_pod(job, stage, policy, now)
     if pod.exit_code is not None or pod.phase == "Failed":
@@ -102,9 +102,9 @@ def _succeeded(stage: Stage, pod: ObservedPod, now: datetime) -> Verdict:
 def _ended(job: ObservedJob, pod: ObservedPod, now: datetime) -> Verdict:
     failure = _failure(job.stage, pod, pod.finished_at or now)
     if failure.free and job.finished is None:
-        # Where the Job's podFailurePolicy ignores disruptions, its controller makes another pod
-        # within the same attempt; old controllers replace each pod that is deleted. Today's let
-        # the Job fail when the pod is gone. Only a Job that has failed is given up.
+        # The Job may create another pod within the same attempt: after a disruption that its
+        # podFailurePolicy ignores, and on old servers after each deletion. Today's servers let the
+        # Job fail after a deletion, but only when the pod is gone. So wait for the Job.
         return Pending(disruption=failure)
     return failure
 
@@ -112,9 +112,9 @@ def _ended(job: ObservedJob, pod: ObservedPod, now: datetime) -> Verdict:
 def _failure(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
     result = pod.result
     if result is not None and result.reason is Reason.SUCCEEDED:
-        result = None  # it said so, and then its exit code said otherwise
+        result = None  # the exit code contradicts it
     if result is not None and not result.reason.retryable:
-        # It holds whoever took the pod away.
+        # True whether or not the pod was disrupted as well.
         return Failure(result.reason, result.message, at, result=result)
     outside = _from_outside(stage, pod, at)
     if outside is not None:
@@ -125,7 +125,7 @@ def _failure(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
 
 
 def _from_outside(stage: Stage, pod: ObservedPod, at: datetime) -> Failure | None:
-    """What the node and the control plane say, which the trainer couldn't know."""
+    """A cause that only the node or the control plane knows."""
     if pod.out_of_disk is not None:
         return Failure(Reason.OUT_OF_DISK, _out_of_disk(stage, pod.out_of_disk), at)
     if pod.disruption is not None:
@@ -138,7 +138,7 @@ def _from_outside(stage: Stage, pod: ObservedPod, at: datetime) -> Failure | Non
 
 
 def _without_result(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
-    """A container that ended without a StageResult."""
+    """Judge a container that ended without a StageResult by its exit code."""
     code = pod.exit_code
     if code is None:
         return Failure(Reason.INTERNAL_ERROR, f"The pod of {stage} failed before it ran.", at)
@@ -190,9 +190,9 @@ def _without_pod(job: ObservedJob, stage: StageStatus, policy: Policy, now: date
 
 
 def _without_pod_report(job: ObservedJob, policy: Policy, now: datetime) -> Verdict:
-    """The Job has ended, but what its pod said is not there (yet, or any more)."""
+    """The Job has ended, but the pod's result isn't visible: not yet, or no longer."""
     if job.finished is Finish.FAILED and job.pod is not None and job.pod.at_work:
-        # Given up while its pod is on its way out, which may take its grace period.
+        # The pod may use its grace period to stop.
         return Pending(PendingReason("Stopping", _stopping(job.stage, job.pod)))
     at = job.finished_at or now
     left = policy.report_grace - (now - at)
@@ -203,8 +203,8 @@ def _without_pod_report(job: ObservedJob, policy: Policy, now: datetime) -> Verd
     message = f"The Job {job.name} ended, and its pod is gone with what it had to say."
     if job.finished is Finish.COMPLETE:
         return Failure(Reason.INTERNAL_ERROR, message, at)
-    # A failure of the stage's own is counted as soon as its pod is seen to have ended. A pod that
-    # nobody saw end was taken away.
+    # A pod that fails by itself stays, so its failure is seen and counted. If the pod is gone and
+    # its end was never seen, somebody took it away.
     free = job.pod is None and not job.failed_by_exit_code
     return Failure(Reason.POD_DISRUPTED, message, at, free=free)
 
