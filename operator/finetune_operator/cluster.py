@@ -1,7 +1,7 @@
-"""The only place that talks to the API server (watching aside, which is Kopf's).
+"""The only module that talks to the API server, except for Kopf's watches.
 
-Objects go in and come out as plain dicts. The client's exceptions leave as ClusterErrors, so that
-`reconcile` decides by type whether to wait, to look again or to tell the user.
+Objects are plain dicts. The client's exceptions are converted to ClusterErrors, so that `reconcile`
+decides by type whether to wait, to look again or to tell the user.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from finetune_trainer.contract import GROUP, PLURAL, VERSION
 
 
 class OperatorError(Exception):
-    """Anything that the operator reports by its message alone."""
+    """An error whose message is enough, without a stack trace."""
 
 
 class ClusterError(OperatorError):
-    """The API server refused a request or couldn't be asked."""
+    """The API server refused a request, or couldn't be reached."""
 
     def __init__(self, message: str, detail: str = "") -> None:
         super().__init__(message)
         self.detail = detail or message
-        """The API server's own words, without the request."""
+        """The API server's message, without the request."""
 
 
 class NotFoundError(ClusterError):
-    """The object isn't there."""
+    """The object doesn't exist."""
 
 
 class AlreadyExistsError(ClusterError):
-    """An object of that name is there already."""
+    """An object of that name exists already."""
 
 
 class ConflictError(ClusterError):
@@ -50,11 +50,11 @@ class ConflictError(ClusterError):
 
 
 class InvalidError(ClusterError):
-    """The API server calls the object invalid; sending it again can't help."""
+    """The API server calls the object invalid, so a retry can't help."""
 
 
 class ForbiddenError(ClusterError):
-    """RBAC, a quota or an admission rule says no."""
+    """RBAC, a quota or an admission rule refused the request."""
 
 
 class UnavailableError(ClusterError):
@@ -77,7 +77,7 @@ WATCHED = {KIND: "", "Job": CHILDREN_SELECTOR, "Pod": CHILDREN_SELECTOR}
 MERGE_PATCH = "application/merge-patch+json"
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
 PAGE = 500
-NODES_SECONDS = 60.0  # for so long the nodes' labels are taken for what they were
+NODES_SECONDS = 60.0  # node labels are cached for this long
 
 ERROR_BY_STATUS: dict[int, type[ClusterError]] = {
     400: InvalidError,
@@ -90,7 +90,7 @@ ERROR_BY_STATUS: dict[int, type[ClusterError]] = {
 
 @dataclass(frozen=True)
 class Credentials:
-    """How to reach the API server, for whoever else does."""
+    """How Kopf reaches the API server."""
 
     server: str
     ca_file: str | None
@@ -133,7 +133,7 @@ class Cluster:
         )
 
     async def create(self, body: JsonObject) -> JsonObject:
-        """Create an object; raises AlreadyExistsError where one of its name is there."""
+        """Create an object; raises AlreadyExistsError if one of its name exists."""
         return await self._request("POST", _path(body["kind"], body["metadata"]), body=body)
 
     async def get(self, kind: str, namespace: str, name: str) -> JsonObject:
@@ -141,7 +141,7 @@ class Cluster:
         return await self._request("GET", f"{_path(kind, {'namespace': namespace})}/{name}")
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
-        """Delete this very Job and its pods, the pods first; fine if it is gone."""
+        """Delete the Job with this uid, after its pods; no error if it is gone."""
         body = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
@@ -152,7 +152,7 @@ class Cluster:
         try:
             await self._request("DELETE", path, body=body)
         except (NotFoundError, ConflictError):
-            return  # it is gone, or another one has its name by now
+            return  # it is gone, or its name belongs to another Job by now
 
     async def patch_status(
         self, namespace: str, name: str, resource_version: str, patch: Mapping[str, Any]
@@ -175,9 +175,9 @@ class Cluster:
         message: str,
         scope: str = "",
     ) -> None:
-        """Record an Event about a FineTuneJob; saying the same again only renews its time.
+        """Record an Event about a FineTuneJob; the same Event again only renews its time.
 
-        The same words in another `scope` are another Event.
+        The same words with another `scope` are another Event.
         """
         event = _event(about, kind, reason, message, scope)
         try:
@@ -189,7 +189,7 @@ class Cluster:
             await self._request("PATCH", path, body=again, content_type=MERGE_PATCH)
 
     async def node_labels(self, label: str) -> tuple[Mapping[str, str], ...]:
-        """Labels of the nodes that bear this one, up to a minute old; raises ForbiddenError."""
+        """Labels of the nodes that have this one, up to a minute old; raises ForbiddenError."""
         when, known = self._nodes.get(label, (0.0, ()))
         if label not in self._nodes or time.monotonic() - when > NODES_SECONDS:
             found = [node["metadata"]["labels"] async for node in self._list("Node", "", label)]
@@ -292,7 +292,7 @@ def _convert(error: client.ApiException, what: str) -> ClusterError:
 
 
 def _status(body: str | bytes | None) -> Mapping[str, Any]:
-    """The meta/v1 Status that comes with a refusal."""
+    """The meta/v1 Status in the body of a refusal."""
     try:
         status = json.loads(body or "{}")
     except ValueError:
@@ -303,7 +303,7 @@ def _status(body: str | bytes | None) -> Mapping[str, Any]:
 def _event(
     about: Mapping[str, Any], kind: str, reason: str, message: str, scope: str = ""
 ) -> JsonObject:
-    # The name is a function of what is said, so that saying it twice is one Event.
+    # The name is a function of the words, so that the same words twice are one Event.
     words = "/".join((about["uid"], *([scope] if scope else []), reason, message))
     said = hashlib.sha256(words.encode()).hexdigest()[:16]
     name = f"{about['name'][:200].rstrip('-.')}.{said}"

@@ -1,8 +1,8 @@
-"""Kopf's side: what is watched is indexed, and each event becomes a key for the work queue.
+"""The part that uses Kopf: index what is watched, and queue a key for each event.
 
-Nothing is decided here. The handlers are `on.event` ones, the only kind that writes nothing to
-the user's object: no finalizer that would hold up its deletion, no annotation that a GitOps tool
-would see as drift.
+Nothing is decided here. All handlers are `on.event` ones, since only they write nothing to the
+user's object: no finalizer that blocks its deletion, and no annotation that a GitOps tool takes for
+drift.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Index = Mapping[str, Iterable[JsonObject]]
 
 
 class Watches:
-    """The registry for Kopf, and what its indexes hold."""
+    """Registers handlers and indexes with Kopf, and reads the indexes."""
 
     def __init__(self, cluster: Cluster, add: Callable[[str], None]) -> None:
         self.registry = kopf.OperatorRegistry()
         self.synced = False
-        """Whether Kopf has called a handler, which it does when all its indexes are filled."""
+        """Whether Kopf has called a handler, which it does after all indexes are filled."""
 
         self._cluster = cluster
         self._add = add
@@ -50,7 +50,7 @@ class Watches:
         self._register()
 
     def snapshot(self, key: str) -> Snapshot | None:
-        """All that is known of one FineTuneJob; None when it is gone."""
+        """What the watches show of one FineTuneJob and its children; None if it is gone."""
         found = self._present(self._finetunejobs, key)
         if not found:
             return None
@@ -67,11 +67,10 @@ class Watches:
         )
 
     def keys(self) -> list[str]:
-        """All FineTuneJobs."""
         return list(self._finetunejobs)
 
     async def problem(self, namespaces: tuple[str, ...]) -> str:
-        """Why the watches can't be relied on; empty when they can."""
+        """Why the watches can't be relied on; empty if they can."""
         try:
             some = await self._cluster.any_finetunejob(namespaces)
         except ClusterError as error:
@@ -81,10 +80,10 @@ class Watches:
         return ""
 
     async def resync(self, namespaces: tuple[str, ...]) -> None:
-        """Drop what is gone though no watch said so, and have every FineTuneJob looked at.
+        """Ignore indexed objects that no longer exist, and queue every FineTuneJob.
 
-        After a watch was broken for long, Kopf lists anew, but keeps in its indexes what has
-        vanished in the meantime.
+        If a watch was broken for long, Kopf lists everything again, but its indexes keep objects
+        that were deleted in the meantime.
         """
         known = {
             raw["metadata"]["uid"]
@@ -144,15 +143,15 @@ class Watches:
 
 
 def kopf_settings(settings: kopf.OperatorSettings, request_seconds: float) -> None:
-    """Keep Kopf to watching: no events posted, no scanning (which would need more rights)."""
+    """Limit Kopf to watching: it posts no events, and doesn't scan, which needs more rights."""
     settings.posting.enabled = False
     settings.scanning.disabled = True
     settings.peering.standalone = True
     settings.networking.request_timeout = request_seconds
     settings.networking.connect_timeout = min(10.0, request_seconds)
-    # Short pauses, so that little is missed once a server that was away is back.
+    # Short pauses, so that watching resumes soon after an outage of the API server.
     settings.networking.error_backoffs = (1, 1, 2, 3, 5, 5, 5, 5, 5, 5, 5, 5)
-    # Servers send a bookmark every minute: a watch that is silent for longer is dead.
+    # The API server sends a bookmark every minute, so a watch that is silent for longer is dead.
     settings.watching.inactivity_timeout = 90.0
     settings.watching.label_selectors[JOBS] = CHILDREN_SELECTOR
     settings.watching.label_selectors[PODS] = CHILDREN_SELECTOR
@@ -169,7 +168,7 @@ async def _index_job(body: kopf.Body, **_: Any) -> dict[str, JsonObject]:
 
 
 async def _index_pod(namespace: str | None, body: kopf.Body, **_: Any) -> dict[str, JsonObject]:
-    """By the uid of the FineTuneJob, and by its name, which another one may have later."""
+    """Index by the uid of the FineTuneJob, and by its name, which a later one may have too."""
     raw = dict(body)
     name = (body["metadata"].get("annotations") or {}).get(FINETUNEJOB_NAME_ANNOTATION)
     by_name = {f"{namespace}/{name}": raw} if name else {}

@@ -49,7 +49,7 @@ async def serve(settings: Settings) -> None:
 
 
 async def _check(cluster: Cluster, settings: Settings) -> None:
-    """Fail at once where the API server is out of reach or doesn't know the Kind."""
+    """Fail at once if the API server can't be reached or doesn't serve the Kind."""
     try:
         await cluster.any_finetunejob(settings.namespaces)
     except NotFoundError as error:
@@ -59,7 +59,7 @@ async def _check(cluster: Cluster, settings: Settings) -> None:
 
 
 class _Operator:
-    """The running parts, wired together."""
+    """Connects the watches, the work queue, the reconciler and the probes."""
 
     def __init__(self, cluster: Cluster, settings: Settings, metrics: Metrics) -> None:
         self._cluster = cluster
@@ -79,7 +79,7 @@ class _Operator:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._queue.run(self._settings.workers))
             resync = group.create_task(self._resync())
-            # Kopf ends all tasks that begin after it does: these two begin before.
+            # Kopf cancels all tasks that start after it, so let these two start first.
             await asyncio.sleep(0)
             try:
                 await kopf.operator(

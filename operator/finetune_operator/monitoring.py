@@ -1,4 +1,4 @@
-"""How others see whether the operator works: Prometheus metrics, and the kubelet's probes."""
+"""Metrics for Prometheus, and probes for the kubelet."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-# Most passes only look; one that starts a stage makes half a dozen requests.
+# Most passes make no request; one that starts a stage makes half a dozen.
 BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 30.0)
 UNKNOWN = "Unknown"
-READINESS_SECONDS = 5.0  # for so long the answer to the readiness probe counts
+READINESS_SECONDS = 5.0  # the readiness probe reuses a good answer for this long
 
 
 class Metrics:
-    """What a person on call asks first: is it working, is it failing, what is waiting."""
+    """Counts passes and FineTuneJobs, in a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -33,7 +33,7 @@ class Metrics:
             buckets=BUCKETS,
             registry=self.registry,
         )
-        self._jobs = Gauge(
+        self._finetunejobs = Gauge(
             "finetune_jobs", "FineTuneJobs, by phase", ["phase"], registry=self.registry
         )
 
@@ -43,18 +43,17 @@ class Metrics:
         self._duration.observe(seconds)
 
     def in_phase(self, key: str, phase: str | None) -> None:
-        """Remember the phase that a FineTuneJob is in."""
         phase = phase or UNKNOWN
         if self._phases.get(key) != phase:
             self.forget(key)
             self._phases[key] = phase
-            self._jobs.labels(phase).inc()
+            self._finetunejobs.labels(phase).inc()
 
     def forget(self, key: str) -> None:
         """Stop counting a FineTuneJob that is gone."""
         phase = self._phases.pop(key, None)
         if phase is not None:
-            self._jobs.labels(phase).dec()
+            self._finetunejobs.labels(phase).dec()
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
@@ -75,7 +74,6 @@ class Probes:
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[None]:
-        """Answer for as long as the context lasts."""
         app = web.Application()
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
@@ -89,7 +87,7 @@ class Probes:
             await runner.cleanup()
 
     async def _healthz(self, _: web.Request) -> web.Response:
-        # That the event loop answers is the point: a failed part ends the process.
+        # An answer proves that the event loop works; a failure elsewhere ends the process.
         return web.Response(text="ok\n")
 
     async def _readyz(self, _: web.Request) -> web.Response:

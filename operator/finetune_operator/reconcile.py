@@ -1,8 +1,8 @@
 """One pass over one FineTuneJob: observe, plan, apply, status.
 
-A pass is level-based: it looks at what is, not at what happened, and a pass that finds nothing to
-change calls nothing. All memory of what was decided is in the object's status. What is kept here
-only bridges the moment until the watches show what this process itself has written.
+A pass is level-based: it looks at the current state, not at what happened. A pass that finds
+nothing to change makes no request. Decisions are remembered in the object's status only. The
+process itself remembers its own writes until the watches show them.
 """
 
 from __future__ import annotations
@@ -42,10 +42,8 @@ from finetune_trainer.contract import Reason, Stage
 
 logger = logging.getLogger(__name__)
 
-STALE_RETRY_SECONDS = (
-    1.0  # seconds until a pass that found the object changed under its hands is repeated
-)
-OWN_WRITES_SECONDS = 60.0  # no watch is that late; whoever is, is not believed any more
+STALE_RETRY_SECONDS = 1.0  # until the next pass, if the object changed during this one
+OWN_WRITES_SECONDS = 60.0  # after this time the watches are expected to show an own write
 
 
 @dataclass(frozen=True)
@@ -56,28 +54,29 @@ class Snapshot:
     jobs: tuple[JsonObject, ...]
     pods: tuple[JsonObject, ...]
     earlier_pods: tuple[JsonObject, ...] = ()
-    """Pods of another FineTuneJob that had this name before."""
+    """Pods of an earlier FineTuneJob of the same name."""
 
 
 @dataclass
 class _OwnWrites:
-    """What this process wrote for one key and the watches may not show yet."""
+    """What this process wrote about one FineTuneJob; the watches may not show it yet."""
 
     uid: str
     outdated: str | None = None
     """The resourceVersion that our last status patch replaced."""
 
     created: dict[str, JsonObject] = field(default_factory=dict)
-    """Jobs that we made, by name."""
+    """Jobs that we created, by name."""
 
     until: float = 0.0
+    """When to forget them, on the monotonic clock."""
 
 
 Lookup = Callable[[str], Snapshot | None]
 
 
 class Reconciler:
-    """Makes passes; its call is what the work queue calls."""
+    """Makes the passes; the work queue calls it with a key."""
 
     def __init__(
         self, cluster: Cluster, lookup: Lookup, settings: Settings, metrics: Metrics
@@ -90,7 +89,7 @@ class Reconciler:
         self._own_writes: dict[str, _OwnWrites] = {}
 
     async def __call__(self, key: str) -> float | None:
-        """Make one pass over `namespace/name`; the seconds after which to make another."""
+        """Make one pass over `namespace/name`; return the seconds until the next one."""
         start = time.monotonic()
         result = "error"
         try:
@@ -107,10 +106,7 @@ class Reconciler:
         finetunejob = observe_finetunejob(snapshot.finetunejob)
         own_writes = self._own_writes_of(key, finetunejob)
         if own_writes.outdated == finetunejob.resource_version:
-            return (
-                "stale",
-                STALE_RETRY_SECONDS,
-            )  # the watch will bring what we have written ourselves
+            return "stale", STALE_RETRY_SECONDS  # the watch doesn't show our last write yet
         jobs = observe_jobs(finetunejob.uid, _jobs(snapshot, own_writes), snapshot.pods)
         self._metrics.in_phase(key, finetunejob.status.phase)
         decided = self._plan(finetunejob, jobs, stages_at_work(snapshot.earlier_pods))
@@ -154,17 +150,17 @@ class Reconciler:
         try:
             await self._apply(finetunejob, decided, own_writes)
         except InvalidError as error:
-            # E.g. a quantity that is none: only the server that makes pods of it can tell.
+            # E.g. a malformed quantity, which only the API server detects.
             decided = refuse(
                 finetunejob, jobs, Reason.INVALID_SPEC, error.detail, datetime.now(UTC)
             )
             await self._apply(finetunejob, decided, own_writes)
         except ForbiddenError as error:
-            # E.g. a quota: it may be raised, so the queue tries again, and the user learns why.
+            # E.g. a quota. It may be raised, so tell the user and let the queue try again.
             await self._record(key, finetunejob, (Event("Warning", "Forbidden", error.detail),))
             raise
-        # Before the status, which says that they were posted: none is lost, and one that is posted
-        # again after a crash is the same Event by its name.
+        # Post notices before the status that says so: after a crash in between they are posted
+        # again, and the same name makes it the same Event.
         await self._record(key, finetunejob, decided.notices)
         changed = await self._write_status(key, finetunejob, decided, own_writes)
         await self._record(key, finetunejob, decided.events)
@@ -211,20 +207,20 @@ class Reconciler:
     async def _gpu_nodes(
         self, finetunejob: ObservedFineTuneJob, spec: FineTuneJobSpec
     ) -> tuple[Labels, ...]:
-        """Labels of the nodes with GPUs, where they are needed and may be read."""
+        """Labels of the nodes with GPUs, if they are needed and may be read."""
         label = memory_label(spec)
         if label is None:
             return ()
         try:
             return await self._cluster.node_labels(label)
         except ForbiddenError:
-            # By design where only some namespaces are watched; spec.training.gpuMemory helps.
+            # Expected if only some namespaces are watched; spec.training.gpuMemory replaces it.
             key = f"{finetunejob.namespace}/{finetunejob.name}"
             logger.info("No right to read the nodes' GPU memory.", extra={"finetunejob": key})
             return ()
 
     async def _ensure(self, finetunejob: ObservedFineTuneJob, body: JsonObject) -> JsonObject:
-        """Create an object; one that is there already must be ours."""
+        """Create an object, or return the existing one if this FineTuneJob owns it."""
         try:
             return await self._cluster.create(body)
         except AlreadyExistsError:
@@ -254,7 +250,7 @@ class Reconciler:
     async def _record(
         self, key: str, finetunejob: ObservedFineTuneJob, events: Iterable[Event]
     ) -> None:
-        """Post the Events; they are news, not state, so losing one is no failure."""
+        """Post the Events. They are news and not state, so losing one is no failure."""
         about = {
             "namespace": finetunejob.namespace,
             "name": finetunejob.name,
@@ -271,7 +267,7 @@ class Reconciler:
                 logger.warning("An event got lost: %s", error, extra={"finetunejob": key})
 
     def _own_writes_of(self, key: str, finetunejob: ObservedFineTuneJob) -> _OwnWrites:
-        """The bridge of this object, empty where there is none or it is too old to be needed."""
+        """The own writes about this object; none if there were none, or if they have expired."""
         own_writes = self._own_writes.get(key)
         expired = own_writes is not None and own_writes.until < time.monotonic()
         if own_writes is None or own_writes.uid != finetunejob.uid or expired:
@@ -284,8 +280,8 @@ class Reconciler:
 
 
 def _jobs(snapshot: Snapshot, own_writes: _OwnWrites) -> list[JsonObject]:
-    """The Jobs seen, and those that we made a moment ago and the watch doesn't show yet."""
-    seen = {finetunejob["metadata"]["name"] for finetunejob in snapshot.jobs}
+    """The Jobs that the watch shows, and our own new ones that it doesn't show yet."""
+    seen = {job["metadata"]["name"] for job in snapshot.jobs}
     for name in seen & own_writes.created.keys():
         del own_writes.created[name]
     return [*snapshot.jobs, *own_writes.created.values()]

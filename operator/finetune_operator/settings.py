@@ -11,7 +11,7 @@ PREFIX = "FINETUNE_"
 
 
 class SettingsError(ValueError):
-    """The environment doesn't hold usable settings."""
+    """A setting in the environment is missing or invalid."""
 
 
 def _split(value: object) -> object:
@@ -56,7 +56,7 @@ class Settings(BaseModel):
     """Seconds between two looks at every FineTuneJob, whether or not something happened."""
 
     secret_grace_seconds: Annotated[float, Field(ge=0)] = 30
-    """Seconds that a Secret may be missing while its pod waits, before the job fails."""
+    """Seconds that a Secret may be missing while its pod waits, before the FineTuneJob fails."""
 
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 30
     """Seconds that one request to the API server may take."""

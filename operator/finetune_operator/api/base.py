@@ -1,4 +1,4 @@
-"""What the API borrows from Kubernetes, and the labels by which the operator knows its children."""
+"""Types that the API takes from Kubernetes, and the labels and annotations of the children."""
 
 from __future__ import annotations
 
@@ -15,20 +15,15 @@ MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 CHILDREN_SELECTOR = f"{MANAGED_BY_LABEL}={OPERATOR}"
 
 # Labels
-FINETUNEJOB_LABEL = (
-    f"{GROUP}/job"  # the FineTuneJob's name, cut to a label's length: for `kubectl -l`
-)
+FINETUNEJOB_LABEL = f"{GROUP}/job"  # the FineTuneJob's name, cut to fit a label, for `kubectl -l`
 FINETUNEJOB_UID_LABEL = f"{GROUP}/job-uid"
 STAGE_LABEL = f"{GROUP}/stage"
 ATTEMPT_LABEL = f"{GROUP}/attempt"
 
 # Annotations, which may be longer
-FINETUNEJOB_NAME_ANNOTATION = f"{GROUP}/job-name"  # the FineTuneJob's whole name
+FINETUNEJOB_NAME_ANNOTATION = f"{GROUP}/job-name"  # the whole name
 STAGE_KEY_ANNOTATION = f"{GROUP}/key"  # the stage's fingerprint; for `prepare`, the generation
-POD_SETTINGS_ANNOTATION = (
-    f"{GROUP}/pod-settings"  # digest of the settings that the pods are made with
-)
-
+POD_SETTINGS_ANNOTATION = f"{GROUP}/pod-settings"  # digest of the settings of its pods
 
 KIND = "FineTuneJob"
 API_VERSION = f"{GROUP}/{VERSION}"

@@ -1,4 +1,4 @@
-"""Builders of the objects that a stage needs. Pure: values in, plain objects out."""
+"""Build the Kubernetes objects that a stage needs. Pure: values in, plain objects out."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class StageObjects:
     job: JsonObject
 
     def __iter__(self) -> Iterator[JsonObject]:
-        """The Job last: its pod needs the others."""
+        # The Job last, since its pod needs the others.
         yield from (*self.access, self.config_map, self.job)
 
 
 def stage_objects(
-    job: ObservedFineTuneJob,
+    owner: ObservedFineTuneJob,
     spec: FineTuneJobSpec,
     settings: Settings,
     *,
@@ -42,11 +42,10 @@ def stage_objects(
     resolved: Resolved | None,
     hardware: Hardware,
 ) -> StageObjects:
-    """Build them."""
-    config_map = run_config_map(job, spec, resolved, hardware)
+    config_map = run_config_map(owner, spec, resolved, hardware)
     which = Attempt(stage, stage_key, attempt, config_map["metadata"]["name"], hardware)
     return StageObjects(
-        access=progress_access(job, spec.service_account_name),
+        access=progress_access(owner, spec.service_account_name),
         config_map=config_map,
-        job=stage_job(job, spec, which, settings),
+        job=stage_job(owner, spec, which, settings),
     )

@@ -1,8 +1,8 @@
-"""Names, labels and owners of all children; and those that a Job needs: run.json, and its rights.
+"""Names, labels and owners of a FineTuneJob's children; run.json, and the right to report progress.
 
-A name is a function of what the object is for, so that making the same thing twice is one object.
-The hash tells apart what the readable part can't: a FineTuneJob's name may have 253 characters,
-a Job's only 63 (it becomes a label of its pods).
+The name of a child is a function of its purpose, so creating it twice leads to one object. A
+FineTuneJob's name may have 253 characters, but a Job's only 63, since it becomes a label of its
+pods. So the readable part is cut, and a hash keeps the names apart.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 
-from finetune_operator.api import base
 from finetune_operator.api.base import (
+    API_VERSION,
     ATTEMPT_LABEL,
     FINETUNEJOB_LABEL,
     FINETUNEJOB_UID_LABEL,
+    KIND,
     MANAGED_BY_LABEL,
     OPERATOR,
     STAGE_LABEL,
@@ -26,23 +27,26 @@ from finetune_trainer.contract import GROUP, PLURAL, Hardware, JobReference, Res
 
 NAME_LIMIT = 63
 HASH_LENGTH = 10
+RUN_CONFIG_FILE = "run.json"
+PROGRESS_ROLE = "progress"
+RBAC = "rbac.authorization.k8s.io"
 
 
 def digest(*parts: object) -> str:
-    """Hash of values that JSON can write, short enough for a name."""
+    """A hash of JSON values, short enough for a name."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]
 
 
 def child_name(owner: ObservedFineTuneJob, role: str, *parts: object) -> str:
-    """`<job>-<role>-<hash>`, a valid name of any child; the hash covers uid, role and parts."""
+    """`<FineTuneJob>-<role>-<hash>`; the hash covers uid, role and parts."""
     suffix = f"-{role}-{digest(owner.uid, role, *parts)}"
     readable = owner.name.replace(".", "-")[: NAME_LIMIT - len(suffix)].rstrip("-")
     return readable + suffix
 
 
 def label_value(text: str) -> str:
-    """A text as the value of a label, cut and made unique by a hash where it is too long."""
+    """A text as the value of a label; if it is too long, it is cut and gets a hash."""
     if len(text) <= NAME_LIMIT:
         return text
     return text[: NAME_LIMIT - HASH_LENGTH - 1].rstrip("-.") + "-" + digest(text)
@@ -72,10 +76,10 @@ def stage_labels(owner: ObservedFineTuneJob, stage: Stage, attempt: int) -> dict
 
 
 def metadata(owner: ObservedFineTuneJob, name: str) -> JsonObject:
-    """Metadata of a child that is collected with its FineTuneJob."""
+    """Metadata of a child, which is garbage collected with its FineTuneJob."""
     reference = {
-        "apiVersion": base.API_VERSION,
-        "kind": base.KIND,
+        "apiVersion": API_VERSION,
+        "kind": KIND,
         "name": owner.name,
         "uid": owner.uid,
         "controller": True,
@@ -89,16 +93,13 @@ def metadata(owner: ObservedFineTuneJob, name: str) -> JsonObject:
     }
 
 
-RUN_CONFIG_FILE = "run.json"
-
-
 def run_config_map(
     owner: ObservedFineTuneJob,
     spec: FineTuneJobSpec,
     resolved: Resolved | None,
     hardware: Hardware,
 ) -> JsonObject:
-    """An immutable ConfigMap, named by its content: another content is another object."""
+    """The immutable ConfigMap with run.json. Its name depends on its content."""
     job_reference = JobReference(name=owner.name, namespace=owner.namespace)
     run_config = spec.run_config(job_reference, resolved, hardware)
     config = run_config.model_dump(mode="json", exclude_none=True)
@@ -112,23 +113,22 @@ def run_config_map(
     }
 
 
-PROGRESS_ROLE = "progress"
-RBAC = "rbac.authorization.k8s.io"
-
-
 def service_account_name(owner: ObservedFineTuneJob, users: str | None) -> str:
-    """The ServiceAccount of the pods: the user's, or one of the job's own."""
+    """The ServiceAccount of the pods: the user's, or one that the operator creates."""
     return users or child_name(owner, PROGRESS_ROLE)
 
 
 def progress_access(owner: ObservedFineTuneJob, users: str | None) -> tuple[JsonObject, ...]:
-    """Role and binding, and a ServiceAccount where the user named none."""
+    """The right to patch the status of this one FineTuneJob, and nothing else.
+
+    Role and binding, and a ServiceAccount unless the user named one.
+    """
     account = service_account_name(owner, users)
     role = child_name(owner, PROGRESS_ROLE)
     binding = {
         "apiVersion": f"{RBAC}/v1",
         "kind": "RoleBinding",
-        # A binding is never changed, only made: so another ServiceAccount gets another one.
+        # Bindings are created and never changed, so each ServiceAccount gets its own.
         "metadata": metadata(owner, child_name(owner, PROGRESS_ROLE, account)),
         "roleRef": {"apiGroup": RBAC, "kind": "Role", "name": role},
         "subjects": [{"kind": "ServiceAccount", "name": account, "namespace": owner.namespace}],

@@ -24,13 +24,20 @@ from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
 from finetune_trainer.contract import Base, ExitCode, Hardware, Stage
 
+CONFIG_FOLDER = "/etc/finetune"
+WORKSPACE = "/workspace"
+TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"  # noqa: S105 - a path
+TOKEN_SECONDS = 3607  # the kubelet renews the token long before
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the kernel's name
+SHARED_MEMORY_MIB = 8192
+MEBIBYTE = 1 << 20
 USER = 65532
-# A stopped stage has this long to say so; a training also brings a checkpoint to the store.
+# How long a stopped stage may take to report; a training also uploads a checkpoint.
 GRACE_SECONDS = {Stage.PREPARE: 60, Stage.TRAIN: 120, Stage.EXPORT: 60}
-# A Job that vanishes the moment it ends may take its result with it.
+# A Job that is deleted as soon as it ends may take its result with it.
 SHORTEST_TTL_SECONDS = 60
 
-# Exit codes that no further pod can change; with every other, backoffLimit 0 ends the Job as well.
+# Exit codes that no further pod can change. (After any other, backoffLimit 0 ends the Job as well.)
 FINAL_EXIT_CODES = [
     int(code)
     for code in (
@@ -46,20 +53,20 @@ FINAL_EXIT_CODES = [
 
 @dataclass(frozen=True)
 class Attempt:
-    """Which attempt at which stage, told what."""
+    """One attempt at a stage, and what its pod depends on."""
 
     stage: Stage
     stage_key: str
     number: int
     config_map: str
     hardware: Hardware
-    """What the training's pod will have."""
+    """The hardware of the training's pod."""
 
 
 def stage_job(
     owner: ObservedFineTuneJob, spec: FineTuneJobSpec, attempt: Attempt, settings: Settings
 ) -> JsonObject:
-    """A batch/v1 Job that runs one pod once; the operator decides on further attempts."""
+    """A batch/v1 Job that runs one pod once. The operator itself decides on further attempts."""
     pod_settings = pod_settings_digest(spec, attempt.stage, settings)
     parts = (attempt.stage_key, pod_settings, attempt.number)
     meta = metadata(owner, child_name(owner, attempt.stage, *parts))
@@ -83,7 +90,7 @@ def stage_job(
 
 
 def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> str:
-    """Digest of all that the pods of a stage are made with and that can't change its result."""
+    """Digest of the settings of a stage's pods that can't change its result."""
     pod = _pod_settings(spec, stage)
     return digest(
         pod.model_dump(mode="json", exclude_none=True),
@@ -99,7 +106,6 @@ def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings)
 
 
 def _publishing(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
-    """What an export signs with, and where it pushes to."""
     parts = (spec.export.signing, spec.output.hub) if stage is Stage.EXPORT else ()
     return [part.model_dump(mode="json") for part in parts if part is not None]
 
@@ -118,7 +124,7 @@ def _dump(value: Base | None) -> JsonObject | None:
 
 
 def _pod_failure_policy() -> JsonObject:
-    """What the Job's controller decides itself, on servers that know the field."""
+    """What the Job controller decides itself, on servers that know the field."""
     codes = {
         "containerName": TRAINER_CONTAINER,
         "operator": "In",
@@ -151,7 +157,7 @@ def _pod_template(
         "spec": {
             "restartPolicy": "Never",
             "serviceAccountName": service_account_name(owner, spec.service_account_name),
-            # The usual token never expires on older servers; the projected volume takes its place.
+            # On older servers this token never expires; a projected volume replaces it.
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
             "terminationGracePeriodSeconds": GRACE_SECONDS[attempt.stage],
@@ -179,7 +185,7 @@ def _container(
     shared_memory: int | None,
 ) -> JsonObject:
     pod = _pod_settings(spec, stage)
-    told = {
+    fixed = {
         "HOME": WORKSPACE,
         "TMPDIR": WORKSPACE,
         "FINETUNE_JOB": job_name,
@@ -193,9 +199,9 @@ def _container(
         "command": ["finetune-trainer"],
         "args": [str(stage), "--config", config, "--workspace", WORKSPACE],
         "workingDir": WORKSPACE,
-        "env": environment(spec, stage, pod, settings, told),
+        "env": environment(spec, stage, pod, settings, fixed),
         "volumeMounts": mounts(pod, shared_memory),
-        # Where a container ends without its StageResult, the end of its log is a person's clue.
+        # If a container ends without a StageResult, the end of its log helps a person.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -235,21 +241,21 @@ def environment(
     stage: Stage,
     pod: PodSettings,
     settings: Settings,
-    told: dict[str, str],
+    fixed: dict[str, str],
 ) -> list[JsonObject]:
-    """All variables: those of the user, those in `told`, and the credentials by reference."""
-    own = [{"name": name, "value": value} for name, value in told.items()]
+    """The user's variables, those in `fixed`, and the credentials by reference."""
+    own = [{"name": name, "value": value} for name, value in fixed.items()]
     own += _credentials(spec)
     own += _credentials_of_export(spec) if stage is Stage.EXPORT else []
-    # The last of two variables with one name wins: the user's stand first, so as not to break the
-    # contract between operator and trainer.
+    # The user can't override the operator's own variables: they are part of the contract between
+    # operator and trainer.
     taken = {each["name"] for each in own}
     users = [_variable(each) for each in pod.env if each.name not in taken]
     return [*_defaults(settings, users), *users, *own]
 
 
 def _defaults(settings: Settings, users: list[JsonObject]) -> list[JsonObject]:
-    """What the user may set otherwise."""
+    """Variables that the user may override."""
     defaults = {"FINETUNE_LOG_FORMAT": settings.trainer_log_format}
     given = {each["name"] for each in users}
     return [{"name": name, "value": text} for name, text in defaults.items() if name not in given]
@@ -263,8 +269,8 @@ def _credentials(spec: FineTuneJobSpec) -> list[JsonObject]:
             _from_secret("AWS_ACCESS_KEY_ID", secret, "AWS_ACCESS_KEY_ID"),
             _from_secret("AWS_SECRET_ACCESS_KEY", secret, "AWS_SECRET_ACCESS_KEY"),
             _from_secret("AWS_SESSION_TOKEN", secret, "AWS_SESSION_TOKEN", optional=True),
-            # boto3 reads it where spec.storage.endpoint says nothing: manifests in Git then fit
-            # every cluster.
+            # boto3 reads it if spec.storage.endpoint is left out, so that the same manifest works
+            # in every cluster.
             _from_secret("AWS_ENDPOINT_URL_S3", secret, "AWS_ENDPOINT_URL_S3", optional=True),
         ]
     if spec.model.token_secret_ref is not None:
@@ -274,7 +280,6 @@ def _credentials(spec: FineTuneJobSpec) -> list[JsonObject]:
 
 
 def _credentials_of_export(spec: FineTuneJobSpec) -> list[JsonObject]:
-    """What no other stage has a use for."""
     found: list[JsonObject] = []
     if spec.export.signing is not None:
         key = spec.export.signing.key_secret_ref
@@ -299,17 +304,7 @@ def _from_secret(name: str, secret: str, key: str, *, optional: bool = False) ->
     return {"name": name, "valueFrom": {"secretKeyRef": reference}}
 
 
-CONFIG_FOLDER = "/etc/finetune"
-WORKSPACE = "/workspace"
-TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"  # noqa: S105 - a path
-TOKEN_SECONDS = 3607  # the kubelet renews the token long before
-SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the kernel's name
-SHARED_MEMORY_MIB = 8192
-MEBIBYTE = 1 << 20
-
-
 def mounts(pod: PodSettings, shared_memory: int | None) -> list[JsonObject]:
-    """The container's volumeMounts."""
     found: list[JsonObject] = [
         {"name": "workspace", "mountPath": WORKSPACE},
         {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
@@ -324,7 +319,6 @@ def mounts(pod: PodSettings, shared_memory: int | None) -> list[JsonObject]:
 
 
 def volumes(pod: PodSettings, config_map: str, shared_memory: int | None) -> list[JsonObject]:
-    """The pod's volumes."""
     namespace = {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}
     root = {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
     sources = [
@@ -347,10 +341,10 @@ def volumes(pod: PodSettings, config_map: str, shared_memory: int | None) -> lis
 
 
 def shared_memory_mib(stage: Stage, pod: PodSettings, hardware: Hardware) -> int | None:
-    """MiB of /dev/shm that several GPUs get, through which their processes talk (NCCL, gloo).
+    """MiB of /dev/shm for the communication of several GPUs' processes (NCCL, gloo).
 
-    A container's own 64 MiB are too few. What is written there counts against the pod's memory
-    limit, hence no more than a quarter of that.
+    A container's default of 64 MiB is too small. What is written there counts against the pod's
+    memory limit, so take at most a quarter of it.
     """
     mounted = {volume.mount_path.rstrip("/") for volume in pod.volumes}
     if stage is not Stage.TRAIN or hardware.gpus <= 1 or SHARED_MEMORY in mounted:
