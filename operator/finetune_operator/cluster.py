@@ -1,6 +1,7 @@
-"""The only place that talks to the API server (watching aside, which is Kopf's).
+"""The only module that talks to the API server, except for Kopf's watches.
 
-Objects go in and come out as plain dicts. The client's exceptions leave as `errors`.
+Objects are plain dicts. The client's exceptions are converted to ClusterErrors, so that `reconcile`
+decides by type whether to wait, to look again or to tell the user.
 """
 
 from __future__ import annotations
@@ -19,12 +20,46 @@ from typing import Any, Literal, Self, cast
 import aiohttp
 from kubernetes.aio import client, config
 
-from finetune_operator import errors
-from finetune_operator.api.base import API_VERSION, KIND
-from finetune_operator.api.labels import OPERATOR, SELECTOR
+from finetune_operator.api.base import API_VERSION, CHILDREN_SELECTOR, KIND, OPERATOR, JsonObject
 from finetune_trainer.contract import GROUP, PLURAL, VERSION
 
-Object = dict[str, Any]
+
+class OperatorError(Exception):
+    """An error whose message is enough, without a stack trace."""
+
+
+class ClusterError(OperatorError):
+    """The API server refused a request, or couldn't be reached."""
+
+    def __init__(self, message: str, detail: str = "") -> None:
+        super().__init__(message)
+        self.detail = detail or message
+        """The API server's message, without the request."""
+
+
+class NotFoundError(ClusterError):
+    """The object doesn't exist."""
+
+
+class AlreadyExistsError(ClusterError):
+    """An object of that name exists already."""
+
+
+class ConflictError(ClusterError):
+    """The object changed since it was read."""
+
+
+class InvalidError(ClusterError):
+    """The API server calls the object invalid, so a retry can't help."""
+
+
+class ForbiddenError(ClusterError):
+    """RBAC, a quota or an admission rule refused the request."""
+
+
+class UnavailableError(ClusterError):
+    """The API server can't be reached, is overloaded or failed."""
+
 
 # What the operator reads and writes, by kind.
 PATHS = {
@@ -38,24 +73,24 @@ PATHS = {
     "Role": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/roles",
     "RoleBinding": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/rolebindings",
 }
-WATCHED = {KIND: "", "Job": SELECTOR, "Pod": SELECTOR}
+WATCHED = {KIND: "", "Job": CHILDREN_SELECTOR, "Pod": CHILDREN_SELECTOR}
 MERGE_PATCH = "application/merge-patch+json"
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
 PAGE = 500
-NODES_SECONDS = 60.0  # for so long the nodes' labels are taken for what they were
+NODES_SECONDS = 60.0  # node labels are cached for this long
 
-BY_STATUS: dict[int, type[errors.ClusterError]] = {
-    400: errors.InvalidError,
-    403: errors.ForbiddenError,
-    404: errors.NotFoundError,
-    409: errors.ConflictError,
-    422: errors.InvalidError,
+ERROR_BY_STATUS: dict[int, type[ClusterError]] = {
+    400: InvalidError,
+    403: ForbiddenError,
+    404: NotFoundError,
+    409: ConflictError,
+    422: InvalidError,
 }
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """How to reach the API server, for whoever else does."""
+    """How Kopf reaches the API server."""
 
     server: str
     ca_file: str | None
@@ -97,16 +132,16 @@ class Cluster:
             insecure=not self._configuration.verify_ssl,
         )
 
-    async def create(self, body: Object) -> Object:
-        """Create an object; raises AlreadyExistsError where one of its name is there."""
+    async def create(self, body: JsonObject) -> JsonObject:
+        """Create an object; raises AlreadyExistsError if one of its name exists."""
         return await self._request("POST", _path(body["kind"], body["metadata"]), body=body)
 
-    async def get(self, kind: str, namespace: str, name: str) -> Object:
+    async def get(self, kind: str, namespace: str, name: str) -> JsonObject:
         """Read an object; raises NotFoundError."""
         return await self._request("GET", f"{_path(kind, {'namespace': namespace})}/{name}")
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
-        """Delete this very Job and its pods, the pods first; fine if it is gone."""
+        """Delete the Job with this uid, after its pods; no error if it is gone."""
         body = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
@@ -116,12 +151,12 @@ class Cluster:
         path = f"{_path('Job', {'namespace': namespace})}/{name}"
         try:
             await self._request("DELETE", path, body=body)
-        except (errors.NotFoundError, errors.ConflictError):
-            return  # it is gone, or another one has its name by now
+        except (NotFoundError, ConflictError):
+            return  # it is gone, or its name belongs to another Job by now
 
     async def patch_status(
         self, namespace: str, name: str, resource_version: str, patch: Mapping[str, Any]
-    ) -> Object:
+    ) -> JsonObject:
         """Change a FineTuneJob's status; raises ConflictError if it changed since it was read."""
         body = {
             "apiVersion": API_VERSION,
@@ -140,21 +175,21 @@ class Cluster:
         message: str,
         scope: str = "",
     ) -> None:
-        """Record an Event about a FineTuneJob; saying the same again only renews its time.
+        """Record an Event about a FineTuneJob; the same Event again only renews its time.
 
-        The same words in another `scope` are another Event.
+        The same words with another `scope` are another Event.
         """
         event = _event(about, kind, reason, message, scope)
         try:
             await self.create(event)
-        except errors.AlreadyExistsError:
+        except AlreadyExistsError:
             meta = event["metadata"]
             again = {"lastTimestamp": event["lastTimestamp"]}
             path = f"{_path('Event', meta)}/{meta['name']}"
             await self._request("PATCH", path, body=again, content_type=MERGE_PATCH)
 
     async def node_labels(self, label: str) -> tuple[Mapping[str, str], ...]:
-        """Labels of the nodes that bear this one, up to a minute old; raises ForbiddenError."""
+        """Labels of the nodes that have this one, up to a minute old; raises ForbiddenError."""
         when, known = self._nodes.get(label, (0.0, ()))
         if label not in self._nodes or time.monotonic() - when > NODES_SECONDS:
             found = [node["metadata"]["labels"] async for node in self._list("Node", "", label)]
@@ -179,7 +214,7 @@ class Cluster:
                 return True
         return False
 
-    async def _list(self, kind: str, namespace: str, selector: str) -> AsyncIterator[Object]:
+    async def _list(self, kind: str, namespace: str, selector: str) -> AsyncIterator[JsonObject]:
         query = {"limit": str(PAGE), "labelSelector": selector}
         while True:
             page = await self._request(
@@ -196,11 +231,11 @@ class Cluster:
         method: str,
         path: str,
         *,
-        body: Object | None = None,
+        body: JsonObject | None = None,
         query: Mapping[str, str] | None = None,
         content_type: str = "application/json",
         accept: str = "application/json",
-    ) -> Object:
+    ) -> JsonObject:
         try:
             answer = await self._api.call_api(
                 path,
@@ -217,8 +252,8 @@ class Cluster:
             raise _convert(error, f"{method} {path}") from error
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             message = f"{method} {path}: {error or type(error).__name__}"
-            raise errors.UnavailableError(message) from error
-        return cast(Object, answer)
+            raise UnavailableError(message) from error
+        return cast(JsonObject, answer)
 
 
 async def _configuration() -> client.Configuration:
@@ -233,7 +268,7 @@ async def _configuration() -> client.Configuration:
                 persist_config=False,
             )
     except config.ConfigException as error:
-        raise errors.UnavailableError(f"No way to reach a cluster: {error}") from error
+        raise UnavailableError(f"No way to reach a cluster: {error}") from error
     return configuration
 
 
@@ -247,17 +282,17 @@ def _collection(kind: str, namespace: str) -> str:
     return PATHS[kind].replace("/namespaces/{namespace}", part)
 
 
-def _convert(error: client.ApiException, what: str) -> errors.ClusterError:
+def _convert(error: client.ApiException, what: str) -> ClusterError:
     status = _status(error.body)
     detail = str(status.get("message") or error.reason)
-    kind = BY_STATUS.get(error.status, errors.UnavailableError)
+    kind = ERROR_BY_STATUS.get(error.status, UnavailableError)
     if error.status == 409 and status.get("reason") == "AlreadyExists":
-        kind = errors.AlreadyExistsError
+        kind = AlreadyExistsError
     return kind(f"{what}: {detail}", detail)
 
 
 def _status(body: str | bytes | None) -> Mapping[str, Any]:
-    """The meta/v1 Status that comes with a refusal."""
+    """The meta/v1 Status in the body of a refusal."""
     try:
         status = json.loads(body or "{}")
     except ValueError:
@@ -267,8 +302,8 @@ def _status(body: str | bytes | None) -> Mapping[str, Any]:
 
 def _event(
     about: Mapping[str, Any], kind: str, reason: str, message: str, scope: str = ""
-) -> Object:
-    # The name is a function of what is said, so that saying it twice is one Event.
+) -> JsonObject:
+    # The name is a function of the words, so that the same words twice are one Event.
     words = "/".join((about["uid"], *([scope] if scope else []), reason, message))
     said = hashlib.sha256(words.encode()).hexdigest()[:16]
     name = f"{about['name'][:200].rstrip('-.')}.{said}"

@@ -1,8 +1,8 @@
-"""Kopf's side: what is watched is indexed, and each event becomes a key for the work queue.
+"""The part that uses Kopf: index what is watched, and queue a key for each event.
 
-Nothing is decided here. The handlers are `on.event` ones, the only kind that writes nothing to
-the user's object: no finalizer that would hold up its deletion, no annotation that a GitOps tool
-would see as drift.
+Nothing is decided here. All handlers are `on.event` ones, since only they write nothing to the
+user's object: no finalizer that blocks its deletion, and no annotation that a GitOps tool takes for
+drift.
 """
 
 from __future__ import annotations
@@ -12,8 +12,15 @@ from typing import Any
 
 import kopf
 
-from finetune_operator.api import labels
-from finetune_operator.cluster import Cluster
+from finetune_operator.api.base import (
+    CHILDREN_SELECTOR,
+    FINETUNEJOB_NAME_ANNOTATION,
+    FINETUNEJOB_UID_LABEL,
+    MANAGED_BY_LABEL,
+    OPERATOR,
+    JsonObject,
+)
+from finetune_operator.cluster import Cluster, ClusterError
 from finetune_operator.observe import controller_uid
 from finetune_operator.reconcile import Snapshot
 from finetune_trainer.contract import GROUP, PLURAL, VERSION
@@ -21,19 +28,18 @@ from finetune_trainer.contract import GROUP, PLURAL, VERSION
 FINETUNEJOBS = (GROUP, VERSION, PLURAL)
 JOBS = ("batch", "v1", "jobs")
 PODS = ("", "v1", "pods")
-OURS = {labels.MANAGED_BY: labels.OPERATOR}
+OURS = {MANAGED_BY_LABEL: OPERATOR}
 
-Raw = dict[str, Any]
-Index = Mapping[str, Iterable[Raw]]
+Index = Mapping[str, Iterable[JsonObject]]
 
 
 class Watches:
-    """The registry for Kopf, and what its indexes hold."""
+    """Registers handlers and indexes with Kopf, and reads the indexes."""
 
     def __init__(self, cluster: Cluster, add: Callable[[str], None]) -> None:
         self.registry = kopf.OperatorRegistry()
         self.synced = False
-        """Whether Kopf has called a handler, which it does when all its indexes are filled."""
+        """Whether Kopf has called a handler, which it does after all indexes are filled."""
 
         self._cluster = cluster
         self._add = add
@@ -44,7 +50,7 @@ class Watches:
         self._register()
 
     def snapshot(self, key: str) -> Snapshot | None:
-        """All that is known of one FineTuneJob; None when it is gone."""
+        """What the watches show of one FineTuneJob and its children; None if it is gone."""
         found = self._present(self._finetunejobs, key)
         if not found:
             return None
@@ -61,14 +67,23 @@ class Watches:
         )
 
     def keys(self) -> list[str]:
-        """All FineTuneJobs."""
         return list(self._finetunejobs)
 
-    async def resync(self, namespaces: tuple[str, ...]) -> None:
-        """Drop what is gone though no watch said so, and have every FineTuneJob looked at.
+    async def problem(self, namespaces: tuple[str, ...]) -> str:
+        """Why the watches can't be relied on; empty if they can."""
+        try:
+            some = await self._cluster.any_finetunejob(namespaces)
+        except ClusterError as error:
+            return str(error)
+        if some and not self.synced:
+            return "the first lists of the watches are not in yet"
+        return ""
 
-        After a watch was broken for long, Kopf lists anew, but keeps in its indexes what has
-        vanished in the meantime.
+    async def resync(self, namespaces: tuple[str, ...]) -> None:
+        """Ignore indexed objects that no longer exist, and queue every FineTuneJob.
+
+        If a watch was broken for long, Kopf lists everything again, but its indexes keep objects
+        that were deleted in the meantime.
         """
         known = {
             raw["metadata"]["uid"]
@@ -80,7 +95,7 @@ class Watches:
         for key in self.keys():
             self._add(key)
 
-    def _present(self, index: Index, key: str) -> list[Raw]:
+    def _present(self, index: Index, key: str) -> list[JsonObject]:
         found = index.get(key, ())
         return [raw for raw in found if raw["metadata"]["uid"] not in self._gone]
 
@@ -123,42 +138,42 @@ class Watches:
         self, namespace: str | None, annotations: Mapping[str, str], **_: Any
     ) -> None:
         self.synced = True
-        if labels.JOB_NAME in annotations:
-            self._add(f"{namespace}/{annotations[labels.JOB_NAME]}")
+        if FINETUNEJOB_NAME_ANNOTATION in annotations:
+            self._add(f"{namespace}/{annotations[FINETUNEJOB_NAME_ANNOTATION]}")
 
 
 def kopf_settings(settings: kopf.OperatorSettings, request_seconds: float) -> None:
-    """Keep Kopf to watching: no events posted, no scanning (which would need more rights)."""
+    """Limit Kopf to watching: it posts no events, and doesn't scan, which needs more rights."""
     settings.posting.enabled = False
     settings.scanning.disabled = True
     settings.peering.standalone = True
     settings.networking.request_timeout = request_seconds
     settings.networking.connect_timeout = min(10.0, request_seconds)
-    # Short pauses, so that little is missed once a server that was away is back.
+    # Short pauses, so that watching resumes soon after an outage of the API server.
     settings.networking.error_backoffs = (1, 1, 2, 3, 5, 5, 5, 5, 5, 5, 5, 5)
-    # Servers send a bookmark every minute: a watch that is silent for longer is dead.
+    # The API server sends a bookmark every minute, so a watch that is silent for longer is dead.
     settings.watching.inactivity_timeout = 90.0
-    settings.watching.label_selectors[JOBS] = labels.SELECTOR
-    settings.watching.label_selectors[PODS] = labels.SELECTOR
+    settings.watching.label_selectors[JOBS] = CHILDREN_SELECTOR
+    settings.watching.label_selectors[PODS] = CHILDREN_SELECTOR
 
 
 async def _index_finetunejob(
     namespace: str | None, name: str, body: kopf.Body, **_: Any
-) -> dict[str, Raw]:
+) -> dict[str, JsonObject]:
     return {f"{namespace}/{name}": dict(body)}
 
 
-async def _index_job(body: kopf.Body, **_: Any) -> dict[str, Raw]:
+async def _index_job(body: kopf.Body, **_: Any) -> dict[str, JsonObject]:
     return {controller_uid(body): dict(body)}
 
 
-async def _index_pod(namespace: str | None, body: kopf.Body, **_: Any) -> dict[str, Raw]:
-    """By the uid of the FineTuneJob, and by its name, which another one may have later."""
+async def _index_pod(namespace: str | None, body: kopf.Body, **_: Any) -> dict[str, JsonObject]:
+    """Index by the uid of the FineTuneJob, and by its name, which a later one may have too."""
     raw = dict(body)
-    name = (body["metadata"].get("annotations") or {}).get(labels.JOB_NAME)
+    name = (body["metadata"].get("annotations") or {}).get(FINETUNEJOB_NAME_ANNOTATION)
     by_name = {f"{namespace}/{name}": raw} if name else {}
     return {_owner_uid(raw): raw, **by_name}
 
 
-def _owner_uid(pod: Raw) -> str:
-    return str(pod["metadata"]["labels"].get(labels.JOB_UID, ""))
+def _owner_uid(pod: JsonObject) -> str:
+    return str(pod["metadata"]["labels"].get(FINETUNEJOB_UID_LABEL, ""))

@@ -1,7 +1,7 @@
-"""What the training's pod will have, as far as the spec and the nodes' labels tell. Pure.
+"""The hardware of the training's pod, as far as spec and node labels tell. Pure.
 
-`prepare` plans the training with it. It is no part of any fingerprint or of the pods' settings, so
-a node that comes or goes restarts nothing.
+`prepare` plans the training with it. No fingerprint and no digest of pod settings depends on it, so
+a change of the nodes restarts nothing.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ Labels = Mapping[str, str]
 
 # The device plugins' resources: whole GPUs, shared ones, and NVIDIA's slices (MIG).
 GPU_RESOURCE = re.compile(r"(nvidia\.com/(gpu|mig-)|amd\.com/gpu)")
-# NVIDIA's GPU feature discovery labels a node with the memory of one GPU or slice, in MiB, as
-# <resource>.memory. A shared GPU has no such label of its own.
+# NVIDIA's GPU feature discovery labels a node with the memory of one GPU or slice in MiB, as
+# <resource>.memory. There is no such label for a shared GPU.
 MEMORY_RESOURCE = re.compile(r"nvidia\.com/(gpu|mig-[^/]+)")
 MEBIBYTE = 1 << 20
 
 
 def training_hardware(spec: FineTuneJobSpec, nodes: Iterable[Labels] = ()) -> Hardware:
-    """Read the limits of stages.train; `nodes` are the labels of nodes that may tell GPU memory."""
+    """Read the limits of stages.train; `nodes` are the labels of the nodes with GPUs."""
     pod = spec.stages.train
     limits = pod.resources.limits
-    gpus = sum(_whole(limits[name]) or 0 for name in _gpu_resources(pod))
+    gpus = sum(_as_integer(limits[name]) or 0 for name in _gpu_resources(pod))
     return Hardware(
         gpus=gpus,
         gpu_memory_bytes=_gpu_memory(spec, nodes) if gpus else None,
-        memory_bytes=_whole(limits.get("memory")),
-        ephemeral_storage_bytes=_whole(limits.get("ephemeral-storage")),
+        memory_bytes=_as_integer(limits.get("memory")),
+        ephemeral_storage_bytes=_as_integer(limits.get("ephemeral-storage")),
     )
 
 
 def memory_label(spec: FineTuneJobSpec) -> str | None:
-    """The node label that tells GPU memory; None where the nodes need not or can't be asked."""
+    """The node label with the GPU memory; None if it isn't needed or couldn't be relied on."""
     pod = spec.stages.train
     resources = _gpu_resources(pod)
     if spec.training.gpu_memory is not None or len(resources) != 1:
@@ -51,7 +51,7 @@ def memory_label(spec: FineTuneJobSpec) -> str | None:
 
 def _gpu_memory(spec: FineTuneJobSpec, nodes: Iterable[Labels]) -> int | None:
     if spec.training.gpu_memory is not None:
-        return _whole(spec.training.gpu_memory)
+        return _as_integer(spec.training.gpu_memory)
     label, selector = memory_label(spec), spec.stages.train.node_selector
     if label is None:
         return None
@@ -65,16 +65,18 @@ def _gpu_resources(pod: PodSettings) -> list[str]:
 
 
 def _requires_affinity(pod: PodSettings) -> bool:
-    """Whether the node is chosen by more than labels that are equal, which isn't worked out here:
-    a GPU that the pod can't get might be the smallest."""
+    """Whether node affinity limits the choice of nodes.
+
+    It isn't evaluated here, so the smallest GPU found might be one that the pod can't get.
+    """
     rules: Mapping[str, Any] = pod.affinity or {}
     of_node = rules.get("nodeAffinity")
     required = "requiredDuringSchedulingIgnoredDuringExecution"
     return isinstance(of_node, Mapping) and bool(of_node.get(required))
 
 
-def _whole(quantity: int | str | None) -> int | None:
-    """A quantity such as 16Gi as a whole number; None where it is none (the API server says so)."""
+def _as_integer(quantity: int | str | None) -> int | None:
+    """A quantity such as 16Gi as an integer; None if it is malformed, which the server reports."""
     if quantity is None:
         return None
     try:

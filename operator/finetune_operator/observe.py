@@ -1,34 +1,188 @@
 """What the cluster's objects say, parsed once into frozen values.
 
-Everything that knows how Kubernetes spells things is here and in `pods`, so that `plan` reads like
-the decision that it is.
+Only this module knows how Kubernetes writes conditions, container states and the kubelet's reasons,
+so that `plan` contains decisions alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
+from typing import Any
 
 from pydantic import ValidationError
 
-from finetune_operator.api import labels
-from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
-from finetune_operator.pods import (
-    ObservedPod,
-    Raw,
-    created_at,
-    moment,
-    observe_pod,
-    trainer_image,
-    true_conditions,
+from finetune_operator.api.base import (
+    ATTEMPT_LABEL,
+    POD_SETTINGS_ANNOTATION,
+    STAGE_KEY_ANNOTATION,
+    STAGE_LABEL,
+    TRAINER_CONTAINER,
+    JsonObject,
 )
-from finetune_trainer.contract import Notice, Stage, describe
+from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
+from finetune_trainer.contract import Notice, Stage, StageResult, describe
+
+# Reasons in a pod's status for which the container is not to blame: the node or the control plane
+# removed the pod or did not admit it. `OutOf<resource>` is another, for any resource.
+DISRUPTIONS = {
+    "Evicted",
+    "NodeAffinity",
+    "NodeLost",
+    "NodeShutdown",
+    "Preempted",
+    "Preempting",
+    "Shutdown",
+    "Terminated",
+    "UnexpectedAdmissionError",
+}
+# The kubelet also evicts a pod that exceeds its own limits, and then the pod is to blame.
+OVERGROWN = re.compile(r"exceeds the (total )?limit|exceeded its local ephemeral storage limit")
+ENDED = {"Succeeded", "Failed"}  # phases of a pod
+LOG_LINE_LIMIT = 300  # characters of a log line that is quoted to the user
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Why a container doesn't run yet."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class ObservedPod:
+    """A pod of a stage's Job."""
+
+    name: str
+    phase: str
+    since: datetime
+    """When the kubelet accepted it, or else when it was created."""
+
+    image: str
+    started: bool = False
+    """Whether the trainer runs or has run."""
+
+    waiting: Waiting | None = None
+    exit_code: int | None = None
+    finished_at: datetime | None = None
+    result: StageResult | None = None
+    last_log_line: str = ""
+    """The last line of the log, if the container left no StageResult."""
+
+    oom_killed: bool = False
+    out_of_disk: str | None = None
+    """The kubelet's message, if the pod exceeded its ephemeral storage."""
+
+    disruption: str | None = None
+    """Who removed the pod and why, if the trainer is not to blame."""
+
+    unschedulable: str | None = None
+    """The scheduler's message, while no node fits."""
+
+    deleting: bool = False
+
+    @property
+    def at_work(self) -> bool:
+        """Whether its trainer still runs, maybe in the grace period of a deleted pod."""
+        return self.started and self.exit_code is None and self.phase not in ENDED
+
+
+def observe_pod(raw: JsonObject) -> ObservedPod:
+    meta, status = raw["metadata"], raw.get("status") or {}
+    state = _trainer_state(status)
+    ended = state.get("terminated") or {}
+    waiting = state.get("waiting")
+    result = StageResult.from_message(ended.get("message", ""))
+    return ObservedPod(
+        name=meta["name"],
+        phase=status.get("phase", "Pending"),
+        since=moment(status.get("startTime")) or created_at(raw),
+        image=trainer_image(raw["spec"]),
+        started="running" in state or "terminated" in state,
+        waiting=_waiting(waiting) if waiting else None,
+        exit_code=ended.get("exitCode"),
+        finished_at=moment(ended.get("finishedAt")),
+        result=result,
+        last_log_line="" if result else _last_log_line(ended.get("message", "")),
+        oom_killed=ended.get("reason") == "OOMKilled",
+        out_of_disk=_out_of_disk(status),
+        disruption=_disruption(status),
+        unschedulable=_unschedulable(status),
+        deleting="deletionTimestamp" in meta,
+    )
+
+
+def _trainer_state(status: JsonObject) -> JsonObject:
+    """The state of the trainer's container; injected sidecars don't count."""
+    for container in status.get("containerStatuses") or []:
+        if container["name"] == TRAINER_CONTAINER:
+            return container.get("state") or {}
+    return {}
+
+
+def _waiting(state: JsonObject) -> Waiting:
+    return Waiting(state.get("reason", ""), state.get("message", ""))
+
+
+def _last_log_line(message: str) -> str:
+    """The last line of a log: in a stack trace, the one with the error."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1][:LOG_LINE_LIMIT] if lines else ""
+
+
+def _out_of_disk(status: JsonObject) -> str | None:
+    message = status.get("message") or ""
+    return message if status.get("reason") == "Evicted" and OVERGROWN.search(message) else None
+
+
+def _disruption(status: JsonObject) -> str | None:
+    if _out_of_disk(status) is not None:
+        return None
+    reason, message = status.get("reason") or "", status.get("message") or ""
+    if reason in DISRUPTIONS or reason.startswith("OutOf"):
+        return f"{reason}: {message}" if message else reason
+    for condition in true_conditions(status):
+        if condition["type"] == "DisruptionTarget":
+            why, text = condition.get("reason") or "Disrupted", condition.get("message") or ""
+            return f"{why}: {text}" if text else why
+    return None
+
+
+def _unschedulable(status: JsonObject) -> str | None:
+    for condition in status.get("conditions") or []:
+        if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
+            return str(condition.get("message") or "no node fits")
+    return None
+
+
+def true_conditions(status: JsonObject) -> list[JsonObject]:
+    """The conditions of any object's status that are True."""
+    return [c for c in status.get("conditions") or [] if c.get("status") == "True"]
+
+
+def trainer_image(pod_spec: JsonObject) -> str:
+    """The image of the trainer's container."""
+    for container in pod_spec["containers"]:
+        if container["name"] == TRAINER_CONTAINER:
+            return str(container["image"])
+    return ""
+
+
+def created_at(raw: JsonObject) -> datetime:
+    return moment(raw["metadata"].get("creationTimestamp")) or datetime.min.replace(tzinfo=UTC)
+
+
+def moment(text: str | None) -> datetime | None:
+    """Parse a time as Kubernetes writes it."""
+    return datetime.fromisoformat(text) if text else None
 
 
 class Finish(StrEnum):
-    """How a Job ended, named as its condition."""
+    """How a Job ended; the value is the type of its condition."""
 
     COMPLETE = "Complete"
     FAILED = "Failed"
@@ -41,40 +195,45 @@ class ObservedJob:
     name: str
     uid: str
     stage: Stage
-    key: str
+    stage_key: str
     """The stage's fingerprint; for `prepare`, the generation."""
 
     attempt: int
     pod_settings: str
-    """Digest of the settings that its pods are made with."""
+    """Digest of the settings of its pods."""
 
     image: str
     created: datetime
     finished: Finish | None = None
     finished_at: datetime | None = None
+    failed_by_exit_code: bool = False
+    """Whether an exit code in its podFailurePolicy failed it, which no further pod can change."""
+
     deleting: bool = False
     pod: ObservedPod | None = None
-    lingers: bool = False
+    earlier_pod_at_work: bool = False
     """Whether an earlier pod of it still runs."""
 
     @property
     def active(self) -> bool:
-        """Whether it has not come to its end."""
+        """Whether it hasn't ended."""
         if self.deleting:
             return True
         ended = self.pod is not None and self.pod.exit_code is not None
         return self.finished is None and not ended
 
     @property
-    def occupied(self) -> bool:
-        """Whether a pod of it may be at work. A Job may have failed while its pod, on its way out,
-        still writes a checkpoint."""
-        return self.active or self.lingers or (self.pod is not None and self.pod.at_work)
+    def may_have_pod_at_work(self) -> bool:
+        """Whether one of its pods may be running: in a failed Job, the pod may still write a
+        checkpoint during its grace period."""
+        return (
+            self.active or self.earlier_pod_at_work or (self.pod is not None and self.pod.at_work)
+        )
 
 
 @dataclass(frozen=True)
-class Reported:
-    """What the operator reads of the trainer's `status.progress`."""
+class ReportedProgress:
+    """The part of the trainer's `status.progress` that the operator reads."""
 
     job: str | None = None
     """The Job whose pod reports."""
@@ -93,17 +252,17 @@ class ObservedFineTuneJob:
     resource_version: str
     spec: FineTuneJobSpec | None
     spec_error: str | None
-    """Why the spec can't be used (it is None then)."""
+    """Why the spec is invalid; `spec` is None then."""
 
     status: FineTuneJobStatus
     """Without `progress`, which belongs to the trainer."""
 
-    reported: Reported = Reported()
+    reported: ReportedProgress = ReportedProgress()
     deleting: bool = False
 
 
-def observe_finetunejob(raw: Raw) -> ObservedFineTuneJob:
-    """Parse a FineTuneJob; a spec that an older CRD let through becomes `spec_error`."""
+def observe_finetunejob(raw: JsonObject) -> ObservedFineTuneJob:
+    """Parse a FineTuneJob; an invalid spec, which an older CRD may admit, becomes `spec_error`."""
     meta = raw["metadata"]
     spec, error = None, None
     try:
@@ -124,9 +283,11 @@ def observe_finetunejob(raw: Raw) -> ObservedFineTuneJob:
     )
 
 
-def observe_jobs(owner: str, jobs: Iterable[Raw], pods: Iterable[Raw]) -> tuple[ObservedJob, ...]:
-    """The stage Jobs that a FineTuneJob (its uid) owns, oldest first, each with its newest pod."""
-    of_job: dict[str, list[Raw]] = {}
+def observe_jobs(
+    owner: str, jobs: Iterable[JsonObject], pods: Iterable[JsonObject]
+) -> tuple[ObservedJob, ...]:
+    """The stage Jobs of the FineTuneJob with the uid `owner`, oldest first, each with its pods."""
+    of_job: dict[str, list[JsonObject]] = {}
     for pod in sorted(pods, key=created_at):
         of_job.setdefault(controller_uid(pod), []).append(pod)
     found = [
@@ -137,17 +298,17 @@ def observe_jobs(owner: str, jobs: Iterable[Raw], pods: Iterable[Raw]) -> tuple[
     return tuple(sorted(found, key=lambda job: (job.created, job.name)))
 
 
-def stages_at_work(pods: Iterable[Raw]) -> frozenset[Stage]:
-    """The stages of which one of these pods still runs."""
+def stages_at_work(pods: Iterable[JsonObject]) -> frozenset[Stage]:
+    """The stages that one of these pods still runs."""
     known = [(pod["metadata"].get("labels") or {}, pod) for pod in pods]
     return frozenset(
-        Stage(bears[labels.STAGE])
+        Stage(bears[STAGE_LABEL])
         for bears, pod in known
-        if bears.get(labels.STAGE) in set(Stage) and observe_pod(pod).at_work
+        if bears.get(STAGE_LABEL) in set(Stage) and observe_pod(pod).at_work
     )
 
 
-def controller_uid(raw: Raw) -> str:
+def controller_uid(raw: Mapping[str, Any]) -> str:
     """The uid of the object's controller, or an empty string."""
     for owner in raw["metadata"].get("ownerReferences") or []:
         if owner.get("controller"):
@@ -155,9 +316,9 @@ def controller_uid(raw: Raw) -> str:
     return ""
 
 
-def _status(raw: Raw) -> FineTuneJobStatus:
-    # A status that can't be read (written by a newer operator) is like none: everything is looked
-    # at anew, and what the object store already holds is not done again.
+def _status(raw: JsonObject) -> FineTuneJobStatus:
+    # A status that can't be parsed (a newer operator wrote it) counts as none: `prepare` looks at
+    # everything again, and results that the object store holds are not computed again.
     fields = {key: value for key, value in (raw.get("status") or {}).items() if key != "progress"}
     try:
         return FineTuneJobStatus.model_validate(fields)
@@ -165,45 +326,48 @@ def _status(raw: Raw) -> FineTuneJobStatus:
         return FineTuneJobStatus()
 
 
-def _reported(raw: Raw) -> Reported:
+def _reported(raw: JsonObject) -> ReportedProgress:
     progress = (raw.get("status") or {}).get("progress") or {}
     notices = (_notice(each) for each in progress.get("notices") or [])
-    return Reported(progress.get("job"), tuple(each for each in notices if each is not None))
-
-
-def _notice(raw: Raw) -> Notice | None:
-    try:
-        return Notice.model_validate(raw)
-    except ValidationError:
-        return None  # of a newer trainer; it stands in the progress and in the log
-
-
-def _is_stage_job(raw: Raw) -> bool:
-    meta = raw["metadata"]
-    known, notes = meta.get("labels") or {}, meta.get("annotations") or {}
-    return (
-        known.get(labels.STAGE) in set(Stage)
-        and str(known.get(labels.ATTEMPT, "")).isdigit()
-        and labels.KEY in notes
+    return ReportedProgress(
+        progress.get("job"), tuple(each for each in notices if each is not None)
     )
 
 
-def _job(raw: Raw, pods: list[Raw]) -> ObservedJob:
-    """Its pods come oldest first."""
+def _notice(raw: JsonObject) -> Notice | None:
+    try:
+        return Notice.model_validate(raw)
+    except ValidationError:
+        return None  # from a newer trainer; progress and log have it
+
+
+def _is_stage_job(raw: JsonObject) -> bool:
+    meta = raw["metadata"]
+    known, notes = meta.get("labels") or {}, meta.get("annotations") or {}
+    return (
+        known.get(STAGE_LABEL) in set(Stage)
+        and str(known.get(ATTEMPT_LABEL, "")).isdigit()
+        and STAGE_KEY_ANNOTATION in notes
+    )
+
+
+def _job(raw: JsonObject, pods: list[JsonObject]) -> ObservedJob:
+    """Parse a Job; `pods` are its pods, oldest first."""
     meta, status = raw["metadata"], raw.get("status") or {}
     ended = next((c for c in true_conditions(status) if c["type"] in set(Finish)), None)
     return ObservedJob(
         name=meta["name"],
         uid=meta["uid"],
-        stage=Stage(meta["labels"][labels.STAGE]),
-        key=meta["annotations"][labels.KEY],
-        attempt=int(meta["labels"][labels.ATTEMPT]),
-        pod_settings=meta["annotations"].get(labels.POD_SETTINGS, ""),
+        stage=Stage(meta["labels"][STAGE_LABEL]),
+        stage_key=meta["annotations"][STAGE_KEY_ANNOTATION],
+        attempt=int(meta["labels"][ATTEMPT_LABEL]),
+        pod_settings=meta["annotations"].get(POD_SETTINGS_ANNOTATION, ""),
         image=trainer_image(raw["spec"]["template"]["spec"]),
         created=created_at(raw),
         finished=Finish(ended["type"]) if ended else None,
         finished_at=moment(ended.get("lastTransitionTime")) if ended else None,
+        failed_by_exit_code=ended is not None and ended.get("reason") == "PodFailurePolicy",
         deleting="deletionTimestamp" in meta,
         pod=observe_pod(pods[-1]) if pods else None,
-        lingers=any(observe_pod(pod).at_work for pod in pods[:-1]),
+        earlier_pod_at_work=any(observe_pod(pod).at_work for pod in pods[:-1]),
     )

@@ -1,8 +1,8 @@
 """One pass over one FineTuneJob: observe, plan, apply, status.
 
-A pass is level-based: it looks at what is, not at what happened, and a pass that finds nothing to
-change calls nothing. All memory of what was decided is in the object's status. What is kept here
-only bridges the moment until the watches show what this process itself has written.
+A pass is level-based: it looks at the current state, not at what happened. A pass that finds
+nothing to change makes no request. Decisions are remembered in the object's status only. The
+process itself remembers its own writes until the watches show them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
-from finetune_operator import errors
+from finetune_operator.api.base import JsonObject
 from finetune_operator.api.finetunejob import FineTuneJobSpec
-from finetune_operator.cluster import Cluster
+from finetune_operator.cluster import (
+    AlreadyExistsError,
+    Cluster,
+    ClusterError,
+    ConflictError,
+    ForbiddenError,
+    InvalidError,
+    NotFoundError,
+)
 from finetune_operator.hardware import Labels, memory_label, training_hardware
 from finetune_operator.manifests import StageObjects, pod_settings_digest, stage_objects
-from finetune_operator.metrics import Metrics
+from finetune_operator.monitoring import Metrics
 from finetune_operator.observe import (
     ObservedFineTuneJob,
     ObservedJob,
@@ -35,42 +42,41 @@ from finetune_trainer.contract import Reason, Stage
 
 logger = logging.getLogger(__name__)
 
-SOON = 1.0  # seconds until a pass that found the object changed under its hands is repeated
-BRIDGE_SECONDS = 60.0  # no watch is that late; whoever is, is not believed any more
-
-Raw = dict[str, Any]
+STALE_RETRY_SECONDS = 1.0  # until the next pass, if the object changed during this one
+OWN_WRITES_SECONDS = 60.0  # after this time the watches are expected to show an own write
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """What the watches have seen of one FineTuneJob and its children."""
 
-    finetunejob: Raw
-    jobs: tuple[Raw, ...]
-    pods: tuple[Raw, ...]
-    earlier_pods: tuple[Raw, ...] = ()
-    """Pods of another FineTuneJob that had this name before."""
+    finetunejob: JsonObject
+    jobs: tuple[JsonObject, ...]
+    pods: tuple[JsonObject, ...]
+    earlier_pods: tuple[JsonObject, ...] = ()
+    """Pods of an earlier FineTuneJob of the same name."""
 
 
 @dataclass
-class _Bridge:
-    """What this process wrote for one key and the watches may not show yet."""
+class _OwnWrites:
+    """What this process wrote about one FineTuneJob; the watches may not show it yet."""
 
     uid: str
     outdated: str | None = None
     """The resourceVersion that our last status patch replaced."""
 
-    created: dict[str, Raw] = field(default_factory=dict)
-    """Jobs that we made, by name."""
+    created: dict[str, JsonObject] = field(default_factory=dict)
+    """Jobs that we created, by name."""
 
     until: float = 0.0
+    """When to forget them, on the monotonic clock."""
 
 
 Lookup = Callable[[str], Snapshot | None]
 
 
 class Reconciler:
-    """Makes passes; its call is what the work queue calls."""
+    """Makes the passes; the work queue calls it with a key."""
 
     def __init__(
         self, cluster: Cluster, lookup: Lookup, settings: Settings, metrics: Metrics
@@ -80,10 +86,10 @@ class Reconciler:
         self._settings = settings
         self._metrics = metrics
         self._policy = Policy(secret_grace=timedelta(seconds=settings.secret_grace_seconds))
-        self._bridges: dict[str, _Bridge] = {}
+        self._own_writes: dict[str, _OwnWrites] = {}
 
     async def __call__(self, key: str) -> float | None:
-        """Make one pass over `namespace/name`; the seconds after which to make another."""
+        """Make one pass over `namespace/name`; return the seconds until the next one."""
         start = time.monotonic()
         result = "error"
         try:
@@ -97,160 +103,185 @@ class Reconciler:
         if snapshot is None:
             self._forget(key)
             return "gone", None
-        job = observe_finetunejob(snapshot.finetunejob)
-        bridge = self._bridge(key, job)
-        if bridge.outdated == job.resource_version:
-            return "stale", SOON  # the watch will bring what we have written ourselves
-        runs = observe_jobs(job.uid, _jobs(snapshot, bridge), snapshot.pods)
-        self._metrics.in_phase(key, job.status.phase)
-        decided = self._plan(job, runs, stages_at_work(snapshot.earlier_pods))
+        finetunejob = observe_finetunejob(snapshot.finetunejob)
+        own_writes = self._own_writes_of(key, finetunejob)
+        if own_writes.outdated == finetunejob.resource_version:
+            return "stale", STALE_RETRY_SECONDS  # the watch doesn't show our last write yet
+        jobs = observe_jobs(finetunejob.uid, _jobs(snapshot, own_writes), snapshot.pods)
+        self._metrics.in_phase(key, finetunejob.status.phase)
+        decided = self._plan(finetunejob, jobs, stages_at_work(snapshot.earlier_pods))
         try:
-            return await self._carry_out(key, job, runs, decided, bridge)
-        except errors.ConflictError:
-            return "stale", SOON
-        except errors.NotFoundError:
+            return await self._carry_out(key, finetunejob, jobs, decided, own_writes)
+        except ConflictError:
+            return "stale", STALE_RETRY_SECONDS
+        except NotFoundError:
             self._forget(key)
             return "gone", None
 
     def _plan(
         self,
-        job: ObservedFineTuneJob,
-        runs: tuple[ObservedJob, ...],
-        occupied: frozenset[Stage],
+        finetunejob: ObservedFineTuneJob,
+        jobs: tuple[ObservedJob, ...],
+        stages_with_old_pods: frozenset[Stage],
     ) -> Plan:
-        spec = job.spec
+        spec = finetunejob.spec
         digests = (
             {stage: pod_settings_digest(spec, stage, self._settings) for stage in Stage}
             if spec is not None
             else {}
         )
-        return plan(job, runs, digests, self._policy, datetime.now(UTC), occupied=occupied)
+        return plan(
+            finetunejob,
+            jobs,
+            digests,
+            self._policy,
+            datetime.now(UTC),
+            stages_with_old_pods=stages_with_old_pods,
+        )
 
     async def _carry_out(
         self,
         key: str,
-        job: ObservedFineTuneJob,
-        runs: tuple[ObservedJob, ...],
+        finetunejob: ObservedFineTuneJob,
+        jobs: tuple[ObservedJob, ...],
         decided: Plan,
-        bridge: _Bridge,
+        own_writes: _OwnWrites,
     ) -> tuple[str, float | None]:
         try:
-            await self._apply(job, decided, bridge)
-        except errors.InvalidError as error:
-            # E.g. a quantity that is none: only the server that makes pods of it can tell.
-            decided = refuse(job, runs, Reason.INVALID_SPEC, error.detail, datetime.now(UTC))
-            await self._apply(job, decided, bridge)
-        except errors.ForbiddenError as error:
-            # E.g. a quota: it may be raised, so the queue tries again, and the user learns why.
-            await self._record(key, job, (Event("Warning", "Forbidden", error.detail),))
+            await self._apply(finetunejob, decided, own_writes)
+        except InvalidError as error:
+            # E.g. a malformed quantity, which only the API server detects.
+            decided = refuse(
+                finetunejob, jobs, Reason.INVALID_SPEC, error.detail, datetime.now(UTC)
+            )
+            await self._apply(finetunejob, decided, own_writes)
+        except ForbiddenError as error:
+            # E.g. a quota. It may be raised, so tell the user and let the queue try again.
+            await self._record(key, finetunejob, (Event("Warning", "Forbidden", error.detail),))
             raise
-        # Before the status, which says that they were posted: none is lost, and one that is posted
-        # again after a crash is the same Event by its name.
-        await self._record(key, job, decided.notices)
-        changed = await self._write_status(key, job, decided, bridge)
-        await self._record(key, job, decided.events)
+        # Post notices before the status that says so: after a crash in between they are posted
+        # again, and the same name makes it the same Event.
+        await self._record(key, finetunejob, decided.notices)
+        changed = await self._write_status(key, finetunejob, decided, own_writes)
+        await self._record(key, finetunejob, decided.events)
         result = "changed" if changed or decided.actions else "unchanged"
         return result, decided.requeue_after
 
-    async def _apply(self, job: ObservedFineTuneJob, decided: Plan, bridge: _Bridge) -> None:
+    async def _apply(
+        self, finetunejob: ObservedFineTuneJob, decided: Plan, own_writes: _OwnWrites
+    ) -> None:
         for action in decided.actions:
             match action:
                 case StopJob():
-                    await self._cluster.delete_job(job.namespace, action.name, action.uid)
-                    bridge.created.pop(action.name, None)
+                    await self._cluster.delete_job(finetunejob.namespace, action.name, action.uid)
+                    own_writes.created.pop(action.name, None)
                 case StartStage():
-                    await self._start(job, action, bridge)
+                    await self._start(finetunejob, action, own_writes)
 
-    async def _start(self, job: ObservedFineTuneJob, action: StartStage, bridge: _Bridge) -> None:
-        if job.spec is None:
+    async def _start(
+        self, finetunejob: ObservedFineTuneJob, action: StartStage, own_writes: _OwnWrites
+    ) -> None:
+        if finetunejob.spec is None:
             raise ValueError("a stage can't be started without a spec")
-        nodes = await self._gpu_nodes(job, job.spec) if action.stage is Stage.PREPARE else ()
+        nodes = (
+            await self._gpu_nodes(finetunejob, finetunejob.spec)
+            if action.stage is Stage.PREPARE
+            else ()
+        )
         objects: StageObjects = stage_objects(
-            job,
-            job.spec,
+            finetunejob,
+            finetunejob.spec,
             self._settings,
             stage=action.stage,
-            key=action.key,
+            stage_key=action.stage_key,
             attempt=action.attempt,
             resolved=action.resolved,
-            hardware=training_hardware(job.spec, nodes),
+            hardware=training_hardware(finetunejob.spec, nodes),
         )
-        made: Raw = {}
+        made: JsonObject = {}
         for body in objects:
-            made = await self._ensure(job, body)
-        bridge.created[made["metadata"]["name"]] = made
-        bridge.until = time.monotonic() + BRIDGE_SECONDS
+            made = await self._ensure(finetunejob, body)
+        own_writes.created[made["metadata"]["name"]] = made
+        own_writes.until = time.monotonic() + OWN_WRITES_SECONDS
 
     async def _gpu_nodes(
-        self, job: ObservedFineTuneJob, spec: FineTuneJobSpec
+        self, finetunejob: ObservedFineTuneJob, spec: FineTuneJobSpec
     ) -> tuple[Labels, ...]:
-        """Labels of the nodes with GPUs, where they are needed and may be read."""
+        """Labels of the nodes with GPUs, if they are needed and may be read."""
         label = memory_label(spec)
         if label is None:
             return ()
         try:
             return await self._cluster.node_labels(label)
-        except errors.ForbiddenError:
-            # By design where only some namespaces are watched; spec.training.gpuMemory helps.
-            key = f"{job.namespace}/{job.name}"
-            logger.info("No right to read the nodes' GPU memory.", extra={"job": key})
+        except ForbiddenError:
+            # Expected if only some namespaces are watched; spec.training.gpuMemory replaces it.
+            key = f"{finetunejob.namespace}/{finetunejob.name}"
+            logger.info("No right to read the nodes' GPU memory.", extra={"finetunejob": key})
             return ()
 
-    async def _ensure(self, job: ObservedFineTuneJob, body: Raw) -> Raw:
-        """Create an object; one that is there already must be ours."""
+    async def _ensure(self, finetunejob: ObservedFineTuneJob, body: JsonObject) -> JsonObject:
+        """Create an object, or return the existing one if this FineTuneJob owns it."""
         try:
             return await self._cluster.create(body)
-        except errors.AlreadyExistsError:
+        except AlreadyExistsError:
             meta = body["metadata"]
             found = await self._cluster.get(body["kind"], meta["namespace"], meta["name"])
-            if controller_uid(found) != job.uid:
+            if controller_uid(found) != finetunejob.uid:
                 message = f"{body['kind']} {meta['name']} exists and belongs to someone else"
-                raise errors.ForbiddenError(message) from None
+                raise ForbiddenError(message) from None
             return found
 
     async def _write_status(
-        self, key: str, job: ObservedFineTuneJob, decided: Plan, bridge: _Bridge
+        self, key: str, finetunejob: ObservedFineTuneJob, decided: Plan, own_writes: _OwnWrites
     ) -> bool:
-        patch = status_patch(job.status, decided.status)
+        patch = status_patch(finetunejob.status, decided.status)
         if not patch:
             return False
-        version = job.resource_version
-        written = await self._cluster.patch_status(job.namespace, job.name, version, patch)
+        version = finetunejob.resource_version
+        written = await self._cluster.patch_status(
+            finetunejob.namespace, finetunejob.name, version, patch
+        )
         if written["metadata"]["resourceVersion"] != version:
-            bridge.outdated = version
-            bridge.until = time.monotonic() + BRIDGE_SECONDS
+            own_writes.outdated = version
+            own_writes.until = time.monotonic() + OWN_WRITES_SECONDS
         self._metrics.in_phase(key, decided.status.phase)
         return True
 
-    async def _record(self, key: str, job: ObservedFineTuneJob, events: Iterable[Event]) -> None:
-        """Post the Events; they are news, not state, so losing one is no failure."""
-        about = {"namespace": job.namespace, "name": job.name, "uid": job.uid}
+    async def _record(
+        self, key: str, finetunejob: ObservedFineTuneJob, events: Iterable[Event]
+    ) -> None:
+        """Post the Events. They are news and not state, so losing one is no failure."""
+        about = {
+            "namespace": finetunejob.namespace,
+            "name": finetunejob.name,
+            "uid": finetunejob.uid,
+        }
         for event in events:
             level = logging.WARNING if event.type == "Warning" else logging.INFO
-            logger.log(level, "%s: %s", event.reason, event.message, extra={"job": key})
+            logger.log(level, "%s: %s", event.reason, event.message, extra={"finetunejob": key})
             try:
                 await self._cluster.record_event(
                     about, event.type, event.reason, event.message, event.scope
                 )
-            except errors.ClusterError as error:
-                logger.warning("An event got lost: %s", error, extra={"job": key})
+            except ClusterError as error:
+                logger.warning("An event got lost: %s", error, extra={"finetunejob": key})
 
-    def _bridge(self, key: str, job: ObservedFineTuneJob) -> _Bridge:
-        """The bridge of this object, empty where there is none or it is too old to be needed."""
-        bridge = self._bridges.get(key)
-        expired = bridge is not None and bridge.until < time.monotonic()
-        if bridge is None or bridge.uid != job.uid or expired:
-            bridge = self._bridges[key] = _Bridge(job.uid)
-        return bridge
+    def _own_writes_of(self, key: str, finetunejob: ObservedFineTuneJob) -> _OwnWrites:
+        """The own writes about this object; none if there were none, or if they have expired."""
+        own_writes = self._own_writes.get(key)
+        expired = own_writes is not None and own_writes.until < time.monotonic()
+        if own_writes is None or own_writes.uid != finetunejob.uid or expired:
+            own_writes = self._own_writes[key] = _OwnWrites(finetunejob.uid)
+        return own_writes
 
     def _forget(self, key: str) -> None:
-        self._bridges.pop(key, None)
+        self._own_writes.pop(key, None)
         self._metrics.forget(key)
 
 
-def _jobs(snapshot: Snapshot, bridge: _Bridge) -> list[Raw]:
-    """The Jobs seen, and those that we made a moment ago and the watch doesn't show yet."""
+def _jobs(snapshot: Snapshot, own_writes: _OwnWrites) -> list[JsonObject]:
+    """The Jobs that the watch shows, and our own new ones that it doesn't show yet."""
     seen = {job["metadata"]["name"] for job in snapshot.jobs}
-    for name in seen & bridge.created.keys():
-        del bridge.created[name]
-    return [*snapshot.jobs, *bridge.created.values()]
+    for name in seen & own_writes.created.keys():
+        del own_writes.created[name]
+    return [*snapshot.jobs, *own_writes.created.values()]

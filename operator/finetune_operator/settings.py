@@ -11,7 +11,7 @@ PREFIX = "FINETUNE_"
 
 
 class SettingsError(ValueError):
-    """The environment doesn't hold usable settings."""
+    """A setting in the environment is missing or invalid."""
 
 
 def _split(value: object) -> object:
@@ -22,6 +22,7 @@ def _split(value: object) -> object:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+LogFormat = Literal["human", "json"]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -39,8 +40,8 @@ class Settings(BaseModel):
     image_pull_secrets: Names = ()
     """Secrets, in each FineTuneJob's namespace, that the trainer image is pulled with."""
 
-    trainer_log_format: Literal["human", "json"] = "human"
-    """How the stages log: text for people, or one JSON object a line."""
+    trainer_log_format: LogFormat = "human"
+    """How the stages log: text for people (human), or one JSON object a line (json)."""
 
     namespaces: Names = ()
     """Namespaces to watch; empty means all."""
@@ -55,13 +56,13 @@ class Settings(BaseModel):
     """Seconds between two looks at every FineTuneJob, whether or not something happened."""
 
     secret_grace_seconds: Annotated[float, Field(ge=0)] = 30
-    """Seconds that a Secret may be missing while its pod waits, before the job fails."""
+    """Seconds that a Secret may be missing while its pod waits, before the FineTuneJob fails."""
 
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 30
     """Seconds that one request to the API server may take."""
 
-    log_format: Literal["json", "plain"] = "json"
-    """One JSON object a line, or text for people."""
+    log_format: LogFormat = "json"
+    """Text for people (human), or one JSON object a line (json)."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severe level that is logged."""

@@ -1,8 +1,7 @@
-"""What status says: phase, conditions and the patch that writes them. Pure.
+"""Phase, conditions and messages in status, and the patch that writes them. Pure.
 
-Conditions follow the API conventions: CamelCase reasons, observedGeneration, and a
-lastTransitionTime that moves only when a condition's status does, so that `kubectl wait` and
-GitOps tools can rely on them.
+Conditions follow the API conventions, so `kubectl wait` and GitOps tools can rely on them: reasons
+are CamelCase words, and lastTransitionTime moves only when a condition's status changes.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ MESSAGE_LIMIT = 1024  # characters of a message in a condition, an event or a st
 
 
 @dataclass(frozen=True)
-class Note:
-    """What a person should know while a stage waits."""
+class PendingReason:
+    """Why a stage has to wait, for the conditions."""
 
     reason: str
     message: str
@@ -44,7 +43,7 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Claim:
+class ConditionValue:
     """Whether a condition holds, and why."""
 
     holds: bool
@@ -53,72 +52,73 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Summary:
     """The phase and the three conditions that belong together."""
 
     phase: Phase
-    ready: Claim
-    progressing: Claim
-    degraded: Claim
+    ready: ConditionValue
+    progressing: ConditionValue
+    degraded: ConditionValue
 
 
-def working(
+def working_summary(
     stage: StageStatus,
-    note: Note | None,
+    note: PendingReason | None,
     earlier_artifacts: bool,
     notices: Iterable[Notice] = (),
-) -> Outlook:
-    """A stage runs, or waits to; `notices` are the present training's."""
+) -> Summary:
+    """A stage runs, or waits to run; `notices` are those of the current training."""
     phase = PHASES[stage.name]
     if stage.name is Stage.PREPARE and stage.state is StageState.PENDING and not stage.attempt:
         phase = Phase.PENDING
     absent = "The artifacts are not there yet."
     if earlier_artifacts:
         absent = "The artifacts in status are those of an earlier spec."
-    return Outlook(
+    return Summary(
         phase=phase,
-        ready=Claim(False, phase, absent),
-        progressing=_progress(stage, phase, note, notices),
-        degraded=_trouble(stage, note),
+        ready=ConditionValue(False, phase, absent),
+        progressing=_progressing(stage, phase, note, notices),
+        degraded=_degraded(stage, note),
     )
 
 
-def failed(phase_stage: StageStatus) -> Outlook:
-    """The FineTuneJob has failed, and only another spec can change that."""
+def failed_summary(phase_stage: StageStatus) -> Summary:
+    """A stage failed for good, and with it the FineTuneJob."""
     reason = phase_stage.reason or Reason.INTERNAL_ERROR
     message = phase_stage.message or ""
-    return refused(reason, message)
+    return refused_summary(reason, message)
 
 
-def refused(reason: str, message: str) -> Outlook:
-    """The FineTuneJob has failed for a reason that needs no stage."""
-    return Outlook(
+def refused_summary(reason: str, message: str) -> Summary:
+    """The FineTuneJob failed, and only another spec can change that."""
+    return Summary(
         phase=Phase.FAILED,
-        ready=Claim(False, reason, message),
-        progressing=Claim(False, reason, "No further attempt is made until the spec changes."),
-        degraded=Claim(True, reason, message),
+        ready=ConditionValue(False, reason, message),
+        progressing=ConditionValue(
+            False, reason, "No further attempt is made until the spec changes."
+        ),
+        degraded=ConditionValue(True, reason, message),
     )
 
 
-def succeeded(message: str) -> Outlook:
-    """The artifacts are there."""
-    return Outlook(
+def succeeded_summary(message: str) -> Summary:
+    return Summary(
         phase=Phase.SUCCEEDED,
-        ready=Claim(True, Reason.SUCCEEDED, message),
-        progressing=Claim(False, Reason.SUCCEEDED, "There is nothing to do."),
-        degraded=Claim(False, AS_EXPECTED, ALL_WELL),
+        ready=ConditionValue(True, Reason.SUCCEEDED, message),
+        progressing=ConditionValue(False, Reason.SUCCEEDED, "There is nothing to do."),
+        degraded=ConditionValue(False, AS_EXPECTED, ALL_WELL),
     )
 
 
 def conditions(
-    previous: Iterable[Condition], outlook: Outlook, generation: int, now: datetime
+    previous: Iterable[Condition], summary: Summary, generation: int, now: datetime
 ) -> tuple[Condition, ...]:
-    """The three conditions; one that says what it said before keeps its transition time."""
+    """The three conditions; one whose status is unchanged keeps its transition time."""
     before = {condition.type: condition for condition in previous}
     claims = {
-        "Ready": outlook.ready,
-        "Progressing": outlook.progressing,
-        "Degraded": outlook.degraded,
+        "Ready": summary.ready,
+        "Progressing": summary.progressing,
+        "Degraded": summary.degraded,
     }
     return tuple(
         _condition(kind, claim, before.get(kind), generation, now) for kind, claim in claims.items()
@@ -128,7 +128,7 @@ def conditions(
 def status_patch(old: FineTuneJobStatus, new: FineTuneJobStatus) -> dict[str, Any]:
     """The merge patch from one status to the other; empty when they are the same.
 
-    `progress` is never in it: that field is the trainer's.
+    It never contains `progress`, which only the trainer writes.
     """
     return _merge_patch(_dump(old), _dump(new))
 
@@ -139,21 +139,22 @@ def timestamp(moment: datetime) -> str:
 
 
 def shorten(message: str) -> str:
-    """Cut a message that would bloat the object."""
+    """Cut a message at MESSAGE_LIMIT."""
     return message if len(message) <= MESSAGE_LIMIT else message[: MESSAGE_LIMIT - 1] + "…"
 
 
-def warned_of(notices: Iterable[Notice]) -> str:
-    """A hint to append to a message; empty where the training gave no warning.
+def warnings_hint(notices: Iterable[Notice]) -> str:
+    """A sentence to append to a message; empty if the training gave no warning.
 
-    Such a training is not Degraded: it goes on, and its result is there for a person to judge.
+    A warning doesn't make the FineTuneJob Degraded: the training goes on, and a person can judge
+    its result.
     """
     codes = dict.fromkeys(notice.code for notice in notices if notice.warning)
     return f" The training warned of {', '.join(codes)}: see status.notices." if codes else ""
 
 
-def shortfall(file: str, quality: Quality | None) -> str:
-    """What the quality gate found wrong with a file, in one sentence."""
+def quality_fault(file: str, quality: Quality | None) -> str:
+    """Why a file failed the quality gate, in one sentence."""
     if quality is None or not quality.over_limit:
         return f"{file} did not pass the checks; the manifest says why."
     return (
@@ -162,40 +163,42 @@ def shortfall(file: str, quality: Quality | None) -> str:
     )
 
 
-def fell_short(artifacts: Iterable[ArtifactStatus]) -> str:
-    """A hint to append to a message; empty where every file passed the quality gate.
+def quality_hint(artifacts: Iterable[ArtifactStatus]) -> str:
+    """A sentence to append to a message; empty if every file passed the quality gate.
 
-    With `verify: warn` only: otherwise such a file ends the job.
+    Only with `verify: warn`: otherwise such a file makes the FineTuneJob fail.
     """
     failed = [each for each in artifacts if each.quality is not None and not each.quality.passed]
-    words = [shortfall(each.uri.rpartition("/")[2], each.quality) for each in failed]
+    words = [quality_fault(each.uri.rpartition("/")[2], each.quality) for each in failed]
     return f" Short of the quality asked for: {' '.join(words)}" if words else ""
 
 
-def _progress(
-    stage: StageStatus, phase: Phase, note: Note | None, notices: Iterable[Notice]
-) -> Claim:
+def _progressing(
+    stage: StageStatus, phase: Phase, note: PendingReason | None, notices: Iterable[Notice]
+) -> ConditionValue:
     if note is not None:
-        return Claim(True, note.reason, note.message)
+        return ConditionValue(True, note.reason, note.message)
     if stage.state is StageState.RUNNING:
-        hint = warned_of(notices) if stage.name is Stage.TRAIN else ""
-        return Claim(True, phase, f"{stage.name} is at work, attempt {stage.attempt}.{hint}")
+        hint = warnings_hint(notices) if stage.name is Stage.TRAIN else ""
+        return ConditionValue(
+            True, phase, f"{stage.name} is at work, attempt {stage.attempt}.{hint}"
+        )
     if stage.reason:
         upcoming = f"Attempt {stage.attempt + 1} of {stage.name} follows."
-        return Claim(True, RETRYING, f"{upcoming} The last one ended: {stage.message}")
-    return Claim(True, phase, f"{stage.name} is about to start.")
+        return ConditionValue(True, RETRYING, f"{upcoming} The last one ended: {stage.message}")
+    return ConditionValue(True, phase, f"{stage.name} is about to start.")
 
 
-def _trouble(stage: StageStatus, note: Note | None) -> Claim:
+def _degraded(stage: StageStatus, note: PendingReason | None) -> ConditionValue:
     if note is not None and note.degraded:
-        return Claim(True, note.reason, note.message)
+        return ConditionValue(True, note.reason, note.message)
     if stage.state is StageState.PENDING and stage.reason:
-        return Claim(True, stage.reason, stage.message or "")
-    return Claim(False, AS_EXPECTED, ALL_WELL)
+        return ConditionValue(True, stage.reason, stage.message or "")
+    return ConditionValue(False, AS_EXPECTED, ALL_WELL)
 
 
 def _condition(
-    kind: str, claim: Claim, before: Condition | None, generation: int, now: datetime
+    kind: str, claim: ConditionValue, before: Condition | None, generation: int, now: datetime
 ) -> Condition:
     state: Literal["True", "False"] = "True" if claim.holds else "False"
     kept = before is not None and before.status == state
@@ -217,7 +220,7 @@ def _dump(status: FineTuneJobStatus) -> dict[str, Any]:
 
 
 def _merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """RFC 7386: what is gone becomes null, and objects are compared field by field."""
+    """RFC 7386: a removed field becomes null, and objects are compared field by field."""
     patch: dict[str, Any] = dict.fromkeys(old.keys() - new.keys())
     for key, value in new.items():
         before = old.get(key)

@@ -1,9 +1,9 @@
 """A keyed work queue: many events about one object become one pass over it.
 
-Each key is processed by at most one worker at a time. A key that is added while it is processed
-is processed once more afterwards, so no event is lost, and a hundred events cost one more pass.
-Failures come back with exponential backoff and jitter; a success forgets them. This is the queue
-that controllers written in Go know as the rate-limited work queue.
+At most one worker processes a key at a time. A key that is added meanwhile is processed once more
+afterwards: no event is lost, and a hundred events cost one pass. A failed key is retried with
+exponential backoff and jitter, and a success resets the backoff. Controllers in Go use the same
+design as the rate-limited work queue.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ logger = logging.getLogger(__name__)
 
 BASE_DELAY = 0.5  # seconds after the first failure
 MAX_DELAY = 300.0  # seconds between two tries at most
-JITTER = 0.25  # share of a delay that is random, so that failures don't come back in step
+JITTER = 0.25  # random share of a delay, so that failures don't retry at the same time
 
 Process = Callable[[str], Awaitable[float | None]]
 
 
 class Timer(Protocol):
-    """What can be cancelled before it is due."""
+    """A scheduled call."""
 
     def cancel(self) -> None:
-        """Don't call back."""
+        """Cancel it."""
 
 
 class Clock(Protocol):
-    """The part of an event loop that tells the time."""
+    """The part of an event loop that deals with time."""
 
     def time(self) -> float:
         """Seconds on a monotonic clock."""
@@ -42,7 +42,7 @@ class Clock(Protocol):
 
 
 class WorkQueue:
-    """Keys to process, now or later. Not for use from several threads."""
+    """Keys to process, now or later. Not thread-safe."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class WorkQueue:
         expected: tuple[type[Exception], ...] = (),
     ) -> None:
         self._process = process
-        self._expected = expected  # failures that need no stack trace in the log
+        self._expected = expected  # failures that are logged without a stack trace
         self._clock = clock
         self._chance = chance
         self._ready: deque[str] = deque()
@@ -80,7 +80,7 @@ class WorkQueue:
             self._arrived.set()
 
     def add_later(self, key: str, delay: float) -> None:
-        """Process this key after some seconds; the earliest of several wishes wins."""
+        """Process this key after some seconds; the earliest of several times counts."""
         due = self.clock.time() + delay
         if self._closing or key in self._ready or key in self._again:
             return
@@ -92,7 +92,7 @@ class WorkQueue:
         self._later[key] = (due, timer)
 
     async def run(self, workers: int) -> None:
-        """Process keys until `stop` is called; passes under way are finished."""
+        """Process keys until `stop` is called, and finish the passes in progress."""
         async with asyncio.TaskGroup() as group:
             for _ in range(workers):
                 group.create_task(self._work())
@@ -117,10 +117,12 @@ class WorkQueue:
         self._active.add(key)
         try:
             delay = await self._process(key)
-        except Exception as error:  # a worker outlives whatever one key does to it
+        except Exception as error:  # one key's failure must not end the worker
             delay = self._failed(key)
             trace = None if isinstance(error, self._expected) else error
-            logger.warning("%s; again in %.1f s", error, delay, exc_info=trace, extra={"job": key})
+            logger.warning(
+                "%s; again in %.1f s", error, delay, exc_info=trace, extra={"finetunejob": key}
+            )
         else:
             self._failures.pop(key, None)
         finally:
@@ -132,7 +134,7 @@ class WorkQueue:
             self.add_later(key, delay)
 
     def _failed(self, key: str) -> float:
-        """Count a failure and say how long to wait."""
+        """Count a failure, and return how long to wait."""
         failures = self._failures[key] = self._failures.get(key, 0) + 1
         # The exponent is bounded, since a float overflows after a thousand failures.
         delay = min(MAX_DELAY, BASE_DELAY * 2.0 ** min(failures - 1, 16))

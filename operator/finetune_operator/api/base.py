@@ -1,4 +1,4 @@
-"""Kubernetes types that the API borrows, cut down to the fields that make sense here."""
+"""Types that the API takes from Kubernetes, and the labels and annotations of the children."""
 
 from __future__ import annotations
 
@@ -8,8 +8,27 @@ from pydantic import ConfigDict, Field, model_validator
 
 from finetune_trainer.contract import GROUP, VERSION, Base, cel
 
+OPERATOR = "finetune-operator"
+TRAINER_CONTAINER = "trainer"
+
+MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
+CHILDREN_SELECTOR = f"{MANAGED_BY_LABEL}={OPERATOR}"
+
+# Labels
+FINETUNEJOB_LABEL = f"{GROUP}/job"  # the FineTuneJob's name, cut to fit a label, for `kubectl -l`
+FINETUNEJOB_UID_LABEL = f"{GROUP}/job-uid"
+STAGE_LABEL = f"{GROUP}/stage"
+ATTEMPT_LABEL = f"{GROUP}/attempt"
+
+# Annotations, which may be longer
+FINETUNEJOB_NAME_ANNOTATION = f"{GROUP}/job-name"  # the whole name
+STAGE_KEY_ANNOTATION = f"{GROUP}/key"  # the stage's fingerprint; for `prepare`, the generation
+POD_SETTINGS_ANNOTATION = f"{GROUP}/pod-settings"  # digest of the settings of its pods
+
 KIND = "FineTuneJob"
 API_VERSION = f"{GROUP}/{VERSION}"
+
+JsonObject = dict[str, Any]  # a Kubernetes object, or a part of one, as the API server writes it
 
 Name = Annotated[str, Field(min_length=1, max_length=253)]
 Quantity = Annotated[int | str, Field(json_schema_extra={"x-kubernetes-int-or-string": True})]

@@ -1,9 +1,9 @@
-"""The CustomResourceDefinition, made of the pydantic types.
+"""Generate the CustomResourceDefinition from the pydantic types.
 
 `python -m finetune_operator.api.crd FOLDER` writes it below the repository's folder. Pydantic's
-JSON schema becomes a structural schema: references inlined, "or null" dropped (an absent field is
-how the API says none), closed objects opened (the API server prunes unknown fields, and refuses
-them under strict validation).
+JSON schema becomes a structural schema. References are inlined. "Or null" is dropped, since an
+absent field means none. `additionalProperties: false` is dropped, since the API server prunes
+unknown fields itself, or refuses them under strict validation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HEADER = "# Generated from operator/finetune_operator/api by `make generate`. Do
 
 PRINTER_COLUMNS = [
     # name, type, JSON path, priority (1: only with -o wide), description
-    ("Phase", "string", ".status.phase", 0, "What the job is doing"),
+    ("Phase", "string", ".status.phase", 0, "What the FineTuneJob is doing"),
     ("Stage", "string", ".status.stage", 0, "The stage that runs, or ran last"),
     ("Progress", "string", ".status.progress.percent", 0, "Share of the stage that is done"),
     ("Loss", "string", ".status.progress.loss", 0, "Training loss at the last logging step"),
@@ -84,10 +84,10 @@ def render() -> str:
 
 
 def render_for_chart() -> str:
-    """The same for the chart, which takes the rules out for an API server that knows none.
+    """The same for the chart, which removes the CEL rules for an API server without CEL.
 
-    Helm refuses fields that the server's own schema lacks, so each node's rules stand on one line
-    that a regular expression in the template finds.
+    Helm refuses fields that the server's own schema lacks. So the rules of each node are on one
+    line, which a regular expression in the template finds.
     """
     # Deleting the definition would delete every FineTuneJob: uninstalling the chart must not.
     definition = custom_resource_definition({"helm.sh/resource-policy": "keep"})
@@ -95,7 +95,7 @@ def render_for_chart() -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes repeated values out, since YAML anchors have no place in a manifest."""
+    """Writes repeated values in full, without YAML anchors."""
 
     def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002 - the library's signature
         return True
@@ -116,7 +116,7 @@ _ChartDumper.add_representer(dict, _ChartDumper.represent_dict)
 
 
 def structural(node: Schema, definitions: dict[str, Schema]) -> Schema:
-    """Turn one node of pydantic's JSON schema, and all below it, into a structural schema."""
+    """Turn a node of pydantic's JSON schema and all nodes below it into a structural schema."""
     node = _as_openapi(_without_null(_inlined(node, definitions), definitions))
     if "properties" in node:
         node["properties"] = {
@@ -131,27 +131,27 @@ def structural(node: Schema, definitions: dict[str, Schema]) -> Schema:
 
 
 def _as_openapi(node: Schema) -> Schema:
-    """Say in OpenAPI v3.0, as the API server reads it, what JSON schema says in other words."""
+    """Translate JSON schema to OpenAPI v3.0, which the API server reads."""
     node.pop("title", None)
     if node.get("additionalProperties") is False:
         del node["additionalProperties"]
     if node.get("x-kubernetes-preserve-unknown-fields"):
         node.pop("additionalProperties", None)
     if node.get("x-kubernetes-int-or-string"):
-        # The server derives int-or-string itself; a type beside it would contradict it.
+        # The server derives the type itself, and refuses another one beside it.
         for key in ("type", "anyOf", "const", "enum"):
             node.pop(key, None)
     if "const" in node:
         node["enum"] = [node.pop("const")]
     for bound in ("Minimum", "Maximum"):
-        # JSON schema has the bound itself here, OpenAPI v3.0 a flag beside it.
+        # In JSON schema this is the bound itself, in OpenAPI v3.0 a flag beside the bound.
         if (value := node.pop(f"exclusive{bound}", None)) is not None:
             node |= {bound.lower(): value, f"exclusive{bound}": True}
     return node
 
 
 def _with_plain_default(node: Schema) -> Schema:
-    """An object defaults to {}, which its fields' own defaults fill; what is empty needs none."""
+    """An object's default becomes {}, which its fields' defaults fill; empty ones are dropped."""
     if "default" not in node or not isinstance(node["default"], dict | list | str | None):
         return node
     default = node.pop("default")
@@ -173,13 +173,13 @@ def _root_schema() -> Schema:
         "metadata": {"type": "object"},
         **schema["properties"],
     }
-    # The server owns status; a default there would be written into every new object.
+    # The server would write a default in status into every new object.
     schema["properties"]["status"] = _without_defaults(schema["properties"]["status"])
     return schema
 
 
 def _inlined(node: Schema, definitions: dict[str, Schema]) -> Schema:
-    """Replace a reference by what it names; what stands beside the reference wins."""
+    """Replace a reference by its definition; keywords beside the reference win."""
     node = dict(node)
     while "$ref" in node:
         name = node.pop("$ref").rsplit("/", 1)[-1]
@@ -188,7 +188,7 @@ def _inlined(node: Schema, definitions: dict[str, Schema]) -> Schema:
 
 
 def _without_null(node: Schema, definitions: dict[str, Schema]) -> Schema:
-    """Unfold `X or null` to X, keeping the description and rules of the field."""
+    """Reduce `X or null` to X, and keep the description and rules of the field."""
     branches = [b for b in node.get("anyOf", []) if b.get("type") != "null"]
     if len(branches) == 1 and len(branches) < len(node["anyOf"]):
         outer = {k: v for k, v in node.items() if k not in {"anyOf", "default"}}

@@ -147,7 +147,7 @@ class FineTuneJobSpec(Base):
 
     def run_config(
         self,
-        job: contract.JobReference,
+        reference: contract.JobReference,
         resolved: contract.Resolved | None,
         hardware: contract.Hardware | None = None,
     ) -> contract.RunConfig:
@@ -163,7 +163,7 @@ class FineTuneJobSpec(Base):
                 "output": {"hub": {"token_secret_ref"}},
             },
         )
-        known = {"job": job, "resolved": resolved, "hardware": hardware}
+        known = {"job": reference, "resolved": resolved, "hardware": hardware}
         return contract.RunConfig.model_validate({**data, **known})
 
 
@@ -209,7 +209,7 @@ class StageStatus(Base):
     """Failed attempts that count against backoffLimit."""
 
     reason: str | None = None
-    """Why it is in this state, or why the last attempt failed."""
+    """Why it is in this state, why the last attempt failed, or why the current one lost a pod."""
 
     message: str | None = None
     """The same for people."""

@@ -1,33 +1,43 @@
-"""The Job of one attempt at a stage."""
+"""The Job of one attempt at a stage: its pod, with environment and volumes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from finetune_operator.api import labels
+from finetune_operator.api.base import (
+    FINETUNEJOB_NAME_ANNOTATION,
+    POD_SETTINGS_ANNOTATION,
+    STAGE_KEY_ANNOTATION,
+    TRAINER_CONTAINER,
+    EnvVar,
+    JsonObject,
+)
 from finetune_operator.api.finetunejob import FineTuneJobSpec, PodSettings
-from finetune_operator.manifests.environment import environment
-from finetune_operator.manifests.names import child_name, digest, metadata, stage_labels
-from finetune_operator.manifests.progress_access import service_account_name
-from finetune_operator.manifests.volumes import (
-    CONFIG_FOLDER,
-    WORKSPACE,
-    mounts,
-    shared_memory_mib,
-    volumes,
+from finetune_operator.manifests.children import (
+    child_name,
+    digest,
+    metadata,
+    service_account_name,
+    stage_labels,
 )
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
 from finetune_trainer.contract import Base, ExitCode, Hardware, Stage
 
+CONFIG_FOLDER = "/etc/finetune"
+WORKSPACE = "/workspace"
+TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"  # noqa: S105 - a path
+TOKEN_SECONDS = 3607  # the kubelet renews the token long before
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the kernel's name
+SHARED_MEMORY_MIB = 8192
+MEBIBYTE = 1 << 20
 USER = 65532
-# A stopped stage has this long to say so; a training also brings a checkpoint to the store.
+# How long a stopped stage may take to report; a training also uploads a checkpoint.
 GRACE_SECONDS = {Stage.PREPARE: 60, Stage.TRAIN: 120, Stage.EXPORT: 60}
-# A Job that vanishes the moment it ends may take its result with it.
+# A Job that is deleted as soon as it ends may take its result with it.
 SHORTEST_TTL_SECONDS = 60
 
-# Exit codes that no further pod can change; with every other, backoffLimit 0 ends the Job as well.
+# Exit codes that no further pod can change. (After any other, backoffLimit 0 ends the Job as well.)
 FINAL_EXIT_CODES = [
     int(code)
     for code in (
@@ -43,28 +53,28 @@ FINAL_EXIT_CODES = [
 
 @dataclass(frozen=True)
 class Attempt:
-    """Which attempt at which stage, told what."""
+    """One attempt at a stage, and what its pod depends on."""
 
     stage: Stage
-    key: str
+    stage_key: str
     number: int
     config_map: str
     hardware: Hardware
-    """What the training's pod will have."""
+    """The hardware of the training's pod."""
 
 
 def stage_job(
-    job: ObservedFineTuneJob, spec: FineTuneJobSpec, attempt: Attempt, settings: Settings
-) -> dict[str, Any]:
-    """A batch/v1 Job that runs one pod once; the operator decides on further attempts."""
+    owner: ObservedFineTuneJob, spec: FineTuneJobSpec, attempt: Attempt, settings: Settings
+) -> JsonObject:
+    """A batch/v1 Job that runs one pod once. The operator itself decides on further attempts."""
     pod_settings = pod_settings_digest(spec, attempt.stage, settings)
-    parts = (attempt.key, pod_settings, attempt.number)
-    meta = metadata(job, child_name(job, attempt.stage, *parts))
-    meta["labels"] = stage_labels(job, attempt.stage, attempt.number)
+    parts = (attempt.stage_key, pod_settings, attempt.number)
+    meta = metadata(owner, child_name(owner, attempt.stage, *parts))
+    meta["labels"] = stage_labels(owner, attempt.stage, attempt.number)
     meta["annotations"] = {
-        labels.JOB_NAME: job.name,
-        labels.KEY: attempt.key,
-        labels.POD_SETTINGS: pod_settings,
+        FINETUNEJOB_NAME_ANNOTATION: owner.name,
+        STAGE_KEY_ANNOTATION: attempt.stage_key,
+        POD_SETTINGS_ANNOTATION: pod_settings,
     }
     return {
         "apiVersion": "batch/v1",
@@ -74,13 +84,13 @@ def stage_job(
             "backoffLimit": 0,
             "ttlSecondsAfterFinished": max(spec.ttl_seconds_after_finished, SHORTEST_TTL_SECONDS),
             "podFailurePolicy": _pod_failure_policy(),
-            "template": _pod_template(job, spec, attempt, settings, meta["name"]),
+            "template": _pod_template(owner, spec, attempt, settings, meta["name"]),
         },
     }
 
 
 def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> str:
-    """Digest of all that the pods of a stage are made with and that can't change its result."""
+    """Digest of the settings of a stage's pods that can't change its result."""
     pod = _pod_settings(spec, stage)
     return digest(
         pod.model_dump(mode="json", exclude_none=True),
@@ -95,8 +105,7 @@ def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings)
     )
 
 
-def _publishing(spec: FineTuneJobSpec, stage: Stage) -> list[dict[str, Any]]:
-    """What an export signs with, and where it pushes to."""
+def _publishing(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
     parts = (spec.export.signing, spec.output.hub) if stage is Stage.EXPORT else ()
     return [part.model_dump(mode="json") for part in parts if part is not None]
 
@@ -110,14 +119,14 @@ def _image(pod: PodSettings, settings: Settings) -> str:
     return pod.image or settings.trainer_image
 
 
-def _dump(value: Base | None) -> dict[str, Any] | None:
+def _dump(value: Base | None) -> JsonObject | None:
     return value.model_dump(mode="json", exclude_none=True) if value is not None else None
 
 
-def _pod_failure_policy() -> dict[str, Any]:
-    """What the Job's controller decides itself, on servers that know the field."""
+def _pod_failure_policy() -> JsonObject:
+    """What the Job controller decides itself, on servers that know the field."""
     codes = {
-        "containerName": labels.CONTAINER,
+        "containerName": TRAINER_CONTAINER,
         "operator": "In",
         "values": FINAL_EXIT_CODES,
     }
@@ -131,20 +140,24 @@ def _pod_failure_policy() -> dict[str, Any]:
 
 
 def _pod_template(
-    job: ObservedFineTuneJob, spec: FineTuneJobSpec, attempt: Attempt, settings: Settings, name: str
-) -> dict[str, Any]:
+    owner: ObservedFineTuneJob,
+    spec: FineTuneJobSpec,
+    attempt: Attempt,
+    settings: Settings,
+    name: str,
+) -> JsonObject:
     pod = _pod_settings(spec, attempt.stage)
     shared_memory = shared_memory_mib(attempt.stage, pod, attempt.hardware)
-    own = stage_labels(job, attempt.stage, attempt.number)
+    own = stage_labels(owner, attempt.stage, attempt.number)
     return {
         "metadata": {
             "labels": {**pod.labels, **own},
-            "annotations": {**pod.annotations, labels.JOB_NAME: job.name},
+            "annotations": {**pod.annotations, FINETUNEJOB_NAME_ANNOTATION: owner.name},
         },
         "spec": {
             "restartPolicy": "Never",
-            "serviceAccountName": service_account_name(job, spec.service_account_name),
-            # The usual token never expires on older servers; the projected volume takes its place.
+            "serviceAccountName": service_account_name(owner, spec.service_account_name),
+            # On older servers this token never expires; a projected volume replaces it.
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
             "terminationGracePeriodSeconds": GRACE_SECONDS[attempt.stage],
@@ -170,25 +183,25 @@ def _container(
     settings: Settings,
     job_name: str,
     shared_memory: int | None,
-) -> dict[str, Any]:
+) -> JsonObject:
     pod = _pod_settings(spec, stage)
-    told = {
+    fixed = {
         "HOME": WORKSPACE,
         "TMPDIR": WORKSPACE,
         "FINETUNE_JOB": job_name,
         "FINETUNE_GRACE_SECONDS": str(GRACE_SECONDS[stage]),
     }
     config = f"{CONFIG_FOLDER}/run.json"
-    container: dict[str, Any] = {
-        "name": labels.CONTAINER,
+    container: JsonObject = {
+        "name": TRAINER_CONTAINER,
         "image": _image(pod, settings),
         "imagePullPolicy": settings.image_pull_policy,
         "command": ["finetune-trainer"],
         "args": [str(stage), "--config", config, "--workspace", WORKSPACE],
         "workingDir": WORKSPACE,
-        "env": environment(spec, stage, pod, settings, told),
+        "env": environment(spec, stage, pod, settings, fixed),
         "volumeMounts": mounts(pod, shared_memory),
-        # Where a container ends without its StageResult, the end of its log is a person's clue.
+        # If a container ends without a StageResult, the end of its log helps a person.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -202,13 +215,13 @@ def _container(
     return container
 
 
-def _pull_secrets(settings: Settings) -> dict[str, Any]:
+def _pull_secrets(settings: Settings) -> JsonObject:
     if not settings.image_pull_secrets:
         return {}
     return {"imagePullSecrets": [{"name": name} for name in settings.image_pull_secrets]}
 
 
-def _placement(pod: PodSettings) -> dict[str, Any]:
+def _placement(pod: PodSettings) -> JsonObject:
     """Where the pod may run, and how urgently."""
     return {
         key: value
@@ -221,3 +234,121 @@ def _placement(pod: PodSettings) -> dict[str, Any]:
         }.items()
         if value
     }
+
+
+def environment(
+    spec: FineTuneJobSpec,
+    stage: Stage,
+    pod: PodSettings,
+    settings: Settings,
+    fixed: dict[str, str],
+) -> list[JsonObject]:
+    """The user's variables, those in `fixed`, and the credentials by reference."""
+    own = [{"name": name, "value": value} for name, value in fixed.items()]
+    own += _credentials(spec)
+    own += _credentials_of_export(spec) if stage is Stage.EXPORT else []
+    # The user can't override the operator's own variables: they are part of the contract between
+    # operator and trainer.
+    taken = {each["name"] for each in own}
+    users = [_variable(each) for each in pod.env if each.name not in taken]
+    return [*_defaults(settings, users), *users, *own]
+
+
+def _defaults(settings: Settings, users: list[JsonObject]) -> list[JsonObject]:
+    """Variables that the user may override."""
+    defaults = {"FINETUNE_LOG_FORMAT": settings.trainer_log_format}
+    given = {each["name"] for each in users}
+    return [{"name": name, "value": text} for name, text in defaults.items() if name not in given]
+
+
+def _credentials(spec: FineTuneJobSpec) -> list[JsonObject]:
+    found: list[JsonObject] = []
+    if spec.storage.secret_ref is not None:
+        secret = spec.storage.secret_ref.name
+        found += [
+            _from_secret("AWS_ACCESS_KEY_ID", secret, "AWS_ACCESS_KEY_ID"),
+            _from_secret("AWS_SECRET_ACCESS_KEY", secret, "AWS_SECRET_ACCESS_KEY"),
+            _from_secret("AWS_SESSION_TOKEN", secret, "AWS_SESSION_TOKEN", optional=True),
+            # boto3 reads it if spec.storage.endpoint is left out, so that the same manifest works
+            # in every cluster.
+            _from_secret("AWS_ENDPOINT_URL_S3", secret, "AWS_ENDPOINT_URL_S3", optional=True),
+        ]
+    if spec.model.token_secret_ref is not None:
+        token = spec.model.token_secret_ref
+        found.append(_from_secret("HF_TOKEN", token.name, token.key))
+    return found
+
+
+def _credentials_of_export(spec: FineTuneJobSpec) -> list[JsonObject]:
+    found: list[JsonObject] = []
+    if spec.export.signing is not None:
+        key = spec.export.signing.key_secret_ref
+        found.append(_from_secret("FINETUNE_SIGNING_KEY", key.name, key.key))
+    if spec.output.hub is not None:
+        token = spec.output.hub.token_secret_ref
+        found.append(_from_secret("FINETUNE_HUB_TOKEN", token.name, token.key))
+    return found
+
+
+def _variable(given: EnvVar) -> JsonObject:
+    if given.value_from is None:
+        return {"name": given.name, "value": given.value}
+    secret = given.value_from.secret_key_ref
+    return _from_secret(given.name, secret.name, secret.key, optional=secret.optional)
+
+
+def _from_secret(name: str, secret: str, key: str, *, optional: bool = False) -> JsonObject:
+    reference: JsonObject = {"name": secret, "key": key}
+    if optional:
+        reference["optional"] = True
+    return {"name": name, "valueFrom": {"secretKeyRef": reference}}
+
+
+def mounts(pod: PodSettings, shared_memory: int | None) -> list[JsonObject]:
+    found: list[JsonObject] = [
+        {"name": "workspace", "mountPath": WORKSPACE},
+        {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
+        {"name": "token", "mountPath": TOKEN_FOLDER, "readOnly": True},
+    ]
+    if shared_memory is not None:
+        found.append({"name": "shared-memory", "mountPath": SHARED_MEMORY})
+    for number, volume in enumerate(pod.volumes):
+        mount = {"name": f"claim-{number}", "mountPath": volume.mount_path}
+        found.append(mount | ({"readOnly": True} if volume.read_only else {}))
+    return found
+
+
+def volumes(pod: PodSettings, config_map: str, shared_memory: int | None) -> list[JsonObject]:
+    namespace = {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}
+    root = {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
+    sources = [
+        {"serviceAccountToken": {"path": "token", "expirationSeconds": TOKEN_SECONDS}},
+        {"configMap": root},
+        {"downwardAPI": {"items": [{"path": "namespace", **namespace}]}},
+    ]
+    found: list[JsonObject] = [
+        {"name": "workspace", "emptyDir": {}},
+        {"name": "config", "configMap": {"name": config_map}},
+        {"name": "token", "projected": {"sources": sources}},
+    ]
+    if shared_memory is not None:
+        folder = {"medium": "Memory", "sizeLimit": f"{shared_memory}Mi"}
+        found.append({"name": "shared-memory", "emptyDir": folder})
+    for number, volume in enumerate(pod.volumes):
+        claim = {"claimName": volume.claim_name}
+        found.append({"name": f"claim-{number}", "persistentVolumeClaim": claim})
+    return found
+
+
+def shared_memory_mib(stage: Stage, pod: PodSettings, hardware: Hardware) -> int | None:
+    """MiB of /dev/shm for the communication of several GPUs' processes (NCCL, gloo).
+
+    A container's default of 64 MiB is too small. What is written there counts against the pod's
+    memory limit, so take at most a quarter of it.
+    """
+    mounted = {volume.mount_path.rstrip("/") for volume in pod.volumes}
+    if stage is not Stage.TRAIN or hardware.gpus <= 1 or SHARED_MEMORY in mounted:
+        return None
+    if hardware.memory_bytes is None:
+        return SHARED_MEMORY_MIB
+    return max(min(SHARED_MEMORY_MIB, hardware.memory_bytes // 4 // MEBIBYTE), 1)

@@ -1,121 +1,139 @@
-"""`plan`: follow each stage's Job, take in what `prepare` found, start what is next."""
+"""`plan`: follow the Job of each stage, record its result, start the next stage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
-from finetune_operator import status as say
 from finetune_operator.api.finetunejob import Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan import results
-from finetune_operator.plan.draft import Draft
-from finetune_operator.plan.notices import take_in_notices
-from finetune_operator.plan.refuse import refuse
-from finetune_operator.plan.types import Plan, Policy, StartStage
+from finetune_operator.plan.draft import Draft, Event, Plan, Policy, StartStage, StopJob
 from finetune_operator.plan.verdict import Done, Failure, Pending, judge
-from finetune_operator.status import Note, shorten, timestamp
+from finetune_operator.status import (
+    PendingReason,
+    conditions,
+    failed_summary,
+    quality_hint,
+    refused_summary,
+    shorten,
+    succeeded_summary,
+    timestamp,
+    warnings_hint,
+    working_summary,
+)
 from finetune_trainer.contract import Reason, Stage
 
 TERMINAL = {Phase.SUCCEEDED, Phase.FAILED}
 
 
 def plan(
-    job: ObservedFineTuneJob,
-    runs: Sequence[ObservedJob],
+    finetunejob: ObservedFineTuneJob,
+    jobs: Sequence[ObservedJob],
     pod_settings: Mapping[Stage, str],
     policy: Policy,
     now: datetime,
     *,
-    occupied: frozenset[Stage] = frozenset(),
+    stages_with_old_pods: frozenset[Stage] = frozenset(),
 ) -> Plan:
-    """Decide what leads from what is (job, runs) to the artifacts that the spec asks for.
+    """Decide what to do next to get the artifacts that the spec asks for.
 
-    `pod_settings` holds, per stage, the digest of the settings that its pods would get now;
-    `occupied` the stages at which a pod of an earlier FineTuneJob of this name is still at work.
+    `jobs` are the attempts so far. `pod_settings` maps each stage to the digest of the settings
+    that its pods would get now. In `stages_with_old_pods`, a pod of an earlier FineTuneJob of the
+    same name still runs.
     """
-    if job.deleting or _settled(job):
-        return Plan(job.status)
-    if job.spec is None:
-        return refuse(job, runs, Reason.INVALID_SPEC, job.spec_error or "", now)
+    if finetunejob.deleting or _is_settled(finetunejob):
+        return Plan(finetunejob.status)
+    if finetunejob.spec is None:
+        return refuse(finetunejob, jobs, Reason.INVALID_SPEC, finetunejob.spec_error or "", now)
     draft = Draft(
-        job,
-        job.spec,
-        runs,
+        finetunejob,
+        finetunejob.spec,
+        jobs,
         pod_settings=pod_settings,
         policy=policy,
         now=now,
-        occupied=occupied,
+        stages_with_old_pods=stages_with_old_pods,
     )
     for stage in Stage:
-        _follow(draft, stage)
-    take_in_notices(draft)
+        _follow_stage(draft, stage)
+    results.record_notices(draft)
     return _advance(draft)
 
 
-def _settled(job: ObservedFineTuneJob) -> bool:
-    status = job.status
-    return status.observed_generation == job.generation and status.phase in TERMINAL
+def _is_settled(finetunejob: ObservedFineTuneJob) -> bool:
+    status = finetunejob.status
+    return status.observed_generation == finetunejob.generation and status.phase in TERMINAL
 
 
-def _follow(draft: Draft, stage: Stage) -> None:
-    """Take in what became of the stage's current attempt."""
-    run = _current_run(draft, stage)
-    if run is None:
+def _follow_stage(draft: Draft, stage: Stage) -> None:
+    """Record what has become of the current attempt at a stage."""
+    job = _current_job(draft, stage)
+    if job is None:
         return
-    if _outdated(draft, run):
-        draft.tell("StageRecreated", f"The pod of {stage} is made anew with its changed settings.")
-        _give_back(draft, stage)
+    if _has_outdated_settings(draft, job):
+        draft.add_event(
+            "StageRecreated", f"The pod of {stage} is made anew with its changed settings."
+        )
+        _undo_start(draft, stage)
         return
-    verdict = judge(run, draft.policy, draft.now)
+    verdict = judge(job, draft.stages[stage], draft.policy, draft.now)
     if stage is Stage.PREPARE and not isinstance(verdict, Pending):
-        results.show_dataset(draft, run)
+        results.record_dataset(draft, job)
     match verdict:
         case Pending():
-            draft.look_again(verdict.look_again)
-            if verdict.note is not None:
-                draft.notes[stage] = verdict.note
+            draft.requeue_after(verdict.requeue_after)
+            if verdict.reason is not None:
+                draft.pending_reasons[stage] = verdict.reason
+            if verdict.disruption is not None:
+                _remember_disruption(draft, stage, verdict.disruption)
         case Done():
-            results.take_in(draft, run, verdict)
+            results.record_success(draft, job, verdict)
         case Failure():
-            results.show_published(draft, run, verdict)
-            _fail(draft, stage, verdict)
+            results.record_published_files(draft, job, verdict)
+            _record_failure(draft, stage, verdict)
 
 
-def _current_run(draft: Draft, stage: Stage) -> ObservedJob | None:
-    status, runs = draft.stages[stage], draft.runs_of(stage)
+def _remember_disruption(draft: Draft, stage: Stage, disruption: Failure) -> None:
+    """Keep in status how the pod ended: it may be gone by the time its Job fails."""
+    message = shorten(disruption.message)
+    draft.change(stage, reason=str(disruption.reason), message=message)
+
+
+def _current_job(draft: Draft, stage: Stage) -> ObservedJob | None:
+    status, jobs = draft.stages[stage], draft.jobs_of(stage)
     if status.state is StageState.RUNNING:
-        mine = [run for run in runs if run.attempt == status.attempt]
+        mine = [job for job in jobs if job.attempt == status.attempt]
         if not mine:
-            # Deleted by hand, or by its TTL while the operator was away. The same attempt is made
-            # again: should the Job merely not be visible yet, its name keeps it from being two.
-            _give_back(draft, stage)
-        return min(mine, key=lambda run: run.deleting, default=None)
+            # Somebody deleted the Job, or its TTL did while the operator was down. Start the same
+            # attempt again. If the watch just doesn't show the Job yet, its name prevents a second.
+            _undo_start(draft, stage)
+        return min(mine, key=lambda job: job.deleting, default=None)
     if status.state is StageState.PENDING:
-        return _adopt(draft, stage, runs)
+        return _adopt(draft, stage, jobs)
     return None
 
 
-def _adopt(draft: Draft, stage: Stage, runs: Sequence[ObservedJob]) -> ObservedJob | None:
-    """A Job that was started before its start could be written to status."""
+def _adopt(draft: Draft, stage: Stage, jobs: Sequence[ObservedJob]) -> ObservedJob | None:
+    """Find a Job that was started although status doesn't say so, and record it as running."""
     attempt = draft.stages[stage].attempt
-    newer = [run for run in runs if run.attempt > attempt and not run.deleting]
-    newer = [run for run in newer if not _outdated(draft, run)]
+    newer = [job for job in jobs if job.attempt > attempt and not job.deleting]
+    newer = [job for job in newer if not _has_outdated_settings(draft, job)]
     if not newer:
         return None
-    run = max(newer, key=lambda run: run.attempt)
-    _running(draft, stage, run.attempt, run.created)
-    return run
+    job = max(newer, key=lambda job: job.attempt)
+    _mark_running(draft, stage, job.attempt, job.created)
+    return job
 
 
-def _outdated(draft: Draft, run: ObservedJob) -> bool:
-    """Whether its pod would be made differently now, and hasn't done anything yet."""
-    if run.finished is not None or run.deleting or (run.pod is not None and run.pod.started):
+def _has_outdated_settings(draft: Draft, job: ObservedJob) -> bool:
+    """Whether the pod has not started yet and would get other settings now."""
+    if job.finished is not None or job.deleting or (job.pod is not None and job.pod.started):
         return False
-    return run.pod_settings != draft.pod_settings[run.stage]
+    return job.pod_settings != draft.pod_settings[job.stage]
 
 
-def _running(draft: Draft, stage: Stage, attempt: int, since: datetime) -> None:
+def _mark_running(draft: Draft, stage: Stage, attempt: int, since: datetime) -> None:
     draft.change(
         stage,
         state=StageState.RUNNING,
@@ -127,13 +145,13 @@ def _running(draft: Draft, stage: Stage, attempt: int, since: datetime) -> None:
     )
 
 
-def _give_back(draft: Draft, stage: Stage) -> None:
-    """Undo the start of an attempt, which will be made again under the same number."""
+def _undo_start(draft: Draft, stage: Stage) -> None:
+    """Undo the start of an attempt, so that it starts again under the same number."""
     attempt = draft.stages[stage].attempt - 1
     draft.change(stage, state=StageState.PENDING, attempt=attempt, start_time=None)
 
 
-def _fail(draft: Draft, stage: Stage, failure: Failure) -> None:
+def _record_failure(draft: Draft, stage: Stage, failure: Failure) -> None:
     status = draft.stages[stage]
     failures = status.failures if failure.free else status.failures + 1
     limit = draft.spec.backoff_limit
@@ -150,55 +168,59 @@ def _fail(draft: Draft, stage: Stage, failure: Failure) -> None:
         message=shorten(message),
         completion_time=timestamp(failure.at),
     )
-    if not results.warn_of_quality(draft, failure.result, failure.reason):
-        draft.warn(failure.reason, message)
+    if not results.warn_of_failed_files(draft, failure.result, failure.reason):
+        draft.add_warning(failure.reason, message)
 
 
 def _advance(draft: Draft) -> Plan:
-    """Start the first stage that is not done, unless it runs, waits or has failed."""
+    """Start the first stage that is not done, if it isn't running, waiting or failed."""
     left = [each for each in draft.stages.values() if each.state is not StageState.SUCCEEDED]
     if not left:
-        draft.stop_unclaimed()
-        return _succeed(draft)
+        draft.stop_obsolete_jobs()
+        return _finish(draft)
     stage = left[0].name
     match left[0].state:
         case StageState.FAILED:
-            _stop_all(draft)
-            draft.stop_unclaimed()
-            return draft.finish(stage, say.failed(left[0]))
+            _halt_running_stages(draft)
+            draft.stop_obsolete_jobs()
+            return draft.finish(stage, failed_summary(left[0]))
         case StageState.PENDING:
-            draft.stop_unclaimed()
+            draft.stop_obsolete_jobs()
             _start(draft, stage)
         case _:
-            draft.stop_unclaimed()
-    earlier = bool(draft.field("artifacts"))
-    notices = draft.field("notices")
-    outlook = say.working(draft.stages[stage], draft.notes.get(stage), earlier, notices)
-    return draft.finish(stage, outlook)
+            draft.stop_obsolete_jobs()
+    earlier = bool(draft.found.artifacts)
+    notices = draft.found.notices
+    summary = working_summary(
+        draft.stages[stage], draft.pending_reasons.get(stage), earlier, notices
+    )
+    return draft.finish(stage, summary)
 
 
 def _start(draft: Draft, stage: Stage) -> None:
-    status, key = draft.stages[stage], draft.key(stage)
-    wait = _delay(status, draft.policy, draft.now)
+    status, key = draft.stages[stage], draft.stage_key(stage)
+    wait = _retry_delay(status, draft.policy, draft.now)
     if wait > timedelta():
-        draft.look_again(wait.total_seconds())
+        draft.requeue_after(wait.total_seconds())
         return
-    mine = any(run.stage is stage and run.occupied for run in draft.runs)
-    if mine or stage in draft.occupied:
-        # Two at a time would write the same files, a training's checkpoints for one.
-        draft.notes[stage] = Note("Stopping", f"{stage} starts when its earlier pod has stopped.")
+    mine = any(job.stage is stage and job.may_have_pod_at_work for job in draft.jobs)
+    if mine or stage in draft.stages_with_old_pods:
+        # Two pods at a time would write the same files, e.g. checkpoints.
+        draft.pending_reasons[stage] = PendingReason(
+            "Stopping", f"{stage} starts when its earlier pod has stopped."
+        )
         return
     if key is None:
         raise ValueError(f"{stage} has no fingerprint though prepare succeeded")
     attempt = status.attempt + 1
-    resolved = None if stage is Stage.PREPARE else draft.field("resolved")
-    draft.act(StartStage(stage, key, attempt, resolved))
-    draft.tell("StageStarted", f"Started {stage}, attempt {attempt}.")
-    _running(draft, stage, attempt, draft.now)
+    resolved = None if stage is Stage.PREPARE else draft.found.resolved
+    draft.add_action(StartStage(stage, key, attempt, resolved))
+    draft.add_event("StageStarted", f"Started {stage}, attempt {attempt}.")
+    _mark_running(draft, stage, attempt, draft.now)
 
 
-def _delay(status: StageStatus, policy: Policy, now: datetime) -> timedelta:
-    """How long the next attempt has to wait still."""
+def _retry_delay(status: StageStatus, policy: Policy, now: datetime) -> timedelta:
+    """How long the next attempt still has to wait."""
     if status.reason is None or status.completion_time is None:
         return timedelta()
     pause = policy.retry_base * 2.0 ** min(status.attempt - 1, 16)
@@ -206,16 +228,46 @@ def _delay(status: StageStatus, policy: Policy, now: datetime) -> timedelta:
     return max(timedelta(), due - now)
 
 
-def _stop_all(draft: Draft) -> None:
-    """No stage goes on when the FineTuneJob has failed."""
+def _halt_running_stages(draft: Draft) -> None:
     for stage, status in draft.stages.items():
         if status.state is StageState.RUNNING:
             draft.change(stage, state=StageState.PENDING, start_time=None)
 
 
-def _succeed(draft: Draft) -> Plan:
-    folder, manifest = draft.spec.output.uri, draft.field("manifest_uri")
+def _finish(draft: Draft) -> Plan:
+    folder, manifest = draft.spec.output.uri, draft.found.manifest_uri
     message = f"The artifacts are in {folder}; {manifest} lists them."
-    message += say.warned_of(draft.field("notices")) + say.fell_short(draft.field("artifacts"))
-    draft.tell(Reason.SUCCEEDED, message)
-    return draft.finish(Stage.EXPORT, say.succeeded(message))
+    message += warnings_hint(draft.found.notices) + quality_hint(draft.found.artifacts)
+    draft.add_event(Reason.SUCCEEDED, message)
+    return draft.finish(Stage.EXPORT, succeeded_summary(message))
+
+
+def refuse(
+    finetunejob: ObservedFineTuneJob,
+    jobs: Sequence[ObservedJob],
+    reason: Reason,
+    message: str,
+    now: datetime,
+) -> Plan:
+    """Fail for good, and stop all Jobs of an earlier spec."""
+    message = shorten(message)
+    known = {stage.name: stage for stage in finetunejob.status.stages}
+    summary = refused_summary(reason, message)
+    status = finetunejob.status.model_copy(
+        update={
+            "observed_generation": finetunejob.generation,
+            "phase": summary.phase,
+            "stages": tuple(_halted(known.get(name, StageStatus(name=name))) for name in Stage),
+            "conditions": conditions(
+                finetunejob.status.conditions, summary, finetunejob.generation, now
+            ),
+        }
+    )
+    stops = tuple(StopJob(job.name, job.uid) for job in jobs if job.active and not job.deleting)
+    return Plan(status, actions=stops, events=(Event("Warning", reason, message),))
+
+
+def _halted(stage: StageStatus) -> StageStatus:
+    if stage.state is not StageState.RUNNING:
+        return stage
+    return stage.model_copy(update={"state": StageState.PENDING, "start_time": None})

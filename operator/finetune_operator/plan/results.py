@@ -1,22 +1,23 @@
-"""What a stage's result means for the stages after it, and for status."""
+"""Record results of the stages and notices of the training in the draft."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 
 from finetune_operator.api.finetunejob import ArtifactStatus, Lineage, StageState, StageStatus
 from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
 from finetune_operator.plan.verdict import Done, Failure
-from finetune_operator.status import shortfall, timestamp
-from finetune_trainer.contract import Artifact, Resolved, Stage, StageResult
+from finetune_operator.status import quality_fault, timestamp
+from finetune_trainer.contract import Artifact, Notice, Resolved, Stage, StageResult
 
-OVER_LIMIT = "QualityLimitExceeded"  # the event of a file that `verify: warn` lets pass
+OVER_LIMIT = "QualityLimitExceeded"  # the event about a file that `verify: warn` lets pass
+NOTICES_LIMIT = 50  # notices in status; the log has the others
 
 
-def take_in(draft: Draft, run: ObservedJob, done: Done) -> None:
-    """Record that a stage succeeded, and what it said."""
-    stage, result = run.stage, done.result
+def record_success(draft: Draft, job: ObservedJob, done: Done) -> None:
+    stage, result = job.stage, done.result
     draft.change(
         stage,
         state=StageState.SUCCEEDED,
@@ -24,64 +25,64 @@ def take_in(draft: Draft, run: ObservedJob, done: Done) -> None:
         message=result.message or None if result else None,
         completion_time=timestamp(done.at),
     )
-    draft.tell("StageSucceeded", f"Finished {stage}: {result.message if result else 'done'}")
+    draft.add_event("StageSucceeded", f"Finished {stage}: {result.message if result else 'done'}")
     if result is not None and result.metrics:
-        draft.fields["metrics"] = dict(result.metrics)
+        draft.found.metrics = dict(result.metrics)
     match stage:
         case Stage.PREPARE if result is not None and result.resolved is not None:
-            _resolve(draft, result, result.resolved)
+            _record_resolved(draft, result, result.resolved)
         case Stage.EXPORT:
-            _exported(draft, result, run.image)
-            warn_of_quality(draft, result, OVER_LIMIT)
+            _record_artifacts(draft, result, job.image)
+            warn_of_failed_files(draft, result, OVER_LIMIT)
 
 
-def show_published(draft: Draft, run: ObservedJob, failure: Failure) -> None:
-    """Show what a failed export published all the same: the files that passed the quality gate,
-    and those that it keeps apart."""
+def record_published_files(draft: Draft, job: ObservedJob, failure: Failure) -> None:
+    """Show the files that an export published although it failed: those that passed the quality
+    gate, and those below `rejected/`."""
     result = failure.result
-    if run.stage is Stage.EXPORT and result is not None and result.manifest_uri is not None:
-        _exported(draft, result, run.image)
+    if job.stage is Stage.EXPORT and result is not None and result.manifest_uri is not None:
+        _record_artifacts(draft, result, job.image)
 
 
-def warn_of_quality(draft: Draft, result: StageResult | None, reason: str) -> bool:
-    """Record each file that the quality gate found fault with; whether there are any."""
+def warn_of_failed_files(draft: Draft, result: StageResult | None, reason: str) -> bool:
+    """Warn of each file that failed the quality gate; return whether there are any."""
     failed = [each for each in result.artifacts if each.failed] if result is not None else []
     for each in failed:
-        draft.warn(reason, shortfall(each.path, each.quality))
+        draft.add_warning(reason, quality_fault(each.path, each.quality))
     return bool(failed)
 
 
-def show_dataset(draft: Draft, run: ObservedJob) -> None:
-    """Show what `prepare` found in the dataset, whether or not that made it fail."""
-    result = run.pod.result if run.pod is not None else None
+def record_dataset(draft: Draft, job: ObservedJob) -> None:
+    """Show what `prepare` found in the dataset, also if it failed because of that."""
+    result = job.pod.result if job.pod is not None else None
     mine = result is not None and result.stage is Stage.PREPARE
-    draft.fields["dataset"] = result.dataset if result is not None and mine else None
+    draft.found.dataset = result.dataset if result is not None and mine else None
 
 
-def _resolve(draft: Draft, result: StageResult, resolved: Resolved) -> None:
-    """Compare what `prepare` found with what status remembers, stage by stage."""
+def _record_resolved(draft: Draft, result: StageResult, resolved: Resolved) -> None:
+    """Compare the fingerprints that `prepare` computed with those in status, stage by stage."""
     complete = set(result.complete)
     if Stage.EXPORT in complete:
-        complete.add(Stage.TRAIN)  # the adapter is needed for an export only
-    draft.fields["resolved"] = resolved
+        complete.add(Stage.TRAIN)  # only an export needs the adapter
+    draft.found.resolved = resolved
     draft.change(Stage.PREPARE, fingerprint=resolved.fingerprints.prepare)
     kept = {
         stage: _resolve_stage(draft, stage, resolved, cached=stage in complete)
         for stage in (Stage.TRAIN, Stage.EXPORT)
     }
     if not kept[Stage.TRAIN] and not result.metrics:
-        draft.fields["metrics"] = {}
+        draft.found.metrics = {}
     if Stage.EXPORT in complete and not kept[Stage.EXPORT]:
-        _exported(draft, result, image=None)
+        _record_artifacts(draft, result, image=None)
 
 
 def _resolve_stage(draft: Draft, stage: Stage, resolved: Resolved, *, cached: bool) -> bool:
-    """Bring one stage in line; whether what status says of it was kept."""
+    """Update one stage; return whether its status stayed as it was."""
     before = draft.stages[stage]
     fingerprint: str = getattr(resolved.fingerprints, stage)
     same = before.fingerprint == fingerprint
     if stage is Stage.TRAIN and not same:
-        draft.fields["notices"] = ()  # they are about another training
+        draft.found.notices = ()  # they are about another training
     if same and _still_holds(draft, before, cached=cached):
         return True
     if cached:
@@ -93,12 +94,12 @@ def _resolve_stage(draft: Draft, stage: Stage, resolved: Resolved, *, cached: bo
             message="The object store already holds the result.",
             completion_time=timestamp(draft.now),
         )
-        draft.tell("StageCached", f"The object store already holds the result of {stage}.")
+        draft.add_event("StageCached", f"The object store already holds the result of {stage}.")
     else:
         draft.stages[stage] = StageStatus(name=stage, fingerprint=fingerprint)
-        # Attempts are numbered on from those whose Jobs have ended, since their numbers name them.
-        # A Job at work is this very attempt, started before that could be written to status.
-        used = [run.attempt for run in draft.runs_of(stage) if run.finished or run.deleting]
+        # The number of an attempt is part of its Job's name, so skip those of ended Jobs. An active
+        # Job is the next attempt itself: it was started before status could be written.
+        used = [job.attempt for job in draft.jobs_of(stage) if job.finished or job.deleting]
         draft.change(stage, attempt=max([before.attempt if same else 0, *used]))
     return False
 
@@ -108,25 +109,27 @@ def _still_holds(draft: Draft, stage: StageStatus, *, cached: bool) -> bool:
         return True
     if stage.state is not StageState.SUCCEEDED:
         return False
-    # The store has the last word, except on what came into it after `prepare` looked.
-    return cached or _later(stage.completion_time, draft.stages[Stage.PREPARE].start_time)
+    # The store decides, except about a result that was written after `prepare` looked.
+    return cached or _is_later(stage.completion_time, draft.stages[Stage.PREPARE].start_time)
 
 
-def _later(one: str | None, other: str | None) -> bool:
+def _is_later(one: str | None, other: str | None) -> bool:
     if one is None or other is None:
         return False
     return datetime.fromisoformat(one) >= datetime.fromisoformat(other)
 
 
-def _exported(draft: Draft, result: StageResult | None, image: str | None) -> None:
-    """Show the artifacts and what they were made from."""
-    resolved: Resolved = draft.field("resolved")
+def _record_artifacts(draft: Draft, result: StageResult | None, image: str | None) -> None:
     folder = draft.spec.output.uri.rstrip("/")
     artifacts = result.artifacts if result else ()
     manifest = result.manifest_uri if result else None
-    draft.fields["artifacts"] = tuple(_artifact(folder, each) for each in artifacts)
-    draft.fields["manifest_uri"] = manifest or f"{folder}/manifest.json"
-    draft.fields["lineage"] = Lineage(
+    draft.found.artifacts = tuple(_artifact(folder, each) for each in artifacts)
+    draft.found.manifest_uri = manifest or f"{folder}/manifest.json"
+    draft.found.lineage = _lineage(draft.found.resolved, image) if draft.found.resolved else None
+
+
+def _lineage(resolved: Resolved, image: str | None) -> Lineage:
+    return Lineage(
         dataset_etag=resolved.dataset_etag,
         dataset_rows=resolved.dataset_rows,
         eval_rows=resolved.eval_rows,
@@ -142,3 +145,29 @@ def _artifact(folder: str, artifact: Artifact) -> ArtifactStatus:
         sha256=artifact.sha256,
         quality=artifact.quality,
     )
+
+
+def record_notices(draft: Draft) -> None:
+    """Post each notice of the current training that is not in status yet, and add it there."""
+    known = draft.found.notices
+    fresh = [notice for notice in dict.fromkeys(_reported_notices(draft)) if notice not in known]
+    for notice in fresh[: max(NOTICES_LIMIT - len(known), 0)]:
+        draft.add_notice(notice, scope=draft.stage_key(Stage.TRAIN) or "")
+        known = (*known, notice)
+    if fresh:
+        draft.found.notices = known
+
+
+def _reported_notices(draft: Draft) -> Iterator[Notice]:
+    """The notices in the live progress, and in the result of each attempt.
+
+    The progress of an earlier training stays until the next one reports. So it counts only if a
+    Job of this training wrote it.
+    """
+    jobs = draft.jobs_of(Stage.TRAIN)
+    if draft.finetunejob.reported.job in {job.name for job in jobs}:
+        yield from draft.finetunejob.reported.notices
+    for job in jobs:
+        result = job.pod.result if job.pod is not None else None
+        if result is not None and result.stage is Stage.TRAIN:
+            yield from result.notices

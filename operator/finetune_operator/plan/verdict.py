@@ -1,4 +1,4 @@
-"""What a stage's Job amounts to: still waiting, done, or failed and for which reason."""
+"""Judge one attempt at a stage: still pending, done, or failed, and why."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from finetune_operator.observe import Finish, ObservedJob
-from finetune_operator.plan.types import Policy
-from finetune_operator.pods import ObservedPod, Waiting
-from finetune_operator.status import Note
+from finetune_operator.api.finetunejob import StageStatus
+from finetune_operator.observe import Finish, ObservedJob, ObservedPod, Waiting
+from finetune_operator.plan.draft import Policy
+from finetune_operator.status import PendingReason
 from finetune_trainer.contract import ExitCode, Reason, Stage, StageResult
 
 KILLED = {137, 143}  # 128 + SIGKILL, 128 + SIGTERM
 
-# What an exit code says where the container left no StageResult.
+# The reason behind an exit code, if the container left no StageResult.
 REASONS = {
     ExitCode.BAD_INPUT: Reason.DATASET_UNREADABLE,
     ExitCode.BAD_CONFIG: Reason.INVALID_CONFIG,
@@ -25,11 +25,11 @@ REASONS = {
     ExitCode.QUALITY_GATE: Reason.QUALITY_GATE_FAILED,
 }
 
-# The kubelet's words for a reference to a Secret that it can't follow.
+# What the kubelet says when a Secret or its key is missing.
 SECRET_MISSING = re.compile(r'secret "(?P<name>[^"]+)" not found', re.IGNORECASE)
 KEY_MISSING = re.compile(r"find key (?P<key>\S+) in Secret \S*?/(?P<name>\S+)", re.IGNORECASE)
 
-# The kubelet goes on trying to pull; these two it can't cure.
+# The kubelet keeps trying to pull an image, but a retry can't help in the last two cases.
 PULLING = {"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "ImageInspectError"}
 UNPULLABLE = {"InvalidImageName", "ErrImageNeverPull"}
 
@@ -38,9 +38,12 @@ UNPULLABLE = {"InvalidImageName", "ErrImageNeverPull"}
 class Pending:
     """Not ended yet."""
 
-    note: Note | None = None
-    look_again: float | None = None
-    """Seconds after which the verdict may differ though nothing happened."""
+    reason: PendingReason | None = None
+    requeue_after: float | None = None
+    """Seconds after which the verdict may differ even if nothing happens."""
+
+    disruption: Failure | None = None
+    """How its pod ended. The Job creates another pod, or fails after this one is gone."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,14 @@ class Done:
     """Ended well."""
 
     result: StageResult | None
-    """None where the pod's word was lost, but not its exit code."""
+    """None if the pod's result was lost, but not its exit code."""
 
     at: datetime
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Ended badly, or can't begin."""
+    """Failed, or unable to start."""
 
     reason: Reason
     message: str
@@ -64,25 +67,25 @@ class Failure:
     """Whether the attempt doesn't count against backoffLimit."""
 
     result: StageResult | None = None
-    """What the stage said, where it counts for good."""
+    """The stage's own result, if no retry can change it."""
 
 
 Verdict = Pending | Done | Failure
 
 
-def judge(job: ObservedJob, policy: Policy, now: datetime) -> Verdict:
-    """Read one attempt's Job and pod."""
+def judge(job: ObservedJob, stage: StageStatus, policy: Policy, now: datetime) -> Verdict:
+    """Judge one attempt by its Job and pod; `stage` holds a disruption seen in an earlier pass."""
     pod = job.pod
     if pod is not None and pod.exit_code == ExitCode.SUCCEEDED:
         return _succeeded(job.stage, pod, now)
     if job.deleting:
-        return Pending()  # whatever its pod says, someone is taking it away
+        return Pending()  # the Job is being deleted: wait until it is gone
     if pod is None:
-        return _without_pod(job, policy, now)
+        return _without_pod(job, stage, policy, now)
     if pod.exit_code is not None or pod.phase == "Failed":
         return _ended(job, pod, now)
     if job.finished is not None:
-        return _without_last_word(job, policy, now)
+        return _without_pod_report(job, policy, now)
     return _not_started(job.stage, pod, policy, now)
 
 
@@ -99,46 +102,47 @@ def _succeeded(stage: Stage, pod: ObservedPod, now: datetime) -> Verdict:
 def _ended(job: ObservedJob, pod: ObservedPod, now: datetime) -> Verdict:
     failure = _failure(job.stage, pod, pod.finished_at or now)
     if failure.free and job.finished is None:
-        # Where the Job's podFailurePolicy ignores disruptions, its controller makes another pod
-        # within the same attempt. Only a Job that has failed is given up.
-        return Pending()
+        # The Job may create another pod within the same attempt: after a disruption that its
+        # podFailurePolicy ignores, and on old servers after each deletion. Today's servers let the
+        # Job fail after a deletion, but only when the pod is gone. So wait for the Job.
+        return Pending(disruption=failure)
     return failure
 
 
 def _failure(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
     result = pod.result
     if result is not None and result.reason is Reason.SUCCEEDED:
-        result = None  # it said so, and then its exit code said otherwise
+        result = None  # the exit code contradicts it
     if result is not None and not result.reason.retryable:
-        # It holds whoever took the pod away.
+        # True whether or not the pod was disrupted as well.
         return Failure(result.reason, result.message, at, result=result)
     outside = _from_outside(stage, pod, at)
     if outside is not None:
         return outside
     if result is not None:
         return Failure(result.reason, result.message, at, free=result.reason is Reason.STOPPED)
-    return _silent(stage, pod, at)
+    return _without_result(stage, pod, at)
 
 
 def _from_outside(stage: Stage, pod: ObservedPod, at: datetime) -> Failure | None:
-    """What the node and the control plane say, which the trainer couldn't know."""
+    """A cause that only the node or the control plane knows."""
     if pod.out_of_disk is not None:
         return Failure(Reason.OUT_OF_DISK, _out_of_disk(stage, pod.out_of_disk), at)
     if pod.disruption is not None:
         return _disrupted(stage, pod.disruption, at)
     if pod.oom_killed:
         return Failure(Reason.OOM_KILLED, _oom_killed(stage), at)
-    if pod.deleting and pod.exit_code in KILLED:
+    if pod.deleting and (pod.exit_code is None or pod.exit_code in KILLED):
         return _disrupted(stage, "the pod was deleted", at)
     return None
 
 
-def _silent(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
-    """A container that ended without a StageResult."""
+def _without_result(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
+    """Judge a container that ended without a StageResult by its exit code."""
     code = pod.exit_code
     if code is None:
         return Failure(Reason.INTERNAL_ERROR, f"The pod of {stage} failed before it ran.", at)
-    words = f": {pod.last_words}" if pod.last_words else "; its log may say why."
+    words = f": {pod.last_log_line}" if pod.last_log_line else "; its log may say why."
     known = {int(each) for each in ExitCode}
     reason = REASONS.get(ExitCode(code), Reason.INTERNAL_ERROR) if code in known else None
     message = f"{stage} ended with exit code {code}{words}"
@@ -172,30 +176,37 @@ def _stopping(stage: Stage, pod: ObservedPod) -> str:
     )
 
 
-def _without_pod(job: ObservedJob, policy: Policy, now: datetime) -> Verdict:
+def _without_pod(job: ObservedJob, stage: StageStatus, policy: Policy, now: datetime) -> Verdict:
+    if job.finished is Finish.FAILED and stage.reason in set(Reason):
+        message, at = stage.message or "", job.finished_at or now
+        return Failure(Reason(stage.reason), message, at, free=True)
     if job.finished is not None:
-        return _without_last_word(job, policy, now)
+        return _without_pod_report(job, policy, now)
     left = policy.pod_grace - (now - job.created)
     if left > timedelta():
-        return Pending(look_again=left.total_seconds())
+        return Pending(requeue_after=left.total_seconds())
     message = f"The Job {job.name} has no pod yet. `kubectl describe job {job.name}` may say why."
-    return Pending(Note("PodNotCreated", message, degraded=True))
+    return Pending(PendingReason("PodNotCreated", message, degraded=True))
 
 
-def _without_last_word(job: ObservedJob, policy: Policy, now: datetime) -> Verdict:
-    """The Job has ended, but what its pod said is not there (yet, or any more)."""
+def _without_pod_report(job: ObservedJob, policy: Policy, now: datetime) -> Verdict:
+    """The Job has ended, but the pod's result isn't visible: not yet, or no longer."""
     if job.finished is Finish.FAILED and job.pod is not None and job.pod.at_work:
-        # Given up while its pod is on its way out, which may take its grace period.
-        return Pending(Note("Stopping", _stopping(job.stage, job.pod)))
+        # The pod may use its grace period to stop.
+        return Pending(PendingReason("Stopping", _stopping(job.stage, job.pod)))
     at = job.finished_at or now
     left = policy.report_grace - (now - at)
     if left > timedelta():
-        return Pending(look_again=left.total_seconds())
+        return Pending(requeue_after=left.total_seconds())
     if job.finished is Finish.COMPLETE and job.stage is not Stage.PREPARE:
         return Done(None, at)
     message = f"The Job {job.name} ended, and its pod is gone with what it had to say."
-    reason = Reason.INTERNAL_ERROR if job.finished is Finish.COMPLETE else Reason.POD_DISRUPTED
-    return Failure(reason, message, at)
+    if job.finished is Finish.COMPLETE:
+        return Failure(Reason.INTERNAL_ERROR, message, at)
+    # A pod that fails by itself stays, so its failure is seen and counted. If the pod is gone and
+    # its end was never seen, somebody took it away.
+    free = job.pod is None and not job.failed_by_exit_code
+    return Failure(Reason.POD_DISRUPTED, message, at, free=free)
 
 
 def _not_started(stage: Stage, pod: ObservedPod, policy: Policy, now: datetime) -> Verdict:
@@ -213,21 +224,21 @@ def _waiting(
         return Failure(Reason.IMAGE_NOT_PULLED, _not_pulled(stage, pod, waiting), now)
     if waiting.reason in PULLING:
         message = _not_pulled(stage, pod, waiting)
-        return Pending(Note(Reason.IMAGE_NOT_PULLED, message, degraded=True))
+        return Pending(PendingReason(Reason.IMAGE_NOT_PULLED, message, degraded=True))
     missing = _missing_secret(stage, waiting)
     if missing is not None:
         return _secret_missing(missing, pod, policy, now)
     if waiting.reason.endswith("Error"):
         message = f"The pod of {stage} can't start ({waiting.reason}): {waiting.message}"
-        return Pending(Note(waiting.reason, message, degraded=True))
+        return Pending(PendingReason(waiting.reason, message, degraded=True))
     return Pending()
 
 
-def _unscheduled(stage: Stage, pod: ObservedPod) -> Note | None:
+def _unscheduled(stage: Stage, pod: ObservedPod) -> PendingReason | None:
     if pod.unschedulable is None:
         return None
     message = f"The pod of {stage} waits for a node: {pod.unschedulable}"
-    return Note(Reason.UNSCHEDULABLE, message)
+    return PendingReason(Reason.UNSCHEDULABLE, message)
 
 
 def _not_pulled(stage: Stage, pod: ObservedPod, waiting: Waiting) -> str:
@@ -253,7 +264,7 @@ def _missing_secret(stage: Stage, waiting: Waiting) -> str | None:
 def _secret_missing(missing: str, pod: ObservedPod, policy: Policy, now: datetime) -> Verdict:
     left = policy.secret_grace - (now - pod.since)
     if left > timedelta():
-        note = Note(Reason.SECRET_NOT_FOUND, f"{missing}. Create it.", degraded=True)
-        return Pending(note, look_again=left.total_seconds())
+        reason = PendingReason(Reason.SECRET_NOT_FOUND, f"{missing}. Create it.", degraded=True)
+        return Pending(reason, requeue_after=left.total_seconds())
     message = f"{missing}. Create it, then delete this FineTuneJob and apply it again."
     return Failure(Reason.SECRET_NOT_FOUND, message, now)

@@ -49,7 +49,7 @@ class Operator:
             "FINETUNE_TRAINER_IMAGE": "trainer:test",
             "FINETUNE_HEALTH_PORT": str(self.port),
             "FINETUNE_SECRET_GRACE_SECONDS": "2",
-            "FINETUNE_LOG_FORMAT": "plain",
+            "FINETUNE_LOG_FORMAT": "human",
             **settings,
         }
         self._process: subprocess.Popen[bytes] | None = None

@@ -162,6 +162,12 @@ class Namespace:
         path = f"{self._path('finetunejobs', 'support')}/status"
         self.merge_patch(path, {"status": {"progress": told}})
 
+    def delete_pod(self, pod: Raw) -> None:
+        """What `kubectl delete pod` does: the pod is told to stop, and has its grace period."""
+        path = f"/api/v1/namespaces/{self.name}/pods/{pod['metadata']['name']}"
+        answer = self._http.delete(path)
+        assert answer.is_success, answer.text
+
     # The kubelet
 
     def bind(self, pod: Raw, node: str) -> None:
@@ -198,6 +204,20 @@ class Namespace:
             return None
 
         found: Raw = self.wait(f"a pod of {stage}, attempt {attempt}", find)
+        return found
+
+    def another_pod(self, stage: Stage, than: Raw) -> Raw:
+        """The pod of a stage that follows after another one, of whichever attempt."""
+
+        def find() -> Raw | None:
+            for pod in self.children("pods"):
+                meta = pod["metadata"]
+                mine = meta["labels"]["finetune.dev/stage"] == str(stage)
+                if mine and meta["uid"] != than["metadata"]["uid"]:
+                    return pod
+            return None
+
+        found: Raw = self.wait(f"another pod of {stage}", find)
         return found
 
     def set_pod(self, pod: Raw, phase: str, state: Raw | None = None, **status: Any) -> None:

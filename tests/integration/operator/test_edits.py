@@ -23,6 +23,11 @@ def children(here: Namespace, stage: Stage) -> list[dict[str, Any]]:
 
 def test_another_quantization_runs_prepare_and_export(here: Namespace) -> None:
     here.run_all()
+    # The Job controller may take a second longer than the operator to see that the pod has ended.
+    here.wait(
+        "the training's Job to be complete",
+        lambda: "completionTime" in children(here, TRAIN)[0]["status"],
+    )
     trainings = children(here, TRAIN)
     here.apply(export={"gguf": ["F16", "Q8_0"]})
     here.wait_phase("Preparing")

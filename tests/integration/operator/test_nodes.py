@@ -10,11 +10,12 @@ from uuid import uuid4
 import pytest
 import yaml
 
-from finetune_trainer.contract import Hardware, RunConfig, Stage
+from finetune_trainer.contract import Hardware, Reason, RunConfig, Stage, StageResult
 from hack.cluster.control_plane import ControlPlane
-from tests.integration.operator.stage import Namespace, prepared, resolved
+from tests.integration.operator.stage import Namespace, prepared, resolved, trained
 
 PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN
+STOPPED = StageResult(stage=TRAIN, reason=Reason.STOPPED, message="Stopped at step 5.")
 
 
 def node(name: str, **labels: str) -> dict[str, Any]:
@@ -108,6 +109,35 @@ def test_a_job_deleted_and_created_anew_waits_for_the_pod_of_the_deleted_one(
     assert [job for job in here.jobs() if job[0] == "train"] == []
     here.remove_pod(old)
     assert here.pod(TRAIN)["metadata"]["uid"] != old["metadata"]["uid"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "ending"),
+    [
+        ("PodDisrupted", {"exitCode": 137}),
+        ("PodDisrupted", None),
+        ("Stopped", {"exitCode": 14, "message": STOPPED.to_message().decode()}),
+    ],
+    ids=["killed", "never started", "stopped with a checkpoint"],
+)
+def test_a_pod_that_somebody_takes_away_costs_the_job_nothing(
+    here: Namespace, nodes: str, reason: str, ending: dict[str, Any] | None
+) -> None:
+    here.apply(backoffLimit=0)
+    here.succeed(prepared())
+    pod = here.start_pod(TRAIN) if ending else here.pod(TRAIN)
+    here.bind(pod, nodes)
+    here.delete_pod(pod)
+    here.set_pod(pod, "Failed", {"terminated": ending} if ending else None)
+    here.remove_pod(pod)
+    following = here.another_pod(TRAIN, than=pod)
+    attempt = here.stage(TRAIN)["attempt"]
+    if int(following["metadata"]["labels"]["finetune.dev/attempt"]) == 2:
+        # Today's Job controller lets the Job fail; an older one makes the next pod itself.
+        assert ("Warning", reason) in here.events()
+    here.succeed(trained(), attempt=attempt)
+    here.wait_phase("Exporting")
+    assert here.stage(TRAIN)["failures"] == 0
 
 
 def _leaving(here: Namespace) -> Any:

@@ -19,8 +19,7 @@ from finetune_operator.api.finetunejob import (
     StageState,
     StageStatus,
 )
-from finetune_operator.observe import Finish, ObservedFineTuneJob, ObservedJob
-from finetune_operator.pods import ObservedPod
+from finetune_operator.observe import Finish, ObservedFineTuneJob, ObservedJob, ObservedPod
 from finetune_trainer.contract import Artifact, Fingerprints, Reason, Resolved, Stage, StageResult
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
@@ -220,7 +219,7 @@ ALL_DONE = (
 # What is observed
 
 
-def job(
+def finetunejob(
     status: FineTuneJobStatus | None = None, generation: int = 1, **fields: Any
 ) -> ObservedFineTuneJob:
     values: dict[str, Any] = {
@@ -237,13 +236,13 @@ def job(
     return ObservedFineTuneJob(**values)
 
 
-def run(stage: Stage, attempt: int = 1, key: str | None = None, **fields: Any) -> ObservedJob:
+def job(stage: Stage, attempt: int = 1, key: str | None = None, **fields: Any) -> ObservedJob:
     """One attempt's Job; its name is <stage>-<attempt>."""
     values: dict[str, Any] = {
         "name": f"{stage}-{attempt}",
         "uid": f"uid-{stage}-{attempt}",
         "stage": stage,
-        "key": key or {PREPARE: "1", TRAIN: "train-a", EXPORT: "export-a"}[stage],
+        "stage_key": key or {PREPARE: "1", TRAIN: "train-a", EXPORT: "export-a"}[stage],
         "attempt": attempt,
         "pod_settings": "settings-1",
         "image": IMAGE,

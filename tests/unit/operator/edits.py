@@ -13,10 +13,10 @@ from tests.unit.operator.build import (
     TRAIN,
     ended,
     failing,
+    job,
     pending,
     prepared,
     resolved,
-    run,
     running,
     status,
     succeeded,
@@ -45,7 +45,7 @@ def preparing(train: Any, export: Any, **fields: Any) -> FineTuneJobStatus:
 
 def answer(*args: Any, **fields: Any) -> Any:
     """The Job of the second generation's `prepare`, with its answer."""
-    return run(PREPARE, key="2", **ended(0, prepared(*args, **fields)))
+    return job(PREPARE, key="2", **ended(0, prepared(*args, **fields)))
 
 
 def working(phase: Phase, stage: Any, *stages: Any, **fields: Any) -> FineTuneJobStatus:

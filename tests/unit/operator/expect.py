@@ -53,14 +53,14 @@ class Case:
     """A sentence, what is given, and the whole Plan that follows."""
 
     says: str
-    job: ObservedFineTuneJob
-    runs: Sequence[ObservedJob]
+    finetunejob: ObservedFineTuneJob
+    jobs: Sequence[ObservedJob]
     plan: Plan
 
 
 def decide(case: Case) -> Plan:
     """The plan that is made of what is given."""
-    return plan(case.job, case.runs, SETTINGS, Policy(), NOW)
+    return plan(case.finetunejob, case.jobs, SETTINGS, Policy(), NOW)
 
 
 def unchanged(given: FineTuneJobStatus, requeue_after: float | None = None) -> Plan:

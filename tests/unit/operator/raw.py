@@ -5,8 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_operator.observe import ObservedJob, observe_jobs
-from finetune_operator.pods import ObservedPod
+from finetune_operator.observe import ObservedJob, ObservedPod, observe_jobs
 from finetune_trainer.contract import Reason, Stage, StageResult
 
 OWNER = {"kind": "FineTuneJob", "name": "support", "uid": "uid-1", "controller": True}

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from kubernetes.aio import client
 
-from finetune_operator import cluster, errors
-from finetune_operator.main import JsonFormatter, PlainFormatter
+from finetune_operator import cluster
+from finetune_operator.logs import HumanLine, JsonLine
 
 
 def refusal(status: int, **body: Any) -> client.ApiException:
@@ -23,18 +23,18 @@ def refusal(status: int, **body: Any) -> client.ApiException:
 @pytest.mark.parametrize(
     ("status", "reason", "expected"),
     [
-        (400, "BadRequest", errors.InvalidError),
-        (403, "Forbidden", errors.ForbiddenError),
-        (404, "NotFound", errors.NotFoundError),
-        (409, "AlreadyExists", errors.AlreadyExistsError),
-        (409, "Conflict", errors.ConflictError),
-        (422, "Invalid", errors.InvalidError),
-        (429, "TooManyRequests", errors.UnavailableError),
-        (500, "InternalError", errors.UnavailableError),
+        (400, "BadRequest", cluster.InvalidError),
+        (403, "Forbidden", cluster.ForbiddenError),
+        (404, "NotFound", cluster.NotFoundError),
+        (409, "AlreadyExists", cluster.AlreadyExistsError),
+        (409, "Conflict", cluster.ConflictError),
+        (422, "Invalid", cluster.InvalidError),
+        (429, "TooManyRequests", cluster.UnavailableError),
+        (500, "InternalError", cluster.UnavailableError),
     ],
 )
 def test_a_refusal_becomes_an_error_of_our_own(
-    status: int, reason: str, expected: type[errors.ClusterError]
+    status: int, reason: str, expected: type[cluster.ClusterError]
 ) -> None:
     refused = refusal(status, reason=reason, message="no such luck")
     error = cluster._convert(refused, "GET /x")
@@ -94,28 +94,31 @@ def record(**fields: Any) -> logging.LogRecord:
     return made
 
 
-def test_json_lines_name_the_job() -> None:
-    line = json.loads(JsonFormatter().format(record(job="ml/support")))
+def test_json_lines_name_the_finetunejob() -> None:
+    line = json.loads(JsonLine().format(record(finetunejob="ml/support")))
     assert line.pop("time").endswith("+00:00")
     assert line == {
         "level": "info",
         "logger": "finetune",
         "message": "Started it",
-        "job": "ml/support",
+        "finetunejob": "ml/support",
     }
 
 
 def test_json_lines_of_kopf_name_the_object() -> None:
-    line = json.loads(JsonFormatter().format(record(k8s_ref={"namespace": "ml", "name": "x"})))
-    assert line["job"] == "ml/x"
+    line = json.loads(
+        JsonLine().format(record(k8s_ref={"namespace": "ml", "name": "x"}, k8s_skip=True))
+    )
+    assert line["finetunejob"] == "ml/x"
+    assert line.keys() == {"time", "level", "logger", "message", "finetunejob"}
 
 
 def test_json_lines_hold_a_stack_trace_in_one_line() -> None:
     error = ValueError("no")
-    text = JsonFormatter().format(record(exc_info=(ValueError, error, None)))
+    text = JsonLine().format(record(exc_info=(ValueError, error, None)))
     assert "\n" not in text
     assert json.loads(text)["exception"] == "ValueError: no"
 
 
-def test_plain_lines_begin_with_the_job() -> None:
-    assert "[ml/support] Started it" in PlainFormatter().format(record(job="ml/support"))
+def test_lines_for_people_begin_with_the_finetunejob() -> None:
+    assert "[ml/support] Started it" in HumanLine().format(record(finetunejob="ml/support"))

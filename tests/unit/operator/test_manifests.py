@@ -19,7 +19,7 @@ from finetune_operator.manifests import pod_settings_digest, stage_objects
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
 from finetune_trainer.contract import Hardware, RunConfig, Stage
-from tests.unit.operator.build import EXPORT, PREPARE, SPEC, TRAIN, job, resolved
+from tests.unit.operator.build import EXPORT, PREPARE, SPEC, TRAIN, finetunejob, resolved
 
 GOLDEN = Path(__file__).parent / "golden"
 NEWEST = kubernetes_validate.latest_version()
@@ -86,10 +86,10 @@ WITH_SECRETS = Settings(
 LONG_NAME = "a-very-long.name." + "x" * 200
 
 CASES = {
-    "prepare-minimal": (job(), SPEC, SETTINGS, PREPARE),
-    "train-everything": (job(), EVERYTHING, WITH_SECRETS, TRAIN),
-    "export-long-name": (job(name=LONG_NAME), SPEC, SETTINGS, EXPORT),
-    "export-published": (job(), PUBLISHING, SETTINGS, EXPORT),
+    "prepare-minimal": (finetunejob(), SPEC, SETTINGS, PREPARE),
+    "train-everything": (finetunejob(), EVERYTHING, WITH_SECRETS, TRAIN),
+    "export-long-name": (finetunejob(name=LONG_NAME), SPEC, SETTINGS, EXPORT),
+    "export-published": (finetunejob(), PUBLISHING, SETTINGS, EXPORT),
 }
 
 
@@ -119,7 +119,7 @@ def objects(
             parsed,
             settings,
             stage=stage,
-            key="1" if stage is PREPARE else FINGERPRINT,
+            stage_key="1" if stage is PREPARE else FINGERPRINT,
             attempt=1,
             resolved=None if stage is PREPARE else resolved(),
             hardware=training_hardware(parsed, nodes),
@@ -204,7 +204,7 @@ def test_another_key_or_repository_is_another_job_of_export_alone(part: str) -> 
 
 
 def names(spec: dict[str, Any], settings: Settings = SETTINGS, **fields: Any) -> dict[str, str]:
-    made = objects(job(**fields), spec, settings, TRAIN)
+    made = objects(finetunejob(**fields), spec, settings, TRAIN)
     return {each["kind"]: each["metadata"]["name"] for each in made}
 
 
@@ -277,15 +277,17 @@ def with_gpus(count: int, train: dict[str, Any] | None = None, **limits: Any) ->
 
 def test_a_node_that_comes_or_goes_changes_what_is_told_and_not_the_job() -> None:
     spec, node = with_gpus(1), {"nvidia.com/gpu.memory": "81559"}
-    without = objects(job(), spec, SETTINGS, PREPARE)
-    with_node = objects(job(), spec, SETTINGS, PREPARE, (node,))
+    without = objects(finetunejob(), spec, SETTINGS, PREPARE)
+    with_node = objects(finetunejob(), spec, SETTINGS, PREPARE, (node,))
     assert without[-1]["metadata"] == with_node[-1]["metadata"]
     told = RunConfig.model_validate_json(with_node[-2]["data"]["run.json"])
     assert told.hardware == Hardware(gpus=1, gpu_memory_bytes=81559 << 20)
 
 
 def pod_of(spec: dict[str, Any], stage: Stage = TRAIN) -> dict[str, Any]:
-    made: dict[str, Any] = objects(job(), spec, SETTINGS, stage)[-1]["spec"]["template"]["spec"]
+    made: dict[str, Any] = objects(finetunejob(), spec, SETTINGS, stage)[-1]["spec"]["template"][
+        "spec"
+    ]
     return made
 
 
@@ -322,6 +324,6 @@ def test_the_trainer_knows_its_grace_period(stage: Stage, seconds: int) -> None:
 
 
 def test_the_trainer_knows_its_job_by_name() -> None:
-    made = objects(job(), SPEC, SETTINGS, TRAIN)[-1]
+    made = objects(finetunejob(), SPEC, SETTINGS, TRAIN)[-1]
     env = made["spec"]["template"]["spec"]["containers"][0]["env"]
     assert {"name": "FINETUNE_JOB", "value": made["metadata"]["name"]} in env

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune_operator.metrics import Metrics
+from finetune_operator.monitoring import Metrics
 
 
 def sample(metrics: Metrics, name: str, **labels: str) -> float | None:

@@ -11,7 +11,7 @@ from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase
 from finetune_operator.observe import (
     Finish,
     ObservedJob,
-    Reported,
+    ReportedProgress,
     observe_finetunejob,
     observe_jobs,
     stages_at_work,
@@ -37,7 +37,7 @@ def test_a_new_job() -> None:
         name="support-train-0123456789",
         uid="job-uid",
         stage=Stage.TRAIN,
-        key=FINGERPRINT,
+        stage_key=FINGERPRINT,
         attempt=2,
         pod_settings="s1",
         image="trainer:1",
@@ -56,6 +56,16 @@ def test_a_job_that_ended(finish: Finish) -> None:
     assert (job.finished, job.finished_at) == (finish, moment("12:10:00"))
 
 
+@pytest.mark.parametrize(
+    ("reason", "failed_by_exit_code"), [("PodFailurePolicy", True), ("BackoffLimitExceeded", False)]
+)
+def test_why_a_job_failed(reason: str, failed_by_exit_code: bool) -> None:
+    assert (
+        observed(conditions=[{**FAILED[0], "reason": reason}]).failed_by_exit_code
+        is failed_by_exit_code
+    )
+
+
 def test_the_newest_pod_counts() -> None:
     job = observed(raw_pod("late", "12:05:00"), raw_pod("early", "12:01:00"))
     assert job.pod is not None
@@ -63,7 +73,7 @@ def test_the_newest_pod_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("early", "lingers"),
+    ("early", "earlier_pod_at_work"),
     [
         pytest.param(RUNS, True, id="runs"),
         pytest.param({"phase": "Failed", **terminated(14)}, False, id="has ended"),
@@ -71,14 +81,16 @@ def test_the_newest_pod_counts() -> None:
         pytest.param({"phase": "Pending", **container(waiting={})}, False, id="never ran"),
     ],
 )
-def test_an_earlier_pod_lingers_while_it_runs(early: dict[str, Any], lingers: bool) -> None:
+def test_an_earlier_pod_lingers_while_it_runs(
+    early: dict[str, Any], earlier_pod_at_work: bool
+) -> None:
     job = observed(raw_pod("late", "12:05:00"), raw_pod("early", "12:01:00", **early))
     assert job.pod is not None
-    assert (job.pod.name, job.lingers) == ("late", lingers)
+    assert (job.pod.name, job.earlier_pod_at_work) == ("late", earlier_pod_at_work)
 
 
 @pytest.mark.parametrize(
-    ("pods", "status", "occupied"),
+    ("pods", "status", "may_have_pod_at_work"),
     [
         pytest.param([], {}, True, id="a Job that may make a pod"),
         pytest.param([RUNS], {"conditions": FAILED}, True, id="a failed Job whose pod runs"),
@@ -89,9 +101,12 @@ def test_an_earlier_pod_lingers_while_it_runs(early: dict[str, Any], lingers: bo
     ],
 )
 def test_what_keeps_the_next_attempt_from_starting(
-    pods: list[dict[str, Any]], status: dict[str, Any], occupied: bool
+    pods: list[dict[str, Any]], status: dict[str, Any], may_have_pod_at_work: bool
 ) -> None:
-    assert observed(*(raw_pod(**each) for each in pods), **status).occupied is occupied
+    assert (
+        observed(*(raw_pod(**each) for each in pods), **status).may_have_pod_at_work
+        is may_have_pod_at_work
+    )
 
 
 def test_stages_of_pods_that_still_run() -> None:
@@ -175,11 +190,11 @@ NOTICE = {"code": "LossRising", "step": 40, "evidence": "1.2, then 3.4", "remedy
 @pytest.mark.parametrize(
     ("progress", "reported"),
     [
-        pytest.param(None, Reported(), id="none"),
-        pytest.param({"percent": "10%"}, Reported(), id="without a word"),
+        pytest.param(None, ReportedProgress(), id="none"),
+        pytest.param({"percent": "10%"}, ReportedProgress(), id="without a word"),
         pytest.param(
             {"job": "train-1", "notices": [NOTICE]},
-            Reported(
+            ReportedProgress(
                 "train-1",
                 (
                     Notice(
@@ -197,12 +212,12 @@ NOTICE = {"code": "LossRising", "step": 40, "evidence": "1.2, then 3.4", "remedy
                 "job": "train-1",
                 "notices": [{**NOTICE, "code": "Unheard"}, {"code": "Resumed"}, {"of": "another"}],
             },
-            Reported("train-1", (Notice.model_validate({**NOTICE, "code": "Unheard"}),)),
+            ReportedProgress("train-1", (Notice.model_validate({**NOTICE, "code": "Unheard"}),)),
             id="what a newer trainer says",
         ),
     ],
 )
-def test_of_progress_the_notices_are_read(progress: Any, reported: Reported) -> None:
+def test_of_progress_the_notices_are_read(progress: Any, reported: ReportedProgress) -> None:
     status = {"progress": progress} if progress else {}
     assert observe_finetunejob(raw_finetunejob(status=status)).reported == reported
 

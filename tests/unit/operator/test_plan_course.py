@@ -18,13 +18,13 @@ from tests.unit.operator.build import (
     cached,
     ended,
     exported,
+    finetunejob,
     finished_status,
     job,
     pending,
     pod,
     prepared,
     resolved,
-    run,
     running,
     said,
     status,
@@ -63,38 +63,38 @@ ANEW = normal("StageRecreated", "The pod of train is made anew with its changed 
 CASES = [
     Case(
         "a new resource starts prepare",
-        job(),
+        finetunejob(),
         [],
         Plan(PREPARING, (start(PREPARE),), (started(PREPARE),)),
     ),
     Case(
         "a prepare that runs is waited for, without a change",
-        job(PREPARING),
-        [run(PREPARE)],
+        finetunejob(PREPARING),
+        [job(PREPARE)],
         unchanged(PREPARING),
     ),
     Case(
         "a Job of which the watch shows no pod yet is waited for",
-        job(PREPARING),
-        [run(PREPARE, pod=None, created=at(-10))],
+        finetunejob(PREPARING),
+        [job(PREPARE, pod=None, created=at(-10))],
         unchanged(PREPARING, requeue_after=20),
     ),
     Case(
         "a prepare that was started, but not written to status before a crash, is adopted",
-        job(),
-        [run(PREPARE)],
+        finetunejob(),
+        [job(PREPARE)],
         Plan(status(Phase.PREPARING, PREPARE, running(PREPARE, since=-60), *NOTHING_YET)),
     ),
     Case(
         "after prepare, train starts with what prepare found",
-        job(PREPARING),
-        [run(PREPARE, **ended(0, prepared()))],
+        finetunejob(PREPARING),
+        [job(PREPARE, **ended(0, prepared()))],
         Plan(TRAINING, (start(TRAIN),), (finished(PREPARE), started(TRAIN))),
     ),
     Case(
         "after prepare, a train that was started, but not written to status, is adopted",
-        job(PREPARING),
-        [run(PREPARE, **ended(0, prepared())), run(TRAIN)],
+        finetunejob(PREPARING),
+        [job(PREPARE, **ended(0, prepared())), job(TRAIN)],
         Plan(
             status(
                 Phase.TRAINING,
@@ -109,20 +109,20 @@ CASES = [
     ),
     Case(
         "the pod's word counts before its Job says that it is complete",
-        job(PREPARING),
-        [run(PREPARE, **{**ended(0, prepared()), "finished": None, "finished_at": None})],
+        finetunejob(PREPARING),
+        [job(PREPARE, **{**ended(0, prepared()), "finished": None, "finished_at": None})],
         Plan(TRAINING, (start(TRAIN),), (finished(PREPARE), started(TRAIN))),
     ),
     Case(
         "after train, export starts, and the figures of the training are shown",
-        job(TRAINING),
-        [run(TRAIN, **ended(0, said(TRAIN, metrics=FIGURES)))],
+        finetunejob(TRAINING),
+        [job(TRAIN, **ended(0, said(TRAIN, metrics=FIGURES)))],
         Plan(EXPORTING, (start(EXPORT),), (finished(TRAIN), started(EXPORT))),
     ),
     Case(
         "after export the artifacts and their lineage are shown, and the job is ready",
-        job(EXPORTING),
-        [run(EXPORT, **ended(0, exported()))],
+        finetunejob(EXPORTING),
+        [job(EXPORT, **ended(0, exported()))],
         Plan(
             finished_status(
                 succeeded(PREPARE, since=0, fingerprint="prepare-a"),
@@ -134,27 +134,27 @@ CASES = [
     ),
     Case(
         "a job that has succeeded is left alone",
-        job(finished_status(*ALL_DONE)),
-        [run(EXPORT, **ended(0, exported()))],
+        finetunejob(finished_status(*ALL_DONE)),
+        [job(EXPORT, **ended(0, exported()))],
         unchanged(finished_status(*ALL_DONE)),
     ),
     Case(
         "a job that has succeeded is left alone when its Jobs are gone",
-        job(finished_status(*ALL_DONE)),
+        finetunejob(finished_status(*ALL_DONE)),
         [],
         unchanged(finished_status(*ALL_DONE)),
     ),
     Case(
         "a job that is being deleted starts nothing",
-        job(deleting=True),
+        finetunejob(deleting=True),
         [],
-        unchanged(job().status),
+        unchanged(finetunejob().status),
     ),
     Case(
         "a created-anew job whose result is in the store runs prepare only",
-        job(PREPARING),
+        finetunejob(PREPARING),
         [
-            run(
+            job(
                 PREPARE,
                 **ended(
                     0,
@@ -184,8 +184,8 @@ CASES = [
     ),
     Case(
         "a store that holds the adapter goes on with export",
-        job(PREPARING),
-        [run(PREPARE, **ended(0, prepared([PREPARE, TRAIN], metrics=FIGURES)))],
+        finetunejob(PREPARING),
+        [job(PREPARE, **ended(0, prepared([PREPARE, TRAIN], metrics=FIGURES)))],
         Plan(
             status(
                 Phase.EXPORTING,
@@ -202,8 +202,8 @@ CASES = [
     ),
     Case(
         "a store that holds the export needs no adapter",
-        job(PREPARING),
-        [run(PREPARE, **ended(0, prepared([EXPORT])))],
+        finetunejob(PREPARING),
+        [job(PREPARE, **ended(0, prepared([EXPORT])))],
         Plan(
             finished_status(
                 succeeded(PREPARE, since=0, fingerprint="prepare-a"),
@@ -223,32 +223,32 @@ CASES = [
     ),
     Case(
         "a Job deleted by hand while its stage runs is made again, as the same attempt",
-        job(TRAINING),
+        finetunejob(TRAINING),
         [],
         Plan(TRAINING, (start(TRAIN),), (started(TRAIN),)),
     ),
     Case(
         "a Job that someone is deleting is waited for until it is gone",
-        job(TRAINING),
-        [run(TRAIN, deleting=True)],
+        finetunejob(TRAINING),
+        [job(TRAIN, deleting=True)],
         unchanged(TRAINING),
     ),
     Case(
         "a Job that someone is deleting still counts when its pod has succeeded",
-        job(TRAINING),
-        [run(TRAIN, deleting=True, **ended(0, said(TRAIN, metrics=FIGURES)))],
+        finetunejob(TRAINING),
+        [job(TRAIN, deleting=True, **ended(0, said(TRAIN, metrics=FIGURES)))],
         Plan(EXPORTING, (start(EXPORT),), (finished(TRAIN), started(EXPORT))),
     ),
     Case(
         "a train whose Job is complete, but whose pod shows later, is waited for",
-        job(TRAINING),
-        [run(TRAIN, finished=Finish.COMPLETE, finished_at=at(-5))],
+        finetunejob(TRAINING),
+        [job(TRAIN, finished=Finish.COMPLETE, finished_at=at(-5))],
         unchanged(TRAINING, requeue_after=25),
     ),
     Case(
         "a train whose Job is complete, and whose pod is gone for good, has succeeded",
-        job(TRAINING),
-        [run(TRAIN, finished=Finish.COMPLETE, finished_at=at(-60), pod=None)],
+        finetunejob(TRAINING),
+        [job(TRAIN, finished=Finish.COMPLETE, finished_at=at(-60), pod=None)],
         Plan(
             status(
                 Phase.EXPORTING,
@@ -264,8 +264,8 @@ CASES = [
     ),
     Case(
         "a train that ended well without a word has succeeded",
-        job(TRAINING),
-        [run(TRAIN, **ended(0))],
+        finetunejob(TRAINING),
+        [job(TRAIN, **ended(0))],
         Plan(
             status(
                 Phase.EXPORTING,
@@ -281,8 +281,8 @@ CASES = [
     ),
     Case(
         "a train whose pod settings changed before its pod started is stopped, to be made anew",
-        job(TRAINING),
-        [run(TRAIN, pod_settings="settings-0", pod=pod(phase="Pending", started=False))],
+        finetunejob(TRAINING),
+        [job(TRAIN, pod_settings="settings-0", pod=pod(phase="Pending", started=False))],
         Plan(
             status(
                 Phase.TRAINING,
@@ -306,8 +306,8 @@ CASES = [
     ),
     Case(
         "a train whose pod settings changed while it runs is left alone",
-        job(TRAINING),
-        [run(TRAIN, pod_settings="settings-0")],
+        finetunejob(TRAINING),
+        [job(TRAIN, pod_settings="settings-0")],
         unchanged(TRAINING),
     ),
 ]

@@ -18,11 +18,11 @@ from tests.unit.operator.build import (
     conditions,
     dead,
     ended,
+    finetunejob,
     finished_status,
     job,
     pending,
     resolved,
-    run,
     running,
     status,
     succeeded,
@@ -55,7 +55,7 @@ from tests.unit.operator.expect import (
 CASES = [
     Case(
         "a changed spec runs prepare first, and keeps the artifacts in sight",
-        job(finished_status(succeeded(PREPARE), TRAINED, EXPORTED), generation=2),
+        finetunejob(finished_status(succeeded(PREPARE), TRAINED, EXPORTED), generation=2),
         [],
         Plan(
             working(
@@ -78,7 +78,7 @@ CASES = [
     ),
     Case(
         "an edit that touches no stage is done when prepare has answered",
-        job(FINISHED_BEFORE, generation=2),
+        finetunejob(FINISHED_BEFORE, generation=2),
         [answer([PREPARE, TRAIN, EXPORT])],
         Plan(
             finished_status(PREPARED, TRAINED, EXPORTED, generation=2),
@@ -87,7 +87,7 @@ CASES = [
     ),
     Case(
         "another quantization exports anew, and trains nothing",
-        job(FINISHED_BEFORE, generation=2),
+        finetunejob(FINISHED_BEFORE, generation=2),
         [answer([PREPARE, TRAIN], NEW_EXPORT)],
         Plan(
             working(
@@ -104,7 +104,7 @@ CASES = [
     ),
     Case(
         "another learning rate trains and exports anew",
-        job(FINISHED_BEFORE, generation=2),
+        finetunejob(FINISHED_BEFORE, generation=2),
         [answer([PREPARE], NEW_TRAIN)],
         Plan(
             training_anew(**{**FINISHED, "resolved": NEW_TRAIN, "metrics": {}}),
@@ -114,7 +114,7 @@ CASES = [
     ),
     Case(
         "an edit back to what the store still holds trains nothing",
-        job(FINISHED_BEFORE, generation=2),
+        finetunejob(FINISHED_BEFORE, generation=2),
         [answer([PREPARE, TRAIN], NEW_TRAIN, metrics=FIGURES)],
         Plan(
             working(
@@ -131,7 +131,7 @@ CASES = [
     ),
     Case(
         "a store that was emptied is filled again, whatever status remembers",
-        job(FINISHED_BEFORE, generation=2),
+        finetunejob(FINISHED_BEFORE, generation=2),
         [answer()],
         Plan(
             working(
@@ -148,7 +148,7 @@ CASES = [
     ),
     Case(
         "what came into the store after prepare looked is not done again",
-        job(
+        finetunejob(
             preparing(
                 succeeded(TRAIN, since=-300, until=-30, fingerprint="train-a"),
                 pending(EXPORT, fingerprint="export-a"),
@@ -173,8 +173,10 @@ CASES = [
     ),
     Case(
         "a stage that failed before is tried again under the new spec, with a fresh count",
-        job(preparing(FAILED_BEFORE, pending(EXPORT, fingerprint="export-a")), generation=2),
-        [answer([PREPARE]), run(TRAIN, **ended(12))],
+        finetunejob(
+            preparing(FAILED_BEFORE, pending(EXPORT, fingerprint="export-a")), generation=2
+        ),
+        [answer([PREPARE]), job(TRAIN, **ended(12))],
         Plan(
             working(
                 Phase.TRAINING,
@@ -191,7 +193,7 @@ CASES = [
     ),
     Case(
         "a failed job whose spec changes begins with prepare",
-        job(
+        finetunejob(
             status(
                 Phase.FAILED,
                 TRAIN,

@@ -15,12 +15,12 @@ from tests.unit.operator.build import (
     dead,
     ended,
     failing,
+    finetunejob,
     job,
     pending,
     pod,
     prepared,
     resolved,
-    run,
     running,
     said,
     spec,
@@ -51,21 +51,21 @@ from tests.unit.operator.expect import (
 CASES = [
     Case(
         "bad data fails at once, with the trainer's own words",
-        job(PREPARING),
-        [run(PREPARE, **ended(10, said(PREPARE, Reason.DATASET_EMPTY, message=EMPTY)))],
+        finetunejob(PREPARING),
+        [job(PREPARE, **ended(10, said(PREPARE, Reason.DATASET_EMPTY, message=EMPTY)))],
         prepare_fails(Reason.DATASET_EMPTY, EMPTY),
     ),
     Case(
         "refused credentials fail at once",
-        job(PREPARING),
-        [run(PREPARE, **ended(11, said(PREPARE, Reason.STORAGE_ACCESS_DENIED, message="no")))],
+        finetunejob(PREPARING),
+        [job(PREPARE, **ended(11, said(PREPARE, Reason.STORAGE_ACCESS_DENIED, message="no")))],
         prepare_fails(Reason.STORAGE_ACCESS_DENIED, "no"),
     ),
     Case(
         "bad data fails at once even in a pod that was evicted meanwhile",
-        job(PREPARING),
+        finetunejob(PREPARING),
         [
-            run(
+            job(
                 PREPARE,
                 **ended(
                     10,
@@ -78,20 +78,20 @@ CASES = [
     ),
     Case(
         "bad input without a word is told by the exit code",
-        job(PREPARING),
-        [run(PREPARE, **ended(10, last_words="no such file"))],
+        finetunejob(PREPARING),
+        [job(PREPARE, **ended(10, last_log_line="no such file"))],
         prepare_fails(Reason.DATASET_UNREADABLE, "prepare ended with exit code 10: no such file"),
     ),
     Case(
         "a job that has failed is left alone",
-        job(prepare_fails(Reason.DATASET_EMPTY, EMPTY).status),
-        [run(PREPARE, **ended(10))],
+        finetunejob(prepare_fails(Reason.DATASET_EMPTY, EMPTY).status),
+        [job(PREPARE, **ended(10))],
         unchanged(prepare_fails(Reason.DATASET_EMPTY, EMPTY).status),
     ),
     Case(
         "after the last attempt that backoffLimit allows, the job fails",
-        job(training(attempt=3, failures=2)),
-        [run(TRAIN, 3, **ended(1, last_words="RuntimeError: no luck"))],
+        finetunejob(training(attempt=3, failures=2)),
+        [job(TRAIN, 3, **ended(1, last_log_line="RuntimeError: no luck"))],
         train_fails(
             Reason.INTERNAL_ERROR,
             f"{CRASH} It failed 3 times; spec.backoffLimit is 2.",
@@ -101,27 +101,27 @@ CASES = [
     ),
     Case(
         "with backoffLimit 0 the first failure is the last",
-        job(training(), spec=spec(backoffLimit=0)),
-        [run(TRAIN, **ended(1, last_words="RuntimeError: no luck"))],
+        finetunejob(training(), spec=spec(backoffLimit=0)),
+        [job(TRAIN, **ended(1, last_log_line="RuntimeError: no luck"))],
         train_fails(Reason.INTERNAL_ERROR, f"{CRASH} It failed once; spec.backoffLimit is 0."),
     ),
     Case(
         "out of GPU memory is never tried again",
-        job(training()),
-        [run(TRAIN, **ended(12, said(TRAIN, Reason.OUT_OF_GPU_MEMORY, message="lower it")))],
+        finetunejob(training()),
+        [job(TRAIN, **ended(12, said(TRAIN, Reason.OUT_OF_GPU_MEMORY, message="lower it")))],
         train_fails(Reason.OUT_OF_GPU_MEMORY, "lower it"),
     ),
     Case(
         "a prepare that finds too little memory for the training is not tried again in vain",
-        job(PREPARING),
-        [run(PREPARE, **ended(16, said(PREPARE, Reason.OUT_OF_MEMORY, message="raise it")))],
+        finetunejob(PREPARING),
+        [job(PREPARE, **ended(16, said(PREPARE, Reason.OUT_OF_MEMORY, message="raise it")))],
         prepare_fails(Reason.OUT_OF_MEMORY, "raise it"),
     ),
     Case(
         "nor is a training that no smaller pass could fit, though a worker was killed on the way",
-        job(training()),
+        finetunejob(training()),
         [
-            run(
+            job(
                 TRAIN,
                 **ended(16, said(TRAIN, Reason.OUT_OF_MEMORY, message="raise it"), oom_killed=True),
             )
@@ -130,15 +130,15 @@ CASES = [
     ),
     Case(
         "too little memory without a word is told by the exit code",
-        job(training()),
-        [run(TRAIN, **ended(16))],
+        finetunejob(training()),
+        [job(TRAIN, **ended(16))],
         train_fails(Reason.OUT_OF_MEMORY, "train ended with exit code 16; its log may say why."),
     ),
     Case(
         "a pod evicted for outgrowing its own disk limit is not tried again",
-        job(training()),
+        finetunejob(training()),
         [
-            run(
+            job(
                 TRAIN,
                 finished=Finish.FAILED,
                 finished_at=at(0),
@@ -149,7 +149,7 @@ CASES = [
     ),
     Case(
         "a prepare that fails stops what the earlier spec has running",
-        job(
+        finetunejob(
             status(
                 Phase.PREPARING,
                 PREPARE,
@@ -162,12 +162,12 @@ CASES = [
             generation=2,
         ),
         [
-            run(
+            job(
                 PREPARE,
                 key="2",
                 **ended(10, said(PREPARE, Reason.DATASET_EMPTY, message=EMPTY)),
             ),
-            run(TRAIN),
+            job(TRAIN),
         ],
         Plan(
             status(
@@ -186,8 +186,10 @@ CASES = [
     ),
     Case(
         "a spec that can't be read fails the job, and stops what runs",
-        job(training(), generation=2, spec=None, spec_error="spec.training.epochs: too many"),
-        [run(TRAIN), run(PREPARE, **ended(0, prepared()))],
+        finetunejob(
+            training(), generation=2, spec=None, spec_error="spec.training.epochs: too many"
+        ),
+        [job(TRAIN), job(PREPARE, **ended(0, prepared()))],
         Plan(
             status(
                 Phase.FAILED,

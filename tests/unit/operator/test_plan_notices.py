@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase
-from finetune_operator.observe import ObservedFineTuneJob, ObservedJob, Reported
+from finetune_operator.observe import ObservedFineTuneJob, ObservedJob, ReportedProgress
 from finetune_operator.plan import Event, Plan, Policy, plan
-from finetune_operator.plan.notices import LIMIT
+from finetune_operator.plan.results import NOTICES_LIMIT
 from finetune_trainer.contract import (
     BadRow,
     DatasetSummary,
@@ -32,12 +32,12 @@ from tests.unit.operator.build import (
     ended,
     exported,
     failing,
+    finetunejob,
     finished_status,
     job,
     pending,
     prepared,
     resolved,
-    run,
     running,
     said,
     status,
@@ -83,8 +83,8 @@ ROWS = DatasetSummary(rows=120, examples=114, eval_examples=6, tokens=5000)
 BAD_ROWS = DatasetSummary(rows=120, invalid=2, first_invalid=(BadRow(row=7, cause="no response"),))
 
 
-def reports(*notices: Notice, job: str = "train-1") -> Reported:
-    return Reported(job, notices)
+def reports(*notices: Notice, finetunejob: str = "train-1") -> ReportedProgress:
+    return ReportedProgress(finetunejob, notices)
 
 
 def noticed(*notices: Notice, warned: str = "") -> FineTuneJobStatus:
@@ -129,31 +129,31 @@ def bad_rows(summary: DatasetSummary | None, reason: Reason = Reason.INVALID_ROW
 CASES = [
     Case(
         "a live notice is an Event, stands in status, and is hinted at",
-        job(training(), reported=reports(RISING)),
-        [run(TRAIN)],
+        finetunejob(training(), reported=reports(RISING)),
+        [job(TRAIN)],
         Plan(noticed(RISING, warned="LossRising"), notices=(SAID_RISING,)),
     ),
     Case(
         "what is no warning needs no hint",
-        job(training(), reported=reports(RESUMED)),
-        [run(TRAIN)],
+        finetunejob(training(), reported=reports(RESUMED)),
+        [job(TRAIN)],
         Plan(noticed(RESUMED), notices=(SAID_RESUMED,)),
     ),
     Case(
         "a notice that status holds already is not announced again",
-        job(noticed(RISING, warned="LossRising"), reported=reports(RISING)),
-        [run(TRAIN)],
+        finetunejob(noticed(RISING, warned="LossRising"), reported=reports(RISING)),
+        [job(TRAIN)],
         unchanged(noticed(RISING, warned="LossRising")),
     ),
     Case(
         "only what is new is announced, and each code is hinted at once",
-        job(
+        finetunejob(
             noticed(RISING, warned="LossRising"),
             reported=reports(
                 RISING, RISING.model_copy(update={"step": 80}), HALVED, RESUMED, RESUMED
             ),
         ),
-        [run(TRAIN)],
+        [job(TRAIN)],
         Plan(
             noticed(
                 RISING,
@@ -176,20 +176,22 @@ CASES = [
     ),
     Case(
         "a notice that the trainer no longer lists stays in status",
-        job(noticed(RISING, warned="LossRising"), reported=reports()),
-        [run(TRAIN)],
+        finetunejob(noticed(RISING, warned="LossRising"), reported=reports()),
+        [job(TRAIN)],
         unchanged(noticed(RISING, warned="LossRising")),
     ),
     Case(
         "the notices of another training, which stand until this one reports, are not this one's",
-        job(training(), reported=reports(RISING, job="train-of-another-fingerprint")),
-        [run(TRAIN)],
+        finetunejob(
+            training(), reported=reports(RISING, finetunejob="train-of-another-fingerprint")
+        ),
+        [job(TRAIN)],
         unchanged(training()),
     ),
     Case(
         "an earlier attempt at the same training counts",
-        job(training(attempt=2), reported=reports(RISING)),
-        [run(TRAIN, **ended(14)), run(TRAIN, 2)],
+        finetunejob(training(attempt=2), reported=reports(RISING)),
+        [job(TRAIN, **ended(14)), job(TRAIN, 2)],
         Plan(
             training(attempt=2).model_copy(
                 update={
@@ -211,9 +213,9 @@ CASES = [
     ),
     Case(
         "the last word of a training that failed counts as well, and it is not tried again",
-        job(noticed(RISING, warned="LossRising")),
+        finetunejob(noticed(RISING, warned="LossRising")),
         [
-            run(
+            job(
                 TRAIN,
                 **ended(
                     11,
@@ -234,7 +236,7 @@ CASES = [
     ),
     Case(
         "a training that warned and succeeded is not degraded",
-        job(
+        finetunejob(
             status(
                 Phase.EXPORTING,
                 EXPORT,
@@ -245,7 +247,7 @@ CASES = [
                 notices=(RISING, RESUMED),
             )
         ),
-        [run(EXPORT, **ended(0, exported()))],
+        [job(EXPORT, **ended(0, exported()))],
         Plan(
             finished_status(
                 *ALL_DONE[:2],
@@ -276,12 +278,12 @@ CASES = [
     ),
     Case(
         "the training of another fingerprint begins with no notices",
-        job(
+        finetunejob(
             preparing(TRAINED, pending(EXPORT, fingerprint="export-a"), notices=(RISING,)),
             generation=2,
             reported=reports(RISING),
         ),
-        [answer([PREPARE], NEW_TRAIN), run(TRAIN, **ended(0, said(TRAIN, notices=(RISING,))))],
+        [answer([PREPARE], NEW_TRAIN), job(TRAIN, **ended(0, said(TRAIN, notices=(RISING,))))],
         Plan(
             training_anew(metrics={}),
             (START_NEW_TRAIN,),
@@ -290,7 +292,7 @@ CASES = [
     ),
     Case(
         "an edit that leaves the training as it is keeps its notices",
-        job(
+        finetunejob(
             preparing(TRAINED, pending(EXPORT, fingerprint="export-a"), notices=(RISING,)),
             generation=2,
         ),
@@ -311,8 +313,8 @@ CASES = [
     ),
     Case(
         "what prepare counted is shown",
-        job(PREPARING),
-        [run(PREPARE, **ended(0, prepared(dataset=ROWS)))],
+        finetunejob(PREPARING),
+        [job(PREPARE, **ended(0, prepared(dataset=ROWS)))],
         Plan(
             status(
                 Phase.TRAINING,
@@ -329,9 +331,9 @@ CASES = [
     ),
     Case(
         "bad rows that made prepare fail are shown",
-        job(PREPARING),
+        finetunejob(PREPARING),
         [
-            run(
+            job(
                 PREPARE,
                 **ended(10, said(PREPARE, Reason.INVALID_ROWS, message="2 rows", dataset=BAD_ROWS)),
             )
@@ -340,14 +342,14 @@ CASES = [
     ),
     Case(
         "a prepare that fails for another reason says nothing of the dataset any more",
-        job(PREPARING.model_copy(update={"dataset": ROWS})),
-        [run(PREPARE, **ended(11, said(PREPARE, Reason.MODEL_NOT_FOUND, message="2 rows")))],
+        finetunejob(PREPARING.model_copy(update={"dataset": ROWS})),
+        [job(PREPARE, **ended(11, said(PREPARE, Reason.MODEL_NOT_FOUND, message="2 rows")))],
         bad_rows(None, Reason.MODEL_NOT_FOUND),
     ),
     Case(
         "while prepare runs, what the last one counted stays in sight",
-        job(PREPARING.model_copy(update={"dataset": ROWS})),
-        [run(PREPARE)],
+        finetunejob(PREPARING.model_copy(update={"dataset": ROWS})),
+        [job(PREPARE)],
         unchanged(PREPARING.model_copy(update={"dataset": ROWS})),
     ),
 ]
@@ -358,25 +360,25 @@ def test_plan(case: Case) -> None:
     assert decide(case) == case.plan
 
 
-def decided(given: ObservedFineTuneJob, *runs: ObservedJob) -> Plan:
-    return plan(given, runs, SETTINGS, Policy(), NOW)
+def decided(given: ObservedFineTuneJob, *jobs: ObservedJob) -> Plan:
+    return plan(given, jobs, SETTINGS, Policy(), NOW)
 
 
 def test_a_flood_of_notices_is_cut() -> None:
-    flood = tuple(RISING.model_copy(update={"step": step}) for step in range(LIMIT + 5))
-    given = decided(job(training(), reported=reports(*flood)), run(TRAIN))
-    assert given.status.notices == flood[:LIMIT]
-    assert len(given.notices) == LIMIT
-    again = job(given.status, reported=reports(*flood[-20:]))
-    assert decided(again, run(TRAIN)) == unchanged(given.status)
+    flood = tuple(RISING.model_copy(update={"step": step}) for step in range(NOTICES_LIMIT + 5))
+    given = decided(finetunejob(training(), reported=reports(*flood)), job(TRAIN))
+    assert given.status.notices == flood[:NOTICES_LIMIT]
+    assert len(given.notices) == NOTICES_LIMIT
+    again = finetunejob(given.status, reported=reports(*flood[-20:]))
+    assert decided(again, job(TRAIN)) == unchanged(given.status)
 
 
 def test_another_plan_for_other_hardware_leaves_a_running_training_alone() -> None:
     # Say, the GPU's memory was learnt from a node that came in the meantime.
     split = TrainingPlan(batch_size=8, gradient_accumulation_steps=1, gradient_checkpointing=False)
     other = resolved().model_copy(update={"plan": split})
-    given = job(preparing(running(TRAIN, fingerprint="train-a"), LAST), generation=2)
-    made = decided(given, answer([PREPARE], other), run(TRAIN))
+    given = finetunejob(preparing(running(TRAIN, fingerprint="train-a"), LAST), generation=2)
+    made = decided(given, answer([PREPARE], other), job(TRAIN))
     assert made.actions == ()
     assert made.status.resolved == other
     assert made.status.stages[1] == running(TRAIN, fingerprint="train-a")

@@ -22,11 +22,11 @@ from tests.unit.operator.build import (
     dead,
     ended,
     failing,
+    finetunejob,
     finished_status,
     job,
     prepared,
     resolved,
-    run,
     running,
     said,
     status,
@@ -93,7 +93,7 @@ EXPORTING: FineTuneJobStatus = status(
 
 def exports(*files: Artifact) -> Any:
     """An export that ended well."""
-    return run(EXPORT, **ended(0, said(EXPORT, artifacts=files, manifest_uri=MANIFEST)))
+    return job(EXPORT, **ended(0, said(EXPORT, artifacts=files, manifest_uri=MANIFEST)))
 
 
 def refused(*files: Artifact, manifest: str | None = MANIFEST) -> Any:
@@ -105,7 +105,7 @@ def refused(*files: Artifact, manifest: str | None = MANIFEST) -> Any:
         artifacts=files,
         manifest_uri=manifest,
     )
-    return run(EXPORT, **ended(15, words))
+    return job(EXPORT, **ended(15, words))
 
 
 def failed(**fields: Any) -> FineTuneJobStatus:
@@ -149,7 +149,7 @@ PASSED_Q4 = "gguf/model-Q4_K_M.gguf"
 CASES = [
     Case(
         "figures of the files stand in status",
-        job(EXPORTING),
+        finetunejob(EXPORTING),
         [exports(file(F16, GOOD))],
         Plan(
             let_pass("", artifacts=(shown(F16, GOOD),)),
@@ -158,13 +158,13 @@ CASES = [
     ),
     Case(
         "a refused file ends the job, and what was published is shown with its figures",
-        job(EXPORTING),
+        finetunejob(EXPORTING),
         [refused(file(F16, GOOD), file(Q4, BAD))],
         Plan(failed(), events=(warning("QualityGateFailed", f"{Q4}: {SHORT_OF}"),)),
     ),
     Case(
         "each refused file is an event",
-        job(EXPORTING),
+        finetunejob(EXPORTING),
         [refused(file("rejected/a.gguf"), file("rejected/b.gguf", OTHERWISE))],
         Plan(
             failed(
@@ -183,7 +183,7 @@ CASES = [
     ),
     Case(
         "a gate that failed before anything was published leaves what an earlier spec made",
-        job(EXPORTING.model_copy(update={"manifest_uri": MANIFEST})),
+        finetunejob(EXPORTING.model_copy(update={"manifest_uri": MANIFEST})),
         [refused(manifest=None)],
         Plan(
             failed(manifest_uri=MANIFEST),
@@ -192,13 +192,13 @@ CASES = [
     ),
     Case(
         "a job whose file was refused is not tried again",
-        job(failed()),
+        finetunejob(failed()),
         [refused(file(F16, GOOD), file(Q4, BAD))],
         unchanged(failed()),
     ),
     Case(
         "with another limit only the export runs again",
-        job(
+        finetunejob(
             preparing(
                 *failed().stages[1:],
                 resolved=resolved(),
@@ -228,7 +228,7 @@ CASES = [
     ),
     Case(
         "with verify: warn a file over its limit is an event and stands in the Ready message",
-        job(EXPORTING),
+        finetunejob(EXPORTING),
         [exports(file(F16, GOOD), file(PASSED_Q4, BAD))],
         Plan(
             let_pass(WARNED, artifacts=(shown(F16, GOOD), shown(PASSED_Q4, BAD))),
@@ -241,9 +241,9 @@ CASES = [
     ),
     Case(
         "an export that the store already holds is shown with its figures, without an event",
-        job(PREPARING),
+        finetunejob(PREPARING),
         [
-            run(
+            job(
                 PREPARE,
                 **ended(
                     0,
@@ -288,7 +288,7 @@ def test_plan(case: Case) -> None:
 
 def test_a_long_list_of_files_keeps_the_message_within_its_limit() -> None:
     files = tuple(file(f"gguf/model-{n}.gguf", BAD) for n in range(40))
-    made = decide(Case("", job(EXPORTING), [exports(*files)], Plan(EXPORTING)))
+    made = decide(Case("", finetunejob(EXPORTING), [exports(*files)], Plan(EXPORTING)))
     ready = made.status.conditions[0]
     assert ready.status == "True"
     assert len(ready.message) <= 1024

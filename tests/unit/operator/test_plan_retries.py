@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finetune_operator.api.finetunejob import Phase, StageState
-from finetune_operator.observe import Finish
+from finetune_operator.observe import Finish, ObservedPod
 from finetune_operator.plan import Plan
 from finetune_trainer.contract import Reason
 from tests.unit.operator.build import (
@@ -14,10 +14,10 @@ from tests.unit.operator.build import (
     at,
     ended,
     failing,
+    finetunejob,
     job,
     pod,
     resolved,
-    run,
     running,
     said,
     spec,
@@ -47,48 +47,72 @@ from tests.unit.operator.expect import (
     warning,
 )
 
+DELETED_MESSAGE = "The pod of train was disrupted (the pod was deleted)."
+
+
+def deleted_pod() -> ObservedPod:
+    return pod(phase="Failed", exit_code=137, finished_at=at(0), deleting=True)
+
+
+def started_anew(failures: int) -> Plan:
+    """The second attempt of `train` starts, since what the first said is lost."""
+    lost = "The Job train-1 ended, and its pod is gone with what it had to say."
+    return Plan(
+        status(
+            Phase.TRAINING,
+            TRAIN,
+            DONE,
+            running(TRAIN, 2, fingerprint="train-a", failures=failures),
+            LAST,
+            resolved=resolved(),
+        ),
+        (start(TRAIN, 2),),
+        (warning("PodDisrupted", lost), started(TRAIN, 2)),
+    )
+
+
 CASES = [
     Case(
         "an unknown failure is tried again after ten seconds, and counts",
-        job(training()),
-        [run(TRAIN, **ended(1, last_words="RuntimeError: no luck"))],
+        finetunejob(training()),
+        [job(TRAIN, **ended(1, last_log_line="RuntimeError: no luck"))],
         train_retries(Reason.INTERNAL_ERROR, CRASH),
     ),
     Case(
         "a failure with an exit code that no one knows is tried again",
-        job(training()),
-        [run(TRAIN, **ended(139))],
+        finetunejob(training()),
+        [job(TRAIN, **ended(139))],
         train_retries(
             Reason.INTERNAL_ERROR, "train ended with exit code 139; its log may say why."
         ),
     ),
     Case(
         "a store that is down is tried again",
-        job(training()),
-        [run(TRAIN, **ended(1, said(TRAIN, Reason.STORAGE_UNAVAILABLE, message="503")))],
+        finetunejob(training()),
+        [job(TRAIN, **ended(1, said(TRAIN, Reason.STORAGE_UNAVAILABLE, message="503")))],
         train_retries(Reason.STORAGE_UNAVAILABLE, "503"),
     ),
     Case(
         "the second pause is twice the first",
-        job(training(attempt=2, failures=1)),
-        [run(TRAIN, 2, **ended(1, last_words="RuntimeError: no luck"))],
+        finetunejob(training(attempt=2, failures=1)),
+        [job(TRAIN, 2, **ended(1, last_log_line="RuntimeError: no luck"))],
         train_retries(Reason.INTERNAL_ERROR, CRASH, after=20, attempt=2, failures=2),
     ),
     Case(
         "no pause is longer than five minutes",
-        job(training(attempt=40, failures=0)),
-        [run(TRAIN, 40, **ended(1, last_words="RuntimeError: no luck"))],
+        finetunejob(training(attempt=40, failures=0)),
+        [job(TRAIN, 40, **ended(1, last_log_line="RuntimeError: no luck"))],
         train_retries(Reason.INTERNAL_ERROR, CRASH, after=300, attempt=40, failures=1),
     ),
     Case(
         "during the pause nothing is done",
-        job(RETRYING),
-        [run(TRAIN, **{**ended(1), "finished_at": at(0)})],
+        finetunejob(RETRYING),
+        [job(TRAIN, **{**ended(1), "finished_at": at(0)})],
         unchanged(RETRYING, requeue_after=10),
     ),
     Case(
         "after the pause the next attempt starts",
-        job(
+        finetunejob(
             RETRYING.model_copy(
                 update={
                     "stages": (
@@ -99,7 +123,7 @@ CASES = [
                 }
             )
         ),
-        [run(TRAIN, **ended(1))],
+        [job(TRAIN, **ended(1))],
         Plan(
             training(attempt=2, failures=1, since=0),
             (start(TRAIN, 2),),
@@ -108,49 +132,89 @@ CASES = [
     ),
     Case(
         "an eviction is tried again free of charge",
-        job(training(), spec=spec(backoffLimit=0)),
-        [run(TRAIN, finished=Finish.FAILED, finished_at=at(0), pod=evicted())],
+        finetunejob(training(), spec=spec(backoffLimit=0)),
+        [job(TRAIN, finished=Finish.FAILED, finished_at=at(0), pod=evicted())],
         train_retries(Reason.POD_DISRUPTED, EVICTED_MESSAGE, failures=0),
     ),
     Case(
         "an evicted pod of a Job that has not failed may be replaced by the Job itself",
-        job(training()),
-        [run(TRAIN, pod=evicted())],
-        unchanged(training()),
+        finetunejob(training()),
+        [job(TRAIN, pod=evicted())],
+        unchanged(training(reason=Reason.POD_DISRUPTED, message=EVICTED_MESSAGE)),
+    ),
+    Case(
+        "a pod that was deleted may be replaced by the Job itself",
+        finetunejob(training()),
+        [job(TRAIN, pod=deleted_pod())],
+        unchanged(training(reason=Reason.POD_DISRUPTED, message=DELETED_MESSAGE)),
+    ),
+    Case(
+        "the pod that took its place is followed like the first",
+        finetunejob(training(reason=Reason.POD_DISRUPTED, message=DELETED_MESSAGE)),
+        [job(TRAIN, **ended(1, last_log_line="RuntimeError: no luck"))],
+        train_retries(Reason.INTERNAL_ERROR, CRASH),
+    ),
+    Case(
+        "a Job that fails after its pod was deleted is tried again free of charge",
+        finetunejob(
+            training(reason=Reason.POD_DISRUPTED, message=DELETED_MESSAGE),
+            spec=spec(backoffLimit=0),
+        ),
+        [job(TRAIN, finished=Finish.FAILED, finished_at=at(0), pod=None)],
+        train_retries(Reason.POD_DISRUPTED, DELETED_MESSAGE, failures=0),
+    ),
+    Case(
+        "with what the trainer said, where it had the time",
+        finetunejob(training(reason=Reason.STOPPED, message="stopped at step 5")),
+        [job(TRAIN, finished=Finish.FAILED, finished_at=at(0), pod=None)],
+        train_retries(Reason.STOPPED, "stopped at step 5", failures=0),
     ),
     Case(
         "a trainer that was stopped is tried again free of charge",
-        job(training()),
-        [run(TRAIN, **ended(14, said(TRAIN, Reason.STOPPED, message="stopped at step 5")))],
+        finetunejob(training()),
+        [job(TRAIN, **ended(14, said(TRAIN, Reason.STOPPED, message="stopped at step 5")))],
         train_retries(Reason.STOPPED, "stopped at step 5", failures=0),
     ),
     Case(
         "a killed container of a deleted pod is tried again free of charge",
-        job(training()),
-        [run(TRAIN, **ended(137, deleting=True))],
+        finetunejob(training()),
+        [job(TRAIN, **ended(137, deleting=True))],
         train_retries(
             Reason.POD_DISRUPTED,
-            "The pod of train was disrupted (the pod was deleted).",
+            DELETED_MESSAGE,
             failures=0,
         ),
     ),
     Case(
+        "so is a pod that was deleted before its container ran",
+        finetunejob(training()),
+        [
+            job(
+                TRAIN,
+                finished=Finish.FAILED,
+                finished_at=at(0),
+                pod=pod(phase="Failed", started=False, deleting=True),
+            )
+        ],
+        train_retries(Reason.POD_DISRUPTED, DELETED_MESSAGE, failures=0),
+    ),
+    Case(
         "a pod that the kernel killed for memory is tried again, and says which limit to raise",
-        job(training()),
-        [run(TRAIN, **ended(137, oom_killed=True))],
+        finetunejob(training()),
+        [job(TRAIN, **ended(137, oom_killed=True))],
         train_retries(Reason.OOM_KILLED, OOM),
     ),
     Case(
         "a worker that the kernel killed for memory is tried again, from its checkpoint",
-        job(training()),
-        [run(TRAIN, **ended(1, said(TRAIN, Reason.OOM_KILLED, message="killed")))],
+        finetunejob(training()),
+        [job(TRAIN, **ended(1, said(TRAIN, Reason.OOM_KILLED, message="killed")))],
         train_retries(Reason.OOM_KILLED, "killed"),
     ),
     Case(
         "a pod that failed before it ran is tried again",
-        job(training()),
+        finetunejob(training()),
         [
-            run(
+            job(
                 TRAIN,
                 finished=Finish.FAILED,
                 finished_at=at(0),
@@ -160,32 +224,29 @@ CASES = [
         train_retries(Reason.INTERNAL_ERROR, "The pod of train failed before it ran."),
     ),
     Case(
-        "a failed Job whose pod is gone for good is tried again, and counts",
-        job(training()),
-        [run(TRAIN, finished=Finish.FAILED, finished_at=at(-31), pod=None)],
-        Plan(
-            status(
-                Phase.TRAINING,
+        "a failed Job whose pod nobody saw end is tried again free of charge",
+        finetunejob(training(), spec=spec(backoffLimit=0)),
+        [job(TRAIN, finished=Finish.FAILED, finished_at=at(-31), pod=None)],
+        started_anew(failures=0),
+    ),
+    Case(
+        "unless it failed because of its pod's exit code",
+        finetunejob(training()),
+        [
+            job(
                 TRAIN,
-                DONE,
-                running(TRAIN, 2, fingerprint="train-a", failures=1),
-                LAST,
-                resolved=resolved(),
-            ),
-            (start(TRAIN, 2),),
-            (
-                warning(
-                    "PodDisrupted",
-                    "The Job train-1 ended, and its pod is gone with what it had to say.",
-                ),
-                started(TRAIN, 2),
-            ),
-        ),
+                finished=Finish.FAILED,
+                finished_at=at(-31),
+                failed_by_exit_code=True,
+                pod=None,
+            )
+        ],
+        started_anew(failures=1),
     ),
     Case(
         "a prepare that ended well without a word is tried again",
-        job(PREPARING),
-        [run(PREPARE, **ended(0))],
+        finetunejob(PREPARING),
+        [job(PREPARE, **ended(0))],
         Plan(
             status(
                 Phase.PREPARING,
@@ -213,8 +274,8 @@ CASES = [
     ),
     Case(
         "a trainer that says it succeeded, and then crashes, is tried again",
-        job(training()),
-        [run(TRAIN, **ended(134, said(TRAIN)))],
+        finetunejob(training()),
+        [job(TRAIN, **ended(134, said(TRAIN)))],
         train_retries(
             Reason.INTERNAL_ERROR, "train ended with exit code 134; its log may say why."
         ),

@@ -17,11 +17,11 @@ from tests.unit.operator.build import (
     ended,
     exported,
     failing,
+    finetunejob,
     job,
     pending,
     pod,
     resolved,
-    run,
     running,
     said,
     status,
@@ -54,19 +54,21 @@ from tests.unit.operator.expect import (
 CASES = [
     Case(
         "a training goes on while prepare looks at the new spec",
-        job(preparing(running(TRAIN, fingerprint="train-a"), pending(EXPORT)), generation=2),
-        [run(PREPARE, key="2"), run(TRAIN)],
+        finetunejob(
+            preparing(running(TRAIN, fingerprint="train-a"), pending(EXPORT)), generation=2
+        ),
+        [job(PREPARE, key="2"), job(TRAIN)],
         unchanged(preparing(running(TRAIN, fingerprint="train-a"), pending(EXPORT))),
     ),
     Case(
         "a training that the edit doesn't touch is left alone",
-        job(
+        finetunejob(
             preparing(
                 running(TRAIN, fingerprint="train-a"), pending(EXPORT, fingerprint="export-a")
             ),
             generation=2,
         ),
-        [answer([PREPARE], NEW_EXPORT), run(TRAIN)],
+        [answer([PREPARE], NEW_EXPORT), job(TRAIN)],
         Plan(
             working(
                 Phase.TRAINING,
@@ -82,8 +84,10 @@ CASES = [
     ),
     Case(
         "a training that the edit changes is stopped, and started anew when it has stopped",
-        job(preparing(running(TRAIN, fingerprint="train-a"), pending(EXPORT)), generation=2),
-        [answer([PREPARE], NEW_TRAIN), run(TRAIN)],
+        finetunejob(
+            preparing(running(TRAIN, fingerprint="train-a"), pending(EXPORT)), generation=2
+        ),
+        [answer([PREPARE], NEW_TRAIN), job(TRAIN)],
         Plan(
             working(
                 Phase.TRAINING,
@@ -106,8 +110,10 @@ CASES = [
     ),
     Case(
         "a training that the edit makes superfluous is stopped",
-        job(preparing(running(TRAIN, fingerprint="train-a"), pending(EXPORT)), generation=2),
-        [answer([TRAIN], NEW_TRAIN), run(TRAIN)],
+        finetunejob(
+            preparing(running(TRAIN, fingerprint="train-a"), pending(EXPORT)), generation=2
+        ),
+        [answer([TRAIN], NEW_TRAIN), job(TRAIN)],
         Plan(
             working(
                 Phase.EXPORTING,
@@ -124,11 +130,11 @@ CASES = [
     ),
     Case(
         "the prepare of an earlier spec is stopped before the next one starts",
-        job(
+        finetunejob(
             status(Phase.PREPARING, PREPARE, running(PREPARE), pending(TRAIN), pending(EXPORT)),
             generation=2,
         ),
-        [run(PREPARE)],
+        [job(PREPARE)],
         Plan(
             working(
                 Phase.PENDING,
@@ -149,7 +155,7 @@ CASES = [
     ),
     Case(
         "a prepare starts when that of the earlier spec is gone",
-        job(
+        finetunejob(
             working(
                 Phase.PENDING,
                 PREPARE,
@@ -173,7 +179,7 @@ CASES = [
     ),
     Case(
         "a stage starts when its stopped Job is still there, but has ended",
-        job(
+        finetunejob(
             working(
                 Phase.TRAINING,
                 TRAIN,
@@ -184,7 +190,7 @@ CASES = [
             ),
             generation=2,
         ),
-        [run(TRAIN, finished=Finish.FAILED, finished_at=at(-5), pod=pod(exit_code=14))],
+        [job(TRAIN, finished=Finish.FAILED, finished_at=at(-5), pod=pod(exit_code=14))],
         Plan(
             training_anew(),
             (START_NEW_TRAIN,),
@@ -193,7 +199,7 @@ CASES = [
     ),
     Case(
         "a training that ends while prepare looks is taken in, and kept",
-        job(
+        finetunejob(
             preparing(
                 running(TRAIN, fingerprint="train-a", since=-300),
                 pending(EXPORT, fingerprint="export-a"),
@@ -201,7 +207,7 @@ CASES = [
             ),
             generation=2,
         ),
-        [run(PREPARE, key="2"), run(TRAIN, **ended(0, said(TRAIN, metrics=FIGURES)))],
+        [job(PREPARE, key="2"), job(TRAIN, **ended(0, said(TRAIN, metrics=FIGURES)))],
         Plan(
             preparing(
                 succeeded(TRAIN, since=-300, fingerprint="train-a"),
@@ -214,11 +220,13 @@ CASES = [
     ),
     Case(
         "an edit back to a spec whose old Jobs are still there takes a new number",
-        job(preparing(running(TRAIN, fingerprint="train-b"), pending(EXPORT)), generation=2),
+        finetunejob(
+            preparing(running(TRAIN, fingerprint="train-b"), pending(EXPORT)), generation=2
+        ),
         [
             answer([PREPARE]),
-            run(TRAIN, 3, **ended(0, said(TRAIN))),
-            run(TRAIN, key="train-b", name="train-b-1", deleting=True),
+            job(TRAIN, 3, **ended(0, said(TRAIN))),
+            job(TRAIN, key="train-b", name="train-b-1", deleting=True),
         ],
         Plan(
             working(
@@ -241,7 +249,7 @@ CASES = [
     ),
     Case(
         "an export of the earlier spec that ends late is not shown as the result",
-        job(
+        finetunejob(
             preparing(
                 succeeded(TRAIN, fingerprint="train-a"),
                 pending(EXPORT, fingerprint="export-b"),
@@ -249,7 +257,7 @@ CASES = [
             ),
             generation=2,
         ),
-        [run(PREPARE, key="2"), run(EXPORT, **ended(0, exported()))],
+        [job(PREPARE, key="2"), job(EXPORT, **ended(0, exported()))],
         unchanged(
             preparing(
                 succeeded(TRAIN, fingerprint="train-a"),
@@ -260,7 +268,7 @@ CASES = [
     ),
     Case(
         "a Job that no stage claims any more is stopped",
-        job(
+        finetunejob(
             working(
                 Phase.TRAINING,
                 TRAIN,
@@ -282,7 +290,7 @@ CASES = [
             ),
             generation=2,
         ),
-        [run(TRAIN)],
+        [job(TRAIN)],
         Plan(
             working(
                 Phase.TRAINING,

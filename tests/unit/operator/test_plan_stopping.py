@@ -18,10 +18,10 @@ from tests.unit.operator.build import (
     at,
     ended,
     failing,
+    finetunejob,
     job,
     pod,
     resolved,
-    run,
     said,
     spec,
     status,
@@ -91,93 +91,93 @@ STARTED = Plan(training(attempt=2, since=0, failures=0), (start(TRAIN, 2),), (st
 CASES = [
     Case(
         "a Job that failed while its pod has its grace period is waited for",
-        job(training()),
-        [run(TRAIN, **given_up())],
+        finetunejob(training()),
+        [job(TRAIN, **given_up())],
         unchanged(
             stopping(("Stopping", LEAVING), training().stages[1]),
         ),
     ),
     Case(
         "a stopped training is tried again free of charge, however often that was",
-        job(training(attempt=7, failures=0), spec=spec(backoffLimit=0)),
-        [run(TRAIN, 7, **ended(14, STOPPED))],
+        finetunejob(training(attempt=7, failures=0), spec=spec(backoffLimit=0)),
+        [job(TRAIN, 7, **ended(14, STOPPED))],
         train_retries(Reason.STOPPED, STOPPED.message, after=300, attempt=7, failures=0),
     ),
     Case(
         "a stopped training on a drained node is a disruption, free of charge",
-        job(training(), spec=spec(backoffLimit=0)),
-        [run(TRAIN, **ended(14, STOPPED, disruption=EVICTION))],
+        finetunejob(training(), spec=spec(backoffLimit=0)),
+        [job(TRAIN, **ended(14, STOPPED, disruption=EVICTION))],
         train_retries(
             Reason.POD_DISRUPTED, f"The pod of train was disrupted ({EVICTION}).", failures=0
         ),
     ),
     Case(
         "a stopped pod whose Job has not failed may be replaced by the Job itself",
-        job(training()),
-        [run(TRAIN, pod=pod(phase="Failed", exit_code=14, finished_at=NOW, result=STOPPED))],
-        unchanged(training()),
+        finetunejob(training()),
+        [job(TRAIN, pod=pod(phase="Failed", exit_code=14, finished_at=NOW, result=STOPPED))],
+        unchanged(training(reason=STOPPED.reason, message=STOPPED.message)),
     ),
     Case(
         "a replacement that the Job has made is the same attempt",
-        job(training()),
-        [run(TRAIN, pod=waiting_pod(), lingers=True)],
+        finetunejob(training()),
+        [job(TRAIN, pod=waiting_pod(), earlier_pod_at_work=True)],
         unchanged(training()),
     ),
     Case(
         "a stop without a last word is free of charge too",
-        job(training(), spec=spec(backoffLimit=0)),
-        [run(TRAIN, **ended(14))],
+        finetunejob(training(), spec=spec(backoffLimit=0)),
+        [job(TRAIN, **ended(14))],
         train_retries(
             Reason.STOPPED, "train ended with exit code 14; its log may say why.", failures=0
         ),
     ),
     Case(
         "a pod that was killed after its grace period is tried again free of charge",
-        job(training(), spec=spec(backoffLimit=0)),
-        [run(TRAIN, **ended(137, deleting=True))],
+        finetunejob(training(), spec=spec(backoffLimit=0)),
+        [job(TRAIN, **ended(137, deleting=True))],
         train_retries(Reason.POD_DISRUPTED, DELETED, failures=0),
     ),
     Case(
         "the next attempt starts when the stopped pod has ended",
-        job(is_due()),
-        [run(TRAIN, **ended(14, STOPPED))],
+        finetunejob(is_due()),
+        [job(TRAIN, **ended(14, STOPPED))],
         STARTED,
     ),
     Case(
         "the next attempt waits while the failed Job's pod still runs",
-        job(is_due()),
-        [run(TRAIN, **given_up())],
+        finetunejob(is_due()),
+        [job(TRAIN, **given_up())],
         unchanged(is_due()),
     ),
     Case(
         "the next attempt waits while an earlier pod of the Job still runs",
-        job(is_due()),
-        [run(TRAIN, lingers=True, **ended(14, STOPPED))],
+        finetunejob(is_due()),
+        [job(TRAIN, earlier_pod_at_work=True, **ended(14, STOPPED))],
         unchanged(is_due()),
     ),
     Case(
         "the next attempt waits while the Job is being deleted",
-        job(is_due()),
-        [run(TRAIN, deleting=True)],
+        finetunejob(is_due()),
+        [job(TRAIN, deleting=True)],
         unchanged(is_due()),
     ),
     Case(
         "the next attempt waits while the pod of another training still runs",
-        job(is_due()),
-        [run(TRAIN, 3, key="train-b", **given_up())],
+        finetunejob(is_due()),
+        [job(TRAIN, 3, key="train-b", **given_up())],
         unchanged(is_due()),
     ),
     Case(
         "a failed Job whose pod never started is not waited for",
-        job(is_due()),
-        [run(TRAIN, finished=Finish.FAILED, finished_at=at(-100), pod=waiting_pod())],
+        finetunejob(is_due()),
+        [job(TRAIN, finished=Finish.FAILED, finished_at=at(-100), pod=waiting_pod())],
         STARTED,
     ),
     *(
         Case(
             f"{reason} is never tried again",
-            job(training()),
-            [run(TRAIN, **ended(int(reason.exit_code), said(TRAIN, reason, message="No.")))],
+            finetunejob(training()),
+            [job(TRAIN, **ended(int(reason.exit_code), said(TRAIN, reason, message="No.")))],
             train_fails(reason, "No."),
         )
         for reason in (
@@ -189,9 +189,9 @@ CASES = [
     ),
     Case(
         "the ladder's end counts though its pod was evicted at the same moment",
-        job(training()),
+        finetunejob(training()),
         [
-            run(
+            job(
                 TRAIN,
                 **ended(
                     12,
@@ -212,8 +212,8 @@ def test_plan(case: Case) -> None:
 
 
 def test_an_earlier_objects_pod_is_waited_for_like_its_own() -> None:
-    given = job(is_due())
-    made = plan(given, [], SETTINGS, Policy(), NOW, occupied=frozenset({TRAIN}))
+    given = finetunejob(is_due())
+    made = plan(given, [], SETTINGS, Policy(), NOW, stages_with_old_pods=frozenset({TRAIN}))
     assert made == unchanged(is_due())
-    other = plan(given, [], SETTINGS, Policy(), NOW, occupied=frozenset({PREPARE}))
+    other = plan(given, [], SETTINGS, Policy(), NOW, stages_with_old_pods=frozenset({PREPARE}))
     assert other == STARTED

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.finetunejob import Phase
+from finetune_operator.observe import Waiting
 from finetune_operator.plan import Plan
-from finetune_operator.pods import Waiting
 from finetune_trainer.contract import Reason
 from tests.unit.operator.build import (
     EXPORT,
@@ -17,9 +17,9 @@ from tests.unit.operator.build import (
     at,
     dead,
     failing,
+    finetunejob,
     job,
     pending,
-    run,
     running,
     status,
     trouble,
@@ -45,7 +45,7 @@ NO_NODE = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
 
 
 def waits(waiting: Waiting | None = None, **fields: Any) -> Any:
-    return run(PREPARE, pod=waiting_pod(waiting=waiting, **fields))
+    return job(PREPARE, pod=waiting_pod(waiting=waiting, **fields))
 
 
 def says(reason: str, message: str, *, degraded: bool, requeue_after: float | None = None) -> Plan:
@@ -89,31 +89,31 @@ def not_pulled(reason: str, words: str) -> str:
 CASES = [
     Case(
         "a pod without a node says what the scheduler says, and is no trouble",
-        job(PREPARING),
+        finetunejob(PREPARING),
         [waits(unschedulable=NO_NODE)],
         says("Unschedulable", f"The pod of prepare waits for a node: {NO_NODE}", degraded=False),
     ),
     Case(
         "a container that is being created is waited for",
-        job(PREPARING),
+        finetunejob(PREPARING),
         [waits(Waiting("ContainerCreating", ""))],
         unchanged(PREPARING),
     ),
     Case(
         "a Secret that is missing for a moment is trouble, and is waited for",
-        job(PREPARING),
+        finetunejob(PREPARING),
         [waits(NO_SECRET, since=at(-10))],
         says("SecretNotFound", f"{MISSING} Create it.", degraded=True, requeue_after=20),
     ),
     Case(
         "a Secret that stays missing fails the job, by name and with the remedy",
-        job(PREPARING),
+        finetunejob(PREPARING),
         [waits(NO_SECRET, since=at(-30))],
         fails(Reason.SECRET_NOT_FOUND, f"{MISSING} {AGAIN}"),
     ),
     Case(
         "a key that is missing in a Secret is named",
-        job(PREPARING),
+        finetunejob(PREPARING),
         [waits(NO_KEY, since=at(-31))],
         fails(
             Reason.SECRET_NOT_FOUND,
@@ -123,7 +123,7 @@ CASES = [
     ),
     Case(
         "another mistake in the container's configuration is trouble",
-        job(PREPARING),
+        finetunejob(PREPARING),
         [waits(Waiting(CONFIG_ERROR, "volume x is odd"))],
         says(
             CONFIG_ERROR,
@@ -133,7 +133,7 @@ CASES = [
     ),
     Case(
         "an image that can't be pulled is trouble, but the kubelet goes on trying",
-        job(PREPARING),
+        finetunejob(PREPARING),
         [waits(Waiting("ImagePullBackOff", "Back-off pulling image"))],
         says(
             "ImageNotPulled",
@@ -143,20 +143,20 @@ CASES = [
     ),
     Case(
         "an image whose name is invalid fails the job",
-        job(PREPARING),
+        finetunejob(PREPARING),
         [waits(Waiting("InvalidImageName", "bad"))],
         fails(Reason.IMAGE_NOT_PULLED, not_pulled("InvalidImageName", "bad")),
     ),
     Case(
         "an image that may not be pulled and isn't there fails the job",
-        job(PREPARING),
+        finetunejob(PREPARING),
         [waits(Waiting("ErrImageNeverPull", "not present"))],
         fails(Reason.IMAGE_NOT_PULLED, not_pulled("ErrImageNeverPull", "not present")),
     ),
     Case(
         "a Job that gets no pod is trouble",
-        job(PREPARING),
-        [run(PREPARE, pod=None, created=at(-30))],
+        finetunejob(PREPARING),
+        [job(PREPARE, pod=None, created=at(-30))],
         says(
             "PodNotCreated",
             "The Job prepare-1 has no pod yet. `kubectl describe job prepare-1` may say why.",
@@ -165,8 +165,8 @@ CASES = [
     ),
     Case(
         "what was trouble is none any more when the pod runs",
-        job(says("ImageNotPulled", "x", degraded=True).status),
-        [run(PREPARE)],
+        finetunejob(says("ImageNotPulled", "x", degraded=True).status),
+        [job(PREPARE)],
         unchanged(PREPARING),
     ),
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.pods import ObservedPod, Waiting
+from finetune_operator.observe import ObservedPod, Waiting
 from tests.unit.operator.raw import (
     RESULT,
     container,
@@ -78,7 +78,7 @@ PODS = [
             started=True,
             exit_code=1,
             finished_at=moment("12:09:00"),
-            last_words="RuntimeError: no luck",
+            last_log_line="RuntimeError: no luck",
         ),
         id="a container that crashed with a stack trace",
     ),

@@ -7,10 +7,18 @@ from typing import Any, cast
 
 import pytest
 
-from finetune_operator import errors
-from finetune_operator.cluster import Cluster
-from finetune_operator.metrics import Metrics
-from finetune_operator.reconcile import SOON, Reconciler, Snapshot
+from finetune_operator.cluster import (
+    AlreadyExistsError,
+    Cluster,
+    ClusterError,
+    ConflictError,
+    ForbiddenError,
+    InvalidError,
+    NotFoundError,
+    UnavailableError,
+)
+from finetune_operator.monitoring import Metrics
+from finetune_operator.reconcile import STALE_RETRY_SECONDS, Reconciler, Snapshot
 from finetune_operator.settings import Settings
 from finetune_operator.status import timestamp
 from finetune_trainer.contract import Hardware, RunConfig
@@ -25,7 +33,7 @@ class FakeCluster:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
-        self.failures: dict[tuple[str, str], errors.ClusterError] = {}
+        self.failures: dict[tuple[str, str], ClusterError] = {}
         self.existing: dict[str, Any] = {}
         self.patches: list[dict[str, Any]] = []
         self.made: list[dict[str, Any]] = []
@@ -139,7 +147,7 @@ async def test_a_new_job_gets_its_children_then_its_status_then_its_events(world
 async def test_a_pass_over_what_this_process_has_already_changed_waits(world: World) -> None:
     await world.reconcile(KEY)
     world.cluster.calls.clear()
-    assert await world.reconcile(KEY) == SOON
+    assert await world.reconcile(KEY) == STALE_RETRY_SECONDS
     assert world.cluster.calls == []
     assert world.passes("stale") == 1
 
@@ -164,7 +172,7 @@ async def test_a_patch_that_changed_nothing_is_not_waited_for(world: World) -> N
 async def test_what_is_there_already_and_ours_is_fine(world: World) -> None:
     ours = {"metadata": {"ownerReferences": [{"uid": "uid-1", "controller": True}]}}
     for kind in MADE[:-1]:
-        world.cluster.failures["create", kind] = errors.AlreadyExistsError("there")
+        world.cluster.failures["create", kind] = AlreadyExistsError("there")
         world.cluster.existing[kind] = ours
     await world.reconcile(KEY)
     assert world.calls("get") == MADE[:-1]
@@ -172,16 +180,16 @@ async def test_what_is_there_already_and_ours_is_fine(world: World) -> None:
 
 
 async def test_what_is_there_already_and_not_ours_is_not_used(world: World) -> None:
-    world.cluster.failures["create", "ConfigMap"] = errors.AlreadyExistsError("there")
+    world.cluster.failures["create", "ConfigMap"] = AlreadyExistsError("there")
     world.cluster.existing["ConfigMap"] = {"metadata": {"ownerReferences": []}}
-    with pytest.raises(errors.ForbiddenError, match="belongs to someone else"):
+    with pytest.raises(ForbiddenError, match="belongs to someone else"):
         await world.reconcile(KEY)
     assert "Job" not in world.calls("create")
     assert world.calls("event") == ["Warning Forbidden"]
 
 
 async def test_a_job_that_the_server_calls_invalid_fails_with_its_words(world: World) -> None:
-    refusal = errors.InvalidError("POST …: cpu: lots", "cpu: lots is no quantity")
+    refusal = InvalidError("POST …: cpu: lots", "cpu: lots is no quantity")
     world.cluster.failures["create", "Job"] = refusal
     await world.reconcile(KEY)
     patch = world.cluster.patches[0]
@@ -192,21 +200,21 @@ async def test_a_job_that_the_server_calls_invalid_fails_with_its_words(world: W
 
 
 async def test_a_quota_is_told_to_the_user_and_tried_again(world: World) -> None:
-    world.cluster.failures["create", "Job"] = errors.ForbiddenError("exceeded quota")
-    with pytest.raises(errors.ForbiddenError):
+    world.cluster.failures["create", "Job"] = ForbiddenError("exceeded quota")
+    with pytest.raises(ForbiddenError):
         await world.reconcile(KEY)
     assert world.calls("event") == ["Warning Forbidden"]
     assert world.passes("error") == 1
 
 
 async def test_a_status_that_changed_meanwhile_is_looked_at_again(world: World) -> None:
-    world.cluster.failures["patch", "ml/support@7"] = errors.ConflictError("changed")
-    assert await world.reconcile(KEY) == SOON
+    world.cluster.failures["patch", "ml/support@7"] = ConflictError("changed")
+    assert await world.reconcile(KEY) == STALE_RETRY_SECONDS
     assert world.calls("event") == []
 
 
 async def test_an_object_that_vanished_meanwhile_is_forgotten(world: World) -> None:
-    world.cluster.failures["patch", "ml/support@7"] = errors.NotFoundError("gone")
+    world.cluster.failures["patch", "ml/support@7"] = NotFoundError("gone")
     assert await world.reconcile(KEY) is None
     assert world.passes("gone") == 1
 
@@ -218,7 +226,7 @@ async def test_an_object_that_is_gone_is_forgotten(world: World) -> None:
 
 
 async def test_an_event_that_gets_lost_is_no_failure(world: World) -> None:
-    world.cluster.failures["event", "Normal StageStarted"] = errors.UnavailableError("down")
+    world.cluster.failures["event", "Normal StageStarted"] = UnavailableError("down")
     assert await world.reconcile(KEY) is None
     assert world.passes("changed") == 1
 
@@ -272,8 +280,8 @@ async def test_a_notice_is_posted_before_the_status_remembers_it(world: World) -
 
 async def test_a_notice_whose_status_could_not_be_written_is_posted_again(world: World) -> None:
     training(world)
-    world.cluster.failures["patch", "ml/support@7"] = errors.ConflictError("changed")
-    assert await world.reconcile(KEY) == SOON
+    world.cluster.failures["patch", "ml/support@7"] = ConflictError("changed")
+    assert await world.reconcile(KEY) == STALE_RETRY_SECONDS
     world.cluster.failures.clear()
     await world.reconcile(KEY)
     # The same words in the same scope: to the API server that is one Event.
@@ -308,7 +316,7 @@ async def test_the_nodes_tell_a_prepare_how_much_memory_the_gpu_will_have(world:
 
 
 async def test_an_operator_that_may_not_read_nodes_goes_on_without(world: World) -> None:
-    world.cluster.failures["nodes", LABEL] = errors.ForbiddenError("no")
+    world.cluster.failures["nodes", LABEL] = ForbiddenError("no")
     world.shows(spec=GPU)
     await world.reconcile(KEY)
     assert told(world) == Hardware(gpus=1)

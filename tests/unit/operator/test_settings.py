@@ -38,6 +38,11 @@ def test_an_empty_variable_is_as_good_as_none() -> None:
             "FINETUNE_IMAGE_PULL_POLICY=Sometimes: Input should be 'Always'",
             id="an unknown word",
         ),
+        pytest.param(
+            {**MINIMUM, "FINETUNE_LOG_FORMAT": "plain"},
+            "FINETUNE_LOG_FORMAT=plain: Input should be 'human' or 'json'",
+            id="an unknown format of the log",
+        ),
     ],
 )
 def test_errors_name_the_variable(environment: dict[str, str], message: str) -> None:

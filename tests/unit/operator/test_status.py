@@ -10,13 +10,13 @@ from finetune_operator.api.base import Condition
 from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, Progress, StageStatus
 from finetune_operator.status import (
     MESSAGE_LIMIT,
-    Note,
+    PendingReason,
     conditions,
     shorten,
     status_patch,
-    succeeded,
+    succeeded_summary,
     timestamp,
-    working,
+    working_summary,
 )
 from tests.unit.operator.build import (
     FINISHED,
@@ -32,9 +32,9 @@ from tests.unit.operator.build import (
 
 
 def the_three(
-    stage: StageStatus, note: Note | None = None, previous: tuple[Condition, ...] = ()
+    stage: StageStatus, note: PendingReason | None = None, previous: tuple[Condition, ...] = ()
 ) -> dict[str, Condition]:
-    made = conditions(previous, working(stage, note, earlier_artifacts=False), 3, at(60))
+    made = conditions(previous, working_summary(stage, note, earlier_artifacts=False), 3, at(60))
     return {condition.type: condition for condition in made}
 
 
@@ -45,15 +45,15 @@ def test_all_three_conditions_are_always_there_with_the_generation() -> None:
 
 
 def test_a_condition_that_still_says_the_same_keeps_its_transition_time() -> None:
-    before = conditions((), working(running(TRAIN), None, earlier_artifacts=False), 2, NOW)
+    before = conditions((), working_summary(running(TRAIN), None, earlier_artifacts=False), 2, NOW)
     after = the_three(running(TRAIN, attempt=2), previous=before)
     assert after["Progressing"].last_transition_time == stamp(0)
     assert after["Progressing"].message == "train is at work, attempt 2."
 
 
 def test_a_condition_that_turns_takes_the_present_time() -> None:
-    before = conditions((), working(running(TRAIN), None, earlier_artifacts=False), 2, NOW)
-    after = conditions(before, succeeded("done"), 2, at(60))
+    before = conditions((), working_summary(running(TRAIN), None, earlier_artifacts=False), 2, NOW)
+    after = conditions(before, succeeded_summary("done"), 2, at(60))
     turned = {condition.type: condition.last_transition_time for condition in after}
     assert turned == {"Ready": stamp(60), "Progressing": stamp(60), "Degraded": stamp(0)}
 
@@ -69,11 +69,11 @@ def test_a_condition_that_turns_takes_the_present_time() -> None:
     ],
 )
 def test_phase(stage: StageStatus, phase: Phase) -> None:
-    assert working(stage, None, earlier_artifacts=False).phase is phase
+    assert working_summary(stage, None, earlier_artifacts=False).phase is phase
 
 
 def test_a_note_that_needs_a_person_is_degraded() -> None:
-    note = Note("ImageNotPulled", "check the name", degraded=True)
+    note = PendingReason("ImageNotPulled", "check the name", degraded=True)
     made = the_three(running(TRAIN), note)
     assert (made["Degraded"].status, made["Degraded"].reason) == ("True", "ImageNotPulled")
     assert (made["Progressing"].status, made["Progressing"].reason) == ("True", "ImageNotPulled")

@@ -9,11 +9,10 @@ import os
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import pytest
 
-from finetune_trainer.runtime.logs import JsonLine, LogFormat, redact
+from finetune_trainer.runtime.logs import JsonLine, redact
 from finetune_trainer.runtime.progress import Reporter
 
 PROGRAM = """
@@ -110,7 +109,7 @@ def test_a_step_has_its_figures_as_fields() -> None:
     assert {"step": 10, "eval_loss": 1.25}.items() <= evaluation.items()
 
 
-@pytest.mark.parametrize("name", ["human", "plain", "", "nonsense"])
+@pytest.mark.parametrize("name", ["human", "", "nonsense"])
 def test_lines_for_people_are_the_time_and_the_message(name: str) -> None:
     first, failure, *_, last = lines(FINETUNE_LOG_FORMAT=name)
 
@@ -145,13 +144,3 @@ def test_a_user_in_an_url_is_blacked_out() -> None:
     text = redact("MLFLOW_TRACKING_URI=https://me:secret@host:5000/x and http://host:5000/a@b")
 
     assert text == "MLFLOW_TRACKING_URI=https://***@host:5000/x and http://host:5000/a@b"
-
-
-def test_the_operators_name_for_lines_for_people_is_known() -> None:
-    names: list[Any] = ["json", "human", "plain"]
-
-    assert [LogFormat(name) for name in names] == [
-        LogFormat.JSON,
-        LogFormat.HUMAN,
-        LogFormat.HUMAN,
-    ]

@@ -49,11 +49,6 @@ class LogFormat(StrEnum):
     HUMAN = "human"
     JSON = "json"
 
-    @classmethod
-    def _missing_(cls, value: object) -> LogFormat | None:
-        # The operator's own name for it; the chart gives both programs the same variable.
-        return cls.HUMAN if value == "plain" else None
-
 
 def set_up_libraries(log_format: LogFormat | None = None) -> None:
     """Log our own lines and of the libraries only warnings; call it before importing them.
