@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.base import Condition
-from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, Progress, StageStatus
+from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, StageStatus
 from finetune_operator.status import (
     MESSAGE_LIMIT,
     PendingReason,
@@ -18,6 +18,7 @@ from finetune_operator.status import (
     timestamp,
     working_summary,
 )
+from finetune_trainer.contract import Progress
 from tests.unit.operator.build import (
     FINISHED,
     NOW,

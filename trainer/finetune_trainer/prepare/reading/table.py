@@ -31,11 +31,9 @@ class Rows(Protocol):
 
     line_num: int
 
-    def __iter__(self) -> Iterator[list[str]]:
-        ...
+    def __iter__(self) -> Iterator[list[str]]: ...
 
-    def __next__(self) -> list[str]:
-        ...
+    def __next__(self) -> list[str]: ...
 
 
 @dataclass(frozen=True)
