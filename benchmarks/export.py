@@ -25,7 +25,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.watch import Cost, watch
+from benchmarks.cost import Cost, measure
 from finetune_trainer.model.converter import SCRIPT, llama_folder
 
 SHAPE = "1.07"
@@ -54,7 +54,7 @@ def main() -> None:
 
 def step(name: str, *arguments: str) -> Cost:
     """Run one of the programs in benchmarks.export_steps."""
-    return watch([sys.executable, "-m", f"{STEPS}.{name}", *arguments])
+    return measure([sys.executable, "-m", f"{STEPS}.{name}", *arguments])
 
 
 def model(folder: Path, shape: str) -> Path:
@@ -91,7 +91,7 @@ def plain_first(place: Path, kind: str) -> Cost:
     target = place / "plain" / f"model-{kind}.gguf"
     target.parent.mkdir()
     command = [sys.executable, str(llama_folder() / SCRIPT), str(place / "merged")]
-    return merged + watch([*command, "--outtype", kind.lower(), "--outfile", str(target)])
+    return merged + measure([*command, "--outtype", kind.lower(), "--outfile", str(target)])
 
 
 def quantized(place: Path, first: str, kind: str) -> Cost:

@@ -29,7 +29,7 @@ from finetune_trainer.memory.predict import Recipe, predict
 from finetune_trainer.model.loading import compute_dtype
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.runtime.progress import Reporter
-from finetune_trainer.train.link.work import Work
+from finetune_trainer.train.link.work import TrainingWork
 from finetune_trainer.train.recipe import sft
 
 WORDS = "the kettle whistles when the water boils and stops when it is lifted "
@@ -93,9 +93,9 @@ def model_folder(name: str, folder: Path) -> Path:
     return target
 
 
-def work_for(case: Case, model: Path, room: Path) -> Work:
+def work_for(case: Case, model: Path, workdir: Path) -> TrainingWork:
     """Two steps of rows that are cut off at `tokens`; in one of them a short row that ends."""
-    examples = room / "examples.jsonl"
+    examples = workdir / "examples.jsonl"
     rows = [(f"Row {n}?", WORDS * (case.tokens // 12 + 2)) for n in range(2 * case.batch - 1)]
     with examples.open("w", encoding="utf-8") as stream:
         for question, answer in [*rows, ("And?", "It stops.")]:
@@ -109,10 +109,10 @@ def work_for(case: Case, model: Path, room: Path) -> Work:
             "model": {"source": str(model)},
             "dataset": {"source": str(examples)},
             "training": {"epochs": 1, **case.training},
-            "output": {"uri": str(room)},
+            "output": {"uri": str(workdir)},
         }
     )
-    return Work(
+    return TrainingWork(
         config=config,
         plan=TrainingPlan(
             batch_size=case.batch,
@@ -124,11 +124,11 @@ def work_for(case: Case, model: Path, room: Path) -> Work:
         examples=examples,
         held_out=None,
         model=model,
-        room=room,
+        workdir=workdir,
     )
 
 
-def measure(work: Work, dtype: torch.dtype) -> int:
+def measure(work: TrainingWork, dtype: torch.dtype) -> int:
     """Bytes that a process which trains has resident at its peak."""
     end, begin = os.pipe()
     child = os.fork()
@@ -184,12 +184,12 @@ def main() -> None:
         for number, case in enumerate(CASES):
             if options.quick and not case.quick:
                 continue
-            room = Path(name) / str(number)
-            room.mkdir()
+            workdir = Path(name) / str(number)
+            workdir.mkdir()
             model = model_folder(case.model, Path(name))
             expected, found = (
                 predicted(case, model),
-                measure(work_for(case, model, room), dtype_of(case)),
+                measure(work_for(case, model, workdir), dtype_of(case)),
             )
             what = json.dumps(case.training) if case.training else "defaults"
             what += f", {dtype_of(case)}".replace("torch.", "")

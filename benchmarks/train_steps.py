@@ -30,10 +30,10 @@ from finetune_trainer.model import loading
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import encode, load_tokenizer
 from finetune_trainer.runtime.logs import set_up_libraries
-from finetune_trainer.train.link.work import Work
+from finetune_trainer.train.link.work import TrainingWork
 from finetune_trainer.train.recipe import sft
 from finetune_trainer.train.recipe.packing import prepare_packing
-from finetune_trainer.train.recipe.trainer import Data
+from finetune_trainer.train.recipe.trainer import TrainingData
 
 LONGEST, FIXED = 1024, 256  # tokens
 SETTINGS: dict[str, Any] = {"epochs": 1, "maxSequenceLength": LONGEST}
@@ -106,8 +106,8 @@ def _ours(folder: Path, batch_size: int | None) -> Trained:
             "training": SETTINGS,
         }
     )
-    room = folder / "ours"
-    room.mkdir(exist_ok=True)
+    workdir = folder / "ours"
+    workdir.mkdir(exist_ok=True)
     training = config.training
     hardware = Hardware(memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     shape = cast("Shape", Shape.from_config(json.loads((smollm2() / "config.json").read_bytes())))
@@ -120,7 +120,7 @@ def _ours(folder: Path, batch_size: int | None) -> Trained:
             gradient_accumulation_steps=effective // batch_size,
             gradient_checkpointing=False,
         )
-    work = Work(
+    work = TrainingWork(
         config=config,
         plan=chosen,
         max_sequence_length=LONGEST,
@@ -128,13 +128,13 @@ def _ours(folder: Path, batch_size: int | None) -> Trained:
         examples=folder / "examples.jsonl",
         held_out=None,
         model=smollm2(),
-        room=room,
+        workdir=workdir,
     )
     loading.use_available_cpus()
     tokenizer = load_tokenizer(work.model)
-    examples, _ = sft.read_examples(work, tokenizer)
+    examples, _ = sft.read_rows(work, tokenizer)
     model = loading.load_model(work.model, loading.compute_dtype(), "cpu")
-    data = Data(examples, None, packed=prepare_packing(model))
+    data = TrainingData(examples, None, packed=prepare_packing(model))
     trainer = sft.build_trainer(model, tokenizer, data, work=work, epochs=1)
     measured = _timed(trainer.train, examples.tokens)
     sft.save_adapter(trainer, tokenizer, work)

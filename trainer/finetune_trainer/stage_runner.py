@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune_trainer.contract import Reason, RunConfig, Stage, StageError, StageResult
+from finetune_trainer.memory.remedies import with_remedy
 from finetune_trainer.runtime import child, stopping
 from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.logs import begin_stage
@@ -37,7 +38,7 @@ def guarded(stage: Stage, work: Callable[[], StageResult]) -> StageResult:
     try:
         result = work()
     except Exception as error:  # the edge: nothing may end a stage without a reason
-        failure = explain(error)
+        failure = with_remedy(explain(error))
         if failure.reason is Reason.INTERNAL_ERROR:
             log.exception("%s failed", stage)
         log.error("%s: %s", failure.reason, failure.message)  # noqa: TRY400 - one line, no trace

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from finetune_trainer.model import loading
-from finetune_trainer.train.recipe import ranks, trackers, worker
+from finetune_trainer.train.recipe import processes, reporting, train_worker
 
 NOTE = "held-{}.json"
 
@@ -73,7 +73,7 @@ def _let_accelerate_shard_on_a_cpu() -> None:
 def main(request: Path) -> int:
     """Train; bfloat16 would hide the differences that the tests look for."""
     loading.compute_dtype = lambda: torch.float32
-    gathered, guard = ranks.gathered_state, trackers.guard
+    gathered, guard = processes.gathered_state, reporting.guard_trackers
 
     def noting(model: torch.nn.Module) -> Any:
         # Of the layers only: embeddings stay gathered between two passes.
@@ -90,9 +90,9 @@ def main(request: Path) -> int:
             trainer.add_callback(Failing())
             _fail_while_crowded(trainer)
 
-    ranks.gathered_state, trackers.guard = noting, guarding
+    processes.gathered_state, reporting.guard_trackers = noting, guarding
     _let_accelerate_shard_on_a_cpu()
-    return worker.main(request)
+    return train_worker.main(request)
 
 
 if __name__ == "__main__":

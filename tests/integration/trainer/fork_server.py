@@ -39,7 +39,7 @@ MODULES = (
     "finetune_trainer.__main__",
     "finetune_trainer.prepare.stage",
     "finetune_trainer.train.stage",
-    "finetune_trainer.train.recipe.worker",
+    "finetune_trainer.train.recipe.train_worker",
     "finetune_trainer.train.recipe.torchrun",
     "finetune_trainer.export.stage",
     "finetune_trainer.export.reference.compute",
@@ -316,11 +316,11 @@ def _let_children_fork() -> None:
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     from finetune_trainer.runtime import child
-    from finetune_trainer.train.supervisor import launch
+    from finetune_trainer.train.supervisor import training_session
 
     popen = type("Popen", (Forked,), {"address": sys.argv[1]})
     child.subprocess = with_popen(popen)  # type: ignore[attr-defined]
-    launch.subprocess = with_popen(ForkedWorker)  # type: ignore[attr-defined]
+    training_session.subprocess = with_popen(ForkedWorker)  # type: ignore[attr-defined]
     subprocess_handler.Popen = popen  # type: ignore[attr-defined]
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from finetune_trainer.contract import Base
-from finetune_trainer.train.supervisor import launch
+from finetune_trainer.train.supervisor import training_session
 
 VARIABLE = "TEST_FULL_MEMORY"  # a Fault as JSON
 MESSAGE = (
@@ -148,17 +148,16 @@ def rows_of(inputs: dict[str, Any]) -> list[tuple[int, ...]]:
 
 def worker(request: Path) -> int:
     """The real worker, on a machine whose memory is full."""
-    from finetune_trainer.train.recipe import sft
-    from finetune_trainer.train.recipe import worker as real
+    from finetune_trainer.train.recipe import sft, train_worker
 
     full = FullMemory(
         Fault.model_validate_json(os.environ[VARIABLE]), request.parent / "memory-ran-out"
     )
     sft.build_trainer = full.wrap(sft.build_trainer)
-    return real.main(request)
+    return train_worker.main(request)
 
 
-class FullWorkers(launch.Workers):
+class FullMemoryWorker(training_session.WorkerProcess):
     """Starts this worker in place of the real one."""
 
     def __init__(self) -> None:
@@ -172,9 +171,8 @@ class FullWorkers(launch.Workers):
 def command() -> None:
     """The real command, whose train stage starts this worker."""
     from finetune_trainer.__main__ import main
-    from finetune_trainer.train.supervisor import session
 
-    setattr(session, "Workers", FullWorkers)  # noqa: B010 - mypy refuses the assignment
+    setattr(training_session, "WorkerProcess", FullMemoryWorker)  # noqa: B010 - mypy refuses the assignment
     main()
 
 

@@ -56,11 +56,11 @@ class Training:
 
     def start(self, *, disk: int | None = None, **environment: str) -> Attempt:
         """A further attempt, in an empty pod; `disk` is the size of its disk in bytes."""
-        room = self.folder / f"attempt-{len(self.attempts)}"
-        room.mkdir(parents=True)
-        file, workspace = room / "run.json", room / "workspace"
+        folder = self.folder / f"attempt-{len(self.attempts)}"
+        folder.mkdir(parents=True)
+        file, workspace = folder / "run.json", folder / "workspace"
         file.write_text(json.dumps(self.config))
-        log, termination = room / "log", room / "termination-log"
+        log, termination = folder / "log", folder / "termination-log"
         log.touch()
         arguments = [
             "train",
@@ -71,7 +71,7 @@ class Training:
         workspace.mkdir()
         small = (workspace, disk) if disk else None
         pid = self.server.start(arguments, {**self.environment, **environment}, log, small)
-        self.attempts.append(Attempt(self.server, room, pid))
+        self.attempts.append(Attempt(self.server, folder, pid))
         return self.attempts[-1]
 
     def objects(self) -> dict[str, int]:
@@ -102,17 +102,17 @@ class Attempt:
     """One run of the stage."""
 
     server: ForkServer
-    room: Path
+    folder: Path
     pid: int
 
     @property
     def log(self) -> str:
-        return (self.room / "log").read_text()
+        return (self.folder / "log").read_text()
 
     @property
     def result(self) -> dict[str, Any]:
         """The termination message."""
-        message: dict[str, Any] = json.loads((self.room / "termination-log").read_bytes())
+        message: dict[str, Any] = json.loads((self.folder / "termination-log").read_bytes())
         return message
 
     @property
@@ -141,7 +141,7 @@ class Attempt:
 
     def written(self) -> Iterator[Path]:
         """Folders of checkpoints that the worker has begun to write."""
-        return (self.room / "workspace/train/training/trainer").glob("checkpoint-*")
+        return (self.folder / "workspace/train/training/trainer").glob("checkpoint-*")
 
     def worker(self) -> psutil.Process:
         """The process that trains."""

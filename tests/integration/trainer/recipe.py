@@ -11,65 +11,73 @@ from transformers import AutoModelForCausalLM
 
 from finetune_trainer.contract import RunConfig
 from finetune_trainer.model.tokenizer import load_tokenizer
-from finetune_trainer.train.link.work import Work, default_plan
+from finetune_trainer.train.link.work import TrainingWork, default_plan
 from finetune_trainer.train.recipe import sft
-from finetune_trainer.train.recipe.data import Examples, tokenize
+from finetune_trainer.train.recipe.data import TokenizedRows, tokenize
 from finetune_trainer.train.recipe.packing import prepare_packing
-from finetune_trainer.train.recipe.trainer import Data, RecipeTrainer
+from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData
 
-Rows = list[dict[str, Any]]
+Conversations = list[dict[str, Any]]
 
 
 def make_work(
-    model: Path, room: Path, rows: Rows, held_out: Rows | None = None, **settings: Any
-) -> Work:
+    model: Path,
+    workdir: Path,
+    rows: Conversations,
+    held_out: Conversations | None = None,
+    **settings: Any,
+) -> TrainingWork:
     """What a worker is told, with its files."""
     config = RunConfig.model_validate(
         {
             "model": {"source": str(model)},
             "dataset": {"source": "/data/train.csv"},
-            "output": {"uri": str(room)},
+            "output": {"uri": str(workdir)},
             "training": settings,
         }
     )
-    return Work(
+    return TrainingWork(
         config=config,
         plan=default_plan(config),
         max_sequence_length=config.training.max_sequence_length,
         engine="transformers",
-        examples=write(room / "examples.jsonl", rows),
-        held_out=write(room / "eval.jsonl", held_out) if held_out else None,
+        examples=write(workdir / "examples.jsonl", rows),
+        held_out=write(workdir / "eval.jsonl", held_out) if held_out else None,
         model=model,
-        room=room,
+        workdir=workdir,
     )
 
 
-def write(file: Path, rows: Rows) -> Path:
-    """Rows as `prepare` leaves them."""
+def write(file: Path, rows: Conversations) -> Path:
+    """Conversations as `prepare` leaves them."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
 
 
-def tokenized(model: Path, room: Path, rows: Rows, length: int = 2048) -> Examples:
-    """Rows as the recipe reads them."""
-    file = write(room / "examples.jsonl", rows)
-    return tokenize(file, load_tokenizer(model), length, room / "tokens")
+def tokenized(model: Path, workdir: Path, rows: Conversations, length: int = 2048) -> TokenizedRows:
+    """Conversations as the recipe reads them."""
+    file = write(workdir / "examples.jsonl", rows)
+    return tokenize(file, load_tokenizer(model), length, workdir / "tokens")
 
 
 def build(
-    model: Path, room: Path, rows: Rows, held_out: Rows | None = None, **settings: Any
+    model: Path,
+    workdir: Path,
+    rows: Conversations,
+    held_out: Conversations | None = None,
+    **settings: Any,
 ) -> RecipeTrainer:
     """The trainer before it trains: float32, no dropout, one epoch."""
     defaults = {"epochs": 1, "lora": {"dropout": 0}}
-    work = make_work(model, room, rows, held_out, **{**defaults, **settings})
+    work = make_work(model, workdir, rows, held_out, **{**defaults, **settings})
     tokenizer = load_tokenizer(model)
-    examples, others = sft.read_examples(work, tokenizer)
+    examples, others = sft.read_rows(work, tokenizer)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     packed = work.config.training.packing and prepare_packing(loaded)
     return sft.build_trainer(
         loaded,
         tokenizer,
-        Data(examples, others, packed=packed),
+        TrainingData(examples, others, packed=packed),
         work=work,
         epochs=1,
     )

@@ -67,7 +67,7 @@ class Run:
 
 def train(
     model: Path,
-    room: Path,
+    workdir: Path,
     rows: list[dict[str, Any]] = EXAMPLES,
     held_out: list[dict[str, Any]] | None = None,
     change: Change = lambda _: None,
@@ -82,7 +82,7 @@ def train(
         "loggingSteps": 1,
         "lora": {"r": 16, "dropout": 0, "targetModules": [*ATTENTION, *MLP]},
     }
-    work = make_work(model, room, rows, held_out, **{**defaults, **settings})
+    work = make_work(model, workdir, rows, held_out, **{**defaults, **settings})
     run, build = Run(), sft.build_trainer
 
     def build_trainer(*args: Any, **options: Any) -> Any:

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from finetune_trainer.contract import Notice, Reason, StageError
-from finetune_trainer.train.link.channel import listening
-from finetune_trainer.train.link.work import Failed, Trained, Work
+from finetune_trainer.train.link.channel import WorkerMessage, listening
+from finetune_trainer.train.link.work import Failed, Trained, TrainingWork
 from finetune_trainer.train.supervisor.ladder import descend, step_of
-from finetune_trainer.train.supervisor.launch import Workers
-from finetune_trainer.train.supervisor.setup import divide
+from finetune_trainer.train.supervisor.setup import divide_step
+from finetune_trainer.train.supervisor.training_session import WorkerProcess
 from tests.integration.trainer.float32_worker import NOTE
 from tests.integration.trainer.recipe import make_work
 
@@ -52,20 +52,20 @@ def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def work_of(model: Path, room: Path, processes: int, **settings: Any) -> Work:
+def work_of(model: Path, workdir: Path, processes: int, **settings: Any) -> TrainingWork:
     """18 rows: the last step of an epoch has 2 instead of 4, and 5 held-out rows don't divide."""
-    room.mkdir()
-    work = make_work(model, room, make_rows(18, 1), make_rows(5, 2), **{**SETTINGS, **settings})
-    plan, divided = divide(work.config.training, work.plan, processes)
+    workdir.mkdir()
+    work = make_work(model, workdir, make_rows(18, 1), make_rows(5, 2), **{**SETTINGS, **settings})
+    plan, divided = divide_step(work.config.training, work.plan, processes)
     assert divided == processes
     return work.model_copy(update={"plan": plan, "processes": processes})
 
 
 @dataclass
 class Run:
-    work: Work
+    work: TrainingWork
     ending: Trained | Failed
-    messages: list[dict[str, Any]]
+    messages: list[WorkerMessage]
 
     @property
     def trained(self) -> Trained:
@@ -82,10 +82,10 @@ class Run:
         return [value for value in found if value is not None]
 
 
-def run(work: Work, module: str = FLOAT32) -> Run:
-    messages: list[dict[str, Any]] = []
-    with listening(work.room, messages.append):
-        ending = Workers(module).run(work)
+def run(work: TrainingWork, module: str = FLOAT32) -> Run:
+    messages: list[WorkerMessage] = []
+    with listening(work.workdir, messages.append):
+        ending = WorkerProcess(module).run(work)
     return Run(work, ending, messages)
 
 
@@ -130,12 +130,13 @@ def test_two_processes_train_like_one_at_the_same_effective_batch(
         assert getattr(together.trained.metrics, name) == getattr(alone.trained.metrics, name), name
     assert_same_adapter(together, alone)
     assert_peft_loads(together, tiny_model)
-    notes = [json.loads((together.work.room / NOTE.format(rank)).read_text()) for rank in (0, 1)]
+    notes = [json.loads((together.work.workdir / NOTE.format(rank)).read_text()) for rank in (0, 1)]
     if parallelism == "fsdp":
         assert all(note["held"] < 0.6 * note["all"] for note in notes), "each holds about half"
     else:
         assert all(note["held"] == note["all"] for note in notes)
-    steps = [m["progress"]["step"] for m in together.messages if "step" in m.get("progress", {})]
+    progress = [message.progress for message in together.messages if message.progress]
+    steps = [each.step for each in progress if each.step is not None]
     assert steps == sorted(steps), "only one process reports"
 
 
@@ -144,12 +145,12 @@ def test_a_stop_leaves_one_checkpoint_of_all_processes_to_go_on_from(
     parallelism: str, later: int, alone: Run, tiny_model: Path, tmp_path: Path
 ) -> None:
     work = work_of(tiny_model, tmp_path / "stopped", 2, parallelism=parallelism)
-    workers, begun = Workers(FLOAT32), threading.Event()
-    messages: list[dict[str, Any]] = []
+    workers, begun = WorkerProcess(FLOAT32), threading.Event()
+    messages: list[WorkerMessage] = []
 
-    def hear(message: dict[str, Any]) -> None:
+    def hear(message: WorkerMessage) -> None:
         messages.append(message)
-        if message.get("progress", {}).get("step", 0) >= 2:
+        if message.progress and (message.progress.step or 0) >= 2:
             begun.set()
 
     def stop() -> None:
@@ -159,7 +160,7 @@ def test_a_stop_leaves_one_checkpoint_of_all_processes_to_go_on_from(
     ended: list[bool] = []
     stopper = threading.Thread(target=stop)
     stopper.start()
-    with listening(work.room, hear):
+    with listening(work.workdir, hear):
         stopped = workers.run(work)
     stopper.join()
 
@@ -169,7 +170,7 @@ def test_a_stop_leaves_one_checkpoint_of_all_processes_to_go_on_from(
     assert stopped.step is not None
     assert 2 <= stopped.step < 10
     assert stopped.checkpoint is not None
-    assert [m["checkpoint"]["step"] for m in messages if "checkpoint" in m] == [stopped.step]
+    assert [m.checkpoint.step for m in messages if m.checkpoint] == [stopped.step]
 
     # With ddp, one process can go on from what two wrote.
     rest = work_of(tiny_model, tmp_path / "rest", later, parallelism=parallelism)
@@ -215,18 +216,18 @@ def test_memory_that_runs_out_in_one_process_makes_the_passes_of_all_smaller(
 ) -> None:
     """The one that fails can't save; the other, which loses its peer, has the last step as well."""
     monkeypatch.setenv("FAIL", "1:3:crowded")
-    asked: list[Work] = []
+    asked: list[TrainingWork] = []
     written: list[Path] = []
     notices: list[Notice] = []
 
-    def hear(message: dict[str, Any]) -> None:
-        if "checkpoint" in message:
-            written.append(Path(message["checkpoint"]["folder"]))
+    def hear(message: WorkerMessage) -> None:
+        if message.checkpoint:
+            written.append(message.checkpoint.folder)
 
-    def run_once(work: Work) -> Trained | Failed:
+    def run_once(work: TrainingWork) -> Trained | Failed:
         asked.append(work)
-        with listening(work.room, hear):
-            return Workers(FLOAT32).run(work)
+        with listening(work.workdir, hear):
+            return WorkerProcess(FLOAT32).run(work)
 
     first = work_of(tiny_model, tmp_path / "crowded", 2)
     ending = descend(run_once, first, lambda: written[-1] if written else None, notices.append)

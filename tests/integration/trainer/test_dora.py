@@ -15,9 +15,9 @@ from finetune_trainer.contract import Lora
 from finetune_trainer.model.loading import load_model
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import load_tokenizer
-from finetune_trainer.train.link.work import Work
+from finetune_trainer.train.link.work import TrainingWork
 from finetune_trainer.train.recipe import saving, sft
-from finetune_trainer.train.recipe.trainer import Data, RecipeTrainer
+from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData
 from tests.integration.trainer.conftest import ROWS
 from tests.integration.trainer.families import FAMILIES, write_family
 from tests.integration.trainer.recipe import make_work
@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {
     "checkpointSteps": 2,
     "lora": {"r": 4, "dropout": 0.1, "useDora": True},
 }
-Make = Callable[..., tuple[RecipeTrainer, Work]]
+Make = Callable[..., tuple[RecipeTrainer, TrainingWork]]
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +51,23 @@ def make(model: Path, tmp_path: Path) -> Make:
 
     def build(
         resume_from: Path | None = None, dtype: torch.dtype = torch.float32, **settings: Any
-    ) -> tuple[RecipeTrainer, Work]:
-        room = tmp_path / f"room-{next(count)}"
-        room.mkdir()
-        work = make_work(model, room, EXAMPLES, EXAMPLES[:2], **{**SETTINGS, **settings})
+    ) -> tuple[RecipeTrainer, TrainingWork]:
+        workdir = tmp_path / f"workdir-{next(count)}"
+        workdir.mkdir()
+        work = make_work(model, workdir, EXAMPLES, EXAMPLES[:2], **{**SETTINGS, **settings})
         work = work.model_copy(update={"resume_from": resume_from})
         tokenizer = load_tokenizer(model)
-        examples, held_out = sft.read_examples(work, tokenizer)
+        examples, held_out = sft.read_rows(work, tokenizer)
         quantize = work.config.training.method == "qlora"
         loaded = load_model(model, dtype, "cpu", quantize=quantize)
-        data = Data(examples, held_out, packed=False)
+        data = TrainingData(examples, held_out, packed=False)
         return sft.build_trainer(loaded, tokenizer, data, work=work, epochs=1), work
 
     return build
 
 
-def trained(trainer: RecipeTrainer, work: Work) -> dict[str, torch.Tensor]:
-    saving.train(trainer, work, None)
+def trained(trainer: RecipeTrainer, work: TrainingWork) -> dict[str, torch.Tensor]:
+    saving.train_with_checkpoints(trainer, work, None)
     sft.save_adapter(trainer, load_tokenizer(work.model), work)
     return load_file(work.adapter / "adapter_model.safetensors")
 

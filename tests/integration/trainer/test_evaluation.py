@@ -15,9 +15,9 @@ from finetune_trainer.contract import Notice, NoticeCode, Reason, RunConfig, Sta
 from finetune_trainer.model.tokenizer import IGNORED, message_pair
 from finetune_trainer.prepare.stage import check_held_out
 from finetune_trainer.runtime.progress import Reporter
-from finetune_trainer.train.link.work import Trained, Work
+from finetune_trainer.train.link.work import Trained, TrainingWork
 from finetune_trainer.train.recipe import sft
-from finetune_trainer.train.recipe.callbacks import BEST, BestAdapter
+from finetune_trainer.train.recipe.watch import BEST_ADAPTER, BestAdapter
 from tests.integration.trainer.conftest import ROWS
 from tests.integration.trainer.recipe import build, make_work, tokenized
 
@@ -57,10 +57,10 @@ class Listening(Reporter):
         self.evaluations.append((step, loss))
 
 
-def mean_loss(model: torch.nn.Module, folder: Path, room: Path) -> float:
+def mean_loss(model: torch.nn.Module, folder: Path, workdir: Path) -> float:
     """The mean over all labels, row by row."""
     total, count = 0.0, 0
-    for row in tokenized(folder, room, HELD_OUT).rows:
+    for row in tokenized(folder, workdir, HELD_OUT).rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
         answers = int((labels[:, 1:] != IGNORED).sum())
         with torch.no_grad():
@@ -69,9 +69,9 @@ def mean_loss(model: torch.nn.Module, folder: Path, room: Path) -> float:
     return total / count
 
 
-def work_in(tiny_model: Path, room: Path, **settings: Any) -> Work:
+def work_in(tiny_model: Path, workdir: Path, **settings: Any) -> TrainingWork:
     defaults = {"gradientAccumulationSteps": 1, "learningRate": 0.005, "lora": {"dropout": 0}}
-    return make_work(tiny_model, room, EXAMPLES, HELD_OUT, **{**defaults, **settings})
+    return make_work(tiny_model, workdir, EXAMPLES, HELD_OUT, **{**defaults, **settings})
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
@@ -108,9 +108,9 @@ def test_evaluations_come_as_often_as_asked_and_at_the_end(
     evaluated = [entry.step for entry in trained.history if entry.eval_loss is not None]
     assert evaluated == [0, 5, 10, 12]
     logged = [entry for entry in trained.history if entry.loss is not None]
-    assert [entry["step"] for entry in logged] == [1, 2, 4, 6, 8, 10, 12]
+    assert [entry.step for entry in logged] == [1, 2, 4, 6, 8, 10, 12]
     names = {"step", "epoch", "loss", "learning_rate", "grad_norm"}
-    assert all(entry.keys() == names for entry in logged)
+    assert all(entry.model_dump(exclude_none=True).keys() == names for entry in logged)
 
 
 def test_evaluating_changes_nothing_of_the_training(tiny_model: Path, tmp_path: Path) -> None:
@@ -144,12 +144,12 @@ def test_tokens_and_their_rate_are_those_of_the_training(tiny_model: Path, tmp_p
     assert metrics.tokens_per_second > metrics.train_tokens / metrics.train_runtime_seconds
 
 
-def stopped_early(tiny_model: Path, room: Path, **settings: Any) -> tuple[Trained, Listener]:
+def stopped_early(tiny_model: Path, workdir: Path, **settings: Any) -> tuple[Trained, Listener]:
     """What is learnt by heart makes the held-out rows worse."""
     listener = Listener()
     work = work_in(
         tiny_model,
-        room,
+        workdir,
         epochs=40,
         learningRate=0.05,
         batchSize=6,
@@ -221,7 +221,7 @@ def test_the_best_adapter_goes_with_a_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-4"
     folder.mkdir()
     first.on_save(Arguments(), state, control)
-    assert (folder / BEST).exists()
+    assert (folder / BEST_ADAPTER).exists()
 
     second = BestAdapter(model, settings, None, folder)
     for name, value in first.state()["attributes"].items():

@@ -17,12 +17,12 @@ from finetune_trainer.model.tokenizer import message_pair
 from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.progress import Reporter
 from finetune_trainer.train.link.channel import listening
-from finetune_trainer.train.link.work import Failed, Trained, Work, as_failed
+from finetune_trainer.train.link.work import Failed, Trained, TrainingWork, as_failed
 from finetune_trainer.train.recipe import sft
-from finetune_trainer.train.supervisor import launch
+from finetune_trainer.train.supervisor import training_session
 from finetune_trainer.train.supervisor.ladder import descend, step_of
 from tests.integration.trainer.conftest import ATTENTION, ROWS, Trainer
-from tests.integration.trainer.full_memory import VARIABLE, Fault, FullMemory, FullWorkers
+from tests.integration.trainer.full_memory import VARIABLE, Fault, FullMemory, FullMemoryWorker
 from tests.integration.trainer.recipe import make_work
 
 EXAMPLES = [message_pair(*row) for row in ROWS] + [
@@ -57,9 +57,9 @@ class Outcome:
 
     ending: Trained | Failed
     full: FullMemory
-    room: Path
+    workdir: Path
     notices: list[Notice] = field(default_factory=list)
-    asked: list[Work] = field(default_factory=list)
+    asked: list[TrainingWork] = field(default_factory=list)
 
     @property
     def codes(self) -> list[str]:
@@ -67,7 +67,7 @@ class Outcome:
 
     @property
     def adapter(self) -> dict[str, torch.Tensor]:
-        return load_file(self.room / "adapter" / "adapter_model.safetensors")
+        return load_file(self.workdir / "adapter" / "adapter_model.safetensors")
 
     @property
     def losses(self) -> dict[float, float]:
@@ -90,18 +90,18 @@ class Heard:
 
 def training(
     model: Path,
-    room: Path,
+    workdir: Path,
     fault: Fault | None,
     rows: list[dict[str, Any]] = EXAMPLES,
     **settings: Any,
 ) -> Outcome:
     """A whole training; each worker is a call of the recipe in this process."""
-    room.mkdir(exist_ok=True)
-    full = FullMemory(fault, room / "count")
+    workdir.mkdir(exist_ok=True)
+    full = FullMemory(fault, workdir / "count")
     heard = Heard()
-    outcome = Outcome(Failed(reason=Reason.INTERNAL_ERROR, message=""), full, room)
+    outcome = Outcome(Failed(reason=Reason.INTERNAL_ERROR, message=""), full, workdir)
 
-    def run(work: Work) -> Trained | Failed:
+    def run(work: TrainingWork) -> Trained | Failed:
         outcome.asked.append(work)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sft, "build_trainer", full.wrap(sft.build_trainer))
@@ -111,7 +111,7 @@ def training(
                 return as_failed(explain(error))
 
     truncated = settings.pop("maxTruncatedRows", "10%")
-    work = make_work(model, room, rows, **{**SETTINGS, **settings})
+    work = make_work(model, workdir, rows, **{**SETTINGS, **settings})
     dataset = work.config.dataset.model_copy(update={"max_truncated_rows": truncated})
     config = work.config.model_copy(update={"dataset": dataset})
     work = work.model_copy(update={"config": config})
@@ -235,12 +235,12 @@ def test_a_worker_that_the_kernel_kills_gets_a_smaller_batch(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU, and where the kernel spares the stage."""
-    monkeypatch.setattr(launch, "VMSTAT", tmp_path / "none")  # which counts what it kills
+    monkeypatch.setattr(training_session, "VMSTAT", tmp_path / "none")  # which counts what it kills
     monkeypatch.setenv(VARIABLE, Fault(step=2, times=1, killed=True).model_dump_json())
     work = make_work(tiny_model, tmp_path, EXAMPLES, **{**SETTINGS, "epochs": 1})
     notices: list[Notice] = []
     with listening(tmp_path, lambda _: None):
-        ending = descend(FullWorkers().run, work, lambda: None, notices.append)
+        ending = descend(FullMemoryWorker().run, work, lambda: None, notices.append)
     assert isinstance(ending, Trained), ending
     assert [notice.code for notice in notices] == [NoticeCode.BATCH_HALVED]
     assert "was killed" in notices[0].evidence

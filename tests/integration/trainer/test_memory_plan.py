@@ -10,8 +10,8 @@ import pytest
 from finetune_trainer.contract import Reason, RunConfig, StageError, TrainingPlan
 from finetune_trainer.runtime.progress import Reporter
 from finetune_trainer.train import stage
-from finetune_trainer.train.link.work import Failed, Work
-from finetune_trainer.train.supervisor import launch, setup
+from finetune_trainer.train.link.work import Failed, TrainingWork
+from finetune_trainer.train.supervisor import setup, training_session
 from finetune_trainer.train.supervisor.setup import Gpu
 from tests.integration.trainer.conftest import Trainer
 
@@ -85,18 +85,18 @@ def test_a_pod_whose_gpu_nobody_knew_finds_out_before_it_loads_the_model(
     config = RunConfig.model_validate({**run_config, "resolved": resolved.model_dump(mode="json")})
 
     def planned(memory: int) -> TrainingPlan:
-        room = tmp_path / str(memory)
-        room.mkdir()
+        workdir = tmp_path / str(memory)
+        workdir.mkdir()
         monkeypatch.setattr(setup, "visible_gpus", lambda: (Gpu("Small", memory, (9, 0)),))
         asked: list[TrainingPlan] = []
 
-        def run(_: launch.Workers, work: Work) -> Failed:
+        def run(_: training_session.WorkerProcess, work: TrainingWork) -> Failed:
             asked.append(work.plan)
             return Failed(reason=Reason.STOPPED, message="This worker trains nothing.")
 
-        monkeypatch.setattr(launch.Workers, "run", run)
+        monkeypatch.setattr(training_session.WorkerProcess, "run", run)
         with pytest.raises(StageError) as raised:
-            stage.run(config, room, Reporter())
+            stage.run(config, workdir, Reporter())
         if not asked:
             raise raised.value
         return asked[0]

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from finetune_trainer.model.tokenizer import IGNORED, message_pair
 from finetune_trainer.train.recipe import packing
-from finetune_trainer.train.recipe.adapter import Dropout
 from finetune_trainer.train.recipe.data import PackingCollator, PaddingCollator
+from finetune_trainer.train.recipe.lora import FastDropout
 from finetune_trainer.train.recipe.packing import prepare_packing
 from finetune_trainer.train.recipe.trainer import answer_loss
 from tests.integration.trainer.architectures import LEAKING, PACKABLE, VOCABULARY, tiny
@@ -83,8 +83,8 @@ def test_a_model_whose_rows_would_see_each_other_gets_padding(
 
 def test_scores_that_are_capped_are_computed_by_a_function_that_can() -> None:
     """Gemma 2: PyTorch's own attention has no cap, and ours says that it has none."""
-    assert not packing.computes(tiny("gemma2").config)
-    assert packing.computes(tiny("gemma3_text").config)
+    assert not packing.supports_attention_of(tiny("gemma2").config)
+    assert packing.supports_attention_of(tiny("gemma3_text").config)
     with pytest.raises(NotImplementedError, match="softcap"):
         packing.packed_attention(
             torch.nn.Identity(), *[torch.zeros(1, 2, 4, 8)] * 3, None, softcap=50.0
@@ -178,7 +178,7 @@ def test_packed_and_padded_training_end_in_the_same_adapter(
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
 def test_the_faster_dropout_drops_as_much_and_keeps_the_mean(share: float) -> None:
     torch.manual_seed(0)
-    dropout = Dropout(share)
+    dropout = FastDropout(share)
     ones = torch.ones(1_000_003)
     dropped = dropout(ones)
     assert (dropped == 0).float().mean().item() == pytest.approx(share, abs=0.002)

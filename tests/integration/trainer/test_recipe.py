@@ -18,7 +18,7 @@ from finetune_trainer.model.loading import load_model
 from finetune_trainer.model.tokenizer import load_tokenizer, message_pair
 from finetune_trainer.runtime.progress import Reporter
 from finetune_trainer.train.recipe import sft
-from finetune_trainer.train.recipe.data import check
+from finetune_trainer.train.recipe.data import check_rows
 from finetune_trainer.train.recipe.trainer import RecipeTrainer
 from tests.integration.trainer.conftest import ROWS
 from tests.integration.trainer.recipe import build, make_work, tokenized
@@ -134,8 +134,8 @@ def test_rows_without_an_answer_are_not_dropped_silently(tiny_model: Path, tmp_p
     rows = [*EXAMPLES, message_pair("why " * 100, "Because.")]
     examples = tokenized(tiny_model, tmp_path, rows, length=64)
     with pytest.raises(StageError, match="1 of 7 examples have no answer"):
-        check(examples, shortened=False)
-    check(examples, shortened=True)  # memory ran out: they stay, and teach nothing
+        check_rows(examples, shortened=False)
+    check_rows(examples, shortened=True)  # memory ran out: they stay, and teach nothing
 
 
 def test_a_row_cut_before_its_end_does_not_count_as_an_end(
@@ -143,7 +143,7 @@ def test_a_row_cut_before_its_end_does_not_count_as_an_end(
 ) -> None:
     rows = [message_pair("Say a lot.", "word " * 100)]
     with pytest.raises(StageError) as caught:
-        check(tokenized(tiny_model, tmp_path, rows, length=64), shortened=False)
+        check_rows(tokenized(tiny_model, tmp_path, rows, length=64), shortened=False)
     assert caught.value.reason is Reason.MODEL_UNSUPPORTED
 
 

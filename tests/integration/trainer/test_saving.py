@@ -17,9 +17,9 @@ from transformers.trainer_callback import ExportableState
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.model.tokenizer import load_tokenizer
 from finetune_trainer.train.link import upload_lag
-from finetune_trainer.train.link.work import InterruptedTrainingError, Work
+from finetune_trainer.train.link.work import InterruptedTrainingError, TrainingWork
 from finetune_trainer.train.recipe import saving, sft
-from finetune_trainer.train.recipe.trainer import Data, RecipeTrainer
+from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData
 from tests.integration.trainer.recipe import make_work
 
 ROWS = [
@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
     "lora": {"r": 4, "dropout": 0.2},
 }
 STEPS = 5
-Make = Callable[..., tuple[RecipeTrainer, Work]]
+Make = Callable[..., tuple[RecipeTrainer, TrainingWork]]
 
 
 @pytest.fixture
@@ -45,17 +45,19 @@ def make(tiny_model: Path, tmp_path: Path) -> Make:
     """Trainers of one epoch of five steps."""
     count = iter(range(10))
 
-    def build_one(resume_from: Path | None = None, **settings: Any) -> tuple[RecipeTrainer, Work]:
-        room = tmp_path / f"room-{next(count)}"
-        room.mkdir()
-        work = make_work(tiny_model, room, ROWS, ROWS[:3], **{**SETTINGS, **settings})
+    def build_one(
+        resume_from: Path | None = None, **settings: Any
+    ) -> tuple[RecipeTrainer, TrainingWork]:
+        workdir = tmp_path / f"workdir-{next(count)}"
+        workdir.mkdir()
+        work = make_work(tiny_model, workdir, ROWS, ROWS[:3], **{**SETTINGS, **settings})
         work = work.model_copy(update={"resume_from": resume_from})
         tokenizer = load_tokenizer(tiny_model)
-        examples, held_out = sft.read_examples(work, tokenizer)
+        examples, held_out = sft.read_rows(work, tokenizer)
         trainer = sft.build_trainer(
             AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
             tokenizer,
-            Data(examples, held_out, packed=True),
+            TrainingData(examples, held_out, packed=True),
             work=work,
             epochs=1,
         )
@@ -73,8 +75,8 @@ def adapter(trainer: RecipeTrainer) -> dict[str, torch.Tensor]:
     }
 
 
-def finish(trainer: RecipeTrainer, work: Work) -> tuple[dict[str, torch.Tensor], float]:
-    output, _ = saving.train(trainer, work, None)
+def finish(trainer: RecipeTrainer, work: TrainingWork) -> tuple[dict[str, torch.Tensor], float]:
+    output, _ = saving.train_with_checkpoints(trainer, work, None)
     return adapter(trainer), output.training_loss
 
 
@@ -98,9 +100,9 @@ class FailingPass:
         return loss
 
 
-def fail(trainer: RecipeTrainer, work: Work) -> InterruptedTrainingError:
+def fail(trainer: RecipeTrainer, work: TrainingWork) -> InterruptedTrainingError:
     with pytest.raises(InterruptedTrainingError) as caught:
-        saving.train(trainer, work, None)
+        saving.train_with_checkpoints(trainer, work, None)
     return caught.value
 
 
@@ -166,7 +168,7 @@ def test_other_errors_stay_what_they_are(make: Make) -> None:
 
     trainer.add_callback(Failing())
     with pytest.raises(StageError, match="nan") as caught:
-        saving.train(trainer, work, None)
+        saving.train_with_checkpoints(trainer, work, None)
     assert not isinstance(caught.value, InterruptedTrainingError)
 
 
@@ -179,7 +181,7 @@ def test_a_stop_ends_after_the_step_with_its_evaluation(make: Make, stopped_at: 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == stopped_at:
                 callbacks = trainer.callback_handler.callbacks
-                (keeper,) = (each for each in callbacks if isinstance(each, saving.Saving))
+                (keeper,) = (each for each in callbacks if isinstance(each, saving.CheckpointSaver))
                 keeper._on_signal()
 
     trainer.add_callback(Stopping())

@@ -4,45 +4,64 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from finetune_trainer.train.link.channel import NAME, Channel, listening
+from finetune_trainer.contract import Notice, NoticeCode, Progress
+from finetune_trainer.train.link.channel import (
+    FIFO,
+    Channel,
+    CheckpointOnDisk,
+    WorkerMessage,
+    listening,
+)
 
 
 def test_all_that_was_sent_is_handled_when_the_block_ends(tmp_path: Path) -> None:
-    got: list[dict[str, Any]] = []
+    got: list[WorkerMessage] = []
+    notice = Notice(code=NoticeCode.OVERFITTING, evidence="loss 1", remedy="Stop.")
     with listening(tmp_path, got.append):
         with closing(Channel(tmp_path)) as channel:
             channel.publish({"step": 1})
-            channel.checkpoint(5, Path("/room/checkpoint-5"))
+            channel.checkpoint(5, Path("/work/checkpoint-5"))
         with closing(Channel(tmp_path)) as channel:  # another worker
             channel.publish({"step": 2})
-    assert [message for message in got if "nothing" not in message] == [
-        {"progress": {"step": 1}},
-        {"checkpoint": {"step": 5, "folder": "/room/checkpoint-5"}},
-        {"progress": {"step": 2}},
+            channel.notice(notice)
+    assert got == [
+        WorkerMessage(progress=Progress(step=1)),
+        WorkerMessage(checkpoint=CheckpointOnDisk(step=5, folder=Path("/work/checkpoint-5"))),
+        WorkerMessage(progress=Progress(step=2)),
+        WorkerMessage(notice=notice),
     ]
 
 
+def test_a_field_that_is_cleared_is_told_from_one_that_is_left_out(tmp_path: Path) -> None:
+    got: list[WorkerMessage] = []
+    with listening(tmp_path, got.append), closing(Channel(tmp_path)) as channel:
+        channel.publish({"loss": None, "tokensPerSecond": 12.5})
+    (message,) = got
+    assert message.progress is not None
+    fields = message.progress.model_dump(mode="json", exclude_unset=True)
+    assert fields == {"loss": None, "tokensPerSecond": 12.5}
+
+
 def test_draining_waits_for_what_was_sent_so_far_also_after_half_a_line(tmp_path: Path) -> None:
-    got: list[dict[str, Any]] = []
+    got: list[WorkerMessage] = []
     with listening(tmp_path, got.append) as drain:
-        with (tmp_path / NAME).open("w") as worker:
+        with (tmp_path / FIFO).open("w") as worker:
             worker.write('{"progress": {"step": 1}}\n{"progress": {"st')
         drain()
-        assert {"progress": {"step": 1}} in got
+        assert got == [WorkerMessage(progress=Progress(step=1))]
         with closing(Channel(tmp_path)) as channel:
             channel.publish({"step": 2})
         drain()
-        assert {"progress": {"step": 2}} in got
+        assert got[1:] == [WorkerMessage(progress=Progress(step=2))]
     drain()  # nobody listens any more, which is no error
 
 
 def test_an_error_in_handling_is_raised_where_somebody_can_answer_for_it(tmp_path: Path) -> None:
-    def handle(message: dict[str, Any]) -> None:
-        if "progress" in message:
+    def handle(message: WorkerMessage) -> None:
+        if message.progress:
             raise ValueError("no such field")
 
     with (

@@ -10,7 +10,12 @@ import pytest
 
 from finetune_trainer.contract import Reason, StageError, TrainingPlan
 from finetune_trainer.store import FileInfo, LocalFolder, OnBytes
-from finetune_trainer.train.supervisor.checkpoints import Checkpoint, CheckpointStore, needed
+from finetune_trainer.train.supervisor.checkpoints import (
+    CheckpointMarker,
+    CheckpointStore,
+    LocalCheckpoint,
+    files_to_resume,
+)
 
 PLAN = TrainingPlan(batch_size=2, gradient_accumulation_steps=4, gradient_checkpointing=False)
 BASE = "stages/train/abc/checkpoints"
@@ -89,7 +94,7 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 
 def save(store: CheckpointStore, written: Path, *steps: int) -> None:
     for step in steps:
-        store.save(written, step, PLAN, 512)
+        store.save(LocalCheckpoint(step, written, PLAN, 512))
 
 
 def read(folder: Path) -> dict[str, str]:
@@ -134,7 +139,7 @@ def test_a_marker_goes_before_the_files_under_it_are_replaced_or_deleted(
 
 
 def test_nothing_pickled_but_tensors_is_uploaded(written: Path) -> None:
-    assert {file.relative_to(written).as_posix() for file in needed(written)} == set(FILES)
+    assert {file.relative_to(written).as_posix() for file in files_to_resume(written)} == set(FILES)
 
 
 def test_the_last_two_are_kept_and_what_was_cut_off_goes(
@@ -229,7 +234,7 @@ def test_a_checkpoint_that_is_refused_says_why(
 ) -> None:
     save(store, written, 10)
 
-    def refuse(found: Checkpoint) -> str | None:
+    def refuse(found: CheckpointMarker) -> str | None:
         return f"step {found.step} is for other devices"
 
     assert store.fetch_newest(tmp_path / "fetched", refuse) is None

@@ -11,10 +11,18 @@ import pytest
 
 from finetune_trainer.contract import Reason, RunConfig, StageError, TrainingPlan
 from finetune_trainer.store import LocalFolder
-from finetune_trainer.train.link.work import Work
-from finetune_trainer.train.supervisor.checkpoints import Checkpoint, CheckpointStore
-from finetune_trainer.train.supervisor.session import going_on, plan_after, refusal
-from finetune_trainer.train.supervisor.uploads import Local, Uploader
+from finetune_trainer.train.link.work import TrainingWork
+from finetune_trainer.train.supervisor.checkpoints import (
+    CheckpointMarker,
+    CheckpointStore,
+    CheckpointUploader,
+    LocalCheckpoint,
+)
+from finetune_trainer.train.supervisor.training_session import (
+    plan_to_resume_with,
+    resume_obstacle,
+    resumed_from,
+)
 
 PLAN = TrainingPlan(batch_size=2, gradient_accumulation_steps=4, gradient_checkpointing=False)
 SECONDS = 10.0
@@ -30,13 +38,13 @@ class Store(CheckpointStore):
         self.error: StageError | None = None
         self.steps: list[int] = []
 
-    def save(self, folder: Path, step: int, plan: TrainingPlan, max_sequence_length: int) -> None:
-        self.steps.append(step)
+    def save(self, checkpoint: LocalCheckpoint) -> None:
+        self.steps.append(checkpoint.step)
         self.begun.release()
         assert self.gate.acquire(timeout=SECONDS)
         if self.error:
             raise self.error
-        super().save(folder, step, plan, max_sequence_length)
+        super().save(checkpoint)
 
     def open(self) -> None:
         self.gate.release(100)
@@ -52,23 +60,23 @@ def store(tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def uploader(store: Store) -> Iterator[Uploader]:
-    uploader = Uploader(store)
+def uploader(store: Store) -> Iterator[CheckpointUploader]:
+    uploader = CheckpointUploader(store)
     uploader.start()
     yield uploader
     store.open()
     uploader.close()
 
 
-def local(room: Path, step: int, plan: TrainingPlan = PLAN) -> Local:
-    folder = room / f"checkpoint-{step}"
+def local(workdir: Path, step: int, plan: TrainingPlan = PLAN) -> LocalCheckpoint:
+    folder = workdir / f"checkpoint-{step}"
     folder.mkdir(exist_ok=True)
     (folder / "optimizer.pt").write_text(str(step))
-    return Local(step, folder, plan, 512)
+    return LocalCheckpoint(step, folder, plan, 512)
 
 
-def on_disk(room: Path) -> set[int]:
-    return {int(path.name.partition("-")[2]) for path in room.glob("checkpoint-*")}
+def on_disk(workdir: Path) -> set[int]:
+    return {int(path.name.partition("-")[2]) for path in workdir.glob("checkpoint-*")}
 
 
 def soon() -> float:
@@ -76,13 +84,13 @@ def soon() -> float:
 
 
 def test_offers_return_at_once_and_older_ones_that_wait_are_left_out(
-    uploader: Uploader, store: Store, tmp_path: Path
+    uploader: CheckpointUploader, store: Store, tmp_path: Path
 ) -> None:
     uploader.offer(local(tmp_path, 10))
     store.wait()
     for step in (20, 30, 40):
         uploader.offer(local(tmp_path, step))
-    assert on_disk(tmp_path) == {10, 40}, "those that nobody will upload only take room"
+    assert on_disk(tmp_path) == {10, 40}, "those that nobody will upload only take space"
     store.open()
     assert uploader.finish(soon()) == 40
     assert store.steps == [10, 40]
@@ -90,7 +98,7 @@ def test_offers_return_at_once_and_older_ones_that_wait_are_left_out(
 
 
 def test_a_failed_upload_is_a_warning_and_the_next_checkpoint_tries_again(
-    uploader: Uploader, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    uploader: CheckpointUploader, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.open()
     store.error = StageError(Reason.STORAGE_UNAVAILABLE, "The store answered 503.")
@@ -108,7 +116,7 @@ def test_the_training_hears_of_each_checkpoint_that_is_done_with(
 ) -> None:
     """It may wait for that, so also of one that can't be stored, for whatever reason."""
     heard: list[int] = []
-    uploader = Uploader(store)
+    uploader = CheckpointUploader(store)
     uploader.start(local(tmp_path, 5), heard.append)
     assert heard == [5], "what was fetched is in the store"
     uploader.offer(local(tmp_path, 10))
@@ -128,7 +136,7 @@ def test_the_training_hears_of_each_checkpoint_that_is_done_with(
 
 
 def test_the_end_tries_once_more_what_could_not_be_uploaded(
-    uploader: Uploader, store: Store, tmp_path: Path
+    uploader: CheckpointUploader, store: Store, tmp_path: Path
 ) -> None:
     store.open()
     store.error = StageError(Reason.STORAGE_UNAVAILABLE, "The store answered 503.")
@@ -139,7 +147,7 @@ def test_the_end_tries_once_more_what_could_not_be_uploaded(
 
 
 def test_the_end_waits_no_longer_than_it_may(
-    uploader: Uploader, store: Store, tmp_path: Path
+    uploader: CheckpointUploader, store: Store, tmp_path: Path
 ) -> None:
     uploader.offer(local(tmp_path, 10))
     store.wait()
@@ -149,7 +157,7 @@ def test_the_end_waits_no_longer_than_it_may(
 
 
 def test_the_same_step_under_another_plan_is_uploaded_again(
-    uploader: Uploader, store: Store, tmp_path: Path
+    uploader: CheckpointUploader, store: Store, tmp_path: Path
 ) -> None:
     store.open()
     halved = PLAN.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 8})
@@ -177,20 +185,24 @@ def test_the_plan_in_force_goes_on_unless_the_devices_are_others() -> None:
         )
 
     planned = plan(2, 4)
-    assert plan_after(plan(1, 8), planned) == plan(1, 8)
-    assert plan_after(plan(1, 4, "ddp"), planned) == planned
-    assert plan_after(plan(1, 4), planned) == planned, "another effective batch"
-    assert plan_after(plan(4, 2), planned) == planned, "an earlier attempt had a larger GPU"
+    assert plan_to_resume_with(plan(1, 8), planned) == plan(1, 8)
+    assert plan_to_resume_with(plan(1, 4, "ddp"), planned) == planned
+    assert plan_to_resume_with(plan(1, 4), planned) == planned, "another effective batch"
+    assert plan_to_resume_with(plan(4, 2), planned) == planned, (
+        "an earlier attempt had a larger GPU"
+    )
     recomputing = planned.model_copy(update={"gradient_checkpointing": True})
-    assert plan_after(planned, recomputing) == recomputing
-    assert plan_after(recomputing, planned) == recomputing
+    assert plan_to_resume_with(planned, recomputing) == recomputing
+    assert plan_to_resume_with(recomputing, planned) == recomputing
 
-    def checkpoint(saved: TrainingPlan) -> Checkpoint:
-        return Checkpoint(step=1, fingerprint="a", plan=saved, max_sequence_length=16, files=())
+    def checkpoint(saved: TrainingPlan) -> CheckpointMarker:
+        return CheckpointMarker(
+            step=1, fingerprint="a", plan=saved, max_sequence_length=16, files=()
+        )
 
-    assert refusal(checkpoint(plan(1, 4, "ddp")), planned) is None
-    assert refusal(checkpoint(plan(1, 4, "fsdp")), plan(2, 2, "fsdp")) is None
-    sharded = refusal(checkpoint(plan(1, 4, "fsdp")), planned)
+    assert resume_obstacle(checkpoint(plan(1, 4, "ddp")), planned) is None
+    assert resume_obstacle(checkpoint(plan(1, 4, "fsdp")), plan(2, 2, "fsdp")) is None
+    sharded = resume_obstacle(checkpoint(plan(1, 4, "fsdp")), planned)
     assert sharded == "it was written with parallelism fsdp, and this is none"
 
 
@@ -202,7 +214,7 @@ def test_a_resumed_work_keeps_what_the_ladder_has_changed(tmp_path: Path) -> Non
             "output": {"uri": "/out"},
         }
     )
-    work = Work(
+    work = TrainingWork(
         config=config,
         plan=PLAN,
         max_sequence_length=1024,
@@ -210,9 +222,9 @@ def test_a_resumed_work_keeps_what_the_ladder_has_changed(tmp_path: Path) -> Non
         examples=tmp_path,
         held_out=None,
         model=tmp_path,
-        room=tmp_path,
+        workdir=tmp_path,
     )
     halved = PLAN.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 8})
-    resumed = going_on(work, Local(7, tmp_path / "resumed", halved, 512))
+    resumed = resumed_from(work, LocalCheckpoint(7, tmp_path / "resumed", halved, 512))
     assert (resumed.plan, resumed.max_sequence_length) == (halved, 512)
     assert resumed.resume_from == tmp_path / "resumed"

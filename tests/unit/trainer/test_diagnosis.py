@@ -11,8 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_trainer.contract import Notice, NoticeCode, Training
-from finetune_trainer.train.recipe.curves import BINS, Point, curve, points, spread
 from finetune_trainer.train.recipe.diagnosis import diagnose
+from finetune_trainer.train.recipe.training_log import (
+    BINS,
+    LogPoint,
+    binned_losses,
+    log_points,
+    noise_of,
+)
 
 SETTINGS = Training(learning_rate=1e-3, epochs=10)
 Shape = Callable[[float], float]
@@ -29,12 +35,12 @@ def training(
     seed: int = 0,
     grad_norm: float = 1.0,
     held_out: Shape | None = None,
-) -> list[Point]:
+) -> list[LogPoint]:
     """What the Trainer would log: means over the logging steps, of which each has its noise."""
     chance = random.Random(seed)  # noqa: S311 - noise
     history, sums = [], []
     if held_out:
-        history.append(Point(0, 0.0, eval_loss=held_out(0.0)))
+        history.append(LogPoint(0, 0.0, eval_loss=held_out(0.0)))
     evaluated = 0
     for step in range(1, steps + 1):
         done = step / steps
@@ -42,16 +48,16 @@ def training(
         if step == 1 or step % logging_steps == 0:
             mean = sum(sums) / len(sums)
             history.append(
-                Point(step, done * epochs, mean, grad_norm, 1e-3 * (1 - (step - 1) / steps))
+                LogPoint(step, done * epochs, mean, grad_norm, 1e-3 * (1 - (step - 1) / steps))
             )
             sums = []
         if held_out and int(done * epochs + 1e-9) > evaluated:
             evaluated = int(done * epochs + 1e-9)
-            history.append(Point(step, done * epochs, eval_loss=held_out(done)))
+            history.append(LogPoint(step, done * epochs, eval_loss=held_out(done)))
     return history
 
 
-def codes(history: Sequence[Point], spec: Training = SETTINGS) -> set[str]:
+def codes(history: Sequence[LogPoint], spec: Training = SETTINGS) -> set[str]:
     """All codes that would have been sent at any time, as the training went on."""
     sent: set[str] = set()
     # As the callback does: not at every line of a long log.
@@ -60,7 +66,7 @@ def codes(history: Sequence[Point], spec: Training = SETTINGS) -> set[str]:
     return sent
 
 
-def only(history: Sequence[Point], code: NoticeCode, spec: Training = SETTINGS) -> Notice:
+def only(history: Sequence[LogPoint], code: NoticeCode, spec: Training = SETTINGS) -> Notice:
     """The one notice with this code, and no other."""
     assert codes(history, spec) == {code}
     for end in range(0, len(history) + 1):
@@ -72,8 +78,8 @@ def only(history: Sequence[Point], code: NoticeCode, spec: Training = SETTINGS) 
 # Ordinary runs.
 
 
-@pytest.mark.parametrize("history", [[], [Point(1, 0.1, 3.0, 1.0)]], ids=["nothing", "one line"])
-def test_there_is_nothing_to_say_of_almost_nothing(history: list[Point]) -> None:
+@pytest.mark.parametrize("history", [[], [LogPoint(1, 0.1, 3.0, 1.0)]], ids=["nothing", "one line"])
+def test_there_is_nothing_to_say_of_almost_nothing(history: list[LogPoint]) -> None:
     assert codes(history) == set()
 
 
@@ -148,14 +154,14 @@ def test_no_alarm_where_the_held_out_loss_stays_near_its_best(
 
 
 def test_no_alarm_at_an_easy_first_batch() -> None:
-    history = [Point(1, 0.01, 0.1, 1.0)]
-    history += [Point(10 * i, 0.1 * i, 1.5 - 0.01 * i, 1.0) for i in range(1, 10)]
+    history = [LogPoint(1, 0.01, 0.1, 1.0)]
+    history += [LogPoint(10 * i, 0.1 * i, 1.5 - 0.01 * i, 1.0) for i in range(1, 10)]
     assert codes(history) == set()
 
 
 def test_no_alarm_at_a_spike_that_is_over_at_once() -> None:
     history = training(lambda done: 2 - done, steps=40)
-    history[25] = Point(26, history[25].epoch, 9.0, 30.0)
+    history[25] = LogPoint(26, history[25].epoch, 9.0, 30.0)
     assert codes(history) == set()
 
 
@@ -187,7 +193,7 @@ def test_a_loss_that_leaps_up_at_the_start_is_rising(logging_steps: int) -> None
 def test_a_loss_that_is_thrown_about_is_rising_and_not_noisy() -> None:
     """SmolLM2-135M with a learning rate of 1."""
     losses = {1: 2.222, 5: 20.513, 10: 41.493, 15: 13.683, 20: 11.065}
-    history = [Point(step, step / 7, loss, 2.0, 1.0) for step, loss in losses.items()]
+    history = [LogPoint(step, step / 7, loss, 2.0, 1.0) for step, loss in losses.items()]
     assert only(history, NoticeCode.LOSS_RISING, Training(learning_rate=1.0)).step == 15
 
 
@@ -257,7 +263,7 @@ def test_a_gradient_of_zero_is_dead() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_becomes_no_number_blames_the_learning_rate(bad: float) -> None:
-    history = [*training(lambda _: 3.0, steps=5), Point(6, 0.5, bad, bad)]
+    history = [*training(lambda _: 3.0, steps=5), LogPoint(6, 0.5, bad, bad)]
     notice = only(history, NoticeCode.LOSS_NOT_FINITE)
     assert notice.step == 6
     assert notice.evidence == f"loss {bad}, gradient norm {bad}"
@@ -265,7 +271,7 @@ def test_a_loss_that_becomes_no_number_blames_the_learning_rate(bad: float) -> N
 
 
 def test_a_loss_that_never_was_a_number_blames_the_model() -> None:
-    notice = only([Point(1, 0.1, math.nan, math.nan)], NoticeCode.LOSS_NOT_FINITE)
+    notice = only([LogPoint(1, 0.1, math.nan, math.nan)], NoticeCode.LOSS_NOT_FINITE)
     assert "spec.model.source" in notice.remedy
 
 
@@ -278,15 +284,15 @@ def test_the_trainers_log_is_read_without_its_summaries() -> None:
         {"loss": 3.0, "grad_norm": 0.5, "learning_rate": 1e-3, "epoch": 0.1, "step": 1},
         {"train_runtime": 12.0, "train_loss": 2.0, "step": 20},
     ]
-    assert points(log) == [
-        Point(0, 0.0, eval_loss=3.5),
-        Point(1, 0.1, loss=3.0, grad_norm=0.5, learning_rate=1e-3),
+    assert log_points(log) == [
+        LogPoint(0, 0.0, eval_loss=3.5),
+        LogPoint(1, 0.1, loss=3.0, grad_norm=0.5, learning_rate=1e-3),
     ]
 
 
 @pytest.mark.parametrize("count", [0, 1, BINS, BINS + 1, 1000])
 def test_a_curve_has_few_bins_and_ends_with_the_newest_line(count: int) -> None:
-    bins = curve([Point(step, 0.0, float(step)) for step in range(1, count + 1)])
+    bins = binned_losses([LogPoint(step, 0.0, float(step)) for step in range(1, count + 1)])
     assert len(bins) <= BINS + 1
     assert [step for step, _ in bins][-1:] == ([count] if count else [])
 
@@ -294,13 +300,13 @@ def test_a_curve_has_few_bins_and_ends_with_the_newest_line(count: int) -> None:
 def test_the_spread_is_that_of_the_noise_and_not_of_the_trend() -> None:
     chance = random.Random(0)  # noqa: S311 - noise
     values = [0.01 * i + chance.gauss(0, 0.3) for i in range(2000)]
-    assert spread(values) == pytest.approx(0.3, rel=0.05)
+    assert noise_of(values) == pytest.approx(0.3, rel=0.05)
 
 
 @given(
     st.lists(
         st.builds(
-            Point,
+            LogPoint,
             st.integers(1, 1000),
             st.floats(0, 100),
             st.none() | st.floats(allow_nan=True, width=32),
@@ -311,7 +317,7 @@ def test_the_spread_is_that_of_the_noise_and_not_of_the_trend() -> None:
         max_size=20,
     )
 )
-def test_no_history_however_odd_breaks_the_diagnosis(history: list[Point]) -> None:
+def test_no_history_however_odd_breaks_the_diagnosis(history: list[LogPoint]) -> None:
     for notice in diagnose(history, SETTINGS):
         assert notice.evidence
         assert notice.remedy

@@ -16,16 +16,24 @@ from finetune_trainer.contract import (
     Reason,
     RunConfig,
     StageError,
+    TrainingMetrics,
     TrainingPlan,
 )
+from finetune_trainer.memory.remedies import with_remedy
 from finetune_trainer.runtime.failures import explain
-from finetune_trainer.train.link.work import Failed, Trained, Work, read_lengths, write_lengths
+from finetune_trainer.train.link.work import (
+    Failed,
+    Trained,
+    TrainingWork,
+    read_lengths,
+    write_lengths,
+)
 from finetune_trainer.train.supervisor.ladder import (
-    Attempt,
+    FailedAttempt,
     descend,
-    latest,
+    fewer_examples,
+    latest_checkpoint,
     next_rung,
-    smaller,
     step_of,
 )
 
@@ -44,7 +52,7 @@ FULL = explain(OutOfMemoryError(TORCH))
 LENGTHS = {100: 95, 400: 3, 1000: 2}
 
 
-def work(folder: Path = Path("/room"), **training: Any) -> Work:
+def work(folder: Path = Path("/workdir"), **training: Any) -> TrainingWork:
     hardware = training.pop("hardware", {"gpus": 1})
     dataset = training.pop("dataset", {})
     config = RunConfig.model_validate(
@@ -56,7 +64,7 @@ def work(folder: Path = Path("/room"), **training: Any) -> Work:
             "hardware": hardware,
         }
     )
-    return Work(
+    return TrainingWork(
         config=config,
         plan=TrainingPlan(
             batch_size=config.training.batch_size,
@@ -68,7 +76,7 @@ def work(folder: Path = Path("/room"), **training: Any) -> Work:
         examples=folder / "examples.jsonl",
         held_out=None,
         model=folder / "model",
-        room=folder,
+        workdir=folder,
     )
 
 
@@ -83,13 +91,15 @@ def checkpoint(folder: Path, step: int) -> Path:
     return path
 
 
-def rungs(first: Work, lengths: dict[int, int], step: int | None = 0) -> list[tuple[Work, str]]:
+def rungs(
+    first: TrainingWork, lengths: dict[int, int], step: int | None = 0
+) -> list[tuple[TrainingWork, str]]:
     """The whole ladder, where every attempt fails at the same step."""
     current = first
-    history: list[Attempt] = []
-    found: list[tuple[Work, str]] = []
+    history: list[FailedAttempt] = []
+    found: list[tuple[TrainingWork, str]] = []
     while rung := next_rung(current, full(step), history, lengths):
-        history.append(Attempt(current, full(step)))
+        history.append(FailedAttempt(current, full(step)))
         current, notice = rung
         # The next worker tokenizes anew.
         limit = current.max_sequence_length
@@ -155,7 +165,7 @@ def test_gradient_checkpointing_is_not_switched_on_where_it_is_on_or_forbidden(
 
 @given(st.integers(2, 1024), st.integers(1, 4096))
 def test_the_effective_batch_stays_exactly_the_same(examples: int, passes: int) -> None:
-    fewer = smaller(examples, passes)
+    fewer = fewer_examples(examples, passes)
     assert 1 <= fewer < examples
     assert examples * passes % fewer == 0
 
@@ -165,7 +175,7 @@ def test_the_effective_batch_stays_exactly_the_same(examples: int, passes: int) 
     [(4, 2, 2), (3, 1, 1), (3, 4, 2), (6, 1, 3), (9, 1, 3), (7, 2, 2), (2, 5, 1)],
 )
 def test_about_half_as_many_examples(examples: int, passes: int, fewer: int) -> None:
-    assert smaller(examples, passes) == fewer
+    assert fewer_examples(examples, passes) == fewer
 
 
 def test_a_rung_says_what_ran_out_and_what_is_done() -> None:
@@ -226,7 +236,7 @@ def test_the_number_of_examples_by_length_reaches_the_stage(tmp_path: Path) -> N
 
 # The loop.
 
-TRAINED = Trained(metrics={}, effective={})
+TRAINED = Trained(metrics=TrainingMetrics(), hyperparameters={})
 
 
 class Worker:
@@ -234,9 +244,9 @@ class Worker:
 
     def __init__(self, *endings: Trained | Failed | StageError) -> None:
         self.endings = list(endings)
-        self.asked: list[Work] = []
+        self.asked: list[TrainingWork] = []
 
-    def __call__(self, request: Work) -> Trained | Failed:
+    def __call__(self, request: TrainingWork) -> Trained | Failed:
         self.asked.append(request)
         ending = self.endings.pop(0)
         if isinstance(ending, StageError):
@@ -295,6 +305,9 @@ def test_host_memory_beside_a_gpu_is_none_of_the_ladders_business(tmp_path: Path
     ending = descend(Worker(killed), work(tmp_path), lambda: None, lambda _: None)
     assert isinstance(ending, Failed)
     assert ending.reason is Reason.OOM_KILLED, "which the operator tries again"
+    assert ending.message == (
+        "The training process was killed. Raise the memory limit of the stage's pod."
+    )
 
 
 def test_the_smallest_passes_killed_on_a_cpu_are_too_large_for_the_pod(tmp_path: Path) -> None:
@@ -317,8 +330,8 @@ def test_other_failures_pass_through(tmp_path: Path) -> None:
 
 def test_the_latest_of_several_checkpoints(tmp_path: Path) -> None:
     at_9, at_10 = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
-    assert latest([at_9, None, at_10]) == at_10
-    assert latest([None]) is None
+    assert latest_checkpoint([at_9, None, at_10]) == at_10
+    assert latest_checkpoint([None]) is None
     assert (step_of(None), step_of(at_9)) == (0, 9)
 
 
@@ -351,5 +364,5 @@ def test_full_host_memory_is_recognised(error: Exception) -> None:
 
 
 def test_figures_are_left_out_where_there_are_none() -> None:
-    message = explain(OutOfMemoryError("out of memory")).message
+    message = with_remedy(explain(OutOfMemoryError("out of memory"))).message
     assert message.startswith("The GPU's memory is full. In this order")

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune_trainer.contract import Lora, TargetModule
 from finetune_trainer.memory.predict import Kept, Recipe, kept_by_layer
 from finetune_trainer.model.shape import Shape
-from finetune_trainer.train.recipe.adapter import lora_config, trim
+from finetune_trainer.train.recipe.lora import lora_config, make_layers_faster
 
 TOKENS = 512
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"]
@@ -37,7 +37,7 @@ def saved(kind: str, layers: int, lora: Lora, *, bfloat16: bool, trimmed: bool) 
     model = model.to(torch.bfloat16) if bfloat16 else model
     tuned = get_peft_model(model, lora_config(lora, model))
     if trimmed:
-        trim(tuned)
+        make_layers_faster(tuned)
     parameters = {p.untyped_storage().data_ptr() for p in tuned.parameters()}
     kept: dict[int, torch.Tensor] = {}
 

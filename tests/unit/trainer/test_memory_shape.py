@@ -54,7 +54,7 @@ def test_base_and_adapter_are_those_of_transformers_and_peft(name: str, targets:
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from finetune_trainer.train.recipe.adapter import lora_config
+    from finetune_trainer.train.recipe.lora import lora_config
 
     settings = config(name)
     settings = settings.get("text_config", settings)

@@ -7,8 +7,8 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune_trainer.contract import Lora
-from finetune_trainer.train.recipe.adapter import lora_config
-from finetune_trainer.train.recipe.sft import trainable_parameters
+from finetune_trainer.train.recipe.lora import lora_config
+from finetune_trainer.train.recipe.sft import count_trainable_parameters
 
 LLAMA_3_2_1B = LlamaConfig(
     vocab_size=128256,
@@ -28,4 +28,4 @@ def test_the_default_adapter_of_llama_3_2_1b() -> None:
         base = model.num_parameters()
         tuned = get_peft_model(model, lora_config(Lora(), model))
     assert base == 1_235_814_400
-    assert trainable_parameters(tuned) == 3_407_872
+    assert count_trainable_parameters(tuned) == 3_407_872

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from finetune_trainer.contract import Reason, Stage, StageError, StageResult
+from finetune_trainer.memory.remedies import with_remedy
 from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.units import duration, size
 from finetune_trainer.stage_runner import guarded
@@ -35,7 +36,7 @@ def caused_by(cause: Exception) -> RuntimeError:
     ],
 )
 def test_errors_have_reasons(error: Exception, reason: Reason, code: int, part: str) -> None:
-    failure = explain(error)
+    failure = with_remedy(explain(error))
     assert (failure.reason, failure.reason.exit_code) == (reason, code)
     assert part in failure.message
     assert "\n" not in failure.message

@@ -1,6 +1,6 @@
-"""A way to train, what it needs, and what would fit instead when it does not fit.
+"""What to say when memory is too small: before a training, and after memory ran out.
 
-Every suggestion is computed: only what fits with the margin is named.
+Before a training every suggestion is computed: only what fits with the margin is named.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from finetune_trainer.contract import Training
+from finetune_trainer.contract import Reason, StageError, Training, TrainingPlan
 from finetune_trainer.memory.predict import Recipe, predict
 from finetune_trainer.model.shape import Shape
+from finetune_trainer.runtime.failures import MemoryFullError
 from finetune_trainer.runtime.units import GIB, binary
 
 MARGIN = 1.15  # predictions are within some 10% of what was measured (docs/memory.md)
@@ -94,6 +95,46 @@ def host_remedies(attempt: Attempt, memory: int) -> str:
     limit = binary(round(attempt.least() * MARGIN), up=True)
     options = [f"a memory limit of {limit}", *_settings(attempt, memory)]
     return _sentence(what, [*options, *_smaller_model(attempt, memory)])
+
+
+_RAISE_LIMIT = "Raise the memory limit of the stage's pod."
+GENERAL_REMEDIES = {
+    Reason.OUT_OF_GPU_MEMORY: "In this order: set training.batchSize to 1 (and raise "
+    "gradientAccumulationSteps to match), lower training.maxSequenceLength, set training.method to "
+    "qlora, or choose a smaller base model.",
+    Reason.OUT_OF_MEMORY: _RAISE_LIMIT,
+    Reason.OOM_KILLED: _RAISE_LIMIT,
+}
+BASE_MODEL_TOO_LARGE = (
+    "The base model alone does not fit: choose a smaller one, set spec.training.method to qlora, "
+    "or use a GPU with more memory."
+)
+
+
+def with_remedy(error: StageError) -> StageError:
+    """Add to a MemoryFullError what helps in general. Any other error has its own remedy."""
+    if not isinstance(error, MemoryFullError):
+        return error
+    return StageError(error.reason, f"{error.message} {GENERAL_REMEDIES[error.reason]}")
+
+
+def remedies_after_ladder(
+    training: Training, plan: TrainingPlan, max_sequence_length: int, *, on_gpu: bool
+) -> str:
+    """What is left to the user where a training with all that it may change did not fit."""
+    options = []
+    if not plan.gradient_checkpointing:
+        options.append("set spec.training.gradientCheckpointing to auto")
+    if training.min_sequence_length is None:
+        options.append("allow shorter sequences by spec.training.minSequenceLength")
+    elif training.min_sequence_length < max_sequence_length:
+        options.append("allow more cut examples by spec.dataset.maxTruncatedRows")
+    options.append("choose a smaller base model")
+    if training.method == "lora" and on_gpu:
+        options.append("set spec.training.method to qlora")
+    options.append("use a GPU with more memory" if on_gpu else "raise the pod's memory limit")
+    text = "; or ".join(options)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _sentence(what: str, options: list[str]) -> str:

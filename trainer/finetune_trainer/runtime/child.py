@@ -17,8 +17,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import IO
 
-from finetune_trainer.contract import Reason, StageError
-from finetune_trainer.runtime.failures import MEMORY_REMEDY
+from finetune_trainer.contract import Reason
+from finetune_trainer.runtime.failures import MemoryFullError
 from finetune_trainer.runtime.progress import Reporter, Transfer
 
 OnProgress = Callable[[int, int], None]
@@ -54,7 +54,7 @@ def run(
 ) -> Finished:
     """Run a program to its end, with `request` on its standard input.
 
-    `on_progress` hears what the program says with `say_progress`. Raises StageError(OOMKilled)
+    `on_progress` hears what the program says with `say_progress`. Raises MemoryFullError(OOMKilled)
     where it was killed: only the kernel does that, and `kill_running`, after which nobody asks.
     """
     # GGML's own handler would call a debugger for a stack trace, if there is one.
@@ -90,9 +90,8 @@ def run(
         finally:
             _running.discard(process)
     if process.returncode == -signal.SIGKILL:
-        raise StageError(
-            Reason.OOM_KILLED,
-            f"A process of the stage was killed, most likely for want of memory. {MEMORY_REMEDY}",
+        raise MemoryFullError(
+            Reason.OOM_KILLED, "A process of the stage was killed, most likely for want of memory."
         )
     return Finished(process.returncode, output, "".join(errors))
 

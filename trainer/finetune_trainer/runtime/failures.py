@@ -1,4 +1,4 @@
-"""What an error means: its reason, and what to do about it."""
+"""What an error means: its reason, and a message for the user."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
 _CAPACITY = re.compile(r"total capacity of ([\d.]+ \w+)")
 _FREE = re.compile(r"of which ([\d.]+ \w+) is free")
 
-GPU_MEMORY_REMEDY = (
-    "In this order: set training.batchSize to 1 (and raise gradientAccumulationSteps to match), "
-    "lower training.maxSequenceLength, set training.method to qlora, or choose a smaller base "
-    "model."
-)
-MEMORY_REMEDY = "Raise the memory limit of the stage's pod."
+
+class MemoryFullError(StageError):
+    """Memory ran out. The message says what is full, and memory.remedies what to do about it."""
 
 
 def explain(error: Exception) -> StageError:
-    """The reason of an error, and a message with what to do about it."""
+    """The reason of an error, and a message with what to do about it.
+
+    A MemoryFullError comes without a remedy: see memory.remedies.
+    """
     if isinstance(error, StageError):
         return error
     text = f"{type(error).__name__}: {error}"
@@ -50,15 +50,16 @@ def explain(error: Exception) -> StageError:
             "four times the size of the model), or write fewer artifacts.",
         )
     if any(sign in text for sign in _GPU_FULL) or type(error).__name__ == "OutOfMemoryError":
-        what = f"The GPU's memory is full{_figures(text)}."
-        return StageError(Reason.OUT_OF_GPU_MEMORY, f"{what} {GPU_MEMORY_REMEDY}")
+        return MemoryFullError(
+            Reason.OUT_OF_GPU_MEMORY, f"The GPU's memory is full{_allocation(text)}."
+        )
     if isinstance(error, MemoryError) or any(sign in text for sign in _MEMORY_FULL):
-        return StageError(Reason.OUT_OF_MEMORY, f"The memory is full. {MEMORY_REMEDY}")
+        return MemoryFullError(Reason.OUT_OF_MEMORY, "The memory is full.")
     first = text.strip().splitlines()[0]
     return StageError(Reason.INTERNAL_ERROR, f"{first:.500} (the log has the details)")
 
 
-def _figures(text: str) -> str:
+def _allocation(text: str) -> str:
     """What torch's allocator says, in short: what it wanted, and how much there is."""
     asked, capacity, free = (found.search(text) for found in (_ASKED, _CAPACITY, _FREE))
     if not asked:

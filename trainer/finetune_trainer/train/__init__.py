@@ -1,4 +1,4 @@
-"""Train: two processes. The stage supervises, and has no torch; a worker runs the recipe.
+"""Two processes. The stage supervises and has no torch; a worker runs the recipe.
 
 stage       inputs from the store, result into the store
 supervisor  the stage's process: workers, memory ladder, checkpoints, uploads

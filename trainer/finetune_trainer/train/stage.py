@@ -1,37 +1,40 @@
-"""train: fetch examples and base model, let a worker run the recipe, save the adapter.
-
-Nothing here imports torch: see worker.
-"""
+"""The train stage: fetch examples and base model, let a worker run the recipe, save the adapter."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 
-from finetune_trainer.contract import Reason, RunConfig, Stage, StageResult, TrainingRecord
+from finetune_trainer.contract import (
+    Reason,
+    RunConfig,
+    Stage,
+    StageError,
+    StageResult,
+    TrainingRecord,
+)
 from finetune_trainer.model import source
 from finetune_trainer.runtime.progress import Reporter
 from finetune_trainer.runtime.units import duration
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import EXAMPLES, HELD_OUT, METRICS, save_stage, stage_folder
-from finetune_trainer.train.link.work import Failed, Trained, Work, default_plan
+from finetune_trainer.train.link.work import Failed, Trained, TrainingWork, default_plan
 from finetune_trainer.train.supervisor.checkpoints import CheckpointStore
 from finetune_trainer.train.supervisor.ladder import descend
-from finetune_trainer.train.supervisor.launch import as_error
-from finetune_trainer.train.supervisor.session import Session
-from finetune_trainer.train.supervisor.setup import Needs, read_needs, settle
+from finetune_trainer.train.supervisor.setup import MemoryNeeds, adapt_to_machine, read_needs
+from finetune_trainer.train.supervisor.training_session import TrainingSession
 
 log = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
-    """Train the adapter for `config.resolved`; raises StageError."""
+    """Train the adapter for `config.resolved`. Raises StageError."""
     reporter.begin(Stage.TRAIN, "Fetching the examples")
     prints = source.resolved_of(config).fingerprints
     output = open_folder(config.output.uri, config.storage)
     work = fetch_work(config, output, workspace, reporter)
-    work, notices = settle(work, fetch_needs(work, output))
-    session = Session(CheckpointStore(output, prints.train), reporter)
+    work, notices = adapt_to_machine(work, fetch_needs(work, output))
+    session = TrainingSession(CheckpointStore(output, prints.train), reporter)
     for notice in notices:
         session.notice(notice)
     with session.active():
@@ -61,17 +64,19 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     )
 
 
-def fetch_work(config: RunConfig, output: Folder, workspace: Path, reporter: Reporter) -> Work:
-    """Bring everything that the worker needs to disk."""
+def fetch_work(
+    config: RunConfig, output: Folder, workspace: Path, reporter: Reporter
+) -> TrainingWork:
+    """Download everything that the worker needs."""
     prepared = stage_folder(Stage.PREPARE, source.resolved_of(config).fingerprints.prepare)
     examples, held_out = workspace / EXAMPLES, workspace / HELD_OUT
     output.download(f"{prepared}/{EXAMPLES}", examples)
     if source.resolved_of(config).eval_rows:
         output.download(f"{prepared}/{HELD_OUT}", held_out)
     model = source.fetch_resolved(config, workspace / "model", reporter)
-    room = workspace / "training"
-    room.mkdir()
-    return Work(
+    workdir = workspace / "training"
+    workdir.mkdir()
+    return TrainingWork(
         config=config,
         plan=default_plan(config),
         max_sequence_length=config.training.max_sequence_length,
@@ -79,12 +84,12 @@ def fetch_work(config: RunConfig, output: Folder, workspace: Path, reporter: Rep
         examples=examples,
         held_out=held_out if held_out.exists() else None,
         model=model,
-        room=room,
+        workdir=workdir,
     )
 
 
-def fetch_needs(work: Work, output: Folder) -> Needs:
-    """What decides on the memory, of the model and of the examples."""
+def fetch_needs(work: TrainingWork, output: Folder) -> MemoryNeeds:
+    """What the model and the examples need of memory."""
     prepared = stage_folder(Stage.PREPARE, source.resolved_of(work.config).fingerprints.prepare)
     summary = output.read(f"{prepared}/summary.json")
     if summary is None:
@@ -92,13 +97,13 @@ def fetch_needs(work: Work, output: Folder) -> Needs:
     return read_needs(work.model, summary)
 
 
-def train(work: Work, session: Session) -> Trained:
-    """Run workers to the end of the training; raises StageError."""
+def train(work: TrainingWork, session: TrainingSession) -> Trained:
+    """Run workers to the end of the training. Raises StageError."""
 
     def newest() -> Path | None:
         return session.newest.folder if session.newest else None
 
     ending = descend(session.run_once, work, newest, session.notice)
     if isinstance(ending, Failed):
-        raise as_error(ending, notices=tuple(session.notices))
+        raise StageError(ending.reason, ending.message, notices=tuple(session.notices))
     return ending

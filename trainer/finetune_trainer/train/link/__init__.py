@@ -1,7 +1,6 @@
-"""What passes between the supervisor and the recipe's process.
+"""What passes between the supervisor and the worker.
 
 work        the request, and what the worker leaves: JSON files
 channel     progress, notices and checkpoints on their way up: JSON lines through a FIFO
 upload_lag  how far a training may run ahead of its checkpoints in the store
-processes   which of several workers this is
 """

@@ -1,6 +1,6 @@
-"""The way back from the worker to the stage: JSON lines through a FIFO.
+"""The way up from the worker to the stage: JSON lines through a FIFO.
 
-The stage owns the status, the store and the decisions; the worker only says what happens. A FIFO
+The stage owns the status, the store and the decisions. The worker only says what happens. A FIFO
 works through any number of processes in between, such as torchrun.
 """
 
@@ -15,54 +15,67 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from finetune_trainer.contract import Notice
+from finetune_trainer.contract import Base, Notice, Progress
 
-NAME = "messages"
-POINT = "point"
+FIFO = "messages"
+DRAIN_MARK = "drained"
 DRAIN_SECONDS = 2.0
 
 
-class Channel:
-    """The worker's end; also a publisher for its Reporter."""
+class CheckpointOnDisk(Base):
+    """A checkpoint that is complete on disk."""
 
-    def __init__(self, room: Path) -> None:
-        self._stream = (room / NAME).open("w", encoding="utf-8")
+    step: int
+    folder: Path
+
+
+class WorkerMessage(Base):
+    """One line. It has one of these fields."""
+
+    progress: Progress | None = None
+    """Changes of status.progress: a field that is set to None is cleared, one left out stays."""
+
+    notice: Notice | None = None
+    checkpoint: CheckpointOnDisk | None = None
+
+
+class Channel:
+    """The worker's end. It is also the publisher of the worker's Reporter."""
+
+    def __init__(self, workdir: Path) -> None:
+        self._stream = (workdir / FIFO).open("w", encoding="utf-8")
         self._lock = threading.Lock()
 
     def publish(self, progress: dict[str, Any]) -> None:
-        """Fields of status.progress."""
-        self._send(progress=progress)
+        self._send(WorkerMessage(progress=Progress.model_validate(progress)))
 
     def notice(self, notice: Notice) -> None:
-        """Something that people should know."""
-        self._send(notice=notice.model_dump(mode="json"))
+        self._send(WorkerMessage(notice=notice))
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """A checkpoint lies complete in a folder."""
-        self._send(checkpoint={"step": step, "folder": str(folder)})
+        self._send(WorkerMessage(checkpoint=CheckpointOnDisk(step=step, folder=folder)))
 
     def close(self) -> None:
-        """Close this end."""
         self._stream.close()
 
-    def _send(self, **message: Any) -> None:
+    def _send(self, message: WorkerMessage) -> None:
         with self._lock:
-            self._stream.write(json.dumps(message) + "\n")
+            self._stream.write(message.model_dump_json(exclude_unset=True) + "\n")
             self._stream.flush()
 
 
-Handler = Callable[[dict[str, Any]], None]
+Handler = Callable[[WorkerMessage], None]
 Drain = Callable[[], None]
 
 
 @contextmanager
-def listening(room: Path, handle: Handler) -> Iterator[Drain]:
+def listening(workdir: Path, handle: Handler) -> Iterator[Drain]:
     """Call `handle`, in a thread, with each message that comes in while the block runs.
 
-    All that the worker sent before the block ends has been handled afterwards. The function that
-    it yields waits, from any thread, until all that was sent so far is handled.
+    When the block has ended, all that the worker sent is handled. The function that it yields
+    waits, from any thread, until all that was sent so far is handled.
     """
-    listener = _Listener(room, handle)
+    listener = _Listener(workdir, handle)
     try:
         yield listener.drain
     finally:
@@ -74,8 +87,8 @@ def listening(room: Path, handle: Handler) -> Iterator[Drain]:
 class _Listener:
     """The stage's end."""
 
-    def __init__(self, room: Path, handle: Handler) -> None:
-        path = room / NAME
+    def __init__(self, workdir: Path, handle: Handler) -> None:
+        path = workdir / FIFO
         path.unlink(missing_ok=True)
         os.mkfifo(path, 0o600)
         # Open for both, so that it neither waits for a worker nor ends when the first closes it.
@@ -83,52 +96,46 @@ class _Listener:
         self._handle = handle
         self._lock = threading.Lock()
         self._closed = False
-        self._reached: dict[str, threading.Event] = {}
+        self._drained: dict[str, threading.Event] = {}
         self.errors: list[Exception] = []
         self._thread = threading.Thread(target=self._read, name="messages", daemon=True)
         self._thread.start()
 
     def drain(self) -> None:
-        """Wait until all that was sent so far is handled."""
-        point = uuid4().hex
-        self._reached[point] = threading.Event()
-        if self._send(json.dumps({POINT: point})):
-            self._reached[point].wait(DRAIN_SECONDS)
+        mark = uuid4().hex
+        self._drained[mark] = threading.Event()
+        if self._write_own({DRAIN_MARK: mark}):
+            self._drained[mark].wait(DRAIN_SECONDS)
 
     def close(self) -> None:
-        """Handle what was sent, and end."""
-        self._send("{}")
+        self._write_own({})  # the end
         self._thread.join()
         with self._lock:
             self._closed = True
             os.close(self._descriptor)
 
-    def _send(self, text: str) -> bool:
+    def _write_own(self, line: dict[str, str]) -> bool:
+        """Write to the own FIFO, behind all that the worker has sent."""
         with self._lock:
             if self._closed:
                 return False
-            # On a line of its own, also after what a killed worker began to write.
-            os.write(self._descriptor, f"\n{text}\n".encode())
+            # A killed worker may have left half a line before it.
+            os.write(self._descriptor, f"\n{json.dumps(line)}\n".encode())
             return True
 
     def _read(self) -> None:
         with os.fdopen(os.dup(self._descriptor), encoding="utf-8", errors="replace") as stream:
-            for message in map(_parse, stream):
-                if message == {}:
+            for line in stream:
+                try:
+                    found = json.loads(line)
+                except ValueError:
+                    continue  # an empty line, or one that was cut off
+                if found == {}:
                     return
-                if point := message.get(POINT):
-                    self._reached[point].set()
+                if isinstance(found, dict) and DRAIN_MARK in found:
+                    self._drained[found[DRAIN_MARK]].set()
                     continue
                 try:
-                    self._handle(message)
-                except Exception as error:  # raised where somebody can answer for it
+                    self._handle(WorkerMessage.model_validate(found))
+                except Exception as error:  # raised by `listening`, in the thread of its caller
                     self.errors.append(error)
-
-
-def _parse(line: str) -> dict[str, Any]:
-    """A message; something without meaning for an empty line, or one that was cut off."""
-    try:
-        message = json.loads(line)
-    except ValueError:
-        return {"nothing": True}
-    return message if isinstance(message, dict) else {"nothing": True}

@@ -5,9 +5,9 @@
     stored                        5          10        each has the other half for its upload
 
 So a kill at any moment costs one interval at most. Where the store is slower than that, the
-training waits for it. The stage, which uploads, leaves the step of the newest checkpoint that it is
-done with in a file, which the worker reads. One that the store refuses counts as done, with a
-warning, so that an outage doesn't stop the training: only then may a kill cost more.
+training waits for it. The stage uploads. It writes the step of the newest checkpoint that it is
+done with to a file, and the worker reads it. A checkpoint that the store refuses counts as done,
+with a warning, so that an outage doesn't stop the training: only then may a kill cost more.
 """
 
 from __future__ import annotations
@@ -18,73 +18,73 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INTERVAL_SECONDS = 600.0  # where training.checkpointSteps is left out
-STORED = "stored"
+STORED_STEP = "stored-step"
 
 
-def tell_stored(room: Path, step: int) -> None:
-    """The stage's end: checkpoints up to this step are done with."""
-    draft = room / f"{STORED}.new"
+def write_stored_step(workdir: Path, step: int) -> None:
+    """The stage's end: all checkpoints up to this step are done with."""
+    draft = workdir / f"{STORED_STEP}.new"
     draft.write_text(str(step), encoding="ascii")
-    draft.replace(room / STORED)
+    draft.replace(workdir / STORED_STEP)
 
 
-def read_stored(room: Path) -> int | None:
+def read_stored_step(workdir: Path) -> int | None:
     """The worker's end; None where nobody uploads."""
     try:
-        return int((room / STORED).read_text(encoding="ascii"))
+        return int((workdir / STORED_STEP).read_text(encoding="ascii"))
     except FileNotFoundError:
         return None
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A checkpoint, and when it was written: in steps, or in seconds on the clock."""
+class WrittenCheckpoint:
+    """A checkpoint on disk."""
 
     step: int
     at: float
+    """When it was written: in steps, or in seconds on the clock."""
 
 
-class Lead:
-    """The checkpoints from the newest one in the store on."""
+class UploadLag:
+    """The checkpoints on disk, from the newest one in the store on."""
 
     def __init__(
-        self, steps: int | None, room: Path, clock: Callable[[], float] = time.monotonic
+        self, steps: int | None, workdir: Path, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._steps = steps
-        self._room = room
+        self._workdir = workdir
         self._clock = clock
         self._interval = float(steps) if steps else INTERVAL_SECONDS
         self._half = float(max(steps // 2, 1)) if steps else INTERVAL_SECONDS / 2
-        self._marks: list[Mark] = []
-        self.begin(0)
+        self._written: list[WrittenCheckpoint] = []
+        self.start_from(0)
 
-    def begin(self, step: int) -> None:
+    def start_from(self, step: int) -> None:
         """The training begins, or goes on, with so many steps done."""
-        stored = read_stored(self._room)
-        self._marks = [self._mark(step)]
+        stored = read_stored_step(self._workdir)
+        self._written = [self._now(step)]
         if stored is not None and stored < step:  # a worker failed, and its last step is on disk
-            self._marks.insert(0, self._mark(stored))
+            self._written.insert(0, self._now(stored))
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint of this step should be written."""
-        now = self._mark(step).at
-        return now - self._marks[-1].at >= self._half or now - self._secured() >= self._interval
+        now = self._now(step).at
+        return now - self._written[-1].at >= self._half or now - self._stored_at() >= self._interval
 
-    def written(self, step: int) -> None:
-        """A checkpoint of this step is on disk."""
-        self._marks.append(self._mark(step))
+    def add_written(self, step: int) -> None:
+        self._written.append(self._now(step))
 
-    def is_whole(self) -> bool:
-        """Whether what is on disk is an interval ahead of the store: no further step may begin."""
-        return len(self._marks) > 1 and self._marks[-1].at - self._secured() >= self._interval
+    def must_wait(self) -> bool:
+        """Whether the disk is an interval ahead of the store: no further step may begin."""
+        return len(self._written) > 1 and self._written[-1].at - self._stored_at() >= self._interval
 
-    def _secured(self) -> float:
-        """When the newest checkpoint in the store was written; forgets those before it."""
-        stored = read_stored(self._room)
-        newest = self._marks[-1].step if stored is None else stored
-        while len(self._marks) > 1 and self._marks[1].step <= newest:
-            self._marks.pop(0)
-        return self._marks[0].at
+    def _stored_at(self) -> float:
+        """When the newest checkpoint in the store was written. Forgets those before it."""
+        stored = read_stored_step(self._workdir)
+        newest = self._written[-1].step if stored is None else stored
+        while len(self._written) > 1 and self._written[1].step <= newest:
+            self._written.pop(0)
+        return self._written[0].at
 
-    def _mark(self, step: int) -> Mark:
-        return Mark(step, float(step) if self._steps else self._clock())
+    def _now(self, step: int) -> WrittenCheckpoint:
+        return WrittenCheckpoint(step, float(step) if self._steps else self._clock())

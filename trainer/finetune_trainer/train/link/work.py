@@ -1,10 +1,12 @@
-"""What the stage tells its worker, and what the worker leaves: JSON files in the stage's folder."""
+"""What the stage asks of its worker, and what the worker leaves: JSON files in the workdir."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +24,13 @@ from finetune_trainer.contract import (
     TrainingPlan,
 )
 
+Engine = Literal["transformers", "unsloth"]
+
 LENGTHS = "lengths.json"
 TRAINED, FAILED = "trained.json", "failed.json"
 
 
-class Work(Base):
+class TrainingWork(Base):
     """One run of the worker. A further one, e.g. after memory ran out, gets a changed copy."""
 
     config: RunConfig
@@ -34,12 +38,12 @@ class Work(Base):
     """How a step is split into passes."""
 
     processes: int = 1
-    """How many workers train together, each with a device of its own."""
+    """How many processes train together, each with a device of its own."""
 
     max_sequence_length: int
     """Tokens; at most what the spec says."""
 
-    engine: Literal["transformers", "unsloth"]
+    engine: Engine
     examples: Path
     """examples.jsonl, as `prepare` left it."""
 
@@ -49,7 +53,7 @@ class Work(Base):
     model: Path
     """Folder of the base model."""
 
-    room: Path
+    workdir: Path
     """Folder for everything that the worker writes."""
 
     resume_from: Path | None = None
@@ -58,17 +62,17 @@ class Work(Base):
     @property
     def adapter(self) -> Path:
         """Where the adapter and the tokenizer go."""
-        return self.room / "adapter"
+        return self.workdir / "adapter"
 
     @property
     def checkpoints(self) -> Path:
         """Where the Trainer writes its checkpoints."""
-        return self.room / "trainer"
+        return self.workdir / "trainer"
 
     @property
     def tensorboard(self) -> Path:
         """Where TensorBoard's files go."""
-        return self.room / "tensorboard"
+        return self.workdir / "tensorboard"
 
 
 class Trained(Base):
@@ -104,7 +108,6 @@ class InterruptedTrainingError(StageError):
 
 
 def as_failed(error: StageError) -> Failed:
-    """What the worker leaves of an error."""
     failed = Failed(reason=error.reason, message=error.message)
     if isinstance(error, InterruptedTrainingError):
         return failed.model_copy(update={"step": error.step, "checkpoint": error.checkpoint})
@@ -126,20 +129,29 @@ def default_plan(config: RunConfig) -> TrainingPlan:
     )
 
 
-def write_lengths(room: Path, lengths: Iterable[int]) -> None:
-    """Leave how many examples have how many tokens, for the stage."""
+def write_failure(workdir: Path, error: StageError) -> None:
+    """Leave why the worker failed. Of several processes, the first to fail gives the reason."""
+    own = workdir / f"{FAILED}.{os.getpid()}"
+    own.write_text(as_failed(error).model_dump_json(), encoding="utf-8")
+    with suppress(FileExistsError):
+        os.link(own, workdir / FAILED)  # atomic, and refused where another was first
+    own.unlink()
+
+
+def write_lengths(workdir: Path, lengths: Iterable[int]) -> None:
+    """Leave how many examples have how many tokens, for the memory ladder."""
     counts = sorted(Counter(int(length) for length in lengths).items())
-    (room / LENGTHS).write_text(json.dumps(counts), encoding="utf-8")
+    (workdir / LENGTHS).write_text(json.dumps(counts), encoding="utf-8")
 
 
-def read_lengths(room: Path) -> dict[int, int]:
-    """What the worker left; empty when it did not get so far."""
-    file = room / LENGTHS
+def read_lengths(workdir: Path) -> dict[int, int]:
+    """Length -> examples of it. Empty when the worker did not get so far."""
+    file = workdir / LENGTHS
     return dict(json.loads(file.read_bytes())) if file.exists() else {}
 
 
 def fallback_notice(evidence: str) -> Notice:
-    """That the transformers engine trains, where Unsloth was wished for."""
+    """The transformers engine trains where the spec asks for Unsloth."""
     return Notice(
         code=NoticeCode.ENGINE_FALLBACK,
         evidence=f"{evidence:.300}",

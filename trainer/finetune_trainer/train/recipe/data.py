@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Rows of one file."""
+class TokenizedRows:
+    """The rows of one file."""
 
     rows: datasets.Dataset
     """input_ids and labels; labels are IGNORED where nothing is learnt."""
@@ -43,7 +43,6 @@ class Examples:
     """Whether some row teaches the end of a turn."""
 
     def __len__(self) -> int:
-        """Rows."""
         return len(self.rows)
 
     @property
@@ -54,15 +53,15 @@ class Examples:
 
 def tokenize(
     file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, cache: Path
-) -> Examples:
+) -> TokenizedRows:
     """Tokenize a file of `prepare`, cut each row at `max_length`, and keep the result in `cache`.
 
-    A later worker in the same folder, and the other processes of this one, find it there.
+    A later worker with the same cache, and the other processes of this training, find it there.
     """
     datasets.disable_progress_bars()
     about = file.stat()
     rows = datasets.Dataset.from_generator(
-        _rows,
+        _tokenized,
         gen_kwargs={"file": file, "tokenizer": tokenizer, "max_length": max_length},
         features=datasets.Features(
             {
@@ -77,7 +76,7 @@ def tokenize(
         fingerprint=f"{file.stem}-{about.st_size}-{about.st_mtime_ns}-{max_length}",
     )
     arrays = rows.select_columns(["targets", "end"]).with_format("numpy")
-    return Examples(
+    return TokenizedRows(
         rows=rows.select_columns(["input_ids", "labels"]),
         lengths=_lengths(rows),
         targets=np.asarray(arrays["targets"][:], dtype=np.int32),
@@ -85,8 +84,8 @@ def tokenize(
     )
 
 
-def check(examples: Examples, *, shortened: bool) -> None:
-    """Make sure that every row teaches something and that the end of the turn is learnt."""
+def check_rows(examples: TokenizedRows, *, shortened: bool) -> None:
+    """Raise StageError where a row teaches nothing, or no row the end of a turn."""
     empty = int((examples.targets == 0).sum())
     if empty and not shortened:
         # `prepare` leaves such rows out, so this is another tokenizer than it saw.
@@ -108,7 +107,7 @@ def check(examples: Examples, *, shortened: bool) -> None:
         )
 
 
-def _rows(
+def _tokenized(
     file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Iterator[dict[str, Any]]:
     ends = end_of_turn_ids(tokenizer)
@@ -132,11 +131,11 @@ def _lengths(rows: datasets.Dataset) -> NDArray[np.int32]:
     return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
 
 
-Rows = list[int]
+RowNumbers = list[int]
 
 
 @dataclass(frozen=True)
-class Split:
+class StepSplit:
     """How a step is split: `passes` on each of `processes`."""
 
     passes: int
@@ -166,7 +165,7 @@ class Schedule:
         """Rows of an epoch in the order of its steps."""
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
 
-    def passes(self, epoch: int, split: Split) -> Iterator[list[Rows]]:
+    def passes(self, epoch: int, split: StepSplit) -> Iterator[list[RowNumbers]]:
         """For every pass of an epoch: the rows for each process.
 
         A step has as many passes as `split` says; the last one only as many as it needs.
@@ -179,7 +178,7 @@ class Schedule:
             for slot in range(passes):
                 yield groups[slot * split.processes : (slot + 1) * split.processes]
 
-    def count_passes(self, split: Split) -> int:
+    def count_passes(self, split: StepSplit) -> int:
         """Passes in an epoch on each process."""
         full, rest = divmod(len(self.lengths), self.batch)
         return full * split.passes + math.ceil(split.passes * rest / self.batch)
@@ -193,18 +192,20 @@ class Schedule:
         rows = self.order(epochs)[: rest * self.batch]
         return whole + int(self.lengths[rows].sum(dtype=np.int64))
 
-    def _groups(self, rows: NDArray[np.int64], count: int, packed: bool) -> list[Rows]:
+    def _groups(self, rows: NDArray[np.int64], count: int, packed: bool) -> list[RowNumbers]:
         ordered = rows[np.argsort(-self.lengths[rows], kind="stable")].tolist()
         sizes = self.lengths[ordered].tolist()
-        return balanced(ordered, sizes, count) if packed else contiguous(ordered, count)
+        return (
+            balanced_groups(ordered, sizes, count) if packed else contiguous_groups(ordered, count)
+        )
 
 
-def balanced(rows: Sequence[int], sizes: Sequence[int], count: int) -> list[Rows]:
+def balanced_groups(rows: Sequence[int], sizes: Sequence[int], count: int) -> list[RowNumbers]:
     """Groups with about the same sum of sizes: each row, the longest first, joins the smallest.
 
     No group holds more than the longest row times the (rounded up) number of rows per group.
     """
-    groups: list[Rows] = [[] for _ in range(count)]
+    groups: list[RowNumbers] = [[] for _ in range(count)]
     heap = [(0, index) for index in range(count)]
     for row, size in zip(rows, sizes, strict=True):
         total, index = heapq.heappop(heap)
@@ -213,17 +214,17 @@ def balanced(rows: Sequence[int], sizes: Sequence[int], count: int) -> list[Rows
     return groups
 
 
-def contiguous(rows: Sequence[int], count: int) -> list[Rows]:
+def contiguous_groups(rows: Sequence[int], count: int) -> list[RowNumbers]:
     """Groups of neighbours, as equal in number as can be; the larger ones come last."""
     cuts = [len(rows) * index // count for index in range(count + 1)]
     return [list(rows[start:end]) for start, end in itertools.pairwise(cuts)]
 
 
-class StepSampler(torch.utils.data.Sampler[Rows]):
+class StepSampler(torch.utils.data.Sampler[RowNumbers]):
     """Yields this process's rows pass by pass. A pass without rows is an empty list."""
 
     def __init__(
-        self, schedule: Schedule, split: Split, process: int, epoch: Callable[[], int]
+        self, schedule: Schedule, split: StepSplit, process: int, epoch: Callable[[], int]
     ) -> None:
         self._schedule = schedule
         self._split = split
@@ -231,11 +232,9 @@ class StepSampler(torch.utils.data.Sampler[Rows]):
         self._epoch = epoch  # asked when an epoch begins
 
     def __len__(self) -> int:
-        """Passes in an epoch."""
         return self._schedule.count_passes(self._split)
 
-    def __iter__(self) -> Iterator[Rows]:
-        """One epoch."""
+    def __iter__(self) -> Iterator[RowNumbers]:
         for groups in self._schedule.passes(self._epoch(), self._split):
             yield groups[self._process]
 
@@ -247,7 +246,6 @@ class PaddingCollator:
     pad: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Make input_ids, attention_mask and labels."""
         rows = rows or [{"input_ids": [self.pad], "labels": [IGNORED]}]
         width = max(len(row["input_ids"]) for row in rows)
         ids = torch.full((len(rows), width), self.pad, dtype=torch.long)
@@ -272,12 +270,11 @@ class PackingCollator:
     pad: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Make input_ids, position_ids, labels and the rows' bounds."""
         rows = rows or [{"input_ids": [self.pad], "labels": [IGNORED]}]
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         labels = [torch.tensor(row["labels"]) for row in rows]
         for row in labels:
-            row[0] = IGNORED  # the row before must not learn to say it
+            row[0] = IGNORED  # the row before must not learn to predict it
         lengths = [len(row) for row in ids]
         bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         return {

@@ -7,11 +7,12 @@
     LossFlat        several epochs without progress at a high loss: look at the data
 
 Pure functions of what the Trainer logged. A loss is the mean in nats a token over the steps since
-the log line before; 1 nat is a factor of 2.7 in perplexity. Not covered: spikes that the training
-recovers from by itself, and a loss that is low because the task is trivial. Nor can a curve of the
-default three epochs tell answers that are shuffled: from the second epoch to the third,
-SmolLM2-135M's loss fell by 4 and 5% (240 and 480 rows), and by 8% on the same 240 rows in order.
-`pairing` can.
+the log line before; 1 nat is a factor of 2.7 in perplexity.
+
+Not covered: spikes that the training recovers from by itself, and a loss that is low because the
+task is trivial. Nor does a curve of the default three epochs show that answers are shuffled: from
+the second epoch to the third, SmolLM2-135M's loss fell by 4 and 5% (240 and 480 rows), and by 8% on
+the same 240 rows in order. `watch.find_unrelated_answers` finds that.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from itertools import pairwise
 from statistics import fmean, median
 
 from finetune_trainer.contract import Notice, NoticeCode, Training
-from finetune_trainer.train.recipe.curves import (
-    Point,
-    curve,
-    epochs_of,
+from finetune_trainer.train.recipe.training_log import (
+    LogPoint,
+    binned_losses,
+    epoch_blocks,
     eval_loss_of,
     is_finite,
     loss_of,
-    spread,
+    noise_of,
 )
 
 RUN = 3
@@ -95,31 +96,31 @@ HIGH_RATE = 10 * DEFAULT_RATE
 """Raising what is higher is no advice."""
 
 
-def diagnose(history: Sequence[Point], settings: Training) -> list[Notice]:
-    """All signs that show by now, the gravest first."""
+def diagnose(history: Sequence[LogPoint], settings: Training) -> list[Notice]:
+    """All signs that show so far, the gravest first."""
     train = [p for p in history if is_finite(p.loss)]
     held_out = [p for p in history if is_finite(p.eval_loss)]
-    dead = dead_gradient(train)
+    dead = find_dead_gradient(train)
     signs = (
-        not_finite(history, settings),
+        find_not_finite(history, settings),
         dead,
-        rising(train, held_out, settings),
-        overfitting(train, held_out, settings),
-        None if dead else flat(train, held_out, settings),
+        find_rising_loss(train, held_out, settings),
+        find_overfitting(train, held_out, settings),
+        None if dead else find_flat_loss(train, held_out, settings),
     )
     return [notice for notice in signs if notice]
 
 
-def not_finite(history: Sequence[Point], settings: Training) -> Notice | None:
+def find_not_finite(history: Sequence[LogPoint], settings: Training) -> Notice | None:
     """Some figure is NaN or infinite."""
     first = next((p.step for p in history if is_finite(p.loss)), math.inf)
     for point in history:
-        figures = {
+        values = {
             "loss": point.loss,
             "gradient norm": point.grad_norm,
             "eval loss": point.eval_loss,
         }
-        bad = [f"{k} {v}" for k, v in figures.items() if v is not None and not math.isfinite(v)]
+        bad = [f"{k} {v}" for k, v in values.items() if v is not None and not math.isfinite(v)]
         if bad:
             before = first < point.step
             return not_finite_notice(point.step, ", ".join(bad), settings, finite_before=before)
@@ -142,7 +143,7 @@ def not_finite_notice(
     )
 
 
-def dead_gradient(train: Sequence[Point]) -> Notice | None:
+def find_dead_gradient(train: Sequence[LogPoint]) -> Notice | None:
     """The gradient is zero although the loss is not."""
     last = [p for p in train if p.grad_norm is not None][-DEAD_LOGS:]
     if len(last) < DEAD_LOGS:
@@ -159,14 +160,16 @@ def dead_gradient(train: Sequence[Point]) -> Notice | None:
     )
 
 
-def rising(train: Sequence[Point], held_out: Sequence[Point], settings: Training) -> Notice | None:
+def find_rising_loss(
+    train: Sequence[LogPoint], held_out: Sequence[LogPoint], settings: Training
+) -> Notice | None:
     """The loss is far above where it began, or above what it had come down to."""
-    bins = curve(train)
+    bins = binned_losses(train)
     if len(bins) < RUN + 1:
         return None
-    recent, noise = bins[-RUN:], spread([loss_of(p) for p in train])
+    recent, noise = bins[-RUN:], noise_of([loss_of(p) for p in train])
     # Few bins can look quiet by chance; the lines that they are made of hardly can.
-    deviation = max(spread([loss for _, loss in bins]), noise / math.sqrt(len(train) / len(bins)))
+    deviation = max(noise_of([loss for _, loss in bins]), noise / math.sqrt(len(train) / len(bins)))
     deviation = min(deviation, LOUDEST)
     now = min(loss for _, loss in recent)
     first, base = train[0], next((p.eval_loss for p in held_out if p.step == 0), None)
@@ -174,11 +177,11 @@ def rising(train: Sequence[Point], held_out: Sequence[Point], settings: Training
     margin = ABOVE_FIRST_LINE if base is None else ABOVE_START
     # The first line is of one step, the others are means of several.
     steps = max(median(b.step - a.step for a, b in pairwise(train)), 1)
-    alone = spread([loss_of(p) for p in train[1:]]) * math.sqrt(steps)
-    figures = f"loss {loss_of(first):.3g} at step {first.step}"
-    shown = ", ".join(f"{loss:.3g} at step {step}" for step, loss in recent)
+    alone = noise_of([loss_of(p) for p in train[1:]]) * math.sqrt(steps)
+    beginning = f"loss {loss_of(first):.3g} at step {first.step}"
+    recent_losses = ", ".join(f"{loss:.3g} at step {step}" for step, loss in recent)
     if now > start + max(margin, DEVIATIONS * min(alone, LOUDEST)):
-        return _rising(recent[-1][0], f"{figures}, then {shown}", settings)
+        return _rising_notice(recent[-1][0], f"{beginning}, then {recent_losses}", settings)
     if len(bins) < MIN_RISING_BINS:
         return None
     earlier = bins[:-RUN]
@@ -188,13 +191,13 @@ def rising(train: Sequence[Point], held_out: Sequence[Point], settings: Training
         key=lambda pair: pair[1],
     )
     if now > lowest + max(ABOVE_LOWEST, RISE_SHARE * lowest, DEVIATIONS * deviation):
-        figures += f", down to {lowest:.3g} at step {step}, then {shown}"
-        return _rising(recent[-1][0], figures, settings)
+        evidence = f"{beginning}, down to {lowest:.3g} at step {step}, then {recent_losses}"
+        return _rising_notice(recent[-1][0], evidence, settings)
     return None
 
 
-def overfitting(
-    train: Sequence[Point], held_out: Sequence[Point], settings: Training
+def find_overfitting(
+    train: Sequence[LogPoint], held_out: Sequence[LogPoint], settings: Training
 ) -> Notice | None:
     """The held-out loss rises from its minimum while the training loss goes on falling."""
     if len(held_out) < 2 or len(train) < 2:
@@ -209,7 +212,7 @@ def overfitting(
     if above[-1] <= 3 * rise and (len(above) < 2 or min(above[-2:]) <= rise):
         return None
     last = later[-1]
-    then, now = _around(train, best.step), _around(train, last.step)
+    then, now = _loss_around(train, best.step), _loss_around(train, last.step)
     if now > (1 - TRAIN_FALL) * then or now >= eval_loss_of(last):
         return None
     if best.epoch >= 1:
@@ -227,9 +230,11 @@ def overfitting(
     )
 
 
-def flat(train: Sequence[Point], held_out: Sequence[Point], settings: Training) -> Notice | None:
+def find_flat_loss(
+    train: Sequence[LogPoint], held_out: Sequence[LogPoint], settings: Training
+) -> Notice | None:
     """Several epochs without progress at a loss that is not low."""
-    blocks = epochs_of(train)
+    blocks = epoch_blocks(train)
     if len(blocks) < FLAT_EPOCHS:
         return None
     # The first epoch is left out where it can be: there every loss falls.
@@ -240,13 +245,13 @@ def flat(train: Sequence[Point], held_out: Sequence[Point], settings: Training) 
     losses = [block.loss for block in last]
     half, level = len(last) // 2, median(losses)
     progress = fmean(losses[:half]) - fmean(losses[-half:])
-    error = spread(losses) * math.sqrt(2 / half)
+    error = noise_of(losses) * math.sqrt(2 / half)
     if level < FLAT_ABOVE or abs(progress) + error > FLAT_SHARE * level:
         return None
     seen = [eval_loss_of(p) for p in held_out if p.step >= last[0].first_step]
     if len(seen) >= 2 and seen[-1] < (1 - FLAT_SHARE) * seen[0]:
         return None
-    shown = ", ".join(
+    losses_shown = ", ".join(
         f"{b.loss:.4g} to epoch {b.epoch:.3g}" for b in (last[0], last[half], last[-1])
     )
     start = loss_of(train[0])
@@ -274,7 +279,7 @@ def flat(train: Sequence[Point], held_out: Sequence[Point], settings: Training) 
     return Notice(
         code=NoticeCode.LOSS_FLAT,
         step=last[-1].last_step,
-        evidence=f"mean loss {shown} (first loss {start:.3g})",
+        evidence=f"mean loss {losses_shown} (first loss {start:.3g})",
         remedy=remedy,
     )
 
@@ -285,7 +290,7 @@ def lower_rate(settings: Training) -> str:
     return f"Lower spec.training.learningRate from {rate:g} to {min(rate / 10, DEFAULT_RATE):g}"
 
 
-def _rising(step: int, evidence: str, settings: Training) -> Notice:
+def _rising_notice(step: int, evidence: str, settings: Training) -> Notice:
     return Notice(
         code=NoticeCode.LOSS_RISING,
         step=step,
@@ -295,6 +300,6 @@ def _rising(step: int, evidence: str, settings: Training) -> Notice:
     )
 
 
-def _around(train: Sequence[Point], step: int) -> float:
+def _loss_around(train: Sequence[LogPoint], step: int) -> float:
     """Median of the three log lines that end nearest to a step."""
     return median(loss_of(p) for p in sorted(train, key=lambda p: abs(p.step - step))[:3])

@@ -1,4 +1,4 @@
-"""A program that prints the GPUs that torch sees, as a line of JSON."""
+"""A program: prints the GPUs that torch sees, as a line of JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 
 
 def main() -> None:
-    """Print name, bytes of memory and compute capability of each GPU."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found = [torch.cuda.get_device_properties(index) for index in range(count)]
     gpus = [

@@ -14,28 +14,30 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from finetune_trainer.train.link.processes import is_first
 from finetune_trainer.train.recipe.data import PackingCollator
+from finetune_trainer.train.recipe.processes import is_first
 
-NAME = "packed_rows"  # as models' attn_implementation
+ATTENTION_NAME = "packed_rows"  # as models' attn_implementation
 BLOCK = 128  # queries at once; 64 to 128 measured fastest, their scores stay in the L2 cache
-KINDS = {"full_attention", "sliding_attention"}  # what can be computed here
+SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 Bounds = list[tuple[int, int]]
 
 
-def register() -> None:
-    """Make it known to transformers, which then neither builds nor passes a mask."""
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
+def register_attention() -> None:
+    """Register it with transformers, which then neither builds nor passes a mask."""
+    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
 
-def computes(config: Any) -> bool:
+def supports_attention_of(config: Any) -> bool:
     """Whether a model's layers attend in a way that can be computed here."""
     text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or KINDS)
+    layer_types = set(getattr(text, "layer_types", None) or SUPPORTED_LAYER_TYPES)
     special = ("attn_logit_softcapping", "attention_dropout", "attention_chunk_size")
-    return kinds <= KINDS and not any(getattr(text, name, None) for name in special)
+    if any(getattr(text, name, None) for name in special):
+        return False
+    return layer_types <= SUPPORTED_LAYER_TYPES
 
 
 def packed_attention(
@@ -63,7 +65,7 @@ def packed_attention(
         raise NotImplementedError(f"packed attention of {query.shape[0]} sequences with {wanted}")
     ends = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _Rows.apply(  # type: ignore[no-untyped-call]
+    out = _PackedAttention.apply(  # type: ignore[no-untyped-call]
         query[0], key[0], value[0], scale, sliding_window, list(pairwise(ends))
     )
     return out.transpose(0, 1)[None], None
@@ -73,7 +75,7 @@ def _no_mask(*_: Any, **__: Any) -> None:
     return None
 
 
-class _Rows(torch.autograd.Function):
+class _PackedAttention(torch.autograd.Function):
     """Causal attention within each row. Heads that share keys are one matrix product."""
 
     @staticmethod
@@ -151,11 +153,11 @@ def _later(count: int) -> torch.Tensor:
 @lru_cache(maxsize=16)
 def _earlier(count: int, keys: int, window: int) -> torch.Tensor:
     """Minus infinity for keys that have left the window."""
-    own = torch.arange(keys - count, keys)[:, None]
-    return torch.zeros(count, keys).masked_fill_(torch.arange(keys) <= own - window, -torch.inf)
+    queries = torch.arange(keys - count, keys)[:, None]
+    return torch.zeros(count, keys).masked_fill_(torch.arange(keys) <= queries - window, -torch.inf)
 
 
-LENGTHS = 7, 5
+PROOF_LENGTHS = 7, 5  # tokens of the two rows that the proof is made with
 # Mean deviations, as a share of the logits' spread.
 LEAK = 1e-3  # from another row before it: mostly exactly 0, in every type
 TOLERANCE, ROUGH_TOLERANCE = 1e-3, 0.1  # from the row alone, in float32 and in 16-bit types
@@ -166,9 +168,9 @@ log = logging.getLogger(__name__)
 def prepare_packing(model: PreTrainedModel) -> bool:
     """Let the model attend to packed rows in the fastest way that is right; False when none is.
 
-    Several processes follow the first one, which alone may hold the weights.
+    Of several processes the first one decides, since it alone may hold the weights.
     """
-    chosen = _choose(model) if is_first() else None
+    chosen = _fastest_right_attention(model) if is_first() else None
     if dist.is_initialized():
         dist.broadcast_object_list(box := [chosen])
         (chosen,) = box
@@ -178,14 +180,14 @@ def prepare_packing(model: PreTrainedModel) -> bool:
             "other"
         )
         return False
-    if chosen == NAME:
-        register()  # in each process
+    if chosen == ATTENTION_NAME:
+        register_attention()  # in each process
     model.set_attn_implementation(chosen)
     log.info("Rows are packed (attention: %s)", chosen)
     return True
 
 
-def _choose(model: PreTrainedModel) -> str | None:
+def _fastest_right_attention(model: PreTrainedModel) -> str | None:
     before = model.config._attn_implementation
     try:
         alone = _logits_alone(model)
@@ -202,7 +204,7 @@ def _is_right(model: PreTrainedModel, name: str, alone: torch.Tensor) -> bool:
     except Exception as error:  # whatever a model's code raises for what it can't do
         log.debug("Packing with the attention %s: %s", name, error)
         return False
-    second = slice(LENGTHS[0], None)
+    second = slice(PROOF_LENGTHS[0], None)
     leak, off = deviation(other[second], packed[second]), deviation(packed, alone)
     log.debug("Packing with the attention %s: leak %.1e, deviation %.1e", name, leak, off)
     allowed = TOLERANCE if model.dtype is torch.float32 else ROUGH_TOLERANCE
@@ -213,9 +215,9 @@ def _candidates(model: PreTrainedModel, before: str) -> list[str]:
     names = [before]
     # A model that will be spread over GPUs is still on the CPU.
     if model.device.type == "cpu" and not torch.cuda.is_available():
-        if computes(model.config):
-            register()
-            names.insert(0, NAME)
+        if supports_attention_of(model.config):
+            register_attention()
+            names.insert(0, ATTENTION_NAME)
     elif is_flash_attn_2_available() and model.dtype is not torch.float32:
         names.insert(0, "flash_attention_2")
     return names
@@ -226,23 +228,23 @@ def deviation(packed: torch.Tensor, alone: torch.Tensor) -> float:
     return float((packed - alone).abs().mean() / alone.std().clamp(min=1e-9))
 
 
-def _rows(model: PreTrainedModel, first: int) -> list[list[int]]:
+def _random_rows(model: PreTrainedModel, first: int) -> list[list[int]]:
     """Two rows of random tokens; `first` chooses the first one."""
     tokens = model.config.get_text_config().vocab_size
-    seeds = (first, len(LENGTHS))
+    seeds = (first, len(PROOF_LENGTHS))
     return [
         torch.randint(tokens, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-        for length, seed in zip(LENGTHS, seeds, strict=True)
+        for length, seed in zip(PROOF_LENGTHS, seeds, strict=True)
     ]
 
 
 def _logits_alone(model: PreTrainedModel) -> torch.Tensor:
-    rows = [torch.tensor([row], device=model.device) for row in _rows(model, 0)]
+    rows = [torch.tensor([row], device=model.device) for row in _random_rows(model, 0)]
     return torch.cat([_logits(model, input_ids=row) for row in rows])
 
 
 def _logits_packed(model: PreTrainedModel, first: int) -> torch.Tensor:
-    rows = [{"input_ids": row, "labels": row} for row in _rows(model, first)]
+    rows = [{"input_ids": row, "labels": row} for row in _random_rows(model, first)]
     batch = PackingCollator(pad=0)(rows)
     del batch["labels"]
     return _logits(model, **send_to_device(batch, model.device))

@@ -1,17 +1,17 @@
-"""Checkpoints, as the worker writes them: in the Trainer's own format, when they are due.
+"""Checkpoints as the worker writes them: in the Trainer's own format, when they are due.
 
     checkpoint-40/  adapter_config.json  adapter_model.safetensors   the adapter
                     optimizer.pt  scheduler.pt  rng_state.pth        to go on bit for bit
                     trainer_state.json                               step, log, our counters
 
-When one is due, and when the training has to wait for the store, says `lead`.
+`link.upload_lag` says when one is due, and when the training has to wait for the store.
 
 A step at the end of an epoch is saved after the epoch's evaluation, so that a resumed run neither
 repeats nor misses it. What the Trainer forgets (running sums of the loss, the time, the state of
 other callbacks) is kept in trainer_state.json, as `stateful_callbacks`.
 
-Transformers loads all of it with `weights_only=True`; training_args.bin, which it would never read,
-is deleted at once.
+Transformers loads all of it with `weights_only=True`. It would never read training_args.bin, which
+is a pickle, so that file is deleted at once.
 """
 
 # ruff: noqa: ARG002 - the arguments are transformers'
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,19 +40,26 @@ from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.units import size
 from finetune_trainer.train.link.channel import Channel
-from finetune_trainer.train.link.processes import is_echo
-from finetune_trainer.train.link.upload_lag import Lead
-from finetune_trainer.train.link.work import InterruptedTrainingError, Work
+from finetune_trainer.train.link.upload_lag import UploadLag
+from finetune_trainer.train.link.work import InterruptedTrainingError, TrainingWork
+from finetune_trainer.train.recipe.processes import is_lost_peer
 
 POLL_SECONDS = 0.05  # while the store is behind
 FULL_BYTES = 1 << 20  # a disk with less is full
-NOTHING, DUE, LAST = range(3)  # what to do after a step: go on, save, save and end
 
 log = logging.getLogger(__name__)
 
 
+class AfterStep(IntEnum):
+    """What to do after a step. The processes of a training agree on the highest number."""
+
+    GO_ON = 0
+    SAVE = 1
+    SAVE_AND_END = 2
+
+
 @dataclass(frozen=True)
-class Resumed:
+class ResumePoint:
     """Where this process took over."""
 
     step: int
@@ -61,22 +69,56 @@ class Resumed:
     """What the processes before took for them."""
 
 
-def train(trainer: Trainer, work: Work, channel: Channel | None) -> tuple[TrainOutput, Resumed]:
+def train_with_checkpoints(
+    trainer: Trainer, work: TrainingWork, channel: Channel | None
+) -> tuple[TrainOutput, ResumePoint]:
     """`trainer.train`, from `work.resume_from` on, with checkpoints.
 
     Raises InterruptedTrainingError when it was told to stop or when memory ran out, with the
     checkpoint that could be written; StageError when the disk is full.
     """
-    saving = Saving(trainer, work, channel)
-    trainer.add_callback(saving)  # last, so that it sees what the others decided
+    saver = CheckpointSaver(trainer, work, channel)
+    trainer.add_callback(saver)  # last, so that it sees what the others decided
     resume_from = str(work.resume_from) if work.resume_from else None
-    with saving.explained():
+    with saver.explaining_errors():
         output = trainer.train(resume_from_checkpoint=resume_from)
-    return output, saving.resumed
+    return output, saver.resumed
 
 
 @dataclass(frozen=True)
-class Moment:
+class LossSums:
+    """The Trainer's sums of the loss, which its own checkpoints leave out.
+
+    It has them in private attributes only. Without them the loss at the first logging step after a
+    resume would be the mean of the steps since the resume, and the total would miss all before it.
+    """
+
+    running_loss: float
+    """Sum since the last logging step."""
+
+    total_loss: float
+    """Sum of all steps up to the last logging step."""
+
+    last_logged: int
+    """The last logging step."""
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> LossSums:
+        """Before the training begins there are none."""
+        return cls(
+            float(getattr(trainer, "_tr_loss", 0.0)),
+            float(getattr(trainer, "_total_loss_scalar", 0.0)),
+            int(getattr(trainer, "_globalstep_last_logged", 0)),
+        )
+
+    def put_back(self, trainer: Trainer) -> None:
+        trainer._tr_loss += self.running_loss
+        trainer._total_loss_scalar = self.total_loss
+        trainer._globalstep_last_logged = self.last_logged
+
+
+@dataclass(frozen=True)
+class StepState:
     """What changes within a step and isn't undone when the step fails."""
 
     python: tuple[Any, ...]
@@ -84,9 +126,10 @@ class Moment:
     torch_cpu: torch.Tensor
     torch_gpu: list[torch.Tensor]
     running_loss: torch.Tensor
+    """Private in the Trainer, which adds each pass to it at once."""
 
     @classmethod
-    def now(cls, trainer: Trainer) -> Moment:
+    def now(cls, trainer: Trainer) -> StepState:
         """Between two steps."""
         return cls(
             random.getstate(),
@@ -96,8 +139,7 @@ class Moment:
             trainer._tr_loss.clone(),
         )
 
-    def bring_back(self, trainer: Trainer) -> None:
-        """Undo what happened since."""
+    def put_back(self, trainer: Trainer) -> None:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.random.set_rng_state(self.torch_cpu)
@@ -106,13 +148,13 @@ class Moment:
         trainer._tr_loss = self.running_loss.clone()
 
 
-class Saving(TrainerCallback, ExportableState):
-    """Decides after each step, saves, and says so; brings back what the Trainer forgets."""
+class CheckpointSaver(TrainerCallback, ExportableState):
+    """Decides after each step whether to save, and brings back what the Trainer forgets."""
 
     def __init__(
         self,
         trainer: Trainer,
-        work: Work,
+        work: TrainingWork,
         channel: Channel | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -120,30 +162,27 @@ class Saving(TrainerCallback, ExportableState):
         self._work = work
         self._channel = channel
         self._clock = clock
-        self._lead = Lead(work.config.training.checkpoint_steps, work.room, clock)
+        self._lag = UploadLag(work.config.training.checkpoint_steps, work.workdir, clock)
         self._began = clock()
-        self._told_to_stop = False
+        self._stop_requested = False
         self._in_optimizer = False
         self._saving: int | None = None
-        self._moment: Moment | None = None
+        self._before_step: StepState | None = None
         self._newest: tuple[int, Path] | None = None
-        self.resumed = Resumed(0, 0.0)
+        self.resumed = ResumePoint(0, 0.0)
 
     def state(self) -> dict[str, Any]:
-        """For trainer_state.json; the Trainer asks for it also before it begins."""
-        trainer = self._trainer
-        attributes = {
-            "seconds": self.resumed.seconds + self._clock() - self._began,
-            "running_loss": float(getattr(trainer, "_tr_loss", 0.0)),
-            "total_loss": float(getattr(trainer, "_total_loss_scalar", 0.0)),
-            "last_logged": int(getattr(trainer, "_globalstep_last_logged", 0)),
+        """For trainer_state.json. The Trainer asks for it also before it begins."""
+        seconds = self.resumed.seconds + self._clock() - self._began
+        return {
+            "args": {},
+            "attributes": {"seconds": seconds, **vars(LossSums.of(self._trainer))},
         }
-        return {"args": {}, "attributes": attributes}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Bring back what was saved."""
         self._began = self._clock()
-        self._lead.begin(state.global_step)
+        self._lag.start_from(state.global_step)
         exportable = [*self._trainer.callback_handler.callbacks, control]
         for callback in exportable:
             if not isinstance(callback, ExportableState):
@@ -157,24 +196,18 @@ class Saving(TrainerCallback, ExportableState):
             self._newest = (state.global_step, self._work.resume_from)
             # Intervals may have been changed since: they don't decide on the result.
             state.compute_steps(args, state.max_steps)
-            saved = state.stateful_callbacks[type(self).__name__]["attributes"]
-            self.resumed = Resumed(state.global_step, float(saved["seconds"]))
-            self._bring_back(saved)
-
-    def _bring_back(self, saved: dict[str, Any]) -> None:
-        trainer = self._trainer
-        trainer._tr_loss += float(saved["running_loss"])
-        trainer._total_loss_scalar = float(saved["total_loss"])
-        trainer._globalstep_last_logged = int(saved["last_logged"])
+            saved = dict(state.stateful_callbacks[type(self).__name__]["attributes"])
+            self.resumed = ResumePoint(state.global_step, float(saved.pop("seconds")))
+            LossSums(**saved).put_back(self._trainer)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The next thing is the order of the epoch's rows."""
-        self._moment = Moment.now(self._trainer)
+        """Remember the random numbers before the epoch's rows are shuffled."""
+        self._before_step = StepState.now(self._trainer)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A resume in the middle of an epoch has just restored the random numbers."""
+        """Remember them where a resume in the middle of an epoch has just restored them."""
         if not float(state.epoch or 0).is_integer():
-            self._moment = Moment.now(self._trainer)
+            self._before_step = StepState.now(self._trainer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """From here on the adapter is neither that of one step nor of the next."""
@@ -183,7 +216,7 @@ class Saving(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save if it is time."""
         self._in_optimizer = False
-        self._moment = Moment.now(self._trainer)
+        self._before_step = StepState.now(self._trainer)
         if state.global_step == self.resumed.step + 1:
             # Not earlier: a process that has nothing to save may be ended at once.
             signal.signal(signal.SIGTERM, self._on_signal)
@@ -195,22 +228,21 @@ class Saving(TrainerCallback, ExportableState):
         self._decide(state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """An evaluation may end the training early; nothing may go on from there then."""
+        """Save nothing where an evaluation ends the training: no attempt may go on from there."""
         if control.should_training_stop and state.global_step < state.max_steps:
             control.should_save = False
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A checkpoint is complete."""
+        """A checkpoint is complete: report it, and wait where the store is behind."""
         self._trainer.accelerator.wait_for_everyone()
-        self._lead.written(state.global_step)
+        self._lag.add_written(state.global_step)
         self._saving = None
-        folder = self._folder(state.global_step)
-        (folder / "training_args.bin").unlink(missing_ok=True)
-        self._newest = (state.global_step, folder)
+        folder = self._finished_folder(state.global_step)
         if self._channel and state.is_world_process_zero:
             self._channel.checkpoint(state.global_step, folder)
         self._wait_for_store()
-        if self._agreed(LAST if self._told_to_stop else NOTHING) == LAST:
+        wish = AfterStep.SAVE_AND_END if self._stop_requested else AfterStep.GO_ON
+        if self._agree(wish) is AfterStep.SAVE_AND_END:
             raise InterruptedTrainingError(
                 StageError(Reason.STOPPED, "Stopped by a signal."), state.global_step, folder
             )
@@ -223,31 +255,23 @@ class Saving(TrainerCallback, ExportableState):
         sharded training would have to take part.
         """
         trainer, step = self._trainer, self._trainer.state.global_step
-        if self._in_optimizer or self._moment is None:
+        if self._in_optimizer or self._before_step is None:
             return None
         if self._newest and self._newest[0] == step:
             return self._newest[1]
         if step == self.resumed.step or trainer.is_fsdp_enabled or not trainer.args.should_save:
             return None
-        self._moment.bring_back(trainer)
+        self._before_step.put_back(trainer)
+        # Publicly the Trainer saves from within its loop only, which the error has left.
         trainer._save_checkpoint(cast("torch.nn.Module", trainer.model), trial=None)
         for callback in trainer.callback_handler.callbacks:
             if callback is not self:  # others add files of theirs
                 callback.on_save(trainer.args, trainer.state, trainer.control)
-        folder = self._folder(step)
-        (folder / "training_args.bin").unlink(missing_ok=True)
-        self._newest = (step, folder)
-        return folder
-
-    def _hand_over(self) -> None:
-        """Another process has failed and may not save: what it lost is whole in the first one."""
-        folder = self.save_last_step()
-        if folder and self._channel:
-            self._channel.checkpoint(self._trainer.state.global_step, folder)
+        return self._finished_folder(step)
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Say in an error how far the training came."""
+    def explaining_errors(self) -> Iterator[None]:
+        """Say in an error how far the training came, and save what can be saved."""
         before = signal.getsignal(signal.SIGTERM)
         try:
             yield
@@ -258,51 +282,63 @@ class Saving(TrainerCallback, ExportableState):
             if failure.reason is Reason.OUT_OF_GPU_MEMORY:
                 step = self._trainer.state.global_step
                 raise InterruptedTrainingError(failure, step, self.save_last_step()) from error
-            if is_echo(error):
-                self._hand_over()
+            if is_lost_peer(error):
+                self._save_for_failed_peer()
             full = failure.reason is Reason.OUT_OF_DISK or self._is_disk_full()
             if self._saving is not None and full:
-                # What was begun gives back the room that the error itself needs to be told.
+                # Half a checkpoint makes way for what the error itself needs on the disk.
                 shutil.rmtree(self._folder(self._saving), ignore_errors=True)
                 raise self._disk_full() from error
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
 
+    def _save_for_failed_peer(self) -> None:
+        """Another process failed and may not save. The first one has the last step whole."""
+        folder = self.save_last_step()
+        if folder and self._channel:
+            self._channel.checkpoint(self._trainer.state.global_step, folder)
+
     def _wait_for_store(self) -> None:
-        """No step more than an interval ahead of the store; a stop ends the wait."""
+        """Let no step begin that is more than an interval ahead of the store, unless at a stop."""
         began = self._clock()
-        while self._lead.is_whole() and not self._told_to_stop:
+        while self._lag.must_wait() and not self._stop_requested:
             time.sleep(POLL_SECONDS)
         if (waited := self._clock() - began) > 1:
             log.info("Waited %.0f s for the upload of an earlier checkpoint", waited)
 
     def _decide(self, state: Any, control: Any) -> None:
-        due = DUE if self._lead.is_due(state.global_step) else NOTHING
-        wish = self._agreed(LAST if self._told_to_stop else due)
-        self._told_to_stop = wish == LAST
-        if wish == NOTHING or (control.should_training_stop and wish == DUE):
+        due = AfterStep.SAVE if self._lag.is_due(state.global_step) else AfterStep.GO_ON
+        agreed = self._agree(AfterStep.SAVE_AND_END if self._stop_requested else due)
+        self._stop_requested = agreed is AfterStep.SAVE_AND_END
+        if agreed is AfterStep.GO_ON or (control.should_training_stop and agreed is AfterStep.SAVE):
             return  # at its end, the training leaves its result
         control.should_save = True
         self._saving = state.global_step
 
-    def _agreed(self, wish: int) -> int:
+    def _agree(self, wish: AfterStep) -> AfterStep:
         """The strongest wish of all processes, whose clocks and signals differ."""
         if self._trainer.args.world_size == 1:
             return wish
-        tensor = torch.tensor([wish], device=self._trainer.args.device)
+        tensor = torch.tensor([int(wish)], device=self._trainer.args.device)
         torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
-        return int(tensor.item())
+        return AfterStep(int(tensor.item()))
 
     def _on_signal(self, *_: Any) -> None:
-        self._told_to_stop = True
+        self._stop_requested = True
 
     def _folder(self, step: int) -> Path:
         return self._work.checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
+    def _finished_folder(self, step: int) -> Path:
+        folder = self._folder(step)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        self._newest = (step, folder)
+        return folder
+
     def _is_disk_full(self) -> bool:
-        """torch.save says no more than "iostream error"."""
-        return shutil.disk_usage(self._work.room).free < FULL_BYTES
+        # torch.save says no more than "iostream error".
+        return shutil.disk_usage(self._work.workdir).free < FULL_BYTES
 
     def _disk_full(self) -> StageError:
         newest = self._newest[1] if self._newest else None

@@ -5,16 +5,11 @@
       -> frozen base model (16 or 32 bit; 4-bit NF4 for qlora) + trainable low-rank matrices
       -> evaluation, steps of AdamW, evaluation -> adapter_model.safetensors
 
-Nothing is left to a library's default that decides on the result: every hyperparameter is passed
-on by name.
+No library's default decides on the result: the recipe passes every hyperparameter by name.
 
-    examples    rows as token ids and labels         batches    which rows train together
-    packing     rows end to end, proven right        attention  over packed rows on a CPU
-    trainer     the Trainer's hooks                  loss       the loss on a CPU
-    adapter     which layers get one, and its speed  callback   what is reported while it runs
-    early       stopping, and the best adapter       saving     checkpoints
-    watch       signs of trouble on the way          pairing    do answers follow from questions
-    figures     what it all comes to
+A row is one example. A step is one update of the adapter, on as many rows as the effective batch
+has (batchSize x gradientAccumulationSteps). The plan splits a step into passes and processes, as
+memory allows, and never changes which rows are in it. A loss is a mean in nats per answer token.
 """
 
 from __future__ import annotations
@@ -22,7 +17,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -32,11 +26,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
-    TrainerCallback,
 )
 from trl.trainer.sft_config import SFTConfig
 
-from finetune_trainer.contract import Notice, Reason, StageError
+from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.model.loading import (
     compute_dtype,
     device_name,
@@ -46,92 +39,83 @@ from finetune_trainer.model.loading import (
 from finetune_trainer.model.tokenizer import load_tokenizer
 from finetune_trainer.runtime.progress import Reporter
 from finetune_trainer.train.link.channel import Channel
-from finetune_trainer.train.link.processes import is_first
-from finetune_trainer.train.link.work import Trained, Work, write_lengths
-from finetune_trainer.train.recipe import pairing, ranks, saving, trackers, unsloth_engine
-from finetune_trainer.train.recipe.adapter import lora_config, trim
-from finetune_trainer.train.recipe.callbacks import BestAdapter, ProgressReport, Watch
-from finetune_trainer.train.recipe.curves import evaluations_of
-from finetune_trainer.train.recipe.data import Examples, check, tokenize
+from finetune_trainer.train.link.work import Trained, TrainingWork, write_lengths
+from finetune_trainer.train.recipe import processes, reporting, unsloth_engine
+from finetune_trainer.train.recipe.data import TokenizedRows, check_rows, tokenize
+from finetune_trainer.train.recipe.lora import lora_config, make_layers_faster
 from finetune_trainer.train.recipe.packing import prepare_packing
-from finetune_trainer.train.recipe.record import Run, history, measured
-from finetune_trainer.train.recipe.trainer import Data, RecipeTrainer
+from finetune_trainer.train.recipe.saving import train_with_checkpoints
+from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData
+from finetune_trainer.train.recipe.training_log import (
+    TrainingTotals,
+    evaluations_of,
+    history,
+    training_metrics,
+)
+from finetune_trainer.train.recipe.watch import (
+    BestAdapter,
+    Notify,
+    TrainingWatch,
+    find_unrelated_answers,
+)
 
 log = logging.getLogger(__name__)
 
 
-def fine_tune(work: Work, reporter: Reporter, channel: Channel | None = None) -> Trained:
-    """Train on the rows of `work.examples`; adapter and tokenizer go to `work.adapter`."""
-    config, settings = work.config, work.config.training
+def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = None) -> Trained:
+    """Train on the rows of `work.examples`. Adapter and tokenizer go to `work.adapter`."""
+    settings = work.config.training
+    notify = channel.notice if channel else None
     use_available_cpus()
     log.info("Device: %s", device_name())
-    log.info("Model: %s (%s)", config.model.source, settings.method)
+    log.info("Model: %s (%s)", work.config.model.source, settings.method)
+
     reporter.message("Tokenizing the examples")
-    tokenizer = load_tokenizer(work.model, trust_remote_code=config.model.trust_remote_code)
-    examples, held_out = read_examples(work, tokenizer)
-    if is_first():
-        write_lengths(work.room, examples.lengths)
+    tokenizer = load_tokenizer(work.model, trust_remote_code=work.config.model.trust_remote_code)
+    examples, held_out = read_rows(work, tokenizer)
+    if processes.is_first():
+        write_lengths(work.workdir, examples.lengths)  # for the memory ladder
     epochs = resolve_epochs(settings.epochs, len(examples))
 
     reporter.message("Loading the base model")
     model = load(work)
-    parameters = base_parameters(model)
-    trainer = build_trainer(
-        model,
-        tokenizer,
-        Data(examples, held_out, packed=settings.packing and prepare_packing(model)),
-        work=work,
-        epochs=epochs,
-    )
-    notify = channel.notice if channel else None
-    best = best_adapter(trainer, work, notify)
-    trainer.add_callback(ProgressReport(reporter, trainer.schedule.tokens))
-    trainer.add_callback(Watch(notify, settings))
-    trainable = trainable_parameters(cast("torch.nn.Module", trainer.model))
-    share = f"{trainable:,} / {parameters:,} ({trainable / parameters:.4%})"
+    base_parameters = count_base_parameters(model)
+    packed = settings.packing and prepare_packing(model)
+    data = TrainingData(examples, held_out, packed=packed)
+    trainer = build_trainer(model, tokenizer, data, work=work, epochs=epochs)
+    best = add_early_stopping(trainer, work, notify)
+    trainer.add_callback(reporting.ProgressReport(reporter, trainer.schedule.tokens))
+    trainer.add_callback(TrainingWatch(notify, settings))
+    trainable = count_trainable_parameters(cast("torch.nn.Module", trainer.model))
+    share = f"{trainable:,} / {base_parameters:,} ({trainable / base_parameters:.4%})"
     log.info("Trainable parameters / base parameters: %s", share)
     log.info("Training examples: %d, epochs: %d", len(examples), epochs)
 
     reporter.message("Training")
-    run = train(trainer, work, channel, best)
-    if (notice := pairing.look(trainer, work, tokenizer)) and notify:
+    totals = train(trainer, work, channel, best)
+    if (notice := find_unrelated_answers(trainer, work, tokenizer)) and notify:
         notify(notice)
+
     save_adapter(trainer, tokenizer, work)
-    counts = {"trainable_parameters": float(trainable), "base_parameters": float(parameters)}
+    best_step = (best.best_step or trainer.state.global_step) if best else None
+    counts = {"trainable_parameters": float(trainable), "base_parameters": float(base_parameters)}
     return Trained(
-        metrics=measured(trainer, run, best).model_copy(update=counts).rounded(),
+        metrics=training_metrics(trainer, totals, best_step).model_copy(update=counts).rounded(),
         hyperparameters={**settings.model_dump(mode="json"), "epochs": epochs},
         history=history(trainer),
     )
 
 
-def load(work: Work) -> PreTrainedModel:
-    """The base model; with Unsloth it has its adapter already."""
-    if work.engine == "unsloth":
-        return cast("PreTrainedModel", unsloth_engine.load(work, compute_dtype()))
-    return load_model(
-        work.model,
-        compute_dtype(),
-        ranks.loading_device(work.plan),
-        quantize=work.config.training.method == "qlora",
-        trust_remote_code=work.config.model.trust_remote_code,
-    )
-
-
-def base_parameters(model: PreTrainedModel) -> int:
-    """Parameters of the base model, also where they are held in 4 bits or beside an adapter."""
-    adapter = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    return model.num_parameters() - adapter
-
-
-def read_examples(
-    work: Work, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Examples, Examples | None]:
-    """Training and held-out rows as tokens; StageError when they can't teach what they should."""
-    cache = work.room / "tokens"
+def read_rows(
+    work: TrainingWork, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TokenizedRows, TokenizedRows | None]:
+    """Training and held-out rows as tokens. StageError when they can't teach what they should."""
+    cache = work.workdir / "tokens"
     examples = tokenize(work.examples, tokenizer, work.max_sequence_length, cache)
+    # Only the memory ladder goes below the spec's length. Rows that lose their answer are then
+    # what the spec allows, and not a fault.
     shortened = work.max_sequence_length < work.config.training.max_sequence_length
-    check(examples, shortened=shortened)
+    check_rows(examples, shortened=shortened)
     if work.held_out is None:
         return examples, None
     return examples, tokenize(work.held_out, tokenizer, work.max_sequence_length, cache)
@@ -146,44 +130,56 @@ def resolve_epochs(epochs: int | str, rows: int) -> int:
     return 3 if rows <= 5000 else 2
 
 
+def load(work: TrainingWork) -> PreTrainedModel:
+    """The base model, frozen later by PEFT. From Unsloth it comes with its adapter."""
+    if work.engine == "unsloth":
+        return cast("PreTrainedModel", unsloth_engine.load(work, compute_dtype()))
+    return load_model(
+        work.model,
+        compute_dtype(),  # bfloat16 where the hardware computes in it, else float32
+        processes.loading_device(work.plan),
+        quantize=work.config.training.method == "qlora",
+        trust_remote_code=work.config.model.trust_remote_code,
+    )
+
+
 def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: Data,
+    data: TrainingData,
     *,
-    work: Work,
+    work: TrainingWork,
     epochs: int,
-    callbacks: list[TrainerCallback] | None = None,
 ) -> RecipeTrainer:
     """Put model, adapter, data and hyperparameters together."""
-    lora = work.config.training.lora
+    unsloth = work.engine == "unsloth"
+    bf16 = model.dtype == torch.bfloat16
     trainer = RecipeTrainer(
         data=data,
         model=model,
-        args=arguments(
-            work,
-            epochs,
-            evaluate=data.held_out is not None,
-            bf16=model.dtype == torch.bfloat16,
-        ),
+        args=arguments(work, epochs, evaluate=data.held_out is not None, bf16=bf16),
         processing_class=tokenizer,
-        peft_config=None if unsloth_engine.is_loaded() else lora_config(lora, model),
-        callbacks=callbacks,
+        peft_config=None if unsloth else lora_config(work.config.training.lora, model),
+        engine_loss=unsloth_engine.loss if unsloth else None,
     )
+    # The stage has a log of its own.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trackers.guard(trainer)
-    if model.dtype == torch.bfloat16 and not unsloth_engine.is_loaded():
-        trim(cast("torch.nn.Module", trainer.model))
+    reporting.guard_trackers(trainer)
+    if bf16 and not unsloth:
+        make_layers_faster(cast("torch.nn.Module", trainer.model))
     return trainer
 
 
-def arguments(work: Work, epochs: int, *, evaluate: bool, bf16: bool) -> SFTConfig:
+def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, bf16: bool) -> SFTConfig:
     """The hyperparameters, by the Trainer's names."""
     settings, plan = work.config.training, work.plan
-    gpu = torch.cuda.is_available()
+    gpu, sharded = torch.cuda.is_available(), plan.parallelism == "fsdp"
+    recompute = plan.gradient_checkpointing
+    reporting.set_tracker_variables(work)
     return SFTConfig(
         output_dir=str(work.checkpoints),
+        # Optimization. A step sees batch_size x gradient_accumulation_steps x processes rows.
         num_train_epochs=epochs,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
@@ -192,36 +188,55 @@ def arguments(work: Work, epochs: int, *, evaluate: bool, bf16: bool) -> SFTConf
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
         optim="adamw_torch",
         weight_decay=settings.weight_decay,
-        max_grad_norm=1.0,
+        max_grad_norm=1.0,  # the norm over all trained weights
         seed=settings.seed,
         data_seed=settings.seed,
-        # The rows are tokens already, cut to their length; RecipeTrainer orders and packs them.
+        # Rows. They are tokens already, cut to their length; RecipeTrainer orders and packs them.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         packing=False,
         shuffle_dataset=False,
-        logging_steps=settings.logging_steps,
-        logging_first_step=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=gpu,
+        # Numbers. Weights of the adapter stay float32; autocast computes in bfloat16.
         bf16=bf16,
         fp16=False,
         tf32=True if gpu and torch.cuda.get_device_capability() >= (8, 0) else None,
         use_cpu=not gpu,
-        **{**ranks.options(plan), **unsloth_engine.options(work)},
+        # Memory. Unsloth recomputes activations by itself, and FSDP by its own setting: the
+        # Trainer's would gather each layer's weights once more.
+        gradient_checkpointing=recompute and not sharded and work.engine != "unsloth",
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        dataloader_num_workers=0,
-        dataloader_pin_memory=gpu,
+        # Several processes. The loss is one mean over the labels of all of them.
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
+        fsdp=True if sharded else None,  # type: ignore[arg-type] # typed for the command line
+        fsdp_config=(
+            {**processes.FSDP_CONFIG, "activation_checkpointing": recompute} if sharded else None
+        ),
+        # Evaluation: of the base model, at each epoch or every evalSteps, and at the end.
         eval_strategy=("steps" if settings.eval_steps else "epoch") if evaluate else "no",
         eval_steps=settings.eval_steps,
         eval_on_start=evaluate and work.resume_from is None,
         per_device_eval_batch_size=plan.batch_size,
+        # What is told and kept. CheckpointSaver says when to save.
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
         save_strategy="no",
-        **trackers.options(work),
+        report_to=[tracker.value for tracker in settings.report_to] or "none",
+        run_name=reporting.run_name(work.config),
         disable_tqdm=True,
     )
 
 
-def trainable_parameters(model: torch.nn.Module) -> int:
-    """Parameters that the optimizer changes; StageError when there are none."""
+def count_base_parameters(model: PreTrainedModel) -> int:
+    """Parameters of the base model, also where they are held in 4 bits or beside an adapter."""
+    adapter = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    return model.num_parameters() - adapter
+
+
+def count_trainable_parameters(model: torch.nn.Module) -> int:
+    """Parameters that the optimizer changes. StageError when there are none."""
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if count == 0:
         raise StageError(
@@ -231,10 +246,10 @@ def trainable_parameters(model: torch.nn.Module) -> int:
     return count
 
 
-def best_adapter(
-    trainer: RecipeTrainer, work: Work, notify: Callable[[Notice], None] | None
+def add_early_stopping(
+    trainer: RecipeTrainer, work: TrainingWork, notify: Notify | None
 ) -> BestAdapter | None:
-    """With training.earlyStopping: what stops the training and keeps the best adapter."""
+    """With training.earlyStopping: add what stops the training and keeps the best adapter."""
     settings = work.config.training.early_stopping
     if settings is None:
         return None
@@ -250,11 +265,14 @@ def best_adapter(
 
 
 def train(
-    trainer: RecipeTrainer, work: Work, channel: Channel | None, best: BestAdapter | None
-) -> Run:
-    """Train to the end and evaluate; StageError when the loss is no number any more."""
+    trainer: RecipeTrainer,
+    work: TrainingWork,
+    channel: Channel | None,
+    best: BestAdapter | None,
+) -> TrainingTotals:
+    """Train to the end and evaluate. StageError when the loss is no number any more."""
     began = time.monotonic()
-    result, resumed = saving.train(trainer, work, channel)
+    result, resumed = train_with_checkpoints(trainer, work, channel)
     seconds = resumed.seconds + time.monotonic() - began
     if not math.isfinite(result.training_loss):
         raise StageError(
@@ -268,17 +286,19 @@ def train(
     if best:
         best.restore(trainer.state.global_step)
     evaluating = sum(entry["eval_runtime"] for entry in evaluations.values())
-    return Run(result.training_loss, seconds, seconds - evaluating)
+    return TrainingTotals(result.training_loss, seconds, seconds - evaluating)
 
 
-def save_adapter(trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase, work: Work) -> None:
+def save_adapter(
+    trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase, work: TrainingWork
+) -> None:
     """Write adapter_config.json, adapter_model.safetensors and the tokenizer's files."""
     tuned = cast("PeftModel", trainer.model)
-    state = ranks.gathered_state(tuned)
-    if not is_first():
+    state = processes.gathered_state(tuned)  # every process takes part
+    if not processes.is_first():
         return
     adapter = work.adapter
-    # The model as the user named it; PEFT would note the folder that it was fetched to.
+    # The model as the user named it. PEFT would write the folder that it was fetched to.
     tuned.active_peft_config.base_model_name_or_path = work.config.model.source
     # Else PEFT asks the Hub, by network, whether the embeddings were changed.
     tuned.save_pretrained(str(adapter), state_dict=state, save_embedding_layers=False)

@@ -1,4 +1,4 @@
-"""torchrun, with the exit status of the worker that failed first: `torchrun`'s own arguments."""
+"""A program: torchrun, whose exit status is here that of the worker that failed first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_trainer.runtime.logs import set_up_libraries
 
 
 def main(arguments: list[str]) -> int:
-    """Run the workers to their end; a worker killed by a signal gives 128 + its number."""
+    """Run with torchrun's own arguments. A worker killed by a signal gives 128 + its number."""
     set_up_libraries()
     # The worker says by itself why it failed; torchrun would add a page.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

@@ -1,9 +1,9 @@
-"""TRL's SFTTrainer with our order of rows, our loss on a CPU, and an exact evaluation."""
+"""TRL's SFTTrainer with its own order of rows, its own loss on a CPU, and an exact evaluation."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,22 +28,26 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune_trainer.model.tokenizer import IGNORED
 from finetune_trainer.runtime.units import perplexity
-from finetune_trainer.train.recipe import ranks, unsloth_engine
+from finetune_trainer.train.recipe import processes
 from finetune_trainer.train.recipe.data import (
-    Examples,
     PackingCollator,
     PaddingCollator,
-    Rows,
+    RowNumbers,
     Schedule,
-    Split,
     StepSampler,
-    contiguous,
+    StepSplit,
+    TokenizedRows,
+    contiguous_groups,
 )
 
+Batch = dict[str, Any]
+"""What a collator makes: input_ids and labels of [rows, time], and what goes with them."""
 
-def answer_loss(
-    model: torch.nn.Module, inputs: dict[str, Any], *, some_logits: bool = True
-) -> torch.Tensor:
+Loss = Callable[[torch.nn.Module, Batch, torch.Tensor | int | None], torch.Tensor]
+"""Of the model on a batch: the sum over labels, divided by the number of labels in the step."""
+
+
+def answer_loss(model: torch.nn.Module, inputs: Batch, *, some_logits: bool = True) -> torch.Tensor:
     """Sum of the cross entropy over all labels.
 
     With `some_logits` the model computes logits only where a label is.
@@ -69,63 +73,32 @@ def computes_some_logits(model: torch.nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-ADAPTER = "adapter_model.safetensors"
-OPTIMIZER = "optimizer.pt"
-
-
-def save_optimizer(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, *, write: bool
-) -> None:
-    """Gather the moments of all processes; the one with `write` writes them."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    state = get_optimizer_state_dict(model, optimizer, options=options)
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(state, folder / OPTIMIZER)
-
-
-def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Take this process's part of the moments."""
-    state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
-    set_optimizer_state_dict(model, optimizer, state, options=options)
-
-
-def load_adapter(model: torch.nn.Module, folder: Path) -> None:
-    """Take this process's part of the adapter; RuntimeError when it is one of another shape."""
-    saved = load_file(folder / ADAPTER)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    # PEFT's files leave out the adapter's own name.
-    names = {name: name.replace(".default.", ".") for name in trained}
-    if set(names.values()) != saved.keys():
-        raise RuntimeError(f"{ADAPTER} in {folder} is not of this model's layers")
-    state: dict[str, Any] = {name: saved[short] for name, short in names.items()}
-    options = StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
-    set_model_state_dict(model, state, options=options)
-
-
 @dataclass(frozen=True)
-class Data:
+class TrainingData:
     """What is trained and evaluated on."""
 
-    examples: Examples
-    held_out: Examples | None
+    examples: TokenizedRows
+    held_out: TokenizedRows | None
     packed: bool
+    """Whether rows are laid end to end, or padded to the longest."""
 
 
 class RecipeTrainer(SFTTrainer):
-    """A step's rows are those of the schedule; on a CPU the loss is plain PyTorch."""
+    """Trains on the rows of the schedule, step by step. On a CPU its loss is plain PyTorch."""
 
     def __init__(
         self,
         *,
-        data: Data,
+        data: TrainingData,
         model: PreTrainedModel,
         args: SFTConfig,
         processing_class: PreTrainedTokenizerBase,
+        engine_loss: Loss | None = None,
         **options: Any,
     ) -> None:
+        """`engine_loss` is the engine's own loss, in place of the one of this class."""
         self.data = data
+        self._engine_loss = engine_loss
         self._some_logits = computes_some_logits(model)
         collator = PackingCollator if data.packed else PaddingCollator
         super().__init__(
@@ -137,7 +110,7 @@ class RecipeTrainer(SFTTrainer):
             processing_class=processing_class,
             **options,
         )
-        self.split = Split(args.gradient_accumulation_steps, args.world_size, data.packed)
+        self.split = StepSplit(args.gradient_accumulation_steps, args.world_size, data.packed)
         per_pass = args.per_device_train_batch_size * args.world_size
         batch = per_pass * args.gradient_accumulation_steps
         self.schedule = Schedule(data.examples.lengths, batch, args.seed)
@@ -150,7 +123,7 @@ class RecipeTrainer(SFTTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The held-out rows, those of like length together."""
         held_out = self.data.held_out
-        # The Trainer names its own set here; only a set from elsewhere is not ours to order.
+        # The Trainer passes its own set. Only a set from elsewhere keeps its order.
         if held_out is None or not (eval_dataset is None or eval_dataset is self.eval_dataset):
             return super().get_eval_dataloader(eval_dataset)
         per_pass = self.args.per_device_eval_batch_size
@@ -162,13 +135,13 @@ class RecipeTrainer(SFTTrainer):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Any],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Sum of the cross entropy over the labels, divided by their number in the whole step."""
-        if unsloth_engine.is_loaded():
-            return unsloth_engine.loss(model, inputs, num_items_in_batch)
+        if self._engine_loss:
+            return self._engine_loss(model, inputs, num_items_in_batch)
         if self.args.device.type != "cpu":
             return super().compute_loss(  # type: ignore[no-untyped-call]
                 model, inputs, return_outputs, num_items_in_batch
@@ -182,15 +155,15 @@ class RecipeTrainer(SFTTrainer):
         return loss * (1 if num_items_in_batch is None else self.args.world_size)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter; of a model spread over processes, too, and not the whole model then."""
-        state = ranks.gathered_state(cast("torch.nn.Module", self.model))
+        """Save the adapter. Of a model spread over processes, gather the adapter and no more."""
+        state = processes.gathered_state(cast("torch.nn.Module", self.model))
         if state is None:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self._save(output_dir, state_dict=state)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As one process would, also of a model spread over several."""
+        """Of a model spread over processes, write what one process would."""
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -200,7 +173,7 @@ class RecipeTrainer(SFTTrainer):
             torch.save(cast("Any", self.lr_scheduler).state_dict(), folder / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Through the CPU's memory; the Trainer would take the device's with several processes."""
+        """Load to the CPU; with several processes the Trainer would load to the device."""
         if checkpoint is None:
             return
         folder = Path(checkpoint)
@@ -216,7 +189,6 @@ class RecipeTrainer(SFTTrainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
-        """The adapter."""
         if self.is_fsdp_enabled:
             load_adapter(self._parts()[0], Path(resume_from_checkpoint))
         else:
@@ -228,14 +200,14 @@ class RecipeTrainer(SFTTrainer):
         return cast("torch.nn.Module", self.model), getattr(optimizer, "optimizer", optimizer)
 
     def store_flos(self) -> None:
-        """Not: nobody reads the sum, and the other processes, of which one may have failed, would
-        have to take part in it before a checkpoint is written."""
+        """Do nothing. Nobody reads the sum, and every process would have to take part in it before
+        a checkpoint is written, also one that has failed."""
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None: TRL would write one with every checkpoint."""
+        """Do nothing. TRL would write one with every checkpoint."""
 
     def evaluation_loop(self, dataloader: DataLoader[Any], *_: Any, **options: Any) -> Any:
-        """The mean over all labels of the held-out rows, not the mean of the batches' means."""
+        """Take the mean over all labels of the held-out rows, not that of the batches' means."""
         prefix = options.get("metric_key_prefix", "eval")
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in dataloader:
@@ -254,7 +226,7 @@ class RecipeTrainer(SFTTrainer):
             num_samples=len(self.data.held_out or ()),
         )
 
-    def mean_loss(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def mean_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean over the labels of a batch as the collator makes it, and how many there are."""
         model = cast("torch.nn.Module", self.model)
         model.eval()
@@ -266,13 +238,13 @@ class RecipeTrainer(SFTTrainer):
     def _epoch(self) -> int:
         return int(self.state.global_step // self.schedule.steps)
 
-    def _loader(self, rows: datasets.Dataset, sampler: Sampler[Rows]) -> DataLoader[Any]:
+    def _loader(self, rows: datasets.Dataset, sampler: Sampler[RowNumbers]) -> DataLoader[Any]:
         # The sampler knows the processes, so that accelerate must not split the batches again.
         loader = DataLoader(
             rows,
             batch_sampler=sampler,
             collate_fn=self.data_collator,
-            # Its own, lest an evaluation take random numbers from the training's dropout.
+            # Its own, so that an evaluation takes no random numbers from the training's dropout.
             generator=torch.Generator().manual_seed(self.args.seed),
         )
         prepared: DataLoader[Any] = prepare_data_loader(
@@ -285,18 +257,55 @@ class RecipeTrainer(SFTTrainer):
         return prepared
 
 
-class EvaluationSampler(Sampler[Rows]):
+class EvaluationSampler(Sampler[RowNumbers]):
     """Yields this process's rows, the longest first; each process has as many passes."""
 
-    def __init__(self, examples: Examples, per_pass: int, processes: int, process: int) -> None:
+    def __init__(
+        self, examples: TokenizedRows, per_pass: int, processes: int, process: int
+    ) -> None:
         order = (-examples.lengths).argsort(kind="stable").tolist()
         passes = -(-len(order) // (per_pass * processes))
-        self._passes = contiguous(order, passes * processes)[process::processes]
+        self._passes = contiguous_groups(order, passes * processes)[process::processes]
 
     def __len__(self) -> int:
-        """Passes."""
         return len(self._passes)
 
-    def __iter__(self) -> Iterator[Rows]:
-        """All of them once."""
+    def __iter__(self) -> Iterator[RowNumbers]:
         return iter(self._passes)
+
+
+# --- A model spread over processes (fsdp) --------------------------------------------------------
+
+ADAPTER = "adapter_model.safetensors"
+OPTIMIZER = "optimizer.pt"
+
+
+def save_optimizer(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path, *, write: bool
+) -> None:
+    """Gather Adam's moments of all processes. The one with `write` writes them."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(state, folder / OPTIMIZER)
+
+
+def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Take this process's part of the moments."""
+    state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+
+
+def load_adapter(model: torch.nn.Module, folder: Path) -> None:
+    """Take this process's part of the adapter. RuntimeError when it has other layers."""
+    saved = load_file(folder / ADAPTER)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    # PEFT's files leave out the adapter's own name.
+    names_in_file = {name: name.replace(".default.", ".") for name in trained}
+    if set(names_in_file.values()) != saved.keys():
+        raise RuntimeError(f"{ADAPTER} in {folder} is not of this model's layers")
+    state: dict[str, Any] = {name: saved[short] for name, short in names_in_file.items()}
+    options = StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
+    set_model_state_dict(model, state, options=options)

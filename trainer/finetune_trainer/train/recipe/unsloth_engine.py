@@ -1,8 +1,8 @@
 """Unsloth: its import, how it loads a model, and what to do where it fails.
 
-Written against Unsloth 2026.10's own source. It needs a GPU even to load a model, so that only its
-import and what surrounds it is tested. Whatever it raises before the first step, memory and disk
-apart, lets the worker start over with the transformers engine.
+Written against Unsloth 2026.10's own source. It needs a GPU even to load a model, so tests cover
+only its import and what surrounds it. Whatever it raises before the first step lets the worker
+start over with the transformers engine, unless memory or disk are full.
 """
 
 from __future__ import annotations
@@ -17,51 +17,49 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.contract import Reason
 from finetune_trainer.runtime.failures import explain
-from finetune_trainer.train.link.work import Work, fallback_notice
+from finetune_trainer.train.link.work import TrainingWork, fallback_notice
 
 if TYPE_CHECKING:
     import torch
 
     from finetune_trainer.train.link.channel import Channel
+    from finetune_trainer.train.recipe.trainer import Batch
 
-FITTING_REASONS = (Reason.OUT_OF_GPU_MEMORY, Reason.OUT_OF_MEMORY, Reason.OUT_OF_DISK)
+OTHER_CAUSES = (Reason.OUT_OF_GPU_MEMORY, Reason.OUT_OF_MEMORY, Reason.OUT_OF_DISK)
 
 log = logging.getLogger(__name__)
 
 
-class EngineFailedError(Exception):
+class UnslothFailedError(Exception):
     """Unsloth can't be imported or can't load the model."""
 
 
-def import_first(room: Path) -> None:
+def import_first(workdir: Path) -> None:
     """Import Unsloth, which changes transformers, TRL and PEFT, ahead of all of them.
 
-    Raises EngineFailedError.
+    Raises UnslothFailedError.
     """
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it would ask the Hub for a file
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(room / "unsloth"))  # not the workdir
-    with _failing("be imported"), contextlib.redirect_stdout(io.StringIO()):
+    os.environ.setdefault(
+        "UNSLOTH_COMPILE_LOCATION", str(workdir / "unsloth")
+    )  # not the current folder
+    with _explaining("be imported"), contextlib.redirect_stdout(io.StringIO()):
         import unsloth  # noqa: F401, PLC0415
 
 
-def is_loaded() -> bool:
-    """Whether Unsloth has changed the libraries of this process."""
-    return "unsloth" in sys.modules
-
-
-def load(work: Work, dtype: torch.dtype) -> Any:
-    """The model with its adapter; raises EngineFailedError, and torch's own error without memory.
+def load(work: TrainingWork, dtype: torch.dtype) -> Any:
+    """The model with its adapter; raises UnslothFailedError, and torch's own error without memory.
 
     Only the way of computing is Unsloth's: weights, tokenizer, template, data and labels are those
     of the transformers engine.
     """
     settings, lora = work.config.training, work.config.training.lora
     recompute = "unsloth" if work.plan.gradient_checkpointing else False
-    with _failing("load the model"), contextlib.redirect_stdout(io.StringIO()):
+    with _explaining("load the model"), contextlib.redirect_stdout(io.StringIO()):
         from unsloth import FastLanguageModel  # noqa: PLC0415
 
         # Imports PEFT, which Unsloth has to be imported ahead of.
-        from finetune_trainer.train.recipe.adapter import linear_layers, target_modules  # noqa: PLC0415
+        from finetune_trainer.train.recipe.lora import linear_layers, target_modules  # noqa: PLC0415
 
         model, _ = FastLanguageModel.from_pretrained(
             model_name=str(work.model),
@@ -88,13 +86,8 @@ def load(work: Work, dtype: torch.dtype) -> Any:
             use_gradient_checkpointing=recompute,
             random_state=settings.seed,
         )
-    tuned.register_forward_pre_hook(_say_where_rows_begin, with_kwargs=True)
+    tuned.register_forward_pre_hook(_pass_row_lengths, with_kwargs=True)
     return tuned
-
-
-def options(work: Work) -> dict[str, Any]:
-    """Arguments of the Trainer, by its names: Unsloth recomputes activations by itself."""
-    return {"gradient_checkpointing": False} if work.engine == "unsloth" else {}
 
 
 def row_lengths(positions: torch.Tensor) -> torch.Tensor | None:
@@ -110,17 +103,19 @@ def row_lengths(positions: torch.Tensor) -> torch.Tensor | None:
 
 
 def loss(
-    model: torch.nn.Module, inputs: dict[str, Any], labels_in_step: torch.Tensor | int | None
+    model: torch.nn.Module, batch: Batch, labels_in_step: torch.Tensor | int | None
 ) -> torch.Tensor:
-    """Unsloth's own loss, whose kernel never makes all logits: a sum over labels / their number."""
-    found: torch.Tensor = model(**inputs, num_items_in_batch=labels_in_step, use_cache=False).loss
+    """Unsloth's own loss. Its kernel never makes all logits."""
+    found: torch.Tensor = model(**batch, num_items_in_batch=labels_in_step, use_cache=False).loss
     return found
 
 
-def fall_back(work: Work, request: Path, cause: EngineFailedError, channel: Channel | None) -> None:
-    """Start this process over with the transformers engine; never returns.
+def restart_with_transformers(
+    work: TrainingWork, request: Path, cause: UnslothFailedError, channel: Channel | None
+) -> None:
+    """Start this process over, since what Unsloth has changed in the libraries can't be undone.
 
-    What Unsloth has changed in the libraries can't be undone.
+    It never returns.
     """
     if channel:
         channel.notice(fallback_notice(f"Unsloth can't {cause}"))
@@ -131,18 +126,18 @@ def fall_back(work: Work, request: Path, cause: EngineFailedError, channel: Chan
 
 
 @contextlib.contextmanager
-def _failing(what: str) -> Any:
+def _explaining(what: str) -> Any:
     try:
         yield
     except Exception as error:  # it raises whatever its checks and patches stumble upon
-        if explain(error).reason in FITTING_REASONS:
+        if explain(error).reason in OTHER_CAUSES:
             raise
         log.warning("Unsloth can't %s", what, exc_info=True)
         first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        raise EngineFailedError(f"{what}: {first}") from error
+        raise UnslothFailedError(f"{what}: {first}") from error
 
 
-def _say_where_rows_begin(
+def _pass_row_lengths(
     _model: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     # Its attention doesn't look at positions.

@@ -1,4 +1,7 @@
-"""What a training runs on: devices, engine, and how a step is split for them."""
+"""Adapts a training to the machine: its GPUs, how a step is split for them, engine and trackers.
+
+`adapt_to_machine` asks what is here. The other functions take what it found and decide.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 from packaging.requirements import Requirement
 
@@ -28,143 +30,14 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.memory.plan import Lengths, describe, effective_batch, plan
 from finetune_trainer.model.shape import Shape
-from finetune_trainer.train.link.work import Work, fallback_notice
-
-GPU_PROBE = "finetune_trainer.train.recipe.gpu_probe"
-PROBE_SECONDS = 120.0  # a cold CUDA driver takes up to half a minute
+from finetune_trainer.train.link.work import Engine, TrainingWork, fallback_notice
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """One of them."""
-
-    name: str
-    memory_bytes: int
-    capability: tuple[int, int]
-    """CUDA compute capability, e.g. (9, 0) for an H100."""
-
-
-def visible_gpus(dev: Path = Path("/dev")) -> tuple[Gpu, ...]:
-    """NVIDIA GPUs, as torch counts them (CUDA_VISIBLE_DEVICES, MIG and driver considered)."""
-    if not any(dev.glob("nvidia[0-9]*")) and not (dev / "dxg").exists():  # dxg: WSL
-        return ()
-    command = [sys.executable, "-m", GPU_PROBE]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True
-        )
-        return parse(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError, TypeError) as error:
-        log.warning("The GPUs can't be counted, training on one device: %s", error)
-        return ()
-
-
-def parse(output: str) -> tuple[Gpu, ...]:
-    """The last line of the probe's output; raises ValueError or TypeError when it is none."""
-    found = json.loads(output.strip().splitlines()[-1])
-    return tuple(Gpu(g["name"], g["memory_bytes"], tuple(g["capability"])) for g in found)
-
-
-Engine = Literal["transformers", "unsloth"]
-
-# Model types with kernels of Unsloth's own (unsloth/models/loader.py, 2026.10); all others go
-# through a general path that compiles transformers' code.
-MODEL_TYPES = frozenset({"llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"})
-LEAST_CAPABILITY = (7, 0)  # Volta: the oldest that its Triton kernels run on
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The engine, and why it is not Unsloth where that was wished for."""
-
-    engine: Engine
-    obstacle: str | None = None
-
-    def notice(self, wanted: str, gpus: int) -> Notice | None:
-        """What people should know: nothing where `auto` trains on a CPU, as it always does."""
-        if self.obstacle is None or (wanted == "auto" and gpus == 0):
-            return None
-        return fallback_notice(f"Unsloth can't train here: {self.obstacle}")
-
-
-def choose(
-    config: RunConfig,
-    *,
-    gpus: tuple[Gpu, ...],
-    processes: int,
-    model_type: str | None,
-    missing: str | None,
-) -> Choice:
-    """Unsloth where it can run; `missing` is what its installation lacks."""
-    wanted = config.training.engine
-    if wanted == "transformers":
-        return Choice("transformers")
-    obstacle = _obstacle(config, gpus, processes, model_type, missing)
-    return Choice("unsloth") if obstacle is None else Choice("transformers", obstacle)
-
-
-def _obstacle(
-    config: RunConfig,
-    gpus: tuple[Gpu, ...],
-    processes: int,
-    model_type: str | None,
-    missing: str | None,
-) -> str | None:
-    if not gpus:
-        return "there is no NVIDIA GPU"
-    major, minor = gpus[0].capability
-    known = ", ".join(sorted(MODEL_TYPES))
-    obstacles = [
-        (missing is not None, missing or ""),
-        (processes > 1, f"it trains on one GPU, and here are {processes}"),
-        (
-            gpus[0].capability < LEAST_CAPABILITY,
-            f"{gpus[0].name} has compute capability {major}.{minor}, and it needs 7.0",
-        ),
-        (config.model.trust_remote_code, "the model brings its own code (trustRemoteCode)"),
-        (
-            model_type not in MODEL_TYPES,
-            f"the model type {model_type} has no fast path in it ({known} have)",
-        ),
-    ]
-    return next((text for applies, text in obstacles if applies), None)
-
-
-def missing_for_unsloth() -> str | None:
-    """What keeps Unsloth from being imported: that it, or a version it asks for, isn't there."""
-    try:
-        wanted = [Requirement(text) for text in requires("unsloth") or ()]
-        own = version("unsloth")
-    except PackageNotFoundError:
-        return "this image has no Unsloth (build it with the extra unsloth)"
-    for requirement in wanted:
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            found = version(requirement.name)
-        except PackageNotFoundError:
-            return f"Unsloth {own} needs {requirement.name}, which isn't installed"
-        # The public part: 2.13.0+cpu is 2.13.0.
-        if not requirement.specifier.contains(found.partition("+")[0], prereleases=True):
-            return f"Unsloth {own} needs {requirement}, and {found} is installed"
-    return None
-
-
-def model_type_of(folder: Path) -> str | None:
-    """The model_type of config.json."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    name = found.get("model_type") if isinstance(found, dict) else None
-    return name if isinstance(name, str) else None
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What decides on the memory that a training takes."""
+class MemoryNeeds:
+    """What the memory that a training takes depends on."""
 
     shape: Shape | None
     """None where the widths of the model are not known."""
@@ -173,37 +46,8 @@ class Needs:
     """Tokens of the longest example, as it is trained on."""
 
 
-def read_needs(model: Path, summary: bytes) -> Needs:
-    """From the folder of the base model, and what `prepare` left as summary.json."""
-    shape = Shape.from_config(json.loads((model / "config.json").read_bytes()))
-    return Needs(shape, int(json.loads(summary)["tokens"]["max"]))
-
-
-def plan_for(
-    config: RunConfig, prepared: TrainingPlan, needs: Needs, gpus: Sequence[Gpu]
-) -> TrainingPlan:
-    """The plan of `prepare` where it knew what a GPU holds, else one for the GPUs that are here.
-
-    The effective batch stays. Raises StageError(OutOfGPUMemory) when not even one example fits a
-    pass, with the changes that would fit.
-    """
-    told = config.hardware
-    if not gpus or (told is not None and told.gpus and prepared.memory_bytes is not None):
-        return prepared
-    if needs.shape is None:
-        return prepared
-    hardware = Hardware(
-        gpus=processes_for(config.training, len(gpus)),
-        gpu_memory_bytes=min(gpu.memory_bytes for gpu in gpus),
-        memory_bytes=told.memory_bytes if told else None,
-    )
-    made = plan(config.training, needs.shape, Lengths(needs.longest), hardware)
-    log.info("Plan for this pod's %s: %s", gpus[0].name, describe(made, hardware))
-    return made
-
-
-def settle(work: Work, needs: Needs) -> tuple[Work, list[Notice]]:
-    """The work as it will be done here, and what people should know about it.
+def adapt_to_machine(work: TrainingWork, needs: MemoryNeeds) -> tuple[TrainingWork, list[Notice]]:
+    """The work as this machine will do it, and what people should know about it.
 
     Raises StageError: InvalidConfig where the spec asks for what this machine can't do,
     OutOfGPUMemory where its GPUs are too small.
@@ -211,23 +55,23 @@ def settle(work: Work, needs: Needs) -> tuple[Work, list[Notice]]:
     training = work.config.training
     check_trackers(training.report_to, os.environ)
     gpus = visible_gpus()
-    wanted = processes_wanted(len(gpus), os.environ)
-    planned = plan_for(work.config, work.plan, needs, gpus)
-    plan, processes = divide(training, planned, wanted)
-    if wanted > 1:
+    devices = count_devices(len(gpus), os.environ)
+    planned = plan_for_gpus(work.config, work.plan, needs, gpus)
+    divided, processes = divide_step(training, planned, devices)
+    if devices > 1:
         log.info(
             "%d of %d devices train (%s): %d x %d examples each in a step",
             processes,
-            wanted,
-            plan.parallelism,
-            plan.gradient_accumulation_steps,
-            plan.batch_size,
+            devices,
+            divided.parallelism,
+            divided.gradient_accumulation_steps,
+            divided.batch_size,
         )
-    choice = choose(
+    choice = choose_engine(
         work.config,
         gpus=gpus,
         processes=processes,
-        model_type=model_type_of(work.model),
+        model_type=read_model_type(work.model),
         missing=missing_for_unsloth() if gpus else None,
     )
     notice = choice.notice(training.engine, len(gpus))
@@ -235,51 +79,117 @@ def settle(work: Work, needs: Needs) -> tuple[Work, list[Notice]]:
         log.info("Engine: %s (%s)", choice.engine, choice.obstacle)
     else:
         log.info("Engine: %s", choice.engine)
-    settled = work.model_copy(
-        update={"plan": plan, "processes": processes, "engine": choice.engine}
-    )
-    return settled, [notice] if notice else []
+    update = {"plan": divided, "processes": processes, "engine": choice.engine}
+    return work.model_copy(update=update), [notice] if notice else []
 
 
-PROCESSES_VARIABLE = "FINETUNE_PROCESSES"
-"""Processes on a machine without a GPU; for tests."""
+# --- Devices -----------------------------------------------------------------------------------
+
+GPU_PROBE = "finetune_trainer.train.recipe.gpu_probe"
+PROBE_SECONDS = 120.0  # a cold CUDA driver takes up to half a minute
+PROCESSES_VARIABLE = "FINETUNE_PROCESSES"  # processes on a machine without a GPU; for tests
 
 
-def processes_wanted(gpus: int, environment: Mapping[str, str]) -> int:
-    """One process for each GPU; one on a CPU, unless the variable says otherwise."""
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU."""
+
+    name: str
+    memory_bytes: int
+    capability: tuple[int, int]
+    """CUDA compute capability, e.g. (9, 0) for an H100."""
+
+
+def visible_gpus(dev: Path = Path("/dev")) -> tuple[Gpu, ...]:
+    """NVIDIA GPUs as torch counts them: it considers CUDA_VISIBLE_DEVICES, MIG and the driver."""
+    if not any(dev.glob("nvidia[0-9]*")) and not (dev / "dxg").exists():  # dxg: WSL
+        return ()
+    command = [sys.executable, "-m", GPU_PROBE]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True
+        )
+        return parse_gpus(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError) as error:
+        log.warning("The GPUs can't be counted, training on one device: %s", error)
+        return ()
+
+
+def parse_gpus(output: str) -> tuple[Gpu, ...]:
+    """Read the last line of the probe's output. Raises ValueError or TypeError when it is none."""
+    found = json.loads(output.strip().splitlines()[-1])
+    return tuple(Gpu(g["name"], g["memory_bytes"], tuple(g["capability"])) for g in found)
+
+
+def count_devices(gpus: int, environment: Mapping[str, str]) -> int:
+    """Each GPU is one; a CPU is one, unless the variable says otherwise."""
     if gpus:
         return gpus
     value = environment.get(PROCESSES_VARIABLE, "1")
     return max(int(value), 1) if value.isdecimal() else 1
 
 
-def processes_for(training: Training, devices: int) -> int:
+# --- The plan: how a step is split into passes and processes -----------------------------------
+
+
+def read_needs(model: Path, summary: bytes) -> MemoryNeeds:
+    """Read the base model's folder, and what `prepare` left as summary.json."""
+    shape = Shape.from_config(json.loads((model / "config.json").read_bytes()))
+    return MemoryNeeds(shape, int(json.loads(summary)["tokens"]["max"]))
+
+
+def plan_for_gpus(
+    config: RunConfig, prepared: TrainingPlan, needs: MemoryNeeds, gpus: Sequence[Gpu]
+) -> TrainingPlan:
+    """The plan of `prepare` where it knew what a GPU holds, else one for the GPUs that are here.
+
+    The effective batch stays. Raises StageError(OutOfGPUMemory) when not even one example fits a
+    pass, with the changes that would fit.
+    """
+    known = config.hardware
+    if not gpus or (known is not None and known.gpus and prepared.memory_bytes is not None):
+        return prepared
+    if needs.shape is None:
+        return prepared
+    hardware = Hardware(
+        gpus=count_processes(config.training, len(gpus)),
+        gpu_memory_bytes=min(gpu.memory_bytes for gpu in gpus),
+        memory_bytes=known.memory_bytes if known else None,
+    )
+    made = plan(config.training, needs.shape, Lengths(needs.longest), hardware)
+    log.info("Plan for this pod's %s: %s", gpus[0].name, describe(made, hardware))
+    return made
+
+
+def count_processes(training: Training, devices: int) -> int:
     """The most of so many devices that can share an optimizer step evenly."""
     batch = effective_batch(training)
     return next(n for n in range(min(devices, batch), 0, -1) if batch % n == 0)
 
 
-def divide(training: Training, plan: TrainingPlan, devices: int) -> tuple[TrainingPlan, int]:
+def divide_step(
+    training: Training, planned: TrainingPlan, devices: int
+) -> tuple[TrainingPlan, int]:
     """What each process does of a step, and how many processes there are (at most `devices`).
 
     Their number divides the effective batch (batchSize x gradientAccumulationSteps), and a pass
-    holds at most as many rows as `plan` found to fit. Raises StageError(InvalidConfig) when fewer
-    processes than devices would have to hold a model that was to be spread over all of them.
+    holds at most as many rows as `planned` found to fit. Raises StageError(InvalidConfig) when
+    fewer processes than devices would have to hold a model that was to be spread over all of them.
     """
-    batch, processes = effective_batch(training), processes_for(training, devices)
-    parallelism = plan.parallelism
+    batch, processes = effective_batch(training), count_processes(training, devices)
+    parallelism = planned.parallelism
     if parallelism == "none" and processes > 1:
         parallelism = "fsdp" if training.parallelism == "fsdp" else "ddp"
     if parallelism == "fsdp":
         _check_fsdp(training, batch, processes, devices)
     share = batch // processes
-    rows = next(n for n in range(min(plan.batch_size, share), 0, -1) if share % n == 0)
+    rows = next(n for n in range(min(planned.batch_size, share), 0, -1) if share % n == 0)
     split = {
         "batch_size": rows,
         "gradient_accumulation_steps": share // rows,
         "parallelism": parallelism if processes > 1 else "none",
     }
-    return plan.model_copy(update=split), processes
+    return planned.model_copy(update=split), processes
 
 
 def _check_fsdp(training: Training, batch: int, processes: int, devices: int) -> None:
@@ -297,6 +207,93 @@ def _check_fsdp(training: Training, batch: int, processes: int, devices: int) ->
             f"set training.gradientAccumulationSteps to a multiple of {devices}.",
         )
 
+
+# --- The engine --------------------------------------------------------------------------------
+
+# Model types with kernels of Unsloth's own (unsloth/models/loader.py, 2026.10). All others go
+# through a general path that compiles transformers' code.
+UNSLOTH_MODEL_TYPES = frozenset({"llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"})
+UNSLOTH_CAPABILITY = (7, 0)  # Volta: the oldest that its Triton kernels run on
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """The engine, and why it is not Unsloth where the spec allows or asks for it."""
+
+    engine: Engine
+    obstacle: str | None = None
+
+    def notice(self, wanted: str, gpus: int) -> Notice | None:
+        """What people should know: nothing where `auto` trains on a CPU, as it always does."""
+        if self.obstacle is None or (wanted == "auto" and gpus == 0):
+            return None
+        return fallback_notice(f"Unsloth can't train here: {self.obstacle}")
+
+
+def choose_engine(
+    config: RunConfig,
+    *,
+    gpus: tuple[Gpu, ...],
+    processes: int,
+    model_type: str | None,
+    missing: str | None,
+) -> EngineChoice:
+    """Unsloth where it can run. `missing` is what its installation lacks."""
+    if config.training.engine == "transformers":
+        return EngineChoice("transformers")
+    if not gpus:
+        return EngineChoice("transformers", "there is no NVIDIA GPU")
+    obstacle = missing or _unsloth_obstacle(config, gpus[0], processes, model_type)
+    return EngineChoice("unsloth" if obstacle is None else "transformers", obstacle)
+
+
+def _unsloth_obstacle(
+    config: RunConfig, gpu: Gpu, processes: int, model_type: str | None
+) -> str | None:
+    if processes > 1:
+        return f"it trains on one GPU, and here are {processes}"
+    if gpu.capability < UNSLOTH_CAPABILITY:
+        major, minor = gpu.capability
+        return f"{gpu.name} has compute capability {major}.{minor}, and it needs 7.0"
+    if config.model.trust_remote_code:
+        return "the model brings its own code (trustRemoteCode)"
+    if model_type not in UNSLOTH_MODEL_TYPES:
+        known = ", ".join(sorted(UNSLOTH_MODEL_TYPES))
+        return f"the model type {model_type} has no fast path in it ({known} have)"
+    return None
+
+
+def missing_for_unsloth() -> str | None:
+    """What keeps Unsloth from being imported: that it, or a version it asks for, isn't there."""
+    try:
+        wanted = [Requirement(text) for text in requires("unsloth") or ()]
+        unsloth = version("unsloth")
+    except PackageNotFoundError:
+        return "this image has no Unsloth (build it with the extra unsloth)"
+    for requirement in wanted:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            return f"Unsloth {unsloth} needs {requirement.name}, which isn't installed"
+        # The public part: 2.13.0+cpu is 2.13.0.
+        if not requirement.specifier.contains(found.partition("+")[0], prereleases=True):
+            return f"Unsloth {unsloth} needs {requirement}, and {found} is installed"
+    return None
+
+
+def read_model_type(folder: Path) -> str | None:
+    """The model_type of config.json."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    name = found.get("model_type") if isinstance(found, dict) else None
+    return name if isinstance(name, str) else None
+
+
+# --- Trackers ----------------------------------------------------------------------------------
 
 TRACKER_PACKAGES = {
     Tracker.TENSORBOARD: ("tensorboardX", "tensorboard"),

@@ -1,7 +1,7 @@
-"""The process that trains: `python -m finetune_trainer.train.recipe.worker work.json`.
+"""The process that trains: `python -m finetune_trainer.train.recipe.train_worker work.json`.
 
-It has torch and the model; the stage that starts it has the store, the status and the decisions.
-So memory that ran out, a crash of native code or a stop never takes the stage's word with it.
+It has torch and the model. The stage that starts it has the store, the status and the decisions.
+So the stage can still report when memory runs out, native code crashes or a stop comes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.logs import set_up_libraries
 from finetune_trainer.runtime.progress import Reporter
 from finetune_trainer.train.link.channel import Channel
-from finetune_trainer.train.link.processes import is_echo, is_first, write_first
-from finetune_trainer.train.link.work import FAILED, TRAINED, Work, as_failed
+from finetune_trainer.train.link.work import TRAINED, TrainingWork, write_failure
 from finetune_trainer.train.recipe import unsloth_engine
+from finetune_trainer.train.recipe.processes import is_first, is_lost_peer, joined
 
 INTERVAL_SECONDS = 0.2  # between two lines to the stage, which speaks to the API server less often
 
@@ -27,35 +27,35 @@ log = logging.getLogger(__name__)
 
 
 def main(request: Path) -> int:
-    """Train; the exit status is that of the reason."""
+    """Train. The exit status is that of the reason."""
     die_with_parent(os.getppid())
     set_up_libraries()
-    work = Work.model_validate_json(request.read_bytes())
-    channel = Channel(work.room) if is_first() else None
+    work = TrainingWork.model_validate_json(request.read_bytes())
+    channel = Channel(work.workdir) if is_first() else None
     if channel is None:
         logging.getLogger("finetune_trainer").setLevel(logging.WARNING)
     with Reporter(channel, INTERVAL_SECONDS) as reporter:
         try:
             if work.engine == "unsloth":
-                unsloth_engine.import_first(work.room)
+                unsloth_engine.import_first(work.workdir)
             # Here and not above: the environment must be set before the libraries are loaded.
-            from finetune_trainer.train.recipe import ranks, sft  # noqa: PLC0415
+            from finetune_trainer.train.recipe import sft  # noqa: PLC0415
 
-            with ranks.joined(work.plan):
+            with joined(work.plan):
                 trained = sft.fine_tune(work, reporter, channel)
-        except unsloth_engine.EngineFailedError as error:
-            unsloth_engine.fall_back(work, request, error, channel)
+        except unsloth_engine.UnslothFailedError as error:
+            unsloth_engine.restart_with_transformers(work, request, error, channel)
             raise
         except Exception as error:  # the edge: nothing may end the worker without a reason
-            if is_echo(error):
+            if is_lost_peer(error):
                 return int(ExitCode.OTHER)
             failure = explain(error)
             if failure.reason is Reason.INTERNAL_ERROR:
                 log.exception("The training failed")
-            write_first(work.room / FAILED, as_failed(failure).model_dump_json())
+            write_failure(work.workdir, failure)
             return int(failure.reason.exit_code)
     if is_first():
-        (work.room / TRAINED).write_text(trained.model_dump_json(), encoding="utf-8")
+        (work.workdir / TRAINED).write_text(trained.model_dump_json(), encoding="utf-8")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The adapter: which layers get one, and time that they need not take."""
+"""The adapter: which layers get one, and what makes it faster on a CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from finetune_trainer.contract import Lora
 from finetune_trainer.model.targets import NO_TEXT, of_text, resolve_targets
 
-BITS = 16  # of randomness for each value
+RANDOM_BITS = 16  # for each value
 
 log = logging.getLogger(__name__)
 
@@ -37,24 +37,23 @@ def lora_config(lora: Lora, model: torch.nn.Module) -> LoraConfig:
 
 
 def linear_layers(model: torch.nn.Module) -> list[str]:
-    """The names of the modules that can get an adapter."""
+    """Names of the modules that can get an adapter."""
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
 def target_modules(lora: Lora, linear: list[str]) -> list[str]:
-    """The last parts of the names of those that get one; says what stands for what."""
+    """The last parts of the names of the modules that get an adapter."""
     targets = resolve_targets(lora.target_modules, linear)
-    if fused := {wanted: own for wanted, own in targets.items() if wanted != own}:
-        said = ", ".join(f"{own} for {wanted}" for wanted, own in fused.items())
-        log.info("The model fuses layers: the adapter goes to %s", said)
+    if fused := [f"{found} for {name}" for name, found in targets.items() if name != found]:
+        log.info("The model fuses layers: the adapter goes to %s", ", ".join(fused))
     return sorted(set(targets.values()))
 
 
-def trim(model: torch.nn.Module) -> None:
+def make_layers_faster(model: torch.nn.Module) -> None:
     """Let LoRA layers take their input as it is, and drop out faster on a CPU.
 
-    Only for a model that computes in bfloat16 under autocast, which casts the adapter's weights to
-    the input's type anyway: PEFT would first copy each input to float32.
+    Only for a model that computes in bfloat16 under autocast. Autocast casts the adapter's weights
+    to the input's type anyway, and PEFT would first copy each input to float32.
     """
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):
@@ -62,13 +61,13 @@ def trim(model: torch.nn.Module) -> None:
         layer.cast_input_dtype_enabled = False
         for name, module in layer.lora_dropout.items():
             if isinstance(module, torch.nn.Dropout):
-                layer.lora_dropout[name] = Dropout(module.p)
+                layer.lora_dropout[name] = FastDropout(module.p)
 
 
-class Dropout(torch.nn.Module):
-    """torch.nn.Dropout with 16 random bits for a value, which on CPUs is several times faster.
+class FastDropout(torch.nn.Module):
+    """torch.nn.Dropout with 16 random bits for a value: several times faster on CPUs.
 
-    The share is that of the spec to within 1/65536.
+    The share of zeros is that of the spec to within 1/65536.
     """
 
     def __init__(self, p: float) -> None:
@@ -79,10 +78,10 @@ class Dropout(torch.nn.Module):
         """Zero a share of the values, and scale the others up so that the mean stays."""
         if not self.training or x.device.type != "cpu":
             return torch.nn.functional.dropout(x, self.p, self.training)
-        values = 1 << BITS
+        values = 1 << RANDOM_BITS
         dropped = round(self.p * values)
         # Whole words of 64 random bits, read as four numbers each.
-        words = torch.empty(-(-x.numel() * BITS // 64), dtype=torch.int64)
+        words = torch.empty(-(-x.numel() * RANDOM_BITS // 64), dtype=torch.int64)
         numbers = words.random_(-(1 << 63), None).view(torch.int16)[: x.numel()].view(x.shape)
         keep = numbers >= dropped - values // 2
         # Bytes become floats faster than truth values do.

@@ -1,4 +1,4 @@
-"""A program that is tied to its parent dies with it, whatever kills the parent."""
+"""A program that runs under die_with_parent dies with its parent, whatever kills the parent."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import sys
 import psutil
 import pytest
 
-TIED = [sys.executable, "-m", "finetune_trainer.runtime.die_with_parent"]
+DIE_WITH_PARENT = [sys.executable, "-m", "finetune_trainer.runtime.die_with_parent"]
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
 PARENT = f"""
 import os, subprocess
-command = {TIED!r} + [str(os.getpid()), {sys.executable!r}, "-c", {SLEEP!r}]
+command = {DIE_WITH_PARENT!r} + [str(os.getpid()), {sys.executable!r}, "-c", {SLEEP!r}]
 child = subprocess.Popen(command, start_new_session=True)
 print(child.pid, flush=True)
 child.wait()
@@ -39,11 +39,11 @@ def test_it_dies_when_its_parent_is_killed() -> None:
 def test_it_does_not_begin_when_the_parent_is_gone_already() -> None:
     # Some other process is its parent by now.
     done = subprocess.run(
-        [*TIED, str(os.getppid()), "true"], capture_output=True, check=False, timeout=30
+        [*DIE_WITH_PARENT, str(os.getppid()), "true"], capture_output=True, check=False, timeout=30
     )
     assert done.returncode == 128 + signal.SIGKILL
 
 
 def test_it_is_the_program_that_it_starts() -> None:
-    command = [*TIED, str(os.getpid()), "sh", "-c", "exit 7"]
+    command = [*DIE_WITH_PARENT, str(os.getpid()), "sh", "-c", "exit 7"]
     assert subprocess.run(command, check=False, timeout=30).returncode == 7

@@ -15,18 +15,18 @@ from finetune_trainer.contract import (
     Training,
     TrainingPlan,
 )
-from finetune_trainer.train.supervisor.launch import command
 from finetune_trainer.train.supervisor.setup import (
-    Choice,
+    EngineChoice,
     Gpu,
-    choose,
-    divide,
+    choose_engine,
+    count_devices,
+    divide_step,
     missing_for_unsloth,
-    model_type_of,
-    parse,
-    processes_wanted,
+    parse_gpus,
+    read_model_type,
     visible_gpus,
 )
+from finetune_trainer.train.supervisor.training_session import worker_command
 
 H100 = Gpu("NVIDIA H100", 80 << 30, (9, 0))
 OLD = Gpu("Tesla P100", 16 << 30, (6, 0))
@@ -62,7 +62,7 @@ def test_unsloth_trains_where_it_can(
 ) -> None:
     case = {"gpus": (H100,), "processes": 1, "model_type": "llama", "missing": None, **changed}
 
-    choice = choose(config(wanted), **case)
+    choice = choose_engine(config(wanted), **case)
 
     assert choice.engine == ("unsloth" if obstacle is None else "transformers")
     notice = choice.notice(wanted, len(case["gpus"]))
@@ -79,18 +79,18 @@ def test_unsloth_trains_where_it_can(
 
 
 def test_transformers_asked_for_is_no_fallback() -> None:
-    choice = choose(
+    choice = choose_engine(
         config("transformers"), gpus=(H100,), processes=1, model_type="llama", missing=None
     )
 
-    assert choice == Choice("transformers")
+    assert choice == EngineChoice("transformers")
     assert choice.notice("transformers", 1) is None
 
 
 def test_code_that_comes_with_a_model_is_left_to_transformers() -> None:
     trusted = config("unsloth", trustRemoteCode=True)
 
-    choice = choose(trusted, gpus=(H100,), processes=1, model_type="llama", missing=None)
+    choice = choose_engine(trusted, gpus=(H100,), processes=1, model_type="llama", missing=None)
 
     assert choice.engine == "transformers"
     assert "trustRemoteCode" in str(choice.obstacle)
@@ -136,7 +136,7 @@ def test_the_model_type_is_read_from_config_json(
     if text is not None:
         (tmp_path / "config.json").write_text(text)
 
-    assert model_type_of(tmp_path) == found
+    assert read_model_type(tmp_path) == found
 
 
 def test_without_device_files_there_are_no_gpus(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_the_probe_is_asked_where_there_are_device_files(tmp_path: Path) -> None
 def test_the_probes_answer_is_its_last_line() -> None:
     line = '[{"name": "NVIDIA H100", "memory_bytes": 85899345920, "capability": [9, 0]}]'
 
-    assert parse(f"a warning of the driver\n{line}\n") == (H100,)
+    assert parse_gpus(f"a warning of the driver\n{line}\n") == (H100,)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_the_probes_answer_is_its_last_line() -> None:
 def test_a_process_for_each_gpu(gpus: int, variable: str | None, processes: int) -> None:
     environment = {} if variable is None else {"FINETUNE_PROCESSES": variable}
 
-    assert processes_wanted(gpus, environment) == processes
+    assert count_devices(gpus, environment) == processes
 
 
 def training(batch: int, accumulation: int, parallelism: str = "auto", **more: Any) -> Training:
@@ -209,7 +209,7 @@ def plan(rows: int, parallelism: str = "none") -> TrainingPlan:
 def test_the_effective_batch_stays_however_many_share_it(
     spec: Training, planned: TrainingPlan, devices: int, expected: tuple[int, int, int, str]
 ) -> None:
-    divided, processes = divide(spec, planned, devices)
+    divided, processes = divide_step(spec, planned, devices)
 
     rows, passes = divided.batch_size, divided.gradient_accumulation_steps
     assert (processes, rows, passes, divided.parallelism) == expected
@@ -227,14 +227,14 @@ def test_a_model_that_needs_all_devices_is_not_squeezed_into_fewer(
     spec: Training, devices: int, remedy: str
 ) -> None:
     with pytest.raises(StageError, match=remedy) as caught:
-        divide(spec, plan(1, "fsdp"), devices)
+        divide_step(spec, plan(1, "fsdp"), devices)
 
     assert caught.value.reason is Reason.INVALID_CONFIG
 
 
 def test_one_process_is_started_directly_and_several_through_torchrun() -> None:
-    one = command("worker", Path("/work.json"), 1, 24.0)
-    several = command("worker", Path("/work.json"), 4, 24.0)
+    one = worker_command("worker", Path("/work.json"), 1, 24.0)
+    several = worker_command("worker", Path("/work.json"), 4, 24.0)
 
     assert one[1:] == ["-m", "worker", "/work.json"]
     assert several[2] == "finetune_trainer.train.recipe.torchrun"

@@ -1,4 +1,4 @@
-"""The Trainer's log as curves that can be judged: points, bins, epochs, noise."""
+"""The Trainer's log: as curves that can be judged, as metrics, and as the history in the store."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+from finetune_trainer.contract import LogEntry, TrainingMetrics
+
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from finetune_trainer.train.recipe.trainer import RecipeTrainer
 
 BINS = 32
-"""Bins that a curve is reduced to (medians), so that 50 or 50,000 log lines are judged alike."""
+"""A curve is reduced to so many bins (medians), so that 50 or 50,000 log lines are judged alike."""
 
 
 @dataclass(frozen=True)
-class Point:
-    """One line of the Trainer's log."""
+class LogPoint:
+    """A line of the Trainer's log."""
 
     step: int
     epoch: float
@@ -31,21 +33,21 @@ class Point:
     """Mean over the held-out rows."""
 
 
-def points(log: Iterable[Mapping[str, Any]]) -> list[Point]:
+def log_points(log_history: Iterable[Mapping[str, Any]]) -> list[LogPoint]:
     """The Trainer's `state.log_history` without its summaries."""
     names = ("loss", "grad_norm", "learning_rate", "eval_loss")
     return [
-        Point(
+        LogPoint(
             step=int(entry["step"]),
             epoch=float(entry.get("epoch") or 0.0),
             **{name: float(entry[name]) for name in names if entry.get(name) is not None},
         )
-        for entry in log
+        for entry in log_history
         if "loss" in entry or "eval_loss" in entry
     ]
 
 
-def curve(train: Sequence[Point]) -> list[tuple[int, float]]:
+def binned_losses(train: Sequence[LogPoint]) -> list[tuple[int, float]]:
     """The losses as at most BINS medians, each with the last step of its bin."""
     size = math.ceil(len(train) / BINS)
     # Full bins up to the end: the newest lines matter most, and the first bin may be smaller.
@@ -54,10 +56,10 @@ def curve(train: Sequence[Point]) -> list[tuple[int, float]]:
     return [(bin_[-1].step, median(loss_of(p) for p in bin_)) for bin_ in bins]
 
 
-def spread(values: Sequence[float]) -> float:
+def noise_of(values: Sequence[float]) -> float:
     """Standard deviation of the noise, from the differences of neighbours: a trend hardly counts.
 
-    The mean of |difference| is 2/sqrt(pi) standard deviations for normal noise.
+    For normal noise the mean of |difference| is 2/sqrt(pi) standard deviations.
     """
     if len(values) < 2:
         return 0.0
@@ -65,7 +67,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
-class Block:
+class EpochBlock:
     """Neighbouring log lines that span an epoch or a little more."""
 
     first_step: int
@@ -80,10 +82,10 @@ class Block:
     """Mean learning rate."""
 
 
-def epochs_of(train: Sequence[Point]) -> list[Block]:
+def epoch_blocks(train: Sequence[LogPoint]) -> list[EpochBlock]:
     """The curve in blocks of whole log lines, each at least an epoch long."""
-    blocks: list[Block] = []
-    lines: list[tuple[int, Point]] = []  # steps of each line
+    blocks: list[EpochBlock] = []
+    lines: list[tuple[int, LogPoint]] = []  # steps of each line
     began, step = 0.0, 0
     for point in train:
         lines.append((max(point.step - step, 1), point))
@@ -92,7 +94,7 @@ def epochs_of(train: Sequence[Point]) -> list[Block]:
             steps = sum(count for count, _ in lines)
             rates = [p.learning_rate for _, p in lines if p.learning_rate is not None]
             blocks.append(
-                Block(
+                EpochBlock(
                     first_step=lines[0][1].step,
                     last_step=point.step,
                     epoch=point.epoch,
@@ -109,19 +111,73 @@ def is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def loss_of(point: Point) -> float:
+def loss_of(point: LogPoint) -> float:
     """The training loss of a point that has one."""
     assert point.loss is not None, "points with a loss only"  # noqa: S101
     return point.loss
 
 
-def eval_loss_of(point: Point) -> float:
+def eval_loss_of(point: LogPoint) -> float:
     """The held-out loss of a point that has one."""
     assert point.eval_loss is not None, "points with an eval loss only"  # noqa: S101
     return point.eval_loss
 
 
-def evaluations_of(trainer: Trainer) -> dict[int, dict[str, float]]:
-    """Step -> what the evaluation there found; step 0 is the base model."""
+def evaluations_of(trainer: RecipeTrainer) -> dict[int, dict[str, float]]:
+    """Step -> what the evaluation there found. Step 0 is the base model."""
     entries = trainer.state.log_history
     return {int(entry["step"]): entry for entry in entries if "eval_loss" in entry}
+
+
+@dataclass(frozen=True)
+class TrainingTotals:
+    """What the whole training took, also over several processes one after the other."""
+
+    loss: float
+    """Mean of the training loss over all steps."""
+
+    seconds: float
+    training_seconds: float
+    """The same without evaluations."""
+
+
+def training_metrics(
+    trainer: RecipeTrainer, totals: TrainingTotals, best_step: int | None
+) -> TrainingMetrics:
+    """The figures for status and manifest. `best_step` is the step whose adapter is kept."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    steps = trainer.state.global_step
+    tokens = trainer.schedule.tokens(steps)
+    evaluations = evaluations_of(trainer)
+    base, tuned = evaluations.get(0, {}), evaluations.get(best_step or steps, {})
+    return TrainingMetrics(
+        train_loss=totals.loss,
+        final_loss=losses[-1] if losses else totals.loss,
+        train_runtime_seconds=totals.seconds,
+        train_steps=steps,
+        train_tokens=tokens,
+        tokens_per_second=tokens / max(totals.training_seconds, 1e-9),
+        base_eval_loss=base.get("eval_loss"),
+        base_perplexity=base.get("eval_perplexity"),
+        eval_loss=tuned.get("eval_loss"),
+        perplexity=tuned.get("eval_perplexity"),
+        eval_tokens=tuned.get("eval_tokens"),
+        best_step=best_step,
+    )
+
+
+def history(trainer: RecipeTrainer) -> tuple[LogEntry, ...]:
+    """What the Trainer logged at each step, without figures that are not finite."""
+    names = LogEntry.model_fields.keys() - {"step"}
+    return tuple(
+        LogEntry(
+            step=entry["step"],
+            **{
+                name: float(entry[name])
+                for name in names
+                if math.isfinite(entry.get(name, math.nan))
+            },
+        )
+        for entry in trainer.state.log_history
+        if "loss" in entry or "eval_loss" in entry
+    )

@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 from finetune_trainer.contract import NoticeCode
-from finetune_trainer.train.recipe.pairing import FEWEST, Pair, judge, swapped
+from finetune_trainer.train.recipe.watch import (
+    FEWEST_PAIRS,
+    AnswerLoss,
+    judge_answers,
+    swap_questions,
+)
 
 
 def row(question: str, answer: str, *before: str) -> dict[str, Any]:
@@ -23,7 +28,7 @@ def test_each_answer_meets_the_question_of_a_row_far_from_it() -> None:
     rows = [row(f"q{number}", f"a{number}") for number in range(4)]
     pairs = [
         (own["prompt"][0]["content"], other["prompt"][0]["content"], other["completion"])
-        for own, other in swapped(rows)
+        for own, other in swap_questions(rows)
     ]
     assert [pair[:2] for pair in pairs] == [("q0", "q2"), ("q1", "q3"), ("q2", "q0"), ("q3", "q1")]
     assert [pair[2] for pair in pairs] == [each["completion"] for each in rows]
@@ -41,12 +46,12 @@ def test_each_answer_meets_the_question_of_a_row_far_from_it() -> None:
     ids=["nothing", "one row", "one question", "one answer", "conversations"],
 )
 def test_rows_that_can_not_tell_are_left_out(rows: list[dict[str, Any]]) -> None:
-    assert swapped(rows) == []
+    assert swap_questions(rows) == []
 
 
-def losses(own: float, gain: float, noise: float, count: int = 16) -> list[Pair]:
+def losses(own: float, gain: float, noise: float, count: int = 16) -> list[AnswerLoss]:
     chance = random.Random(1)  # noqa: S311 - noise
-    return [Pair(own, own + gain + chance.gauss(0, noise)) for _ in range(count)]
+    return [AnswerLoss(own, own + gain + chance.gauss(0, noise)) for _ in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -58,11 +63,11 @@ def losses(own: float, gain: float, noise: float, count: int = 16) -> list[Pair]
         pytest.param(losses(2.2, 0.1, 0.06), False, id="long answers, which tell it more surely"),
         pytest.param(losses(2.0, 0.0, 1.5), False, id="too noisy to tell"),
         pytest.param(losses(0.2, 0.0, 0.01), False, id="all is learnt"),
-        pytest.param(losses(2.84, 0.0, 0.1, FEWEST - 1), False, id="too few rows"),
+        pytest.param(losses(2.84, 0.0, 0.1, FEWEST_PAIRS - 1), False, id="too few rows"),
     ],
 )
-def test_a_difference_of_nothing_is_said(pairs: list[Pair], expected: bool) -> None:
-    notice = judge(pairs, 87)
+def test_a_difference_of_nothing_is_said(pairs: list[AnswerLoss], expected: bool) -> None:
+    notice = judge_answers(pairs, 87)
     assert (notice is not None) is expected
     if notice is not None:
         assert (notice.code, notice.step) == (NoticeCode.ANSWERS_UNRELATED, 87)

@@ -13,8 +13,8 @@ import pytest
 
 from finetune_trainer.contract import JobReference, Reason, StageError, Tracker
 from finetune_trainer.runtime.progress import Reporter
-from finetune_trainer.train.link.work import Trained, Work
-from finetune_trainer.train.recipe import sft, trackers
+from finetune_trainer.train.link.work import Trained, TrainingWork
+from finetune_trainer.train.recipe import reporting, sft
 from finetune_trainer.train.supervisor import setup
 from tests.integration.trainer.recipe import make_work
 from tests.integration.trainer.test_distributed import make_rows
@@ -23,8 +23,8 @@ SETTINGS: dict[str, Any] = {"epochs": 1, "loggingSteps": 1, "lora": {"r": 2, "dr
 STEPS = 2
 
 
-def make(model: Path, room: Path, *names: str) -> Work:
-    work = make_work(model, room, make_rows(12, 1), make_rows(2, 2), reportTo=names, **SETTINGS)
+def make(model: Path, workdir: Path, *names: str) -> TrainingWork:
+    work = make_work(model, workdir, make_rows(12, 1), make_rows(2, 2), reportTo=names, **SETTINGS)
     config = work.config.model_copy(update={"job": JobReference(name="kettle", namespace="ml")})
     return work.model_copy(update={"config": config})
 
@@ -45,7 +45,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
         mlflow.set_tracking_uri(None)
 
 
-def train(work: Work) -> Trained:
+def train(work: TrainingWork) -> Trained:
     setup.check_trackers(work.config.training.report_to, {"WANDB_MODE": "offline"} | _set())
     return sft.fine_tune(work, Reporter())
 
@@ -96,7 +96,7 @@ def test_mlflow_gets_the_figures_and_the_jobs_name(
     trained = train(make(tiny_model, tmp_path, "mlflow"))
 
     client = MlflowClient(store)
-    experiment = client.get_experiment_by_name(trackers.PROJECT)
+    experiment = client.get_experiment_by_name(reporting.PROJECT)
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "kettle"
     assert run.info.status == "FINISHED"
@@ -113,7 +113,7 @@ def test_wandb_writes_an_offline_run(
 
     train(work)
 
-    (file,) = work.room.glob("wandb/offline-run-*/run-*.wandb")
+    (file,) = work.workdir.glob("wandb/offline-run-*/run-*.wandb")
     content = file.read_bytes()
     assert b"kettle" in content
     assert content.count(b"train/loss") >= STEPS
@@ -151,7 +151,7 @@ def test_a_tracker_that_fails_costs_a_warning_and_not_the_training(
         server.server_close()
 
     assert trained.metrics.train_steps == STEPS
-    warnings = [r.getMessage() for r in caplog.records if r.name == trackers.__name__]
+    warnings = [r.getMessage() for r in caplog.records if r.name == reporting.__name__]
     assert len(warnings) == 1
     assert warnings[0].startswith("MLflow fails, the training goes on without it:")
     assert "secret-word" not in caplog.text

@@ -39,7 +39,7 @@ class Cost:
         )
 
 
-def watch(command: list[str]) -> Cost:
+def measure(command: list[str]) -> Cost:
     """Run a command to its end; the program ends where the command fails."""
     os.sync()  # what others left to be written is not its cost
     cpu, written, began = _cpu(), _written(), time.perf_counter()

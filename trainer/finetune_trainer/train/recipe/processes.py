@@ -1,0 +1,101 @@
+"""Several processes that train together: which one this is, joining, and sharing the model.
+
+The worker asks before it loads torch, so the functions that need torch import it themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, cast
+
+from finetune_trainer.contract import TrainingPlan
+
+if TYPE_CHECKING:
+    import torch
+
+TIMEOUT = timedelta(minutes=30)  # the longest that one process may wait for another, e.g. to load
+
+FSDP_CONFIG: dict[str, str | int | bool] = {
+    "version": 2,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "reshard_after_forward": True,
+    "cpu_ram_efficient_loading": True,
+    "state_dict_type": "FULL_STATE_DICT",
+}
+
+# What gloo and NCCL say in the processes that are left.
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "DistBackendError",
+    "DistNetworkError",
+)
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that reports and saves."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether the error only says that another process of the training is gone."""
+    text = f"{type(error).__name__}: {error}"
+    return world_size() > 1 and any(sign in text for sign in _LOST_PEER)
+
+
+@contextmanager
+def joined(plan: TrainingPlan) -> Iterator[None]:
+    """Be one of torchrun's processes while the block runs, each with a GPU of its own."""
+    if world_size() == 1:
+        yield
+        return
+    import torch  # noqa: PLC0415 - see above
+    import torch.distributed as dist  # noqa: PLC0415
+
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if plan.parallelism == "fsdp":
+        # Transformers and PEFT read these: only the first process then loads the weights.
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT)
+    try:
+        yield
+        dist.barrier()  # nobody leaves while the first one still writes
+    finally:
+        dist.destroy_process_group()
+
+
+def loading_device(plan: TrainingPlan) -> str:
+    """Where the model is loaded to. With fsdp not the GPU, which could not hold it whole."""
+    import torch  # noqa: PLC0415 - see above
+
+    if torch.cuda.is_available() and plan.parallelism != "fsdp":
+        return f"cuda:{torch.cuda.current_device()}"
+    return "cpu"
+
+
+def gathered_state(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """The trained weights by the model's own names, whole, on the CPU. Each process must call it.
+
+    None where each process has them whole in its model. Empty in all but the first process.
+    """
+    from torch.distributed.checkpoint.state_dict import (  # noqa: PLC0415 - see above
+        StateDictOptions,
+        get_model_state_dict,
+    )
+    from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415
+
+    if not isinstance(model, FSDPModule):
+        return None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return cast("dict[str, torch.Tensor]", get_model_state_dict(model, options=options))
