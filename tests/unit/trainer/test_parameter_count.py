@@ -7,8 +7,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune_trainer.contract import Lora
-from finetune_trainer.train.recipe.lora import lora_config
-from finetune_trainer.train.recipe.sft import count_trainable_parameters
+from finetune_trainer.train.recipe.lora import count_trainable_parameters, lora_config
 
 LLAMA_3_2_1B = LlamaConfig(
     vocab_size=128256,

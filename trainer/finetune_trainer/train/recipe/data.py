@@ -186,11 +186,11 @@ class Schedule:
     def tokens(self, steps: int) -> int:
         """Tokens of the first so many steps, over all epochs."""
         epochs, rest = divmod(steps, self.steps)
-        whole = epochs * int(self.lengths.sum(dtype=np.int64))
+        full_epochs = epochs * int(self.lengths.sum(dtype=np.int64))
         if not rest:
-            return whole
+            return full_epochs
         rows = self.order(epochs)[: rest * self.batch]
-        return whole + int(self.lengths[rows].sum(dtype=np.int64))
+        return full_epochs + int(self.lengths[rows].sum(dtype=np.int64))
 
     def _groups(self, rows: NDArray[np.int64], count: int, packed: bool) -> list[RowNumbers]:
         ordered = rows[np.argsort(-self.lengths[rows], kind="stable")].tolist()

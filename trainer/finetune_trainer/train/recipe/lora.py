@@ -7,8 +7,9 @@ import logging
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
 
-from finetune_trainer.contract import Lora
+from finetune_trainer.contract import Lora, Reason, StageError
 from finetune_trainer.model.targets import NO_TEXT, of_text, resolve_targets
 
 RANDOM_BITS = 16  # for each value
@@ -47,6 +48,23 @@ def target_modules(lora: Lora, linear: list[str]) -> list[str]:
     if fused := [f"{found} for {name}" for name, found in targets.items() if name != found]:
         log.info("The model fuses layers: the adapter goes to %s", ", ".join(fused))
     return sorted(set(targets.values()))
+
+
+def count_base_parameters(model: PreTrainedModel) -> int:
+    """Parameters of the base model, also where they are held in 4 bits or beside an adapter."""
+    adapter = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    return model.num_parameters() - adapter
+
+
+def count_trainable_parameters(model: torch.nn.Module) -> int:
+    """Parameters that the optimizer changes. StageError when there are none."""
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if count == 0:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            "No parameter is trainable: none of training.lora.targetModules is in this model.",
+        )
+    return count
 
 
 def make_layers_faster(model: torch.nn.Module) -> None:

@@ -54,8 +54,8 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """An attention function of transformers; returns [1, time, heads, size].
 
-    `cu_seq_lens_q` are the rows' bounds; left out, there is one row. NotImplementedError for what
-    some model wants beyond that.
+    `cu_seq_lens_q` are the rows' bounds. Without them there is one row. NotImplementedError for
+    what some model wants beyond that.
     """
     special = ("softcap", "s_aux", "position_bias")
     wanted = [name for name in special if others.get(name) is not None]

@@ -93,7 +93,7 @@ def set_tracker_variables(work: TrainingWork) -> None:
     """Set what the trackers' callbacks read from the environment; what the user set stays."""
     defaults = {
         "MLFLOW_EXPERIMENT_NAME": PROJECT,
-        # Its own are seven tries of two minutes, during which nothing is trained.
+        # MLflow's defaults are seven tries of two minutes, and the training waits for them.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "WANDB_PROJECT": PROJECT,

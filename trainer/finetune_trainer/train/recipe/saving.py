@@ -87,7 +87,7 @@ def train_with_checkpoints(
 
 @dataclass(frozen=True)
 class LossSums:
-    """The Trainer's sums of the loss, which its own checkpoints leave out.
+    """The Trainer's sums of the loss, which its checkpoints leave out.
 
     It has them in private attributes only. Without them the loss at the first logging step after a
     resume would be the mean of the steps since the resume, and the total would miss all before it.

@@ -42,7 +42,12 @@ from finetune_trainer.train.link.channel import Channel
 from finetune_trainer.train.link.work import Trained, TrainingWork, write_lengths
 from finetune_trainer.train.recipe import processes, reporting, unsloth_engine
 from finetune_trainer.train.recipe.data import TokenizedRows, check_rows, tokenize
-from finetune_trainer.train.recipe.lora import lora_config, make_layers_faster
+from finetune_trainer.train.recipe.lora import (
+    count_base_parameters,
+    count_trainable_parameters,
+    lora_config,
+    make_layers_faster,
+)
 from finetune_trainer.train.recipe.packing import prepare_packing
 from finetune_trainer.train.recipe.saving import train_with_checkpoints
 from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData
@@ -162,7 +167,7 @@ def build_trainer(
         peft_config=None if unsloth else lora_config(work.config.training.lora, model),
         engine_loss=unsloth_engine.loss if unsloth else None,
     )
-    # The stage has a log of its own.
+    # ProgressReport takes their place.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     reporting.guard_trackers(trainer)
@@ -219,7 +224,7 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, bf16: bool) ->
         eval_steps=settings.eval_steps,
         eval_on_start=evaluate and work.resume_from is None,
         per_device_eval_batch_size=plan.batch_size,
-        # What is told and kept. CheckpointSaver says when to save.
+        # Logging and saving. CheckpointSaver decides when to save.
         logging_steps=settings.logging_steps,
         logging_first_step=True,
         save_strategy="no",
@@ -227,23 +232,6 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, bf16: bool) ->
         run_name=reporting.run_name(work.config),
         disable_tqdm=True,
     )
-
-
-def count_base_parameters(model: PreTrainedModel) -> int:
-    """Parameters of the base model, also where they are held in 4 bits or beside an adapter."""
-    adapter = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    return model.num_parameters() - adapter
-
-
-def count_trainable_parameters(model: torch.nn.Module) -> int:
-    """Parameters that the optimizer changes. StageError when there are none."""
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if count == 0:
-        raise StageError(
-            Reason.INVALID_CONFIG,
-            "No parameter is trainable: none of training.lora.targetModules is in this model.",
-        )
-    return count
 
 
 def add_early_stopping(

@@ -15,7 +15,7 @@ from finetune_trainer.runtime.logs import set_up_libraries
 def main(arguments: list[str]) -> int:
     """Run with torchrun's own arguments. A worker killed by a signal gives 128 + its number."""
     set_up_libraries()
-    # The worker says by itself why it failed; torchrun would add a page.
+    # The worker logs why it failed. torchrun would add a page.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run(parse_args(arguments))  # type: ignore[no-untyped-call]

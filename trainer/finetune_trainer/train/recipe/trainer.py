@@ -261,11 +261,11 @@ class EvaluationSampler(Sampler[RowNumbers]):
     """Yields this process's rows, the longest first; each process has as many passes."""
 
     def __init__(
-        self, examples: TokenizedRows, per_pass: int, processes: int, process: int
+        self, examples: TokenizedRows, per_pass: int, world_size: int, rank: int
     ) -> None:
         order = (-examples.lengths).argsort(kind="stable").tolist()
-        passes = -(-len(order) // (per_pass * processes))
-        self._passes = contiguous_groups(order, passes * processes)[process::processes]
+        passes = -(-len(order) // (per_pass * world_size))  # rounded up
+        self._passes = contiguous_groups(order, passes * world_size)[rank::world_size]
 
     def __len__(self) -> int:
         return len(self._passes)

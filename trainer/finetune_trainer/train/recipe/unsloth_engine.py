@@ -48,10 +48,10 @@ def import_first(workdir: Path) -> None:
 
 
 def load(work: TrainingWork, dtype: torch.dtype) -> Any:
-    """The model with its adapter; raises UnslothFailedError, and torch's own error without memory.
+    """The model with its adapter. Raises UnslothFailedError, or torch's error when memory is full.
 
-    Only the way of computing is Unsloth's: weights, tokenizer, template, data and labels are those
-    of the transformers engine.
+    Unsloth only computes in another way. Weights, tokenizer, template, data and labels are those of
+    the transformers engine.
     """
     settings, lora = work.config.training, work.config.training.lora
     recompute = "unsloth" if work.plan.gradient_checkpointing else False

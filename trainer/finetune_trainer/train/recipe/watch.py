@@ -229,7 +229,7 @@ ERRORS = 2.0  # standard errors; a difference of more is one, however small
 SHARE = 0.1  # of the loss; rows that leave room for a larger difference tell nothing
 LEARNT = 0.98  # of the base model's loss; above, too little was learnt to tell
 
-Conversation = dict[str, Any]  # {prompt: [message, ...], completion: [message]}
+ChatRow = dict[str, Any]  # {prompt: [message, ...], completion: [message]}
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def find_unrelated_answers(
     return judge_answers(list(losses), steps)
 
 
-def swap_questions(rows: Sequence[Conversation]) -> list[tuple[Conversation, Conversation]]:
+def swap_questions(rows: Sequence[ChatRow]) -> list[tuple[ChatRow, ChatRow]]:
     """Each row of one answer, and the same with the question of a row far from it."""
     pairs = []
     for number, row in enumerate(rows):
@@ -304,7 +304,7 @@ def _answer_losses(
     trainer: RecipeTrainer,
     work: TrainingWork,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Iterable[tuple[Conversation, Conversation]],
+    pairs: Iterable[tuple[ChatRow, ChatRow]],
 ) -> Iterator[AnswerLoss]:
     for pair in pairs:
         batches = []
@@ -318,6 +318,6 @@ def _answer_losses(
             yield AnswerLoss(own, other)
 
 
-def _has_answers(row: Conversation) -> bool:
+def _has_answers(row: ChatRow) -> bool:
     """Whether the question has answers of its own, as that of a conversation has."""
     return any(message["role"] == "assistant" for message in row["prompt"])
