@@ -33,7 +33,7 @@ NO_MOUNT = 77  # this machine lets nobody mount a disk
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000  # <linux/sched.h>
 REQUEST_BYTES = 1 << 20
 COMMAND = "finetune_trainer"
-TIED = "finetune_trainer.runtime.die_with_parent"
+DIE_WITH_PARENT = "finetune_trainer.runtime.die_with_parent"
 # What takes seconds to import. Not gguf: llama.cpp's converter brings its own.
 MODULES = (
     "finetune_trainer.__main__",
@@ -302,7 +302,7 @@ def _run(request: dict[str, Any]) -> int:
     if disk := request["smallDisk"]:
         _mount(*disk)
     module, *arguments = request["command"]
-    if module == TIED:  # not tied: its parent is the server
+    if module == DIE_WITH_PARENT:  # it does not: its parent is the server
         module, *arguments = arguments[3:]
     _let_children_fork()
     sys.argv = [module, *arguments]

@@ -260,9 +260,7 @@ class RecipeTrainer(SFTTrainer):
 class EvaluationSampler(Sampler[RowNumbers]):
     """Yields this process's rows, the longest first; each process has as many passes."""
 
-    def __init__(
-        self, examples: TokenizedRows, per_pass: int, world_size: int, rank: int
-    ) -> None:
+    def __init__(self, examples: TokenizedRows, per_pass: int, world_size: int, rank: int) -> None:
         order = (-examples.lengths).argsort(kind="stable").tolist()
         passes = -(-len(order) // (per_pass * world_size))  # rounded up
         self._passes = contiguous_groups(order, passes * world_size)[rank::world_size]
