@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from finetune_trainer.contract import Notice
+from finetune_trainer.contract import Notice, Progress
 
 NAME = "messages"
 POINT = "point"
@@ -29,9 +29,9 @@ class Channel:
         self._stream = (room / NAME).open("w", encoding="utf-8")
         self._lock = threading.Lock()
 
-    def publish(self, progress: dict[str, Any]) -> None:
-        """Fields of status.progress."""
-        self._send(progress=progress)
+    def publish(self, changes: Progress) -> None:
+        """Changes of status.progress."""
+        self._send(progress=changes.model_dump(mode="json", exclude_unset=True))
 
     def notice(self, notice: Notice) -> None:
         """Something that people should know."""

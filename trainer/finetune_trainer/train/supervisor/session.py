@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.contract import Notice, NoticeCode, StageError, TrainingPlan
+from finetune_trainer.contract import Notice, NoticeCode, Progress, StageError, TrainingPlan
 from finetune_trainer.runtime import stopping
 from finetune_trainer.runtime.progress import Reporter
 from finetune_trainer.train.link.channel import listening
@@ -91,7 +91,7 @@ class Session:
 
         def handle(message: dict[str, Any]) -> None:
             if fields := message.get("progress"):
-                self._reporter.forward(fields)
+                self._reporter.update(Progress.model_validate(fields))
             if notice := message.get("notice"):
                 self._hear(Notice.model_validate(notice))
             if found := message.get("checkpoint"):
