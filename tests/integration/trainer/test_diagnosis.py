@@ -14,12 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from finetune_trainer.contract import Notice, NoticeCode, Reason, StageError
+from finetune_trainer.contract import Notice, NoticeCode, Reason, StageError, TrainingRecord
 from finetune_trainer.model.tokenizer import encode, load_tokenizer, message_pair
 from finetune_trainer.runtime.progress import Reporter
 from finetune_trainer.train.link.work import Trained
 from finetune_trainer.train.recipe import sft
-from finetune_trainer.train.stage import describe
 from tests.integration.trainer.conftest import ATTENTION, MLP, ROWS, Trainer
 from tests.integration.trainer.recipe import make_work
 
@@ -245,9 +244,15 @@ def test_one_infinite_gradient_is_left_out_and_the_training_goes_on(
     assert run.notices[0].step == 5
     assert run.losses[-1] < run.losses[0] / 4
     assert run.trained is not None
-    described = describe(run.trained, run.notices)
-    assert json.dumps(described, allow_nan=False)
-    assert described["notices"][0]["code"] == "LossNotFinite"
+    record = TrainingRecord(
+        metrics=run.trained.metrics,
+        hyperparameters=run.trained.hyperparameters,
+        notices=tuple(run.notices),
+        history=run.trained.history,
+    )
+    written = json.loads(record.model_dump_json(exclude_none=True))
+    assert json.dumps(written, allow_nan=False)
+    assert written["notices"][0]["code"] == "LossNotFinite"
 
 
 def test_three_in_a_row_late_in_the_training_blame_the_learning_rate(

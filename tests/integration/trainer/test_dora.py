@@ -17,6 +17,7 @@ from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import load_tokenizer
 from finetune_trainer.train.link.work import TrainingWork
 from finetune_trainer.train.recipe import saving, sft
+from finetune_trainer.train.recipe.lora import count_trainable_parameters
 from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData
 from tests.integration.trainer.conftest import ROWS
 from tests.integration.trainer.families import FAMILIES, write_family
@@ -89,7 +90,7 @@ def test_the_predicted_parameters_are_those_that_are_trained(make: Make) -> None
     shape = Shape.from_config(config)
     assert shape is not None
     lora = work.config.training.lora
-    assert shape.adapter(lora) == sft.trainable_parameters(trainer.model)
+    assert shape.adapter(lora) == count_trainable_parameters(trainer.model)
     plain = Lora(r=lora.r, target_modules=lora.target_modules)
     outputs = (shape.query + 2 * shape.key_value) + shape.hidden
     assert shape.adapter(lora) - shape.adapter(plain) == shape.layers * outputs

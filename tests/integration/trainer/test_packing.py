@@ -159,17 +159,17 @@ def test_packed_and_padded_training_end_in_the_same_adapter(
 ) -> None:
     examples = [message_pair(*row) for row in ROWS]
 
-    def trained(packing: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
-        trainer = build(tiny_model, tmp_path, examples, packing=packing, batchSize=2)
-        if packing:
-            assert trainer.model.config._attn_implementation == packing.NAME
+    def trained(packed: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+        trainer = build(tiny_model, tmp_path, examples, packing=packed, batchSize=2)
+        if packed:
+            assert trainer.model.config._attn_implementation == packing.ATTENTION_NAME
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         weights = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
         return losses, weights
 
-    losses, packed = trained(packing=True)
-    expected, padded = trained(packing=False)
+    losses, packed = trained(packed=True)
+    expected, padded = trained(packed=False)
     assert losses == pytest.approx(expected, rel=1e-5)
     for name, value in padded.items():
         torch.testing.assert_close(packed[name], value, rtol=1e-3, atol=1e-5)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from finetune_trainer.contract import JobReference, Reason, StageError, Tracker
 from finetune_trainer.runtime.progress import Reporter
@@ -198,3 +199,11 @@ def test_a_tracker_with_its_variables_is_accepted(
     tracker: Tracker, environment: dict[str, str], tmp_path: Path
 ) -> None:
     setup.check_trackers([tracker], environment, tmp_path)
+
+
+@pytest.mark.parametrize("tracker", list(Tracker))
+def test_a_guarded_tracker_gets_every_event_that_it_listens_to(tracker: Tracker) -> None:
+    kind: Any = INTEGRATION_TO_CALLBACK[tracker.value]
+    events = {name for name in vars(kind) if name.startswith("on_")}
+    # The recipe predicts nothing.
+    assert events - {"on_predict"} <= vars(reporting.GuardedTracker).keys()
