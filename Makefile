@@ -18,6 +18,7 @@ DATASET    ?=
 BASE_MODEL ?=
 EPOCHS     ?=
 OUTPUT     ?= models
+# Any other field: --set training.learningRate=1e-3; `finetune-trainer local fields` lists them.
 TRAIN_ARGS ?=
 
 # llama.cpp's converter, laid out from the same sdist as the library.

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.contract import StageError
 from finetune_trainer.local import steps
 from tests.integration.trainer.conftest import ATTENTION, MLP, Trainer, write_csv
 
@@ -53,11 +52,11 @@ def test_train_merge_and_convert(local: Local, tiny_model: Path) -> None:
         "--dataset=my.csv",
         f"--base-model={tiny_model}",
         "--epochs=40",
-        "--learning-rate=0.005",
-        "--gradient-accumulation-steps=1",
-        "--lora-r=32",
-        "--lora-dropout=0",
-        *(f"--target-modules={name}" for name in (*ATTENTION, *MLP)),
+        "--set=training.learningRate=0.005",
+        "--set=training.gradientAccumulationSteps=1",
+        "--set=training.lora.r=32",
+        "--set=training.lora.dropout=0",
+        f"--set=training.lora.targetModules={','.join((*ATTENTION, *MLP))}",
     ]
     output = local(*train)
     for said in (
@@ -80,7 +79,7 @@ def test_train_merge_and_convert(local: Local, tiny_model: Path) -> None:
     local("merge")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= local.files("merged")
 
-    output = local("gguf", "--quantizations=Q8_0", "--quantizations=Q4_K_M")
+    output = local("gguf", "--set=export.gguf=Q8_0,Q4_K_M")
     assert local.files("gguf") == {"tiny-Q8_0.gguf", "tiny-Q4_K_M.gguf"}
     modelfile = (local.folder / "models" / "Modelfile").read_text()
     assert "FROM ./gguf/tiny-Q8_0.gguf\n" in modelfile
@@ -90,7 +89,7 @@ def test_train_merge_and_convert(local: Local, tiny_model: Path) -> None:
 
     limits = [{"quantization": "Q4_K_M", "maxKLDivergence": 1e-9}]
     local(*train, f"--set=export.qualityLimits={json.dumps(limits)}")
-    output = local("gguf", "--quantizations=Q4_K_M", code=15)
+    output = local("gguf", "--set=export.gguf=Q4_K_M", code=15)
     assert "1 of 1 GGUF files falls short and is kept apart in rejected/" in output
     assert local.files("rejected") == {"tiny-Q4_K_M.gguf"}
     assert local.files("gguf") == set()
@@ -112,28 +111,41 @@ def test_what_comes_first_is_said(local: Local) -> None:
             11,
             "training.engine: Input should be",
         ),
-        (["--learning-rate=2", "--base-model=a/b"], 11, "training.learningRate: Input should be"),
+        (
+            ["--set=training.learningRate=2", "--base-model=a/b"],
+            11,
+            "training.learningRate: Input should be",
+        ),
+        (
+            ["--set=training.learningrate=1e-3", "--base-model=a/b"],
+            11,
+            "the nearest is training.learningRate",
+        ),
     ],
 )
 def test_bad_arguments(local: Local, arguments: list[str], code: int, said: str) -> None:
     assert said in local("train", *arguments, code=code)
 
 
-def test_the_sample_dataset_is_the_default() -> None:
-    assert steps.dataset(None).name == "lumora-nest.csv"
-    assert steps.dataset(None).is_file()
-    held_out = steps.eval_dataset(None, None)
-    assert held_out is not None
-    assert held_out.name == "lumora-nest-eval.csv"
-    assert held_out.is_file()
-    assert steps.eval_dataset(None, Path("my.csv")) is None
-    assert steps.eval_dataset(Path("other.csv"), None) == Path("other.csv").resolve()
+def test_the_sample_dataset_is_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    sample = steps.run_config(["model.source=a/b"], tmp_path).dataset
+    assert Path(sample.source).name == "lumora-nest.csv"
+    assert Path(sample.source).is_file()
+    assert sample.eval_source is not None
+    assert Path(sample.eval_source).name == "lumora-nest-eval.csv"
+    assert Path(sample.eval_source).is_file()
+
+    given = ["model.source=a/b", "dataset.source=my.csv"]
+    own = steps.run_config(given, tmp_path).dataset
+    assert own.source == str(tmp_path / "my.csv")
+    assert own.eval_source is None
+    both = steps.run_config([*given, "dataset.evalSource=other.csv"], tmp_path).dataset
+    assert both.eval_source == str(tmp_path / "other.csv")
 
 
 def test_the_samples_held_out_rows_ask_for_facts_that_are_trained_on() -> None:
-    held_out = steps.eval_dataset(None, None)
-    assert held_out is not None
-    with held_out.open() as asked, steps.dataset(None).open() as trained:
+    with steps.SAMPLE_EVAL.open() as asked, steps.SAMPLE.open() as trained:
         questions = {row["instruction"]: row["response"] for row in csv.DictReader(trained)}
         rows = list(csv.DictReader(asked))
     assert len(rows) == 8
@@ -141,13 +153,10 @@ def test_the_samples_held_out_rows_ask_for_facts_that_are_trained_on() -> None:
     assert not any(row["instruction"] in questions for row in rows)
 
 
-def test_any_field_can_be_set() -> None:
-    fields = {"dataset": {"source": "a.csv"}}
-    given = ["dataset.onInvalidRow=skip", "training.lora.r=4", "training.packing=false"]
-    assert steps.with_settings(fields, given) == {
-        "dataset": {"source": "a.csv", "on_invalid_row": "skip"},
-        "training": {"lora": {"r": 4}, "packing": False},
-    }
-    for wrong in ("packing=false", "training.packing", "training.=1"):
-        with pytest.raises(StageError, match=r"training\.packing=false"):
-            steps.with_settings({}, [wrong])
+def test_the_fields_are_listed_with_what_they_mean(local: Local) -> None:
+    listed = local("fields").splitlines()
+    assert listed[listed.index("training.learningRate=0.0002") + 1].strip().startswith("Peak")
+    assert "training.lora.targetModules=q_proj,k_proj,v_proj,o_proj" in listed
+    assert "training.earlyStopping.patience=2" in listed
+    assert "training.packing=true" in listed
+    assert "PATH=VALUE" in local("train", "--help")

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from pydantic.alias_generators import to_snake
 
 from finetune_trainer.contract import (
     REJECTED,
     Artifact,
+    Export,
     Quality,
-    Quantization,
     Reason,
     RunConfig,
     Stage,
@@ -25,6 +23,7 @@ from finetune_trainer.contract import (
     read_run_config,
 )
 from finetune_trainer.export.gguf.files import MODELFILE
+from finetune_trainer.local.fields import apply_settings
 from finetune_trainer.memory.machine import this_machine
 from finetune_trainer.model import source
 from finetune_trainer.runtime.progress import Reporter
@@ -40,10 +39,9 @@ SAMPLE_EVAL = EXAMPLES / "data" / "lumora-nest-eval.csv"
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, folder: Path, reporter: Reporter) -> StageResult:
+def train(settings: Sequence[str], folder: Path, reporter: Reporter) -> StageResult:
     """Prepare and train, and lay the adapter out as `lora_adapter`."""
-    if config.hardware is None:
-        config = config.model_copy(update={"hardware": this_machine(folder)})
+    config = run_config(settings, folder)
     prepared = perform(Stage.PREPARE, config, _workspace(folder), reporter)
     log.info("Dataset: %s: %s", config.dataset.source, prepared.message)
     config = config.model_copy(update={"resolved": prepared.resolved})
@@ -55,7 +53,7 @@ def train(config: RunConfig, folder: Path, reporter: Reporter) -> StageResult:
     adapter = folder / "lora_adapter"
     shutil.rmtree(adapter, ignore_errors=True)
     trained = stage_folder(Stage.TRAIN, source.resolved_of(config).fingerprints.train)
-    LocalFolder(store_folder(folder)).download_tree(f"{trained}/adapter", adapter)
+    LocalFolder(_store_folder(folder)).download_tree(f"{trained}/adapter", adapter)
     return _done(Stage.TRAIN, f"the adapter is in {adapter}")
 
 
@@ -73,9 +71,16 @@ def merge(folder: Path, reporter: Reporter) -> StageResult:
     return _done(Stage.EXPORT, f"the merged model is in {target}")
 
 
-def gguf(folder: Path, kinds: tuple[Quantization, ...], reporter: Reporter) -> StageResult:
+def gguf(settings: Sequence[str], folder: Path, reporter: Reporter) -> StageResult:
     """Convert `merged` to GGUF files in `gguf`, and check each one on held-out rows."""
     config = _last_run(folder)
+    fields = apply_settings(
+        {"export": config.export.model_dump(exclude_defaults=True)}, settings, ["export"]
+    )
+    export = Export.model_validate(fields["export"])
+    if not export.gguf:
+        export = export.model_copy(update={"gguf": Export().gguf})
+    config = config.model_copy(update={"export": export})
     merged = folder / "merged"
     if not merged.is_dir():
         raise StageError(
@@ -87,66 +92,55 @@ def gguf(folder: Path, kinds: tuple[Quantization, ...], reporter: Reporter) -> S
     for former in ("gguf", REJECTED):
         shutil.rmtree(folder / former, ignore_errors=True)
     (folder / MODELFILE).unlink(missing_ok=True)  # none is written where no file may be used
-    export = config.export.model_copy(update={"gguf": kinds})  # the rest as --set left it
-    config = config.model_copy(update={"export": export})
     files: list[Artifact] = []
 
     def add(file: Path, path: str, quality: Quality | None = None) -> None:
         files.append(describe_file(file, path).model_copy(update={"quality": quality}))
 
-    store = LocalFolder(store_folder(folder))
+    store = LocalFolder(_store_folder(folder))
     gate = stage.convert_merged(config, folder, store, add, reporter)
     for item in files:
         if item.rejected:  # not before all are made, since some are made of it
             (folder / REJECTED).mkdir(exist_ok=True)
             (folder / "gguf" / Path(item.path).name).rename(folder / item.path)
-    done = f"{len(kinds)} GGUF files are in {folder / 'gguf'}, and a Modelfile beside"
+    done = f"{len(export.gguf)} GGUF files are in {folder / 'gguf'}, and a Modelfile beside"
     return StageResult(
         stage=Stage.EXPORT,
         reason=stage.reason_of(files),
-        message=refusal.message(gate, files, config.export) or done,
+        message=refusal.message(gate, files, export) or done,
         artifacts=tuple(files),
     )
 
 
-def dataset(given: Path | None) -> Path:
-    """The file of examples; left out, the sample of the checkout."""
-    if given is None and not SAMPLE.is_file():
-        raise StageError(Reason.INVALID_CONFIG, "Name a file of examples with --dataset.")
-    return (given or SAMPLE).resolve()
+def run_config(settings: Sequence[str], folder: Path) -> RunConfig:
+    """run.json of a training whose store is in `folder`; raises StageError for a bad setting."""
+    fields: dict[str, Any] = {
+        "model": {},
+        "dataset": {},
+        # The training alone; `make merge` and `make gguf` come afterwards.
+        "export": {"merged": False, "gguf": []},
+        "output": {"uri": str(_store_folder(folder))},
+    }
+    apply_settings(fields, settings)
+    model, dataset = fields["model"], fields["dataset"]
+    if "source" not in dataset:
+        if not SAMPLE.is_file():
+            raise StageError(Reason.INVALID_CONFIG, "Name a file of examples with --dataset.")
+        dataset["source"] = str(SAMPLE)
+        dataset.setdefault("evalSource", str(SAMPLE_EVAL))
+    if "source" not in model:
+        model["source"] = make_base_model()
+    elif Path(model["source"]).is_dir():
+        model["source"] = str(Path(model["source"]).resolve())
+    for key in ("source", "evalSource"):
+        if (path := dataset.get(key)) and not path.startswith("s3://"):
+            dataset[key] = str(Path(path).resolve())
+    fields.setdefault("hardware", this_machine(folder))
+    return RunConfig.model_validate(fields)
 
 
-def eval_dataset(given: Path | None, dataset: Path | None) -> Path | None:
-    """The file with held-out rows; the sample has one of its own."""
-    if given is None:
-        return SAMPLE_EVAL if dataset is None and SAMPLE_EVAL.is_file() else None
-    return given.resolve()
-
-
-def with_settings(fields: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """run.json with fields set by `path=value`; a value is JSON, or else text."""
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        *parents, name = [to_snake(part) for part in path.split(".")]
-        if not equals or not parents or not name:
-            raise StageError(
-                Reason.INVALID_CONFIG,
-                f"--set {setting!r}: write part.field=value, e.g. training.packing=false.",
-            )
-        place = fields
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        try:
-            place[name] = json.loads(text)
-        except json.JSONDecodeError:
-            place[name] = text
-    return fields
-
-
-def base_model(given: str | None) -> str:
-    """A Hub name or an absolute path; left out, the small model of the examples."""
-    if given is not None:
-        return str(Path(given).resolve()) if Path(given).is_dir() else given
+def make_base_model() -> str:
+    """The folder of the examples' small model, made on first use."""
     script = EXAMPLES / "base_model.py"
     if not script.is_file():
         raise StageError(Reason.INVALID_CONFIG, "Name a base model with --base-model.")
@@ -161,8 +155,7 @@ def base_model(given: str | None) -> str:
     return made.stdout.strip()
 
 
-def store_folder(folder: Path) -> Path:
-    """What stands for the bucket."""
+def _store_folder(folder: Path) -> Path:
     return folder / ".finetune" / "store"
 
 

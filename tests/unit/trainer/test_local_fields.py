@@ -1,0 +1,102 @@
+"""`finetune-trainer local --set path=value`, without a training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.local.fields import apply_settings, settable_fields
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("dataset.onInvalidRow=skip", {"dataset": {"onInvalidRow": "skip"}}),
+        ("dataset.maxInvalidRows=5", {"dataset": {"maxInvalidRows": 5}}),
+        ("dataset.maxInvalidRows=5%", {"dataset": {"maxInvalidRows": "5%"}}),
+        ("dataset.systemPrompt=a=b, c", {"dataset": {"systemPrompt": "a=b, c"}}),
+        ("dataset.columns.response=2024", {"dataset": {"columns": {"response": "2024"}}}),
+        ("model.trustRemoteCode=true", {"model": {"trustRemoteCode": True}}),
+        ("training.epochs=auto", {"training": {"epochs": "auto"}}),
+        ("training.epochs=5", {"training": {"epochs": 5}}),
+        ("training.learningRate=1e-3", {"training": {"learningRate": 1e-3}}),
+        ("training.learning_rate=1e-3", {"training": {"learningRate": 1e-3}}),
+        ("training.packing=false", {"training": {"packing": False}}),
+        ("training.evalSteps=null", {"training": {"evalSteps": None}}),
+        ("training.lora.r=4", {"training": {"lora": {"r": 4}}}),
+        (
+            "training.lora.targetModules=q_proj,v_proj",
+            {"training": {"lora": {"targetModules": ["q_proj", "v_proj"]}}},
+        ),
+        ("training.reportTo=", {"training": {"reportTo": []}}),
+        (
+            "training.earlyStopping.patience=3",
+            {"training": {"earlyStopping": {"patience": 3}}},
+        ),
+        (
+            'training.earlyStopping={"patience": 3}',
+            {"training": {"earlyStopping": {"patience": 3}}},
+        ),
+        (
+            'export.qualityLimits=[{"quantization": "Q8_0", "maxKLDivergence": 0.1}]',
+            {"export": {"qualityLimits": [{"quantization": "Q8_0", "maxKLDivergence": 0.1}]}},
+        ),
+    ],
+)
+def test_a_value_is_read_by_the_fields_type(setting: str, expected: dict[str, Any]) -> None:
+    assert apply_settings({}, [setting]) == expected
+
+
+def test_settings_keep_what_is_there_and_the_last_one_wins() -> None:
+    fields = {"dataset": {"source": "a.csv"}, "training": {"earlyStopping": None}}
+    given = ["training.seed=1", "training.earlyStopping.patience=3", "training.seed=2"]
+    assert apply_settings(fields, given) == {
+        "dataset": {"source": "a.csv"},
+        "training": {"earlyStopping": {"patience": 3}, "seed": 2},
+    }
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("training.packing", "write path=value, e.g. training.packing=false"),
+        ("training.learningrate=1", "no field training.learningrate"),
+        ("training.learningrate=1", "the nearest is training.learningRate."),
+        ("learningRate=1", "the nearest is training.learningRate."),
+        ("training.lora.rank=4", "the nearest is training.lora"),
+        ("training.=1", "no field training."),
+        ("output.uri=/x", "no field output.uri"),
+        ("job.name=x", "no field job.name"),
+        ("training.epochs=0", "training.epochs: must be a whole number from 1 to 1000, or auto"),
+        ("training.learningRate=2", "training.learningRate: Input should be less than or equal"),
+        ("training.learningRate=2", "(got 2). Peak learning rate of AdamW, above 0 and up to 1."),
+        ("training.learningRate=fast", "should be a valid number"),
+        ("training.scheduler=step", "'linear', 'cosine', 'constant' or 'constant_with_warmup'"),
+        ("training.gpuMemory=24", "match pattern"),
+        ("training.lora.targetModules=q", "'q_proj', 'k_proj'"),
+        ('training.earlyStopping={"patience": 0}', "greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_setting_says_what_is_allowed(setting: str, said: str) -> None:
+    with pytest.raises(StageError) as caught:
+        apply_settings({}, [setting])
+    assert caught.value.reason is Reason.INVALID_CONFIG
+    assert said in caught.value.message
+
+
+def test_only_the_parts_that_are_asked_for_can_be_set() -> None:
+    assert apply_settings({}, ["export.gguf=Q8_0"], ["export"]) == {"export": {"gguf": ["Q8_0"]}}
+    with pytest.raises(StageError, match=r"no field training\.seed to set here"):
+        apply_settings({}, ["training.seed=1"], ["export"])
+
+
+def test_every_field_says_what_it_means() -> None:
+    known = settable_fields()
+    assert {"model.source", "dataset.columns.input", "training.lora.r", "hardware.gpus"} <= set(
+        known
+    )
+    assert [path for path, field in known.items() if not field.description] == []
+    assert known["training.loggingSteps"].default == "10"
+    assert known["model.source"].default == ""
