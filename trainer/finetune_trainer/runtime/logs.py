@@ -1,7 +1,7 @@
-"""The log: our own lines, and of the libraries only what matters; for people or as JSON lines.
+"""The log of every process of the trainer, for people or as JSON lines.
 
-A JSON line has time (UTC), level, logger, message, stage and, where there are some, the figures of
-the line (step, loss …) and the traceback as `exception`. Values of credentials are blacked out.
+A JSON line has time (UTC), level, logger, message and stage, the figures of the line (step, loss …)
+if it has any, and a traceback as `exception`. Values of credentials are blacked out.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ STAGE_VARIABLE = "FINETUNE_STAGE"  # inherited by the processes that a stage sta
 _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    # Threads that wait actively take the time of those that work, wherever the CPUs are shared or
-    # limited: measured on two busy CPUs, training ran five times as fast without.
+    # Threads that wait actively take time from those that work where CPUs are shared or limited.
+    # Measured on two busy CPUs: training ran five times as fast without.
     "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    # Rows of any length come and go: without, the GPU's memory falls to pieces that fit nothing.
+    # Rows of any length come and go. Without this, the GPU's memory fragments until nothing fits.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
@@ -44,24 +44,19 @@ _USER_IN_URL = re.compile(r"(?<=://)[^\s/@:]+:[^\s/@]+(?=@)")
 
 
 class LogFormat(StrEnum):
-    """How a line of the log is written."""
-
     HUMAN = "human"
     JSON = "json"
 
 
-def set_up_libraries(log_format: LogFormat | None = None) -> None:
-    """Log our own lines and of the libraries only warnings; call it before importing them.
+def set_up_libraries() -> None:
+    """Log our own lines, and only warnings of the libraries; call it before importing them.
 
-    Without a format, FINETUNE_LOG_FORMAT decides, which the processes that this one starts read
-    as well.
+    FINETUNE_LOG_FORMAT chooses the format, also in the processes that this one starts.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    chosen = log_format or _format_of_environment()
-    os.environ[FORMAT_VARIABLE] = chosen.value
     handler = logging.StreamHandler(sys.stdout)
-    if chosen is LogFormat.JSON:
+    if os.environ.get(FORMAT_VARIABLE) == LogFormat.JSON:
         handler.setFormatter(JsonLine())
         logging.captureWarnings(True)
     else:
@@ -73,7 +68,7 @@ def set_up_libraries(log_format: LogFormat | None = None) -> None:
 
 
 def begin_stage(stage: str) -> None:
-    """Let each line say which stage it belongs to, also those of processes started from now on."""
+    """Name the stage in each JSON line, also in processes that start from now on."""
     os.environ[STAGE_VARIABLE] = stage
 
 
@@ -87,13 +82,10 @@ def redact(text: str) -> str:
 
 
 class HumanLine(logging.Formatter):
-    """The time of day and the message."""
-
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        """Render a record."""
         return redact(super().format(record))
 
 
@@ -110,21 +102,11 @@ class JsonLine(JsonFormatter):
         )
 
     def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
-        """Add the stage, and write levels as the operator does."""
-        # Only here are the names the final ones: renaming comes before.
+        # Renaming comes before, so the names here are the final ones.
         log_data["level"] = str(log_data["level"]).lower()
         if stage := os.environ.get(STAGE_VARIABLE):
             log_data["stage"] = stage
         return log_data
 
     def format(self, record: logging.LogRecord) -> str:
-        """Render a record."""
         return redact(super().format(record))
-
-
-def _format_of_environment() -> LogFormat:
-    value = os.environ.get(FORMAT_VARIABLE, LogFormat.HUMAN)
-    try:
-        return LogFormat(value)
-    except ValueError:
-        return LogFormat.HUMAN
