@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from finetune_trainer.contract import Quantization, Reason, StageError
+from finetune_trainer.contract import Progress, Quantization, Reason, StageError
 from finetune_trainer.export.gguf.convert import Model, write_sixteen
 from finetune_trainer.export.merge.model_folder import assemble
 from finetune_trainer.runtime.failures import MemoryFullError
@@ -173,8 +173,9 @@ class Listened(Reporter):
         super().__init__()
         self._listener = listener
 
-    def set_quietly(self, message: str) -> None:
-        self._listener(message)
+    def update(self, changes: Progress) -> None:
+        if changes.message:
+            self._listener(changes.message)
 
 
 def test_a_file_comes_of_a_process_of_its_own_that_says_how_far_it_is(

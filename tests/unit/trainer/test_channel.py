@@ -22,10 +22,10 @@ def test_all_that_was_sent_is_handled_when_the_block_ends(tmp_path: Path) -> Non
     notice = Notice(code=NoticeCode.OVERFITTING, evidence="loss 1", remedy="Stop.")
     with listening(tmp_path, got.append):
         with closing(Channel(tmp_path)) as channel:
-            channel.publish({"step": 1})
+            channel.publish(Progress(step=1))
             channel.checkpoint(5, Path("/work/checkpoint-5"))
         with closing(Channel(tmp_path)) as channel:  # another worker
-            channel.publish({"step": 2})
+            channel.publish(Progress(step=2))
             channel.notice(notice)
     assert got == [
         WorkerMessage(progress=Progress(step=1)),
@@ -38,10 +38,10 @@ def test_all_that_was_sent_is_handled_when_the_block_ends(tmp_path: Path) -> Non
 def test_a_field_that_is_cleared_is_told_from_one_that_is_left_out(tmp_path: Path) -> None:
     got: list[WorkerMessage] = []
     with listening(tmp_path, got.append), closing(Channel(tmp_path)) as channel:
-        channel.publish({"loss": None, "tokensPerSecond": 12.5})
+        channel.publish(Progress(loss=None, tokens_per_second=12.5))
     (message,) = got
     assert message.progress is not None
-    fields = message.progress.model_dump(mode="json", exclude_unset=True)
+    fields = message.progress.merge_patch()
     assert fields == {"loss": None, "tokensPerSecond": 12.5}
 
 
@@ -53,7 +53,7 @@ def test_draining_waits_for_what_was_sent_so_far_also_after_half_a_line(tmp_path
         drain()
         assert got == [WorkerMessage(progress=Progress(step=1))]
         with closing(Channel(tmp_path)) as channel:
-            channel.publish({"step": 2})
+            channel.publish(Progress(step=2))
         drain()
         assert got[1:] == [WorkerMessage(progress=Progress(step=2))]
     drain()  # nobody listens any more, which is no error
@@ -69,4 +69,4 @@ def test_an_error_in_handling_is_raised_where_somebody_can_answer_for_it(tmp_pat
         listening(tmp_path, handle),
         closing(Channel(tmp_path)) as channel,
     ):
-        channel.publish({"step": 1})
+        channel.publish(Progress(step=1))

@@ -85,7 +85,8 @@ def test_a_step_has_its_figures_as_fields() -> None:
     handler.setFormatter(JsonLine())
     progress = logging.getLogger("finetune_trainer.runtime.progress")
     progress.addHandler(handler)
-    level, progress.level = progress.level, logging.INFO
+    level = progress.level
+    progress.setLevel(logging.INFO)
     try:
         Reporter().training_step(
             10, 40, loss=1.5, learning_rate=2e-4, epoch=0.5, tokens_per_second=99.94, eta_seconds=30
@@ -93,7 +94,7 @@ def test_a_step_has_its_figures_as_fields() -> None:
         Reporter().evaluation(10, 1.25)
     finally:
         progress.removeHandler(handler)
-        progress.level = level
+        progress.setLevel(level)
 
     step, evaluation = (json.loads(line) for line in stream.getvalue().splitlines())
     figures = {

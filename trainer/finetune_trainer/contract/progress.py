@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 from finetune_trainer.contract.base import GROUP, PLURAL, VERSION, Base, Stage
 from finetune_trainer.contract.notices import Notice
 from finetune_trainer.contract.run import JobReference
@@ -57,3 +59,16 @@ class Progress(Base):
 
     last_update_time: str | None = None
     """When this was written (RFC 3339)."""
+
+    def updated(self, newer: Progress) -> Self:
+        """With the fields that `newer` sets, None included."""
+        return self.model_copy(update={n: getattr(newer, n) for n in newer.model_fields_set})
+
+    def merge_patch(self) -> dict[str, Any]:
+        """A merge patch with the fields that are set here: null clears one, others stay."""
+        patch = self.model_dump(mode="json", exclude_unset=True)
+        # A merge patch replaces lists as a whole, and nulls in one would stay.
+        if "notices" in patch:
+            notices = [each.model_dump(mode="json", exclude_none=True) for each in self.notices]
+            patch["notices"] = notices or None
+        return patch

@@ -1,7 +1,7 @@
 """How far the work is: a line in the log, and `status.progress` of the FineTuneJob.
 
-The patch to the API server is sent by a thread of its own, at most every ten seconds, so that the
-work never waits for it. When it fails, one warning is logged and the work goes on.
+A thread of its own patches the status, at most every ten seconds, so the work never waits for the
+API server. When a patch fails, one warning is logged and the work goes on.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
-from finetune_trainer.contract import JobReference, Notice, Stage, status_path
+from finetune_trainer.contract import JobReference, Notice, Progress, Stage, status_path
 from finetune_trainer.runtime.units import duration, perplexity, size
 
 if TYPE_CHECKING:
@@ -32,23 +32,23 @@ log = logging.getLogger(__name__)
 
 
 class Publisher(Protocol):
-    """Brings a merge patch of `status.progress` to where people look."""
+    """Brings changes of status.progress to where people look."""
 
-    def publish(self, progress: dict[str, Any]) -> None:
-        """Send; raises OSError or ValueError when it fails."""
+    def publish(self, changes: Progress) -> None:
+        """Send the fields that are set in `changes`; raises OSError or ValueError."""
 
     def close(self) -> None:
         """Release connections."""
 
 
 class Reporter:
-    """Collects what the stages report; fields that are None are cleared."""
+    """Collects what the stages report, and publishes it from time to time."""
 
     def __init__(self, publisher: Publisher | None = None, interval: float = INTERVAL_SECONDS):
         self._publisher = publisher
         self._interval = interval
-        self._fields: dict[str, Any] = {}
-        self._notices: list[Notice] = []
+        self._changes = Progress()  # not published yet
+        self._notices: tuple[Notice, ...] = ()
         self._dirty = threading.Event()
         self._closing = threading.Event()
         self._lock = threading.Lock()
@@ -60,43 +60,44 @@ class Reporter:
     def begin(self, stage: Stage, message: str) -> None:
         """A stage begins: clear what no longer applies.
 
-        What the training said last (loss, notices) stays, except for `train`.
+        What the training reported last (loss, notices) stays, except for `train`.
         """
-        cleared = [
-            "step",
-            "totalSteps",
-            "percent",
-            "epoch",
-            "learningRate",
-            "tokensPerSecond",
-            "eta",
-        ]
-        if stage is Stage.TRAIN:
-            cleared += ["loss", "evalLoss", "notices"]
-            self._notices = []
         log.info("%s", message)
-        begun = {"stage": stage.value, "job": os.environ.get(JOB_VARIABLE), "message": message}
-        # In one piece, lest the new stage be seen with the message of the one before.
-        self._update({**dict.fromkeys(cleared), **begun})
+        # One update, so that nobody sees the new stage with the message of the one before.
+        changes = Progress(
+            stage=stage,
+            job=os.environ.get(JOB_VARIABLE),
+            message=message,
+            step=None,
+            total_steps=None,
+            percent=None,
+            epoch=None,
+            learning_rate=None,
+            tokens_per_second=None,
+            eta=None,
+        )
+        if stage is Stage.TRAIN:
+            self._notices = ()
+            changes = changes.updated(Progress(loss=None, eval_loss=None, notices=()))
+        self.update(changes)
 
     def done(self, message: str) -> None:
-        """The stage is done; the log gets its own last line."""
-        self._update({"percent": "100%", "eta": None, "message": message})
+        """The stage is done; its caller logs the last line."""
+        self.update(Progress(percent="100%", eta=None, message=message))
 
     def message(self, text: str) -> None:
         """Say what is being done, in the log and in the status."""
         log.info("%s", text)
-        self._update({"message": text})
+        self.update(Progress(message=text))
 
     def steps(self, step: int, total: int, *, eta_seconds: float | None = None) -> None:
-        """Say how many of the steps are done."""
-        self._update(
-            {
-                "step": step,
-                "totalSteps": total,
-                "percent": f"{100 * step // max(total, 1)}%",
-                "eta": None if eta_seconds is None else duration(eta_seconds),
-            }
+        self.update(
+            Progress(
+                step=step,
+                total_steps=total,
+                percent=f"{100 * step // max(total, 1)}%",
+                eta=None if eta_seconds is None else duration(eta_seconds),
+            )
         )
 
     def training_step(
@@ -110,7 +111,7 @@ class Reporter:
         tokens_per_second: float,
         eta_seconds: float,
     ) -> None:
-        """The figures of a logging step: a line in the log, and into the status."""
+        """The figures of a logging step, in the log and in the status."""
         log.info(
             "step %d/%d  epoch %.2f  loss %.4f  learning rate %.2e  %.0f tokens/s  %s left",
             step,
@@ -130,13 +131,13 @@ class Reporter:
                 "eta_seconds": round(eta_seconds),
             },
         )
-        self._update(
-            {
-                "loss": _figure(loss, 4),
-                "learningRate": learning_rate,
-                "epoch": round(epoch, 2),
-                "tokensPerSecond": _figure(tokens_per_second, 1),
-            }
+        self.update(
+            Progress(
+                loss=_figure(loss, 4),
+                learning_rate=learning_rate,
+                epoch=round(epoch, 2),
+                tokens_per_second=_figure(tokens_per_second, 1),
+            )
         )
 
     def evaluation(self, step: int, loss: float) -> None:
@@ -148,24 +149,22 @@ class Reporter:
             perplexity(loss),
             extra={"step": step, "eval_loss": _figure(loss, 6)},
         )
-        self._update({"evalLoss": _figure(loss, 4)})
+        self.update(Progress(eval_loss=_figure(loss, 4)))
 
     def notice(self, notice: Notice) -> None:
-        """Say what the training noticed or did: a line in the log, and into the status."""
+        """Say what the training noticed or did, in the log and in the status."""
         level = logging.WARNING if notice.warning else logging.INFO
         extra = {"code": notice.code, "step": notice.step}
         log.log(level, "%s: %s", notice.code, notice.text, extra=extra)
-        self._notices = [*self._notices, notice][-NOTICE_LIMIT:]
-        # A merge patch replaces lists: each has to be whole.
-        dumped = [each.model_dump(mode="json", exclude_none=True) for each in self._notices]
-        self._update({"notices": dumped})
+        self._notices = (*self._notices, notice)[-NOTICE_LIMIT:]
+        self.update(Progress(notices=self._notices))
 
     def transfer(self, what: str, total_bytes: int) -> Transfer:
         """Count bytes of a download or upload; the message shows the share."""
         return Transfer(self, what, total_bytes)
 
     def close(self) -> None:
-        """Send what is left, shortly."""
+        """Send what is left, for some seconds at most."""
         if self._closing.is_set():
             return
         self._closing.set()
@@ -174,7 +173,6 @@ class Reporter:
             self._thread.join(timeout=REQUEST_SECONDS)
 
     def __enter__(self) -> Self:
-        """Nothing happens yet."""
         return self
 
     def __exit__(
@@ -183,22 +181,14 @@ class Reporter:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Send what is left."""
         self.close()
 
-    def forward(self, fields: dict[str, Any]) -> None:
-        """Take over what the Reporter of a child process has collected."""
-        self._update(fields)
-
-    def set_quietly(self, message: str) -> None:
-        """A message for the status only."""
-        self._update({"message": message})
-
-    def _update(self, fields: dict[str, Any]) -> None:
+    def update(self, changes: Progress) -> None:
+        """Change the fields that are set in `changes`, in the status only; None clears one."""
         if self._publisher is None:
             return
         with self._lock:
-            self._fields.update(fields)
+            self._changes = self._changes.updated(changes)
         self._dirty.set()
 
     def _send_loop(self) -> None:
@@ -213,24 +203,20 @@ class Reporter:
     def _send(self) -> None:
         with self._lock:
             self._dirty.clear()
-            fields, self._fields = self._fields, {}
-        if not fields or self._publisher is None:
+            changes, self._changes = self._changes, Progress()
+        if not changes.model_fields_set or self._publisher is None:
             return
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
-            self._publisher.publish({**fields, "lastUpdateTime": now})
+            self._publisher.publish(changes.updated(Progress(last_update_time=now)))
         except (OSError, ValueError) as error:
-            self._keep(fields)
+            with self._lock:  # try again, with what came in since
+                self._changes = changes.updated(self._changes)
             if not self._failed:
                 log.warning("Progress can't be reported, the work goes on: %s", error)
             self._failed = True
         else:
             self._failed = False
-
-    def _keep(self, fields: dict[str, Any]) -> None:
-        """Put back what could not be sent, below what came in since."""
-        with self._lock:
-            self._fields = {**fields, **self._fields}
 
 
 class Transfer:
@@ -256,7 +242,7 @@ class Transfer:
         text = f"{self._what}: {percent}% of {size(self._total)}"
         if loud:
             log.info("%s", text)
-        self._reporter.set_quietly(text)
+        self._reporter.update(Progress(message=text))
 
 
 class ApiServer:
@@ -271,15 +257,15 @@ class ApiServer:
         self._account = account
         self._client: httpx.Client | None = None
 
-    def publish(self, progress: dict[str, Any]) -> None:
-        """One PATCH. The token is read each time, since the kubelet renews it."""
+    def publish(self, changes: Progress) -> None:
         if self._client is None:
             self._client = self._connect()
+        # The kubelet renews the token, so it is read each time.
         token = (self._account / "token").read_text().strip()
         try:
             answer = self._client.patch(
                 self._url,
-                json={"status": {"progress": progress}},
+                json={"status": {"progress": changes.merge_patch()}},
                 headers={
                     "Authorization": f"Bearer {token}",
                     "Content-Type": "application/merge-patch+json",
@@ -291,7 +277,6 @@ class ApiServer:
             raise ConnectionError(f"the API server answered {answer.status_code}")
 
     def close(self) -> None:
-        """Close the connection."""
         if self._client:
             self._client.close()
 
@@ -303,7 +288,7 @@ class ApiServer:
 
 
 def reporter_for(job: JobReference | None, account: Path = SERVICE_ACCOUNT) -> Reporter:
-    """Report to the API server when this is a pod of a FineTuneJob, else to the log only."""
+    """Reports to the API server in a pod of a FineTuneJob, elsewhere to the log only."""
     host = os.environ.get("KUBERNETES_SERVICE_HOST")
     port = os.environ.get("KUBERNETES_SERVICE_PORT", "443")
     if job is None or not host or not (account / "token").exists():

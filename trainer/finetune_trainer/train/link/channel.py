@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 from finetune_trainer.contract import Base, Notice, Progress
@@ -46,8 +45,8 @@ class Channel:
         self._stream = (workdir / FIFO).open("w", encoding="utf-8")
         self._lock = threading.Lock()
 
-    def publish(self, progress: dict[str, Any]) -> None:
-        self._send(WorkerMessage(progress=Progress.model_validate(progress)))
+    def publish(self, changes: Progress) -> None:
+        self._send(WorkerMessage(progress=changes))
 
     def notice(self, notice: Notice) -> None:
         self._send(WorkerMessage(notice=notice))

@@ -104,8 +104,7 @@ class TrainingSession:
 
         def handle(message: WorkerMessage) -> None:
             if message.progress:
-                fields = message.progress.model_dump(mode="json", exclude_unset=True)
-                self._reporter.forward(fields)
+                self._reporter.update(message.progress)
             if message.notice:
                 self._notice_from_worker(message.notice)
             if message.checkpoint:
