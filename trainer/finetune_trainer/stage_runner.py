@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 def perform(stage: Stage, config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     """Run one stage in a folder of its own below `workspace`, which is removed afterwards."""
     begin_stage(stage)
-    room = workspace / stage
-    shutil.rmtree(room, ignore_errors=True)
-    room.mkdir(parents=True)
-    result = _stage_function(stage)(config, room, reporter)
+    workdir = workspace / stage
+    shutil.rmtree(workdir, ignore_errors=True)
+    workdir.mkdir(parents=True)
+    result = _stage_function(stage)(config, workdir, reporter)
     reporter.done(result.message)
-    shutil.rmtree(room, ignore_errors=True)
+    shutil.rmtree(workdir, ignore_errors=True)
     return result
 
 
@@ -51,7 +51,6 @@ def guarded(stage: Stage, work: Callable[[], StageResult]) -> StageResult:
 
 
 def as_result(stage: Stage, failure: StageError) -> StageResult:
-    """The result of a stage that failed."""
     return StageResult(
         stage=stage,
         reason=failure.reason,
@@ -72,10 +71,10 @@ def write_termination_message(result: StageResult, path: Path | None) -> None:
 
 
 def stop_on_signal(stage: Callable[[], Stage], path: Path | None, reporter: Reporter) -> None:
-    """On SIGTERM or SIGINT, save what the stage can save, say so and end.
+    """On SIGTERM or SIGINT, save what the stage can save, write the result and end.
 
-    Python runs signal handlers between its own instructions only, and a quantization stays in
-    native code for minutes. So the signal wakes a thread, through a pipe, that ends the process.
+    Python runs signal handlers only between its own instructions, and a quantization stays in
+    native code for minutes. So the signal wakes a thread through a pipe, and that ends the process.
     """
     wake, write = os.pipe()
     os.set_blocking(write, False)
@@ -102,9 +101,13 @@ def stop_on_signal(stage: Callable[[], Stage], path: Path | None, reporter: Repo
 def _stage_function(stage: Stage) -> Callable[[RunConfig, Path, Reporter], StageResult]:
     # Imported when needed: each brings seconds of libraries that the others do without.
     if stage is Stage.PREPARE:
-        from finetune_trainer.prepare.stage import run  # noqa: PLC0415
-    elif stage is Stage.TRAIN:
-        from finetune_trainer.train.stage import run  # noqa: PLC0415
-    else:
-        from finetune_trainer.export.stage import run  # noqa: PLC0415
-    return run
+        from finetune_trainer.prepare.stage import run as prepare  # noqa: PLC0415
+
+        return prepare
+    if stage is Stage.TRAIN:
+        from finetune_trainer.train.stage import run as train  # noqa: PLC0415
+
+        return train
+    from finetune_trainer.export.stage import run as export  # noqa: PLC0415
+
+    return export

@@ -11,7 +11,7 @@ import pytest
 
 from finetune_trainer.contract import Fingerprints, Hub, Reason, RunConfig, Stage, StageError
 from finetune_trainer.export.publish.hub import TOKEN_VARIABLE, check_token, push
-from finetune_trainer.prepare.stage import held_stages
+from finetune_trainer.prepare.stage import complete_stages
 from finetune_trainer.runtime.progress import Reporter
 from finetune_trainer.store import LocalFolder
 from finetune_trainer.store.marker import MANIFEST, PUSHED, Marker, find_pushed
@@ -169,7 +169,7 @@ def test_prepare_asks_for_an_export_until_the_push_is_done(
         config = RunConfig.model_validate(
             {"model": {"source": "a/b"}, "dataset": {"source": "/d.csv"}, "output": asked}
         )
-        return set(held_stages(config, output, prints))
+        return set(complete_stages(config, output, prints))
 
     assert held(None) == {Stage.EXPORT}
     assert held(HUB) == {Stage.TRAIN}

@@ -25,7 +25,7 @@ from finetune_trainer.export.ollama.template import (
     trials,
 )
 from finetune_trainer.model.tokenizer import (
-    BEGIN,
+    BEGIN_OF_TEXT,
     PLAIN_TEMPLATE,
     as_example,
     begins_with_bos,
@@ -160,7 +160,7 @@ def served(
     if request.param != KINDS[0]:
         tokenizer.chat_template, expected = None, PLAIN_TEMPLATE
     if request.param == KINDS[2]:
-        tokenizer.bos_token, expected = "<|endoftext|>", BEGIN + PLAIN_TEMPLATE
+        tokenizer.bos_token, expected = "<|endoftext|>", BEGIN_OF_TEXT + PLAIN_TEMPLATE
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
         )
@@ -230,7 +230,7 @@ def test_a_token_that_the_training_did_not_see_is_switched_off_or_told_of(
     served: tuple[PreTrainedTokenizerBase, Path, str],
 ) -> None:
     tokenizer, file, expected = served
-    if expected.startswith(BEGIN):
+    if expected.startswith(BEGIN_OF_TEXT):
         assert begins_with_bos(tokenizer)
         return
     tokenizer = copy.deepcopy(tokenizer)

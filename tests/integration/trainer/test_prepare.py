@@ -19,9 +19,9 @@ from finetune_trainer.model.tokenizer import (
     load_tokenizer,
 )
 from finetune_trainer.prepare.checks import check_template, describe_template
+from finetune_trainer.prepare.dataset_files import DataFile, DatasetRows
 from finetune_trainer.prepare.examples import check_lengths, write_examples
 from finetune_trainer.prepare.report import Findings
-from finetune_trainer.prepare.rows import DataFile, Rows
 from finetune_trainer.prepare.split import hold_out
 from finetune_trainer.store import LocalFolder
 from hack.object_store import Credentials
@@ -102,7 +102,7 @@ def load(folder: Path, rows: list[Any] | None, **dataset: Any) -> Findings:
     store = LocalFolder(folder)
     info = store.stat(local.name)
     assert info
-    findings = Findings(config, Rows(DataFile(str(local), store, info), local))
+    findings = Findings(config, DatasetRows(DataFile(str(local), store, info), local))
     findings.rows.load(config.dataset, config.training.seed)
     return findings
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -71,3 +73,11 @@ def test_durations(seconds: float, text: str) -> None:
 )
 def test_sizes(count: int, text: str) -> None:
     assert size(count) == text
+
+
+def test_prepare_loads_neither_torch_nor_transformers_before_its_first_checks() -> None:
+    code = (
+        "import sys, finetune_trainer.prepare.stage; "
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,7 @@ import pytest
 
 from finetune_trainer.prepare.statistics import (
     BINS,
-    Lengths,
+    TokenCounts,
     histogram,
     length_that_fits,
     percentile,
@@ -18,7 +18,7 @@ from finetune_trainer.prepare.statistics import (
 )
 
 
-def lengths(*values: int) -> Lengths:
+def lengths(*values: int) -> TokenCounts:
     return np.array(values, dtype=np.uint32)
 
 

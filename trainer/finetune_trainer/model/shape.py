@@ -7,7 +7,9 @@ models without these keys are not covered: there is no shape, and so no predicti
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 from finetune_trainer.contract import Lora
@@ -60,6 +62,11 @@ class Shape:
 
     fused: bool = False
     """Whether query, key and value (and gate and up) are one linear layer."""
+
+    @classmethod
+    def of_model(cls, folder: Path) -> Self | None:
+        """Of the model in a folder; see `from_config`."""
+        return cls.from_config(json.loads((folder / "config.json").read_bytes()))
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self | None:

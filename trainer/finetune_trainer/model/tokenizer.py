@@ -14,17 +14,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Message, Reason, StageError
 
-PROBES = (
-    "3 33 333 3333 33333 1,234.56 2026-11-24",
-    "I've said it'd WORK; they'LL see. (Don't [stop]!) a_b-c/d == 'x' && \"y\"",
-    "one  two   three\n\nfour\n\n\nfive\tsix\n  seven",
-    "Zürich, naïve café, señor, Привет мир, Ελλάδα, 你好世界, こんにちは, 한국어, ١٢٣",
-    "🙂 👩‍👩‍👧 ✓ → ≤ ½ € ™",
-)
-"""Texts at which the ways to split text before tokenizing differ: numbers, contractions, white
-space, scripts, emoji. A handful of rows may contain none of these."""
-
-
 log = logging.getLogger(__name__)
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -37,6 +26,16 @@ _ORIGINAL_FILES = (
     "vocab.json",
     "merges.txt",
 )
+
+HARD_TO_SPLIT = (
+    "3 33 333 3333 33333 1,234.56 2026-11-24",
+    "I've said it'd WORK; they'LL see. (Don't [stop]!) a_b-c/d == 'x' && \"y\"",
+    "one  two   three\n\nfour\n\n\nfive\tsix\n  seven",
+    "Zürich, naïve café, señor, Привет мир, Ελλάδα, 你好世界, こんにちは, 한국어, ١٢٣",
+    "🙂 👩‍👩‍👧 ✓ → ≤ ½ € ™",
+)
+"""Texts at which the ways to split text before tokenizing differ: numbers, contractions, white
+space, scripts, emoji. A handful of rows may contain none of these."""
 
 IGNORED = -100  # label of a token that no loss is computed on
 
@@ -55,7 +54,7 @@ PLAIN_TEMPLATE = (
 merged model and the GGUF files use what the training used. The token that the tokenizer begins a
 text with, if it does, stands before it."""
 
-BEGIN = "{{ bos_token }}"
+BEGIN_OF_TEXT = "{{ bos_token }}"
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -108,7 +107,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, target: Path)
 def fallback_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The template for a base model that has none."""
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return BEGIN + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
+    return BEGIN_OF_TEXT + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
-"""Whether the base model can be trained and exported as asked, and how it fits the hardware."""
+"""Whether the base model's chat template, layers and tokenizer can do what the spec asks for."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -21,38 +20,42 @@ from finetune_trainer.contract import (
     Reason,
     RunConfig,
     StageError,
-    TrainingPlan,
 )
-from finetune_trainer.memory.disk import check_disk, downloaded, training_disk
-from finetune_trainer.memory.plan import Lengths, describe, plan
 from finetune_trainer.model import rehearsal
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.source import ModelFiles, display_name
 from finetune_trainer.model.targets import resolve_targets
 from finetune_trainer.model.tokenizer import (
-    BEGIN,
+    BEGIN_OF_TEXT,
+    HARD_TO_SPLIT,
     PLAIN_TEMPLATE,
-    PROBES,
     end_of_turn_ids,
     load_tokenizer,
     render,
 )
 from finetune_trainer.runtime.progress import Reporter
 
+BLOCK = 32  # values that each quantized block has at least (Q8_0)
+K_BLOCK = 256  # of all types below Q8_0; llama.cpp takes a larger type where rows don't divide
+
 _MARK = "\N{SNOWMAN}"  # in no template
-_REMEDY = (
+_SYSTEM_REMEDY = (
     "Leave spec.dataset.systemPrompt and the rows' system prompts out and put that text into the "
     "instructions, or choose a base model that knows system prompts."
 )
 
+log = logging.getLogger(__name__)
+
 
 def check_template(tokenizer: PreTrainedTokenizerBase, *, system: bool) -> None:
-    """Raises StageError(ModelUnsupported) when the template fails on a question and an answer or
-    does not end the answer with a special token, and StageError(InvalidConfig) when `system` is
-    asked for and it takes no system prompt."""
+    """Raise StageError(ModelUnsupported) when the template fails on a question and an answer, or
+    does not end the answer with a special token.
+
+    With `system`, raise StageError(InvalidConfig) when it takes no system prompt.
+    """
     try:
         ends = end_of_turn_ids(tokenizer)
-    except Exception as error:  # Jinja runs the model's own template: anything can come out
+    except Exception as error:  # the model's own template runs: anything can come out
         raise StageError(
             Reason.MODEL_UNSUPPORTED,
             f"The base model's chat template fails on a user's question and an answer: {error} "
@@ -69,11 +72,10 @@ def check_template(tokenizer: PreTrainedTokenizerBase, *, system: bool) -> None:
 
 
 def describe_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """The template for dataset-report.json."""
     text = str(tokenizer.get_chat_template())
     return ChatTemplate(
         sha256=hashlib.sha256(text.encode()).hexdigest(),
-        fallback=text.removeprefix(BEGIN) == PLAIN_TEMPLATE,
+        fallback=text.removeprefix(BEGIN_OF_TEXT) == PLAIN_TEMPLATE,
     )
 
 
@@ -89,76 +91,71 @@ def _check_system(tokenizer: PreTrainedTokenizerBase) -> None:
     except Exception as error:  # as above
         raise StageError(
             Reason.INVALID_CONFIG,
-            f"The base model's chat template takes no system prompt ({error}). {_REMEDY}",
+            f"The base model's chat template takes no system prompt ({error}). {_SYSTEM_REMEDY}",
         ) from error
     if not kept:
         raise StageError(
             Reason.INVALID_CONFIG,
-            f"The base model's chat template leaves system prompts out. {_REMEDY}",
+            f"The base model's chat template leaves system prompts out. {_SYSTEM_REMEDY}",
         )
-
-
-BLOCK = 32  # values that each quantized block has at least (Q8_0)
-K_BLOCK = 256  # of all types below Q8_0; llama.cpp takes a larger type where rows don't divide
-
-log = logging.getLogger(__name__)
 
 
 def check_model(
     config: RunConfig,
     model: ModelFiles,
     base: Path,
-    workspace: Path,
+    workdir: Path,
     reporter: Reporter,
     *,
     rows: Iterable[Sequence[Message]] = (),
 ) -> None:
     """Look at tensors, architecture and tokenizer.
 
-    `base` has the model's small files; `rows` are conversations that llama.cpp must read as the
-    training does, beside texts that are hard to split. Raises StageError: InvalidConfig where the
-    model lacks a target module, ModelUnsupported where llama.cpp can't do what spec.export.gguf
-    asks for.
+    `base` has the model's small files. `rows` are conversations: llama.cpp must read them as the
+    training does, and texts that are hard to split as well. Raises StageError: InvalidConfig where
+    the model lacks a target module, ModelUnsupported where llama.cpp can't do what
+    spec.export.gguf asks for.
     """
     headers = rehearsal.read_headers(model, config.storage)
     check_targets(config.training.lora, rehearsal.tensor_names(headers))
     if not config.export.gguf:
         return
     reporter.message("Checking that llama.cpp can convert the model")
-    check_widths(config.export, Shape.from_config(json.loads((base / "config.json").read_bytes())))
+    check_widths(config.export, Shape.of_model(base))
     tokenizer = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
-    texts = [*rendered(tokenizer, rows), *PROBES]
-    found = rehearsal.rehearse(
-        rehearsal.with_stand_ins(model, headers, base, workspace / "rehearsal"),
+    texts = [*_rendered(tokenizer, rows), *HARD_TO_SPLIT]
+    theirs = rehearsal.rehearse(
+        rehearsal.with_stand_ins(model, headers, base, workdir / "rehearsal"),
         display_name(config.model.source),
-        workspace / "rehearsal.gguf",
+        workdir / "rehearsal.gguf",
         texts,
         trust_remote_code=config.model.trust_remote_code,
     )
-    check_tokens(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], found)
+    check_tokens(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], theirs)
 
 
-def rendered(
+def _rendered(
     tokenizer: PreTrainedTokenizerBase, rows: Iterable[Sequence[Message]]
 ) -> Iterator[str]:
-    """Conversations as text, without those that the template refuses: they are found later."""
     for row in rows:
-        with suppress(Exception):  # the model's own template runs: anything can come out
+        # A row that the template refuses is a bad row, which shows when all rows are encoded.
+        with suppress(Exception):
             yield render(tokenizer, row)
 
 
 def check_tokens(texts: list[str], ours: list[list[int]], theirs: list[list[int]]) -> None:
     """Raise StageError(ModelUnsupported) when llama.cpp splits a text otherwise."""
-    other = [n for n, (one, two) in enumerate(zip(ours, theirs, strict=True)) if one != two]
-    if not other:
+    pairs = zip(texts, ours, theirs, strict=True)
+    different = [(text, mine, other) for text, mine, other in pairs if mine != other]
+    if not different:
         return
-    text, one, two = texts[other[0]], ours[other[0]], theirs[other[0]]
-    at = next((n for n, pair in enumerate(zip(one, two, strict=False)) if len({*pair}) > 1), 0)
+    text, mine, other = different[0]
+    at = next((n for n, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), 0)
     raise StageError(
         Reason.MODEL_UNSUPPORTED,
-        f"llama.cpp splits {len(other)} of {len(texts)} texts into other tokens than the training "
-        f"would, so its GGUF files would answer worse: {two[at : at + 8]} instead of "
-        f"{one[at : at + 8]} in {text[:100]!r}. Choose another base model, or leave "
+        f"llama.cpp splits {len(different)} of {len(texts)} texts into other tokens than the "
+        f"training would, so its GGUF files would answer worse: {other[at : at + 8]} instead of "
+        f"{mine[at : at + 8]} in {text[:100]!r}. Choose another base model, or leave "
         "spec.export.gguf empty to get the adapter and the merged model only.",
     )
 
@@ -171,7 +168,7 @@ def check_targets(lora: Lora, tensors: list[str]) -> None:
 
 
 def check_widths(export: Export, shape: Shape | None) -> None:
-    """Raise StageError(ModelUnsupported) when llama.cpp would leave the layers as they are."""
+    """Raise StageError(ModelUnsupported) when llama.cpp would not quantize the layers."""
     quantized = [kind for kind in export.gguf if kind not in UNQUANTIZED]
     if shape is None or not quantized:
         return
@@ -191,36 +188,3 @@ def check_widths(export: Export, shape: Shape | None) -> None:
             K_BLOCK,
             ", ".join(small),
         )
-
-
-def plan_training(
-    config: RunConfig, model: ModelFiles, folder: Path, longest: int
-) -> TrainingPlan | None:
-    """How to split a step; None where nothing is known of the hardware or of the model's widths.
-
-    `folder` has the model's config.json; `longest` is the tokens of the longest example, as it is
-    trained on. Raises StageError: OutOfGPUMemory, OutOfMemory, OutOfDisk, InvalidConfig.
-    """
-    if config.hardware is None:
-        return None
-    shape = Shape.from_config(json.loads((folder / "config.json").read_bytes()))
-    if shape is None:
-        log.warning(
-            "The widths of %s can't be read from its config.json, so its memory is not predicted",
-            config.model.source,
-        )
-        return None
-    check_training_disk(config, model, shape)
-    made = plan(config.training, shape, Lengths(longest), config.hardware)
-    log.info("Plan: %s", describe(made, config.hardware))
-    return made
-
-
-def check_training_disk(config: RunConfig, model: ModelFiles, shape: Shape) -> None:
-    """Raise StageError(OutOfDisk) when the base model alone would fill the training's disk."""
-    available = config.hardware.ephemeral_storage_bytes if config.hardware else None
-    if available is None:
-        return
-    need = training_disk(shape, config.training.lora, downloaded(config.model.source, model.sizes))
-    limit = "set stages.train.resources.limits.ephemeral-storage to"
-    check_disk(need, available, "The training", limit)

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Dataset, Message, Reason, StageError, allowed
 from finetune_trainer.model.tokenizer import IGNORED, Encoded, as_example, encode_batch
-from finetune_trainer.prepare.rows import Rows
+from finetune_trainer.prepare.dataset_files import DatasetRows
 from finetune_trainer.prepare.split import Mask
-from finetune_trainer.prepare.statistics import Lengths, length_that_fits, percentile
+from finetune_trainer.prepare.statistics import TokenCounts, length_that_fits, percentile
 from finetune_trainer.store.marker import EXAMPLES, HELD_OUT
 
 BATCH = 256  # rows that are tokenized together
@@ -26,17 +26,17 @@ NOTHING = Encoded([], [], only_last=False)
 
 
 @dataclass(frozen=True)
-class Examples:
+class EncodedRows:
     """What the rows of one file are in tokens, row by row."""
 
-    rows: Rows
+    rows: DatasetRows
     held: Mask
     """Rows that are held out."""
 
-    lengths: Lengths
+    lengths: TokenCounts
     """Tokens of the whole row, before it is cut; 0 of one that the template refused."""
 
-    answers: Lengths
+    answers: TokenCounts
     """Tokens that loss is computed on, of what is left after cutting."""
 
     limit: int
@@ -64,8 +64,8 @@ class Examples:
         return np.asarray(self.answers > 0)
 
     @property
-    def trained(self) -> Lengths:
-        """Lengths of the examples that are trained on."""
+    def trained(self) -> TokenCounts:
+        """TokenCounts of the examples that are trained on."""
         return self.lengths[~self.held & self.used]
 
     @property
@@ -75,8 +75,8 @@ class Examples:
 
 
 def write_examples(
-    rows: Rows, held: Mask, tokenizer: PreTrainedTokenizerBase, limit: int, folder: Path
-) -> Examples:
+    rows: DatasetRows, held: Mask, tokenizer: PreTrainedTokenizerBase, limit: int, folder: Path
+) -> EncodedRows:
     """Append the rows to examples.jsonl, and those that are held out to eval.jsonl.
 
     One example a line, `{"prompt": [messages], "completion": [message]}`. A row whose answers all
@@ -109,7 +109,7 @@ def write_examples(
         if not (folder / name).stat().st_size:
             (folder / name).unlink()
     rows.refuse(refused)
-    return Examples(
+    return EncodedRows(
         rows,
         held,
         np.array(lengths, dtype=np.uint32),
@@ -120,7 +120,7 @@ def write_examples(
     )
 
 
-def check_lengths(examples: Examples, dataset: Dataset) -> None:
+def check_lengths(examples: EncodedRows, dataset: Dataset) -> None:
     """Refuse a file of which too many rows are too long, or none is left to train on."""
     rows, long = examples.rows, examples.too_long
     may = allowed(dataset.max_truncated_rows, rows.total)
@@ -150,7 +150,7 @@ def check_lengths(examples: Examples, dataset: Dataset) -> None:
 
 
 def _encoded(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase
+    rows: DatasetRows, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[Message], Encoded | str]]:
     """The rows in tokens, or why the chat template refuses them."""
     records = rows.messages()

@@ -21,13 +21,13 @@ from finetune_trainer.contract import (
     RunConfig,
     Split,
 )
-from finetune_trainer.prepare.rows import Rows
+from finetune_trainer.prepare.dataset_files import DatasetRows
 from finetune_trainer.prepare.split import Mask, repeated, shared
 from finetune_trainer.prepare.statistics import TokenStats, spread, token_stats
 from finetune_trainer.store.marker import DATASET_REPORT
 
 if TYPE_CHECKING:  # it imports transformers, which takes seconds
-    from finetune_trainer.prepare.examples import Examples
+    from finetune_trainer.prepare.examples import EncodedRows
 
 SUMMARY = "summary.json"
 FIRST_INVALID = 10  # bad rows in status
@@ -52,13 +52,13 @@ class Findings:
     """What is known so far; a failure reports as much as there is."""
 
     config: RunConfig
-    rows: Rows
-    eval_rows: Rows | None = None
-    examples: Examples | None = None
-    eval_examples: Examples | None = None
+    rows: DatasetRows
+    eval_rows: DatasetRows | None = None
+    examples: EncodedRows | None = None
+    eval_examples: EncodedRows | None = None
     template: ChatTemplate | None = None
 
-    def all_rows(self) -> list[Rows]:
+    def all_rows(self) -> list[DatasetRows]:
         """The files that are read."""
         return [self.rows, *([self.eval_rows] if self.eval_rows else [])]
 
@@ -149,11 +149,11 @@ class Findings:
         return shared(self.eval_rows.hashes, self.rows.hashes)
 
 
-def _file(rows: Rows, examples: Examples | None) -> dict[str, Any]:
+def _file(rows: DatasetRows, examples: EncodedRows | None) -> dict[str, Any]:
     """The fields of a FileReport, as far as they are known."""
     found: dict[str, Any] = {
         "source": rows.file.uri,
-        "etag": rows.file.etag,
+        "etag": rows.file.info.etag,
         "detected": rows.detected,
         "rows": rows.total,
         "invalid": rows.problems.count,
@@ -177,12 +177,12 @@ def _file(rows: Rows, examples: Examples | None) -> dict[str, Any]:
     }
 
 
-def _listed(rows: Rows, mask: Mask) -> ListedRows:
+def _listed(rows: DatasetRows, mask: Mask) -> ListedRows:
     numbers = rows.numbers[mask].tolist()
     return ListedRows(count=len(numbers), rows=numbers)
 
 
-def _write_invalid(out: TextIO, key: str, rows: Rows) -> None:
+def _write_invalid(out: TextIO, key: str, rows: DatasetRows) -> None:
     out.write(f"  {json.dumps(key)}: [")
     for index, bad in enumerate(rows.problems):
         out.write(",\n    " if index else "\n    ")

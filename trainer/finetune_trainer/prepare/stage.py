@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import numpy as np
@@ -27,14 +26,17 @@ from finetune_trainer.contract import (
     Stage,
     StageError,
     StageResult,
+    TrainingPlan,
     fingerprints,
 )
+from finetune_trainer.memory.disk import check_disk, downloaded, training_disk
+from finetune_trainer.memory.plan import Lengths, describe, plan
 from finetune_trainer.model import source
-from finetune_trainer.prepare.checks import plan_training
+from finetune_trainer.model.shape import Shape
+from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_data_files
 from finetune_trainer.prepare.reading.layout import check_columns
 from finetune_trainer.prepare.report import SUMMARY, Findings, Prepared
-from finetune_trainer.prepare.rows import DataFiles, Rows, find
-from finetune_trainer.prepare.split import Mask, hold_out
+from finetune_trainer.prepare.split import hold_out
 from finetune_trainer.runtime.progress import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import (
@@ -47,70 +49,67 @@ from finetune_trainer.store.marker import (
     stage_folder,
 )
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 ROWS_READ_BY_LLAMA_CPP = 16  # before the training; the export compares held-out rows as well
 ATTEMPTS = 3  # to read one version of a file that somebody is writing
 
 log = logging.getLogger(__name__)
 
-Held = dict[Stage, Marker]
+CompleteStages = dict[Stage, Marker]
 """Stages whose result for their fingerprint the store holds."""
 
 
 @dataclass(frozen=True)
-class Inputs:
+class PrepareInputs:
     """One version of everything that goes in, and what the store already holds for it."""
 
     files: DataFiles
     model: source.ModelFiles
     prints: Fingerprints
-    held: Held
+    complete: CompleteStages
 
 
-def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
+def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
     """Check the inputs and leave the examples in the store; raises StageError."""
     reporter.begin(Stage.PREPARE, "Checking access to dataset and output")
     check_config(config)
     output = open_folder(config.output.uri, config.storage)
-    find(config)
+    find_data_files(config.dataset, config.storage)
     check_writable(output)
-    inputs = fetch_inputs(config, output, workspace, reporter)
-    prints, held = inputs.prints, inputs.held
+    inputs = fetch_inputs(config, output, workdir, reporter)
+    prints, complete = inputs.prints, inputs.complete
     base: Path | None = None
-    if Stage.PREPARE not in held:
-        base = prepare(config, inputs, output, workspace, reporter)
-    elif Stage.EXPORT not in held:
-        base = fetch_model(config, inputs.model, workspace, reporter)
-        check_model(config, inputs.model, base, workspace, reporter)
-    prepared = read_summary(output, prints.prepare)
+    if Stage.PREPARE not in complete:
+        base = write_prepared(config, inputs, output, workdir, reporter)
+    elif Stage.EXPORT not in complete:
+        base = fetch_model(config, inputs.model, workdir, reporter)
+        check_model(config, inputs.model, base, workdir, reporter)
+    prepared = read_prepared(output, prints.prepare)
     check_held_out(config, prepared.dataset.eval_examples)
-    plan = None
-    if base and not {Stage.TRAIN, Stage.EXPORT}.intersection(held):
-        plan = plan_training(config, inputs.model, base, prepared.tokens.max)
+    training_plan = None
+    if base and not {Stage.TRAIN, Stage.EXPORT}.intersection(complete):
+        training_plan = plan_training(config, inputs.model, base, prepared.tokens.max)
     resolved = Resolved(
         fingerprints=prints,
-        dataset_etag=inputs.files.rows.etag,
+        dataset_etag=inputs.files.rows.info.etag,
         dataset_rows=prepared.dataset.examples,
         eval_rows=prepared.dataset.eval_examples,
-        plan=plan,
+        plan=training_plan,
         model_revision=inputs.model.revision,
     )
     return StageResult(
         stage=Stage.PREPARE,
         reason=Reason.SUCCEEDED,
-        message=describe(prepared, held),
+        message=summary_line(prepared, complete),
         resolved=resolved,
-        complete=tuple(held),
-        artifacts=held[Stage.EXPORT].files if Stage.EXPORT in held else (),
-        manifest_uri=output.uri_of(MANIFEST) if Stage.EXPORT in held else None,
+        complete=tuple(complete),
+        artifacts=complete[Stage.EXPORT].files if Stage.EXPORT in complete else (),
+        manifest_uri=output.uri_of(MANIFEST) if Stage.EXPORT in complete else None,
         dataset=prepared.dataset,
     )
 
 
 def check_config(config: RunConfig) -> None:
-    """What no single field can say about itself."""
+    """Raise StageError(InvalidConfig) for fields that contradict each other."""
     dataset = config.dataset
     check_columns(dataset.columns)
     if dataset.eval_source == dataset.source:
@@ -128,7 +127,7 @@ def check_config(config: RunConfig) -> None:
 
 
 def check_held_out(config: RunConfig, rows: int) -> None:
-    """Early stopping looks at held-out rows."""
+    """Raise StageError(InvalidConfig) when early stopping has no held-out rows to look at."""
     if config.training.early_stopping and not rows:
         raise StageError(
             Reason.INVALID_CONFIG,
@@ -139,21 +138,28 @@ def check_held_out(config: RunConfig, rows: int) -> None:
 
 
 def check_writable(output: Folder) -> None:
-    """Write a probe and delete it again, so that a run does not end with nowhere to go."""
+    """Write a probe and delete it again, so that no run ends with nowhere to go."""
     probe = f"stages/.write-check-{uuid4().hex[:12]}"
     output.write(probe, b"finetune-trainer checks that it can write here\n")
     output.delete([probe])
 
 
-def fetch_inputs(config: RunConfig, output: Folder, workspace: Path, reporter: Reporter) -> Inputs:
+def fetch_inputs(
+    config: RunConfig, output: Folder, workdir: Path, reporter: Reporter
+) -> PrepareInputs:
     """Work out the fingerprints, and bring the dataset to disk unless its examples are there."""
     model = source.find(config.model, config.storage)
     for _ in range(ATTEMPTS):
-        files = find(config)
-        prints = fingerprints(config, files.rows.etag, model.revision, files.eval_etag)
-        inputs = Inputs(files, model, prints, held_stages(config, output, prints))
-        if Stage.PREPARE in inputs.held or _fetch(files, workspace, reporter):
-            return inputs
+        files = find_data_files(config.dataset, config.storage)
+        eval_etag = files.held_out.info.etag if files.held_out else None
+        prints = fingerprints(config, files.rows.info.etag, model.revision, eval_etag)
+        complete = complete_stages(config, output, prints)
+        unchanged = Stage.PREPARE in complete or (
+            files.rows.fetch(workdir / "dataset", reporter)
+            and (not files.held_out or files.held_out.fetch(workdir / "evaluation", reporter))
+        )
+        if unchanged:
+            return PrepareInputs(files, model, prints, complete)
     raise StageError(
         Reason.DATASET_UNREADABLE,
         f"{config.dataset.source} or spec.dataset.evalSource changes while it is read: apply the "
@@ -161,46 +167,35 @@ def fetch_inputs(config: RunConfig, output: Folder, workspace: Path, reporter: R
     )
 
 
-def _fetch(files: DataFiles, workspace: Path, reporter: Reporter) -> bool:
-    unchanged = files.rows.fetch(workspace / "dataset", reporter)
-    if unchanged and files.held_out:
-        unchanged = files.held_out.fetch(workspace / "evaluation", reporter)
-    return unchanged
-
-
-def held_stages(config: RunConfig, output: Folder, prints: Fingerprints) -> Held:
+def complete_stages(config: RunConfig, output: Folder, prints: Fingerprints) -> CompleteStages:
     """The stages that need not run again."""
     markers = {stage: find_complete(output, stage, getattr(prints, stage)) for stage in Stage}
-    held = {stage: marker for stage, marker in markers.items() if marker}
+    complete = {stage: marker for stage, marker in markers.items() if marker}
     hub = config.output.hub
-    if hub and Stage.EXPORT in held and not find_pushed(output, hub):
-        # The export only pushes: it needs nothing of the training, whether or not that is there.
-        held[Stage.TRAIN] = held.pop(Stage.EXPORT)
-    return held
+    if hub and Stage.EXPORT in complete and not find_pushed(output, hub):
+        # The export has only to push. It needs no training, even where the store holds none.
+        complete[Stage.TRAIN] = complete.pop(Stage.EXPORT)
+    return complete
 
 
-def prepare(
-    config: RunConfig, inputs: Inputs, output: Folder, workspace: Path, reporter: Reporter
+def write_prepared(
+    config: RunConfig, inputs: PrepareInputs, output: Folder, workdir: Path, reporter: Reporter
 ) -> Path:
     """Read the rows and leave the examples in the store; returns the base model's folder.
 
     When rows make it fail, the error carries what is known, and the store gets the report.
     """
-    files, folder = inputs.files, workspace / "prepared"
-    findings = Findings(config, Rows(files.rows, workspace / "dataset"))
+    files, folder = inputs.files, workdir / "prepared"
+    findings = Findings(config, DatasetRows(files.rows, workdir / "dataset"))
     if files.held_out:
-        findings.eval_rows = Rows(files.held_out, workspace / "evaluation")
+        findings.eval_rows = DatasetRows(files.held_out, workdir / "evaluation")
     folder.mkdir()
     try:
         reporter.message(f"Reading {files.rows.uri}")
         for rows in findings.all_rows():
             rows.load(config.dataset, config.training.seed)
-        base = fetch_model(config, inputs.model, workspace, reporter)
-        tokenizer = open_tokenizer(findings, base)
-        first = islice(findings.rows.messages(), ROWS_READ_BY_LLAMA_CPP)
-        check_model(config, inputs.model, base, workspace, reporter, rows=first)
-        reporter.message(f"Applying the chat template to {findings.rows.total} rows")
-        encode(findings, tokenizer, folder)
+        base = fetch_model(config, inputs.model, workdir, reporter)
+        encode_rows(findings, inputs.model, base, workdir, reporter)
     except StageError as error:
         if error.reason not in (Reason.INVALID_ROWS, Reason.EXAMPLES_TOO_LONG):
             raise
@@ -216,31 +211,45 @@ def prepare(
     return base
 
 
-def fetch_model(
-    config: RunConfig, model: source.ModelFiles, workspace: Path, reporter: Reporter
-) -> Path:
-    """Fetch what is small of the base model; returns the folder that it is in."""
-    return source.fetch(model, config.storage, workspace / "tokenizer", reporter, weights=False)
-
-
-def open_tokenizer(findings: Findings, base: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer, whose chat template can do what the rows need."""
-    # Here and not above: importing transformers takes seconds, which no mistake so far needed.
+def encode_rows(
+    findings: Findings, model: source.ModelFiles, base: Path, workdir: Path, reporter: Reporter
+) -> None:
+    """Apply the chat template and the tokenizer, and write the examples to `workdir`/prepared."""
+    # Importing transformers takes seconds. No mistake that is found before this needs it.
     from finetune_trainer.model.tokenizer import load_tokenizer  # noqa: PLC0415
     from finetune_trainer.prepare.checks import check_template, describe_template  # noqa: PLC0415
+    from finetune_trainer.prepare.examples import check_lengths, write_examples  # noqa: PLC0415
 
-    trust = findings.config.model.trust_remote_code
-    tokenizer = load_tokenizer(base, trust_remote_code=trust)
-    check_template(tokenizer, system=any(rows.has_system for rows in findings.all_rows()))
+    config, rows, eval_rows = findings.config, findings.rows, findings.eval_rows
+    tokenizer = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
+    check_template(tokenizer, system=any(each.has_system for each in findings.all_rows()))
     findings.template = describe_template(tokenizer)
-    return tokenizer
+    first = islice(rows.messages(), ROWS_READ_BY_LLAMA_CPP)
+    check_model(config, model, base, workdir, reporter, rows=first)
+
+    reporter.message(f"Applying the chat template to {rows.total} rows")
+    limit, folder = config.training.max_sequence_length, workdir / "prepared"
+    held = hold_out(rows.hashes, config.dataset.eval_fraction if config.dataset.splits else 0)
+    findings.examples = write_examples(rows, held, tokenizer, limit, folder)
+    check_lengths(findings.examples, config.dataset)
+    if eval_rows:
+        all_held = np.ones(len(eval_rows.numbers), dtype=np.bool_)
+        findings.eval_examples = write_examples(eval_rows, all_held, tokenizer, limit, folder)
+        check_lengths(findings.eval_examples, config.dataset)
+
+
+def fetch_model(
+    config: RunConfig, model: source.ModelFiles, workdir: Path, reporter: Reporter
+) -> Path:
+    """Fetch what is small of the base model; returns the folder that it is in."""
+    return source.fetch(model, config.storage, workdir / "tokenizer", reporter, weights=False)
 
 
 def check_model(
     config: RunConfig,
     model: source.ModelFiles,
     base: Path,
-    workspace: Path,
+    workdir: Path,
     reporter: Reporter,
     *,
     rows: Iterable[Sequence[Message]] = (),
@@ -248,34 +257,10 @@ def check_model(
     """Make sure that the model can be trained and exported as asked."""
     from finetune_trainer.prepare import checks  # noqa: PLC0415 - imports transformers
 
-    checks.check_model(config, model, base, workspace, reporter, rows=rows)
+    checks.check_model(config, model, base, workdir, reporter, rows=rows)
 
 
-def encode(findings: Findings, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Choose the held-out rows, and write the examples to `folder`."""
-    from finetune_trainer.prepare.examples import check_lengths, write_examples  # noqa: PLC0415
-
-    config = findings.config
-    limit = config.training.max_sequence_length
-    held = choose(findings)
-    findings.examples = write_examples(findings.rows, held, tokenizer, limit, folder)
-    check_lengths(findings.examples, config.dataset)
-    if findings.eval_rows:
-        everything = np.ones(len(findings.eval_rows.numbers), dtype=np.bool_)
-        findings.eval_examples = write_examples(
-            findings.eval_rows, everything, tokenizer, limit, folder
-        )
-        check_lengths(findings.eval_examples, config.dataset)
-
-
-def choose(findings: Findings) -> Mask:
-    """The rows of the dataset that are held out."""
-    dataset = findings.config.dataset
-    return hold_out(findings.rows.hashes, dataset.eval_fraction if dataset.splits else 0)
-
-
-def read_summary(output: Folder, fingerprint: str) -> Prepared:
-    """What the prepared examples are like."""
+def read_prepared(output: Folder, fingerprint: str) -> Prepared:
     path = f"{stage_folder(Stage.PREPARE, fingerprint)}/{SUMMARY}"
     data = output.read(path)
     if data is None:
@@ -283,8 +268,36 @@ def read_summary(output: Folder, fingerprint: str) -> Prepared:
     return Prepared.model_validate_json(data)
 
 
-def describe(prepared: Prepared, held: Held) -> str:
-    """One line for people."""
+def plan_training(
+    config: RunConfig, model: source.ModelFiles, base: Path, longest: int
+) -> TrainingPlan | None:
+    """How to split a step; None where nothing is known of the hardware or of the model's widths.
+
+    `base` has the model's config.json; `longest` is the tokens of the longest example, as it is
+    trained on. Raises StageError: OutOfGPUMemory, OutOfMemory, OutOfDisk, InvalidConfig.
+    """
+    hardware = config.hardware
+    if hardware is None:
+        return None
+    shape = Shape.of_model(base)
+    if shape is None:
+        log.warning(
+            "The widths of %s can't be read from its config.json, so its memory is not predicted",
+            config.model.source,
+        )
+        return None
+    if hardware.ephemeral_storage_bytes is not None:
+        need = training_disk(
+            shape, config.training.lora, downloaded(config.model.source, model.sizes)
+        )
+        limit = "set stages.train.resources.limits.ephemeral-storage to"
+        check_disk(need, hardware.ephemeral_storage_bytes, "The training", limit)
+    training_plan = plan(config.training, shape, Lengths(longest), hardware)
+    log.info("Plan: %s", describe(training_plan, hardware))
+    return training_plan
+
+
+def summary_line(prepared: Prepared, complete: CompleteStages) -> str:
     found = prepared.dataset
     parts = [f"{found.examples} examples ({found.tokens:,} tokens)"]
     if found.eval_examples:
@@ -299,6 +312,6 @@ def describe(prepared: Prepared, held: Held) -> str:
         parts.append(f"{cut} cut off at the maximum length")
     if prepared.left_out:
         parts.append(f"{prepared.left_out} rows left out: no answer within the maximum length")
-    if held:
-        parts.append(f"already there: {', '.join(held)}")
+    if complete:
+        parts.append(f"already there: {', '.join(complete)}")
     return "; ".join(parts)

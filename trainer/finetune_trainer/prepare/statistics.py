@@ -7,7 +7,8 @@ import numpy.typing as npt
 
 from finetune_trainer.contract import Base, LengthSpread
 
-Lengths = npt.NDArray[np.uint32]
+TokenCounts = npt.NDArray[np.uint32]
+"""Tokens of each example of a file."""
 
 BINS = 32  # of a histogram
 
@@ -22,7 +23,7 @@ class LengthBin(Base):
 
 
 class TokenStats(Base):
-    """Lengths of the examples as they are trained on: cut at training.maxSequenceLength."""
+    """TokenCounts of the examples as they are trained on: cut at training.maxSequenceLength."""
 
     count: int
     """Examples."""
@@ -35,7 +36,7 @@ class TokenStats(Base):
     histogram: tuple[LengthBin, ...]
 
 
-def token_stats(lengths: Lengths, limit: int) -> TokenStats:
+def token_stats(lengths: TokenCounts, limit: int) -> TokenStats:
     """Statistics of lengths that are cut at `limit`."""
     cut = np.minimum(lengths, limit)
     return TokenStats(
@@ -47,7 +48,7 @@ def token_stats(lengths: Lengths, limit: int) -> TokenStats:
     )
 
 
-def histogram(lengths: Lengths) -> tuple[LengthBin, ...]:
+def histogram(lengths: TokenCounts) -> tuple[LengthBin, ...]:
     """Rows by length in up to BINS bins of one width; empty bins are there as well."""
     if not len(lengths):
         return ()
@@ -59,7 +60,7 @@ def histogram(lengths: Lengths) -> tuple[LengthBin, ...]:
     )
 
 
-def spread(lengths: Lengths) -> LengthSpread | None:
+def spread(lengths: TokenCounts) -> LengthSpread | None:
     """Minimum, middle, upper end and sum."""
     if not len(lengths):
         return None
@@ -74,7 +75,7 @@ def spread(lengths: Lengths) -> LengthSpread | None:
     )
 
 
-def percentile(lengths: Lengths, percent: int) -> int:
+def percentile(lengths: TokenCounts, percent: int) -> int:
     """The length that `percent` of the rows don't exceed: always one that is there."""
     if not len(lengths):
         return 0
@@ -82,7 +83,7 @@ def percentile(lengths: Lengths, percent: int) -> int:
     return int(np.partition(lengths, rank)[rank])
 
 
-def length_that_fits(lengths: Lengths, allowed: int) -> int:
+def length_that_fits(lengths: TokenCounts, allowed: int) -> int:
     """The smallest maximum that no more than `allowed` rows exceed."""
     rank = len(lengths) - 1 - min(allowed, len(lengths) - 1)
     return int(np.partition(lengths, rank)[rank])

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.export.reference.rows import Rows
-from finetune_trainer.model.tokenizer import PROBES, begins_with_bos, end_of_turn_ids
+from finetune_trainer.model.tokenizer import HARD_TO_SPLIT, begins_with_bos, end_of_turn_ids
 
 _NORMAL = 1  # tokenizer.ggml.token_type of an ordinary token
 
@@ -34,10 +34,10 @@ class Wanted:
 
 def wanted(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Wanted:
     """Whole conversations as they were trained, and texts that are hard to split."""
-    probes = tokenizer(list(PROBES), add_special_tokens=False)["input_ids"]
+    probes = tokenizer(list(HARD_TO_SPLIT), add_special_tokens=False)["input_ids"]
     ends = tuple(sorted(end_of_turn_ids(tokenizer)))
     return Wanted(
-        texts=rows.texts + PROBES,
+        texts=rows.texts + HARD_TO_SPLIT,
         ids=rows.full_ids + tuple(tuple(ids) for ids in probes),
         template=str(tokenizer.get_chat_template()).strip(),
         ends=ends,

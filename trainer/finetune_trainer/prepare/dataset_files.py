@@ -1,4 +1,4 @@
-"""The files of examples: where they are, and bringing one version of each to disk."""
+"""The files of examples: finding them, fetching one version of each, and reading their rows."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from finetune_trainer.contract import (
     Dataset,
     DetectedFile,
     Message,
     Reason,
-    RunConfig,
     StageError,
     Storage,
 )
 from finetune_trainer.prepare.reading import Problems, Source, open_source
 from finetune_trainer.prepare.split import Hashes, row_hash
-from finetune_trainer.prepare.statistics import Lengths
 from finetune_trainer.runtime.progress import Reporter
 from finetune_trainer.store import FileInfo, Folder, open_folder, split
 
@@ -34,16 +33,11 @@ class DataFile:
     folder: Folder
     info: FileInfo
 
-    @property
-    def etag(self) -> str:
-        """Changes with the content."""
-        return self.info.etag
-
     def fetch(self, target: Path, reporter: Reporter) -> bool:
-        """Bring the file to disk; tells whether it is still the version that was found."""
-        moved = reporter.transfer(f"Fetching {self.uri}", self.info.size)
+        """Bring the file to disk; false when the version that was found is gone."""
+        on_bytes = reporter.transfer(f"Fetching {self.uri}", self.info.size)
         try:
-            self.folder.download(self.info.path, target, moved)
+            self.folder.download(self.info.path, target, on_bytes)
         except FileNotFoundError:
             return False
         return self.folder.stat(self.info.path) == self.info
@@ -56,19 +50,13 @@ class DataFiles:
     rows: DataFile
     held_out: DataFile | None
 
-    @property
-    def eval_etag(self) -> str | None:
-        """ETag of the file with held-out rows."""
-        return self.held_out.etag if self.held_out else None
 
-
-def find(config: RunConfig) -> DataFiles:
+def find_data_files(dataset: Dataset, storage: Storage) -> DataFiles:
     """Find the files; raises StageError(DatasetNotFound) and the store's reasons."""
-    dataset = config.dataset
-    rows = _find(dataset.source, "spec.dataset.source", config.storage)
+    rows = _find(dataset.source, "spec.dataset.source", storage)
     held_out = None
     if dataset.eval_source is not None:
-        held_out = _find(dataset.eval_source, "spec.dataset.evalSource", config.storage)
+        held_out = _find(dataset.eval_source, "spec.dataset.evalSource", storage)
     return DataFiles(rows, held_out)
 
 
@@ -84,8 +72,8 @@ def _find(uri: str, field: str, storage: Storage) -> DataFile:
     return DataFile(uri, folder, info)
 
 
-class Rows:
-    """The rows of one file: those that can be used, and the problems of those that can't."""
+class DatasetRows:
+    """The usable rows of one file, and the problems of the others."""
 
     def __init__(self, file: DataFile, local: Path) -> None:
         self.file = file
@@ -108,8 +96,7 @@ class Rows:
                 out.write(json.dumps(record.messages) + "\n")
 
     def refuse(self, refused: dict[int, str]) -> None:
-        """Note rows that can't be used after all, by number with their cause; raises StageError as
-        the reader does."""
+        """Note more rows that can't be used, cause by number; raises StageError as the reader."""
         for number, cause in refused.items():
             self.problems.add(number, cause)
         if refused and self._source:
@@ -117,17 +104,15 @@ class Rows:
 
     @property
     def detected(self) -> DetectedFile | None:
-        """What the file was found to be, for the report."""
         return self._source.detected if self._source else None
 
     @property
-    def numbers(self) -> Lengths:
+    def numbers(self) -> npt.NDArray[np.uint32]:
         """Number of each usable row in its file, as the reader counts."""
         return np.array(self._numbers, dtype=np.uint32)
 
     @property
     def hashes(self) -> Hashes:
-        """Hash of each usable row."""
         return np.array(self._hashes, dtype=np.uint64)
 
     @property
