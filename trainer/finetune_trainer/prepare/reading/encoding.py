@@ -1,4 +1,8 @@
-"""Which encoding a text has, and its lines: one pass over the whole file."""
+"""A file as text: its encoding, found in one pass over the whole file, and its lines.
+
+UTF-8 is taken for granted until a byte contradicts it. Then the text has to look like a Western
+language in Latin-1 or Windows-1252; what looks like anything else is refused.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,26 @@ from dataclasses import dataclass
 from charset_normalizer import from_bytes
 
 from finetune_trainer.prepare.reading.content import CHUNK, Content, unreadable
+
+MAX_LINE = 16 << 20  # characters: more than any model's context holds
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+# Of the first four bytes, those that are zero in ASCII text.
+_ZEROS = {
+    (False, True, True, True): "utf-32-le",
+    (True, True, True, False): "utf-32-be",
+    (False, True, False, True): "utf-16-le",
+    (True, False, True, False): "utf-16-be",
+}
+_REMEDY = "Save it as UTF-8."
+_SINGLE = re.compile("(?:^|[\r\n,;\t|])'")
+_SPACED = re.compile('[,;\t|] "')
 
 SAMPLE = 1 << 18  # bytes of lines with letters outside ASCII
 GUESSED = 1 << 14  # bytes of them that charset-normalizer looks at
@@ -48,96 +72,6 @@ _SURE = 0.1  # coherence from which charset-normalizer's language is taken for g
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What is outside ASCII in the file."""
-
-    sample: bytes
-    """Lines with such bytes."""
-
-    windows: bool
-    """Whether bytes from 0x80 to 0x9f occur, which Latin-1 has no letters for."""
-
-    undefined: int | None
-    """Position of the first byte that Windows-1252 does not have."""
-
-    cut: bool
-    """Whether the file ends within what would be a letter of UTF-8."""
-
-
-def western_encoding(content: Content) -> tuple[str | None, str]:
-    """The encoding, or None and why it is none of these."""
-    seen = _look(content)
-    if doubt := _doubt(seen):
-        return None, doubt
-    return ("cp1252" if seen.windows else "iso-8859-1"), ""
-
-
-def _look(content: Content) -> _Seen:
-    sample = bytearray()
-    windows, undefined, position, end = False, None, 0, b""
-    with content.open() as stream:
-        while chunk := stream.read(CHUNK):
-            windows = windows or len(chunk.translate(None, _C1)) < len(chunk)
-            if undefined is None and (gap := _UNDEFINED.search(chunk)):
-                undefined = position + gap.start()
-            if len(sample) < SAMPLE:
-                sample += b"\n".join(_LINES.findall(chunk))[:SAMPLE] + b"\n"
-            position += len(chunk)
-            end = (end + chunk)[-3:]
-    return _Seen(bytes(sample), windows, undefined, bool(_CUT.search(end)))
-
-
-def _doubt(seen: _Seen) -> str | None:
-    """Why the text is not Western, if it is not."""
-    high = len(_HIGH.findall(seen.sample))
-    utf8 = sum(len(found) for found in _UTF8.findall(seen.sample))
-    if utf8 * 2 >= high or (seen.cut and high - utf8 <= 3):
-        return "The rest of it is UTF-8, so that place is damaged."
-    if seen.undefined is not None:
-        return f"Nor is it Windows-1252 (byte {seen.undefined})."
-    text = seen.sample.decode("cp1252", "replace")
-    odd = sum(len(run) for run in _RUN.findall(text))
-    odd += len(_INSIDE.findall(text)) + 2 * len(_BEHIND.findall(text))
-    if odd * 10 > high:
-        return "Nor does it look like Latin-1 or Windows-1252."
-    if utf8 * 20 > high:
-        return "It mixes encodings."
-    return _other_language(seen.sample[:GUESSED]) or _other_letters(text)
-
-
-def _other_language(sample: bytes) -> str | None:
-    best = from_bytes(sample).best()
-    if best is None or best.language in _LANGUAGES or best.coherence < _SURE:
-        return None
-    if str(best) == sample.decode("cp1252", "replace"):
-        return None
-    return f"It looks like {best.encoding} ({best.language})."
-
-
-def _other_letters(text: str) -> str | None:
-    if _HUNGARIAN.search(text) and _ACCENTS.search(text):
-        return "It looks like ISO-8859-2 or Windows-1250 (Hungarian)."
-    return "It looks like ISO-8859-15." if _LATIN_9.search(text) else None
-
-
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
-# Of the first four bytes, those that are zero in ASCII text.
-_ZEROS = {
-    (False, True, True, True): "utf-32-le",
-    (True, True, True, False): "utf-32-be",
-    (False, True, False, True): "utf-16-le",
-    (True, False, True, False): "utf-16-be",
-}
-_REMEDY = "Save it as UTF-8."
-
-
-@dataclass(frozen=True)
 class Text:
     """How the content is read as text, and what stands in it."""
 
@@ -166,7 +100,7 @@ def read_as_text(content: Content) -> Text:
     try:
         return _survey(content, "utf-8", 0)
     except _BadByteError as error:
-        encoding, doubt = western_encoding(content)
+        encoding, doubt = _western_encoding(content)
         if encoding is None:
             raise unreadable(content.uri, f"{error.message} {doubt} {_REMEDY}") from error
         return _survey(content, encoding, 0)
@@ -199,10 +133,6 @@ def _survey(content: Content, encoding: str, mark: int) -> Text:
         single = single or ("'" in text and bool(_SINGLE.search(piece)))
         spaced = spaced or ('"' in text and bool(_SPACED.search(piece)))
     return Text(encoding, mark, blank, backslash, single, spaced)
-
-
-_SINGLE = re.compile("(?:^|[\r\n,;\t|])'")
-_SPACED = re.compile('[,;\t|] "')
 
 
 def _decoded(content: Content, encoding: str, mark: int) -> Iterator[str]:
@@ -240,9 +170,6 @@ def _bad(content: Content, position: int, byte: int, encoding: str, mark: int) -
     return unreadable(content.uri, f"{text} {_REMEDY}")
 
 
-MAX_LINE = 16 << 20  # characters: more than any model's context holds
-
-
 class LongLineError(Exception):
     """A line is longer than MAX_LINE."""
 
@@ -269,3 +196,76 @@ def _lines(stream: io.TextIOWrapper) -> Iterator[str]:
         if len(line) > MAX_LINE:
             raise LongLineError
         yield line
+
+
+@dataclass(frozen=True)
+class _HighBytes:
+    """What is outside ASCII in the file."""
+
+    sample: bytes
+    """Lines with such bytes."""
+
+    windows: bool
+    """Whether bytes from 0x80 to 0x9f occur, which Latin-1 has no letters for."""
+
+    undefined: int | None
+    """Position of the first byte that Windows-1252 does not have."""
+
+    cut: bool
+    """Whether the file ends within what would be a letter of UTF-8."""
+
+
+def _western_encoding(content: Content) -> tuple[str | None, str]:
+    """The encoding, or None and why it is none of these."""
+    seen = _sample_high_bytes(content)
+    if doubt := _doubt(seen):
+        return None, doubt
+    return ("cp1252" if seen.windows else "iso-8859-1"), ""
+
+
+def _sample_high_bytes(content: Content) -> _HighBytes:
+    sample = bytearray()
+    windows, undefined, position, end = False, None, 0, b""
+    with content.open() as stream:
+        while chunk := stream.read(CHUNK):
+            windows = windows or len(chunk.translate(None, _C1)) < len(chunk)
+            if undefined is None and (gap := _UNDEFINED.search(chunk)):
+                undefined = position + gap.start()
+            if len(sample) < SAMPLE:
+                sample += b"\n".join(_LINES.findall(chunk))[:SAMPLE] + b"\n"
+            position += len(chunk)
+            end = (end + chunk)[-3:]
+    return _HighBytes(bytes(sample), windows, undefined, bool(_CUT.search(end)))
+
+
+def _doubt(seen: _HighBytes) -> str | None:
+    """Why the text is not Western, if it is not."""
+    high = len(_HIGH.findall(seen.sample))
+    utf8 = sum(len(found) for found in _UTF8.findall(seen.sample))
+    if utf8 * 2 >= high or (seen.cut and high - utf8 <= 3):
+        return "The rest of it is UTF-8, so that place is damaged."
+    if seen.undefined is not None:
+        return f"Nor is it Windows-1252 (byte {seen.undefined})."
+    text = seen.sample.decode("cp1252", "replace")
+    odd = sum(len(run) for run in _RUN.findall(text))
+    odd += len(_INSIDE.findall(text)) + 2 * len(_BEHIND.findall(text))
+    if odd * 10 > high:
+        return "Nor does it look like Latin-1 or Windows-1252."
+    if utf8 * 20 > high:
+        return "It mixes encodings."
+    return _other_language(seen.sample[:GUESSED]) or _other_letters(text)
+
+
+def _other_language(sample: bytes) -> str | None:
+    best = from_bytes(sample).best()
+    if best is None or best.language in _LANGUAGES or best.coherence < _SURE:
+        return None
+    if str(best) == sample.decode("cp1252", "replace"):
+        return None
+    return f"It looks like {best.encoding} ({best.language})."
+
+
+def _other_letters(text: str) -> str | None:
+    if _HUNGARIAN.search(text) and _ACCENTS.search(text):
+        return "It looks like ISO-8859-2 or Windows-1250 (Hungarian)."
+    return "It looks like ISO-8859-15." if _LATIN_9.search(text) else None

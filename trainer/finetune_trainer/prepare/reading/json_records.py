@@ -18,6 +18,14 @@ from finetune_trainer.prepare.reading.encoding import (
 )
 from finetune_trainer.prepare.reading.record import DamageError, Row
 
+KEYS_FROM = 100  # objects whose keys together are the columns
+KEYS_SIZE = 1 << 20  # characters of keys; with more, no further keys are looked for
+_PIECE = 1 << 20  # characters
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+Item = tuple[int, Any]
+"""Number of a line or element, and its value or why it has none (NotJsonError)."""
+
 
 class NotJsonError(Exception):
     """The text is no JSON; the message says why and where."""
@@ -51,13 +59,6 @@ def parse(text: str) -> Any:
         raise NotJsonError("a number in it has thousands of digits") from None
 
 
-KEYS_FROM = 100  # objects whose keys together are the columns
-KEYS_SIZE = 1 << 20  # characters of keys, after which no further ones are looked for
-
-Item = tuple[int, Any]
-"""Number of a line or element, and its value or why it has none (NotJsonError)."""
-
-
 class JsonLines:
     """A JSON lines file whose keys are known."""
 
@@ -67,7 +68,7 @@ class JsonLines:
     def __init__(self, content: Content, text: Text) -> None:
         self.content = content
         self.text = text
-        self.fields = keys(self.items())
+        self.fields = _keys(self.items())
         if not self.fields and self._spread():
             raise unreadable(
                 content.uri,
@@ -94,7 +95,7 @@ class JsonLines:
 
     def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
         """The lines that are not blank."""
-        return values(self.items(), wanted)
+        return _values(self.items(), wanted)
 
     def items(self) -> Iterator[Item]:
         """Number and value of each line; raises DamageError."""
@@ -116,37 +117,6 @@ def _value(line: str) -> Any:
         return error
 
 
-def keys(items: Iterator[Item]) -> list[str]:
-    """The keys of the first objects, in the order in which they come."""
-    found: dict[str, None] = {}
-    seen = 0
-    try:
-        for _, value in items:
-            if isinstance(value, dict):
-                found.update(dict.fromkeys(value))
-                seen += 1
-                if seen == KEYS_FROM or sum(map(len, found)) > KEYS_SIZE:
-                    break
-    except DamageError:
-        pass  # it is reported where rows are read
-    return list(found)
-
-
-def values(items: Iterator[Item], wanted: Sequence[str]) -> Iterator[Row]:
-    """The wanted values of each object."""
-    for number, value in items:
-        if isinstance(value, dict):
-            yield number, number, [value.get(key) for key in wanted]
-        elif isinstance(value, NotJsonError):
-            yield number, number, f"it is no JSON: {value}"
-        else:
-            yield number, number, "it is no JSON object, {…}"
-
-
-_PIECE = 1 << 20  # characters
-_SPACE = re.compile(r"[ \t\r\n]*")
-
-
 class JsonArray:
     """A JSON array whose objects' keys are known."""
 
@@ -156,7 +126,7 @@ class JsonArray:
     def __init__(self, content: Content, text: Text) -> None:
         self.content = content
         self.text = text
-        self.fields = keys(self.items())
+        self.fields = _keys(self.items())
 
     @property
     def described(self) -> dict[str, str | None]:
@@ -170,7 +140,7 @@ class JsonArray:
 
     def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
         """The elements; raises DamageError."""
-        return values(self.items(), wanted)
+        return _values(self.items(), wanted)
 
     def items(self) -> Iterator[Item]:
         """Number and value of each element; raises DamageError."""
@@ -249,3 +219,30 @@ class _Window:
                 raise DamageError(number, number, cause)
             if not self._more() and cause:
                 raise DamageError(number, number, cause)
+
+
+def _keys(items: Iterator[Item]) -> list[str]:
+    """The keys of the first objects, in the order in which they come."""
+    found: dict[str, None] = {}
+    seen = 0
+    try:
+        for _, value in items:
+            if isinstance(value, dict):
+                found.update(dict.fromkeys(value))
+                seen += 1
+                if seen == KEYS_FROM or sum(map(len, found)) > KEYS_SIZE:
+                    break
+    except DamageError:
+        pass  # it is reported where rows are read
+    return list(found)
+
+
+def _values(items: Iterator[Item], wanted: Sequence[str]) -> Iterator[Row]:
+    """The wanted values of each object."""
+    for number, value in items:
+        if isinstance(value, dict):
+            yield number, number, [value.get(key) for key in wanted]
+        elif isinstance(value, NotJsonError):
+            yield number, number, f"it is no JSON: {value}"
+        else:
+            yield number, number, "it is no JSON object, {…}"

@@ -1,4 +1,4 @@
-"""What reading a dataset yields: records, problems, and what the file was found to be."""
+"""What the readers of all formats share: rows, records, problems, and how messages name them."""
 
 from __future__ import annotations
 
@@ -13,34 +13,8 @@ from finetune_trainer.contract import BadRow, Message
 
 SHOWN = 10  # problems and column names that a message lists
 LONGEST = 200  # characters of a cause
-
-
-def clip(text: str, limit: int = LONGEST) -> str:
-    """The text on one line, cut where it would fill the message alone."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else f"{line[: limit - 1]}…"
-
-
-def printable(name: str) -> str:
-    """A column's name for a report: short, and without halves of surrogate pairs."""
-    return clip(name.encode("utf-8", "backslashreplace").decode())
-
-
-def name_of(name: str) -> str:
-    """A column as the message quotes it."""
-    return clip(repr(name), 60)
-
-
-def names(of: Iterable[str]) -> str:
-    """The first columns, and how many more there are."""
-    every = list(of)
-    shown = ", ".join(name_of(name) for name in every[:SHOWN])
-    return f"{shown} and {len(every) - SHOWN} more" if len(every) > SHOWN else shown
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+UNUSED_SHOWN = 100  # columns in dataset-report.json
+IN_MEMORY = 1 << 20  # bytes of bad rows that are kept in memory; more go to a temporary file
 
 
 Row = tuple[int, int, Sequence[Any] | str]
@@ -69,9 +43,6 @@ class Reader(Protocol):
         """The rows with the values of these columns; raises DamageError or StageError."""
 
 
-IN_MEMORY = 1 << 20  # bytes of bad rows that are kept in memory; more go to a temporary file
-
-
 @dataclass(frozen=True, slots=True)
 class Record:
     """One usable example."""
@@ -83,9 +54,6 @@ class Record:
     messages: tuple[Message, ...]
     """A system message first if there is one, then user and assistant in turn, the assistant
     last."""
-
-
-UNUSED_SHOWN = 100  # columns in dataset-report.json
 
 
 def _spool() -> IO[str]:
@@ -135,3 +103,31 @@ class DamageError(Exception):
         self.row = row
         self.line = line
         self.cause = cause
+
+
+def clip(text: str, limit: int = LONGEST) -> str:
+    """The text on one line, cut where it would fill the message alone."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def printable(name: str) -> str:
+    """A column's name for a report: short, and without halves of surrogate pairs."""
+    return clip(name.encode("utf-8", "backslashreplace").decode())
+
+
+def name_of(name: str) -> str:
+    """A column as the message quotes it."""
+    return clip(repr(name), 60)
+
+
+def names(of: Iterable[str]) -> str:
+    """The first columns, and how many more there are."""
+    every = list(of)
+    shown = ", ".join(name_of(name) for name in every[:SHOWN])
+    return f"{shown} and {len(every) - SHOWN} more" if len(every) > SHOWN else shown
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -1,4 +1,4 @@
-"""A dataset file: what it was found to be, and its records."""
+"""A dataset file: finding out what it is, and its records."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from finetune_trainer.contract import (
     allowed,
 )
 from finetune_trainer.prepare.reading.content import GZIP, PARQUET, Content, foreign, unreadable
-from finetune_trainer.prepare.reading.conversation import Conversation, InvalidError, builder
-from finetune_trainer.prepare.reading.encoding import Text, read_as_text
-from finetune_trainer.prepare.reading.json_records import JsonArray, JsonLines
-from finetune_trainer.prepare.reading.layout import (
+from finetune_trainer.prepare.reading.conversation import (
+    Conversation,
+    InvalidError,
     Layout,
+    builder,
     check_columns,
     check_unique,
     default_layout,
@@ -28,6 +28,8 @@ from finetune_trainer.prepare.reading.layout import (
     fit,
     missing_column,
 )
+from finetune_trainer.prepare.reading.encoding import Text, read_as_text
+from finetune_trainer.prepare.reading.json_records import JsonArray, JsonLines
 from finetune_trainer.prepare.reading.parquet import Parquet
 from finetune_trainer.prepare.reading.record import (
     UNUSED_SHOWN,
@@ -39,7 +41,7 @@ from finetune_trainer.prepare.reading.record import (
 )
 from finetune_trainer.prepare.reading.table import Table
 
-_JSON = re.compile(r'\{\s*"|\[\s*[\[{]')
+_JSON_BEGINS = re.compile(r'\{\s*"|\[\s*[\[{]')
 """How JSON begins, where a CSV file is expected."""
 
 
@@ -194,7 +196,7 @@ def _reader(content: Content, dataset: Dataset) -> Reader:
 
 def _text_reader(content: Content, text: Text, dataset: Dataset) -> Reader:
     begin = content.start[text.mark :].decode(text.encoding, "ignore").lstrip()
-    if dataset.format is DataFormat.CSV and not _JSON.match(begin):
+    if dataset.format is DataFormat.CSV and not _JSON_BEGINS.match(begin):
         return _table(content, text, dataset)
     if begin.startswith("{"):
         _check_format(dataset.format, "JSON lines", DataFormat.JSONL, content.uri)

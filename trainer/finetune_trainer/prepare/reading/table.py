@@ -1,4 +1,4 @@
-"""A CSV file, row by row, and how it separates and quotes its cells."""
+"""A CSV file: its rows, and the search for how it separates and quotes its cells."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from finetune_trainer.prepare.reading.encoding import MAX_LINE, LongLineError, T
 from finetune_trainer.prepare.reading.record import DamageError, Row, names, plural
 
 MAX_CELL = MAX_LINE // 2  # characters; a longer cell is a quote that was never closed
+MAX_COLUMNS = 10_000
 DELIMITERS = ",;\t|"
 
 _SAMPLE_LINES, _SAMPLE_CHARS = 400, 1 << 20  # tell delimiters apart where the header does not
 _SEP = re.compile(r'"?sep=([^\w\s"\'\\]|\t)"?\r?\n?', re.IGNORECASE)
+_BLANK = "all cells are blank"
 _ESCAPE = re.compile(r"\\([\\\"',;\t|\r\n]?)")
 
 Fit = Callable[[list[str]], int]
 """How well a header suits what is wanted; more is better."""
 
 
-class Rows(Protocol):
+class CsvReader(Protocol):
     """What csv.reader returns."""
 
     line_num: int
@@ -53,7 +55,7 @@ class Dialect:
     sep_line: bool = False
     """Whether the first line is Excel's `sep=;`."""
 
-    def rows(self, lines: Iterable[str], *, strict: bool = True) -> Rows:
+    def rows(self, lines: Iterable[str], *, strict: bool = True) -> CsvReader:
         """The rows of these lines; iterating raises csv.Error."""
         csv.field_size_limit(MAX_CELL)
         return csv.reader(
@@ -69,13 +71,116 @@ class Dialect:
 
 
 def _escaped(lines: Iterable[str]) -> Iterator[str]:
-    """Backslashes that escape nothing stay: csv alone would drop them, as in C:\\new."""
+    """Keep backslashes that escape nothing; csv alone would drop them, as in C:\\new."""
     for line in lines:
         yield _ESCAPE.sub(_keep, line) if "\\" in line else line
 
 
 def _keep(found: re.Match[str]) -> str:
     return found[0] if found[1] else "\\\\"
+
+
+class Table:
+    """A CSV file whose dialect and header are known."""
+
+    unit = "row"
+    format = "csv"
+
+    def __init__(self, content: Content, text: Text, fit: Fit) -> None:
+        self.content = content
+        self.text = text
+        self.dialect = find_dialect(content, text, fit)
+        with self._open() as rows:
+            try:
+                _, self.fields = _header(rows)
+            except (csv.Error, LongLineError) as error:
+                cause = f"its header can't be read: {_cause(error)}"
+                raise StageError(Reason.DATASET_UNREADABLE, f"{content.uri}: {cause}.") from error
+        if len(self.fields) > MAX_COLUMNS:
+            raise StageError(
+                Reason.DATASET_UNREADABLE,
+                f"{content.uri} has {len(self.fields):,} columns: it is no table of examples.",
+            )
+
+    @property
+    def described(self) -> dict[str, str | None]:
+        """What is special about the format, for Detected."""
+        escape = "backslash" if self.dialect.backslash else "doubled"
+        return {
+            "encoding": self.text.encoding,
+            "delimiter": self.dialect.delimiter,
+            "quote": self.dialect.quote,
+            "escape": escape if self.dialect.quote else None,
+        }
+
+    @property
+    def empty(self) -> str:
+        """What to say when there are no rows."""
+        return f"has a header ({names(self.fields)}) and no rows: add examples below it"
+
+    def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
+        """The rows below the header, without blank lines; raises DamageError."""
+        picked = [self.fields.index(name) for name in wanted]
+        width = len(self.fields)
+        with self._open() as rows:
+            number, _ = _header(rows)
+            while True:
+                number += 1
+                line = rows.line_num + 1
+                try:
+                    cells = next(rows, None)
+                except (csv.Error, LongLineError) as error:
+                    raise DamageError(number, self._line(line), _cause(error)) from error
+                if cells is None:
+                    return
+                if len(cells) == width:
+                    yield number, self._line(line), _values(cells, picked) or _BLANK
+                elif len(cells) > 1 or (cells and cells[0].strip()):
+                    yield number, self._line(line), _ragged(cells, width, self.dialect)
+
+    def _line(self, line: int) -> int:
+        return line + self.dialect.sep_line
+
+    @contextmanager
+    def _open(self) -> Iterator[CsvReader]:
+        with open_lines(self.content, self.text) as lines:
+            if self.dialect.sep_line:
+                next(lines, None)
+            yield self.dialect.rows(lines)
+
+
+def _header(rows: CsvReader) -> tuple[int, list[str]]:
+    """The first row that is no blank line, and its number."""
+    number = 0
+    for number, cells in enumerate(rows, start=1):
+        if cells:
+            return number, cells
+    return number, []
+
+
+def _values(cells: list[str], picked: list[int]) -> list[str] | None:
+    values = [cells[index] for index in picked]
+    return values if any(values) or any(cell.strip() for cell in cells) else None
+
+
+def _ragged(cells: list[str], width: int, dialect: Dialect) -> str:
+    names_of = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+    mark = names_of.get(dialect.delimiter, repr(dialect.delimiter))
+    return (
+        f"{plural(len(cells), 'cell')} where the header has {width} "
+        f"(a {mark} inside a text needs quotes around the text)"
+    )
+
+
+def _cause(error: Exception) -> str:
+    text = str(error)
+    if "unexpected end of data" in text:
+        return "a quote is opened and never closed"
+    if isinstance(error, LongLineError) or "field larger" in text:
+        return f"a cell has over {MAX_CELL:,} characters (is a quote never closed?)"
+    if "expected after" in text:
+        return f"{text} (a quote inside a quoted text is written twice)"
+    return text
 
 
 def find_dialect(content: Content, text: Text, fit: Fit) -> Dialect:
@@ -161,111 +266,3 @@ def _damage(content: Content, text: Text, dialect: Dialect, fit: Fit) -> tuple[i
     except (csv.Error, LongLineError):
         return unfit, 1, ragged
     return unfit, 0, ragged
-
-
-MAX_COLUMNS = 10_000
-
-_BLANK = "all cells are blank"
-
-
-class Table:
-    """A CSV file whose dialect and header are known."""
-
-    unit = "row"
-    format = "csv"
-
-    def __init__(self, content: Content, text: Text, fit: Fit) -> None:
-        self.content = content
-        self.text = text
-        self.dialect = find_dialect(content, text, fit)
-        with self._open() as rows:
-            try:
-                _, self.fields = _header(rows)
-            except (csv.Error, LongLineError) as error:
-                cause = f"its header can't be read: {_cause(error)}"
-                raise StageError(Reason.DATASET_UNREADABLE, f"{content.uri}: {cause}.") from error
-        if len(self.fields) > MAX_COLUMNS:
-            raise StageError(
-                Reason.DATASET_UNREADABLE,
-                f"{content.uri} has {len(self.fields):,} columns: it is no table of examples.",
-            )
-
-    @property
-    def described(self) -> dict[str, str | None]:
-        """What is special about the format, for Detected."""
-        escape = "backslash" if self.dialect.backslash else "doubled"
-        return {
-            "encoding": self.text.encoding,
-            "delimiter": self.dialect.delimiter,
-            "quote": self.dialect.quote,
-            "escape": escape if self.dialect.quote else None,
-        }
-
-    @property
-    def empty(self) -> str:
-        """What to say when there are no rows."""
-        return f"has a header ({names(self.fields)}) and no rows: add examples below it"
-
-    def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
-        """The rows below the header, without blank lines; raises DamageError."""
-        picked = [self.fields.index(name) for name in wanted]
-        width = len(self.fields)
-        with self._open() as rows:
-            number, _ = _header(rows)
-            while True:
-                number += 1
-                line = rows.line_num + 1
-                try:
-                    cells = next(rows, None)
-                except (csv.Error, LongLineError) as error:
-                    raise DamageError(number, self._line(line), _cause(error)) from error
-                if cells is None:
-                    return
-                if len(cells) == width:
-                    yield number, self._line(line), _values(cells, picked) or _BLANK
-                elif len(cells) > 1 or (cells and cells[0].strip()):
-                    yield number, self._line(line), _ragged(cells, width, self.dialect)
-
-    def _line(self, line: int) -> int:
-        return line + self.dialect.sep_line
-
-    @contextmanager
-    def _open(self) -> Iterator[Rows]:
-        with open_lines(self.content, self.text) as lines:
-            if self.dialect.sep_line:
-                next(lines, None)
-            yield self.dialect.rows(lines)
-
-
-def _header(rows: Rows) -> tuple[int, list[str]]:
-    """The first row that is no blank line, and its number."""
-    number = 0
-    for number, cells in enumerate(rows, start=1):
-        if cells:
-            return number, cells
-    return number, []
-
-
-def _values(cells: list[str], picked: list[int]) -> list[str] | None:
-    values = [cells[index] for index in picked]
-    return values if any(values) or any(cell.strip() for cell in cells) else None
-
-
-def _ragged(cells: list[str], width: int, dialect: Dialect) -> str:
-    names_of = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
-    mark = names_of.get(dialect.delimiter, repr(dialect.delimiter))
-    return (
-        f"{plural(len(cells), 'cell')} where the header has {width} "
-        f"(a {mark} inside a text needs quotes around the text)"
-    )
-
-
-def _cause(error: Exception) -> str:
-    text = str(error)
-    if "unexpected end of data" in text:
-        return "a quote is opened and never closed"
-    if isinstance(error, LongLineError) or "field larger" in text:
-        return f"a cell has over {MAX_CELL:,} characters (is a quote never closed?)"
-    if "expected after" in text:
-        return f"{text} (a quote inside a quoted text is written twice)"
-    return text
