@@ -44,6 +44,8 @@ _USER_IN_URL = re.compile(r"(?<=://)[^\s/@:]+:[^\s/@]+(?=@)")
 
 
 class LogFormat(StrEnum):
+    """How a line of the log is written."""
+
     HUMAN = "human"
     JSON = "json"
 
@@ -82,6 +84,8 @@ def redact(text: str) -> str:
 
 
 class HumanLine(logging.Formatter):
+    """The time of day and the message."""
+
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
