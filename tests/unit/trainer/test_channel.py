@@ -41,7 +41,7 @@ def test_a_field_that_is_cleared_is_told_from_one_that_is_left_out(tmp_path: Pat
         channel.publish(Progress(loss=None, tokens_per_second=12.5))
     (message,) = got
     assert message.progress is not None
-    fields = message.progress.model_dump(mode="json", exclude_unset=True)
+    fields = message.progress.merge_patch()
     assert fields == {"loss": None, "tokensPerSecond": 12.5}
 
 

@@ -33,6 +33,7 @@ from finetune_trainer.contract.dataset import (
     CountOrShare,
     DataFormat,
     Dataset,
+    Example,
     Message,
     allowed,
 )
@@ -97,6 +98,7 @@ __all__ = [
     "DatasetSummary",
     "DetectedFile",
     "EarlyStopping",
+    "Example",
     "ExitCode",
     "Export",
     "FileCheck",

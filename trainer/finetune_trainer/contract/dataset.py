@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import AfterValidator, Field
 
@@ -40,6 +40,16 @@ def allowed(limit: int | str, total: int) -> int:
 
 Message = dict[str, str]
 """A turn of a conversation: `role` (system, user or assistant) and `content`."""
+
+
+class Example(TypedDict):
+    """A conversation as TRL's conversational prompt-completion: a line of examples.jsonl."""
+
+    prompt: list[Message]
+    """All turns but the last."""
+
+    completion: list[Message]
+    """The last answer."""
 
 
 class DataFormat(StrEnum):

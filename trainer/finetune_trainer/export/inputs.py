@@ -7,10 +7,10 @@ import shutil
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from finetune_trainer.contract import (
     DatasetReport,
+    Example,
     Reason,
     RunConfig,
     Stage,
@@ -36,7 +36,7 @@ class Examples:
     trained: Path
     held_out: Path | None
 
-    def measured(self) -> list[dict[str, Any]]:
+    def measured(self) -> list[Example]:
         """The rows that files are measured on: the held-out ones, or else those trained on."""
         return read_lines(self.held_out or self.trained)
 
@@ -87,7 +87,7 @@ def fetch_examples(config: RunConfig, output: Folder, workspace: Path) -> Exampl
     return Examples(workspace / EXAMPLES, held_out)
 
 
-def read_lines(file: Path, most: int = MOST_ROWS) -> list[dict[str, Any]]:
+def read_lines(file: Path, most: int = MOST_ROWS) -> list[Example]:
     """At most so many of a file's JSON values, one a line, at equal distances."""
     with file.open(encoding="utf-8") as lines:
         total = sum(1 for _ in lines)

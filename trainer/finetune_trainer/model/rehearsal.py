@@ -1,9 +1,9 @@
 """The conversion to GGUF, rehearsed before any weights are fetched.
 
-A safetensors file begins with the names, types and shapes of its tensors. That beginning, followed
-by a hole of the right size, stands in for the file: llama.cpp's converter reads values only when it
-writes them, and a dry run writes nothing. So all that it may not know shows within seconds: the
-architecture, the tokenizer, a tensor. What it knows of the tokenizer is then asked of llama.cpp.
+A safetensors file begins with the names, types and shapes of its tensors. This header, followed by
+a hole of the right size, stands in for the file: llama.cpp's converter reads values only to write
+them, and a dry run writes nothing. So whatever it doesn't know shows within seconds, be it the
+architecture, the tokenizer or a tensor. Then llama.cpp splits texts with the converted vocabulary.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from finetune_trainer.contract import Reason, StageError, Storage
 from finetune_trainer.model import converter, hub
 from finetune_trainer.model.converter import gguf_name
+from finetune_trainer.model.rehearsal_worker import RehearsalAnswer, RehearsalRequest
 from finetune_trainer.model.source import ModelFiles, is_hub
 from finetune_trainer.store import Folder, open_folder
 
@@ -26,10 +30,21 @@ LENGTH_BYTES = 8  # the header's length comes first, little-endian
 FIRST_BYTES = 1 << 18  # holds the header of most files
 MAX_HEADER = 100_000_000  # safetensors' own limit
 CONNECTIONS = 8
-METADATA = "__metadata__"
 
-Header = dict[str, Any]
-"""Of a safetensors file: dtype, shape and data_offsets of each tensor by its name."""
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a safetensors file says about one tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+Header = dict[str, TensorHeader]
+"""Of a safetensors file: its tensors by name."""
+
+_HEADER = TypeAdapter(Header)
 
 Headers = dict[str, Header]
 """Headers by file."""
@@ -38,23 +53,23 @@ Headers = dict[str, Header]
 def rehearse(
     folder: Path, name: str, target: Path, texts: Sequence[str], *, trust_remote_code: bool = False
 ) -> list[list[int]]:
-    """Convert a model, whose weights may be stand-ins; how llama.cpp then splits texts into tokens.
+    """Convert a model, whose weights may be stand-ins; returns how llama.cpp splits the texts.
 
     The file `target` gets configuration and vocabulary. Raises StageError(ModelUnsupported) where
     llama.cpp can't do it.
     """
     with converter.shown(folder, "model", trusted=trust_remote_code) as view:
-        request = {
-            "llama": str(converter.llama_folder()),
-            "folder": str(view),
-            "name": gguf_name(name, folder),
-            "target": str(target),
-            "texts": list(texts),
-        }
-        command = [sys.executable, "-m", WORKER]
-        said = converter.run(command, json.dumps(request), trusted=trust_remote_code)
-    tokens: list[list[int]] = json.loads(said)["tokens"]
-    return tokens
+        request = RehearsalRequest(
+            llama=converter.llama_folder(),
+            model=view,
+            name=gguf_name(name, folder),
+            target=target,
+            texts=tuple(texts),
+        )
+        answer = converter.run(
+            [sys.executable, "-m", WORKER], request.model_dump_json(), trusted=trust_remote_code
+        )
+    return [*RehearsalAnswer.model_validate_json(answer).tokens]
 
 
 def with_stand_ins(files: ModelFiles, headers: Headers, small: Path, target: Path) -> Path:
@@ -73,33 +88,35 @@ def with_stand_ins(files: ModelFiles, headers: Headers, small: Path, target: Pat
 
 
 def write_stand_in(header: Header, target: Path) -> None:
-    """A safetensors file whose values are a hole: it has its size, and takes no room."""
-    text = json.dumps(header).encode()
-    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != METADATA]
+    """A safetensors file whose values are a hole: it has its size, and takes no space."""
+    text = _HEADER.dump_json(header)
+    ends = [tensor.data_offsets[1] for tensor in header.values()]
     with target.open("wb") as stream:
         stream.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         stream.truncate(stream.tell() + max(ends, default=0))
 
 
 def read_headers(files: ModelFiles, storage: Storage) -> Headers:
-    """The headers of all weights; raises StageError(ModelUnsupported) and the store's reasons."""
+    """The headers of all weights; raises StageError(ModelUnsupported) or the store's reasons."""
     names = files.weights()
     with ThreadPoolExecutor(CONNECTIONS, "headers") as pool:
         return dict(zip(names, pool.map(lambda n: _header(files, storage, n), names), strict=True))
 
 
 def tensor_names(headers: Headers) -> list[str]:
-    """The names of all tensors."""
-    return [name for header in headers.values() for name in header if name != METADATA]
+    return [name for header in headers.values() for name in header]
 
 
 def _header(files: ModelFiles, storage: Storage, name: str) -> Header:
     source = files.model.source
     try:
         if is_hub(source):
-            return hub.read_header(source, files.revision, name)
-        return _parsed(open_folder(source, storage), name)
-    except (ValueError, AttributeError) as error:
+            found = hub.read_header(source, files.revision, name)
+        else:
+            found = _read_header(open_folder(source, storage), name)
+        found.pop("__metadata__", None)
+        return _HEADER.validate_python(found)
+    except ValueError as error:
         raise StageError(
             Reason.MODEL_UNSUPPORTED,
             f"{name} of {source} is no safetensors file: upload the model again, or correct "
@@ -107,9 +124,12 @@ def _header(files: ModelFiles, storage: Storage, name: str) -> Header:
         ) from error
 
 
-def _parsed(folder: Folder, name: str) -> Header:
+def _read_header(folder: Folder, name: str) -> dict[str, Any]:
     start = folder.read_start(name, FIRST_BYTES)
     end = LENGTH_BYTES + int.from_bytes(start[:LENGTH_BYTES], "little")
     if len(start) < end <= MAX_HEADER:
         start = folder.read_start(name, end)
-    return dict(json.loads(start[LENGTH_BYTES:end]).items())
+    found = json.loads(start[LENGTH_BYTES:end])
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} begins with no header")  # noqa: TRY004 - the file is wrong
+    return found

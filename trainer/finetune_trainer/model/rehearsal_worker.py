@@ -1,40 +1,58 @@
-"""llama.cpp's converter and tokenizer on a model whose weights are stand-ins.
+"""A process that tries llama.cpp's converter and tokenizer on a model with stand-in weights.
 
-    {"llama": folder of the converter, "folder": the model, "name": …, "target": …, "texts": […]}
-
-as JSON on standard input; {"tokens": [[…], …]} comes back, one list of token ids for each text. The
-file `target` gets configuration and vocabulary.
+A RehearsalRequest comes as JSON on standard input; a RehearsalAnswer goes to standard output.
 """
 
 from __future__ import annotations
 
-import json
 import runpy
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
+from finetune_trainer.contract import Base
 from finetune_trainer.model.converter import SCRIPT
 
 
+class RehearsalRequest(Base):
+    """What to convert, and what to tokenize with the result."""
+
+    llama: Path
+    """Folder of llama.cpp's converter."""
+
+    model: Path
+    """The model as the converter may see it."""
+
+    name: str
+    target: Path
+    """A GGUF file for configuration and vocabulary."""
+
+    texts: tuple[str, ...]
+    """Special tokens are written out in them."""
+
+
+class RehearsalAnswer(Base):
+    """How llama.cpp splits the texts."""
+
+    tokens: tuple[list[int], ...]
+
+
 def main() -> None:
-    """Do what standard input asks for."""
-    request = json.load(sys.stdin)
+    request = RehearsalRequest.model_validate_json(sys.stdin.read())
     with redirect_stdout(sys.stderr):
         # Its own gguf-py goes before the package of that name, which may be of another version.
-        sys.path[:0] = [request["llama"], f"{request['llama']}/gguf-py"]
+        sys.path[:0] = [str(request.llama), str(request.llama / "gguf-py")]
         for mode in ("--dry-run", "--vocab-only"):
             convert(request, mode)
-        tokens = tokenize(Path(request["target"]), request["texts"])
-    json.dump({"tokens": tokens}, sys.stdout)
+        tokens = tokenize(request.target, request.texts)
+    sys.stdout.write(RehearsalAnswer(tokens=tokens).model_dump_json())
 
 
-def convert(request: dict[str, Any], mode: str) -> None:
-    """Run the converter; it ends this program with another status than 0 when it can't."""
-    script = f"{request['llama']}/{SCRIPT}"
-    named = ["--outfile", request["target"], "--model-name", request["name"]]
-    sys.argv = [script, request["folder"], *named, mode]
+def convert(request: RehearsalRequest, mode: str) -> None:
+    """Run the converter; where it can't convert, it ends this process with a status above 0."""
+    script = str(request.llama / SCRIPT)
+    named = ["--outfile", str(request.target), "--model-name", request.name]
+    sys.argv = [script, str(request.model), *named, mode]
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
@@ -42,13 +60,12 @@ def convert(request: dict[str, Any], mode: str) -> None:
             raise
 
 
-def tokenize(file: Path, texts: list[str]) -> list[list[int]]:
-    """The tokens of texts, in which special tokens are written out."""
+def tokenize(file: Path, texts: tuple[str, ...]) -> tuple[list[int], ...]:
     import llama_cpp  # noqa: PLC0415 - native code, which only this needs
 
     model = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
     try:
-        return [list(model.tokenize(t.encode(), add_bos=False, special=True)) for t in texts]
+        return tuple(list(model.tokenize(t.encode(), add_bos=False, special=True)) for t in texts)
     finally:
         model.close()
 

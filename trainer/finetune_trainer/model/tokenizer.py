@@ -8,11 +8,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Message, Reason, StageError
+from finetune_trainer.contract import Example, Message, Reason, StageError
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +49,9 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
-"""For base models that come without a chat template. It is saved with the tokenizer, so that the
-merged model and the GGUF files use what the training used. The token that the tokenizer begins a
-text with, if it does, stands before it."""
+"""For base models without a chat template. It is saved with the tokenizer, so that the merged model
+and the GGUF files use what the training used. Where the tokenizer begins a text with a token, that
+stands before it."""
 
 BEGIN_OF_TEXT = "{{ bos_token }}"
 
@@ -87,11 +86,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, target: Path) -> None:
     """Write the tokenizer as the base model's folder has it, with the chat template in use.
 
-    transformers 5 writes tokenizer.json and a configuration of its own kind. What it leaves out is
-    asked for by others: the tokenizer's class and its SentencePiece model by llama.cpp's converter
-    (Phi-3, Phi-4, Gemma 2), the class by programs with an older transformers. `target` must have
-    the model's config.json: without it transformers 5 takes some of these classes at their word,
-    and splits text otherwise.
+    transformers 5 writes tokenizer.json and a configuration of its own kind. Others need what it
+    leaves out: llama.cpp's converter the tokenizer's class and its SentencePiece model (Phi-3,
+    Phi-4, Gemma 2), programs with an older transformers the class. `target` must have the model's
+    config.json: without it transformers 5 takes some of these classes at their word, and splits
+    text in another way.
     """
     tokenizer.save_pretrained(target)
     for name in _ORIGINAL_FILES:
@@ -105,7 +104,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, target: Path)
 
 
 def fallback_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template for a base model that has none."""
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return BEGIN_OF_TEXT + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
 
@@ -119,20 +117,17 @@ class Encoded:
     """The ids of what is learnt (answers, each with its end of turn); IGNORED elsewhere."""
 
     only_last: bool
-    """Whether earlier answers are not learnt, since the template writes them otherwise once the
-    conversation goes on (it removes their reasoning, for example)."""
+    """Whether earlier answers are not learnt. Some templates write an answer in another way once
+    the conversation goes on, for example without its reasoning."""
 
 
-def message_pair(instruction: str, response: str) -> dict[str, Any]:
-    """A question and its answer as an example."""
+def message_pair(instruction: str, response: str) -> Example:
     return as_example(
         ({"role": "user", "content": instruction}, {"role": "assistant", "content": response})
     )
 
 
-def as_example(messages: Sequence[Message]) -> dict[str, Any]:
-    """A conversation as the training reads it (TRL's conversational prompt-completion): all turns
-    but the last as `prompt`, the last answer as `completion`."""
+def as_example(messages: Sequence[Message]) -> Example:
     return {"prompt": list(messages[:-1]), "completion": [messages[-1]]}
 
 
@@ -146,26 +141,22 @@ def render(
     return str(text)
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]) -> str:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     """The question as text, up to where the model's answer begins."""
     return render(tokenizer, example["prompt"], prompt=True)
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]
-) -> tuple[list[int], list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int]]:
     """Token ids of the whole conversation and their labels; see `encode_batch`."""
     (encoded,) = encode_batch(tokenizer, [example])
     return encoded.ids, encoded.labels
 
 
-def encode_batch(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]]
-) -> list[Encoded]:
+def encode_batch(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Encoded]:
     """Examples as token ids and labels: every answer with its end of turn is learnt.
 
-    For a question and an answer this says what TRL does (a test compares the two); of longer
-    conversations TRL would learn the last answer only. Tokenizing many texts at once is several
+    For a question and an answer the result is TRL's (a test compares the two). Of longer
+    conversations TRL would learn the last answer only. Many texts at once are tokenized several
     times faster. Raises what the template raises for a conversation that it refuses.
     """
     rendered = [_rendered(tokenizer, example) for example in examples]
@@ -205,7 +196,7 @@ class _Rendered:
         return Encoded(full, labels, self.only_last)
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]) -> _Rendered:
+def _rendered(tokenizer: PreTrainedTokenizerBase, example: Example) -> _Rendered:
     messages: list[Message] = example["prompt"] + example["completion"]
     full = render(tokenizer, messages)
     last = render(tokenizer, example["prompt"], prompt=True)
@@ -225,7 +216,6 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]) -> _R
 
 
 def _common(ours: list[int], theirs: list[int]) -> int:
-    """How many tokens two lists have in common at their beginning."""
     for position, (one, other) in enumerate(zip(ours, theirs, strict=False)):
         if one != other:
             return position
@@ -251,7 +241,7 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def unsupported(part: str, error: Exception, trusted: bool) -> StageError:
-    """What a failure of transformers to load a part of the model means."""
+    """The error for a part of the model that transformers can't load."""
     lines = str(error).strip().splitlines()
     cause = lines[0] if lines else type(error).__name__
     remedy = "Choose a model that this version of transformers supports"

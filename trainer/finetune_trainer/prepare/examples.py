@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Dataset, Message, Reason, StageError, allowed
+from finetune_trainer.contract import Dataset, Example, Message, Reason, StageError, allowed
 from finetune_trainer.model.tokenizer import IGNORED, Encoded, as_example, encode_batch
 from finetune_trainer.prepare.dataset_files import DatasetRows
 from finetune_trainer.prepare.split import Mask
@@ -163,7 +162,7 @@ def _encoded(
         yield from zip(batch, encoded, strict=True)
 
 
-def _encoded_alone(tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]) -> Encoded | str:
+def _encoded_alone(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded | str:
     try:
         (encoded,) = encode_batch(tokenizer, [example])
     except Exception as error:  # as above

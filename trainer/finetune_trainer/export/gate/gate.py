@@ -24,6 +24,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from finetune_trainer.contract import (
     UNQUANTIZED,
+    Example,
     Export,
     FileCheck,
     GateReport,
@@ -82,7 +83,7 @@ class Gate:
         cls,
         base: Path,
         adapter: Path | None,
-        examples: Sequence[dict[str, Any]],
+        examples: Sequence[Example],
         workspace: Path,
         export: Export,
         *,
@@ -292,7 +293,7 @@ class Gate:
             f"{limit:.3g} is the limit (spec.export.qualityLimits)"
         ]
 
-    def _prompts(self) -> list[tuple[dict[str, Any], list[int]]]:
+    def _prompts(self) -> list[tuple[Example, list[int]]]:
         found = []
         for example in self.training.rows.examples:
             text = render_prompt(self.training.tokenizer, example)

@@ -13,11 +13,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.contract import Example, Reason, StageError
 from finetune_trainer.export.gguf.convert import Model
 from finetune_trainer.model.tokenizer import encode_batch, load_tokenizer
 from finetune_trainer.runtime import child
@@ -38,7 +37,7 @@ WORKER = "finetune_trainer.export.gguf.importance_worker"
 def write_importance(
     model: Model,
     file: Path,
-    examples: Sequence[dict[str, Any]],
+    examples: Sequence[Example],
     target: Path,
     reporter: Reporter,
 ) -> None:
@@ -69,9 +68,7 @@ def write_importance(
         )
 
 
-def chunks(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]]
-) -> Iterable[list[int]]:
+def chunks(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterable[list[int]]:
     """Conversations end to end, in pieces of CHUNK_TOKENS; the last may be shorter.
 
     In an order of their own, always the same: files are often sorted, and MAX_CHUNKS cuts them.

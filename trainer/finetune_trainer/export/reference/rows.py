@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from finetune_trainer.contract import Example
 from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_batch, render
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class Row:
 class Rows:
     """What is measured on."""
 
-    examples: tuple[dict[str, Any], ...]
+    examples: tuple[Example, ...]
     """The conversations, as `prepare` left them."""
 
     texts: tuple[str, ...]
@@ -57,7 +58,7 @@ class Rows:
         return sum(len(row.measured) for row in self.cut)
 
 
-def choose(tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]]) -> Rows:
+def choose(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Rows:
     """Spread the choice over the whole file, where rows of one kind often stand together."""
     chosen = tuple(spread(examples, MAX_ROWS))
     encoded = encode_batch(tokenizer, chosen)

@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from finetune_trainer.contract import (
     EarlyStopping,
+    Example,
     Notice,
     NoticeCode,
     Reason,
@@ -229,8 +230,6 @@ ERRORS = 2.0  # standard errors; a difference of more is one, however small
 SHARE = 0.1  # of the loss; rows that leave room for a larger difference tell nothing
 LEARNT = 0.98  # of the base model's loss; above, too little was learnt to tell
 
-ChatRow = dict[str, Any]  # {prompt: [message, ...], completion: [message]}
-
 
 @dataclass(frozen=True)
 class AnswerLoss:
@@ -270,14 +269,15 @@ def find_unrelated_answers(
     return judge_answers(list(losses), steps)
 
 
-def swap_questions(rows: Sequence[ChatRow]) -> list[tuple[ChatRow, ChatRow]]:
+def swap_questions(rows: Sequence[Example]) -> list[tuple[Example, Example]]:
     """Each row of one answer, and the same with the question of a row far from it."""
     pairs = []
     for number, row in enumerate(rows):
         other = rows[(number + len(rows) // 2) % len(rows)]
         differs = other["prompt"] != row["prompt"] and other["completion"] != row["completion"]
         if differs and not any(_has_answers(each) for each in (row, other)):
-            pairs.append((row, {**row, "prompt": other["prompt"]}))
+            swapped = Example(prompt=other["prompt"], completion=row["completion"])
+            pairs.append((row, swapped))
     return pairs
 
 
@@ -304,7 +304,7 @@ def _answer_losses(
     trainer: RecipeTrainer,
     work: TrainingWork,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Iterable[tuple[ChatRow, ChatRow]],
+    pairs: Iterable[tuple[Example, Example]],
 ) -> Iterator[AnswerLoss]:
     for pair in pairs:
         batches = []
@@ -318,6 +318,6 @@ def _answer_losses(
             yield AnswerLoss(own, other)
 
 
-def _has_answers(row: ChatRow) -> bool:
+def _has_answers(row: Example) -> bool:
     """Whether the question has answers of its own, as that of a conversation has."""
     return any(message["role"] == "assistant" for message in row["prompt"])
