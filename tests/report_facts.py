@@ -13,7 +13,7 @@ import numpy as np
 from finetune_trainer.contract import (
     Artifact,
     DatasetReport,
-    FileCheck,
+    FileVerdict,
     Fingerprints,
     GateReport,
     Notice,
@@ -154,7 +154,7 @@ def gate(**changes: Any) -> GateReport:
         problem = f"mean KL divergence {divergence} is over its limit of {limit}"
         problems = () if passed else (problem,)
         files.append(
-            FileCheck(file=name(kind), quantization=kind, quality=quality, problems=problems)
+            FileVerdict(file=name(kind), quantization=kind, quality=quality, problems=problems)
         )
     samples = tuple(Sample(**answer, stopped=number != 8) for number, answer in enumerate(ANSWERS))
     report = GateReport(

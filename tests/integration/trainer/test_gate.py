@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 from finetune_trainer.contract import (
     Export,
-    FileCheck,
+    FileVerdict,
     QualityLimit,
     Quantization,
     Reason,
@@ -76,7 +76,7 @@ def faulty(tuned: Tuned, tmp_path: Path) -> Callable[[Quantization], Path]:
     return lambda kind: Path(shutil.copy(tuned.file(kind), tmp_path / f"{kind}.gguf"))
 
 
-def refused(check: FileCheck, *words: str) -> None:
+def refused(check: FileVerdict, *words: str) -> None:
     """Every word is in one of the file's problems."""
     assert not check.passed
     for word in words:
@@ -204,7 +204,10 @@ def test_another_way_to_split_words_is_found(
     """Mistral's Tekken splits brackets from words otherwise; no row has one."""
     file = faulty(Q.F16)
     set_text(file, "tokenizer.ggml.pre", b"smollm", b"tekken")
-    refused(first.check(file, Q.F16), "other tokens")
+    check = first.check(file, Q.F16)
+    refused(check, "other tokens")
+    assert check.quality is not None
+    assert (check.quality.over_limit, check.quality.passed) == (False, False)
 
 
 def test_another_vocabulary_is_found(first: Gate, faulty: Callable[[Quantization], Path]) -> None:

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.contract import Artifact, FileCheck, GateReport, Quantization, Sample
+from finetune_trainer.contract import Artifact, FileVerdict, GateReport, Quantization, Sample
+from finetune_trainer.contract.verdict_words import Tone
 from finetune_trainer.export.gguf.files import preferred
 from finetune_trainer.export.report import Facts, numbers, tables, write_report
 from finetune_trainer.export.report.charts import MOST_POINTS, NARROW, WIDE, loss_chart, thin
 from finetune_trainer.export.report.facts import Point
 from finetune_trainer.export.report.loading import served, ways
 from finetune_trainer.export.report.page import render, visible
-from finetune_trainer.export.report.verdict import Tone, overall, verdicts
+from finetune_trainer.export.report.verdict import overall, verdicts
 from tests.report_facts import (
     artifacts,
     config,
@@ -96,7 +97,7 @@ EVERY_MISSING: dict[str, dict[str, Any]] = {
     "verify off": {
         "config": config(export={"verify": "off"}),
         "gate": GateReport(
-            files=(FileCheck(file=name(Quantization.F16), quantization=Quantization.F16),)
+            files=(FileVerdict(file=name(Quantization.F16), quantization=Quantization.F16),)
         ),
     },
     "no samples": {"gate": gate(samples=())},
@@ -224,7 +225,7 @@ ATTACKS = [
 @pytest.mark.parametrize("text", ATTACKS)
 def test_what_a_model_or_a_dataset_says_stays_text(text: str) -> None:
     sample = Sample(prompt=text, expected=text, base=text, tuned=text, stopped=True)
-    bad = FileCheck(file="x.gguf", quantization=Quantization.F16, problems=(text,))
+    bad = FileVerdict(file="x.gguf", quantization=Quantization.F16, problems=(text,))
     notice = {"code": "Overfitting", "step": 1, "evidence": text, "remedy": text}
     given = facts(
         gate=gate(samples=(sample,), files=(bad,)),

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import (
     REJECTED,
-    FileCheck,
+    FileVerdict,
     GateReport,
     Quality,
     Quantization,
@@ -203,7 +203,7 @@ class Checked(NamedTuple):
 
     kind: Quantization
     file: Path
-    check: FileCheck
+    check: FileVerdict
     usable: bool
     """Whether it is asked for and lies with the good ones."""
 
@@ -222,11 +222,10 @@ def checked_files(making: Making, gate: Gate, importance: Path | None) -> Iterat
         yield Checked(kind, file, check, kind in kinds and not gate.rejects(check))
 
 
-def hand_on(making: Making, gate: Gate, file: Path, check: FileCheck) -> None:
+def hand_on(making: Making, gate: Gate, file: Path, check: FileVerdict) -> None:
     """Give a checked file its place: among the good ones, or apart."""
     folder = REJECTED if gate.rejects(check) else GGUF
-    quality = check.quality and check.quality.model_copy(update={"passed": check.passed})
-    making.add(file, f"{folder}/{file.name}", quality)
+    making.add(file, f"{folder}/{file.name}", check.quality)
 
 
 def make_modelfile(making: Making, good: dict[Quantization, Path]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_trainer.contract import Artifact, GateReport, Reason, RunConfig, Stage, StageResult
-from finetune_trainer.export.gate import refusal
+from finetune_trainer.contract.verdict_words import explain_failures
 from finetune_trainer.export.inputs import Inputs, check_memory, check_space, fetch, fetch_examples
 from finetune_trainer.export.manifest import Manifest, lineage_of, now
 from finetune_trainer.export.pipeline import (
@@ -171,7 +171,7 @@ def encoded(manifest: Manifest) -> bytes:
 def result_of(config: RunConfig, manifest: Manifest) -> StageResult:
     """What the stage came to; a file that the gate rejected fails it, though all others are out."""
     folder = config.output.uri.rstrip("/")
-    said = refusal.message(manifest.gate, manifest.files, config.export)
+    said = explain_failures(manifest.gate, manifest.files, config.export)
     return StageResult(
         stage=Stage.EXPORT,
         reason=reason_of(manifest.files),

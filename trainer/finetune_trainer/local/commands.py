@@ -24,7 +24,7 @@ from finetune_trainer.contract import (
     Training,
 )
 from finetune_trainer.local import steps
-from finetune_trainer.local.quality import show_quality
+from finetune_trainer.local.quality_table import show_quality
 from finetune_trainer.runtime.logs import set_up_libraries
 from finetune_trainer.runtime.progress import Reporter
 from finetune_trainer.stage_runner import guarded, stop_on_signal

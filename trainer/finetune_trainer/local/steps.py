@@ -24,6 +24,7 @@ from finetune_trainer.contract import (
     StageResult,
     read_run_config,
 )
+from finetune_trainer.contract.verdict_words import explain_failures
 from finetune_trainer.export.gguf.files import MODELFILE
 from finetune_trainer.memory.machine import this_machine
 from finetune_trainer.model import source
@@ -82,7 +83,6 @@ def gguf(folder: Path, kinds: tuple[Quantization, ...], reporter: Reporter) -> S
             Reason.INVALID_CONFIG, f"{merged} does not exist: run `make merge` before `make gguf`."
         )
     from finetune_trainer.export import stage  # noqa: PLC0415 - imports torch
-    from finetune_trainer.export.gate import refusal  # noqa: PLC0415 - imports torch
 
     for former in ("gguf", REJECTED):
         shutil.rmtree(folder / former, ignore_errors=True)
@@ -104,7 +104,7 @@ def gguf(folder: Path, kinds: tuple[Quantization, ...], reporter: Reporter) -> S
     return StageResult(
         stage=Stage.EXPORT,
         reason=stage.reason_of(files),
-        message=refusal.message(gate, files, config.export) or done,
+        message=explain_failures(gate, files, config.export) or done,
         artifacts=tuple(files),
     )
 

@@ -8,7 +8,7 @@
 
 The 16-bit file is held against base model and adapter as transformers and PEFT run them in
 float32, unmerged; types without quantization as well; every other type against the 16-bit file,
-in llama.cpp itself. A bad file is a FileCheck with problems. An error is raised only where the
+in llama.cpp itself. A bad file is a FileVerdict with problems. An error is raised only where the
 gate itself can't work.
 """
 
@@ -25,7 +25,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from finetune_trainer.contract import (
     UNQUANTIZED,
     Export,
-    FileCheck,
+    FileVerdict,
     GateReport,
     Quality,
     Quantization,
@@ -33,6 +33,7 @@ from finetune_trainer.contract import (
     Sample,
     StageError,
 )
+from finetune_trainer.contract.verdict_words import over_limit
 from finetune_trainer.export import llama
 from finetune_trainer.export.gate import structure, thresholds, tokens
 from finetune_trainer.export.gguf.header import Header, HeaderError
@@ -73,8 +74,8 @@ class Gate:
         self._wanted = tokens.wanted(training.tokenizer, training.rows)
         self._workspace = workspace
         self._export = export
-        self._sixteen: tuple[Path, FileCheck] | None = None
-        self._files: tuple[FileCheck, ...] = ()
+        self._sixteen: tuple[Path, FileVerdict] | None = None
+        self._files: tuple[FileVerdict, ...] = ()
         self._samples: tuple[Sample, ...] = ()
 
     @classmethod
@@ -116,11 +117,11 @@ class Gate:
         """What spec.export.verify asks for."""
         return self._export.verify
 
-    def rejects(self, check: FileCheck) -> bool:
+    def rejects(self, check: FileVerdict) -> bool:
         """Whether a file has to be kept apart; with `warn` none has."""
         return not check.passed and self.mode != "warn"
 
-    def check(self, file: Path, kind: Quantization) -> FileCheck:
+    def check(self, file: Path, kind: Quantization) -> FileVerdict:
         """Look at a file; the first has to be the one without quantization that the others are
         made of."""
         if self._sixteen is None and kind not in UNQUANTIZED:
@@ -129,12 +130,12 @@ class Gate:
             with Header(file) as header:
                 check = self._check(file, kind, header)
         except HeaderError as error:
-            check = FileCheck(file=file.name, quantization=kind, problems=(f"{error}",))
+            check = FileVerdict(file=file.name, quantization=kind, problems=(f"{error}",))
         if self._sixteen is None:
             self._sixteen = (file, check)
         return self._finished(check)
 
-    def check_adapter(self, file: Path) -> FileCheck:
+    def check_adapter(self, file: Path) -> FileVerdict:
         """The adapter alone: taken away from the 16-bit file, it has to leave the base model."""
         sixteen, of_sixteen = self._source()
         quality = None
@@ -149,7 +150,7 @@ class Gate:
         except llama.LlamaError as error:
             problems = [f"llama.cpp can't apply it: {error}"]
         return self._finished(
-            FileCheck(
+            FileVerdict(
                 file=file.name,
                 quantization=Quantization.F32,
                 problems=tuple(problems),
@@ -198,10 +199,10 @@ class Gate:
             samples=self._samples,
         )
 
-    def _check(self, file: Path, kind: Quantization, header: Header) -> FileCheck:
+    def _check(self, file: Path, kind: Quantization, header: Header) -> FileVerdict:
         problems = list(structure.problems_of(header, kind))
         if header.size < header.end:  # a cut file is of no use to anybody
-            return FileCheck(file=file.name, quantization=kind, problems=tuple(problems))
+            return FileVerdict(file=file.name, quantization=kind, problems=tuple(problems))
         problems += self._beside_source(header)
         quality = None
         try:
@@ -212,7 +213,7 @@ class Gate:
             problems += tokens.problems_of(said, header, self._wanted)
             quality, more = self._judged(said, kind, structure.parameters(header))
             problems += more
-        return FileCheck(
+        return FileVerdict(
             file=file.name, quantization=kind, problems=tuple(problems), quality=quality
         )
 
@@ -283,14 +284,8 @@ class Gate:
             same_top_token=said["sameTopToken"],
             perplexity=said["perplexity"],
             max_kl_divergence=limit,
-            passed=divergence <= limit,
         )
-        if quality.passed:
-            return quality, []
-        return quality, [
-            f"its answers are off by a mean KL divergence of {divergence:.3g} nats per token, and "
-            f"{limit:.3g} is the limit (spec.export.qualityLimits)"
-        ]
+        return quality, [over_limit(divergence, limit)] if quality.over_limit else []
 
     def _prompts(self) -> list[tuple[dict[str, Any], list[int]]]:
         found = []
@@ -326,12 +321,12 @@ class Gate:
         answers: list[dict[str, Any]] = said["answers"]
         return answers
 
-    def _source(self) -> tuple[Path, FileCheck]:
+    def _source(self) -> tuple[Path, FileVerdict]:
         if self._sixteen is None:
             raise ValueError("the 16-bit file has to be checked first")
         return self._sixteen
 
-    def _finished(self, check: FileCheck) -> FileCheck:
+    def _finished(self, check: FileVerdict) -> FileVerdict:
         self._files += (check,)
         quality = check.quality
         if quality:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from finetune_trainer.contract import (
     Artifact,
     DatasetReport,
-    FileCheck,
+    FileVerdict,
     GateReport,
     Notice,
     RunConfig,
@@ -64,7 +64,7 @@ class Change:
 class GgufFile:
     """A GGUF file, what was found out about it, and where it lies."""
 
-    check: FileCheck
+    verdict: FileVerdict
     artifact: Artifact | None
     """None where it was written to no folder that is published."""
 
@@ -145,7 +145,7 @@ class Facts:
     def ggufs(self) -> tuple[GgufFile, ...]:
         """The GGUF files that were checked, in the gate's order."""
         places = {each.path.rpartition("/")[2]: each for each in self.files}
-        return tuple(GgufFile(check, places.get(check.file)) for check in self.gate.files)
+        return tuple(GgufFile(verdict, places.get(verdict.file)) for verdict in self.gate.files)
 
     def has(self, folder: str) -> bool:
         """Whether the output has such a folder (or file)."""

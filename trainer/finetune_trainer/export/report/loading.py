@@ -40,9 +40,9 @@ def ways(facts: Facts) -> tuple[Way, ...]:
 def served(facts: Facts) -> str | None:
     """Path of the GGUF file that commands and Modelfile name; None where none may be used."""
     good = {
-        each.check.quantization: each.artifact.path
+        each.verdict.quantization: each.artifact.path
         for each in facts.ggufs
-        if each.artifact and each.check.passed
+        if each.artifact and each.verdict.passed
     }
     return good[preferred(good, facts.parameters)] if good else None
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from finetune_trainer.contract import LengthSpread, ListedRows, Training
+from finetune_trainer.contract.verdict_words import Tone, word_for
 from finetune_trainer.export.report import numbers
 from finetune_trainer.export.report.facts import Facts, GgufFile, Point
-from finetune_trainer.export.report.verdict import Tone
 from finetune_trainer.runtime.units import duration, size
 
 
@@ -63,33 +63,23 @@ def quality(facts: Facts) -> tuple[QualityRow, ...]:
 
 
 def _quality_row(each: GgufFile) -> QualityRow:
-    check, found = each.check, each.check.quality
-    tone, verdict = _verdict(each)
+    verdict, found = each.verdict, each.verdict.quality
+    word = word_for(each.artifact, verdict)
     limit = found.max_kl_divergence if found else None
     used = min(found.kl_divergence / limit, 1.0) if found and limit else None
     return QualityRow(
-        file=each.artifact.path if each.artifact else check.file,
-        kind=check.quantization.value,
+        file=each.artifact.path if each.artifact else verdict.file,
+        kind=verdict.quantization.value,
         size=size(each.artifact.bytes) if each.artifact else numbers.NOTHING,
         divergence=numbers.divergence(found.kl_divergence if found else None),
         limit=numbers.setting(limit) if limit else numbers.NOTHING,
         used=used,
         same_top_token=numbers.share(found.same_top_token if found else None),
         perplexity=numbers.perplexity(found.perplexity if found else None),
-        tone=tone,
-        verdict=verdict,
-        problems=check.problems,
+        tone=word.tone,
+        verdict=word.text,
+        problems=verdict.problems,
     )
-
-
-def _verdict(each: GgufFile) -> tuple[Tone, str]:
-    if each.artifact is not None and each.artifact.rejected:
-        return Tone.BAD, "refused"
-    if not each.check.passed:
-        return Tone.BAD, "not good enough"
-    if each.check.quality is None:
-        return Tone.PLAIN, "not measured"
-    return Tone.GOOD, "passed"
 
 
 def perplexities(facts: Facts) -> tuple[Bar, ...]:
@@ -100,9 +90,9 @@ def perplexities(facts: Facts) -> tuple[Bar, ...]:
         ("Tuned", gate.tuned_perplexity, "tuned"),
     ]
     found += [
-        (check.quantization.value, check.quality.perplexity, "file")
-        for check in gate.files
-        if check.quality
+        (verdict.quantization.value, verdict.quality.perplexity, "file")
+        for verdict in gate.files
+        if verdict.quality
     ]
     if all(value is None for _, value, _ in found) and change:
         found = [
