@@ -16,6 +16,7 @@ from finetune_trainer.contract import (
     FileVerdict,
     Fingerprints,
     GateReport,
+    Lineage,
     Notice,
     NoticeCode,
     Quality,
@@ -25,7 +26,6 @@ from finetune_trainer.contract import (
     Training,
     TrainingRecord,
 )
-from finetune_trainer.export.manifest import Lineage
 from finetune_trainer.export.report import Facts
 from finetune_trainer.prepare.statistics import histogram, spread
 

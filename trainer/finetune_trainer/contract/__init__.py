@@ -8,7 +8,7 @@ notices         what a training says about itself
 progress        status.progress, and where it is written
 dataset_report  what `prepare` found in the dataset
 training_record metrics.json
-artifacts       the files that come out
+artifacts       the files that come out, and manifest.json
 quality         what was measured on a GGUF file, and the gate's verdict on it
 verdict_words   that verdict in words, for status, the report and a terminal
 fingerprint     what a stage's result depends on
@@ -18,7 +18,7 @@ It is all that the operator knows of the trainer, and imports pydantic alone.
 
 from __future__ import annotations
 
-from finetune_trainer.contract.artifacts import REJECTED, Artifact
+from finetune_trainer.contract.artifacts import REJECTED, Artifact, Lineage, Manifest
 from finetune_trainer.contract.base import (
     GROUP,
     LOCATION_RULE,
@@ -109,10 +109,12 @@ __all__ = [
     "Hub",
     "JobReference",
     "LengthSpread",
+    "Lineage",
     "ListedRows",
     "Location",
     "LogEntry",
     "Lora",
+    "Manifest",
     "Message",
     "Model",
     "Notice",

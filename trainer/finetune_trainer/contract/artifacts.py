@@ -1,11 +1,14 @@
-"""The files that a job leaves in its output folder."""
+"""The files that a job leaves in its output folder, and manifest.json, which lists them."""
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Literal, Self
 
-from finetune_trainer.contract.base import Base
-from finetune_trainer.contract.quality import Quality
+from pydantic import Field, JsonValue
+
+from finetune_trainer.contract.base import Base, Stage
+from finetune_trainer.contract.quality import GateReport, Quality
+from finetune_trainer.contract.run import Fingerprints
 
 REJECTED = "rejected"  # folder of the output for files that the quality gate refuses
 
@@ -45,3 +48,41 @@ class Artifact(Base):
         if self.quality is None:
             return self
         return self.model_copy(update={"quality": self.quality.rounded()})
+
+
+class Lineage(Base):
+    """What the files were made from."""
+
+    dataset: str
+    dataset_etag: Annotated[str, Field(alias="datasetETag")]
+    dataset_rows: int
+    eval_source: str | None = None
+    """Where the held-out rows come from; None where they were split off."""
+
+    eval_rows: int = 0
+    columns: dict[str, str]
+    model: str
+    model_revision: str
+    hyperparameters: dict[str, JsonValue]
+    """As they were applied."""
+
+    fingerprints: Fingerprints
+    versions: dict[str, str]
+
+
+class Manifest(Base):
+    """The whole of manifest.json; its first fields are those of a Marker.
+
+    It is written last, so that nobody takes half of a version for a whole.
+    """
+
+    stage: Literal[Stage.EXPORT] = Stage.EXPORT
+    fingerprint: str
+    files: tuple[Artifact, ...]
+    created: str
+    """RFC 3339."""
+
+    lineage: Lineage
+    metrics: dict[str, float]
+    gate: GateReport
+    """What was measured on the GGUF files."""
