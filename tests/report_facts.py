@@ -13,9 +13,10 @@ import numpy as np
 from finetune_trainer.contract import (
     Artifact,
     DatasetReport,
-    FileCheck,
+    FileVerdict,
     Fingerprints,
     GateReport,
+    Lineage,
     Notice,
     NoticeCode,
     Quality,
@@ -25,7 +26,6 @@ from finetune_trainer.contract import (
     Training,
     TrainingRecord,
 )
-from finetune_trainer.export.manifest import Lineage
 from finetune_trainer.export.report import Facts
 from finetune_trainer.prepare.statistics import histogram, spread
 
@@ -154,7 +154,7 @@ def gate(**changes: Any) -> GateReport:
         problem = f"mean KL divergence {divergence} is over its limit of {limit}"
         problems = () if passed else (problem,)
         files.append(
-            FileCheck(file=name(kind), quantization=kind, quality=quality, problems=problems)
+            FileVerdict(file=name(kind), quantization=kind, quality=quality, problems=problems)
         )
     samples = tuple(Sample(**answer, stopped=number != 8) for number, answer in enumerate(ANSWERS))
     report = GateReport(

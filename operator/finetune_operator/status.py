@@ -19,7 +19,8 @@ from finetune_operator.api.finetunejob import (
     StageState,
     StageStatus,
 )
-from finetune_trainer.contract import Notice, Quality, Reason, Stage
+from finetune_trainer.contract import Notice, Reason, Stage
+from finetune_trainer.contract.verdict_words import quality_fault
 
 PHASES = {
     Stage.PREPARE: Phase.PREPARING,
@@ -151,16 +152,6 @@ def warnings_hint(notices: Iterable[Notice]) -> str:
     """
     codes = dict.fromkeys(notice.code for notice in notices if notice.warning)
     return f" The training warned of {', '.join(codes)}: see status.notices." if codes else ""
-
-
-def quality_fault(file: str, quality: Quality | None) -> str:
-    """Why a file failed the quality gate, in one sentence."""
-    if quality is None or not quality.over_limit:
-        return f"{file} did not pass the checks; the manifest says why."
-    return (
-        f"{file}: mean KL divergence {quality.kl_divergence:.4g} nats per token, limit "
-        f"{quality.max_kl_divergence:.4g}."
-    )
 
 
 def quality_hint(artifacts: Iterable[ArtifactStatus]) -> str:

@@ -21,7 +21,7 @@ from finetune_trainer.contract import (
     read_run_config,
 )
 from finetune_trainer.local import commands
-from finetune_trainer.local.quality import show_quality
+from finetune_trainer.local.quality_table import show_quality
 from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.logs import FORMAT_VARIABLE, LogFormat, set_up_libraries
 from finetune_trainer.runtime.progress import Reporter, reporter_for

@@ -9,8 +9,9 @@ from finetune_operator.api.finetunejob import ArtifactStatus, Lineage, StageStat
 from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
 from finetune_operator.plan.verdict import Done, Failure
-from finetune_operator.status import quality_fault, timestamp
+from finetune_operator.status import timestamp
 from finetune_trainer.contract import Artifact, Notice, Resolved, Stage, StageResult
+from finetune_trainer.contract.verdict_words import quality_fault
 
 OVER_LIMIT = "QualityLimitExceeded"  # the event about a file that `verify: warn` lets pass
 NOTICES_LIMIT = 50  # notices in status; the log has the others

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from finetune_trainer.export.merge import MergedWeights, write_merged
+from finetune_trainer.export.merge import MergedWeights
+from finetune_trainer.export.merge.model_folder import write_merged
 
 
 class Sampling(threading.Thread):

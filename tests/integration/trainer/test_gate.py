@@ -6,7 +6,6 @@ on it: how far the clean file is from the reference, and the faulty one.
 
 from __future__ import annotations
 
-import copy
 import shutil
 import struct
 import subprocess
@@ -23,14 +22,14 @@ from safetensors import safe_open
 
 from finetune_trainer.contract import (
     Export,
-    FileCheck,
+    FileVerdict,
     QualityLimit,
     Quantization,
     Reason,
     StageError,
 )
-from finetune_trainer.export.gate import structure
-from finetune_trainer.export.gate.gate import Gate
+from finetune_trainer.export.gate import file_checks
+from finetune_trainer.export.gate.gates import DerivedGate, SourceGate, rejects
 from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.model.converter import llama_folder
 from tests.integration.trainer.families import WIDE
@@ -50,23 +49,23 @@ WIDE_SHAPE = {**WIDE, "initializer_range": 0.06}
 
 
 @pytest.fixture(scope="module")
-def opened(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> Gate:
-    """A gate that has seen the clean 16-bit file."""
-    gate = tuned.gate(tmp_path_factory.mktemp("gate"))
-    assert gate.check(tuned.file(Q.F16), Q.F16).problems == ()
-    return gate
+def opened(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> SourceGate:
+    """A gate that knows the reference."""
+    return tuned.gate(tmp_path_factory.mktemp("gate"))
+
+
+@pytest.fixture(scope="module")
+def gate(tuned: Tuned, opened: SourceGate) -> DerivedGate:
+    """The gate behind it, for which the clean 16-bit file was checked."""
+    derived = opened.check(tuned.file(Q.F16), Q.F16)
+    assert derived.source_verdict.problems == ()
+    return derived
 
 
 @pytest.fixture
-def gate(opened: Gate) -> Gate:
-    """One that goes on from there, so that faulty files leave no trace for other tests."""
-    return copy.copy(opened)
-
-
-@pytest.fixture
-def first(opened: Gate) -> Gate:
-    """One that knows the reference and has seen no file."""
-    return Gate(opened.training, opened._workspace, Export())
+def first(opened: SourceGate, tmp_path: Path) -> SourceGate:
+    """One for a faulty 16-bit file, which leaves no trace for other tests."""
+    return SourceGate(replace(opened.expected, workspace=tmp_path))
 
 
 @pytest.fixture
@@ -76,7 +75,7 @@ def faulty(tuned: Tuned, tmp_path: Path) -> Callable[[Quantization], Path]:
     return lambda kind: Path(shutil.copy(tuned.file(kind), tmp_path / f"{kind}.gguf"))
 
 
-def refused(check: FileCheck, *words: str) -> None:
+def refused(check: FileVerdict, *words: str) -> None:
     """Every word is in one of the file's problems."""
     assert not check.passed
     for word in words:
@@ -135,18 +134,20 @@ def set_weights(file: Path, name: str, value: torch.Tensor) -> None:
 LAYER = ("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight")
 
 
-def test_every_type_of_a_clean_model_passes(tuned: Tuned, first: Gate) -> None:
+def test_every_type_of_a_clean_model_passes(tuned: Tuned, first: SourceGate) -> None:
     """Measured: F16 4e-6, Q8_0 4e-4, Q6_K 0.003, Q4_K_M 0.023, Q3_K_M 0.058."""
-    checks = [first.check(tuned.file(kind), kind) for kind in ALL]
+    gate = first.check(tuned.file(Q.F16), Q.F16)
+    others = [gate.check(tuned.file(kind), kind) for kind in ALL[1:]]
+    checks = [gate.source_verdict, *others]
     assert [check.problems for check in checks] == [()] * 9
     figures = {check.quantization: check.quality for check in checks}
     assert all(figures.values())
     loss = {kind: quality.kl_divergence for kind, quality in figures.items() if quality}
     assert max(loss[Q.F32], loss[Q.F16]) < loss[Q.BF16] < loss[Q.Q8_0] < loss[Q.Q6_K]
     assert loss[Q.Q6_K] < loss[Q.Q5_K_M] < loss[Q.Q4_K_M] < loss[Q.IQ4_XS] < loss[Q.Q3_K_M]
-    report = first.report()
+    report = gate.report(others)
     assert report.files == tuple(checks)
-    assert (report.rows, report.tokens, report.held_out) == (6, first.training.rows.tokens, True)
+    assert (report.rows, report.tokens, report.held_out) == (6, first.expected.rows.tokens, True)
     assert report.tuned_perplexity is not None
     assert report.tuned_perplexity == pytest.approx(figures[Q.F16].perplexity, rel=1e-3)  # type: ignore[union-attr]
     assert report.base_perplexity != pytest.approx(report.tuned_perplexity, rel=0.01)
@@ -154,7 +155,7 @@ def test_every_type_of_a_clean_model_passes(tuned: Tuned, first: Gate) -> None:
 
 @pytest.mark.parametrize("scale", [0.5, 1.2, 2.0])
 def test_a_wrong_scale_is_found(
-    tuned: Tuned, first: Gate, faulty: Callable[[Quantization], Path], scale: float
+    tuned: Tuned, first: SourceGate, faulty: Callable[[Quantization], Path], scale: float
 ) -> None:
     """Of one kind of module alone: 0.005, 0.0008 and 0.018, where the clean file has 4e-6."""
     file = faulty(Q.F16)
@@ -162,29 +163,30 @@ def test_a_wrong_scale_is_found(
         theirs, ours = (name.format(layer) for name in LAYER)
         base, merged = weights(tuned.base, theirs), weights(tuned.merged, theirs)
         set_weights(file, ours, base + scale * (merged - base))
-    refused(first.check(file, Q.F16), "mean KL divergence")
+    refused(first.check(file, Q.F16).source_verdict, "mean KL divergence")
 
 
 def test_a_layer_without_its_delta_is_found(
-    tuned: Tuned, first: Gate, faulty: Callable[[Quantization], Path]
+    tuned: Tuned, first: SourceGate, faulty: Callable[[Quantization], Path]
 ) -> None:
     """One of fourteen: 0.005, where the clean file has 4e-6."""
     file = faulty(Q.F16)
     theirs, ours = (name.format(1) for name in LAYER)
     set_weights(file, ours, weights(tuned.base, theirs))
-    refused(first.check(file, Q.F16), "mean KL divergence")
+    refused(first.check(file, Q.F16).source_verdict, "mean KL divergence")
 
 
 def test_what_was_made_of_a_refused_file_is_refused(
-    tuned: Tuned, first: Gate, faulty: Callable[[Quantization], Path]
+    tuned: Tuned, first: SourceGate, faulty: Callable[[Quantization], Path]
 ) -> None:
     file = faulty(Q.F16)
     set_value(file, "tokenizer.ggml.eos_token_id", "I", 0)
-    refused(first.check(file, Q.F16), "end of a text")
-    refused(first.check(tuned.file(Q.Q8_0), Q.Q8_0), "made of F16.gguf, which is refused")
+    gate = first.check(file, Q.F16)
+    refused(gate.source_verdict, "end of a text")
+    refused(gate.check(tuned.file(Q.Q8_0), Q.Q8_0), "made of F16.gguf, which is refused")
 
 
-def test_other_merges_are_found(first: Gate, faulty: Callable[[Quantization], Path]) -> None:
+def test_other_merges_are_found(first: SourceGate, faulty: Callable[[Quantization], Path]) -> None:
     """Two merges that the rows don't pass through, exchanged."""
     file = faulty(Q.F16)
     with Header(file) as header:
@@ -195,65 +197,74 @@ def test_other_merges_are_found(first: Gate, faulty: Callable[[Quantization], Pa
     one, other = (struct.pack("<Q", len(m.encode())) + m.encode() for m in merges[-2:])
     assert raw.endswith(one + other)
     overwrite(file, field.end - len(one + other), other + one)
-    refused(first.check(file, Q.F16), "merges")
+    refused(first.check(file, Q.F16).source_verdict, "merges")
 
 
 def test_another_way_to_split_words_is_found(
-    first: Gate, faulty: Callable[[Quantization], Path]
+    first: SourceGate, faulty: Callable[[Quantization], Path]
 ) -> None:
     """Mistral's Tekken splits brackets from words otherwise; no row has one."""
     file = faulty(Q.F16)
     set_text(file, "tokenizer.ggml.pre", b"smollm", b"tekken")
-    refused(first.check(file, Q.F16), "other tokens")
+    check = first.check(file, Q.F16).source_verdict
+    refused(check, "other tokens")
+    assert check.quality is not None
+    assert (check.quality.over_limit, check.quality.passed) == (False, False)
 
 
-def test_another_vocabulary_is_found(first: Gate, faulty: Callable[[Quantization], Path]) -> None:
+def test_another_vocabulary_is_found(
+    first: SourceGate, faulty: Callable[[Quantization], Path]
+) -> None:
     """One letter of a token."""
     file = faulty(Q.F16)
     set_text(file, "tokenizer.ggml.tokens", b"boiling", b"bailing")
-    refused(first.check(file, Q.F16), "entries of its vocabulary")
+    refused(first.check(file, Q.F16).source_verdict, "entries of its vocabulary")
 
 
 def test_another_chat_template_is_found(
-    first: Gate, faulty: Callable[[Quantization], Path]
+    first: SourceGate, faulty: Callable[[Quantization], Path]
 ) -> None:
     file = faulty(Q.F16)
     set_text(file, "tokenizer.chat_template", b"im_start", b"im_begun")
-    refused(first.check(file, Q.F16), "chat template")
+    refused(first.check(file, Q.F16).source_verdict, "chat template")
 
 
-def test_a_missing_end_token_is_found(first: Gate, faulty: Callable[[Quantization], Path]) -> None:
+def test_a_missing_end_token_is_found(
+    first: SourceGate, faulty: Callable[[Quantization], Path]
+) -> None:
     """llama.cpp knows <|im_end|> by its text; others go by the metadata."""
     file = faulty(Q.F16)
     rename(file, "tokenizer.ggml.eos_token_id", "tokenizer.ggml.xxx_token_id")
-    refused(first.check(file, Q.F16), "as the end of a text")
+    refused(first.check(file, Q.F16).source_verdict, "as the end of a text")
 
 
 def test_tokens_that_servers_would_add_are_found(
-    first: Gate, faulty: Callable[[Quantization], Path]
+    first: SourceGate, faulty: Callable[[Quantization], Path]
 ) -> None:
     file = faulty(Q.F16)
     set_value(file, "tokenizer.ggml.add_bos_token", "?", True)
-    assert first._wanted.begins_with_bos  # as SmolLM2's template does
-    first._wanted = replace(first._wanted, begins_with_bos=False)
-    refused(copy.copy(first).check(file, Q.F16), "add_bos")
+    expected = first.expected
+    assert expected.text.begins_with_bos  # as SmolLM2's template does
+    text = replace(expected.text, begins_with_bos=False)
+    gate = SourceGate(replace(expected, text=text))
+    refused(gate.check(file, Q.F16).source_verdict, "add_bos")
     rename(file, "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token")
-    refused(copy.copy(first).check(file, Q.F16), "add_eos")
+    refused(gate.check(file, Q.F16).source_verdict, "add_eos")
 
 
 def test_an_end_of_turn_that_llama_cpp_does_not_stop_at_is_found(
-    first: Gate, faulty: Callable[[Quantization], Path]
+    first: SourceGate, faulty: Callable[[Quantization], Path]
 ) -> None:
     """The token lost its text, by which llama.cpp knows it, and is nobody's end any more."""
     file = faulty(Q.F16)
     set_text(file, "tokenizer.ggml.tokens", b"<|im_end|>", b"<|im_stop|")
     set_value(file, "tokenizer.ggml.eos_token_id", "I", 0)
-    refused(first.check(file, Q.F16), "would not stop")
+    refused(first.check(file, Q.F16).source_verdict, "would not stop")
 
 
 @pytest.mark.parametrize(("kind", "name"), [(Q.Q4_K_M, Q.Q8_0), (Q.Q8_0, Q.Q4_K_M)])
 def test_a_swapped_quantization_is_found(
-    tuned: Tuned, gate: Gate, kind: Quantization, name: Quantization, tmp_path: Path
+    tuned: Tuned, gate: DerivedGate, kind: Quantization, name: Quantization, tmp_path: Path
 ) -> None:
     file = Path(shutil.copy(tuned.file(kind), tmp_path / f"{name}.gguf"))
     refused(gate.check(file, name), f"says that it is {kind}, and not {name}")
@@ -263,7 +274,7 @@ def test_a_swapped_quantization_is_found(
 
 @pytest.mark.parametrize("kept", [10, 1000, 1_000_000, -4])
 def test_a_truncated_file_is_found(
-    gate: Gate, faulty: Callable[[Quantization], Path], kept: int
+    gate: DerivedGate, faulty: Callable[[Quantization], Path], kept: int
 ) -> None:
     file = faulty(Q.Q8_0)
     file.write_bytes(file.read_bytes()[:kept])
@@ -289,23 +300,23 @@ def test_a_flipped_bit_in_the_metadata_is_found(
 
 def read_problems(file: Path, source: Path) -> Iterator[str]:
     with Header(file) as header, Header(source) as before:
-        yield from structure.problems_of(header, Q.Q8_0)
-        yield from structure.unlike(header, before)
+        yield from file_checks.header_problems(header, Q.Q8_0)
+        yield from file_checks.differences_from_source(header, before)
 
 
 def test_a_flipped_bit_of_the_context_length_is_found(
-    first: Gate, faulty: Callable[[Quantization], Path]
+    first: SourceGate, faulty: Callable[[Quantization], Path]
 ) -> None:
     """In the first file, which has none before it, and where no short row shows it."""
     file = faulty(Q.F16)
     with Header(file) as header:
         place = header.fields["llama.context_length"].start
     flip(file, place + 1, 3)
-    refused(first.check(file, Q.F16), "llama.context_length")
+    refused(first.check(file, Q.F16).source_verdict, "llama.context_length")
 
 
 def test_a_flipped_bit_of_a_norm_is_found(
-    gate: Gate, faulty: Callable[[Quantization], Path]
+    gate: DerivedGate, faulty: Callable[[Quantization], Path]
 ) -> None:
     """The lowest one: norms are copied as they are."""
     file = faulty(Q.Q4_K_M)
@@ -314,7 +325,7 @@ def test_a_flipped_bit_of_a_norm_is_found(
 
 
 def test_a_scale_that_is_no_number_is_found(
-    gate: Gate, faulty: Callable[[Quantization], Path]
+    gate: DerivedGate, faulty: Callable[[Quantization], Path]
 ) -> None:
     """Even of one block of a token that no row has: llama.cpp looks at all of them."""
     file = faulty(Q.Q8_0)
@@ -324,7 +335,7 @@ def test_a_scale_that_is_no_number_is_found(
 
 
 def test_a_flipped_bit_of_a_scale_is_found(
-    gate: Gate, faulty: Callable[[Quantization], Path]
+    gate: DerivedGate, faulty: Callable[[Quantization], Path]
 ) -> None:
     """The highest one of a block's exponent, of one block: 0.9, and 4e-4 clean."""
     file = faulty(Q.Q8_0)
@@ -332,34 +343,28 @@ def test_a_flipped_bit_of_a_scale_is_found(
     refused(gate.check(file, Q.Q8_0), "mean KL divergence")
 
 
-def test_limits_of_the_spec_come_first(tuned: Tuned, opened: Gate) -> None:
+def test_limits_of_the_spec_come_first(tuned: Tuned, gate: DerivedGate) -> None:
     limits = (QualityLimit(quantization=Q.Q8_0, max_kl_divergence=1e-6),)
-    gate = with_export(opened, Export(quality_limits=limits))
-    check = gate.check(tuned.file(Q.Q8_0), Q.Q8_0)
+    export = Export(quality_limits=limits)
+    limited = replace(gate, expected=replace(gate.expected, export=export))
+    check = limited.check(tuned.file(Q.Q8_0), Q.Q8_0)
     refused(check, "1e-06 is the limit")
     assert check.quality is not None
     assert not check.quality.passed
-    assert gate.rejects(check)
-    warning = with_export(opened, Export(verify="warn", quality_limits=limits))
-    assert not warning.rejects(check)
-
-
-def with_export(opened: Gate, export: Export) -> Gate:
-    gate = copy.copy(opened)
-    gate._export = export
-    return gate
+    assert rejects(export, check)
+    assert not rejects(Export(verify="warn", quality_limits=limits), check)
 
 
 def test_without_measuring_a_file_is_still_read(
     tuned: Tuned, faulty: Callable[[Quantization], Path], tmp_path: Path
 ) -> None:
-    gate = tuned.gate(tmp_path / "gate", verify="off")
-    assert gate.training.reference is None
-    check = gate.check(tuned.file(Q.F16), Q.F16)
-    assert (check.problems, check.quality) == ((), None)
+    source_gate = tuned.gate(tmp_path / "gate", verify="off")
+    assert source_gate.expected.reference is None
+    gate = source_gate.check(tuned.file(Q.F16), Q.F16)
+    assert (gate.source_verdict.problems, gate.source_verdict.quality) == ((), None)
     file = faulty(Q.Q8_0)
     file.write_bytes(file.read_bytes()[:-4000])
-    assert gate.rejects(gate.check(file, Q.Q8_0))
+    assert rejects(source_gate.expected.export, gate.check(file, Q.Q8_0))
     assert gate.report().tuned_perplexity is None
 
 
@@ -367,7 +372,7 @@ def test_a_model_that_is_not_there_is_an_error(tuned: Tuned, tmp_path: Path) -> 
     broken = Path(shutil.copytree(tuned.base, tmp_path / "base"))
     (broken / "model.safetensors").write_bytes(b"none")
     with pytest.raises(StageError) as caught:
-        Gate.open(broken, tuned.adapter, EXAMPLES, tmp_path / "gate", Export())
+        SourceGate.open(broken, tuned.adapter, EXAMPLES, tmp_path / "gate", Export())
     assert caught.value.reason in (Reason.MODEL_UNSUPPORTED, Reason.INTERNAL_ERROR)
 
 
@@ -377,27 +382,29 @@ def adapter(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_lora(tuned, tmp_path_factory.mktemp("adapter") / "LoRA.gguf")
 
 
-def test_without_the_adapter_it_is_the_base_model(gate: Gate, tuned: Tuned, adapter: Path) -> None:
+def test_without_the_adapter_it_is_the_base_model(gate: DerivedGate, adapter: Path) -> None:
     check = gate.check_adapter(adapter)
     assert check.problems == ()
     assert check.quality is not None
-    samples = gate.samples(tuned.file(Q.F16), adapter)
+    samples = gate.samples(adapter)
     assert [sample.expected for sample in samples] == [
         example["completion"][0]["content"] for example in EXAMPLES
     ]
     assert [sample.base for sample in samples] != [sample.tuned for sample in samples]
     assert all(sample.base is not None for sample in samples)
-    assert gate.report().samples == samples
+    assert gate.report(samples=samples).samples == samples
 
 
-def test_a_wrong_scale_of_the_adapter_is_found(gate: Gate, adapter: Path, tmp_path: Path) -> None:
+def test_a_wrong_scale_of_the_adapter_is_found(
+    gate: DerivedGate, adapter: Path, tmp_path: Path
+) -> None:
     """As of an rsLoRA adapter of rank 4 that is taken for a plain one: 0.16, and 4e-6 clean."""
     file = Path(shutil.copy(adapter, tmp_path))
     set_value(file, "adapter.lora.alpha", "f", 16.0)
     refused(gate.check_adapter(file), "mean KL divergence")
 
 
-def test_an_adapter_has_to_be_whole(gate: Gate, adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_has_to_be_whole(gate: DerivedGate, adapter: Path, tmp_path: Path) -> None:
     file = tmp_path / "LoRA.gguf"
     file.write_bytes(adapter.read_bytes()[:-500])
     refused(gate.check_adapter(file), "was cut")

@@ -10,16 +10,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from finetune_trainer.export.reference import float32_model
-from finetune_trainer.export.reference.compute import logits_of, passes
-from finetune_trainer.export.reference.float32_model import load_streamed
-from finetune_trainer.export.reference.rows import Row
+from finetune_trainer.export.reference import float32
+from finetune_trainer.export.reference.float32 import load_streamed, logits_of, passes
+from finetune_trainer.export.reference.logprobs import MeasuredRow
 from finetune_trainer.model.loading import load_model
 from tests.integration.trainer.architectures import PACKABLE, VOCABULARY, tiny
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 SEPARATE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ROWS = [Row(tuple(range(1, 40)), (20, 21, 38)), Row(tuple(range(60, 70)), (3, 9))]
+ROWS = [MeasuredRow(tuple(range(1, 40)), (20, 21, 38)), MeasuredRow(tuple(range(60, 70)), (3, 9))]
 
 
 def save(kind: str, folder: Path, dtype: torch.dtype, **lora: bool) -> tuple[Path, Path]:
@@ -38,7 +37,7 @@ def test_it_computes_what_a_loaded_model_does(
     kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, but for the order of sums: blocks of a few rows at a time."""
-    monkeypatch.setattr(float32_model, "BLOCK_VALUES", 640)
+    monkeypatch.setattr(float32, "BLOCK_VALUES", 640)
     base, adapter = save(kind, tmp_path, dtype)
     loaded = PeftModel.from_pretrained(load_model(base, torch.float32, "cpu"), adapter).eval()
     ours = load_streamed(base, adapter)
@@ -83,8 +82,11 @@ def test_inputs_of_linear_layers_can_be_watched(tmp_path: Path) -> None:
 
 
 def test_passes_are_bounded() -> None:
-    long, many = Row(tuple(range(1000)), (999,)), Row(tuple(range(130)), tuple(range(2, 130)))
-    short = Row((1, 2, 3), (2,))
+    long, many = (
+        MeasuredRow(tuple(range(1000)), (999,)),
+        MeasuredRow(tuple(range(130)), tuple(range(2, 130))),
+    )
+    short = MeasuredRow((1, 2, 3), (2,))
     assert list(passes([short, short, long, many, short])) == [
         [short, short],
         [long],
@@ -98,7 +100,7 @@ def test_the_weights_take_no_memory(smollm2_folder: Path) -> None:
     program = f"""
 import torch
 from pathlib import Path
-from finetune_trainer.export.reference.float32_model import load_streamed
+from finetune_trainer.export.reference.float32 import load_streamed
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -13,18 +13,18 @@ import psutil
 import pytest
 
 from finetune_trainer.contract import Quantization, Reason, StageError
-from finetune_trainer.export.gguf.convert import Model
-from finetune_trainer.export.gguf.files import quantize_all, write_files
-from finetune_trainer.export.gguf.quantize import quantize
+from finetune_trainer.export.gguf.files import ModelFiles, quantize, quantize_all, write_files
 from finetune_trainer.model import converter
 from tests.integration.trainer.vocabulary import write_vocabulary
 
 TYPES = tuple(Quantization)
 
 
-def plain(model: Path) -> Model:
+def plain(model: Path) -> ModelFiles:
     """A model of its own, without an adapter."""
-    return Model(base=model, adapter=None, folder=model, name="tiny", own=Quantization.F16)
+    return ModelFiles(
+        base=model, adapter=None, folder=model, name="tiny", own_type=Quantization.F16
+    )
 
 
 @pytest.fixture(scope="module")

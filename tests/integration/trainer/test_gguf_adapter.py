@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_trainer.contract import Reason, StageError
-from finetune_trainer.export.gguf.convert import write_adapter
+from finetune_trainer.export.gguf.files import write_adapter
 from tests.integration.trainer.test_gguf_merge import convert
 from tests.integration.trainer.test_weights import merge_in_memory, save_adapter
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetune_trainer.contract import Progress, Quantization, Reason, StageError
-from finetune_trainer.export.gguf.convert import Model, write_sixteen
+from finetune_trainer.export.gguf.files import ModelFiles, write_unquantized
 from finetune_trainer.export.merge.model_folder import assemble
 from finetune_trainer.runtime.failures import MemoryFullError
 from finetune_trainer.runtime.progress import Reporter
@@ -154,14 +154,14 @@ def test_the_file_is_that_of_the_plain_way(
     assert ours.read_bytes() == plain.read_bytes()
 
 
-def model_of(place: Path, **options: Any) -> Model:
+def model_of(place: Path, **options: Any) -> ModelFiles:
     """What one of the converted folders holds."""
-    return Model(
+    return ModelFiles(
         base=place / "base",
         adapter=place / "adapter",
         folder=place / "folder" / "tiny",
         name="tiny",
-        own=Quantization.BF16,
+        own_type=Quantization.BF16,
         **options,
     )
 
@@ -185,7 +185,7 @@ def test_a_file_comes_of_a_process_of_its_own_that_says_how_far_it_is(
     reporter = Listened(said.append)
     file = tmp_path / "new" / "tiny-F16.gguf"
     with caplog.at_level("INFO"):
-        write_sixteen(model_of(converted["llama"]), file, Quantization.F16, reporter=reporter)
+        write_unquantized(model_of(converted["llama"]), file, Quantization.F16, reporter=reporter)
     assert file.read_bytes() == (converted["llama"] / "plain-F16.gguf").read_bytes()
     assert "Writing tiny-F16.gguf (6 MB)" in caplog.text
     assert said[-1] == "Writing tiny-F16.gguf: 100% of 6 MB"
@@ -211,7 +211,7 @@ def test_values_beyond_f16_are_an_error_and_leave_no_file(
     save_file(weights, base / SINGLE, metadata={"format": "pt"})
     model = replace(model_of(converted["llama"]), base=base)
     with pytest.raises(StageError) as caught:
-        write_sixteen(model, tmp_path / "out" / "x.gguf", Quantization.F16)
+        write_unquantized(model, tmp_path / "out" / "x.gguf", Quantization.F16)
     assert caught.value.reason is Reason.MODEL_UNSUPPORTED
     assert "blk.1.ffn_up.weight has values that F16 can't hold" in caught.value.message
     assert not list((tmp_path / "out").iterdir())
@@ -222,7 +222,7 @@ def test_what_can_not_be_merged_is_refused_in_its_own_words(
 ) -> None:
     model = replace(model_of(converted["llama"]), adapter=converted["phi3"] / "adapter")
     with pytest.raises(StageError) as caught:
-        write_sixteen(model, tmp_path / "x.gguf", Quantization.BF16)
+        write_unquantized(model, tmp_path / "x.gguf", Quantization.BF16)
     assert "The adapter does not belong to this base model" in caught.value.message
 
 
@@ -236,7 +236,7 @@ def test_a_killed_conversion_is_out_of_memory_and_no_fault_of_the_model(
     others = set(psutil.Process().children())  # the cluster's, where the whole suite runs
     reporter = Listened(kill)
     with pytest.raises(MemoryFullError) as caught:
-        write_sixteen(
+        write_unquantized(
             model_of(converted["llama"]), tmp_path / "x.gguf", Quantization.F16, reporter=reporter
         )
     assert caught.value.reason is Reason.OOM_KILLED
@@ -257,7 +257,7 @@ def test_an_interrupted_conversion_leaves_neither_file_nor_process(
     children: list[psutil.Process] = []
     reporter = Listened(stop)
     with pytest.raises(KeyboardInterrupt):
-        write_sixteen(
+        write_unquantized(
             model_of(converted["llama"]), tmp_path / "x.gguf", Quantization.F16, reporter=reporter
         )
     assert children

@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 
 from finetune_trainer.contract import Fingerprints, Hub, Reason, RunConfig, Stage, StageError
-from finetune_trainer.export.publish.hub import TOKEN_VARIABLE, check_token, push
+from finetune_trainer.export.publish.hub_push import TOKEN_VARIABLE, check_token, push
 from finetune_trainer.prepare.stage import complete_stages
 from finetune_trainer.runtime.progress import Reporter
 from finetune_trainer.store import LocalFolder

@@ -12,9 +12,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from finetune_trainer.export.gguf import importance
-from finetune_trainer.export.gguf.convert import Model
+from finetune_trainer.export.gguf.files import ModelFiles
 from finetune_trainer.export.gguf.importance import chunks, write_importance
-from finetune_trainer.export.gguf.importance_file import COUNTS, SUMS
+from finetune_trainer.export.gguf.requests import INPUT_COUNTS, INPUT_SUMS
 from finetune_trainer.model.tokenizer import load_tokenizer
 from finetune_trainer.runtime.progress import Reporter
 from tests.integration.trainer.families import WIDE
@@ -29,7 +29,7 @@ def measured(
 ) -> tuple[str, Tuned, dict[str, np.ndarray]]:
     folder = tmp_path_factory.mktemp("importance")
     tuned = make_tuned(request.param, folder, torch.bfloat16, **WIDE)
-    model = Model(tuned.base, tuned.adapter, tuned.merged, "tiny", tuned.own)
+    model = ModelFiles(tuned.base, tuned.adapter, tuned.merged, "tiny", tuned.own)
     target = folder / "importance.gguf"
     write_importance(model, tuned.file(tuned.own), EXAMPLES, target, Reporter())
     found = {item.name: np.asarray(item.data) for item in GGUFReader(target).tensors}
@@ -42,10 +42,10 @@ def test_every_matrix_of_the_file_is_measured(
     name, tuned, found = measured
     tensors = GGUFReader(tuned.file(tuned.own)).tensors
     blocks = {t.name: t for t in tensors if t.name.startswith("blk.") and len(t.shape) == 2}
-    names = {each.removesuffix(SUMS) for each in found if each.endswith(SUMS)}
+    names = {each.removesuffix(INPUT_SUMS) for each in found if each.endswith(INPUT_SUMS)}
     assert names == blocks.keys() | {HEADS[name]}
     for each, tensor in blocks.items():
-        assert found[each + SUMS].shape == (1, tensor.shape[0])
+        assert found[each + INPUT_SUMS].shape == (1, tensor.shape[0])
 
 
 def test_it_is_what_the_tuned_model_sees(
@@ -64,8 +64,8 @@ def test_it_is_what_the_tuned_model_sees(
             model(input_ids=torch.tensor([piece]))
     seen = torch.cat([each[0] for each in inputs]).numpy()
     key = "blk.1.attn_qkv.weight" if name == "phi-3" else "blk.1.attn_q.weight"
-    assert found[key + COUNTS].item() == len(seen) == sum(len(piece) for piece in pieces)
-    np.testing.assert_allclose(found[key + SUMS][0], (seen**2).sum(axis=0), rtol=1e-3)
+    assert found[key + INPUT_COUNTS].item() == len(seen) == sum(len(piece) for piece in pieces)
+    np.testing.assert_allclose(found[key + INPUT_SUMS][0], (seen**2).sum(axis=0), rtol=1e-3)
 
 
 def test_rows_are_laid_end_to_end_up_to_a_limit(

@@ -14,15 +14,17 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Quantization, RunConfig
-from finetune_trainer.export.ollama import modelfile
-from finetune_trainer.export.ollama.modelfile import Template, make_template, write_modelfile
-from finetune_trainer.export.ollama.template import (
+from finetune_trainer.export import ollama
+from finetune_trainer.export.ollama import (
     ChatShape,
     NoShapeError,
+    OllamaTemplate,
     find_shape,
     go_template,
     literal,
+    make_template,
     trials,
+    write_modelfile,
 )
 from finetune_trainer.model.tokenizer import (
     BEGIN_OF_TEXT,
@@ -247,7 +249,7 @@ def test_a_token_that_the_training_did_not_see_is_switched_off_or_told_of(
 def test_the_system_prompt_and_the_model_s_own_settings(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(modelfile, "make_template", lambda *_: Template(None, ("No TEMPLATE.",)))
+    monkeypatch.setattr(ollama, "make_template", lambda *_: OllamaTemplate(None, ("No TEMPLATE.",)))
     settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.05}
     (folder := tmp_path / "gguf").mkdir()
     files = {kind: folder / f"tiny-{kind}.gguf" for kind in (Quantization.F16, Quantization.Q8_0)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.export.report.loading import ways
+from finetune_trainer.export.report.summary import loading_commands
 from tests.report_facts import artifacts, config, facts
 
 
@@ -33,7 +33,9 @@ def test_the_commands_run(
 ) -> None:
     monkeypatch.chdir(export)
     given = facts(config=config(model={"source": "s3://models/tiny"}), files=artifacts())
-    commands = {way.title: way.command for way in ways(given) if way.language == "python"}
+    commands = {
+        each.title: each.command for each in loading_commands(given) if each.language == "python"
+    }
     assert list(commands) == ["transformers", "PEFT adapter"]
 
     exec(commands["transformers"].replace("256", "8"), {})  # noqa: S102 - it is what is tested

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finetune_trainer.contract import StageError
-from finetune_trainer.export.merge import MergedWeights, merged, write_merged
-from finetune_trainer.export.merge.adapter import Delta, read_adapter
+from finetune_trainer.export.merge import MergedWeights, merged
+from finetune_trainer.export.merge.deltas import Delta, read_adapter
+from finetune_trainer.export.merge.model_folder import write_merged
 from tests.integration.trainer.adapters import (
     INDEX,
     SINGLE,

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from finetune_trainer.contract import Reason, StageError
-from finetune_trainer.export.merge import MergedWeights, merged, write_merged
+from finetune_trainer.export.merge import MergedWeights, merged
+from finetune_trainer.export.merge.model_folder import write_merged
 from tests.integration.trainer.adapters import (
     INDEX,
     SINGLE,

@@ -14,9 +14,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from finetune_trainer.contract import Export, Quantization
-from finetune_trainer.export.gate.gate import Gate
-from finetune_trainer.export.gguf.convert import Model, write_sixteen
-from finetune_trainer.export.gguf.quantize import quantize
+from finetune_trainer.export.gate.gates import SourceGate
+from finetune_trainer.export.gguf.files import ModelFiles, quantize, write_unquantized
 from finetune_trainer.model.converter import gguf_name
 from finetune_trainer.model.loading import load_model
 from finetune_trainer.model.tokenizer import (
@@ -51,15 +50,15 @@ class Tuned:
         file = self.files / f"{kind}.gguf"
         if not file.exists() and kind is self.own:
             bos, name = begins_with_bos(load_tokenizer(self.merged)), gguf_name("tiny", self.merged)
-            model = Model(self.merged, None, self.merged, name, kind, begins_with_bos=bos)
-            write_sixteen(model, file, kind)
+            model = ModelFiles(self.merged, None, self.merged, name, kind, begins_with_bos=bos)
+            write_unquantized(model, file, kind)
         elif not file.exists():
             quantize(self.file(self.own), file, kind)
         return file
 
-    def gate(self, room: Path, **export: Any) -> Gate:
+    def gate(self, workspace: Path, **export: Any) -> SourceGate:
         """A gate that has seen nothing yet."""
-        return Gate.open(self.base, self.adapter, EXAMPLES, room, Export(**export))
+        return SourceGate.open(self.base, self.adapter, EXAMPLES, workspace, Export(**export))
 
 
 def make_tuned(name: str, folder: Path, dtype: torch.dtype, **shape: Any) -> Tuned:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune_trainer.contract import Quantization
-from finetune_trainer.export.gate import structure
+from finetune_trainer.export.gate import file_checks
 from finetune_trainer.export.gguf.header import Header, HeaderError
 
 ROWS, COLUMNS = 4, 512
@@ -58,16 +58,16 @@ def test_it_says_what_was_written(file: Path) -> None:
             name: t.offset for name, t in header.tensors.items()
         }
         assert header.contents("blk.0.ffn_norm.weight") == np.ones(COLUMNS, np.float32).tobytes()
-        assert list(structure.problems_of(header, Quantization.Q8_0)) == []
-        assert structure.parameters(header) == (ROWS + 1) * COLUMNS
+        assert list(file_checks.header_problems(header, Quantization.Q8_0)) == []
+        assert file_checks.parameter_count(header) == (ROWS + 1) * COLUMNS
 
 
-@pytest.mark.parametrize("kind", list(structure.MAIN_TYPES))
+@pytest.mark.parametrize("kind", list(file_checks.MAIN_TYPES))
 def test_each_kind_has_types_of_its_own(kind: Quantization, tmp_path: Path) -> None:
     """What Q8_0 files hold, under each name."""
     content = gguf.GGMLQuantizationType.Q8_0
-    with Header(write(tmp_path / "x.gguf", content, structure.FILE_TYPES[kind])) as header:
-        problems = list(structure.problems_of(header, kind))
+    with Header(write(tmp_path / "x.gguf", content, file_checks.FILE_TYPES[kind])) as header:
+        problems = list(file_checks.header_problems(header, kind))
     assert bool(problems) is (kind is not Quantization.Q8_0)
     assert all("stored as Q8_0" in problem for problem in problems)
 
@@ -96,6 +96,6 @@ def test_damage_is_a_problem_and_never_a_crash(
 def damage(file: Path) -> list[str]:
     try:
         with Header(file) as header:
-            return list(structure.problems_of(header, Quantization.Q8_0))
+            return list(file_checks.header_problems(header, Quantization.Q8_0))
     except HeaderError as error:
         return [str(error)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from finetune_trainer.export.reference import logprobs
-from finetune_trainer.export.reference.logprobs import Measured, kl_divergence, normalised
+from finetune_trainer.export.reference.logprobs import TokenSums, kl_divergence, normalised
 
 
 def logits(seed: int, tokens: int = 64, vocabulary: int = 5_000) -> logprobs.Floats:
@@ -19,14 +19,14 @@ def logits(seed: int, tokens: int = 64, vocabulary: int = 5_000) -> logprobs.Flo
 def test_the_figures_are_those_of_the_textbook() -> None:
     ours = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]], np.float32))
     theirs = np.log(np.array([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]], np.float32))
-    measured = Measured()
-    measured.add(ours + 7, [0, 1], theirs - 2)  # log-probabilities up to a constant
-    figures = measured.figures()
+    sums = TokenSums()
+    sums.add(ours + 7, [0, 1], theirs - 2)  # log-probabilities up to a constant
+    means = sums.means()
     divergence = (0.25 * np.log(0.5) + 0.5 * np.log(2)) / 2
-    assert figures["klDivergence"] == pytest.approx(divergence, rel=1e-5)
-    assert figures["sameTopToken"] == 0.5
-    assert figures["perplexity"] == pytest.approx((0.5 * 0.8) ** -0.5, rel=1e-5)
-    assert (figures["measured"], figures["finite"]) == (2, True)
+    assert means.kl_divergence == pytest.approx(divergence, rel=1e-5)
+    assert means.same_top_token == 0.5
+    assert means.perplexity == pytest.approx((0.5 * 0.8) ** -0.5, rel=1e-5)
+    assert (means.tokens, means.finite) == (2, True)
 
 
 def test_sixteen_bits_cost_next_to_nothing(tmp_path: Path) -> None:
@@ -42,15 +42,15 @@ def test_sixteen_bits_cost_next_to_nothing(tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite_are_no_figures() -> None:
     broken = logits(0)
     broken[3, 7] = np.nan
-    measured = Measured()
-    assert measured.add(broken, [0] * len(broken), None) is None
-    assert measured.figures()["finite"] is False
+    sums = TokenSums()
+    assert sums.add(broken, [0] * len(broken), None) is None
+    assert sums.means().finite is False
 
 
 def test_embeddings_behind_the_vocabulary_are_left_out() -> None:
     """Gemma 3's converter cuts them; a model gives them no weight worth mentioning."""
     ours = logits(0, vocabulary=100)
     padded = np.concatenate([ours, np.full((len(ours), 8), -30, np.float32)], axis=1)
-    measured = Measured()
-    measured.add(ours, [0] * len(ours), padded)
-    assert measured.figures()["klDivergence"] == pytest.approx(0, abs=1e-6)
+    sums = TokenSums()
+    sums.add(ours, [0] * len(ours), padded)
+    assert sums.means().kl_divergence == pytest.approx(0, abs=1e-6)

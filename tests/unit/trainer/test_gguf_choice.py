@@ -6,7 +6,7 @@ import pytest
 
 from finetune_trainer.contract import Quantization
 from finetune_trainer.export.gguf.files import (
-    PROFITING,
+    IMPORTANCE_TYPES,
     adapter_file_name,
     file_name,
     preferred,
@@ -37,7 +37,7 @@ def test_a_file_that_is_asked_for_is_the_source_of_the_others(
 
 def test_types_below_eight_bits_profit_of_an_importance_matrix() -> None:
     kinds = list(Q)
-    assert kinds[kinds.index(Q.Q8_0) + 1 :] == list(PROFITING)
+    assert kinds[kinds.index(Q.Q8_0) + 1 :] == list(IMPORTANCE_TYPES)
 
 
 @pytest.mark.parametrize(

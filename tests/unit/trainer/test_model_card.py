@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from finetune_trainer.contract import GateReport
 from finetune_trainer.export.report import license_of, write_model_card
-from finetune_trainer.export.report.card import plain, render
+from finetune_trainer.export.report.documents import plain, render_card
 from tests.report_facts import artifacts, config, facts, gate, lineage, name, trained
 
 
@@ -59,7 +59,7 @@ def test_what_is_not_known_is_left_out() -> None:
         files=[each for each in artifacts() if each.path.startswith("adapter/")],
         license=None,
     )
-    card = ModelCard(render(given))
+    card = ModelCard(render_card(given))
     assert card.data.to_dict() == {
         "library_name": "peft",
         "pipeline_tag": "text-generation",
@@ -70,7 +70,7 @@ def test_what_is_not_known_is_left_out() -> None:
 
 
 def test_the_text_says_what_it_is_and_what_was_not_measured() -> None:
-    text = ModelCard(render(facts())).text
+    text = ModelCard(render_card(facts())).text
     for part in (
         "| Loss on held-out answers, nats per token | 3.201 | 1.845 |",
         "| Q4_K_M | passed | 0.0347 | 0.08 | 92.0% |",
@@ -90,7 +90,7 @@ def test_the_text_says_what_it_is_and_what_was_not_measured() -> None:
 
 
 def test_training_rows_in_place_of_held_out_ones_are_named() -> None:
-    text = render(facts(trained=trained(metrics={}), gate=gate(held_out=False)))
+    text = render_card(facts(trained=trained(metrics={}), gate=gate(held_out=False)))
     assert "of 32 training answers" in text
     assert "2,048 tokens of rows that were trained on" in text
 
@@ -100,17 +100,17 @@ def test_training_rows_in_place_of_held_out_ones_are_named() -> None:
     ["company-data", "company-models", "minio.internal", "descale the kettle", "citric acid"],
 )
 def test_no_bucket_no_address_and_no_row_is_in_it(secret: str) -> None:
-    assert secret not in render(facts())
+    assert secret not in render_card(facts())
     base = "s3://company-models/bases/tiny"
     given = facts(config=config(model={"source": base}), lineage=lineage(model=base))
-    assert secret not in render(given)
+    assert secret not in render_card(given)
 
 
 def test_text_of_others_makes_no_marks() -> None:
     assert plain("a | b\n# <b>*c*</b> `d`") == "a \\| b # \\<b\\>\\*c\\*\\</b\\> \\`d\\`"
     notice = {"code": "Overfitting", "evidence": "<script>\n# x", "remedy": "a|b"}
     given = facts(trained=trained(notices=[notice]), lineage=lineage(versions={}))
-    text = render(given)
+    text = render_card(given)
     assert "<script>" not in text
     assert "\n# x" not in text
 
@@ -145,6 +145,6 @@ def test_without_a_folder_there_is_no_license() -> None:
 
 
 def test_a_refused_file_is_listed_as_such() -> None:
-    text = render(facts())
+    text = render_card(facts())
     assert "| Q3_K_M | refused |" in text
     assert f"`rejected/{name(gate().files[3].quantization)}`" in text

@@ -7,7 +7,7 @@ import re
 from rich.console import Console
 
 from finetune_trainer.contract import Artifact, Quality
-from finetune_trainer.local.quality import quality_table
+from finetune_trainer.local.quality_table import quality_table
 
 GOOD = Quality(
     kl_divergence=0.001234, same_top_token=0.97654, perplexity=5.4321, max_kl_divergence=0.005
@@ -54,10 +54,10 @@ def test_a_rejected_file_is_told_from_one_that_is_let_pass() -> None:
         file("rejected/c.gguf"),
     )
     assert [cells[-1] for cells in shown.values()] == [
-        "! over its limit",
-        "! see manifest",
-        "✗ rejected",
-        "✗ rejected",
+        "✗ not good enough",
+        "✗ not good enough",
+        "✗ refused",
+        "✗ refused",
     ]
 
 

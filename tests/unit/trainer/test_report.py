@@ -12,14 +12,19 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.contract import Artifact, FileCheck, GateReport, Quantization, Sample
+from finetune_trainer.contract import Artifact, FileVerdict, GateReport, Quantization, Sample
+from finetune_trainer.contract.verdict_words import Tone
 from finetune_trainer.export.gguf.files import preferred
-from finetune_trainer.export.report import Facts, numbers, tables, write_report
+from finetune_trainer.export.report import Facts, tables, write_report
 from finetune_trainer.export.report.charts import MOST_POINTS, NARROW, WIDE, loss_chart, thin
-from finetune_trainer.export.report.facts import Point
-from finetune_trainer.export.report.loading import served, ways
-from finetune_trainer.export.report.page import render, visible
-from finetune_trainer.export.report.verdict import Tone, overall, verdicts
+from finetune_trainer.export.report.documents import render_report, visible
+from finetune_trainer.export.report.facts import LossPoint
+from finetune_trainer.export.report.summary import (
+    loading_commands,
+    overall,
+    served_file,
+    statements,
+)
 from tests.report_facts import (
     artifacts,
     config,
@@ -81,7 +86,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def whole() -> str:
     """The page of an export with everything."""
-    return render(facts())
+    return render_report(facts())
 
 
 EVERY_MISSING: dict[str, dict[str, Any]] = {
@@ -96,7 +101,7 @@ EVERY_MISSING: dict[str, dict[str, Any]] = {
     "verify off": {
         "config": config(export={"verify": "off"}),
         "gate": GateReport(
-            files=(FileCheck(file=name(Quantization.F16), quantization=Quantization.F16),)
+            files=(FileVerdict(file=name(Quantization.F16), quantization=Quantization.F16),)
         ),
     },
     "no samples": {"gate": gate(samples=())},
@@ -123,7 +128,7 @@ EVERY_MISSING: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("missing", EVERY_MISSING)
 def test_the_page_is_well_formed_whatever_is_missing(missing: str) -> None:
-    page = Page(render(facts(**EVERY_MISSING[missing])))
+    page = Page(render_report(facts(**EVERY_MISSING[missing])))
     assert page.faults == []
     identifiers = page.values("id")
     assert len(identifiers) == len(set(identifiers))
@@ -176,7 +181,7 @@ def test_the_result_stands_first(whole: str) -> None:
 
 
 def test_each_file_has_its_figures() -> None:
-    rows = tables.quality(facts())
+    rows = tables.quality_rows(facts())
     assert [(r.kind, r.size, r.divergence, r.limit, r.same_top_token, r.verdict) for r in rows] == [
         ("F16", "2.5 GB", "0.00002", "0.001", "99.8%", "passed"),
         ("Q8_0", "1.3 GB", "0.0014", "0.005", "97.8%", "passed"),
@@ -186,14 +191,14 @@ def test_each_file_has_its_figures() -> None:
     assert rows[3].file == f"rejected/{name(Quantization.Q3_K_M)}"
     assert rows[3].problems
     assert rows[3].used == 1.0
-    bars = [(bar.name, bar.value) for bar in tables.perplexities(facts())]
+    bars = [(bar.name, bar.value) for bar in tables.perplexity_bars(facts())]
     assert bars[:3] == [("Base model", "24.31"), ("Tuned", "6.12"), ("F16", "6.12")]
     assert len(bars) == 6
 
 
 def test_dataset_settings_files_and_lineage_are_told() -> None:
     given = facts()
-    text = Page(render(given)).text
+    text = Page(render_report(given)).text
     for file in given.files:
         assert file.path in text
         assert file.sha256 in text
@@ -224,14 +229,14 @@ ATTACKS = [
 @pytest.mark.parametrize("text", ATTACKS)
 def test_what_a_model_or_a_dataset_says_stays_text(text: str) -> None:
     sample = Sample(prompt=text, expected=text, base=text, tuned=text, stopped=True)
-    bad = FileCheck(file="x.gguf", quantization=Quantization.F16, problems=(text,))
+    bad = FileVerdict(file="x.gguf", quantization=Quantization.F16, problems=(text,))
     notice = {"code": "Overfitting", "step": 1, "evidence": text, "remedy": text}
     given = facts(
         gate=gate(samples=(sample,), files=(bad,)),
         trained=trained(notices=[notice]),
         lineage=lineage(columns={"instruction": text}, dataset=text),
     )
-    page = Page(render(given))
+    page = Page(render_report(given))
     assert page.faults == []
     assert page.tags["script"] == 0
     assert page.tags["h1"] == 1
@@ -277,7 +282,7 @@ def test_an_answer_that_did_not_stop_is_marked(whole: str) -> None:
 def test_the_verdict(changes: dict[str, Any], tone: Tone, first: str) -> None:
     given = facts(**changes)
     assert overall(given).tone is tone
-    assert verdicts(given)[0].text.startswith(first)
+    assert statements(given)[0].text.startswith(first)
 
 
 def test_the_gate_stands_in_where_the_training_measured_nothing() -> None:
@@ -288,7 +293,7 @@ def test_the_gate_stands_in_where_the_training_measured_nothing() -> None:
 
 
 def test_the_same_facts_are_the_same_bytes(whole: str) -> None:
-    assert render(facts()) == whole
+    assert render_report(facts()) == whole
 
 
 def test_a_chart_is_drawn_in_the_pages_colours_and_names() -> None:
@@ -304,24 +309,24 @@ def test_a_chart_is_drawn_in_the_pages_colours_and_names() -> None:
 
 
 def test_a_long_training_is_drawn_with_few_points() -> None:
-    steps, losses = thin([Point(n, float(n)) for n in range(1, 50_001)])
+    steps, losses = thin([LossPoint(n, float(n)) for n in range(1, 50_001)])
     assert len(steps) == len(losses) <= MOST_POINTS
     assert sum(losses) / len(losses) == pytest.approx(25_000, rel=0.01)
     long = [{"step": n, "loss": 2.0, "eval_loss": 2.0 + 1 / (n + 1)} for n in range(20_000)]
     given = facts(trained=trained(history=long))
-    assert len(tables.evaluations(given)) <= tables.MOST_EVALUATIONS + 2
-    assert given.best in tables.evaluations(given)
-    assert len(render(given)) < 150_000
+    assert len(tables.listed_evaluations(given)) <= tables.MOST_EVALUATIONS + 2
+    assert given.best in tables.listed_evaluations(given)
+    assert len(render_report(given)) < 150_000
 
 
 def test_maximum_length_is_marked_also_where_it_is_far_away(whole: str) -> None:
     assert "maxSequenceLength 512</text>" in whole
-    far = render(facts(dataset=dataset_report(maxSequenceLength=131_072)))
+    far = render_report(facts(dataset=dataset_report(maxSequenceLength=131_072)))
     assert "maxSequenceLength 131,072 →</text>" in far
 
 
 def titles(given: Facts) -> list[str]:
-    return [way.title for way in ways(given)]
+    return [way.title for way in loading_commands(given)]
 
 
 def test_only_what_is_there_is_told_how_to_load() -> None:
@@ -345,26 +350,26 @@ def test_only_what_is_there_is_told_how_to_load() -> None:
 )
 def test_the_file_of_the_commands_is_the_modelfiles(parameters: float, kind: Quantization) -> None:
     given = facts(trained=trained(metrics={"baseParameters": parameters}))
-    assert served(given) == f"gguf/{name(kind)}"
+    assert served_file(given) == f"gguf/{name(kind)}"
     kinds = [check.quantization for check in given.gate.files if check.passed]
     assert preferred(kinds, parameters) is kind
 
 
 def test_a_refused_file_is_never_recommended() -> None:
-    assert served(facts()) is not None
+    assert served_file(facts()) is not None
     refused = gate(files=gate().files[3:])
-    assert served(facts(gate=refused)) is None
+    assert served_file(facts(gate=refused)) is None
     # verify: warn leaves it where the good ones are.
     place = Artifact(path=f"gguf/{name(Quantization.Q3_K_M)}", bytes=1, sha256="0")
-    assert served(facts(gate=refused, files=(place,))) is None
+    assert served_file(facts(gate=refused, files=(place,))) is None
 
 
 def test_a_base_model_of_a_bucket_is_named_by_its_folder() -> None:
     given = facts(config=config(job=None, model={"source": "s3://models/bases/tiny-llama"}))
-    command = next(way.command for way in ways(given) if way.title == "PEFT adapter")
+    command = next(way.command for way in loading_commands(given) if way.title == "PEFT adapter")
     assert '"./tiny-llama"' in command
     assert given.name == "tiny-llama-tuned"
-    assert "huggingface.co" not in render(given)
+    assert "huggingface.co" not in render_report(given)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +377,9 @@ def test_a_base_model_of_a_bucket_is_named_by_its_folder() -> None:
 )
 def test_vllm_gets_a_rank_that_it_takes(rank: int, argument: int | None) -> None:
     given = facts(config=config(training={"lora": {"r": rank}}))
-    commands = [way.command for way in ways(given) if way.title.startswith("vLLM, adapter")]
+    commands = [
+        way.command for way in loading_commands(given) if way.title.startswith("vLLM, adapter")
+    ]
     wanted = [] if argument is None else [f"--max-lora-rank {argument} "]
     assert [part for command in commands for part in wanted if part in command] == wanted
     assert len(commands) == len(wanted)
@@ -381,17 +388,17 @@ def test_vllm_gets_a_rank_that_it_takes(rank: int, argument: int | None) -> None
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
-        (numbers.perplexity(6.1234), "6.12"),
-        (numbers.perplexity(1234.5), "1,234"),
-        (numbers.perplexity(float("inf")), "over a million"),
-        (numbers.perplexity(None), "–"),  # noqa: RUF001 - the dash
-        (numbers.divergence(0.0000021), "under 0.00001"),
-        (numbers.divergence(0.00031), "0.00031"),
-        (numbers.divergence(0.0313), "0.0313"),
-        (numbers.loss(float("nan")), "not finite"),
-        (numbers.setting([]), "none"),
-        (numbers.setting(0.0002), "0.0002"),
-        (numbers.setting(True), "true"),
+        (tables.perplexity(6.1234), "6.12"),
+        (tables.perplexity(1234.5), "1,234"),
+        (tables.perplexity(float("inf")), "over a million"),
+        (tables.perplexity(None), "–"),  # noqa: RUF001 - the dash
+        (tables.divergence(0.0000021), "under 0.00001"),
+        (tables.divergence(0.00031), "0.00031"),
+        (tables.divergence(0.0313), "0.0313"),
+        (tables.loss(float("nan")), "not finite"),
+        (tables.setting([]), "none"),
+        (tables.setting(0.0002), "0.0002"),
+        (tables.setting(True), "true"),
     ],
 )
 def test_figures_are_written_for_people(written: str, expected: str) -> None:

@@ -8,7 +8,9 @@ notices         what a training says about itself
 progress        status.progress, and where it is written
 dataset_report  what `prepare` found in the dataset
 training_record metrics.json
-artifacts, quality    the files that come out, and what was measured on them
+artifacts       the files that come out, and manifest.json
+quality         what was measured on a GGUF file, and the gate's verdict on it
+verdict_words   that verdict in words, for status, the report and a terminal
 fingerprint     what a stage's result depends on
 
 It is all that the operator knows of the trainer, and imports pydantic alone.
@@ -16,7 +18,7 @@ It is all that the operator knows of the trainer, and imports pydantic alone.
 
 from __future__ import annotations
 
-from finetune_trainer.contract.artifacts import REJECTED, Artifact, Quality
+from finetune_trainer.contract.artifacts import REJECTED, Artifact, Lineage, Manifest
 from finetune_trainer.contract.base import (
     GROUP,
     LOCATION_RULE,
@@ -64,7 +66,7 @@ from finetune_trainer.contract.output import (
     Storage,
 )
 from finetune_trainer.contract.progress import Progress, status_path
-from finetune_trainer.contract.quality import FileCheck, GateReport, Sample
+from finetune_trainer.contract.quality import FileVerdict, GateReport, Quality, Sample
 from finetune_trainer.contract.run import (
     Fingerprints,
     Hardware,
@@ -101,18 +103,20 @@ __all__ = [
     "Example",
     "ExitCode",
     "Export",
-    "FileCheck",
     "FileReport",
+    "FileVerdict",
     "Fingerprints",
     "GateReport",
     "Hardware",
     "Hub",
     "JobReference",
     "LengthSpread",
+    "Lineage",
     "ListedRows",
     "Location",
     "LogEntry",
     "Lora",
+    "Manifest",
     "Message",
     "Model",
     "Notice",

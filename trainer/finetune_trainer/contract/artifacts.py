@@ -1,48 +1,16 @@
-"""The files that a job leaves in its output folder, and what was measured on them."""
+"""The files that a job leaves in its output folder, and manifest.json, which lists them."""
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
-from finetune_trainer.contract.base import Base
+from finetune_trainer.contract.base import Base, Stage
+from finetune_trainer.contract.quality import GateReport, Quality
+from finetune_trainer.contract.run import Fingerprints
 
 REJECTED = "rejected"  # folder of the output for files that the quality gate refuses
-
-
-class Quality(Base):
-    """What was measured on a GGUF file in llama.cpp, over the answers of held-out rows; of training
-    rows where none are held out."""
-
-    kl_divergence: Annotated[float, Field(alias="klDivergence")]
-    """Mean Kullback-Leibler divergence of the next token, in nats per token: of a quantization from
-    the 16-bit file that it was made of; of that file from base model and adapter; of the adapter's
-    own file, which is taken away from that file, from the base model."""
-
-    same_top_token: float
-    """Share of tokens at which both find the same next token most likely, 0 to 1."""
-
-    perplexity: float
-    """Perplexity of the answers; of the adapter's own file, with it taken away."""
-
-    max_kl_divergence: Annotated[float | None, Field(alias="maxKLDivergence")] = None
-    """The limit that the divergence was held against."""
-
-    passed: bool = True
-    """Whether the file may be used: false where the divergence is over its limit, or where
-    llama.cpp reads the file otherwise than it was trained."""
-
-    @property
-    def over_limit(self) -> bool:
-        """Whether the divergence is over its limit."""
-        return self.max_kl_divergence is not None and self.kl_divergence > self.max_kl_divergence
-
-    def rounded(self) -> Self:
-        """The same with six significant digits a figure, which is more than they are worth."""
-        figures = {name: value for name, value in self if isinstance(value, float)}
-        short = {name: float(f"{value:.6g}") for name, value in figures.items()}
-        return self.model_copy(update=short)
 
 
 class Artifact(Base):
@@ -67,8 +35,8 @@ class Artifact(Base):
         return self.rejected or (self.quality is not None and not self.quality.passed)
 
     @property
-    def importance(self) -> int:
-        """How badly status needs this row, where not all fit: 0 can best be done without."""
+    def priority_in_message(self) -> int:
+        """How badly status needs this file, where not all fit: 0 can best be done without."""
         if self.failed:
             return 4
         if self.path.endswith(".gguf"):
@@ -80,3 +48,41 @@ class Artifact(Base):
         if self.quality is None:
             return self
         return self.model_copy(update={"quality": self.quality.rounded()})
+
+
+class Lineage(Base):
+    """What the files were made from."""
+
+    dataset: str
+    dataset_etag: Annotated[str, Field(alias="datasetETag")]
+    dataset_rows: int
+    eval_source: str | None = None
+    """Where the held-out rows come from; None where they were split off."""
+
+    eval_rows: int = 0
+    columns: dict[str, str]
+    model: str
+    model_revision: str
+    hyperparameters: dict[str, JsonValue]
+    """As they were applied."""
+
+    fingerprints: Fingerprints
+    versions: dict[str, str]
+
+
+class Manifest(Base):
+    """The whole of manifest.json; its first fields are those of a Marker.
+
+    It is written last, so that nobody takes half of a version for a whole.
+    """
+
+    stage: Literal[Stage.EXPORT] = Stage.EXPORT
+    fingerprint: str
+    files: tuple[Artifact, ...]
+    created: str
+    """RFC 3339."""
+
+    lineage: Lineage
+    metrics: dict[str, float]
+    gate: GateReport
+    """What was measured on the GGUF files."""

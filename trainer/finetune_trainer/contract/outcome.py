@@ -178,7 +178,7 @@ class StageResult(Base):
     def _shorter(self) -> Self:
         """The same with a little less of what can best be done without."""
         update: dict[str, Any]
-        least = min((each.importance for each in self.artifacts), default=None)
+        least = min((each.priority_in_message for each in self.artifacts), default=None)
         if least is not None and least < 2:
             update = self._without_artifact(least)
         elif len(self.message) > LONG:
@@ -194,9 +194,11 @@ class StageResult(Base):
             update = self._cut_message()
         return self.model_copy(update=update)
 
-    def _without_artifact(self, importance: int) -> dict[str, Any]:
-        """Drop the last file of that importance."""
-        last = max(n for n, each in enumerate(self.artifacts) if each.importance == importance)
+    def _without_artifact(self, priority: int) -> dict[str, Any]:
+        """Drop the last file of that priority."""
+        last = max(
+            n for n, each in enumerate(self.artifacts) if each.priority_in_message == priority
+        )
         return {"artifacts": (*self.artifacts[:last], *self.artifacts[last + 1 :])}
 
     def _cut_message(self) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 stage      inputs from the store, artifacts and manifest into the store
 inputs     what the stages before left, and whether the pod is large enough
-manifest   what is where, made from what
-pipeline   the merged model and GGUF files, each checked and handed on when it is finished
+pipeline   the merged model and GGUF files, each checked and published when it is finished
 
 Its folders, in the order of the data:
 

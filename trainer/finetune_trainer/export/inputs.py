@@ -30,7 +30,7 @@ MOST_ROWS = 5000
 
 
 @dataclass(frozen=True)
-class Examples:
+class ExampleFiles:
     """What `prepare` made of the dataset: files with one example as JSON a line."""
 
     trained: Path
@@ -38,17 +38,17 @@ class Examples:
 
     def measured(self) -> list[Example]:
         """The rows that files are measured on: the held-out ones, or else those trained on."""
-        return read_lines(self.held_out or self.trained)
+        return read_examples(self.held_out or self.trained)
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ExportInputs:
     """Files on disk, and what the small ones say."""
 
     adapter: Path
     """Folder with the adapter and its tokenizer."""
 
-    examples: Examples
+    examples: ExampleFiles
 
     training: TrainingRecord
 
@@ -60,7 +60,7 @@ class Inputs:
         return DatasetReport.model_validate_json(self.dataset_report.read_bytes())
 
 
-def fetch(config: RunConfig, output: Folder, workspace: Path) -> Inputs:
+def fetch(config: RunConfig, output: Folder, workspace: Path) -> ExportInputs:
     """Bring what the stages before left to the folder `workspace`."""
     prints = source.resolved_of(config).fingerprints
     trained = stage_folder(Stage.TRAIN, prints.train)
@@ -68,7 +68,7 @@ def fetch(config: RunConfig, output: Folder, workspace: Path) -> Inputs:
     output.download(f"{trained}/{METRICS}", workspace / METRICS)
     report = workspace / DATASET_REPORT
     output.download(f"{stage_folder(Stage.PREPARE, prints.prepare)}/{DATASET_REPORT}", report)
-    return Inputs(
+    return ExportInputs(
         adapter=workspace / "adapter",
         examples=fetch_examples(config, output, workspace),
         training=TrainingRecord.model_validate_json((workspace / METRICS).read_bytes()),
@@ -76,7 +76,7 @@ def fetch(config: RunConfig, output: Folder, workspace: Path) -> Inputs:
     )
 
 
-def fetch_examples(config: RunConfig, output: Folder, workspace: Path) -> Examples:
+def fetch_examples(config: RunConfig, output: Folder, workspace: Path) -> ExampleFiles:
     """Bring the examples to the folder `workspace`."""
     resolved = source.resolved_of(config)
     prepared = stage_folder(Stage.PREPARE, resolved.fingerprints.prepare)
@@ -84,11 +84,11 @@ def fetch_examples(config: RunConfig, output: Folder, workspace: Path) -> Exampl
     for name in names:
         output.download(f"{prepared}/{name}", workspace / name)
     held_out = workspace / HELD_OUT if HELD_OUT in names else None
-    return Examples(workspace / EXAMPLES, held_out)
+    return ExampleFiles(workspace / EXAMPLES, held_out)
 
 
-def read_lines(file: Path, most: int = MOST_ROWS) -> list[Example]:
-    """At most so many of a file's JSON values, one a line, at equal distances."""
+def read_examples(file: Path, most: int = MOST_ROWS) -> list[Example]:
+    """At most so many of a file's examples, one a line as JSON, at equal distances."""
     with file.open(encoding="utf-8") as lines:
         total = sum(1 for _ in lines)
     step = -(-total // most) or 1

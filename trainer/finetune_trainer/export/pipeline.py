@@ -1,6 +1,6 @@
 """The models of an export: merged, as GGUF, and each GGUF file through the gate.
 
-A file is handed on as soon as it is finished and checked, so that it can be uploaded while the next
+A file is published as soon as it is finished and checked, so that it can be uploaded while the next
 one is computed.
 """
 
@@ -19,21 +19,31 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import (
     REJECTED,
-    FileCheck,
+    FileVerdict,
     GateReport,
     Quality,
     Quantization,
     RunConfig,
+    Sample,
     StageError,
 )
-from finetune_trainer.export.gate.gate import Gate
-from finetune_trainer.export.gguf.convert import Model, write_adapter
-from finetune_trainer.export.gguf.files import PROFITING, adapter_file_name, write_files
+from finetune_trainer.export.gate.gates import DerivedGate, SourceGate, rejects
+from finetune_trainer.export.gguf.files import (
+    IMPORTANCE_TYPES,
+    ModelFiles,
+    adapter_file_name,
+    write_adapter,
+    write_files,
+)
 from finetune_trainer.export.gguf.importance import write_importance
-from finetune_trainer.export.inputs import Examples, read_lines
-from finetune_trainer.export.merge import MergedWeights, write_merged
-from finetune_trainer.export.merge.model_folder import assemble, generation_settings
-from finetune_trainer.export.ollama.modelfile import write_modelfile
+from finetune_trainer.export.inputs import ExampleFiles, read_examples
+from finetune_trainer.export.merge import MergedWeights
+from finetune_trainer.export.merge.model_folder import (
+    assemble,
+    generation_settings,
+    write_merged,
+)
+from finetune_trainer.export.ollama import write_modelfile
 from finetune_trainer.model import source
 from finetune_trainer.model.loading import use_available_cpus
 from finetune_trainer.model.tokenizer import begins_with_bos, load_tokenizer
@@ -44,7 +54,7 @@ MERGED, GGUF = "merged", "gguf"
 log = logging.getLogger(__name__)
 
 
-class Add(Protocol):
+class AddFile(Protocol):
     """Takes a finished file, which stays as it is from then on."""
 
     def __call__(self, file: Path, path: str, quality: Quality | None = None) -> object:
@@ -52,43 +62,20 @@ class Add(Protocol):
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """Base model and adapter put together."""
+class TunedModel:
+    """Base model and adapter as one."""
 
-    model: Model
+    files: ModelFiles
     weights: MergedWeights
-    """Opened once: of a float32 base that reads all of them."""
+    """Opened once: where the base has float32 weights, that reads all of them."""
 
     tokenizer: PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class Making:
-    """What all steps need."""
-
-    config: RunConfig
-    tuned: Tuned
-    examples: Examples
-    result: Path
-    """Folder for the files of the output."""
-
-    workspace: Path
-    add: Add
-    reporter: Reporter
-
-    @property
-    def model(self) -> Model:
-        """What GGUF files are made of."""
-        return self.tuned.model
-
-    @property
-    def trusted(self) -> bool:
-        """Whether Python code that comes with the model may run."""
-        return self.config.model.trust_remote_code
-
-
-def put_together(config: RunConfig, base: Path, adapter: Path | None, folder: Path) -> Tuned:
-    """Put base and adapter together, or take `base` alone; raises StageError.
+def open_tuned_model(
+    config: RunConfig, base: Path, adapter: Path | None, folder: Path
+) -> TunedModel:
+    """Open base and adapter as one model, or `base` alone; raises StageError.
 
     `folder` gets the configuration and the tokenizer of the finished model, unless it is `base`
     itself, which has them.
@@ -100,143 +87,163 @@ def put_together(config: RunConfig, base: Path, adapter: Path | None, folder: Pa
         weights.check_changes()
         assemble(base, adapter, folder, trust_remote_code=trusted, dtype=weights.dtype)
     tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
-    model = Model(
+    files = ModelFiles(
         base=base,
         adapter=adapter,
         folder=folder,
         name=source.display_name(config.model.source),
-        own=Quantization.BF16 if weights.dtype is torch.bfloat16 else Quantization.F16,
+        own_type=Quantization.BF16 if weights.dtype is torch.bfloat16 else Quantization.F16,
         begins_with_bos=begins_with_bos(tokenizer),
         trust_remote_code=trusted,
     )
-    return Tuned(model, weights, tokenizer)
+    return TunedModel(files, weights, tokenizer)
 
 
-def add_folder(add: Add, folder: Path) -> None:
-    """Hand on all files of a folder, which has its name in the output folder too."""
+@dataclass(frozen=True)
+class ExportContext:
+    """What all steps need."""
+
+    config: RunConfig
+    model: TunedModel
+    examples: ExampleFiles
+    result: Path
+    """Folder for the files of the output."""
+
+    workspace: Path
+    add_file: AddFile
+    reporter: Reporter
+
+
+class CheckedFile(NamedTuple):
+    """A GGUF file of the merged model with its verdict."""
+
+    kind: Quantization
+    file: Path
+    verdict: FileVerdict
+
+
+def publish_folder(add_file: AddFile, folder: Path) -> None:
+    """Publish all files of a folder, which has its name in the output folder too."""
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        add(file, file.relative_to(folder.parent).as_posix())
+        add_file(file, file.relative_to(folder.parent).as_posix())
 
 
-def make_merged(making: Making) -> None:
-    """Write the merged model's weights beside its configuration, and hand on the folder."""
-    tensors = making.tuned.weights.infos.values()
-    total = sum(math.prod(info.shape) * info.dtype.itemsize for info in tensors)
-    moved = making.reporter.transfer("Merging the adapter into the base model", total)
-    write_merged(making.tuned.weights, making.model.folder, moved)
-    add_folder(making.add, making.model.folder)
-
-
-def make_gguf(making: Making) -> GateReport:
-    """Write GGUF files and Modelfile below the result, and check each; raises StageError."""
-    gate = open_gate(making)
-    importance = importance_file(making)
-    files = checked_files(making, gate, importance)
-    with ThreadPoolExecutor(1, "adapter") as beside:  # each imports for seconds on one CPU
-        adapter_made = beside.submit(make_adapter, making)
-        first = next(files)  # the one that the others are made of
-        adapter = adapter_made.result()
-    if adapter:
-        check_adapter(making, gate, adapter)
-    if first.check.passed:
-        making.reporter.message("Asking the tuned model and its base the same questions")
-        gate.samples(first.file, adapter)
-    if importance:
-        rows = read_lines(making.examples.trained)
-        write_importance(making.model, first.file, rows, importance, making.reporter)
-    usable = [each for each in (first, *files) if each.usable]
-    # With `verify: warn` some may have fallen short: those only where there is nothing better.
-    good = [each for each in usable if each.check.passed] or usable
-    if good:
-        make_modelfile(making, {each.kind: each.file for each in good})
-    return gate.report()
-
-
-def open_gate(making: Making) -> Gate:
-    """Run the tuned model over the rows, before any conversion."""
-    making.reporter.message("Asking the tuned model, for what its files are held against")
-    return Gate.open(
-        making.model.base,
-        making.model.adapter,
-        making.examples.measured(),
-        making.workspace / "gate",
-        making.config.export,
-        held_out=making.examples.held_out is not None,
-        trust_remote_code=making.trusted,
+def make_merged(context: ExportContext) -> None:
+    """Write the merged model's weights beside its configuration, and publish the folder."""
+    model = context.model
+    total = sum(
+        math.prod(each.shape) * each.dtype.itemsize for each in model.weights.infos.values()
     )
+    moved = context.reporter.transfer("Merging the adapter into the base model", total)
+    write_merged(model.weights, model.files.folder, moved)
+    publish_folder(context.add_file, model.files.folder)
 
 
-def importance_file(making: Making) -> Path | None:
-    """Where the importance matrix is to lie, if it is asked for and a type profits from it."""
-    export = making.config.export
-    if not export.importance_matrix or not set(export.gguf) & set(PROFITING):
-        return None
-    return making.workspace / "importance.gguf"
+def make_gguf(context: ExportContext) -> GateReport:
+    """Write GGUF files and Modelfile below the result, and check each; raises StageError."""
+    config, model, reporter = context.config, context.model.files, context.reporter
+    reporter.message("Asking the tuned model, for what its files are held against")
+    source_gate = SourceGate.open(
+        model.base,
+        model.adapter,
+        context.examples.measured(),
+        context.workspace / "gate",
+        config.export,
+        held_out=context.examples.held_out is not None,
+        trust_remote_code=model.trust_remote_code,
+    )
+    importance = None
+    if config.export.importance_matrix and set(config.export.gguf) & set(IMPORTANCE_TYPES):
+        importance = context.workspace / "importance.gguf"
+    written = write_files(
+        model,
+        context.result / GGUF,
+        config.export.gguf,
+        importance=importance,
+        reporter=reporter,
+    )
+    with ThreadPoolExecutor(1, "adapter") as beside:  # each imports for seconds on one CPU
+        adapter_made = beside.submit(make_adapter, context)
+        kind, source_file = next(written)
+        reporter.message(f"Checking {source_file.name}")
+        gate = source_gate.check(source_file, kind)
+        if kind in config.export.gguf:
+            publish_file(context, source_file, gate.source_verdict)
+        adapter = adapter_made.result()
+    adapter_verdicts: list[FileVerdict] = []
+    samples: tuple[Sample, ...] = ()
+    if adapter:
+        adapter_verdicts.append(gate.check_adapter(adapter))
+        if config.export.adapter_gguf is not False:
+            publish_file(context, adapter, adapter_verdicts[0])
+    if gate.source_verdict.passed:
+        reporter.message("Asking the tuned model and its base the same questions")
+        samples = gate.samples(adapter)
+    if importance:
+        rows = read_examples(context.examples.trained)
+        write_importance(model, source_file, rows, importance, reporter)
+    derived = list(check_derived(context, gate, written))
+    files = [CheckedFile(kind, source_file, gate.source_verdict), *derived]
+    make_modelfile(context, files)
+    return gate.report([*adapter_verdicts, *(each.verdict for each in derived)], samples)
 
 
-def make_adapter(making: Making) -> Path | None:
+def make_adapter(context: ExportContext) -> Path | None:
     """The adapter alone as GGUF; None where llama.cpp can't apply it, and nobody insists."""
-    model, insists = making.model, making.config.export.adapter_gguf
+    model = context.model.files
     if model.adapter is None:
         return None
-    target = making.result / GGUF / adapter_file_name(model.name)
+    target = context.result / GGUF / adapter_file_name(model.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_adapter(model.folder, model.adapter, target, trust_remote_code=making.trusted)
+        write_adapter(
+            model.folder, model.adapter, target, trust_remote_code=model.trust_remote_code
+        )
     except StageError as error:
-        if insists:
+        if context.config.export.adapter_gguf:
             raise
         log.warning("There is no GGUF file of the adapter alone: %s", error.message)
         return None
     return target
 
 
-def check_adapter(making: Making, gate: Gate, adapter: Path) -> None:
-    """Check the adapter's file against the base model, and hand it on if it is asked for."""
-    check = gate.check_adapter(adapter)
-    if making.config.export.adapter_gguf is not False:
-        hand_on(making, gate, adapter, check)
+def check_derived(
+    context: ExportContext, gate: DerivedGate, written: Iterator[tuple[Quantization, Path]]
+) -> Iterator[CheckedFile]:
+    """Check and publish each file before the next one is asked for."""
+    for kind, file in written:
+        context.reporter.message(f"Checking {file.name}")
+        verdict = gate.check(file, kind)
+        publish_file(context, file, verdict)
+        yield CheckedFile(kind, file, verdict)
 
 
-class Checked(NamedTuple):
-    """A file that was written and checked."""
-
-    kind: Quantization
-    file: Path
-    check: FileCheck
-    usable: bool
-    """Whether it is asked for and lies with the good ones."""
-
-
-def checked_files(making: Making, gate: Gate, importance: Path | None) -> Iterator[Checked]:
-    """Write the files one after the other; each is checked and handed on before the next."""
-    kinds = making.config.export.gguf
-    files = write_files(
-        making.model, making.result / GGUF, kinds, importance=importance, reporter=making.reporter
-    )
-    for kind, file in files:
-        making.reporter.message(f"Checking {file.name}")
-        check = gate.check(file, kind)
-        if kind in kinds:
-            hand_on(making, gate, file, check)
-        yield Checked(kind, file, check, kind in kinds and not gate.rejects(check))
-
-
-def hand_on(making: Making, gate: Gate, file: Path, check: FileCheck) -> None:
+def publish_file(context: ExportContext, file: Path, verdict: FileVerdict) -> None:
     """Give a checked file its place: among the good ones, or apart."""
-    folder = REJECTED if gate.rejects(check) else GGUF
-    quality = check.quality and check.quality.model_copy(update={"passed": check.passed})
-    making.add(file, f"{folder}/{file.name}", quality)
+    folder = REJECTED if rejects(context.config.export, verdict) else GGUF
+    context.add_file(file, f"{folder}/{file.name}", verdict.quality)
 
 
-def make_modelfile(making: Making, good: dict[Quantization, Path]) -> None:
-    """Write the Modelfile for the files that may be used."""
+def make_modelfile(context: ExportContext, files: list[CheckedFile]) -> None:
+    """Write the Modelfile for the files that may be used, if there are any."""
+    config, model = context.config, context.model
+    usable = [
+        each
+        for each in files
+        if each.kind in config.export.gguf and not rejects(config.export, each.verdict)
+    ]
+    # With `verify: warn` some may have fallen short: those only where there is nothing better.
+    good = [each for each in usable if each.verdict.passed] or usable
+    if not good:
+        return
     file = write_modelfile(
-        making.result,
-        good,
-        making.tuned.tokenizer,
-        making.config,
-        parameters=sum(math.prod(info.shape) for info in making.tuned.weights.infos.values()),
-        generation=generation_settings(making.model.folder, trust_remote_code=making.trusted),
+        context.result,
+        {each.kind: each.file for each in good},
+        model.tokenizer,
+        config,
+        parameters=sum(math.prod(info.shape) for info in model.weights.infos.values()),
+        generation=generation_settings(
+            model.files.folder, trust_remote_code=model.files.trust_remote_code
+        ),
     )
-    making.add(file, file.name)
+    context.add_file(file, file.name)

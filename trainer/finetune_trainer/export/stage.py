@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
-from finetune_trainer.contract import Artifact, GateReport, Reason, RunConfig, Stage, StageResult
-from finetune_trainer.export.gate import refusal
-from finetune_trainer.export.inputs import Inputs, check_memory, check_space, fetch, fetch_examples
-from finetune_trainer.export.manifest import Manifest, lineage_of, now
+from finetune_trainer.contract import (
+    Artifact,
+    GateReport,
+    Lineage,
+    Manifest,
+    Reason,
+    RunConfig,
+    Stage,
+    StageResult,
+    TrainingRecord,
+)
+from finetune_trainer.contract.verdict_words import explain_failures
+from finetune_trainer.export.inputs import (
+    ExportInputs,
+    check_memory,
+    check_space,
+    fetch,
+    fetch_examples,
+)
 from finetune_trainer.export.pipeline import (
     MERGED,
-    Add,
-    Making,
-    add_folder,
+    AddFile,
+    ExportContext,
     make_gguf,
     make_merged,
-    put_together,
+    open_tuned_model,
+    publish_folder,
 )
 from finetune_trainer.export.publish import Publication, finish_interrupted
-from finetune_trainer.export.publish.hub import check_token, push
+from finetune_trainer.export.publish.hub_push import check_token, push
 from finetune_trainer.export.publish.publication import Sign
 from finetune_trainer.export.publish.signing import signer_for
 from finetune_trainer.export.report import Facts, license_of, write_model_card, write_report
@@ -31,14 +49,15 @@ from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import MANIFEST
 
 MODEL_CARD, REPORT = "README.md", "report.html"
+_PACKAGES = ("finetune-operator", "torch", "transformers", "trl", "peft", "llama-cpp-python")
 
 
 @dataclass(frozen=True)
-class Work:
-    """What the stage has in hand."""
+class ExportRun:
+    """One export of the stage."""
 
     config: RunConfig
-    inputs: Inputs
+    inputs: ExportInputs
     workspace: Path
     publication: Publication
     reporter: Reporter
@@ -76,86 +95,115 @@ def make_and_publish(
     inputs = fetch(config, output, workspace)
     fingerprint = source.resolved_of(config).fingerprints.export
     with Publication(output, fingerprint, reporter) as publication:
-        manifest = make_all(Work(config, inputs, workspace, publication, reporter))
+        manifest = make_all(ExportRun(config, inputs, workspace, publication, reporter))
         files = publication.commit(lambda files: encoded(with_files(manifest, files)), sign)
     return with_files(manifest, files)
 
 
-def make_all(work: Work) -> Manifest:
+def make_all(export: ExportRun) -> Manifest:
     """Make all files; returns the manifest but for their list."""
-    config, inputs = work.config, work.inputs
-    work.result.mkdir()
-    add_folder(work.publication.add, inputs.adapter)
-    work.publication.add(inputs.dataset_report, inputs.dataset_report.name)
+    config, inputs = export.config, export.inputs
+    export.result.mkdir()
+    publish_folder(export.publication.add, inputs.adapter)
+    export.publication.add(inputs.dataset_report, inputs.dataset_report.name)
     base, gate = None, GateReport()
     if config.export.merged or config.export.gguf:
-        base = source.fetch_resolved(config, work.workspace / "model", work.reporter)
-        gate = make_models(work, base)
+        base = source.fetch_resolved(config, export.workspace / "model", export.reporter)
+        gate = make_models(export, base)
     manifest = Manifest(
         fingerprint=source.resolved_of(config).fingerprints.export,
         files=(),
-        created=now(),
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         lineage=lineage_of(config, inputs.training),
         metrics=inputs.training.metrics.named(),
         gate=gate,
     )
-    work.reporter.message("Writing model card and report")
-    describe(work, base, manifest)
+    export.reporter.message("Writing model card and report")
+    describe(export, base, manifest)
     return manifest
 
 
-def make_models(work: Work, base: Path) -> GateReport:
+def make_models(export: ExportRun, base: Path) -> GateReport:
     """Write the merged model and GGUF files, each of which is on its way when it is finished."""
-    config, inputs = work.config, work.inputs
+    config, inputs = export.config, export.inputs
     check_memory()
-    check_space(config, base, work.workspace)
-    folder = (work.result if config.export.merged else work.workspace) / MERGED
-    making = Making(
+    check_space(config, base, export.workspace)
+    folder = (export.result if config.export.merged else export.workspace) / MERGED
+    context = ExportContext(
         config=config,
-        tuned=put_together(config, base, inputs.adapter, folder),
+        model=open_tuned_model(config, base, inputs.adapter, folder),
         examples=inputs.examples,
-        result=work.result,
-        workspace=work.workspace,
-        add=work.publication.add,
-        reporter=work.reporter,
+        result=export.result,
+        workspace=export.workspace,
+        add_file=export.publication.add,
+        reporter=export.reporter,
     )
     if config.export.merged:
-        make_merged(making)
-    return make_gguf(making) if config.export.gguf else GateReport()
+        make_merged(context)
+    return make_gguf(context) if config.export.gguf else GateReport()
 
 
 def convert_merged(
-    config: RunConfig, folder: Path, store: Folder, add: Add, reporter: Reporter
+    config: RunConfig, folder: Path, store: Folder, add_file: AddFile, reporter: Reporter
 ) -> GateReport:
     """GGUF files in `folder` of the model that lies merged there, on one machine."""
     with tempfile.TemporaryDirectory(prefix="gguf-", dir=folder) as workspace:
-        making = Making(
+        context = ExportContext(
             config=config,
-            tuned=put_together(config, folder / MERGED, None, folder / MERGED),
+            model=open_tuned_model(config, folder / MERGED, None, folder / MERGED),
             examples=fetch_examples(config, store, Path(workspace)),
             result=folder,
             workspace=Path(workspace),
-            add=add,
+            add_file=add_file,
             reporter=reporter,
         )
-        return make_gguf(making)
+        return make_gguf(context)
 
 
-def describe(work: Work, base: Path | None, manifest: Manifest) -> None:
+def describe(export: ExportRun, base: Path | None, manifest: Manifest) -> None:
     """Write model card and report of all files so far."""
     facts = Facts(
-        config=work.config,
+        config=export.config,
         lineage=manifest.lineage,
-        trained=work.inputs.training,
-        dataset=work.inputs.dataset,
+        trained=export.inputs.training,
+        dataset=export.inputs.dataset,
         gate=manifest.gate,
-        files=work.publication.artifacts,
+        files=export.publication.artifacts,
         created=manifest.created,
         license=license_of(base),
     )
     for name, write in ((MODEL_CARD, write_model_card), (REPORT, write_report)):
-        write(work.result / name, facts)
-        work.publication.add(work.result / name, name)
+        write(export.result / name, facts)
+        export.publication.add(export.result / name, name)
+
+
+def lineage_of(config: RunConfig, trained: TrainingRecord) -> Lineage:
+    """What the files are made from."""
+    resolved = source.resolved_of(config)
+    return Lineage(
+        dataset=config.dataset.source,
+        dataset_etag=resolved.dataset_etag,
+        dataset_rows=resolved.dataset_rows,
+        eval_source=config.dataset.eval_source,
+        eval_rows=resolved.eval_rows,
+        columns=config.dataset.columns.model_dump(exclude_none=True),
+        model=config.model.source,
+        model_revision=resolved.model_revision,
+        hyperparameters=trained.hyperparameters,
+        fingerprints=resolved.fingerprints,
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide on the result."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def with_files(manifest: Manifest, files: tuple[Artifact, ...]) -> Manifest:
@@ -171,7 +219,7 @@ def encoded(manifest: Manifest) -> bytes:
 def result_of(config: RunConfig, manifest: Manifest) -> StageResult:
     """What the stage came to; a file that the gate rejected fails it, though all others are out."""
     folder = config.output.uri.rstrip("/")
-    said = refusal.message(manifest.gate, manifest.files, config.export)
+    said = explain_failures(manifest.gate, manifest.files, config.export)
     return StageResult(
         stage=Stage.EXPORT,
         reason=reason_of(manifest.files),

@@ -13,7 +13,7 @@ from rich.console import Console
 from finetune_trainer.contract import Stage, StageResult
 from finetune_trainer.local import steps
 from finetune_trainer.local.fields import settable_fields
-from finetune_trainer.local.quality import show_quality
+from finetune_trainer.local.quality_table import show_quality
 from finetune_trainer.runtime.logs import set_up_libraries
 from finetune_trainer.runtime.progress import Reporter
 from finetune_trainer.stage_runner import guarded, stop_on_signal

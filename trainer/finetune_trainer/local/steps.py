@@ -22,6 +22,7 @@ from finetune_trainer.contract import (
     StageResult,
     read_run_config,
 )
+from finetune_trainer.contract.verdict_words import explain_failures
 from finetune_trainer.export.gguf.files import MODELFILE
 from finetune_trainer.local.fields import apply_settings
 from finetune_trainer.memory.machine import this_machine
@@ -87,7 +88,6 @@ def gguf(settings: Sequence[str], folder: Path, reporter: Reporter) -> StageResu
             Reason.INVALID_CONFIG, f"{merged} does not exist: run `make merge` before `make gguf`."
         )
     from finetune_trainer.export import stage  # noqa: PLC0415 - imports torch
-    from finetune_trainer.export.gate import refusal  # noqa: PLC0415 - imports torch
 
     for former in ("gguf", REJECTED):
         shutil.rmtree(folder / former, ignore_errors=True)
@@ -107,7 +107,7 @@ def gguf(settings: Sequence[str], folder: Path, reporter: Reporter) -> StageResu
     return StageResult(
         stage=Stage.EXPORT,
         reason=stage.reason_of(files),
-        message=refusal.message(gate, files, export) or done,
+        message=explain_failures(gate, files, export) or done,
         artifacts=tuple(files),
     )
 

@@ -118,12 +118,12 @@ def kill_running() -> None:
         process.kill()
 
 
-def shown_by(reporter: Reporter | None, what: str) -> OnProgress | None:
-    """A listener to bytes done and to be done; None where nobody looks."""
-    return None if reporter is None else _Shown(reporter, what)
+def as_transfer(reporter: Reporter | None, what: str) -> OnProgress | None:
+    """What shows a child's progress in bytes as a transfer; None where nobody looks."""
+    return None if reporter is None else _ShownTransfer(reporter, what)
 
 
-class _Shown:
+class _ShownTransfer:
     def __init__(self, reporter: Reporter, what: str) -> None:
         self._reporter = reporter
         self._what = what

@@ -1,15 +1,12 @@
 """GGUF files: the merged model in 16 bits, quantizations of it, and the adapter alone.
 
-files              all of them, each when it is complete; their names, and which to serve
-convert            base model + adapter -> GGUF in one go, and the adapter alone
-convert_worker     llama.cpp's converter, fed from the merged weights; a program of its own
-blocks             its tensors, written block by block
-quantize           a 16-bit file as another type
-quantize_worker    llama.cpp's quantizer; a program of its own
-importance         which weights a quantization should spare, measured on training rows
-importance_worker  the model at work for that; a program of its own
-importance_file    llama.cpp's file of it
-header             the header of a GGUF file
+files            all of them, each when it is complete; their names, and which to serve
+requests         what the programs that write them are asked for
+convert_worker   llama.cpp's converter, fed from the merged weights; a program of its own
+blocks           its tensors, written block by block
+quantize_worker  llama.cpp's quantizer; a program of its own
+importance       which weights a quantization should spare, measured on training rows
+header           the header of a GGUF file
 
 A file appears under its name when it is complete.
 """

@@ -1,9 +1,6 @@
 """llama.cpp's converter at work on the merged weights, in a process of its own.
 
-A JSON request on standard input:
-
-    {"llama": folder of the converter, "base": …, "adapter": … or null, "folder": …,
-     "target": …, "type": "F16" | "BF16" | "F32", "name": …, "beginsWithBos": …, "threads": …}
+It reads a ConvertRequest from standard input.
 
 The converter reads configuration and tokenizer from `folder` and asks for its tensors by name; they
 come from base and adapter, with the adapter's delta added as each is written.
@@ -11,7 +8,6 @@ come from base and adapter, with the adapter's delta added as each is written.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections import deque
@@ -22,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.export.gguf.requests import ConvertRequest
 from finetune_trainer.model import converter
 from finetune_trainer.runtime import child
 
@@ -36,34 +33,33 @@ WAITING = 2
 
 def main() -> None:
     """Do what standard input asks for."""
-    request = json.load(sys.stdin)
+    request = ConvertRequest.model_validate_json(sys.stdin.read())
     logging.basicConfig(level=logging.WARNING)
     # Its own gguf-py goes before the package of that name, which may be of another version.
-    sys.path[:0] = [request["llama"], f"{request['llama']}/gguf-py"]
+    sys.path[:0] = [str(request.llama), str(request.llama / "gguf-py")]
     try:
         write(request)
     except StageError as error:
         converter.refuse(error)
 
 
-def write(request: dict[str, Any]) -> None:
+def write(request: ConvertRequest) -> None:
     """Write the file that is asked for."""
     import torch  # noqa: PLC0415 - not before the path is set
 
     from finetune_trainer.export.merge import MergedWeights  # noqa: PLC0415 - imports torch
 
-    torch.set_num_threads(request["threads"])
-    adapter = request["adapter"]
-    weights = MergedWeights.open(Path(request["base"]), Path(adapter) if adapter else None)
+    torch.set_num_threads(request.threads)
+    weights = MergedWeights.open(request.base, request.adapter)
     model = build(request, weights)
     model.prepare_tensors()
     model.prepare_metadata(vocab_only=False)
-    if not request["beginsWithBos"]:
+    if not request.begins_with_bos:
         dont_add_bos(model.gguf_writer)
-    write_file(model.gguf_writer, Path(request["target"]), request["threads"])
+    write_file(model.gguf_writer, request.target, request.threads)
 
 
-def build(request: dict[str, Any], weights: MergedWeights) -> Any:
+def build(request: ConvertRequest, weights: MergedWeights) -> Any:
     """The converter for the model's architecture, with tensors of the merged weights."""
     import gguf  # noqa: PLC0415 - not before the path is set
     from conversion import (  # type: ignore[import-not-found] # noqa: PLC0415
@@ -75,7 +71,7 @@ def build(request: dict[str, Any], weights: MergedWeights) -> Any:
 
     from finetune_trainer.export.gguf.blocks import stored_tensor  # noqa: PLC0415
 
-    folder = Path(request["folder"])
+    folder = request.folder
     parameters = ModelBase.load_hparams(folder, False)
     architecture = get_model_architecture(parameters, ModelType.TEXT)
     try:
@@ -96,9 +92,9 @@ def build(request: dict[str, Any], weights: MergedWeights) -> Any:
                     tensors[kept[0]] = kept[1]
             return tensors
 
-    mostly = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[request["type"]]
+    mostly = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[request.kind]
     kind = gguf.LlamaFileType[mostly]
-    return MergedModel(folder, kind, Path(request["target"]), model_name=request["name"])
+    return MergedModel(folder, kind, request.target, model_name=request.name)
 
 
 def dont_add_bos(writer: Any) -> None:

@@ -1,20 +1,49 @@
-"""All GGUF files of an export: their names, and which is made of which."""
+"""The GGUF files of an export: their names, which is made of which, and how each is written."""
 
 from __future__ import annotations
 
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from finetune_trainer.contract import Quantization
-from finetune_trainer.export.gguf.convert import Model, write_sixteen
-from finetune_trainer.export.gguf.quantize import quantize
+from finetune_trainer.contract import Quantization, Reason, StageError
+from finetune_trainer.export.gguf.requests import ConvertRequest, QuantizeRequest
+from finetune_trainer.model import converter
+from finetune_trainer.model.loading import available_cpus
 from finetune_trainer.runtime import child
+from finetune_trainer.runtime.child import as_transfer
 from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.store.local import replacing
 
-PROFITING = (
+CONVERT_WORKER = "finetune_trainer.export.gguf.convert_worker"
+QUANTIZE_WORKER = "finetune_trainer.export.gguf.quantize_worker"
+LORA_SCRIPT = "convert_lora_to_gguf.py"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_NOT_IN_GGUF = ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "lora_bias")
+"""Fields of PEFT's LoraConfig that llama.cpp's adapters have no place for."""
+
+BUFFER_BYTES = 64 << 20
+"""For the rows that llama.cpp has in work at a time: as they are read (from a mapped file), in
+float32 and quantized. A row of a matrix is always done as a whole."""
+
+AT_A_TIME = 2
+"""Quantizations. One computes while the other reads, writes, or is checked by the caller."""
+
+log = logging.getLogger(__name__)
+
+IMPORTANCE_TYPES = (
     Quantization.Q6_K,
     Quantization.Q5_K_M,
     Quantization.Q4_K_M,
@@ -62,12 +91,34 @@ def source_of(kinds: Iterable[Quantization], own: Quantization) -> Quantization:
     return own
 
 
-AT_A_TIME = 2
-"""Quantizations. One computes while the other reads, writes, or is checked by the caller."""
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files that GGUF files are made of, and what has to be known of them."""
+
+    base: Path
+    """Folder with the base model's weights, or with merged ones."""
+
+    adapter: Path | None
+    """Folder with the adapter that is merged into them."""
+
+    folder: Path
+    """Folder with configuration and tokenizer of the finished model."""
+
+    name: str
+    """What the files call it."""
+
+    own_type: Quantization
+    """The 16-bit type that its weights have: F16 or BF16."""
+
+    begins_with_bos: bool = True
+    """Whether servers put that token before a prompt. Some tokenizers do although their chat
+    template doesn't: the training never saw it."""
+
+    trust_remote_code: bool = False
 
 
 def write_files(
-    model: Model,
+    model: ModelFiles,
     target: Path,
     kinds: Iterable[Quantization],
     *,
@@ -81,12 +132,12 @@ def write_files(
     the caller asks for the second; `importance` has to be there by then.
     """
     kinds = set(kinds)
-    source_kind = source_of(kinds, model.own)
+    source_kind = source_of(kinds, model.own_type)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gguf-", dir=target.parent) as temporary:
         place = target if source_kind in kinds else Path(temporary)
         source = place / file_name(model.name, source_kind)
-        write_sixteen(model, source, source_kind, reporter=reporter)
+        write_unquantized(model, source, source_kind, reporter=reporter)
         yield source_kind, source
         others = {
             kind: target / file_name(model.name, kind)
@@ -105,7 +156,7 @@ def quantize_all(
     with ThreadPoolExecutor(AT_A_TIME, "quantize") as pool:
         jobs = []
         for kind, file in targets.items():
-            matrix = importance if kind in PROFITING else None
+            matrix = importance if kind in IMPORTANCE_TYPES else None
             work = partial(quantize, source, file, kind, matrix, reporter=reporter)
             jobs.append(pool.submit(work))
         try:
@@ -116,3 +167,127 @@ def quantize_all(
             pool.shutdown(wait=False, cancel_futures=True)
             child.kill_running()
             raise
+
+
+def write_unquantized(
+    model: ModelFiles, target: Path, kind: Quantization, *, reporter: Reporter | None = None
+) -> None:
+    """Write the merged model as F16, BF16 or F32 to the file `target`.
+
+    Raises StageError: ModelUnsupported where llama.cpp does not know the model, or where F16 can't
+    hold its values; what MergedWeights raises.
+    """
+    with (
+        converter.shown(model.folder, model.name, trusted=model.trust_remote_code) as view,
+        replacing(target) as partial_file,
+    ):
+        request = ConvertRequest(
+            llama=converter.llama_folder(),
+            base=model.base,
+            adapter=model.adapter,
+            folder=view,
+            target=partial_file,
+            kind=kind,
+            name=converter.gguf_name(model.name, model.folder),
+            begins_with_bos=model.begins_with_bos,
+            threads=available_cpus(),
+        )
+        converter.run(
+            [sys.executable, "-m", CONVERT_WORKER],
+            request.model_dump_json(),
+            trusted=model.trust_remote_code,
+            on_progress=as_transfer(reporter, f"Writing {target.name}"),
+        )
+
+
+def quantize(
+    source: Path,
+    target: Path,
+    kind: Quantization,
+    importance: Path | None = None,
+    *,
+    reporter: Reporter | None = None,
+) -> None:
+    """Write `source`, an unquantized GGUF file, as another type to the file `target`.
+
+    `importance` is an importance matrix of llama.cpp as a GGUF file. Raises
+    StageError(ModelUnsupported) where llama.cpp can't do it.
+    """
+    with replacing(target) as partial_file:
+        request = QuantizeRequest(
+            source=source,
+            target=partial_file,
+            kind=kind,
+            threads=available_cpus(),
+            buffer_bytes=BUFFER_BYTES,
+            importance=importance,
+        )
+        done = child.run(
+            [sys.executable, "-m", QUANTIZE_WORKER],
+            request.model_dump_json(),
+            on_progress=as_transfer(reporter, f"Writing {target.name}"),
+        )
+        if done.status != 0:
+            log.error("llama.cpp's quantizer failed:\n%s", done.errors[-4000:])
+            raise _failure(done, source, target, kind)
+
+
+def _failure(done: child.Finished, source: Path, target: Path, kind: Quantization) -> Exception:
+    # llama.cpp does not say why it could not write.
+    if shutil.disk_usage(target.parent).free < source.stat().st_size // 100:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return StageError(
+        Reason.MODEL_UNSUPPORTED,
+        f"llama.cpp can't quantize this model to {kind}: {done.last_line().rstrip('.'):.300}. "
+        "Leave it out of spec.export.gguf.",
+    )
+
+
+def write_adapter(
+    folder: Path, adapter: Path, target: Path, *, trust_remote_code: bool = False
+) -> None:
+    """Write a LoRA adapter of PEFT as GGUF in F32 to the file `target`.
+
+    `folder` has the base model's configuration; its weights are not needed. Raises
+    StageError(ModelUnsupported) where llama.cpp can't apply such an adapter, as with DoRA.
+    """
+    config = json.loads((adapter / ADAPTER_CONFIG).read_bytes())
+    _refuse_unknown(config)
+    with (
+        converter.shown(folder, "model", trusted=trust_remote_code) as base,
+        tempfile.TemporaryDirectory(prefix="adapter-") as temporary,
+        replacing(target) as partial_file,
+    ):
+        view = Path(temporary, target.stem)  # the file's general.name is made of it
+        view.mkdir()
+        (view / ADAPTER_CONFIG).write_text(json.dumps(_as_llama_reads_it(config)))
+        (view / ADAPTER_WEIGHTS).symlink_to((adapter / ADAPTER_WEIGHTS).resolve())
+        command = [sys.executable, str(converter.llama_folder() / LORA_SCRIPT), str(view)]
+        command += ["--base", str(base), "--outtype", "f32", "--outfile", str(partial_file)]
+        if trust_remote_code:
+            command.append("--trust-remote-code")
+        converter.run(command, trusted=trust_remote_code)
+
+
+def _refuse_unknown(config: dict[str, Any]) -> None:
+    """Raise StageError for what llama.cpp would leave out without a word."""
+    found = [name for name in _NOT_IN_GGUF if config.get(name)]
+    if config.get("bias") not in (None, "none"):
+        found.append("bias")
+    if found:
+        raise StageError(
+            Reason.MODEL_UNSUPPORTED,
+            f"llama.cpp can't apply this adapter alone, since its {ADAPTER_CONFIG} sets "
+            f"{', '.join(found)}: set spec.export.adapterGguf to false; the GGUF files of the "
+            "merged model are not concerned.",
+        )
+
+
+def _as_llama_reads_it(config: dict[str, Any]) -> dict[str, Any]:
+    """The same adapter for llama.cpp, which always scales by alpha / r.
+
+    rsLoRA scales by alpha / sqrt(r), that is (alpha sqrt(r)) / r.
+    """
+    if not config.get("use_rslora"):
+        return config
+    return {**config, "lora_alpha": config["lora_alpha"] * math.sqrt(config["r"])}

@@ -13,7 +13,6 @@ from typing import Any, Self, TypeVar
 import torch
 
 from finetune_trainer.contract import Reason, StageError
-from finetune_trainer.export.merge.adapter import ALIGNED, Delta, read_adapter
 from finetune_trainer.export.merge.checkpoint import (
     FLOAT16_SAFE,
     Stored,
@@ -25,6 +24,7 @@ from finetune_trainer.export.merge.checkpoint import (
     some,
     weight_names,
 )
+from finetune_trainer.export.merge.deltas import ALIGNED, Delta, read_adapter
 
 SPAN_BYTES = 1 << 20  # of float32 sums that a thread computes at a time: they stay in its cache
 

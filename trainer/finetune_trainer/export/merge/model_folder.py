@@ -1,7 +1,8 @@
-"""The finished model's folder but for its weights: configuration, generation, tokenizer.
+"""The merged model as a folder that transformers loads.
 
 The configuration is the base's own file, so that every program that reads the base reads the tuned
-model. The tokenizer is the adapter's, which the training used.
+model. The tokenizer is the adapter's, which the training used. The weights are written block by
+block, in the base's shards.
 """
 
 from __future__ import annotations
@@ -9,18 +10,25 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from finetune_trainer.export.merge import MergedWeights, write_merged
-from finetune_trainer.export.merge.checkpoint import CONFIG, read_config
-from finetune_trainer.export.merge.writer import READABLE
+from finetune_trainer.export.merge.checkpoint import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    TensorInfo,
+    read_config,
+)
+from finetune_trainer.export.merge.merged import MergedWeights
 from finetune_trainer.model.loading import use_available_cpus
 from finetune_trainer.model.tokenizer import end_of_turn_ids, load_tokenizer, save_tokenizer
 from finetune_trainer.store import OnBytes
+from finetune_trainer.store.local import replacing
 
 GENERATION = "generation_config.json"
 
@@ -30,6 +38,22 @@ _OF_THE_BASE = (
 )
 
 _DTYPES = ("dtype", "torch_dtype")  # the newer name and the older
+
+BLOCK_BYTES = 8 << 20  # of rows that are written at a time
+READABLE = 0o644  # for other users as well, whatever the umask
+_ALIGNMENT = 8  # of the values' beginning, as the safetensors library has it
+
+_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+"""The format's names of the types that a merged model can hold."""
 
 log = logging.getLogger(__name__)
 
@@ -130,3 +154,76 @@ def stopping(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> di
 def _write(file: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     file.write_text(text + "\n", encoding="utf-8")
+
+
+def write_merged(weights: MergedWeights, target: Path, on_bytes: OnBytes | None = None) -> None:
+    """Write shards, and their index where there are several, to the folder `target`.
+
+    `on_bytes` hears how many bytes were written since it was last called. A shard appears under
+    its name when it is complete, and the index when all shards are.
+    """
+    shards: dict[str, list[TensorInfo]] = {}
+    for info in weights.infos.values():
+        shards.setdefault(info.shard, []).append(info)
+    for shard, infos in shards.items():
+        with replacing(target / shard) as partial, partial.open("wb") as file:
+            partial.chmod(READABLE)
+            _write_shard(weights, infos, file, on_bytes or (lambda _: None))
+    if set(shards) != {SINGLE}:
+        with replacing(target / INDEX) as partial:
+            partial.write_text(json.dumps(_index(weights), indent=2, sort_keys=True) + "\n")
+            partial.chmod(READABLE)
+
+
+def _write_shard(
+    weights: MergedWeights, infos: list[TensorInfo], file: BinaryIO, on_bytes: OnBytes
+) -> None:
+    # The widest types come first, so that every tensor begins at a multiple of its type's size.
+    infos = sorted(infos, key=lambda info: -info.dtype.itemsize)
+    head = _header(infos)
+    file.write(head)
+    on_bytes(len(head))
+    for info in infos:
+        for start, stop in _blocks(info):
+            # No name for the rows: they would stay while the next ones are computed.
+            on_bytes(file.write(_bytes(weights.rows(info.name, start, stop))))
+
+
+def _header(infos: list[TensorInfo]) -> bytes:
+    """Its own length in eight bytes, then JSON, padded with spaces."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for info in infos:
+        begin, end = end, end + info.nbytes
+        entries[info.name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _blocks(info: TensorInfo) -> Iterator[tuple[int, int]]:
+    """Rows of about BLOCK_BYTES."""
+    rows = info.shape[0] if info.shape else 1
+    size = max(1, BLOCK_BYTES * rows // max(1, info.nbytes))
+    for start in range(0, rows, size):
+        yield start, min(start + size, rows)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _index(weights: MergedWeights) -> dict[str, Any]:
+    """The index as transformers writes it."""
+    infos = weights.infos.values()
+    return {
+        "metadata": {
+            "total_parameters": sum(torch.Size(info.shape).numel() for info in infos),
+            "total_size": sum(info.nbytes for info in infos),
+        },
+        "weight_map": {info.name: info.shard for info in infos},
+    }

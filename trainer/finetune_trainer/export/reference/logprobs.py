@@ -16,6 +16,31 @@ Floats = npt.NDArray[np.float32]
 LEAST = -60_000.0  # nats; float16 ends at -65,504
 
 
+@dataclass(frozen=True)
+class MeasuredRow:
+    """Some tokens of a conversation, and which of them are measured."""
+
+    ids: tuple[int, ...]
+    measured: tuple[int, ...]
+    """Positions in `ids`, from 1 on. The tokens before such a position predict the one there."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Means over the measured tokens of some rows."""
+
+    tokens: int
+    finite: bool
+    """Whether all logits were finite; otherwise the means are of those that were."""
+
+    perplexity: float
+    kl_divergence: float
+    """From the reference, in nats per token; 0 without one."""
+
+    same_top_token: float
+    """Share of tokens at which both find the same one most likely; 0 without a reference."""
+
+
 def create(file: Path, tokens: int, vocabulary: int) -> npt.NDArray[np.float16]:
     """A file for (tokens, vocabulary) log-probabilities in nats, as a memory-mapped array.
 
@@ -29,9 +54,15 @@ def create(file: Path, tokens: int, vocabulary: int) -> npt.NDArray[np.float16]:
 
 
 def read(file: Path) -> npt.NDArray[np.float16]:
-    """What `create` made, to read."""
+    """Open what `create` made."""
     mapped: npt.NDArray[np.float16] = np.load(file, mmap_mode="r")
     return mapped
+
+
+def store(target: npt.NDArray[np.float16], start: int, values: Floats) -> None:
+    """Put log-probabilities into a file from row `start` on."""
+    np.maximum(values, LEAST, out=values)
+    target[start : start + len(values)] = values
 
 
 def normalised(values: npt.NDArray[Any]) -> Floats:
@@ -50,8 +81,8 @@ def kl_divergence(reference: Floats, other: Floats) -> npt.NDArray[np.float64]:
 
 
 @dataclass
-class Measured:
-    """Sums over tokens, from which the figures come."""
+class TokenSums:
+    """Sums over tokens, from which a Measurement comes."""
 
     tokens: int = 0
     surprise: float = 0.0
@@ -70,9 +101,9 @@ class Measured:
     ) -> Floats | None:
         """Count in a model's logits (n, vocabulary), after which the tokens `targets` came.
 
-        `reference` are those of the reference, (n, its vocabulary): a conversion may leave out
-        rows of the embedding behind the vocabulary, so what both have is compared. Returns the
-        log-probabilities, or None where the logits are not finite.
+        `reference` has the log-probabilities to compare with, (n, its vocabulary). A conversion may
+        leave out rows of the embedding behind the vocabulary, so what both have is compared.
+        Returns the log-probabilities, or None where the logits are not finite.
         """
         if not np.isfinite(logits).all():
             self.finite = False
@@ -91,19 +122,12 @@ class Measured:
         self.divergence += float(kl_divergence(reference, ours).sum())
         self.same += int((reference.argmax(axis=1) == ours.argmax(axis=1)).sum())
 
-    def figures(self) -> dict[str, Any]:
-        """Means over the tokens, as a JSON object."""
+    def means(self) -> Measurement:
         tokens = max(1, self.tokens)
-        return {
-            "measured": self.tokens,
-            "finite": self.finite,
-            "perplexity": math.exp(min(self.surprise / tokens, 700.0)),
-            "klDivergence": self.divergence / tokens,
-            "sameTopToken": self.same / tokens,
-        }
-
-
-def store(target: npt.NDArray[np.float16], start: int, values: Floats) -> None:
-    """Put log-probabilities into a file from row `start` on."""
-    np.maximum(values, LEAST, out=values)
-    target[start : start + len(values)] = values
+        return Measurement(
+            tokens=self.tokens,
+            finite=self.finite,
+            perplexity=math.exp(min(self.surprise / tokens, 700.0)),
+            kl_divergence=self.divergence / tokens,
+            same_top_token=self.same / tokens,
+        )

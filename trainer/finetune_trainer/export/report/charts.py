@@ -19,8 +19,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from finetune_trainer.export.report import numbers
-from finetune_trainer.export.report.facts import Facts, Point
+from finetune_trainer.export.report.facts import Facts, LossPoint
+from finetune_trainer.export.report.tables import count
 
 MOST_POINTS = 300
 """Points of a curve; of longer trainings each is the mean of as many steps as it takes."""
@@ -73,7 +73,7 @@ def loss_chart(facts: Facts, size: Size, name: str) -> str | None:
         return _svg(figure, name)
 
 
-def _draw_training(axes: Axes, losses: Sequence[Point]) -> None:
+def _draw_training(axes: Axes, losses: Sequence[LossPoint]) -> None:
     steps, values = thin(losses)
     axes.plot(steps, values, color=TRAIN, linewidth=1.6, marker="o", markersize=_dots(len(steps)))
 
@@ -91,7 +91,7 @@ def _draw_evaluations(axes: Axes, facts: Facts) -> None:
         _mark(axes, facts.best)
 
 
-def _mark(axes: Axes, best: Point) -> None:
+def _mark(axes: Axes, best: LossPoint) -> None:
     axes.axvline(best.step, color=BEST, linewidth=1.3, linestyle=(0, (4, 3)), zorder=1)
     axes.plot([best.step], [best.loss], "o", color=BEST, markersize=8, zorder=6)
 
@@ -120,7 +120,7 @@ def length_chart(facts: Facts, size: Size, name: str) -> str | None:
 def _mark_limit(axes: Axes, limit: int, longest: int) -> None:
     if not limit:
         return
-    text = f"maxSequenceLength {numbers.count(limit)}"
+    text = f"maxSequenceLength {count(limit)}"
     inside = limit <= longest * 1.5
     if inside:
         axes.set_xlim(0, max(longest, limit) * 1.04)
@@ -140,7 +140,7 @@ def _mark_limit(axes: Axes, limit: int, longest: int) -> None:
     )
 
 
-def thin(losses: Sequence[Point]) -> tuple[list[float], list[float]]:
+def thin(losses: Sequence[LossPoint]) -> tuple[list[float], list[float]]:
     """At most MOST_POINTS steps and losses, each the mean of its neighbours."""
     size = -(-len(losses) // MOST_POINTS) or 1
     parts = [losses[start : start + size] for start in range(0, len(losses), size)]

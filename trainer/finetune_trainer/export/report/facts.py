@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from finetune_trainer.contract import (
     Artifact,
     DatasetReport,
-    FileCheck,
+    FileVerdict,
     GateReport,
+    Lineage,
     Notice,
     RunConfig,
     TrainingMetrics,
@@ -19,11 +20,8 @@ from finetune_trainer.contract import (
 from finetune_trainer.model.source import display_name
 from finetune_trainer.runtime.units import perplexity
 
-if TYPE_CHECKING:  # it imports transformers, which takes seconds
-    from finetune_trainer.export.manifest import Lineage
 
-
-class Point(NamedTuple):
+class LossPoint(NamedTuple):
     """A loss in nats per token at an optimizer step."""
 
     step: int
@@ -64,7 +62,7 @@ class Change:
 class GgufFile:
     """A GGUF file, what was found out about it, and where it lies."""
 
-    check: FileCheck
+    verdict: FileVerdict
     artifact: Artifact | None
     """None where it was written to no folder that is published."""
 
@@ -97,15 +95,15 @@ class Facts:
         return self.trained.notices
 
     @property
-    def losses(self) -> tuple[Point, ...]:
+    def losses(self) -> tuple[LossPoint, ...]:
         """Training loss by step."""
-        return tuple(Point(e.step, e.loss) for e in self.trained.history if e.loss is not None)
+        return tuple(LossPoint(e.step, e.loss) for e in self.trained.history if e.loss is not None)
 
     @property
-    def evaluations(self) -> tuple[Point, ...]:
+    def evaluations(self) -> tuple[LossPoint, ...]:
         """Loss on the held-out rows by step; step 0 is the base model."""
         history = self.trained.history
-        return tuple(Point(e.step, e.eval_loss) for e in history if e.eval_loss is not None)
+        return tuple(LossPoint(e.step, e.eval_loss) for e in history if e.eval_loss is not None)
 
     @property
     def name(self) -> str:
@@ -137,7 +135,7 @@ class Facts:
         return None
 
     @property
-    def best(self) -> Point | None:
+    def best(self) -> LossPoint | None:
         """The evaluation with the lowest loss after the start."""
         return min((p for p in self.evaluations if p.step), key=lambda p: p.loss, default=None)
 
@@ -145,7 +143,7 @@ class Facts:
     def ggufs(self) -> tuple[GgufFile, ...]:
         """The GGUF files that were checked, in the gate's order."""
         places = {each.path.rpartition("/")[2]: each for each in self.files}
-        return tuple(GgufFile(check, places.get(check.file)) for check in self.gate.files)
+        return tuple(GgufFile(verdict, places.get(verdict.file)) for verdict in self.gate.files)
 
     def has(self, folder: str) -> bool:
         """Whether the output has such a folder (or file)."""

@@ -1,4 +1,4 @@
-"""The rows of the tables in report and card, as text."""
+"""The tables of report and card as text, and how figures are written in them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from finetune_trainer.contract import LengthSpread, ListedRows, Training
-from finetune_trainer.export.report import numbers
-from finetune_trainer.export.report.facts import Facts, GgufFile, Point
-from finetune_trainer.export.report.verdict import Tone
+from finetune_trainer.contract.verdict_words import Tone, word_for
+from finetune_trainer.export.report.facts import Facts, GgufFile, LossPoint
 from finetune_trainer.runtime.units import duration, size
 
+NOTHING = "–"  # noqa: RUF001 - a dash where there is no figure
 
-class Row(NamedTuple):
+MOST_EVALUATIONS = 100
+"""Rows of the table of evaluations, about; the curve shows more."""
+
+
+class TableRow(NamedTuple):
     """A name and what belongs to it."""
 
     name: str
@@ -57,42 +61,32 @@ class Bar(NamedTuple):
     """`base`, `tuned` or `file`."""
 
 
-def quality(facts: Facts) -> tuple[QualityRow, ...]:
+def quality_rows(facts: Facts) -> tuple[QualityRow, ...]:
     """One row for each GGUF file that was checked."""
     return tuple(_quality_row(each) for each in facts.ggufs)
 
 
 def _quality_row(each: GgufFile) -> QualityRow:
-    check, found = each.check, each.check.quality
-    tone, verdict = _verdict(each)
+    verdict, found = each.verdict, each.verdict.quality
+    word = word_for(each.artifact, verdict)
     limit = found.max_kl_divergence if found else None
     used = min(found.kl_divergence / limit, 1.0) if found and limit else None
     return QualityRow(
-        file=each.artifact.path if each.artifact else check.file,
-        kind=check.quantization.value,
-        size=size(each.artifact.bytes) if each.artifact else numbers.NOTHING,
-        divergence=numbers.divergence(found.kl_divergence if found else None),
-        limit=numbers.setting(limit) if limit else numbers.NOTHING,
+        file=each.artifact.path if each.artifact else verdict.file,
+        kind=verdict.quantization.value,
+        size=size(each.artifact.bytes) if each.artifact else NOTHING,
+        divergence=divergence(found.kl_divergence if found else None),
+        limit=setting(limit) if limit else NOTHING,
         used=used,
-        same_top_token=numbers.share(found.same_top_token if found else None),
-        perplexity=numbers.perplexity(found.perplexity if found else None),
-        tone=tone,
-        verdict=verdict,
-        problems=check.problems,
+        same_top_token=share(found.same_top_token if found else None),
+        perplexity=perplexity(found.perplexity if found else None),
+        tone=word.tone,
+        verdict=word.text,
+        problems=verdict.problems,
     )
 
 
-def _verdict(each: GgufFile) -> tuple[Tone, str]:
-    if each.artifact is not None and each.artifact.rejected:
-        return Tone.BAD, "refused"
-    if not each.check.passed:
-        return Tone.BAD, "not good enough"
-    if each.check.quality is None:
-        return Tone.PLAIN, "not measured"
-    return Tone.GOOD, "passed"
-
-
-def perplexities(facts: Facts) -> tuple[Bar, ...]:
+def perplexity_bars(facts: Facts) -> tuple[Bar, ...]:
     """Base, tuned and each file, all on the same tokens; the training's where no gate measured."""
     gate, change = facts.gate, facts.change
     found = [
@@ -100,9 +94,9 @@ def perplexities(facts: Facts) -> tuple[Bar, ...]:
         ("Tuned", gate.tuned_perplexity, "tuned"),
     ]
     found += [
-        (check.quantization.value, check.quality.perplexity, "file")
-        for check in gate.files
-        if check.quality
+        (verdict.quantization.value, verdict.quality.perplexity, "file")
+        for verdict in gate.files
+        if verdict.quality
     ]
     if all(value is None for _, value, _ in found) and change:
         found = [
@@ -112,47 +106,46 @@ def perplexities(facts: Facts) -> tuple[Bar, ...]:
     known = [(name, value, kind) for name, value, kind in found if value is not None]
     most = max((value for _, value, _ in known if math.isfinite(value)), default=1.0)
     return tuple(
-        Bar(name, numbers.perplexity(value), min(value / most, 1.0), kind)
-        for name, value, kind in known
+        Bar(name, perplexity(value), min(value / most, 1.0), kind) for name, value, kind in known
     )
 
 
-def training(facts: Facts) -> tuple[Row, ...]:
+def training_rows(facts: Facts) -> tuple[TableRow, ...]:
     """What the training took."""
     metrics = facts.metrics
     found = [
-        _row("Steps", metrics.train_steps, numbers.count),
+        _row("Steps", metrics.train_steps, count),
         _row("Duration", metrics.train_runtime_seconds, duration),
-        _row("Tokens trained on", metrics.train_tokens, numbers.count),
-        _row("Tokens per second", metrics.tokens_per_second, numbers.count),
-        _row("Trainable parameters", metrics.trainable_parameters, numbers.count),
-        _row("Parameters of the base model", metrics.base_parameters, numbers.count),
-        _row("Mean training loss", metrics.train_loss, numbers.loss),
-        _row("Last training loss", metrics.final_loss, numbers.loss),
+        _row("Tokens trained on", metrics.train_tokens, count),
+        _row("Tokens per second", metrics.tokens_per_second, count),
+        _row("Trainable parameters", metrics.trainable_parameters, count),
+        _row("Parameters of the base model", metrics.base_parameters, count),
+        _row("Mean training loss", metrics.train_loss, loss),
+        _row("Last training loss", metrics.final_loss, loss),
     ]
     return tuple(row for row in found if row)
 
 
-def _row(name: str, value: float | None, write: Any) -> Row | None:
-    return None if value is None else Row(name, write(value))
+def _row(name: str, value: float | None, write: Any) -> TableRow | None:
+    return None if value is None else TableRow(name, write(value))
 
 
-def dataset(facts: Facts) -> tuple[Row, ...]:
+def dataset_rows(facts: Facts) -> tuple[TableRow, ...]:
     """What `prepare` found in the data, where its report says so."""
     report = facts.dataset
     found = [
-        Row("Rows in the file", numbers.count(report.rows)),
-        Row("Examples trained on", numbers.count(report.examples)),
-        Row("Examples held out", numbers.count(report.eval_examples)),
-        Row("Rows that can't be used", numbers.count(report.invalid)),
-        Row("Duplicates", numbers.count(_count(report.duplicates))),
-        Row("Cut at maxSequenceLength", numbers.count(_count(report.truncated))),
-        Row("Left out: no answer within it", numbers.count(_count(report.left_out))),
-        Row("Tokens of an example", _spread(report.tokens)),
-        Row("Tokens of an answer", _spread(report.answer_tokens)),
-        Row("Tokens in all", numbers.count(report.tokens.total if report.tokens else None)),
+        TableRow("Rows in the file", count(report.rows)),
+        TableRow("Examples trained on", count(report.examples)),
+        TableRow("Examples held out", count(report.eval_examples)),
+        TableRow("Rows that can't be used", count(report.invalid)),
+        TableRow("Duplicates", count(_count(report.duplicates))),
+        TableRow("Cut at maxSequenceLength", count(_count(report.truncated))),
+        TableRow("Left out: no answer within it", count(_count(report.left_out))),
+        TableRow("Tokens of an example", _spread(report.tokens)),
+        TableRow("Tokens of an answer", _spread(report.answer_tokens)),
+        TableRow("Tokens in all", count(report.tokens.total if report.tokens else None)),
     ]
-    return tuple(row for row in found if row.value != numbers.NOTHING)
+    return tuple(row for row in found if row.value != NOTHING)
 
 
 def _count(listed: ListedRows | None) -> int | None:
@@ -161,16 +154,12 @@ def _count(listed: ListedRows | None) -> int | None:
 
 def _spread(found: LengthSpread | None) -> str:
     if found is None:
-        return numbers.NOTHING
-    median, p95, most = (numbers.count(value) for value in (found.median, found.p95, found.max))
+        return NOTHING
+    median, p95, most = (count(value) for value in (found.median, found.p95, found.max))
     return f"median {median}, 95% up to {p95}, longest {most}"
 
 
-MOST_EVALUATIONS = 100
-"""Rows of the table of evaluations, about; the curve shows more."""
-
-
-def evaluations(facts: Facts) -> tuple[Point, ...]:
+def listed_evaluations(facts: Facts) -> tuple[LossPoint, ...]:
     """Evaluations at even distances, with the last and the best."""
     found = facts.evaluations
     every = -(-len(found) // MOST_EVALUATIONS)
@@ -178,11 +167,11 @@ def evaluations(facts: Facts) -> tuple[Point, ...]:
     return tuple(point for point in found if point in kept)
 
 
-def hyperparameters(facts: Facts) -> tuple[Row, ...]:
+def hyperparameter_rows(facts: Facts) -> tuple[TableRow, ...]:
     """The settings as they were applied, by their names in the spec."""
     usual = dict(_flat(Training().model_dump(mode="json")))
     return tuple(
-        Row(name, numbers.setting(value), changed=name in usual and usual[name] != value)
+        TableRow(name, setting(value), changed=name in usual and usual[name] != value)
         for name, value in _flat(facts.trained.hyperparameters)
     )
 
@@ -195,19 +184,67 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def lineage(facts: Facts) -> tuple[Row, ...]:
+def lineage_rows(facts: Facts) -> tuple[TableRow, ...]:
     """What the files were made from."""
     made = facts.lineage
     prints = made.fingerprints
     columns = ", ".join(f"{name}: {column}" for name, column in made.columns.items())
     return (
-        Row("Dataset", made.dataset),
-        Row("Dataset's ETag", made.dataset_etag, code=True),
-        Row("Columns", columns or numbers.NOTHING),
-        Row("Base model", made.model),
-        Row("Base model's revision", made.model_revision, code=True),
-        Row("Fingerprint of prepare", prints.prepare, code=True),
-        Row("Fingerprint of train", prints.train, code=True),
-        Row("Fingerprint of export", prints.export, code=True),
-        *(Row(name, version) for name, version in made.versions.items()),
+        TableRow("Dataset", made.dataset),
+        TableRow("Dataset's ETag", made.dataset_etag, code=True),
+        TableRow("Columns", columns or NOTHING),
+        TableRow("Base model", made.model),
+        TableRow("Base model's revision", made.model_revision, code=True),
+        TableRow("Fingerprint of prepare", prints.prepare, code=True),
+        TableRow("Fingerprint of train", prints.train, code=True),
+        TableRow("Fingerprint of export", prints.export, code=True),
+        *(TableRow(name, version) for name, version in made.versions.items()),
     )
+
+
+def loss(value: float | None) -> str:
+    """A loss in nats per token, as 1.812."""
+    if value is None:
+        return NOTHING
+    return f"{value:.3f}" if math.isfinite(value) else "not finite"
+
+
+def perplexity(value: float | None) -> str:
+    """A perplexity, as 6.12 or 1,234."""
+    if value is None:
+        return NOTHING
+    if not math.isfinite(value) or value >= 1e6:
+        return "over a million"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def divergence(value: float | None) -> str:
+    """A KL divergence in nats per token, as 0.0313."""
+    if value is None:
+        return NOTHING
+    if not math.isfinite(value):
+        return "not finite"
+    if 0 <= value < 1e-5:
+        return "under 0.00001"
+    return f"{value:.5f}" if value < 0.001 else f"{value:.4f}"
+
+
+def share(value: float | None) -> str:
+    """A share from 0 to 1, as 97.7%."""
+    return NOTHING if value is None else f"{value:.1%}"
+
+
+def count(value: float | None) -> str:
+    """A whole number, as 1,234,567."""
+    return NOTHING if value is None else f"{value:,.0f}"
+
+
+def setting(value: Any) -> str:
+    """A value of the spec, spelled as in the spec."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(setting(item) for item in value) or "none"
+    return "none" if value is None else str(value)

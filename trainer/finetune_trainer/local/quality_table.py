@@ -12,10 +12,11 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from finetune_trainer.contract import Artifact, Quality
+from finetune_trainer.contract.verdict_words import Statement, Tone, word_for
 
 TITLE = "GGUF files against what they were made of"
 WIDTH = 120  # of a log, which has none of its own
-NOT_MEASURED = "not measured"
+_MARKS = {Tone.GOOD: ("✓ ", "green"), Tone.BAD: ("✗ ", "red")}
 
 
 def show_quality(artifacts: Sequence[Artifact]) -> None:
@@ -37,7 +38,7 @@ def quality_table(artifacts: Sequence[Artifact]) -> Table | None:
     table.add_column("Verdict")
     for file in sorted(files, key=lambda each: -each.bytes):
         name = PurePosixPath(file.path).name
-        table.add_row(name, decimal(file.bytes), *_figures(file.quality), _verdict(file))
+        table.add_row(name, decimal(file.bytes), *_figures(file.quality), _marked(word_for(file)))
     return table
 
 
@@ -52,11 +53,6 @@ def _figures(quality: Quality | None) -> tuple[str, str, str]:
     )
 
 
-def _verdict(file: Artifact) -> str:
-    if file.rejected:
-        return "[red]✗ rejected[/]"
-    if file.quality is None:
-        return NOT_MEASURED
-    if file.quality.passed:
-        return "[green]✓ passed[/]"
-    return "[yellow]! over its limit[/]" if file.quality.over_limit else "[yellow]! see manifest[/]"
+def _marked(verdict: Statement) -> str:
+    mark, colour = _MARKS.get(verdict.tone, ("", "none"))
+    return f"[{colour}]{mark}{verdict.text}[/]"

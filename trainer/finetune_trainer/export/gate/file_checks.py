@@ -1,15 +1,25 @@
-"""What the header of a GGUF file must say: sizes, types of tensors, and metadata."""
+"""What a GGUF file says by itself: its header, and how it reads text.
+
+The header must have the sizes, types and metadata of its kind. Text must come out as the training
+read it: the same tokens, the same template, the same end.
+"""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Quantization
 from finetune_trainer.export.gguf.header import Header, Tensor
+from finetune_trainer.export.llama import Reading
+from finetune_trainer.export.reference.measured_rows import MeasuredRows
+from finetune_trainer.model.tokenizer import HARD_TO_SPLIT, begins_with_bos, end_of_turn_ids
 
 FILE_TYPES = {
     Quantization.F32: LlamaFileType.ALL_F32,
@@ -49,9 +59,10 @@ tensor_type_fallback); where they are none of 32 either, it takes F16."""
 
 _CHANGED = ("general.file_type", "general.quantization_version")
 _CHANGED_PREFIXES = ("quantize.", "split.")
+_NORMAL = 1  # tokenizer.ggml.token_type of an ordinary token
 
 
-def problems_of(header: Header, kind: Quantization) -> Iterator[str]:
+def header_problems(header: Header, kind: Quantization) -> Iterator[str]:
     """What is wrong with a file by itself."""
     if header.size < header.end:
         yield (
@@ -68,7 +79,7 @@ def problems_of(header: Header, kind: Quantization) -> Iterator[str]:
     yield from _types(header, kind)
 
 
-def unlike(header: Header, source: Header) -> Iterator[str]:
+def differences_from_source(header: Header, source: Header) -> Iterator[str]:
     """How a file differs from the one that it was made of, where it may not."""
     ours = {name: tensor.shape for name, tensor in header.tensors.items()}
     theirs = {name: tensor.shape for name, tensor in source.tensors.items()}
@@ -85,7 +96,7 @@ def unlike(header: Header, source: Header) -> Iterator[str]:
     yield from _changed_copies(header, source)
 
 
-def unlike_config(header: Header, context: int | None) -> Iterator[str]:
+def context_problems(header: Header, context: int | None) -> Iterator[str]:
     """Whether the metadata contradicts the configuration where no computation of ours shows it."""
     key = f"{header.value('general.architecture')}.context_length"
     found = header.value(key)
@@ -93,7 +104,7 @@ def unlike_config(header: Header, context: int | None) -> Iterator[str]:
         yield f"its metadata {key} is {found}, and the model's is {context}"
 
 
-def parameters(header: Header) -> int:
+def parameter_count(header: Header) -> int:
     """How many numbers the model has."""
     return sum(tensor.values for tensor in header.tensors.values())
 
@@ -167,3 +178,90 @@ def _name(file_type: Any) -> str:
         return LlamaFileType(file_type).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:
         return f"of the unknown type {file_type}"
+
+
+@dataclass(frozen=True)
+class TrainedText:
+    """Texts as the training read them, and what marks their ends."""
+
+    texts: tuple[str, ...]
+    ids: tuple[tuple[int, ...], ...]
+    template: str
+    ends: tuple[int, ...]
+    """The special tokens that the template puts behind an answer."""
+
+    eos: tuple[int, ...]
+    """What the metadata may name as the end of a sequence."""
+
+    begins_with_bos: bool
+
+
+def trained_text(tokenizer: PreTrainedTokenizerBase, rows: MeasuredRows) -> TrainedText:
+    """Whole conversations, and texts that are hard to split."""
+    probes = tokenizer(list(HARD_TO_SPLIT), add_special_tokens=False)["input_ids"]
+    ends = tuple(sorted(end_of_turn_ids(tokenizer)))
+    return TrainedText(
+        texts=rows.texts + HARD_TO_SPLIT,
+        ids=rows.full_ids + tuple(tuple(ids) for ids in probes),
+        template=str(tokenizer.get_chat_template()).strip(),
+        ends=ends,
+        eos=(*ends, int(tokenizer.eos_token_id)),
+        begins_with_bos=begins_with_bos(tokenizer),
+    )
+
+
+def reading_problems(reading: Reading, header: Header, trained: TrainedText) -> Iterator[str]:
+    """Where llama.cpp, and the metadata that others go by, differ from the training."""
+    yield from _other_tokens(reading.tokens, trained)
+    template = header.value("tokenizer.chat_template")
+    if str(template or "").strip() != trained.template:
+        yield "its chat template is not the one that the training used"
+    if not reading.stops_at:
+        yield f"llama.cpp would not stop at the token that ends an answer ({list(trained.ends)})"
+    eos = header.value("tokenizer.ggml.eos_token_id")
+    if eos not in trained.eos:
+        yield f"its metadata names {eos} as the end of a text, and not one of {trained.eos}"
+    if reading.adds_bos and not trained.begins_with_bos:
+        yield "servers would put a token before each prompt that the training did not (add_bos)"
+    if reading.adds_eos:
+        yield "servers would put an end token behind each prompt (add_eos)"
+
+
+def vocabulary_problems(header: Header, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Ordinary tokens and merges that are not the tokenizer's, whether the rows use them or not."""
+    texts = header.strings("tokenizer.ggml.tokens") or []
+    types = header.numbers("tokenizer.ggml.token_type") or []
+    normal = [index for index, kind in enumerate(types[: len(texts)]) if kind == _NORMAL]
+    known = tokenizer.convert_ids_to_tokens(normal)
+    other = [i for i, token in zip(normal, known, strict=True) if texts[i] != token]
+    if other:
+        yield f"{len(other)} entries of its vocabulary are not the tokenizer's, such as {other[0]}"
+    merges = header.strings("tokenizer.ggml.merges")
+    trained = _merges(tokenizer)
+    if merges and trained and merges != trained:
+        yield "its merges of the vocabulary are not the tokenizer's"
+
+
+def _merges(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The merges of byte-pair encoding in their order, as GGUF writes them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(backend.to_str())["model"] if backend else {}
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", ())]
+    # A space within a token would look like the one between the two (gguf-py's SpecialVocab).
+    return [" ".join(part.replace(" ", chr(ord(" ") + 256)) for part in pair) for pair in pairs]
+
+
+def _other_tokens(found: Sequence[Sequence[int]], trained: TrainedText) -> Iterator[str]:
+    pairs = zip(trained.texts, trained.ids, found, strict=True)
+    other = [(text, ours, theirs) for text, ours, theirs in pairs if list(ours) != list(theirs)]
+    if other:
+        text, ours, theirs = other[0]
+        at = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+            min(len(ours), len(theirs)),
+        )
+        yield (
+            f"llama.cpp splits {len(other)} of {len(trained.texts)} texts into other tokens than "
+            f"the training did ({list(theirs[at : at + 8])} instead of {list(ours[at : at + 8])} "
+            f"in {text[:60]!r})"
+        )

@@ -1,37 +1,113 @@
-"""README.md: the model card, with the metadata that the Hugging Face Hub reads.
+"""report.html and README.md, the model card.
 
-It may be pushed to a public repository. So it names no bucket, no address and no row of the data;
-report.html, which stays in the output folder, does.
+The page is one file that asks for nothing else. What models and datasets say is not to be trusted:
+everything goes through Jinja's escaping, and a Content-Security-Policy lets the page run no script
+and fetch nothing, whatever it contains.
+
+The card has the metadata that the Hugging Face Hub reads, and may be pushed to a public repository.
+So it names no bucket, no address and no row of the data; the page, which stays in the output
+folder, does.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from finetune_trainer.export.report import numbers, tables
+from finetune_trainer.export.report import charts, tables
 from finetune_trainer.export.report.facts import Facts
-from finetune_trainer.export.report.loading import ways
-from finetune_trainer.export.report.verdict import learnt
+from finetune_trainer.export.report.summary import (
+    compared_with_base,
+    loading_commands,
+    overall,
+    statements,
+)
 from finetune_trainer.model.source import CARD, is_hub
 from finetune_trainer.runtime.units import size
+
+_PACKAGE = "finetune_trainer.export.report"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_MARKS = re.compile(r"([\\`*_{}\[\]<>|~])")
+
+
+def write_report(target: Path, facts: Facts) -> None:
+    """Write the page to the file `target`."""
+    # A lone surrogate, as JSON can hold it, has no UTF-8.
+    target.write_text(render_report(facts), encoding="utf-8", errors="replace")
+
+
+def render_report(facts: Facts) -> str:
+    """The page."""
+    environment = Environment(
+        loader=PackageLoader(_PACKAGE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"visible": visible, "size": size}
+    return environment.get_template("report.html.jinja").render(
+        facts=facts,
+        n=tables,
+        style=Markup(  # noqa: S704 - our own style sheet
+            (files(_PACKAGE) / "templates" / "report.css").read_text(encoding="utf-8")
+        ),
+        hub=is_hub(facts.config.model.source),
+        overall=overall(facts),
+        statements=statements(facts),
+        evaluations=tables.listed_evaluations(facts),
+        lineage=tables.lineage_rows(facts),
+        **_shown_in_both(facts),
+        **_charts(facts),
+    )
+
+
+def _shown_in_both(facts: Facts) -> dict[str, Sequence[object]]:
+    """Tables and commands that the page and the card have in common."""
+    return {
+        "quality": tables.quality_rows(facts),
+        "perplexities": tables.perplexity_bars(facts),
+        "training": tables.training_rows(facts),
+        "dataset": tables.dataset_rows(facts),
+        "hyperparameters": tables.hyperparameter_rows(facts),
+        "commands": loading_commands(facts),
+    }
+
+
+def _charts(facts: Facts) -> dict[str, Markup | None]:
+    drawn = {
+        "loss_wide": charts.loss_chart(facts, charts.WIDE, "loss-wide"),
+        "loss_narrow": charts.loss_chart(facts, charts.NARROW, "loss-narrow"),
+        "lengths": charts.length_chart(facts, charts.LENGTHS, "lengths"),
+    }
+    # matplotlib escapes what it writes, and only numbers and our own words go in.
+    return {name: Markup(svg) if svg else None for name, svg in drawn.items()}  # noqa: S704
+
+
+def visible(text: str) -> str:
+    """Control characters, which HTML forbids, as the replacement character."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
 def write_model_card(target: Path, facts: Facts) -> None:
     """Write the card to the file `target`."""
-    target.write_text(render(facts), encoding="utf-8", errors="replace")
+    target.write_text(render_card(facts), encoding="utf-8", errors="replace")
 
 
-def render(facts: Facts) -> str:
+def render_card(facts: Facts) -> str:
     """The card: metadata as YAML, then Markdown."""
     # Markdown is no HTML: `plain` escapes what either could take for a mark.
     environment = Environment(
-        loader=PackageLoader("finetune_trainer.export.report"),
+        loader=PackageLoader(_PACKAGE),
         autoescape=False,  # noqa: S701 - as above
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -40,16 +116,11 @@ def render(facts: Facts) -> str:
     environment.filters |= {"plain": plain, "size": size}
     body = environment.get_template("card.md.jinja").render(
         facts=facts,
-        n=numbers,
+        n=tables,
         hub=is_hub(facts.config.model.source),
         data_name=data_name(facts),
-        verdict=learnt(facts).text,
-        quality=tables.quality(facts),
-        perplexities=tables.perplexities(facts),
-        training=tables.training(facts),
-        dataset=tables.dataset(facts),
-        hyperparameters=tables.hyperparameters(facts),
-        ways=ways(facts),
+        verdict=compared_with_base(facts).text,
+        **_shown_in_both(facts),
     )
     return f"---\n{metadata(facts).to_yaml()}\n---\n\n{body}\n"
 
@@ -144,9 +215,6 @@ def _config_license(base: Path) -> str | None:
 def _name(values: Any) -> str | None:
     found = values.get("license") if isinstance(values, dict) else None
     return found.strip() if isinstance(found, str) and found.strip() else None
-
-
-_MARKS = re.compile(r"([\\`*_{}\[\]<>|~])")
 
 
 def plain(text: str) -> str:

@@ -1,4 +1,4 @@
-"""A GGUF file in llama.cpp: loaded, read, and run; for the child process alone.
+"""llama.cpp's library at work, in a process of its own: a Request in, its answer out, as JSON.
 
 Weights stay in the file, which is mapped into memory: llama.cpp would otherwise keep a second copy
 of many types in an order that its CPU code likes.
@@ -7,25 +7,41 @@ of many types in an order that its CPU code likes.
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
+
+from finetune_trainer.export.llama import (
+    CheckAnswer,
+    CheckRequest,
+    GenerateAnswer,
+    Generated,
+    GenerateRequest,
+    Reading,
+    Request,
+    TokenizeRequest,
+)
+from finetune_trainer.export.reference import logprobs
+from finetune_trainer.export.reference.logprobs import MeasuredRow, Measurement
 
 CACHE_BYTES = 400 << 20  # for keys and values of answers that are computed side by side
 UBATCH = 128  # tokens that are computed at once, which bounds the memory of activations
 
 
 @dataclass
-class Session:
+class LlamaSession:
     """A model, and the context that it runs in."""
 
-    file: str
+    file: Path
     threads: int
     vocabulary_only: bool = False
     check: bool = False
@@ -46,7 +62,7 @@ class Session:
         options.vocab_only = self.vocabulary_only
         options.check_tensors = self.check
         options.use_extra_bufts = False
-        self.model = llama_cpp.llama_model_load_from_file(self.file.encode(), options)
+        self.model = llama_cpp.llama_model_load_from_file(str(self.file).encode(), options)
         if not self.model:
             sys.exit(1)  # llama.cpp has said why
         self.vocabulary = llama_cpp.llama_model_get_vocab(self.model)
@@ -55,22 +71,22 @@ class Session:
     def tokens(self, text: str, *, add_special: bool) -> list[int]:
         """A text in tokens, special tokens read as such."""
         data = text.encode()
-        room = len(data) + 8  # there are never more tokens than bytes
-        found = (llama_cpp.llama_token * room)()
+        most = len(data) + 8  # there are never more tokens than bytes
+        found = (llama_cpp.llama_token * most)()
         count = llama_cpp.llama_tokenize(
-            self.vocabulary, data, len(data), found, room, add_special, True
+            self.vocabulary, data, len(data), found, most, add_special, True
         )
         if count < 0:
-            sys.exit(f"a text of {len(data)} bytes has more than {room} tokens")
+            sys.exit(f"a text of {len(data)} bytes has more than {most} tokens")
         return list(found[:count])
 
     def text(self, tokens: Sequence[int]) -> str:
         """Tokens as text, special ones left out."""
-        room = 64 * len(tokens) + 64
-        found = ctypes.create_string_buffer(room)
+        most = 64 * len(tokens) + 64  # bytes
+        found = ctypes.create_string_buffer(most)
         given = (llama_cpp.llama_token * len(tokens))(*tokens)
         count = llama_cpp.llama_detokenize(
-            self.vocabulary, given, len(tokens), found, room, False, False
+            self.vocabulary, given, len(tokens), found, most, False, False
         )
         return found.raw[: max(count, 0)].decode(errors="replace")
 
@@ -94,13 +110,13 @@ class Session:
         if not self.context:
             sys.exit("llama.cpp can't make a context for this model")
 
-    def apply(self, adapter: str, scale: float) -> None:
-        """Apply a LoRA adapter (a GGUF file) from now on, `scale` times as strong as trained."""
-        loaded = llama_cpp.llama_adapter_lora_init(self.model, adapter.encode())
+    def take_away(self, adapter: Path) -> None:
+        """Take a LoRA adapter (a GGUF file) away from the model that it was merged into."""
+        loaded = llama_cpp.llama_adapter_lora_init(self.model, str(adapter).encode())
         if not loaded:
             sys.exit(1)
         adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(loaded)
-        scales = (ctypes.c_float * 1)(scale)
+        scales = (ctypes.c_float * 1)(-1.0)
         if llama_cpp.llama_set_adapters_lora(self.context, adapters, 1, scales) != 0:
             sys.exit("llama.cpp can't apply the adapter")
 
@@ -159,7 +175,7 @@ def groups(
 
 
 def greedy(
-    session: Session, prompts: Sequence[Sequence[int]], limit: int, seconds: float
+    session: LlamaSession, prompts: Sequence[Sequence[int]], limit: int, seconds: float
 ) -> list[tuple[list[int], bool]]:
     """Continue all prompts side by side: the tokens of each answer, and whether it ended itself.
 
@@ -188,8 +204,98 @@ def greedy(
     return list(zip(answers, ended, strict=True))
 
 
-def _first(session: Session, sequence: int, prompt: Sequence[int]) -> int:
+def _first(session: LlamaSession, sequence: int, prompt: Sequence[int]) -> int:
     last = len(prompt) - 1
     tokens = [(token, at, sequence, at == last) for at, token in enumerate(prompt)]
     (logits,) = session.run(tokens)
     return int(logits.argmax())
+
+
+def tokenize(request: TokenizeRequest) -> Reading:
+    session = LlamaSession(request.file, threads=1, vocabulary_only=True)
+    return _read(session, request.texts, (), add_special=True)
+
+
+def check(request: CheckRequest) -> CheckAnswer:
+    session = LlamaSession(request.file, request.threads, check=True)
+    longest = max((len(row.ids) for row in request.rows), default=UBATCH)
+    outputs = max((len(row.measured) for row in request.rows), default=1)
+    session.open(length=longest, outputs=outputs)
+    if request.without_adapter:
+        session.take_away(request.without_adapter)
+    return CheckAnswer(
+        reading=_read(session, request.texts, request.ends, add_special=False),
+        measurement=_measure(session, request.rows, request.reference, request.kept_file),
+    )
+
+
+def _read(
+    session: LlamaSession, texts: Sequence[str], ends: Sequence[int], *, add_special: bool
+) -> Reading:
+    return Reading(
+        tokens=tuple(tuple(session.tokens(text, add_special=add_special)) for text in texts),
+        adds_bos=bool(llama_cpp.llama_vocab_get_add_bos(session.vocabulary)),
+        adds_eos=bool(llama_cpp.llama_vocab_get_add_eos(session.vocabulary)),
+        stops_at=tuple(token for token in ends if session.ends(token)),
+    )
+
+
+def _measure(
+    session: LlamaSession,
+    rows: Sequence[MeasuredRow],
+    reference_file: Path | None,
+    kept_file: Path | None,
+) -> Measurement:
+    reference = logprobs.read(reference_file) if reference_file else None
+    total = sum(len(row.measured) for row in rows)
+    kept = logprobs.create(kept_file, total, session.size) if kept_file else None
+    sums, done = logprobs.TokenSums(), 0
+    for row in rows:
+        session.forget()
+        wanted = {position - 1 for position in row.measured}
+        ids = row.ids[: row.measured[-1]]
+        batch = [(token, at, 0, at in wanted) for at, token in enumerate(ids)]
+        logits = np.stack(list(session.run(batch)))
+        beside = None if reference is None else reference[done : done + len(row.measured)]
+        values = sums.add(logits, [row.ids[position] for position in row.measured], beside)
+        if kept is not None and values is not None:
+            logprobs.store(kept, done, values)
+        done += len(row.measured)
+    return sums.means()
+
+
+def generate(request: GenerateRequest) -> GenerateAnswer:
+    session = LlamaSession(request.file, request.threads)
+    most = CACHE_BYTES // max(1, session.bytes_per_token)
+    answers: list[Generated] = []
+    for group in groups(request.prompts, request.limit, most):
+        length = sum(len(prompt) + request.limit for prompt in group)
+        session.open(length=length, sequences=len(group))
+        if request.without_adapter:
+            session.take_away(request.without_adapter)
+        seconds = request.seconds * len(group) / len(request.prompts)
+        answers += [
+            Generated(text=session.text(tokens), tokens=len(tokens), stopped=ended)
+            for tokens, ended in greedy(session, group, request.limit, seconds)
+        ]
+        session.close()
+    return GenerateAnswer(answers=tuple(answers))
+
+
+def main() -> None:
+    # llama.cpp reports every tensor; only its errors are worth a line.
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    request: Request = TypeAdapter(Request).validate_json(sys.stdin.read())
+    answer: Reading | CheckAnswer | GenerateAnswer
+    match request:
+        case TokenizeRequest():
+            answer = tokenize(request)
+        case CheckRequest():
+            answer = check(request)
+        case GenerateRequest():
+            answer = generate(request)
+    sys.stdout.write(answer.model_dump_json())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""How each artifact is loaded, as commands; only for what is there and may be used."""
+"""What came out, in a few sentences, and how each artifact is loaded, as commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import shlex
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from finetune_trainer.contract.verdict_words import Statement, Tone, summary_of
 from finetune_trainer.export.gguf.files import MODELFILE, preferred
+from finetune_trainer.export.report import tables
 from finetune_trainer.export.report.facts import Facts
 from finetune_trainer.model.source import is_hub
 
@@ -15,7 +17,54 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values of vLLM's --max-lora-rank (vllm.config.lora.MaxLoRARanks)."""
 
 
-class Way(NamedTuple):
+def statements(facts: Facts) -> tuple[Statement, ...]:
+    """What was learnt, which files may be used, and what the training noticed."""
+    found = [compared_with_base(facts)]
+    if facts.gate.files:
+        rejected = any(each.artifact and each.artifact.rejected for each in facts.ggufs)
+        found.append(summary_of(facts.gate.files, some_rejected=rejected))
+    codes = dict.fromkeys(str(each.code) for each in facts.notices if each.warning)
+    if codes:
+        found.append(Statement(Tone.WARNING, f"The training noticed: {', '.join(codes)}."))
+    return tuple(found)
+
+
+def overall(facts: Facts) -> Statement:
+    """The worst of them, as a word."""
+    tones = [each.tone for each in statements(facts)]
+    if Tone.BAD in tones:
+        return Statement(Tone.BAD, "Don't use it as it is")
+    if Tone.WARNING in tones:
+        return Statement(Tone.WARNING, "Usable, with warnings")
+    if Tone.PLAIN in tones:
+        return Statement(Tone.PLAIN, "Not measured in full")
+    return Statement(Tone.GOOD, "Ready for use")
+
+
+def compared_with_base(facts: Facts) -> Statement:
+    """Whether the tuned model is better than its base on rows that it never saw."""
+    change = facts.change
+    if change is None:
+        return Statement(
+            Tone.PLAIN,
+            "What was learnt is not measured: there were no held-out rows "
+            "(dataset.evalFraction or evalSource).",
+        )
+    before, after = map(tables.perplexity, (change.base_perplexity, change.tuned_perplexity))
+    if not change.better:
+        return Statement(
+            Tone.BAD,
+            f"Worse than its base model: perplexity on held-out answers {before} before the "
+            f"training, {after} after it.",
+        )
+    return Statement(
+        Tone.GOOD,
+        f"Better than its base model: perplexity on held-out answers fell from {before} to "
+        f"{after}.",
+    )
+
+
+class LoadingCommand(NamedTuple):
     """One way to load one artifact."""
 
     title: str
@@ -26,7 +75,7 @@ class Way(NamedTuple):
     command: str
 
 
-def ways(facts: Facts) -> tuple[Way, ...]:
+def loading_commands(facts: Facts) -> tuple[LoadingCommand, ...]:
     """Every way that the artifacts of this export can be loaded, the simplest first."""
     return (
         *_llama_cpp(facts),
@@ -37,22 +86,22 @@ def ways(facts: Facts) -> tuple[Way, ...]:
     )
 
 
-def served(facts: Facts) -> str | None:
+def served_file(facts: Facts) -> str | None:
     """Path of the GGUF file that commands and Modelfile name; None where none may be used."""
     good = {
-        each.check.quantization: each.artifact.path
+        each.verdict.quantization: each.artifact.path
         for each in facts.ggufs
-        if each.artifact and each.check.passed
+        if each.artifact and each.verdict.passed
     }
     return good[preferred(good, facts.parameters)] if good else None
 
 
-def _llama_cpp(facts: Facts) -> Iterator[Way]:
-    file = served(facts)
+def _llama_cpp(facts: Facts) -> Iterator[LoadingCommand]:
+    file = served_file(facts)
     if file is None:
         return
     name = shlex.quote(file)
-    yield Way(
+    yield LoadingCommand(
         "llama.cpp",
         "A chat in the terminal, or an OpenAI-compatible server. The chat template is in the file.",
         "sh",
@@ -60,11 +109,11 @@ def _llama_cpp(facts: Facts) -> Iterator[Way]:
     )
 
 
-def _ollama(facts: Facts) -> Iterator[Way]:
+def _ollama(facts: Facts) -> Iterator[LoadingCommand]:
     if not facts.has(MODELFILE):
         return
     name = shlex.quote(facts.name.lower())
-    yield Way(
+    yield LoadingCommand(
         "Ollama",
         "The Modelfile brings template, stop tokens and parameters; run it beside the gguf folder.",
         "sh",
@@ -72,10 +121,10 @@ def _ollama(facts: Facts) -> Iterator[Way]:
     )
 
 
-def _merged(facts: Facts) -> Iterator[Way]:
+def _merged(facts: Facts) -> Iterator[LoadingCommand]:
     if not facts.has("merged"):
         return
-    yield Way(
+    yield LoadingCommand(
         "transformers",
         "The merged model in 16 bits, as a folder of safetensors.",
         "python",
@@ -84,7 +133,7 @@ def _merged(facts: Facts) -> Iterator[Way]:
         'messages = [{"role": "user", "content": "…"}]\n'
         'print(chat(messages, max_new_tokens=256)[0]["generated_text"][-1]["content"])',
     )
-    yield Way(
+    yield LoadingCommand(
         "vLLM, merged model",
         "An OpenAI-compatible server on a GPU.",
         "sh",
@@ -92,11 +141,11 @@ def _merged(facts: Facts) -> Iterator[Way]:
     )
 
 
-def _adapter(facts: Facts) -> Iterator[Way]:
+def _adapter(facts: Facts) -> Iterator[LoadingCommand]:
     if not facts.has("adapter"):
         return
-    base = base_of(facts)
-    yield Way(
+    base = _base_name(facts)
+    yield LoadingCommand(
         "PEFT adapter",
         f"The adapter on its base model ({base}), which is loaded in 16 bits.",
         "python",
@@ -112,7 +161,7 @@ def _adapter(facts: Facts) -> Iterator[Way]:
     if rank is None or lora.use_dora:  # neither is served by vLLM
         return
     name = shlex.quote(f"{facts.name}=./adapter")
-    yield Way(
+    yield LoadingCommand(
         "vLLM, adapter on its base model",
         "One base model in memory can serve several adapters.",
         "sh",
@@ -121,11 +170,11 @@ def _adapter(facts: Facts) -> Iterator[Way]:
     )
 
 
-def _adapter_gguf(facts: Facts) -> Iterator[Way]:
+def _adapter_gguf(facts: Facts) -> Iterator[LoadingCommand]:
     file = next((each.path for each in facts.files if each.path.endswith("-LoRA-F32.gguf")), None)
     if file is None:
         return
-    yield Way(
+    yield LoadingCommand(
         "llama.cpp, adapter on its base model",
         "The adapter alone, applied to a GGUF file of the base model that you have.",
         "sh",
@@ -133,7 +182,7 @@ def _adapter_gguf(facts: Facts) -> Iterator[Way]:
     )
 
 
-def base_of(facts: Facts) -> str:
+def _base_name(facts: Facts) -> str:
     """What the base model is called where it is loaded: its Hub name, or a folder to fill in."""
     source = facts.config.model.source
     return source if is_hub(source) else f"./{facts.base_name}"

@@ -1,9 +1,18 @@
-"""What is said of the files that the quality gate found fault with."""
+"""One verdict on each GGUF file, and what is said of those that the gate found fault with."""
 
 from __future__ import annotations
 
-from finetune_trainer.contract import Artifact, Export, FileCheck, GateReport, Quality, Quantization
-from finetune_trainer.export.gate import refusal
+import json
+
+from finetune_trainer.contract import (
+    Artifact,
+    Export,
+    FileVerdict,
+    GateReport,
+    Quality,
+    Quantization,
+)
+from finetune_trainer.contract.verdict_words import explain_failures, word_for
 
 GOOD = Quality(kl_divergence=0.01, same_top_token=0.97, perplexity=5.5, max_kl_divergence=0.08)
 BAD = GOOD.model_copy(update={"kl_divergence": 0.4, "passed": False})
@@ -12,15 +21,15 @@ OFF = "off by 0.4 nats per token, and 0.08 is the limit"
 
 def check(
     kind: Quantization = Quantization.Q4_K_M, *problems: str, quality: Quality | None = GOOD
-) -> FileCheck:
-    return FileCheck(file=f"m-{kind}.gguf", quantization=kind, problems=problems, quality=quality)
+) -> FileVerdict:
+    return FileVerdict(file=f"m-{kind}.gguf", quantization=kind, problems=problems, quality=quality)
 
 
-def message(checks: list[FileCheck], export: Export, *, hidden: tuple[str, ...] = ()) -> str:
+def message(checks: list[FileVerdict], export: Export, *, hidden: tuple[str, ...] = ()) -> str:
     """What is said where all files but `hidden` are in the output."""
     names = [each.file for each in checks if each.file not in hidden]
     files = [Artifact(path=f"gguf/{name}", bytes=1, sha256="aa") for name in names]
-    return refusal.message(GateReport(files=tuple(checks)), files, export)
+    return explain_failures(GateReport(files=tuple(checks)), files, export)
 
 
 FINE = check(Quantization.Q8_0)
@@ -67,3 +76,28 @@ def test_with_verify_warn_it_does_not_speak_of_rejected_files() -> None:
     said = message([OVER], Export(verify="warn"))
     assert "published all the same" in said
     assert "rejected" not in said
+
+
+def test_wrong_tokens_fail_a_file_whatever_its_divergence_wherever_the_verdict_stands() -> None:
+    wrong = check(Quantization.Q4_K_M, "llama.cpp splits text into other tokens")
+    assert not wrong.passed
+    assert wrong.quality is not None
+    assert not wrong.quality.over_limit
+    (listed,) = json.loads(GateReport(files=(wrong,)).model_dump_json())["files"]
+    assert listed["quality"]["passed"] is False
+    artifact = Artifact(path="gguf/m.gguf", bytes=1, sha256="aa", quality=wrong.quality)
+    assert artifact.failed
+    assert word_for(artifact, wrong) == word_for(artifact)
+
+
+def test_a_manifest_of_an_earlier_version_is_read_with_one_verdict() -> None:
+    """It could call the figures of a file good that had other problems."""
+    former = check(Quantization.Q4_K_M, "llama.cpp splits text otherwise").model_dump(mode="json")
+    former["quality"]["passed"] = True
+    (read,) = GateReport.model_validate({"files": [former]}).files
+    assert read.quality is not None
+    assert read.passed is read.quality.passed is False
+    former["problems"] = []
+    (read,) = GateReport.model_validate({"files": [former]}).files
+    assert read.quality is not None
+    assert read.passed is read.quality.passed is True

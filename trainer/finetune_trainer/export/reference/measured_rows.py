@@ -12,6 +12,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Example
+from finetune_trainer.export.reference.logprobs import MeasuredRow
 from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_batch, render
 
 T = TypeVar("T")
@@ -27,46 +28,34 @@ MAX_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Row:
-    """Some tokens of a conversation, and which of them are measured."""
-
-    ids: tuple[int, ...]
-    measured: tuple[int, ...]
-    """Positions in `ids` (from 1 on) of the tokens of answers: each is predicted by the tokens
-    before it."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What is measured on."""
+class MeasuredRows:
+    """The conversations that files are measured on."""
 
     examples: tuple[Example, ...]
-    """The conversations, as `prepare` left them."""
-
     texts: tuple[str, ...]
-    """They as the chat template renders them, whole."""
+    """Each conversation as the chat template renders it."""
 
     full_ids: tuple[tuple[int, ...], ...]
-    """Their tokens, whole."""
+    """The tokens of each conversation."""
 
-    cut: tuple[Row, ...]
-    """The part of each that is measured on; a row that no room was left for is left out."""
+    measured: tuple[MeasuredRow, ...]
+    """The part of each that is measured; rows beyond the budget are left out."""
 
     @property
     def tokens(self) -> int:
         """Tokens that are measured."""
-        return sum(len(row.measured) for row in self.cut)
+        return sum(len(row.measured) for row in self.measured)
 
 
-def choose(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Rows:
+def choose_rows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> MeasuredRows:
     """Spread the choice over the whole file, where rows of one kind often stand together."""
     chosen = tuple(spread(examples, MAX_ROWS))
     encoded = encode_batch(tokenizer, chosen)
-    return Rows(
+    return MeasuredRows(
         examples=chosen,
         texts=tuple(render(tokenizer, e["prompt"] + e["completion"]) for e in chosen),
         full_ids=tuple(tuple(item.ids) for item in encoded),
-        cut=tuple(within_budget(cut(item) for item in encoded)),
+        measured=tuple(within_budget(measured_part(item) for item in encoded)),
     )
 
 
@@ -77,17 +66,17 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def cut(encoded: Encoded) -> Row:
-    """The first answer tokens of a conversation, and as much before them as there is room for."""
+def measured_part(encoded: Encoded) -> MeasuredRow:
+    """The first answer tokens of a conversation, with as many tokens before them as are allowed."""
     learnt = [i for i, label in enumerate(encoded.labels) if label != IGNORED and i > 0]
     learnt = learnt[:MAX_ANSWER_TOKENS_OF_ROW]
     end = learnt[-1] + 1 if learnt else 0
     start = max(0, end - MAX_TOKENS_OF_ROW)
     measured = tuple(i - start for i in learnt if i > start)
-    return Row(ids=tuple(encoded.ids[start:end]), measured=measured)
+    return MeasuredRow(ids=tuple(encoded.ids[start:end]), measured=measured)
 
 
-def within_budget(rows: Iterable[Row]) -> Iterable[Row]:
+def within_budget(rows: Iterable[MeasuredRow]) -> Iterable[MeasuredRow]:
     """Rows with something to measure, until the answers' or all tokens' budget is used up."""
     answers = tokens = 0
     for row in rows:
@@ -100,4 +89,4 @@ def within_budget(rows: Iterable[Row]) -> Iterable[Row]:
             continue  # a shorter one may fit
         answers += len(measured)
         tokens += len(row.ids)
-        yield Row(ids=row.ids[: measured[-1] + 1], measured=measured)
+        yield MeasuredRow(ids=row.ids[: measured[-1] + 1], measured=measured)

@@ -1,0 +1,118 @@
+"""The verdicts on GGUF files in words: in status and events, on the page, the card and a terminal.
+
+The gate decides (FileVerdict); whoever shows a verdict takes the words from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from finetune_trainer.contract.artifacts import REJECTED, Artifact
+from finetune_trainer.contract.output import UNQUANTIZED, Export
+from finetune_trainer.contract.quality import FileVerdict, GateReport, Quality
+
+
+class Tone(StrEnum):
+    """How good the news is; the page and the terminal mark it with a colour."""
+
+    GOOD = "good"
+    WARNING = "warning"
+    BAD = "bad"
+    PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Statement:
+    """Some words, and their tone."""
+
+    tone: Tone
+    text: str
+
+
+PASSED = Statement(Tone.GOOD, "passed")
+NOT_MEASURED = Statement(Tone.PLAIN, "not measured")
+NOT_GOOD_ENOUGH = Statement(Tone.BAD, "not good enough")
+REFUSED = Statement(Tone.BAD, "refused")
+
+
+def word_for(artifact: Artifact | None, verdict: FileVerdict | None = None) -> Statement:
+    """The verdict on a file in a word or two, for a table.
+
+    `artifact` is the file in the output folder, if it is there; `verdict` the gate's, if it is
+    known, as it isn't where only status is.
+    """
+    if artifact is not None and artifact.rejected:
+        return REFUSED
+    if (verdict is not None and not verdict.passed) or (artifact is not None and artifact.failed):
+        return NOT_GOOD_ENOUGH
+    quality = verdict.quality if verdict is not None else artifact and artifact.quality
+    return NOT_MEASURED if quality is None else PASSED
+
+
+def over_limit(divergence: float, limit: float) -> str:
+    """The problem of a file that differs too much, for FileVerdict.problems."""
+    return (
+        f"its answers are off by a mean KL divergence of {divergence:.3g} nats per token, and "
+        f"{limit:.3g} is the limit (spec.export.qualityLimits)"
+    )
+
+
+def quality_fault(file: str, quality: Quality | None) -> str:
+    """What the gate found wrong with a file, in one sentence, by what status knows."""
+    if quality is None or not quality.over_limit:
+        return f"{file} did not pass the checks; the manifest says why."
+    return (
+        f"{file}: mean KL divergence {quality.kl_divergence:.4g} nats per token, limit "
+        f"{quality.max_kl_divergence:.4g}."
+    )
+
+
+def summary_of(verdicts: Sequence[FileVerdict], *, some_rejected: bool) -> Statement:
+    """How many of the files may be used, in a sentence."""
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    total = f"{len(verdicts)} GGUF file{'' if len(verdicts) == 1 else 's'}"
+    if failed:
+        names = ", ".join(verdict.quantization.value for verdict in failed)
+        where = f"; what was refused lies in {REJECTED}/" if some_rejected else ""
+        tone = Tone.BAD if len(failed) == len(verdicts) else Tone.WARNING
+        return Statement(tone, f"{len(failed)} of {total} not good enough: {names}{where}.")
+    if any(verdict.quality is None for verdict in verdicts):
+        return Statement(Tone.PLAIN, f"{total} loaded in llama.cpp; quality is not measured.")
+    return Statement(Tone.GOOD, f"{total} passed the quality gate in llama.cpp.")
+
+
+def explain_failures(gate: GateReport, files: Sequence[Artifact], export: Export) -> str:
+    """Which of the output's files fell short, by how much, and what to do; empty where none did."""
+    names = {item.path.rpartition("/")[2] for item in files}
+    verdicts = [verdict for verdict in gate.files if verdict.file in names]
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    if not failed:
+        return ""
+    problems = " ".join(f"{verdict.file}: {'; '.join(verdict.problems)}." for verdict in failed)
+    where = "published all the same" if export.verify == "warn" else f"kept apart in {REJECTED}/"
+    number = f"{len(failed)} of {len(verdicts)} GGUF files"
+    verbs = ("falls", "is") if len(failed) == 1 else ("fall", "are")
+    beginning = f"{number} {verbs[0]} short and {verbs[1]} {where}."
+    return f"{beginning} {problems} {_remedy(failed, export)}"
+
+
+def _remedy(failed: Sequence[FileVerdict], export: Export) -> str:
+    """What helps the worst of them."""
+    if not all(_only_rounded(verdict) for verdict in failed):
+        return (
+            "That comes from the conversion or the base model and not from rounding: don't serve "
+            "such a file, and report it with manifest.json."
+        )
+    options = ["Take a larger type"]
+    if not export.importance_matrix:
+        options.append("set spec.export.importanceMatrix")
+    options.append("raise its limit in spec.export.qualityLimits")
+    return f"{', '.join(options[:-1])}, or {options[-1]}; only the export runs again."
+
+
+def _only_rounded(verdict: FileVerdict) -> bool:
+    """Whether it is a quantization with nothing wrong but its divergence."""
+    over = verdict.quality is not None and verdict.quality.over_limit
+    return over and len(verdict.problems) == 1 and verdict.quantization not in UNQUANTIZED

@@ -1,1 +1,0 @@
-"""Modelfile: what Ollama needs to make the same tokens as the training did."""

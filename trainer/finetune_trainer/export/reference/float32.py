@@ -1,0 +1,359 @@
+"""What the tuned model says, by transformers and PEFT in float32, before anything is merged.
+
+The adapter's layers stand beside the base model's as they were trained, so that a mistake of the
+merge or of the conversion shows. The model runs in a process of its own, `python -m` this module,
+which reads a ReferenceRequest and writes a ReferenceAnswer or a Refusal.
+
+transformers maps safetensors into memory; a 16-bit model takes no memory of its own until
+somebody converts it. Here nobody does: each weight is a `MappedWeight`, which says that it is
+float32 and converts the rows that a computation asks for, a block at a time. So a forward pass
+takes the memory of its activations, whatever the model's size. The modules are those of
+transformers and PEFT, so hooks work on them as on any model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from pydantic import TypeAdapter
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from finetune_trainer.contract import Base, Reason, StageError
+from finetune_trainer.export.reference import logprobs
+from finetune_trainer.export.reference.logprobs import MeasuredRow, Measurement
+from finetune_trainer.model.loading import load_model, use_available_cpus
+from finetune_trainer.runtime import child
+
+TOKENS_OF_PASS = 1024  # with padding: what bounds the activations
+ANSWERS_OF_PASS = 128  # what bounds the logits
+
+
+class ReferenceRequest(Base):
+    """What to compute."""
+
+    base: Path
+    adapter: Path | None
+    trust_remote_code: bool
+    rows: tuple[MeasuredRow, ...]
+    tuned_file: Path
+    """Gets the log-probabilities of base model and adapter."""
+
+    base_file: Path
+    """Gets those of the base model alone, where there is an adapter."""
+
+
+class ReferenceAnswer(Base):
+    """What was measured; `base` is measured against `tuned`."""
+
+    tuned: Measurement
+    base: Measurement | None = None
+
+
+class Refusal(Base):
+    """A StageError of the child process."""
+
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the GGUF files are held against."""
+
+    tuned: Path
+    """Log-probabilities of base model and adapter, as `logprobs.create` lays them out."""
+
+    base: Path | None
+    """Those of the base model alone; None without an adapter."""
+
+    tuned_perplexity: float
+    base_perplexity: float | None
+    effect: float | None
+    """How far the adapter moves the base model: the mean KL divergence of the two, in nats."""
+
+
+def compute_reference(
+    base: Path,
+    adapter: Path | None,
+    rows: Sequence[MeasuredRow],
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+) -> Reference:
+    """Run the model over the rows, in a process of its own; files go to `folder`.
+
+    Raises StageError when the model can't be loaded or computes numbers that are not finite.
+    """
+    request = ReferenceRequest(
+        base=base,
+        adapter=adapter,
+        trust_remote_code=trust_remote_code,
+        rows=tuple(rows),
+        tuned_file=folder / "reference-tuned.npy",
+        base_file=folder / "reference-base.npy",
+    )
+    answer = measure_in_child(request)
+    if not answer.tuned.finite:
+        raise StageError(
+            Reason.QUALITY_GATE_FAILED,
+            "Base model and adapter compute numbers that are not finite, before anything is "
+            "converted: lower spec.training.learningRate and train again.",
+        )
+    return Reference(
+        tuned=request.tuned_file,
+        base=request.base_file if answer.base else None,
+        tuned_perplexity=answer.tuned.perplexity,
+        base_perplexity=answer.base.perplexity if answer.base else None,
+        effect=answer.base.kl_divergence if answer.base else None,
+    )
+
+
+def measure_in_child(request: ReferenceRequest) -> ReferenceAnswer:
+    done = child.run([sys.executable, "-m", __name__], request.model_dump_json())
+    if done.status != 0:
+        raise StageError(
+            Reason.INTERNAL_ERROR,
+            "transformers could not run the tuned model, to hold the GGUF files against it: "
+            f"{done.last_line():.300}. Give the export's pod more memory, or set "
+            "spec.export.verify to off.",
+        )
+    line = done.output.splitlines()[-1]
+    answer: ReferenceAnswer | Refusal = TypeAdapter(ReferenceAnswer | Refusal).validate_json(line)
+    if isinstance(answer, Refusal):
+        raise StageError(answer.reason, answer.message)
+    return answer
+
+
+def measure_here(request: ReferenceRequest) -> ReferenceAnswer:
+    """What the child process does."""
+    model = load_streamed(
+        request.base, request.adapter, trust_remote_code=request.trust_remote_code
+    )
+    tuned, base = _measure(model, request.rows, request.tuned_file, None), None
+    if isinstance(model, PeftModel) and tuned.finite:
+        with model.disable_adapter():
+            base = _measure(model, request.rows, request.base_file, request.tuned_file)
+    return ReferenceAnswer(tuned=tuned, base=base)
+
+
+def _measure(
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[MeasuredRow],
+    file: Path,
+    against: Path | None,
+) -> Measurement:
+    sums, done = logprobs.TokenSums(), 0
+    total = sum(len(row.measured) for row in rows)
+    reference = None if against is None else logprobs.read(against)
+    target = None
+    for group in passes(rows):
+        logits = logits_of(model, group).numpy()
+        if target is None:
+            target = logprobs.create(file, total, logits.shape[1])
+        targets = [row.ids[position] for row in group for position in row.measured]
+        beside = None if reference is None else reference[done : done + len(targets)]
+        values = sums.add(logits, targets, beside)
+        if values is not None:
+            logprobs.store(target, done, values)
+        done += len(targets)
+    return sums.means()
+
+
+def passes(rows: Sequence[MeasuredRow]) -> Iterator[list[MeasuredRow]]:
+    """Rows in groups, each small enough for one forward pass."""
+    group: list[MeasuredRow] = []
+    for row in rows:
+        longest = max(len(item.ids) for item in [*group, row])
+        answers = sum(len(item.measured) for item in [*group, row])
+        too_large = longest * (len(group) + 1) > TOKENS_OF_PASS or answers > ANSWERS_OF_PASS
+        if group and too_large:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel | PeftModel, rows: Sequence[MeasuredRow]) -> torch.Tensor:
+    """Logits (n, vocabulary) at the n places before the measured tokens of some rows."""
+    width = max(len(row.ids) for row in rows)
+    ids = torch.zeros((len(rows), width), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.ids)] = torch.tensor(row.ids)
+        mask[index, : len(row.ids)] = 1
+    where = [index for index, row in enumerate(rows) for _ in row.measured]
+    before = [position - 1 for row in rows for position in row.measured]
+
+    def measured_only(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0][where, before].unsqueeze(0), *args[1:])
+
+    # The head is the largest layer: it computes what is measured and no more.
+    hook = model.get_output_embeddings().register_forward_pre_hook(measured_only)
+    try:
+        logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    finally:
+        hook.remove()
+    return logits[0]
+
+
+BLOCK_VALUES = 1 << 24
+"""Values of a weight that are float32 at a time: 64 MiB."""
+
+
+class MappedWeight(torch.Tensor):
+    """A float32 tensor whose values are made of another one, of any floating type, when read.
+
+    Linear layers and embeddings read it by blocks; every other operation gets it whole, in
+    float32. It can't be trained.
+    """
+
+    source: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, source: torch.Tensor) -> MappedWeight:
+        """Wrap `source`, which is read and never written."""
+        made: MappedWeight = torch.Tensor._make_wrapper_subclass(
+            cls, source.shape, dtype=torch.float32, device=source.device, requires_grad=False
+        )
+        made.source = source
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Linear layers and embeddings by blocks, the rest as ever."""
+        blockwise = _BLOCKWISE.get(func)
+        if blockwise is not None:
+            return blockwise(*args, **(kwargs or {}))
+        del types
+        with torch._C.DisableTorchFunctionSubclass():  # what comes out is an ordinary tensor
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override] # torch calls it with the class and function
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Any other operation works on the whole tensor in float32."""
+        del types
+        if func is torch.ops.aten.detach.default:
+            return MappedWeight(args[0].source)
+        args, kwargs = tree_map(_whole, (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+
+def _whole(value: Any) -> Any:
+    return value.source.float() if isinstance(value, MappedWeight) else value
+
+
+def _linear(
+    x: torch.Tensor, weight: MappedWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x·Wᵀ + b, where W (out, in) is converted by blocks of rows."""
+    source = weight.source
+    out = x.new_empty((*x.shape[:-1], source.shape[0]))
+    rows = max(1, BLOCK_VALUES // source.shape[1])
+    for start in range(0, source.shape[0], rows):
+        block = source[start : start + rows].float()
+        out[..., start : start + rows] = torch.nn.functional.linear(x, block)
+    return out if bias is None else out.add_(bias)
+
+
+def _embedding(ids: torch.Tensor, weight: MappedWeight, *_: Any, **__: Any) -> torch.Tensor:
+    """The rows of the tokens; further arguments of torch's embedding concern the training."""
+    return weight.source[ids].float()
+
+
+_BLOCKWISE: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
+    torch.nn.functional.linear: _linear,
+    torch.nn.functional.embedding: _embedding,
+}
+
+
+def load_streamed(
+    base: Path, adapter: Path | None, *, trust_remote_code: bool = False
+) -> PreTrainedModel | PeftModel:
+    """The base model, with the adapter beside it unmerged if there is one, ready to evaluate.
+
+    Raises StageError(ModelUnsupported) when transformers can't load the base model.
+    """
+    model = load_model(base, "auto", "cpu", trust_remote_code=trust_remote_code)
+    _compute_in_float32(model)
+    tuned = model if adapter is None else PeftModel.from_pretrained(model, adapter)
+    tuned.train(False)
+    return tuned
+
+
+@torch.no_grad()
+def _compute_in_float32(model: PreTrainedModel) -> None:
+    seen: dict[int, torch.nn.Parameter] = {}  # tied weights stay tied
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_floating_point():
+                continue
+            if id(parameter) not in seen:
+                seen[id(parameter)] = _in_float32(parameter)
+            module._parameters[name] = seen[id(parameter)]
+    _compute_buffers_anew(model)
+    model.config.dtype = torch.float32
+
+
+def _in_float32(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    # Of the small ones (norms, biases) all operations read all, time and again.
+    data = parameter.data
+    value = MappedWeight(data) if data.dim() > 1 else data.float()
+    return torch.nn.Parameter(value, requires_grad=False)
+
+
+def _compute_buffers_anew(model: PreTrainedModel) -> None:
+    """Let the model compute its constants in float32, such as Gemma 3's scale of embeddings.
+
+    In a 16-bit model they are rounded to its type. Parameters are marked as loaded, so that the
+    initialisation leaves them alone.
+    """
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    for module in model.modules():
+        rounded = [n for n, b in module._buffers.items() if b is not None and _is_16_bit(b)]
+        for name in rounded:
+            module._buffers[name] = cast("torch.Tensor", module._buffers[name]).float()
+        if rounded:
+            cast("Any", model)._init_weights(module)
+
+
+def _is_16_bit(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def main() -> None:
+    request = ReferenceRequest.model_validate_json(sys.stdin.read())
+    use_available_cpus()
+    answer: ReferenceAnswer | Refusal
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what a library prints is no answer
+            answer = measure_here(request)
+    except StageError as error:
+        answer = Refusal(reason=error.reason, message=error.message)
+    sys.stdout.write(answer.model_dump_json() + "\n")
+
+
+if __name__ == "__main__":
+    main()
