@@ -42,7 +42,7 @@ MODULES = (
     "finetune_trainer.train.recipe.train_worker",
     "finetune_trainer.train.recipe.torchrun",
     "finetune_trainer.export.stage",
-    "finetune_trainer.export.reference.compute",
+    "finetune_trainer.export.reference.float32",
     "transformers.models.llama.modeling_llama",
     "tensorboardX",
     "llama_cpp",
