@@ -88,7 +88,8 @@ def model_folder(name: str, folder: Path) -> Path:
         eos_token_id=2,
         pad_token_id=2,
     )
-    torch.nn.Module.to(LlamaForCausalLM(config), torch.bfloat16).save_pretrained(target)
+    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call] # transformers has no type
+    torch.nn.Module.to(model, torch.bfloat16).save_pretrained(target)
     AutoTokenizer.from_pretrained(smollm2()).save_pretrained(target)
     return target
 
@@ -135,7 +136,7 @@ def measure(work: TrainingWork, dtype: torch.dtype) -> int:
     if child == 0:
         status = 1
         try:
-            sft.compute_dtype = lambda: dtype  # as another processor would have it
+            vars(sft)["compute_dtype"] = lambda: dtype  # as another processor would have it
             sft.fine_tune(work, Reporter())
             os.write(begin, str(peak()).encode())
             status = 0

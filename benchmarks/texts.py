@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune_trainer.contract import Example
 from finetune_trainer.model.tokenizer import message_pair
 
 MODULES = (
@@ -26,7 +27,6 @@ MODULES = (
 )
 SHORTEST = 40  # characters of a docstring
 
-Example = dict[str, Any]
 Count = Callable[[Example], int]
 
 

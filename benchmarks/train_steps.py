@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, Trainer
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from benchmarks import texts
 from examples.base_model import smollm2
-from finetune_trainer.contract import Hardware, RunConfig, TrainingPlan
+from finetune_trainer.contract import Example, Hardware, RunConfig, TrainingPlan
 from finetune_trainer.memory.plan import Lengths, plan
 from finetune_trainer.model import loading
 from finetune_trainer.model.shape import Shape
@@ -59,7 +60,7 @@ def _rows(folder: Path, kind: str, rows: int, held_out: int) -> None:
     """Write examples.jsonl, eval.jsonl and the length of the longest row."""
     tokenizer = load_tokenizer(smollm2())
 
-    def count(row: texts.Example) -> int:
+    def count(row: Example) -> int:
         return len(encode(tokenizer, row)[0])
 
     make = texts.variable if kind == "variable" else texts.fixed
@@ -177,7 +178,8 @@ def _plain(folder: Path) -> Trained:
             task_type="CAUSAL_LM",
         ),
     )
-    tokens = sum(len(ids) for ids in trainer.train_dataset["input_ids"])
+    tokenized = cast("Dataset", trainer.train_dataset)
+    tokens = sum(len(ids) for ids in tokenized["input_ids"])
     measured = _timed(trainer.train, tokens)
     trainer.save_model(str(folder / "adapter"))
     return measured

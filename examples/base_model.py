@@ -17,6 +17,10 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -58,13 +62,15 @@ def _save_checkpoint(folder: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
     )
     # What was 4 bits fits into 16: half the size of float32, as Hub models are.
-    model = model.to(torch.float16)
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model = torch.nn.Module.to(model, torch.float16)
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call] # it has no type
+        bos_token_id=1, eos_token_id=2, pad_token_id=2
+    )
     model.save_pretrained(folder)
     _tokenizer(package).save_pretrained(folder)
 
 
-def _tokenizer(package: Path):
+def _tokenizer(package: Path) -> PreTrainedTokenizerBase:
     from tokenizers.decoders import ByteLevel as ByteLevelDecoder  # noqa: PLC0415
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence  # noqa: PLC0415
     from transformers import AutoTokenizer  # noqa: PLC0415

@@ -11,14 +11,15 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from examples.base_model import smollm2
 
-SHAPES: dict[str, dict[str, int]] = {
-    # By billions of parameters. Of the first, the vocabulary is SmolLM2's; the others have Llama
-    # 3's, whose embedding and output layer are the largest tensors by far.
-    "1.07": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
-    "0.1": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8},
-    "0.3": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 16},
-    "1": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 10},
-    "2": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 11},
+SHAPES = {
+    # Width, inner width and layers, by billions of parameters. Of the first, the vocabulary is
+    # SmolLM2's; the others have Llama 3's, whose embedding and output layer are the largest tensors
+    # by far.
+    "1.07": (2048, 8192, 16),
+    "0.1": (256, 1024, 8),
+    "0.3": (768, 2048, 16),
+    "1": (2048, 5632, 10),
+    "2": (3072, 8192, 11),
 }
 LARGE_VOCABULARY = 128_256
 
@@ -27,18 +28,21 @@ def make(folder: str, shape: str) -> None:
     """A Llama with random weights in bfloat16, and a LoRA adapter (r 16 on q, k, v and o)."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
     small = shape == "1.07"
+    width, inner, layers = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=len(tokenizer) if small else LARGE_VOCABULARY,
-        num_attention_heads=SHAPES[shape]["hidden_size"] // 64,
-        num_key_value_heads=SHAPES[shape]["hidden_size"] // 256,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 256,
         tie_word_embeddings=small,
         bos_token_id=1,
         eos_token_id=2,
-        **SHAPES[shape],
     )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call] # transformers has no type
     print(f"{model.num_parameters():,} parameters")
     base, adapter = Path(folder) / "base", Path(folder) / "adapter"
     model.save_pretrained(base)

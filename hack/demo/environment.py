@@ -124,10 +124,12 @@ def install_operator(cluster: provider.Cluster, images: Images) -> None:
         step("Operator (helm install)"),
         helm.Config(kubeconfig_path=cluster.kubeconfig, namespace=OPERATOR_NAMESPACE) as config,
     ):
-        installed = any(release["name"] == RELEASE for release in config.list())
-        action = config.upgrade if installed else config.install
-        options = {} if installed else {"create_namespace": True}
-        action(chart, RELEASE, values, wait="watcher", timeout=180, **options)
+        if any(release["name"] == RELEASE for release in config.list()):
+            config.upgrade(chart, RELEASE, values, wait="watcher", timeout=180)
+        else:
+            config.install(
+                chart, RELEASE, values, wait="watcher", timeout=180, create_namespace=True
+            )
 
 
 def image_values(reference: str) -> dict[str, str]:
