@@ -60,7 +60,7 @@ class ExportInputs:
         return DatasetReport.model_validate_json(self.dataset_report.read_bytes())
 
 
-def fetch(config: RunConfig, output: Folder, workspace: Path) -> ExportInputs:
+def fetch_inputs(config: RunConfig, output: Folder, workspace: Path) -> ExportInputs:
     """Bring what the stages before left to the folder `workspace`."""
     prints = source.resolved_of(config).fingerprints
     trained = stage_folder(Stage.TRAIN, prints.train)

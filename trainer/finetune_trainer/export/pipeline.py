@@ -30,7 +30,7 @@ from finetune_trainer.contract import (
 from finetune_trainer.export.gate.gates import DerivedGate, SourceGate, rejects
 from finetune_trainer.export.gguf.files import (
     IMPORTANCE_TYPES,
-    ModelFiles,
+    GgufSource,
     adapter_file_name,
     write_adapter,
     write_files,
@@ -65,7 +65,7 @@ class AddFile(Protocol):
 class TunedModel:
     """Base model and adapter as one."""
 
-    files: ModelFiles
+    files: GgufSource
     weights: MergedWeights
     """Opened once: where the base has float32 weights, that reads all of them."""
 
@@ -87,7 +87,7 @@ def open_tuned_model(
         weights.check_changes()
         assemble(base, adapter, folder, trust_remote_code=trusted, dtype=weights.dtype)
     tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
-    files = ModelFiles(
+    files = GgufSource(
         base=base,
         adapter=adapter,
         folder=folder,

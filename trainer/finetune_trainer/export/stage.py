@@ -26,8 +26,8 @@ from finetune_trainer.export.inputs import (
     ExportInputs,
     check_memory,
     check_space,
-    fetch,
     fetch_examples,
+    fetch_inputs,
 )
 from finetune_trainer.export.pipeline import (
     MERGED,
@@ -92,7 +92,7 @@ def make_and_publish(
     config: RunConfig, workspace: Path, output: Folder, sign: Sign | None, reporter: Reporter
 ) -> Manifest:
     """Compute everything, and put it in the place of the former version."""
-    inputs = fetch(config, output, workspace)
+    inputs = fetch_inputs(config, output, workspace)
     fingerprint = source.resolved_of(config).fingerprints.export
     with Publication(output, fingerprint, reporter) as publication:
         manifest = make_all(ExportRun(config, inputs, workspace, publication, reporter))

@@ -92,7 +92,7 @@ def source_of(kinds: Iterable[Quantization], own: Quantization) -> Quantization:
 
 
 @dataclass(frozen=True)
-class ModelFiles:
+class GgufSource:
     """The files that GGUF files are made of, and what has to be known of them."""
 
     base: Path
@@ -118,7 +118,7 @@ class ModelFiles:
 
 
 def write_files(
-    model: ModelFiles,
+    model: GgufSource,
     target: Path,
     kinds: Iterable[Quantization],
     *,
@@ -170,7 +170,7 @@ def quantize_all(
 
 
 def write_unquantized(
-    model: ModelFiles, target: Path, kind: Quantization, *, reporter: Reporter | None = None
+    model: GgufSource, target: Path, kind: Quantization, *, reporter: Reporter | None = None
 ) -> None:
     """Write the merged model as F16, BF16 or F32 to the file `target`.
 

@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Example, Reason, StageError
-from finetune_trainer.export.gguf.files import ModelFiles
+from finetune_trainer.export.gguf.files import GgufSource
 from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.export.gguf.requests import INPUT_COUNTS, INPUT_SUMS, ImportanceRequest
 from finetune_trainer.export.reference.float32 import load_streamed
@@ -44,7 +44,7 @@ _PEFT = ("base_model.model.", ".base_layer")
 
 
 def write_importance(
-    model: ModelFiles,
+    model: GgufSource,
     file: Path,
     examples: Sequence[Example],
     target: Path,

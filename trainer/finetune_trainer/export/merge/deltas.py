@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from finetune_trainer.contract import Reason, StageError
-from finetune_trainer.export.merge.checkpoint import open_file, some
+from finetune_trainer.export.merge.checkpoint import open_file, shortened
 
 ALIGNED = 64  # rows
 
@@ -97,15 +97,15 @@ def read_adapter(folder: Path) -> dict[str, Delta]:
     config = _read_config(folder / CONFIG)
     _refuse_other_kinds(config)
     if missing := [key for key in ("r", "lora_alpha") if not config.get(key)]:
-        raise _unusable(f"{CONFIG} has no {some(missing)}")
+        raise _unusable(f"{CONFIG} has no {shortened(missing)}")
     tensors = _read_tensors(folder / WEIGHTS)
     modules = {name.removesuffix(_A) for name in tensors if name.endswith(_A)}
     used = {f"{m}{part}" for m in modules for part in (_A, _B, _MAGNITUDE)}
     if unknown := sorted(set(tensors) - used):
         raise StageError(
             Reason.MODEL_UNSUPPORTED,
-            f"The adapter can't be merged: it holds {some(unknown)} besides the LoRA weights of "
-            "linear layers. Leave embed_tokens and lm_head out of the target modules.",
+            f"The adapter can't be merged: it holds {shortened(unknown)} besides the LoRA weights "
+            "of linear layers. Leave embed_tokens and lm_head out of the target modules.",
         )
     if not modules:
         raise _unusable("it holds no LoRA layer")
@@ -162,7 +162,7 @@ def _refuse_other_kinds(config: dict[str, Any]) -> None:
     if (kind := config.get("peft_type")) != "LORA":
         raise _refused(f"peft_type {kind}")
     if found := [name for name in _OTHER_RESULT if config.get(name)]:
-        raise _refused(some(found))
+        raise _refused(shortened(found))
     if config.get("bias") not in ("none", None):
         raise _refused(f"bias {config['bias']}")
     if (start := config.get("init_lora_weights")) not in _PLAIN_START:

@@ -15,13 +15,13 @@ import torch
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.export.merge.checkpoint import (
     FLOAT16_SAFE,
-    Stored,
+    BaseTensor,
     TensorInfo,
-    other_model,
+    other_model_error,
     read_checkpoint,
     read_config,
+    shortened,
     sixteen_bit_type,
-    some,
     weight_names,
 )
 from finetune_trainer.export.merge.deltas import ALIGNED, Delta, read_adapter
@@ -39,7 +39,7 @@ class MergedWeights:
     """Base model and adapter, merged as they are read. Reading is safe from several threads."""
 
     def __init__(
-        self, stored: Mapping[str, Stored], deltas: Mapping[str, Delta], dtype: torch.dtype
+        self, stored: Mapping[str, BaseTensor], deltas: Mapping[str, Delta], dtype: torch.dtype
     ) -> None:
         self._stored = stored
         self._deltas = deltas
@@ -146,7 +146,9 @@ class MergedWeights:
         )
 
 
-def _without_tied_copy(stored: dict[str, Stored], config: dict[str, Any]) -> dict[str, Stored]:
+def _without_tied_copy(
+    stored: dict[str, BaseTensor], config: dict[str, Any]
+) -> dict[str, BaseTensor]:
     """Leave out an output layer that is a copy of the input embedding, as transformers does."""
     parts = (config, config.get("text_config") or {})
     output = next((name for name in stored if name.endswith("lm_head.weight")), None)
@@ -159,14 +161,16 @@ def _without_tied_copy(stored: dict[str, Stored], config: dict[str, Any]) -> dic
 
 
 def _deltas(
-    base: Path, modules: dict[str, Delta], stored: Mapping[str, Stored]
+    base: Path, modules: dict[str, Delta], stored: Mapping[str, BaseTensor]
 ) -> dict[str, Delta]:
     """Deltas by the names of the weights that they change."""
     names = weight_names(base, modules, stored.keys())
     for module, delta in modules.items():
         shape = tuple(stored[names[module]].tensor.shape)
         if shape != delta.shape:
-            raise other_model(f"its {names[module]} has shape {shape} instead of {delta.shape}")
+            raise other_model_error(
+                f"its {names[module]} has shape {shape} instead of {delta.shape}"
+            )
     return {names[module]: delta for module, delta in modules.items()}
 
 
@@ -213,7 +217,7 @@ def _broken(name: str) -> StageError:
 
 
 def _unchanged(names: list[str], targets: int) -> StageError:
-    modules = some(name.removesuffix(".weight") for name in names)
+    modules = shortened(name.removesuffix(".weight") for name in names)
     return StageError(
         Reason.QUALITY_GATE_FAILED,
         f"The training changed nothing in {len(names)} of {targets} target modules ({modules}): "

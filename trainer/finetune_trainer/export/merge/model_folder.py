@@ -98,7 +98,7 @@ def assemble(
     tokenizer = load_tokenizer(adapter, trust_remote_code=trust_remote_code)
     _write(target / CONFIG, stored_config(config, dtype, trusted=trust_remote_code))
     generation = generation_settings(base, trust_remote_code=trust_remote_code)
-    _write(target / GENERATION, stopping(generation, tokenizer))
+    _write(target / GENERATION, with_stop_tokens(generation, tokenizer))
     save_tokenizer(tokenizer, base, target)
     code = [file.name for file in base.glob("*.py")] if trust_remote_code else []
     for name in (*_OF_THE_BASE, *code):
@@ -141,7 +141,9 @@ def generation_settings(base: Path, *, trust_remote_code: bool = False) -> dict[
     return settings
 
 
-def stopping(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def with_stop_tokens(
+    settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """Generation settings with every token that the chat template ends turns with."""
     known = settings.get("eos_token_id")
     ends = [known] if isinstance(known, int) else list(known or [])
