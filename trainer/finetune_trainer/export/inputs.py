@@ -43,7 +43,7 @@ class ExampleFiles:
 
 @dataclass(frozen=True)
 class ExportInputs:
-    """Files on disk, and what the small ones say."""
+    """What the stages before left."""
 
     adapter: Path
     """Folder with the adapter and its tokenizer."""
@@ -56,7 +56,6 @@ class ExportInputs:
 
     @property
     def dataset(self) -> DatasetReport:
-        """What dataset-report.json says."""
         return DatasetReport.model_validate_json(self.dataset_report.read_bytes())
 
 

@@ -189,7 +189,7 @@ def make_gguf(context: ExportContext) -> GateReport:
 
 
 def make_adapter(context: ExportContext) -> Path | None:
-    """The adapter alone as GGUF; None where llama.cpp can't apply it, and nobody insists."""
+    """The adapter alone as GGUF; None if llama.cpp can't apply it and the spec doesn't ask."""
     model = context.model.files
     if model.adapter is None:
         return None
@@ -219,7 +219,7 @@ def check_derived(
 
 
 def publish_file(context: ExportContext, file: Path, verdict: FileVerdict) -> None:
-    """Give a checked file its place: among the good ones, or apart."""
+    """Publish a checked file among the good ones, or apart."""
     folder = REJECTED if rejects(context.config.export, verdict) else GGUF
     context.add_file(file, f"{folder}/{file.name}", verdict.quality)
 
@@ -232,7 +232,7 @@ def make_modelfile(context: ExportContext, files: list[CheckedFile]) -> None:
         for each in files
         if each.kind in config.export.gguf and not rejects(config.export, each.verdict)
     ]
-    # With `verify: warn` some may have fallen short: those only where there is nothing better.
+    # With `verify: warn` some may have failed. The Modelfile names them only if all have.
     good = [each for each in usable if each.verdict.passed] or usable
     if not good:
         return

@@ -78,7 +78,7 @@ def open_file(file: Path) -> dict[str, torch.Tensor]:
 
 
 def shortened(names: Iterable[str], limit: int = 3) -> str:
-    """A list of names for people: a few of them, and how many more there are."""
+    """The first few names, and how many more there are."""
     listed = list(names)
     more = len(listed) - limit
     return ", ".join(listed[:limit]) + (f" and {more} more" if more > 0 else "")
@@ -119,14 +119,14 @@ def _no_weights(folder: Path) -> StageError:
     )
 
 
-FLOAT16_SAFE = 60_000.0  # float16 ends at 65,504; quantizers need some room
+FLOAT16_SAFE = 60_000.0  # float16 ends at 65,504; quantizers need a margin
 
 _SIXTEEN = (torch.bfloat16, torch.float16)
 _WHOLE = (*_SIXTEEN, torch.float32, torch.float64)
 
 
 def sixteen_bit_type(config: dict[str, Any], tensors: Iterable[torch.Tensor]) -> torch.dtype | None:
-    """The type that config.json names, or else that most weights have; None if it has more bits.
+    """The type that config.json names, or else that of most weights; None if it has more bits.
 
     Raises StageError(ModelUnsupported) for weights of fewer bits.
     """
@@ -161,7 +161,7 @@ _OUTPUT_LAYERS = ("lm_head", "embed_out")
 
 
 def weight_names(base: Path, modules: Iterable[str], stored: Collection[str]) -> dict[str, str]:
-    """Modules to the names of their weights in the base's files; raises StageError."""
+    """From modules to the names of their weights in the base's files; raises StageError."""
     modules = list(modules)
     _refuse_tied(base, modules)
     names = {module: f"{module}.weight" for module in modules}
@@ -174,7 +174,6 @@ def weight_names(base: Path, modules: Iterable[str], stored: Collection[str]) ->
 
 
 def other_model_error(cause: str) -> StageError:
-    """The adapter was trained on another model."""
     return StageError(
         Reason.MODEL_UNSUPPORTED,
         f"The adapter does not belong to this base model: {cause}. Name the model that it was "
@@ -200,7 +199,7 @@ def _refuse_tied(base: Path, modules: list[str]) -> None:
 
 
 def _renamed(base: Path, stored: Iterable[str]) -> dict[str, str]:
-    """Names of a model's parameters to those of the files, where no more than the name differs."""
+    """From names of a model's parameters to those in the files, where only the name differs."""
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - see above
     from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
     from transformers.core_model_loading import (  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""A LoRA adapter as PEFT saves it, and what it does to each weight."""
+"""A LoRA adapter as PEFT saves it, and what it adds to each weight."""
 
 from __future__ import annotations
 
@@ -35,12 +35,11 @@ class Delta:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight that it changes."""
+        """The shape of the weight that it changes."""
         return self.b.shape[0], self.a.shape[1]
 
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
-        """Everything that was learnt."""
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
     def merge(self, base: torch.Tensor, start: int) -> torch.Tensor:
@@ -86,7 +85,7 @@ _OTHER_RESULT = (
     "use_qalora",
     "velora_config",
 )
-"""Fields of PEFT 0.21's LoraConfig that say what is merged, or that it can't be."""
+"""Fields of PEFT 0.21's LoraConfig that change what a merge gives, or forbid one."""
 
 _PLAIN_START = (True, False, None, "gaussian")
 """Values of init_lora_weights that leave the base model's weights as they are."""

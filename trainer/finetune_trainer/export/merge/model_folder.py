@@ -89,7 +89,7 @@ def assemble(
 ) -> None:
     """Fill the folder `target` with all files of the merged model but weights and their index.
 
-    `dtype` is the type of the weights (MergedWeights.dtype); left out, it is found out again.
+    `dtype` is MergedWeights.dtype; left out, it is worked out again.
     Raises StageError when base or adapter can't be read.
     """
     target.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def stored_config(config: dict[str, Any], dtype: torch.dtype, *, trusted: bool) 
 
 
 def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """Wherever it is named, also for the parts of a model of several."""
+    """The configuration with another type wherever one is named, also for a model's parts."""
     changed = {}
     for key, value in config.items():
         part = key.endswith("_config") and isinstance(value, dict)
@@ -136,7 +136,7 @@ def generation_settings(base: Path, *, trust_remote_code: bool = False) -> dict[
     else:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         settings = GenerationConfig.from_model_config(config).to_diff_dict()
-    # It would say that nobody chose these settings, and that they may be made anew.
+    # It marks settings that nobody chose, and that a program may replace.
     settings.pop("_from_model_config", None)
     return settings
 
@@ -180,7 +180,7 @@ def write_merged(weights: MergedWeights, target: Path, on_bytes: OnBytes | None 
 def _write_shard(
     weights: MergedWeights, infos: list[TensorInfo], file: BinaryIO, on_bytes: OnBytes
 ) -> None:
-    # The widest types come first, so that every tensor begins at a multiple of its type's size.
+    # The widest types come first. So every tensor begins at a multiple of its type's size.
     infos = sorted(infos, key=lambda info: -info.dtype.itemsize)
     head = _header(infos)
     file.write(head)
@@ -192,7 +192,7 @@ def _write_shard(
 
 
 def _header(infos: list[TensorInfo]) -> bytes:
-    """Its own length in eight bytes, then JSON, padded with spaces."""
+    """The length of the JSON in eight bytes, then the JSON, padded with spaces."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for info in infos:
