@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from finetune_trainer.contract import Quantization
-from finetune_trainer.export.gguf.files import ModelFiles, write_files
+from finetune_trainer.export.gguf.files import GgufSource, write_files
 from finetune_trainer.export.merge import MergedWeights
 from finetune_trainer.export.merge.model_folder import assemble
 
@@ -18,7 +18,7 @@ def ours(folder: str, *kinds: str) -> None:
     weights = MergedWeights.open(base, adapter)
     weights.check_changes()
     assemble(base, adapter, assembled, dtype=weights.dtype)
-    model = ModelFiles(base, adapter, assembled, "model", Quantization.BF16)
+    model = GgufSource(base, adapter, assembled, "model", Quantization.BF16)
     for _ in write_files(model, place / "ours", [Quantization(kind) for kind in kinds]):
         pass
 

@@ -13,16 +13,16 @@ import psutil
 import pytest
 
 from finetune_trainer.contract import Quantization, Reason, StageError
-from finetune_trainer.export.gguf.files import ModelFiles, quantize, quantize_all, write_files
+from finetune_trainer.export.gguf.files import GgufSource, quantize, quantize_all, write_files
 from finetune_trainer.model import converter
 from tests.integration.trainer.vocabulary import write_vocabulary
 
 TYPES = tuple(Quantization)
 
 
-def plain(model: Path) -> ModelFiles:
+def plain(model: Path) -> GgufSource:
     """A model of its own, without an adapter."""
-    return ModelFiles(
+    return GgufSource(
         base=model, adapter=None, folder=model, name="tiny", own_type=Quantization.F16
     )
 

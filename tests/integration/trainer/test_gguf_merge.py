@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetune_trainer.contract import Progress, Quantization, Reason, StageError
-from finetune_trainer.export.gguf.files import ModelFiles, write_unquantized
+from finetune_trainer.export.gguf.files import GgufSource, write_unquantized
 from finetune_trainer.export.merge.model_folder import assemble
 from finetune_trainer.runtime.failures import MemoryFullError
 from finetune_trainer.runtime.progress import Reporter
@@ -154,9 +154,9 @@ def test_the_file_is_that_of_the_plain_way(
     assert ours.read_bytes() == plain.read_bytes()
 
 
-def model_of(place: Path, **options: Any) -> ModelFiles:
+def model_of(place: Path, **options: Any) -> GgufSource:
     """What one of the converted folders holds."""
-    return ModelFiles(
+    return GgufSource(
         base=place / "base",
         adapter=place / "adapter",
         folder=place / "folder" / "tiny",

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from finetune_trainer.export.gguf import importance
-from finetune_trainer.export.gguf.files import ModelFiles
+from finetune_trainer.export.gguf.files import GgufSource
 from finetune_trainer.export.gguf.importance import chunks, write_importance
 from finetune_trainer.export.gguf.requests import INPUT_COUNTS, INPUT_SUMS
 from finetune_trainer.model.tokenizer import load_tokenizer
@@ -29,7 +29,7 @@ def measured(
 ) -> tuple[str, Tuned, dict[str, np.ndarray]]:
     folder = tmp_path_factory.mktemp("importance")
     tuned = make_tuned(request.param, folder, torch.bfloat16, **WIDE)
-    model = ModelFiles(tuned.base, tuned.adapter, tuned.merged, "tiny", tuned.own)
+    model = GgufSource(tuned.base, tuned.adapter, tuned.merged, "tiny", tuned.own)
     target = folder / "importance.gguf"
     write_importance(model, tuned.file(tuned.own), EXAMPLES, target, Reporter())
     found = {item.name: np.asarray(item.data) for item in GGUFReader(target).tensors}

@@ -23,7 +23,7 @@ from finetune_trainer.export.ollama import (
     go_template,
     literal,
     make_template,
-    trials,
+    trial_conversations,
     write_modelfile,
 )
 from finetune_trainer.model.tokenizer import (
@@ -76,7 +76,7 @@ def test_go_renders_what_jinja_renders(
     shape = shape_of(tokenizer, name)
     assert shape.system == system
     assert shape.strips == (name in ("llama3", "gemma"))
-    said = [*trials(system=system != "refused"), CHAT]
+    said = [*trial_conversations(system=system != "refused"), CHAT]
     expected = [render(tokenizer, messages, prompt=True) for messages in said]
     assert go_text.render(go_template(shape), said, tmp_path) == expected
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from finetune_trainer.contract import Export, Quantization
 from finetune_trainer.export.gate.gates import SourceGate
-from finetune_trainer.export.gguf.files import ModelFiles, quantize, write_unquantized
+from finetune_trainer.export.gguf.files import GgufSource, quantize, write_unquantized
 from finetune_trainer.model.converter import gguf_name
 from finetune_trainer.model.loading import load_model
 from finetune_trainer.model.tokenizer import (
@@ -50,7 +50,7 @@ class Tuned:
         file = self.files / f"{kind}.gguf"
         if not file.exists() and kind is self.own:
             bos, name = begins_with_bos(load_tokenizer(self.merged)), gguf_name("tiny", self.merged)
-            model = ModelFiles(self.merged, None, self.merged, name, kind, begins_with_bos=bos)
+            model = GgufSource(self.merged, None, self.merged, name, kind, begins_with_bos=bos)
             write_unquantized(model, file, kind)
         elif not file.exists():
             quantize(self.file(self.own), file, kind)

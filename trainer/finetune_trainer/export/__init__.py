@@ -7,7 +7,7 @@ pipeline   the merged model and GGUF files, each checked and published when it i
 Its folders, in the order of the data:
 
 merge      base model + adapter, merged as they are read; 16-bit safetensors of them
-reference  what base model and adapter say in float32, unmerged
+reference  what base model and adapter predict in float32, unmerged
 gguf       merged weights -> GGUF, quantizations of it, the adapter alone, importance matrix
 llama      llama.cpp's library in a process of its own
 gate       whether a GGUF file is what it should be

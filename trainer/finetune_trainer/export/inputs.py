@@ -43,7 +43,7 @@ class ExampleFiles:
 
 @dataclass(frozen=True)
 class ExportInputs:
-    """Files on disk, and what the small ones say."""
+    """What the stages before left."""
 
     adapter: Path
     """Folder with the adapter and its tokenizer."""
@@ -56,11 +56,10 @@ class ExportInputs:
 
     @property
     def dataset(self) -> DatasetReport:
-        """What dataset-report.json says."""
         return DatasetReport.model_validate_json(self.dataset_report.read_bytes())
 
 
-def fetch(config: RunConfig, output: Folder, workspace: Path) -> ExportInputs:
+def fetch_inputs(config: RunConfig, output: Folder, workspace: Path) -> ExportInputs:
     """Bring what the stages before left to the folder `workspace`."""
     prints = source.resolved_of(config).fingerprints
     trained = stage_folder(Stage.TRAIN, prints.train)

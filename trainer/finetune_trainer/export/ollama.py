@@ -97,7 +97,7 @@ def without_bos(shape: ChatShape, tokenizer: PreTrainedTokenizerBase, file: Path
 
     Raises NoShapeError when the file's tokens are not those of the training.
     """
-    said = trials(system=shape.system in ("first", "last"))
+    said = trial_conversations(system=shape.system in ("first", "last"))
     texts = [render(tokenizer, messages, prompt=True) for messages in said]
     adds_bos = llama.call(TokenizeRequest(file=file, texts=()), Reading).adds_bos
     bos = str(tokenizer.bos_token or "")
@@ -205,7 +205,7 @@ def find_shape(render: Render) -> ChatShape:
         raise
     except Exception as error:  # the model's own template runs: anything can come out
         raise NoShapeError(f"it fails on a conversation of several turns ({error})") from error
-    for messages in trials(system=shape.system not in ("refused", "ignored")):
+    for messages in trial_conversations(system=shape.system not in ("refused", "ignored")):
         if shape.render(messages) != render(messages):
             raise NoShapeError("what it writes depends on what is said")
     spaced = _turns("  spaced \n")
@@ -216,7 +216,7 @@ def find_shape(render: Render) -> ChatShape:
     return replace(shape, strips=True)
 
 
-def trials(*, system: bool) -> list[list[Message]]:
+def trial_conversations(*, system: bool) -> list[list[Message]]:
     """Conversations to compare renderings on."""
     said = [
         "What is 2+2?",

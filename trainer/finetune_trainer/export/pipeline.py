@@ -30,7 +30,7 @@ from finetune_trainer.contract import (
 from finetune_trainer.export.gate.gates import DerivedGate, SourceGate, rejects
 from finetune_trainer.export.gguf.files import (
     IMPORTANCE_TYPES,
-    ModelFiles,
+    GgufSource,
     adapter_file_name,
     write_adapter,
     write_files,
@@ -65,7 +65,7 @@ class AddFile(Protocol):
 class TunedModel:
     """Base model and adapter as one."""
 
-    files: ModelFiles
+    files: GgufSource
     weights: MergedWeights
     """Opened once: where the base has float32 weights, that reads all of them."""
 
@@ -87,7 +87,7 @@ def open_tuned_model(
         weights.check_changes()
         assemble(base, adapter, folder, trust_remote_code=trusted, dtype=weights.dtype)
     tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
-    files = ModelFiles(
+    files = GgufSource(
         base=base,
         adapter=adapter,
         folder=folder,
@@ -189,7 +189,7 @@ def make_gguf(context: ExportContext) -> GateReport:
 
 
 def make_adapter(context: ExportContext) -> Path | None:
-    """The adapter alone as GGUF; None where llama.cpp can't apply it, and nobody insists."""
+    """The adapter alone as GGUF; None if llama.cpp can't apply it and the spec doesn't ask."""
     model = context.model.files
     if model.adapter is None:
         return None
@@ -219,7 +219,7 @@ def check_derived(
 
 
 def publish_file(context: ExportContext, file: Path, verdict: FileVerdict) -> None:
-    """Give a checked file its place: among the good ones, or apart."""
+    """Publish a checked file among the good ones, or apart."""
     folder = REJECTED if rejects(context.config.export, verdict) else GGUF
     context.add_file(file, f"{folder}/{file.name}", verdict.quality)
 
@@ -232,7 +232,7 @@ def make_modelfile(context: ExportContext, files: list[CheckedFile]) -> None:
         for each in files
         if each.kind in config.export.gguf and not rejects(config.export, each.verdict)
     ]
-    # With `verify: warn` some may have fallen short: those only where there is nothing better.
+    # With `verify: warn` some may have failed. The Modelfile names them only if all have.
     good = [each for each in usable if each.verdict.passed] or usable
     if not good:
         return

@@ -26,8 +26,8 @@ from finetune_trainer.export.inputs import (
     ExportInputs,
     check_memory,
     check_space,
-    fetch,
     fetch_examples,
+    fetch_inputs,
 )
 from finetune_trainer.export.pipeline import (
     MERGED,
@@ -91,8 +91,8 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
 def make_and_publish(
     config: RunConfig, workspace: Path, output: Folder, sign: Sign | None, reporter: Reporter
 ) -> Manifest:
-    """Compute everything, and put it in the place of the former version."""
-    inputs = fetch(config, output, workspace)
+    """Make all files, and put them in the place of the former version."""
+    inputs = fetch_inputs(config, output, workspace)
     fingerprint = source.resolved_of(config).fingerprints.export
     with Publication(output, fingerprint, reporter) as publication:
         manifest = make_all(ExportRun(config, inputs, workspace, publication, reporter))
@@ -124,7 +124,7 @@ def make_all(export: ExportRun) -> Manifest:
 
 
 def make_models(export: ExportRun, base: Path) -> GateReport:
-    """Write the merged model and GGUF files, each of which is on its way when it is finished."""
+    """Write the merged model and GGUF files. Each is uploaded when it is finished."""
     config, inputs = export.config, export.inputs
     check_memory()
     check_space(config, base, export.workspace)
@@ -207,17 +207,16 @@ def versions() -> dict[str, str]:
 
 
 def with_files(manifest: Manifest, files: tuple[Artifact, ...]) -> Manifest:
-    """The whole manifest."""
     return manifest.model_copy(update={"files": files})
 
 
 def encoded(manifest: Manifest) -> bytes:
-    """As manifest.json holds it."""
+    """The bytes of manifest.json."""
     return manifest.model_dump_json(indent=2, exclude_none=True).encode() + b"\n"
 
 
 def result_of(config: RunConfig, manifest: Manifest) -> StageResult:
-    """What the stage came to; a file that the gate rejected fails it, though all others are out."""
+    """The stage's result. A rejected file fails it, though the others are published."""
     folder = config.output.uri.rstrip("/")
     said = explain_failures(manifest.gate, manifest.files, config.export)
     return StageResult(

@@ -1,4 +1,4 @@
-"""What a GGUF file says by itself: its header, and how it reads text.
+"""What a GGUF file shows by itself: its header, and how it reads text.
 
 The header must have the sizes, types and metadata of its kind. Text must come out as the training
 read it: the same tokens, the same template, the same end.
@@ -45,7 +45,7 @@ MAIN_TYPES = {
     Quantization.IQ4_XS: GGMLQuantizationType.IQ4_XS,
     Quantization.Q3_K_M: GGMLQuantizationType.Q3_K,
 }
-"""What most layers of each kind are stored in; others of the mixture are larger."""
+"""The type of most layers of each kind. The other types of the mixture are larger."""
 
 NARROW_TYPES = {
     GGMLQuantizationType.Q6_K: GGMLQuantizationType.Q8_0,
@@ -80,7 +80,7 @@ def header_problems(header: Header, kind: Quantization) -> Iterator[str]:
 
 
 def differences_from_source(header: Header, source: Header) -> Iterator[str]:
-    """How a file differs from the one that it was made of, where it may not."""
+    """Forbidden differences between a file and the one that it was made of."""
     ours = {name: tensor.shape for name, tensor in header.tensors.items()}
     theirs = {name: tensor.shape for name, tensor in source.tensors.items()}
     if ours.keys() != theirs.keys():
@@ -97,7 +97,7 @@ def differences_from_source(header: Header, source: Header) -> Iterator[str]:
 
 
 def context_problems(header: Header, context: int | None) -> Iterator[str]:
-    """Whether the metadata contradicts the configuration where no computation of ours shows it."""
+    """A context length other than the model's. No short row would show it."""
     key = f"{header.value('general.architecture')}.context_length"
     found = header.value(key)
     if context is not None and found != context:
@@ -120,7 +120,7 @@ def _same(one: Header, other: Header, key: str) -> bool:
 
 
 def _changed_copies(header: Header, source: Header) -> Iterator[str]:
-    """Norms and biases are copied as they are."""
+    """A norm or bias that the quantization changed; they are copied."""
     for name, tensor in header.tensors.items():
         before = source.tensors.get(name)
         if before is None or len(tensor.shape) > 1 or before.type is not tensor.type:
@@ -211,7 +211,7 @@ def trained_text(tokenizer: PreTrainedTokenizerBase, rows: MeasuredRows) -> Trai
 
 
 def reading_problems(reading: Reading, header: Header, trained: TrainedText) -> Iterator[str]:
-    """Where llama.cpp, and the metadata that others go by, differ from the training."""
+    """Where llama.cpp, or the metadata that other programs use, differs from the training."""
     yield from _other_tokens(reading.tokens, trained)
     template = header.value("tokenizer.chat_template")
     if str(template or "").strip() != trained.template:
@@ -228,7 +228,7 @@ def reading_problems(reading: Reading, header: Header, trained: TrainedText) -> 
 
 
 def vocabulary_problems(header: Header, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Ordinary tokens and merges that are not the tokenizer's, whether the rows use them or not."""
+    """Ordinary tokens and merges other than the tokenizer's, also those that no row uses."""
     texts = header.strings("tokenizer.ggml.tokens") or []
     types = header.numbers("tokenizer.ggml.token_type") or []
     normal = [index for index, kind in enumerate(types[: len(texts)]) if kind == _NORMAL]

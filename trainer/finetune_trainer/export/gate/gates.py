@@ -66,7 +66,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Expected:
-    """What the training used and left, which has to be found again in a GGUF file."""
+    """What the training used and left, and a GGUF file has to show again."""
 
     tokenizer: PreTrainedTokenizerBase
     rows: MeasuredRows
@@ -78,7 +78,7 @@ class Expected:
     """The longest text that the model is made for, in tokens."""
 
     reference: Reference | None
-    """What the tuned model says of the rows; None where nothing is measured."""
+    """What the tuned model predicts for the rows; None if nothing is measured."""
 
     export: Export
     workspace: Path

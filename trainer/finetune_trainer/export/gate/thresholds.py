@@ -1,10 +1,10 @@
-"""How far a GGUF file may be from what it was made of, by its type and the model's size.
+"""How far a GGUF file may be from its source, by its type and the model's size.
 
 Sources. llama.cpp's own measurements on Llama 3 8B (its tools/perplexity/README.md, "LLaMA 3 8b
 Scoreboard", revision f364eb6f: mean KL divergence from the 16-bit model over Wikitext-2, without
 importance matrices but for IQ4_XS) are PUBLISHED. A file of that size may have about three times
-that, since fine-tuned answers are not Wikitext. Smaller models lose more: what was measured on
-SmolLM2-135M stands in docs/export-quality.md, and is what GROWTH follows.
+that, since fine-tuned answers are not Wikitext. Smaller models lose more: GROWTH follows the
+measurements on SmolLM2-135M in docs/export-quality.md.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ NOISE = {
 
 EFFECT_SHARE = 0.002
 """A file without quantization may be off by this share of the adapter's effect (the divergence of
-tuned and base model), within NOISE and UNQUANTIZED_LIMITS. A gentle training moves the model by
-little, and a merge that does half of it would otherwise pass: halving the scale of every delta
-makes about a quarter of the effect."""
+tuned and base model), within NOISE and UNQUANTIZED_LIMITS. A gentle training moves the model only
+a little, and a merge that does half of it would otherwise pass: halving the scale of every delta
+costs about a quarter of the effect."""
 
 LARGE = 8.0e9  # parameters
 SMALL = 1.0e8  # parameters; below, the limits grow no more

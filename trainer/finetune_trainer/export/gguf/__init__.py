@@ -8,5 +8,5 @@ quantize_worker  llama.cpp's quantizer; a program of its own
 importance       which weights a quantization should spare, measured on training rows
 header           the header of a GGUF file
 
-A file appears under its name when it is complete.
+A file gets its name when it is complete.
 """

@@ -72,7 +72,7 @@ def adapter_file_name(model: str) -> str:
 
 
 def preferred(kinds: Iterable[Quantization], parameters: float) -> Quantization:
-    """The file that most people would serve; small models lose much by four bits."""
+    """The type that most people would serve. Small models lose much with four bits."""
     order = _SMALL_FIRST if parameters < SMALL else _LARGE_FIRST
     return min(kinds, key=lambda kind: order.index(kind) if kind in order else len(order))
 
@@ -80,9 +80,9 @@ def preferred(kinds: Iterable[Quantization], parameters: float) -> Quantization:
 def source_of(kinds: Iterable[Quantization], own: Quantization) -> Quantization:
     """The type of the file that all others are made of.
 
-    That is one of the files asked for, so that nothing is written but them: of the model's own
-    16-bit type if possible, else of the other one, else F32. Where none is, a temporary file of the
-    model's own type is needed.
+    It is one of the types asked for, so that no other file has to be written: the model's own
+    16-bit type if possible, else the other one, else F32. If none of them is asked for, it is the
+    model's own type, in a temporary file.
     """
     asked = set(kinds)
     for kind in (own, Quantization.F16, Quantization.BF16, Quantization.F32):
@@ -92,7 +92,7 @@ def source_of(kinds: Iterable[Quantization], own: Quantization) -> Quantization:
 
 
 @dataclass(frozen=True)
-class ModelFiles:
+class GgufSource:
     """The files that GGUF files are made of, and what has to be known of them."""
 
     base: Path
@@ -118,18 +118,18 @@ class ModelFiles:
 
 
 def write_files(
-    model: ModelFiles,
+    model: GgufSource,
     target: Path,
     kinds: Iterable[Quantization],
     *,
     importance: Path | None = None,
     reporter: Reporter | None = None,
 ) -> Iterator[tuple[Quantization, Path]]:
-    """Write one file for each type to the folder `target`, and give each when it is complete.
+    """Write one file for each type to the folder `target`, and yield each when it is complete.
 
-    The first is the one that the others are made of, then the largest first. Where none of the
-    types can serve it is one more, in a temporary folder beside `target`. The others are begun when
-    the caller asks for the second; `importance` has to be there by then.
+    The first is the one that the others are made of, see `source_of`. The others follow, the
+    largest first. A temporary one lies in a folder beside `target`. The others are begun when the
+    caller asks for the second file, and `importance` has to be there by then.
     """
     kinds = set(kinds)
     source_kind = source_of(kinds, model.own_type)
@@ -152,7 +152,7 @@ def quantize_all(
     importance: Path | None = None,
     reporter: Reporter | None = None,
 ) -> Iterator[tuple[Quantization, Path]]:
-    """Write `source` as each of the types, and give the files in their order."""
+    """Write `source` as each of the types, and yield the files in their order."""
     with ThreadPoolExecutor(AT_A_TIME, "quantize") as pool:
         jobs = []
         for kind, file in targets.items():
@@ -170,7 +170,7 @@ def quantize_all(
 
 
 def write_unquantized(
-    model: ModelFiles, target: Path, kind: Quantization, *, reporter: Reporter | None = None
+    model: GgufSource, target: Path, kind: Quantization, *, reporter: Reporter | None = None
 ) -> None:
     """Write the merged model as F16, BF16 or F32 to the file `target`.
 
@@ -270,7 +270,7 @@ def write_adapter(
 
 
 def _refuse_unknown(config: dict[str, Any]) -> None:
-    """Raise StageError for what llama.cpp would leave out without a word."""
+    """Raise StageError for what llama.cpp would leave out silently."""
     found = [name for name in _NOT_IN_GGUF if config.get(name)]
     if config.get("bias") not in (None, "none"):
         found.append("bias")
@@ -284,7 +284,7 @@ def _refuse_unknown(config: dict[str, Any]) -> None:
 
 
 def _as_llama_reads_it(config: dict[str, Any]) -> dict[str, Any]:
-    """The same adapter for llama.cpp, which always scales by alpha / r.
+    """The configuration for llama.cpp, which always scales by alpha / r.
 
     rsLoRA scales by alpha / sqrt(r), that is (alpha sqrt(r)) / r.
     """

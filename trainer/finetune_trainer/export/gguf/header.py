@@ -1,7 +1,7 @@
-"""The header of a GGUF file, read with a doubt about each byte.
+"""The header of a GGUF file. It may be damaged anywhere, so every length and offset is checked.
 
-gguf-py's reader makes several objects of each string: for a vocabulary of 49,000 entries that took
-7 s and 160 MB here. This one walks over the bytes and decodes what it is asked for. The format is
+gguf-py's reader makes several objects of each string: a vocabulary of 49,000 entries took 7 s and
+160 MB. This one walks over the bytes and decodes only what it is asked for. The format is
 ggml-org/ggml's docs/gguf.md, version 3.
 """
 
@@ -80,7 +80,7 @@ class Header:
     """A file's metadata and tensors; the file stays mapped until it is closed."""
 
     def __init__(self, file: Path) -> None:
-        """Read a file; raises HeaderError where it is not GGUF."""
+        # Raises HeaderError where the file is not GGUF.
         with file.open("rb") as stream:
             if file.stat().st_size < 24:
                 raise HeaderError("it ends before its header does")
@@ -98,7 +98,6 @@ class Header:
             raise
 
     def __enter__(self) -> Self:
-        """Use it in a `with` statement."""
         return self
 
     def __exit__(
@@ -107,11 +106,10 @@ class Header:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Let go of the file."""
         self.data.close()
 
     def value(self, key: str) -> Any:
-        """A scalar or a string of the metadata; None when it is not there or is an array."""
+        """A scalar or a string of the metadata; None if it is absent or an array."""
         field = self.fields.get(key)
         if field is None or field.type == _ARRAY:
             return None
@@ -120,7 +118,7 @@ class Header:
         return self._unpack(_SCALARS[field.type], field.start)
 
     def strings(self, key: str) -> list[str] | None:
-        """An array of strings of the metadata; None when it is none."""
+        """An array of strings of the metadata; None if it isn't one."""
         field = self.fields.get(key)
         if field is None or field.type != _ARRAY:
             return None
@@ -129,7 +127,7 @@ class Header:
         return list(self._strings(field.start + 12, self._unpack("Q", field.start + 4)))
 
     def numbers(self, key: str) -> list[Any] | None:
-        """An array of numbers of the metadata; None when it is none."""
+        """An array of numbers of the metadata; None if it isn't one."""
         field = self.fields.get(key)
         if field is None or field.type != _ARRAY:
             return None
@@ -151,7 +149,7 @@ class Header:
 
     @property
     def end(self) -> int:
-        """Where the last tensor ends: the least that the file's size must be."""
+        """Where the last tensor ends. The file can't be smaller."""
         return max((t.offset + t.bytes for t in self.tensors.values()), default=0)
 
     def _read(self) -> None:

@@ -1,6 +1,6 @@
 """The importance matrix: how large each layer's inputs are on rows of the training.
 
-Quantizations of few bits then round those weights most carefully that are multiplied by most. It is
+A quantization to few bits then rounds the weights most carefully that large inputs meet. It is
 measured on base model and adapter as transformers and PEFT run them, and written as llama.cpp's own
 tool writes it (see quantize_worker). The model runs in a process of its own, `python -m` this
 module, which reads an ImportanceRequest.
@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Example, Reason, StageError
-from finetune_trainer.export.gguf.files import ModelFiles
+from finetune_trainer.export.gguf.files import GgufSource
 from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.export.gguf.requests import INPUT_COUNTS, INPUT_SUMS, ImportanceRequest
 from finetune_trainer.export.reference.float32 import load_streamed
@@ -44,7 +44,7 @@ _PEFT = ("base_model.model.", ".base_layer")
 
 
 def write_importance(
-    model: ModelFiles,
+    model: GgufSource,
     file: Path,
     examples: Sequence[Example],
     target: Path,
@@ -80,7 +80,7 @@ def write_importance(
 def chunks(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterable[list[int]]:
     """Conversations end to end, in pieces of CHUNK_TOKENS; the last may be shorter.
 
-    In an order of their own, always the same: files are often sorted, and MAX_CHUNKS cuts them.
+    They are shuffled, always in the same way: files are often sorted, and MAX_CHUNKS cuts them.
     """
     shuffled = random.Random(0).sample(examples, len(examples))  # noqa: S311 - no secret
     groups = (shuffled[start : start + BATCH] for start in range(0, len(shuffled), BATCH))
@@ -102,14 +102,14 @@ class InputSums:
         self.count = 0
 
     def __call__(self, _: Any, args: tuple[torch.Tensor, ...]) -> None:
-        """Hook before the layer's forward pass."""
+        # A hook before the layer's forward pass.
         rows = args[0].reshape(-1, args[0].shape[-1])
         self.sums += rows.square().sum(dim=0, dtype=torch.float64).numpy()
         self.count += rows.shape[0]
 
 
 def gguf_names(file: Path) -> dict[str, str]:
-    """Weights of linear layers by transformers' names to those of a GGUF file's tensors."""
+    """From transformers' names of linear layers' weights to those of a GGUF file's tensors."""
     with Header(file) as header:
         architecture = header.value("general.architecture")
         blocks = header.value(f"{architecture}.block_count")
@@ -127,7 +127,7 @@ def gguf_names(file: Path) -> dict[str, str]:
 
 
 def plain_name(module: str) -> str:
-    """A module's name without what PEFT wraps around it."""
+    """A module's name without PEFT's additions."""
     for part in _PEFT:
         module = module.replace(part, "")
     return module
@@ -146,7 +146,6 @@ def hook_linear_layers(model: torch.nn.Module, names: dict[str, str]) -> dict[st
 
 @torch.no_grad()
 def run_over(model: Any, chunks: Sequence[Sequence[int]]) -> None:
-    """Run the model over all chunks."""
     total, done = sum(len(chunk) for chunk in chunks), 0
     for chunk in chunks:
         ids = torch.tensor([list(chunk)])

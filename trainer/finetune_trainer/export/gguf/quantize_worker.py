@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def listen(total: int) -> Any:
-    """A receiver of llama.cpp's log: sizes of tensors become progress, errors are passed on."""
+    """A callback for llama.cpp's log. It reports sizes of tensors as progress, and errors."""
     done = 0.0
 
     def receive(level: int, text: bytes, _: ctypes.c_void_p) -> None:

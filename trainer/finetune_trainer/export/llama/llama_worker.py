@@ -55,7 +55,7 @@ class LlamaSession:
     context: Any = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        """Load the file; the process ends where llama.cpp can't."""
+        # The process ends where llama.cpp can't load the file.
         llama_cpp.llama_backend_init()
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = 0
@@ -69,7 +69,7 @@ class LlamaSession:
         self.size = llama_cpp.llama_vocab_n_tokens(self.vocabulary)
 
     def tokens(self, text: str, *, add_special: bool) -> list[int]:
-        """A text in tokens, special tokens read as such."""
+        """The tokens of a text. Special tokens in it count as such."""
         data = text.encode()
         most = len(data) + 8  # there are never more tokens than bytes
         found = (llama_cpp.llama_token * most)()
@@ -81,7 +81,7 @@ class LlamaSession:
         return list(found[:count])
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, special ones left out."""
+        """The text of tokens, without special ones."""
         most = 64 * len(tokens) + 64  # bytes
         found = ctypes.create_string_buffer(most)
         given = (llama_cpp.llama_token * len(tokens))(*tokens)
@@ -130,16 +130,14 @@ class LlamaSession:
         return int(llama_cpp.llama_model_n_layer(self.model) * per_layer)
 
     def close(self) -> None:
-        """Give back the memory of the context."""
         llama_cpp.llama_free(self.context)
         self.context = None
 
-    def forget(self) -> None:
-        """Begin anew."""
+    def clear(self) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
 
     def run(self, tokens: Sequence[tuple[int, int, int, bool]]) -> Iterator[npt.NDArray[Any]]:
-        """Read (token, position, sequence, wanted); the logits after each wanted one, in order."""
+        """Read (token, position, sequence, wanted); yields the logits after each wanted token."""
         batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
         try:
             batch.n_tokens = len(tokens)
@@ -163,7 +161,7 @@ class LlamaSession:
 def groups(
     prompts: Sequence[Sequence[int]], limit: int, most: int
 ) -> Iterator[list[Sequence[int]]]:
-    """Prompts in groups that take at most `most` tokens with `limit` tokens of answer each."""
+    """Group prompts: at most `most` tokens a group, with `limit` for each answer."""
     group: list[Sequence[int]] = []
     for prompt in prompts:
         if group and sum(len(item) + limit for item in [*group, prompt]) > most:
@@ -177,9 +175,9 @@ def groups(
 def greedy(
     session: LlamaSession, prompts: Sequence[Sequence[int]], limit: int, seconds: float
 ) -> list[tuple[list[int], bool]]:
-    """Continue all prompts side by side: the tokens of each answer, and whether it ended itself.
+    """Continue all prompts side by side; returns the tokens of each answer, and whether it ended.
 
-    At most `limit` tokens each, and about `seconds` in all: what is not finished then is cut.
+    An answer has at most `limit` tokens. After about `seconds` all that are not finished are cut.
     """
     until = time.monotonic() + seconds
     answers: list[list[int]] = [[] for _ in prompts]
@@ -251,7 +249,7 @@ def _measure(
     kept = logprobs.create(kept_file, total, session.size) if kept_file else None
     sums, done = logprobs.TokenSums(), 0
     for row in rows:
-        session.forget()
+        session.clear()
         wanted = {position - 1 for position in row.measured}
         ids = row.ids[: row.measured[-1]]
         batch = [(token, at, 0, at in wanted) for at, token in enumerate(ids)]

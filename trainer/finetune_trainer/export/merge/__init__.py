@@ -5,7 +5,7 @@ deltas        what the adapter adds to each weight
 merged        MergedWeights: rows of the merged model, by blocks
 model_folder  the merged model as a folder: shards, configuration, tokenizer
 
-Nothing here loads a model: whatever its size, some blocks of rows are all that is in memory.
+Nothing here loads a model. Whatever its size, only some blocks of rows are in memory.
 """
 
 from finetune_trainer.export.merge.checkpoint import TensorInfo

@@ -36,14 +36,14 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class Stored:
+class BaseTensor:
     """A tensor of the base model: a view of the mapped file."""
 
     tensor: torch.Tensor
     shard: str
 
 
-def read_checkpoint(folder: Path) -> dict[str, Stored]:
+def read_checkpoint(folder: Path) -> dict[str, BaseTensor]:
     """All tensors by name, in the order of the files; raises StageError(ModelUnsupported)."""
     if (folder / SINGLE).is_file():
         return _tensors(folder, SINGLE)
@@ -57,7 +57,7 @@ def read_checkpoint(folder: Path) -> dict[str, Stored]:
         if weight_map.get(name) == shard
     }
     if missing := sorted(set(weight_map) - set(found)):
-        raise _unreadable(INDEX, f"it names {some(missing)}, which the files don't hold")
+        raise _unreadable(INDEX, f"it names {shortened(missing)}, which the files don't hold")
     return found
 
 
@@ -77,21 +77,21 @@ def open_file(file: Path) -> dict[str, torch.Tensor]:
     return {name: handle.get_tensor(name) for name in handle.offset_keys()}
 
 
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """A list of names for people: a few of them, and how many more there are."""
+def shortened(names: Iterable[str], limit: int = 3) -> str:
+    """The first few names, and how many more there are."""
     listed = list(names)
     more = len(listed) - limit
     return ", ".join(listed[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
-def _tensors(folder: Path, shard: str) -> dict[str, Stored]:
+def _tensors(folder: Path, shard: str) -> dict[str, BaseTensor]:
     try:
         opened = open_file(folder / shard)
     except FileNotFoundError as error:
         raise _unreadable(shard, "it is missing") from error
     except SafetensorError as error:
         raise _unreadable(shard, str(error)) from error
-    return {name: Stored(tensor, shard) for name, tensor in opened.items()}
+    return {name: BaseTensor(tensor, shard) for name, tensor in opened.items()}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -111,7 +111,7 @@ def _unreadable(file: str, cause: str) -> StageError:
 
 def _no_weights(folder: Path) -> StageError:
     pickled = sorted(f.name for f in folder.glob("*.bin")) if folder.is_dir() else []
-    found = f"only {some(pickled)}, which could run code when read" if pickled else "none"
+    found = f"only {shortened(pickled)}, which could run code when read" if pickled else "none"
     return StageError(
         Reason.MODEL_UNSUPPORTED,
         f"The base model has no weights in safetensors ({SINGLE} or {INDEX}), {found}. Choose a "
@@ -119,14 +119,14 @@ def _no_weights(folder: Path) -> StageError:
     )
 
 
-FLOAT16_SAFE = 60_000.0  # float16 ends at 65,504; quantizers need some room
+FLOAT16_SAFE = 60_000.0  # float16 ends at 65,504; quantizers need a margin
 
 _SIXTEEN = (torch.bfloat16, torch.float16)
 _WHOLE = (*_SIXTEEN, torch.float32, torch.float64)
 
 
 def sixteen_bit_type(config: dict[str, Any], tensors: Iterable[torch.Tensor]) -> torch.dtype | None:
-    """The type that config.json names, or else that most weights have; None if it has more bits.
+    """The type that config.json names, or else that of most weights; None if it has more bits.
 
     Raises StageError(ModelUnsupported) for weights of fewer bits.
     """
@@ -161,7 +161,7 @@ _OUTPUT_LAYERS = ("lm_head", "embed_out")
 
 
 def weight_names(base: Path, modules: Iterable[str], stored: Collection[str]) -> dict[str, str]:
-    """Modules to the names of their weights in the base's files; raises StageError."""
+    """From modules to the names of their weights in the base's files; raises StageError."""
     modules = list(modules)
     _refuse_tied(base, modules)
     names = {module: f"{module}.weight" for module in modules}
@@ -169,12 +169,11 @@ def weight_names(base: Path, modules: Iterable[str], stored: Collection[str]) ->
         files = _renamed(base, stored)
         names = {module: files.get(name, name) for module, name in names.items()}
     if missing := [name for name in names.values() if name not in stored]:
-        raise other_model(f"it has no {some(missing)}")
+        raise other_model_error(f"it has no {shortened(missing)}")
     return names
 
 
-def other_model(cause: str) -> StageError:
-    """The adapter was trained on another model."""
+def other_model_error(cause: str) -> StageError:
     return StageError(
         Reason.MODEL_UNSUPPORTED,
         f"The adapter does not belong to this base model: {cause}. Name the model that it was "
@@ -193,14 +192,14 @@ def _refuse_tied(base: Path, modules: list[str]) -> None:
     if config.tie_word_embeddings:
         raise StageError(
             Reason.MODEL_UNSUPPORTED,
-            f"The adapter changes {some(outputs)}, whose weight is the input embedding's as well "
-            "(tie_word_embeddings), so that a merge would change both: leave it out of "
+            f"The adapter changes {shortened(outputs)}, whose weight is the input embedding's as "
+            "well (tie_word_embeddings), so that a merge would change both: leave it out of "
             "spec.training.lora.targetModules.",
         )
 
 
 def _renamed(base: Path, stored: Iterable[str]) -> dict[str, str]:
-    """Names of a model's parameters to those of the files, where no more than the name differs."""
+    """From names of a model's parameters to those in the files, where only the name differs."""
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - see above
     from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
     from transformers.core_model_loading import (  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""A LoRA adapter as PEFT saves it, and what it does to each weight."""
+"""A LoRA adapter as PEFT saves it, and what it adds to each weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from finetune_trainer.contract import Reason, StageError
-from finetune_trainer.export.merge.checkpoint import open_file, some
+from finetune_trainer.export.merge.checkpoint import open_file, shortened
 
 ALIGNED = 64  # rows
 
@@ -35,12 +35,11 @@ class Delta:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight that it changes."""
+        """The shape of the weight that it changes."""
         return self.b.shape[0], self.a.shape[1]
 
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
-        """Everything that was learnt."""
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
     def merge(self, base: torch.Tensor, start: int) -> torch.Tensor:
@@ -86,7 +85,7 @@ _OTHER_RESULT = (
     "use_qalora",
     "velora_config",
 )
-"""Fields of PEFT 0.21's LoraConfig that say what is merged, or that it can't be."""
+"""Fields of PEFT 0.21's LoraConfig that change what a merge gives, or forbid one."""
 
 _PLAIN_START = (True, False, None, "gaussian")
 """Values of init_lora_weights that leave the base model's weights as they are."""
@@ -97,15 +96,15 @@ def read_adapter(folder: Path) -> dict[str, Delta]:
     config = _read_config(folder / CONFIG)
     _refuse_other_kinds(config)
     if missing := [key for key in ("r", "lora_alpha") if not config.get(key)]:
-        raise _unusable(f"{CONFIG} has no {some(missing)}")
+        raise _unusable(f"{CONFIG} has no {shortened(missing)}")
     tensors = _read_tensors(folder / WEIGHTS)
     modules = {name.removesuffix(_A) for name in tensors if name.endswith(_A)}
     used = {f"{m}{part}" for m in modules for part in (_A, _B, _MAGNITUDE)}
     if unknown := sorted(set(tensors) - used):
         raise StageError(
             Reason.MODEL_UNSUPPORTED,
-            f"The adapter can't be merged: it holds {some(unknown)} besides the LoRA weights of "
-            "linear layers. Leave embed_tokens and lm_head out of the target modules.",
+            f"The adapter can't be merged: it holds {shortened(unknown)} besides the LoRA weights "
+            "of linear layers. Leave embed_tokens and lm_head out of the target modules.",
         )
     if not modules:
         raise _unusable("it holds no LoRA layer")
@@ -162,7 +161,7 @@ def _refuse_other_kinds(config: dict[str, Any]) -> None:
     if (kind := config.get("peft_type")) != "LORA":
         raise _refused(f"peft_type {kind}")
     if found := [name for name in _OTHER_RESULT if config.get(name)]:
-        raise _refused(some(found))
+        raise _refused(shortened(found))
     if config.get("bias") not in ("none", None):
         raise _refused(f"bias {config['bias']}")
     if (start := config.get("init_lora_weights")) not in _PLAIN_START:

@@ -15,13 +15,13 @@ import torch
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.export.merge.checkpoint import (
     FLOAT16_SAFE,
-    Stored,
+    BaseTensor,
     TensorInfo,
-    other_model,
+    other_model_error,
     read_checkpoint,
     read_config,
+    shortened,
     sixteen_bit_type,
-    some,
     weight_names,
 )
 from finetune_trainer.export.merge.deltas import ALIGNED, Delta, read_adapter
@@ -29,7 +29,7 @@ from finetune_trainer.export.merge.deltas import ALIGNED, Delta, read_adapter
 SPAN_BYTES = 1 << 20  # of float32 sums that a thread computes at a time: they stay in its cache
 
 _UNREACHED = re.compile(r"(^|\.)(vision|visual|image|audio)\w*\.")
-"""Parts of a model that no text goes through, so that training on text leaves them as they are."""
+"""Parts of a model that text doesn't reach. Training on text doesn't change them."""
 
 _S = TypeVar("_S")
 _T = TypeVar("_T")
@@ -39,7 +39,7 @@ class MergedWeights:
     """Base model and adapter, merged as they are read. Reading is safe from several threads."""
 
     def __init__(
-        self, stored: Mapping[str, Stored], deltas: Mapping[str, Delta], dtype: torch.dtype
+        self, stored: Mapping[str, BaseTensor], deltas: Mapping[str, Delta], dtype: torch.dtype
     ) -> None:
         self._stored = stored
         self._deltas = deltas
@@ -64,8 +64,7 @@ class MergedWeights:
     def open(cls, base: Path, adapter: Path | None, dtype: torch.dtype | None = None) -> Self:
         """Map the files of both folders; raises StageError when they don't belong together.
 
-        `dtype` is what `.dtype` was the last time, where finding it out again would take time: a
-        model in 32 bits is read for it.
+        `dtype` is an earlier result of `.dtype`. It saves reading all of a model in 32 bits.
         """
         config = read_config(base)
         stored = _without_tied_copy(read_checkpoint(base), config)
@@ -77,7 +76,7 @@ class MergedWeights:
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows of a merged tensor in the type that `infos` names.
 
-        A view of the base's file where nothing changes: don't write to it. Raises
+        Where nothing changes it is a view of the base's file: don't write to it. Raises
         StageError(QualityGateFailed) when a value is not finite any more.
         """
         stored, dtype = self._stored[name].tensor, self.infos[name].dtype
@@ -109,7 +108,7 @@ class MergedWeights:
             raise _unchanged(same, len(self._deltas))
 
     def _exact(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Merged rows before they are rounded to the storage type."""
+        """Merged rows before rounding to the storage type."""
         stored = self._stored[name].tensor[start:stop]
         delta = self._deltas.get(name)
         return stored if delta is None else delta.merge(stored, start)
@@ -122,7 +121,7 @@ class MergedWeights:
         )
 
     def _narrowest(self) -> torch.dtype:
-        """Of 32 bits float16 keeps more digits, and bfloat16 large values."""
+        """The 16-bit type for 32-bit weights: float16 has more digits, bfloat16 larger values."""
 
         def is_safe(name: str, span: tuple[int, int]) -> bool:
             return bool(self._exact(name, *span).abs().max() < FLOAT16_SAFE)
@@ -146,7 +145,9 @@ class MergedWeights:
         )
 
 
-def _without_tied_copy(stored: dict[str, Stored], config: dict[str, Any]) -> dict[str, Stored]:
+def _without_tied_copy(
+    stored: dict[str, BaseTensor], config: dict[str, Any]
+) -> dict[str, BaseTensor]:
     """Leave out an output layer that is a copy of the input embedding, as transformers does."""
     parts = (config, config.get("text_config") or {})
     output = next((name for name in stored if name.endswith("lm_head.weight")), None)
@@ -159,19 +160,21 @@ def _without_tied_copy(stored: dict[str, Stored], config: dict[str, Any]) -> dic
 
 
 def _deltas(
-    base: Path, modules: dict[str, Delta], stored: Mapping[str, Stored]
+    base: Path, modules: dict[str, Delta], stored: Mapping[str, BaseTensor]
 ) -> dict[str, Delta]:
     """Deltas by the names of the weights that they change."""
     names = weight_names(base, modules, stored.keys())
     for module, delta in modules.items():
         shape = tuple(stored[names[module]].tensor.shape)
         if shape != delta.shape:
-            raise other_model(f"its {names[module]} has shape {shape} instead of {delta.shape}")
+            raise other_model_error(
+                f"its {names[module]} has shape {shape} instead of {delta.shape}"
+            )
     return {names[module]: delta for module, delta in modules.items()}
 
 
 def _spans(start: int, stop: int, tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Cut rows into blocks whose sums take about SPAN_BYTES."""
+    """Blocks of rows whose sums take about SPAN_BYTES."""
     row_bytes = 4 * max(1, tensor.numel() // max(1, tensor.shape[0]))
     size = max(ALIGNED, SPAN_BYTES // row_bytes // ALIGNED * ALIGNED)
     for low in range(start, stop, size):
@@ -181,8 +184,8 @@ def _spans(start: int, stop: int, tensor: torch.Tensor) -> Iterator[tuple[int, i
 def _in_threads(work: Callable[[_S], _T], items: Iterable[_S]) -> list[_T]:
     """The results of `work` on each item, from as many threads as torch may use.
 
-    One item to a thread: torch's own threads wait for each other many times in each item, and
-    beside other busy processes that takes several times as long.
+    Each thread computes one item at a time. torch's own threads wait for each other many times in
+    each item, which takes several times as long beside other busy processes.
     """
     items = list(items)
     threads = torch.get_num_threads()
@@ -197,7 +200,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Twenty times as fast as torch.isfinite on a CPU; a NaN is the least and the largest."""
+    """As torch.isfinite, 20 times as fast on a CPU. A NaN is both the minimum and the maximum."""
     if not tensor.numel():
         return True
     low, high = torch.aminmax(tensor)
@@ -213,7 +216,7 @@ def _broken(name: str) -> StageError:
 
 
 def _unchanged(names: list[str], targets: int) -> StageError:
-    modules = some(name.removesuffix(".weight") for name in names)
+    modules = shortened(name.removesuffix(".weight") for name in names)
     return StageError(
         Reason.QUALITY_GATE_FAILED,
         f"The training changed nothing in {len(names)} of {targets} target modules ({modules}): "

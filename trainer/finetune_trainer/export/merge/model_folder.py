@@ -89,7 +89,7 @@ def assemble(
 ) -> None:
     """Fill the folder `target` with all files of the merged model but weights and their index.
 
-    `dtype` is the type of the weights (MergedWeights.dtype); left out, it is found out again.
+    `dtype` is MergedWeights.dtype; left out, it is worked out again.
     Raises StageError when base or adapter can't be read.
     """
     target.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def assemble(
     tokenizer = load_tokenizer(adapter, trust_remote_code=trust_remote_code)
     _write(target / CONFIG, stored_config(config, dtype, trusted=trust_remote_code))
     generation = generation_settings(base, trust_remote_code=trust_remote_code)
-    _write(target / GENERATION, stopping(generation, tokenizer))
+    _write(target / GENERATION, with_stop_tokens(generation, tokenizer))
     save_tokenizer(tokenizer, base, target)
     code = [file.name for file in base.glob("*.py")] if trust_remote_code else []
     for name in (*_OF_THE_BASE, *code):
@@ -120,7 +120,7 @@ def stored_config(config: dict[str, Any], dtype: torch.dtype, *, trusted: bool) 
 
 
 def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """Wherever it is named, also for the parts of a model of several."""
+    """The configuration with another type wherever one is named, also for a model's parts."""
     changed = {}
     for key, value in config.items():
         part = key.endswith("_config") and isinstance(value, dict)
@@ -136,12 +136,14 @@ def generation_settings(base: Path, *, trust_remote_code: bool = False) -> dict[
     else:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
         settings = GenerationConfig.from_model_config(config).to_diff_dict()
-    # It would say that nobody chose these settings, and that they may be made anew.
+    # It marks settings that nobody chose, and that a program may replace.
     settings.pop("_from_model_config", None)
     return settings
 
 
-def stopping(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def with_stop_tokens(
+    settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """Generation settings with every token that the chat template ends turns with."""
     known = settings.get("eos_token_id")
     ends = [known] if isinstance(known, int) else list(known or [])
@@ -178,7 +180,7 @@ def write_merged(weights: MergedWeights, target: Path, on_bytes: OnBytes | None 
 def _write_shard(
     weights: MergedWeights, infos: list[TensorInfo], file: BinaryIO, on_bytes: OnBytes
 ) -> None:
-    # The widest types come first, so that every tensor begins at a multiple of its type's size.
+    # The widest types come first. So every tensor begins at a multiple of its type's size.
     infos = sorted(infos, key=lambda info: -info.dtype.itemsize)
     head = _header(infos)
     file.write(head)
@@ -190,7 +192,7 @@ def _write_shard(
 
 
 def _header(infos: list[TensorInfo]) -> bytes:
-    """Its own length in eight bytes, then JSON, padded with spaces."""
+    """The length of the JSON in eight bytes, then the JSON, padded with spaces."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for info in infos:

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 def check_token(hub: Hub | None, environment: Mapping[str, str] = os.environ) -> None:
-    """StageError where a push is asked for without a token, before anything is computed in vain."""
+    """Raise StageError for a push without a token, before anything is computed."""
     if hub and not environment.get(TOKEN_VARIABLE):
         raise StageError(
             Reason.INVALID_CONFIG,
@@ -52,9 +52,9 @@ def check_token(hub: Hub | None, environment: Mapping[str, str] = os.environ) ->
 
 
 def push(hub: Hub, output: Folder, workspace: Path, reporter: Reporter) -> Pushed:
-    """Push what the output folder holds, unless that was done; remember it in the folder.
+    """Push what the output folder holds, unless that was done, and record it in the folder.
 
-    Files are fetched one at a time, so that one of them at most is on this disk. Raises StageError;
+    Files are fetched one at a time, so at most one of them is on this disk. Raises StageError;
     the output folder is complete in any case.
     """
     if done := find_pushed(output, hub):
@@ -152,7 +152,7 @@ class _Push:
 
 @contextmanager
 def _errors(hub: Hub, output: Folder) -> Iterator[None]:
-    """Errors of the Hub as reasons; the token is in none of them."""
+    """Turn errors of the Hub into StageErrors. The token is in none of them."""
     whole = f"The artifacts are complete in {output.uri}; the next attempt only pushes."
     try:
         with _unwrapped():
@@ -170,7 +170,7 @@ def _errors(hub: Hub, output: Folder) -> Iterator[None]:
 
 @contextmanager
 def _unwrapped() -> Iterator[None]:
-    """The client puts what goes wrong with a large file into a RuntimeError."""
+    """Unwrap errors with large files, which the client puts into a RuntimeError."""
     try:
         yield
     except RuntimeError as error:

@@ -122,8 +122,8 @@ class Publication:
     """One version of the output folder.
 
     A failed upload is raised (StageError, OSError) by the next call of any method but `close`.
-    Nothing is published before `commit`. A Publication that is closed before leaves what it has
-    uploaded to the next one of the same fingerprint.
+    Nothing is published before `commit`. If it is closed before, the next Publication of the same
+    fingerprint takes over what was uploaded.
     """
 
     def __init__(self, output: Folder, fingerprint: str, reporter: Reporter) -> None:
@@ -186,11 +186,9 @@ class Publication:
         self._thread.join()
 
     def __enter__(self) -> Self:
-        """The thread runs already."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the background work."""
         self.close()
 
     def _finish_uploads(self) -> None:
@@ -333,5 +331,5 @@ def _parse(data: bytes | None) -> Marker | None:
 
 
 def _may_go(path: str) -> bool:
-    """Whether a path stays in the output folder, and out of what belongs to the stages."""
+    """Whether a path is in the output folder, and not in the stages' part of it."""
     return stays_below(path) and PurePosixPath(path).parts[:1] != (STAGES,)

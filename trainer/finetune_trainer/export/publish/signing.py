@@ -32,7 +32,7 @@ class Signer:
     """Signs files that are known by their SHA-256: they need not be on this disk."""
 
     def __init__(self, name: str, key: str) -> None:
-        """`name` is the model's, for the statement; raises StageError when the key is none."""
+        """`name` is the model's, for the statement. Raises StageError if the key is unusable."""
         self._name = name
         self._config = _config(key)
 
@@ -49,7 +49,7 @@ class Signer:
 def signer_for(
     export: Export, name: str, environment: MutableMapping[str, str] = os.environ
 ) -> Signer | None:
-    """What spec.export.signing asks for; raises StageError before anything is computed in vain.
+    """What spec.export.signing asks for; raises StageError before anything is computed.
 
     The key leaves the environment: child processes, which may run a model's own code, get none.
     """
@@ -101,7 +101,7 @@ def _as_file(key: str) -> Iterator[Path]:
 
 
 def _known(name: str, artifacts: Iterable[Artifact]) -> Any:
-    """What model-signing would find by reading all files again."""
+    """The hashes that model-signing would find by reading all files again."""
     from model_signing import hashing, manifest  # noqa: PLC0415
 
     kind = manifest.SerializationType.from_args(

@@ -1,4 +1,4 @@
-"""What the tuned model says, computed in float32 before anything is merged.
+"""What the tuned model predicts, computed in float32 before anything is merged.
 
 measured_rows  the rows that everything is measured on
 float32        log-probabilities of the base model with its adapter; weights stay in their files

@@ -1,13 +1,13 @@
-"""What the tuned model says, by transformers and PEFT in float32, before anything is merged.
+"""What the tuned model predicts, by transformers and PEFT in float32, before anything is merged.
 
-The adapter's layers stand beside the base model's as they were trained, so that a mistake of the
-merge or of the conversion shows. The model runs in a process of its own, `python -m` this module,
+The adapter's layers stand beside the base model's, as they were trained. So a mistake of the merge
+or of the conversion shows. The model runs in a process of its own, `python -m` this module,
 which reads a ReferenceRequest and writes a ReferenceAnswer or a Refusal.
 
-transformers maps safetensors into memory; a 16-bit model takes no memory of its own until
-somebody converts it. Here nobody does: each weight is a `MappedWeight`, which says that it is
-float32 and converts the rows that a computation asks for, a block at a time. So a forward pass
-takes the memory of its activations, whatever the model's size. The modules are those of
+transformers maps safetensors into memory, and a 16-bit model takes no memory of its own until it is
+converted. Here it never is: each weight is a `MappedWeight`, which has the type float32 and
+converts the rows that a computation asks for, a block at a time. So a forward pass takes the memory
+of its activations, whatever the model's size. The modules are those of
 transformers and PEFT, so hooks work on them as on any model.
 """
 
@@ -211,10 +211,10 @@ BLOCK_VALUES = 1 << 24
 
 
 class MappedWeight(torch.Tensor):
-    """A float32 tensor whose values are made of another one, of any floating type, when read.
+    """A float32 tensor that converts its values from another one, of any floating type, when read.
 
-    Linear layers and embeddings read it by blocks; every other operation gets it whole, in
-    float32. It can't be trained.
+    Linear layers and embeddings read it by blocks. Every other operation gets all of it in float32.
+    It can't be trained.
     """
 
     source: torch.Tensor
@@ -236,7 +236,6 @@ class MappedWeight(torch.Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Linear layers and embeddings by blocks, the rest as ever."""
         blockwise = _BLOCKWISE.get(func)
         if blockwise is not None:
             return blockwise(*args, **(kwargs or {}))
@@ -252,7 +251,6 @@ class MappedWeight(torch.Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Any other operation works on the whole tensor in float32."""
         del types
         if func is torch.ops.aten.detach.default:
             return MappedWeight(args[0].source)
@@ -278,7 +276,7 @@ def _linear(
 
 
 def _embedding(ids: torch.Tensor, weight: MappedWeight, *_: Any, **__: Any) -> torch.Tensor:
-    """The rows of the tokens; further arguments of torch's embedding concern the training."""
+    """The rows of the tokens. The other arguments of torch's embedding matter in training only."""
     return weight.source[ids].float()
 
 
@@ -317,7 +315,7 @@ def _compute_in_float32(model: PreTrainedModel) -> None:
 
 
 def _in_float32(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    # Of the small ones (norms, biases) all operations read all, time and again.
+    # Small ones (norms, biases) are converted once: operations read all of them, again and again.
     data = parameter.data
     value = MappedWeight(data) if data.dim() > 1 else data.float()
     return torch.nn.Parameter(value, requires_grad=False)

@@ -125,7 +125,7 @@ def _mark_limit(axes: Axes, limit: int, longest: int) -> None:
     if inside:
         axes.set_xlim(0, max(longest, limit) * 1.04)
         axes.axvline(limit, color=BEST, linewidth=1.5, linestyle=(0, (4, 3)))
-    else:  # at its place it would leave no room for the bars
+    else:  # a line that far to the right would squeeze the bars
         text += " \N{RIGHTWARDS ARROW}"
     place = (limit, 1.0) if inside else (1.0, 1.0)
     axes.annotate(
@@ -156,7 +156,7 @@ def _axes(size: Size) -> tuple[Figure, Axes]:
     figure = Figure((size.width / _POINTS_PER_INCH, size.height / _POINTS_PER_INCH))
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
-    # Fixed margins in pixels: what the browser's font does differently has room.
+    # Fixed margins in pixels, for the browser's font is not matplotlib's.
     left, right, bottom, top = 38, 10, 44, 14
     figure.subplots_adjust(
         left / size.width, bottom / size.height, 1 - right / size.width, 1 - top / size.height

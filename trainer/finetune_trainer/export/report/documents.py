@@ -45,7 +45,6 @@ def write_report(target: Path, facts: Facts) -> None:
 
 
 def render_report(facts: Facts) -> str:
-    """The page."""
     environment = Environment(
         loader=PackageLoader(_PACKAGE),
         autoescape=True,
@@ -94,7 +93,7 @@ def _charts(facts: Facts) -> dict[str, Markup | None]:
 
 
 def visible(text: str) -> str:
-    """Control characters, which HTML forbids, as the replacement character."""
+    """Replace control characters, which HTML forbids."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
@@ -126,7 +125,7 @@ def render_card(facts: Facts) -> str:
 
 
 def metadata(facts: Facts) -> ModelCardData:
-    """What the Hub reads; only what is known."""
+    """What the Hub reads, as far as it is known."""
     source = facts.config.model.source
     measured = results(facts) or None
     return ModelCardData(
@@ -142,7 +141,7 @@ def metadata(facts: Facts) -> ModelCardData:
 
 
 def tags(facts: Facts) -> list[str]:
-    """What it is, in the Hub's words."""
+    """Tags of the model on the Hub."""
     lora = facts.config.training.lora
     kinds = {
         "lora": True,
@@ -158,7 +157,7 @@ def tags(facts: Facts) -> list[str]:
 
 
 def data_name(facts: Facts) -> str:
-    """The dataset's file name: where it lies is nobody's business."""
+    """The dataset's file name. Where it lies is private."""
     return PurePosixPath(facts.config.dataset.source.removeprefix("s3://")).name
 
 
@@ -201,7 +200,7 @@ def _readme_license(base: Path) -> str | None:
         return None
     try:
         return _name(metadata_load(file))
-    except Exception:  # somebody else's file, read by a parser of its own: not known then
+    except Exception:  # any parser error: the license is not known then
         return None
 
 
@@ -218,6 +217,6 @@ def _name(values: Any) -> str | None:
 
 
 def plain(text: str) -> str:
-    """Text that is nothing but text in Markdown, also in a table's cell."""
+    """Escape text for Markdown, also in a table's cell."""
     escaped = _MARKS.sub(r"\\\1", " ".join(text.split()))
     return escaped.replace("&", "&amp;")

@@ -30,7 +30,7 @@ def statements(facts: Facts) -> tuple[Statement, ...]:
 
 
 def overall(facts: Facts) -> Statement:
-    """The worst of them, as a word."""
+    """The worst of the statements in a few words."""
     tones = [each.tone for each in statements(facts)]
     if Tone.BAD in tones:
         return Statement(Tone.BAD, "Don't use it as it is")

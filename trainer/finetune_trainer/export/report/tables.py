@@ -111,7 +111,7 @@ def perplexity_bars(facts: Facts) -> tuple[Bar, ...]:
 
 
 def training_rows(facts: Facts) -> tuple[TableRow, ...]:
-    """What the training took."""
+    """Steps, time, tokens and losses of the training."""
     metrics = facts.metrics
     found = [
         _row("Steps", metrics.train_steps, count),
@@ -131,7 +131,7 @@ def _row(name: str, value: float | None, write: Any) -> TableRow | None:
 
 
 def dataset_rows(facts: Facts) -> tuple[TableRow, ...]:
-    """What `prepare` found in the data, where its report says so."""
+    """What `prepare` found in the data, as far as its report has it."""
     report = facts.dataset
     found = [
         TableRow("Rows in the file", count(report.rows)),
