@@ -28,7 +28,7 @@ from finetune_trainer.contract import RunConfig, Training, TrainingPlan
 from finetune_trainer.memory.predict import Recipe, predict
 from finetune_trainer.model.loading import compute_dtype
 from finetune_trainer.model.shape import Shape
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link.work import TrainingWork
 from finetune_trainer.train.recipe import sft
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune_trainer.contract import Artifact, Stage
 from finetune_trainer.export.publish import Publication, finish_interrupted
 from finetune_trainer.export.publish.publication import Sign
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder
 from finetune_trainer.store.marker import Marker
 

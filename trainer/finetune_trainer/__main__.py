@@ -24,7 +24,7 @@ from finetune_trainer.local import commands
 from finetune_trainer.local.quality_table import show_quality
 from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.logs import FORMAT_VARIABLE, LogFormat, set_up_libraries
-from finetune_trainer.runtime.progress import Reporter, reporter_for
+from finetune_trainer.runtime.reporter import Reporter, reporter_for
 from finetune_trainer.stage_runner import (
     as_result,
     guarded,

@@ -11,12 +11,19 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune_trainer.contract import Reason, RunConfig, Stage, StageError, StageResult
+from finetune_trainer.contract import (
+    PreparedRunConfig,
+    Reason,
+    RunConfig,
+    Stage,
+    StageError,
+    StageResult,
+)
 from finetune_trainer.memory.remedies import with_remedy
 from finetune_trainer.runtime import child, stopping
 from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.logs import begin_stage
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +34,7 @@ def perform(stage: Stage, config: RunConfig, workspace: Path, reporter: Reporter
     workdir = workspace / stage
     shutil.rmtree(workdir, ignore_errors=True)
     workdir.mkdir(parents=True)
-    result = _stage_function(stage)(config, workdir, reporter)
+    result = _run(stage, config, workdir, reporter)
     reporter.done(result.message)
     shutil.rmtree(workdir, ignore_errors=True)
     return result
@@ -48,6 +55,16 @@ def guarded(stage: Stage, work: Callable[[], StageResult]) -> StageResult:
     else:  # with artifacts all the same
         log.error("%s: %s", result.reason, result.message)
     return result
+
+
+def as_prepared(config: RunConfig) -> PreparedRunConfig:
+    """The same for the stages after `prepare`; StageError when `resolved` is missing."""
+    if config.resolved is None:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            "run.json has no `resolved`: run `prepare` first and pass on what it reports.",
+        )
+    return PreparedRunConfig.model_validate(config.model_dump())
 
 
 def as_result(stage: Stage, failure: StageError) -> StageResult:
@@ -98,16 +115,17 @@ def stop_on_signal(stage: Callable[[], Stage], path: Path | None, reporter: Repo
     threading.Thread(target=wait, name="stop", daemon=True).start()
 
 
-def _stage_function(stage: Stage) -> Callable[[RunConfig, Path, Reporter], StageResult]:
+def _run(stage: Stage, config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
     # Imported when needed: each brings seconds of libraries that the others do without.
     if stage is Stage.PREPARE:
         from finetune_trainer.prepare.stage import run as prepare  # noqa: PLC0415
 
-        return prepare
+        return prepare(config, workdir, reporter)
+    prepared = as_prepared(config)
     if stage is Stage.TRAIN:
         from finetune_trainer.train.stage import run as train  # noqa: PLC0415
 
-        return train
+        return train(prepared, workdir, reporter)
     from finetune_trainer.export.stage import run as export  # noqa: PLC0415
 
-    return export
+    return export(prepared, workdir, reporter)

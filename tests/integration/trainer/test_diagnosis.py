@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from finetune_trainer.contract import Notice, NoticeCode, Reason, StageError, TrainingRecord
 from finetune_trainer.model.tokenizer import encode, load_tokenizer, message_pair
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link.work import Trained
 from finetune_trainer.train.recipe import sft
 from tests.integration.trainer.conftest import ATTENTION, MLP, ROWS, Trainer

@@ -12,7 +12,7 @@ import pytest
 from finetune_trainer.contract import Fingerprints, Hub, Reason, RunConfig, Stage, StageError
 from finetune_trainer.export.publish.hub_push import TOKEN_VARIABLE, check_token, push
 from finetune_trainer.prepare.stage import complete_stages
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder
 from finetune_trainer.store.marker import MANIFEST, PUSHED, Marker, find_pushed
 from tests.integration.trainer.hub_push_server import TOKEN, PushHub, push_hub

@@ -16,7 +16,7 @@ from finetune_trainer.export.gguf.files import GgufSource
 from finetune_trainer.export.gguf.importance import chunks, write_importance
 from finetune_trainer.export.gguf.requests import INPUT_COUNTS, INPUT_SUMS
 from finetune_trainer.model.tokenizer import load_tokenizer
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 from tests.integration.trainer.families import WIDE
 from tests.integration.trainer.tuned import EXAMPLES, Tuned, make_tuned
 

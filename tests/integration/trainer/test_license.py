@@ -8,8 +8,8 @@ import pytest
 
 from finetune_trainer.contract import Model, Storage
 from finetune_trainer.export.report import license_of
-from finetune_trainer.model import source
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.model import base_model
+from finetune_trainer.runtime.reporter import Reporter
 from hack.object_store import Credentials
 from tests.integration.trainer.conftest import use_keys
 
@@ -25,18 +25,18 @@ def test_the_license_comes_with_the_weights(
     for name, content in FILES.items():
         moto.client().put_object(Bucket=bucket, Key=f"with-card/{name}", Body=content)
     storage = Storage(endpoint=moto.endpoint)
-    files = source.find(Model(source=f"s3://{bucket}/with-card"), storage)
+    files = base_model.find(Model(source=f"s3://{bucket}/with-card"), storage)
 
-    small = source.fetch(files, storage, tmp_path / "small", Reporter(), weights=False)
+    small = base_model.fetch(files, storage, tmp_path / "small", Reporter(), weights=False)
     assert {file.name for file in small.iterdir()} == set(SMALL)
-    whole = source.fetch(files, storage, tmp_path / "whole", Reporter(), weights=True)
+    whole = base_model.fetch(files, storage, tmp_path / "whole", Reporter(), weights=True)
     assert {file.name for file in whole.iterdir()} == set(FILES)
     assert license_of(whole) == "apache-2.0"
 
 
 def test_another_text_in_the_card_trains_nothing_anew(tmp_path: Path) -> None:
     def revision() -> str:
-        return source.find(Model(source=str(tmp_path)), Storage()).revision
+        return base_model.find(Model(source=str(tmp_path)), Storage()).revision
 
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)

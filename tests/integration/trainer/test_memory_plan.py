@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.contract import Reason, RunConfig, StageError, TrainingPlan
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.contract import PreparedRunConfig, Reason, StageError, TrainingPlan
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train import stage
 from finetune_trainer.train.link.work import Failed, TrainingWork
 from finetune_trainer.train.supervisor import setup, training_session
@@ -82,7 +82,9 @@ def test_a_pod_whose_gpu_nobody_knew_finds_out_before_it_loads_the_model(
     assert resolved is not None
     assert resolved.plan is not None, "the split of the spec"
     assert (resolved.plan.batch_size, resolved.plan.memory_bytes) == (2, None)
-    config = RunConfig.model_validate({**run_config, "resolved": resolved.model_dump(mode="json")})
+    config = PreparedRunConfig.model_validate(
+        {**run_config, "resolved": resolved.model_dump(mode="json")}
+    )
 
     def planned(memory: int) -> TrainingPlan:
         workdir = tmp_path / str(memory)

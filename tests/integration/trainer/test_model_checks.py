@@ -13,11 +13,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from finetune_trainer.contract import Export, Lora, Reason, RunConfig, StageError, TargetModule
-from finetune_trainer.model import rehearsal, source
+from finetune_trainer.model import base_model, rehearsal
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.prepare import checks
 from finetune_trainer.prepare.stage import check_config
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 from hack.object_store import Credentials
 from tests.integration.trainer.families import FAMILIES, write_family
 
@@ -49,7 +49,7 @@ def run_config(folder: Path | str, **parts: Any) -> RunConfig:
 
 def check(folder: Path, room: Path, rows: Sequence[Any] = (), **parts: Any) -> None:
     config = run_config(folder, **parts)
-    files = source.find(config.model, config.storage)
+    files = base_model.find(config.model, config.storage)
     checks.check_model(config, files, folder, room, Reporter(), rows=rows)
 
 
@@ -81,7 +81,7 @@ def test_a_model_in_a_bucket_is_checked_without_fetching_its_weights(
         if file.name != WEIGHTS:
             shutil.copy(file, small)
     config = run_config(f"s3://{bucket}/models/good", storage={"endpoint": moto.endpoint})
-    files = source.find(config.model, config.storage)
+    files = base_model.find(config.model, config.storage)
     checks.check_model(config, files, small, tmp_path, Reporter())
 
     stand_in = tmp_path / "rehearsal" / WEIGHTS

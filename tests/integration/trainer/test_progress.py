@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from finetune_trainer.contract import JobReference, Notice, NoticeCode, Stage
-from finetune_trainer.runtime.progress import NOTICE_LIMIT, ApiServer, Reporter, reporter_for
+from finetune_trainer.runtime.reporter import NOTICE_LIMIT, ApiServer, Reporter, reporter_for
 from hack import REPOSITORY
 from hack.cluster.control_plane import ControlPlane
 

@@ -16,7 +16,7 @@ from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.export.merge.model_folder import write_model
 from finetune_trainer.model.loading import load_model
 from finetune_trainer.model.tokenizer import load_tokenizer, message_pair
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.recipe import sft
 from finetune_trainer.train.recipe.data import check_rows
 from finetune_trainer.train.recipe.trainer import RecipeTrainer

@@ -25,7 +25,6 @@ import pytest
 
 from finetune_trainer.contract import RunConfig
 from finetune_trainer.contract.fingerprint import fingerprints
-from finetune_trainer.model.source import resolved_of
 from hack.object_store import Credentials
 from tests.integration.trainer.conftest import Processes, Trainer, write_csv
 from tests.integration.trainer.fork_server import NO_MOUNT, ForkServer
@@ -94,7 +93,8 @@ class Trainings:
                 "output": {"uri": f"{self.config.output.uri}-{name}"},
             }
         )
-        resolved = resolved_of(config)
+        resolved = config.resolved
+        assert resolved is not None
         prints = fingerprints(config, resolved.dataset_etag, resolved.model_revision)
         assert prints.prepare == resolved.fingerprints.prepare
         resolved = resolved.model_copy(update={"fingerprints": prints})

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from finetune_trainer.runtime.logs import JsonLine, redact
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 
 PROGRAM = """
 import logging, os, subprocess, sys, warnings
@@ -83,7 +83,7 @@ def test_a_step_has_its_figures_as_fields() -> None:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLine())
-    progress = logging.getLogger("finetune_trainer.runtime.progress")
+    progress = logging.getLogger("finetune_trainer.runtime.reporter")
     progress.addHandler(handler)
     level = progress.level
     progress.setLevel(logging.INFO)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune_trainer.contract import Notice, NoticeCode, Progress, Stage
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 
 RISING = Notice(code=NoticeCode.LOSS_RISING, evidence="loss 1 to 2", remedy="Lower it.")
 

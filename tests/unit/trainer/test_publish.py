@@ -15,7 +15,7 @@ import pytest
 from finetune_trainer.contract import Artifact, Quality, Reason, Stage, StageError
 from finetune_trainer.export.publish import Publication
 from finetune_trainer.export.publish.publication import SHA256SUMS, sha256sums
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder
 from finetune_trainer.store.marker import MANIFEST, Marker, find_complete
 from tests.dying_folder import DyingFolder, KilledError, contents

@@ -112,6 +112,12 @@ class RunConfig(Base):
     """Absent for `prepare`, which finds it out; `train` and `export` need it."""
 
 
+class PreparedRunConfig(RunConfig):
+    """What `train` and `export` get: run.json with what `prepare` found out."""
+
+    resolved: Resolved
+
+
 def read_run_config(path: Path) -> RunConfig:
     """Read ``run.json``; raises OSError and pydantic's ValidationError."""
     return RunConfig.model_validate_json(path.read_bytes())

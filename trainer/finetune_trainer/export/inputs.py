@@ -11,15 +11,14 @@ from pathlib import Path
 from finetune_trainer.contract import (
     DatasetReport,
     Example,
+    PreparedRunConfig,
     Reason,
-    RunConfig,
     Stage,
     StageError,
     TrainingRecord,
 )
 from finetune_trainer.memory.disk import check_disk, export_disk
 from finetune_trainer.memory.machine import free_memory
-from finetune_trainer.model import source
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.runtime.units import GIB, binary
 from finetune_trainer.store import Folder
@@ -59,9 +58,9 @@ class ExportInputs:
         return DatasetReport.model_validate_json(self.dataset_report.read_bytes())
 
 
-def fetch_inputs(config: RunConfig, output: Folder, workspace: Path) -> ExportInputs:
+def fetch_inputs(config: PreparedRunConfig, output: Folder, workspace: Path) -> ExportInputs:
     """Bring what the stages before left to the folder `workspace`."""
-    prints = source.resolved_of(config).fingerprints
+    prints = config.resolved.fingerprints
     trained = stage_folder(Stage.TRAIN, prints.train)
     output.download_tree(f"{trained}/adapter", workspace / "adapter")
     output.download(f"{trained}/{METRICS}", workspace / METRICS)
@@ -75,9 +74,9 @@ def fetch_inputs(config: RunConfig, output: Folder, workspace: Path) -> ExportIn
     )
 
 
-def fetch_examples(config: RunConfig, output: Folder, workspace: Path) -> ExampleFiles:
+def fetch_examples(config: PreparedRunConfig, output: Folder, workspace: Path) -> ExampleFiles:
     """Bring the examples to the folder `workspace`."""
-    resolved = source.resolved_of(config)
+    resolved = config.resolved
     prepared = stage_folder(Stage.PREPARE, resolved.fingerprints.prepare)
     names = (EXAMPLES, *([HELD_OUT] if resolved.eval_rows else []))
     for name in names:
@@ -112,7 +111,7 @@ def check_memory() -> None:
         )
 
 
-def check_space(config: RunConfig, base: Path, workspace: Path) -> None:
+def check_space(config: PreparedRunConfig, base: Path, workspace: Path) -> None:
     """Raise StageError(OutOfDisk) when merged model and GGUF files will not fit beside the base.
 
     `base` is the folder with the base model; where its widths can't be read, nothing is checked.

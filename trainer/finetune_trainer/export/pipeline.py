@@ -44,10 +44,10 @@ from finetune_trainer.export.merge.model_folder import (
     write_merged,
 )
 from finetune_trainer.export.ollama import write_modelfile
-from finetune_trainer.model import source
+from finetune_trainer.model import base_model
 from finetune_trainer.model.loading import use_available_cpus
 from finetune_trainer.model.tokenizer import begins_with_bos, load_tokenizer
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 
 MERGED, GGUF = "merged", "gguf"
 
@@ -91,7 +91,7 @@ def open_tuned_model(
         base=base,
         adapter=adapter,
         folder=folder,
-        name=source.display_name(config.model.source),
+        name=base_model.display_name(config.model.source),
         own_type=Quantization.BF16 if weights.dtype is torch.bfloat16 else Quantization.F16,
         begins_with_bos=begins_with_bos(tokenizer),
         trust_remote_code=trusted,

@@ -15,8 +15,8 @@ from finetune_trainer.contract import (
     GateReport,
     Lineage,
     Manifest,
+    PreparedRunConfig,
     Reason,
-    RunConfig,
     Stage,
     StageResult,
     TrainingRecord,
@@ -43,8 +43,8 @@ from finetune_trainer.export.publish.hub_push import check_token, push
 from finetune_trainer.export.publish.publication import Sign
 from finetune_trainer.export.publish.signing import signer_for
 from finetune_trainer.export.report import Facts, license_of, write_model_card, write_report
-from finetune_trainer.model import source
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.model import base_model
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import MANIFEST
 
@@ -56,7 +56,7 @@ _PACKAGES = ("finetune-operator", "torch", "transformers", "trl", "peft", "llama
 class ExportRun:
     """One export of the stage."""
 
-    config: RunConfig
+    config: PreparedRunConfig
     inputs: ExportInputs
     workspace: Path
     publication: Publication
@@ -68,16 +68,16 @@ class ExportRun:
         return self.workspace / "result"
 
 
-def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
+def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     """Make the artifacts for `config.resolved`, and push them where that is asked for.
 
     Raises StageError; a push that failed is all that the next attempt has to do.
     """
     reporter.begin(Stage.EXPORT, "Fetching the adapter")
-    sign = signer_for(config.export, source.display_name(config.model.source))
+    sign = signer_for(config.export, base_model.display_name(config.model.source))
     check_token(config.output.hub)
     output = open_folder(config.output.uri, config.storage)
-    published = finish_interrupted(output, source.resolved_of(config).fingerprints.export)
+    published = finish_interrupted(output, config.resolved.fingerprints.export)
     if published:
         manifest = Manifest.model_validate_json(published)
     else:
@@ -89,11 +89,15 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
 
 
 def make_and_publish(
-    config: RunConfig, workspace: Path, output: Folder, sign: Sign | None, reporter: Reporter
+    config: PreparedRunConfig,
+    workspace: Path,
+    output: Folder,
+    sign: Sign | None,
+    reporter: Reporter,
 ) -> Manifest:
     """Make all files, and put them in the place of the former version."""
     inputs = fetch_inputs(config, output, workspace)
-    fingerprint = source.resolved_of(config).fingerprints.export
+    fingerprint = config.resolved.fingerprints.export
     with Publication(output, fingerprint, reporter) as publication:
         manifest = make_all(ExportRun(config, inputs, workspace, publication, reporter))
         files = publication.commit(lambda files: encoded(with_files(manifest, files)), sign)
@@ -108,10 +112,10 @@ def make_all(export: ExportRun) -> Manifest:
     export.publication.add(inputs.dataset_report, inputs.dataset_report.name)
     base, gate = None, GateReport()
     if config.export.merged or config.export.gguf:
-        base = source.fetch_resolved(config, export.workspace / "model", export.reporter)
+        base = base_model.fetch_resolved(config, export.workspace / "model", export.reporter)
         gate = make_models(export, base)
     manifest = Manifest(
-        fingerprint=source.resolved_of(config).fingerprints.export,
+        fingerprint=config.resolved.fingerprints.export,
         files=(),
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         lineage=lineage_of(config, inputs.training),
@@ -144,7 +148,7 @@ def make_models(export: ExportRun, base: Path) -> GateReport:
 
 
 def convert_merged(
-    config: RunConfig, folder: Path, store: Folder, add_file: AddFile, reporter: Reporter
+    config: PreparedRunConfig, folder: Path, store: Folder, add_file: AddFile, reporter: Reporter
 ) -> GateReport:
     """GGUF files in `folder` of the model that lies merged there, on one machine."""
     with tempfile.TemporaryDirectory(prefix="gguf-", dir=folder) as workspace:
@@ -177,9 +181,9 @@ def describe(export: ExportRun, base: Path | None, manifest: Manifest) -> None:
         export.publication.add(export.result / name, name)
 
 
-def lineage_of(config: RunConfig, trained: TrainingRecord) -> Lineage:
+def lineage_of(config: PreparedRunConfig, trained: TrainingRecord) -> Lineage:
     """What the files are made from."""
-    resolved = source.resolved_of(config)
+    resolved = config.resolved
     return Lineage(
         dataset=config.dataset.source,
         dataset_etag=resolved.dataset_etag,
@@ -215,7 +219,7 @@ def encoded(manifest: Manifest) -> bytes:
     return manifest.model_dump_json(indent=2, exclude_none=True).encode() + b"\n"
 
 
-def result_of(config: RunConfig, manifest: Manifest) -> StageResult:
+def result_of(config: PreparedRunConfig, manifest: Manifest) -> StageResult:
     """The stage's result. A rejected file fails it, though the others are published."""
     folder = config.output.uri.rstrip("/")
     said = explain_failures(manifest.gate, manifest.files, config.export)

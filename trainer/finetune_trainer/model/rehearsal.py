@@ -19,10 +19,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from finetune_trainer.contract import Reason, StageError, Storage
-from finetune_trainer.model import converter, hub
+from finetune_trainer.model import converter
+from finetune_trainer.model.base_model import BaseModelFiles, is_hub, read_hub_header
 from finetune_trainer.model.converter import gguf_name
 from finetune_trainer.model.rehearsal_worker import RehearsalAnswer, RehearsalRequest
-from finetune_trainer.model.source import ModelFiles, is_hub
 from finetune_trainer.store import Folder, open_folder
 
 WORKER = "finetune_trainer.model.rehearsal_worker"
@@ -72,7 +72,7 @@ def rehearse(
     return [*RehearsalAnswer.model_validate_json(answer).tokens]
 
 
-def with_stand_ins(files: ModelFiles, headers: Headers, small: Path, target: Path) -> Path:
+def with_stand_ins(files: BaseModelFiles, headers: Headers, small: Path, target: Path) -> Path:
     """Fill the folder `target` with links to the files in `small`, and a stand-in of each weight.
 
     A mounted folder, which has its weights, is returned as it is.
@@ -96,7 +96,7 @@ def write_stand_in(header: Header, target: Path) -> None:
         stream.truncate(stream.tell() + max(ends, default=0))
 
 
-def read_headers(files: ModelFiles, storage: Storage) -> Headers:
+def read_headers(files: BaseModelFiles, storage: Storage) -> Headers:
     """The headers of all weights; raises StageError(ModelUnsupported) or the store's reasons."""
     names = files.weights()
     with ThreadPoolExecutor(CONNECTIONS, "headers") as pool:
@@ -107,11 +107,11 @@ def tensor_names(headers: Headers) -> list[str]:
     return [name for header in headers.values() for name in header]
 
 
-def _header(files: ModelFiles, storage: Storage, name: str) -> Header:
+def _header(files: BaseModelFiles, storage: Storage, name: str) -> Header:
     source = files.model.source
     try:
         if is_hub(source):
-            found = hub.read_header(source, files.revision, name)
+            found = read_hub_header(source, files.revision, name)
         else:
             found = _read_header(open_folder(source, storage), name)
         found.pop("__metadata__", None)

@@ -1,5 +1,6 @@
-"""The widths of a model, read from its config.json, and how many parameters they make.
+"""The widths of a model, its parameters, and which of its layers get an adapter.
 
+Widths are read from config.json.
 Covered exactly: llama (and SmolLM), mistral, qwen2, qwen3, gemma, gemma2, gemma3 (text), phi3.
 Other dense decoders with a gated MLP are taken by the standard keys. Mixtures of experts and
 models without these keys are not covered: there is no shape, and so no prediction.
@@ -8,12 +9,13 @@ models without these keys are not covered: there is no shape, and so no predicti
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from finetune_trainer.contract import Lora
-from finetune_trainer.model.targets import modules_for
+from finetune_trainer.contract import Lora, Reason, StageError, TargetModule
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 _GEMMA3 = {
@@ -27,6 +29,18 @@ _TIED = {"gemma", "gemma2", "gemma3_text", "smollm3"}  # where config.json leave
 _NORMS_PER_LAYER = {"gemma2": 4, "gemma3_text": 4}
 _NORM_ON_QUERY_AND_KEY = {"qwen3", "gemma3_text"}
 _FUSED = {"phi3"}  # query, key and value are one layer, gate and up another
+
+_FUSED_NAME = {
+    TargetModule.Q: "qkv_proj",
+    TargetModule.K: "qkv_proj",
+    TargetModule.V: "qkv_proj",
+    TargetModule.GATE: "gate_up_proj",
+    TargetModule.UP: "gate_up_proj",
+}
+"""The layer that does the work of several, in models that have it (Phi-3, Phi-4)."""
+
+NO_TEXT = r".*(vision|visual|audio|multi_modal)\w*\..*"
+"""Parts of a multimodal model that no text passes through: an adapter there learns nothing."""
 
 
 @dataclass(frozen=True)
@@ -181,3 +195,47 @@ class Shape:
             attention_bias=times(self.attention_bias) if self.attention_bias else 0,
             mlp_bias=times(self.mlp_bias) if self.mlp_bias else 0,
         )
+
+
+def modules_for(wanted: Sequence[TargetModule], present: Collection[str]) -> dict[str, str | None]:
+    """What adapts each wanted name in a model with linear layers of the names `present`.
+
+    The name itself, the fused layer in its place, or None where the model has neither.
+    """
+    return {
+        name.value: next((n for n in (name.value, _FUSED_NAME.get(name)) if n in present), None)
+        for name in wanted
+    }
+
+
+def of_text(names: Iterable[str]) -> list[str]:
+    """The modules that text passes through."""
+    return [name for name in names if not re.fullmatch(NO_TEXT, name)]
+
+
+def resolve_targets(wanted: Sequence[TargetModule], names: Iterable[str]) -> dict[str, str]:
+    """The layer that stands for each wanted one, which is another where the model fuses several.
+
+    `names` are those of the linear layers, e.g. model.layers.0.self_attn.q_proj. Raises
+    StageError(InvalidConfig) when the model has no such layer.
+    """
+    present = {name.rpartition(".")[2] for name in of_text(names)}
+    found = modules_for(wanted, present)
+    if missing := [name for name, own in found.items() if own is None]:
+        raise _missing(missing, present)
+    return {name: own for name, own in found.items() if own}
+
+
+def _missing(missing: list[str], present: set[str]) -> StageError:
+    possible = [name for name, own in modules_for(tuple(TargetModule), present).items() if own]
+    remedy = (
+        f"set it to some of {', '.join(possible)}"
+        if possible
+        else "choose another base model, since none of the names that can be given is in this one"
+    )
+    has = ", ".join(sorted(present)) or "none"
+    return StageError(
+        Reason.INVALID_CONFIG,
+        f"spec.training.lora.targetModules: the base model has no {', '.join(missing)}. Its "
+        f"linear layers are {has:.300}: {remedy}.",
+    )

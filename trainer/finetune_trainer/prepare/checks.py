@@ -22,9 +22,8 @@ from finetune_trainer.contract import (
     StageError,
 )
 from finetune_trainer.model import rehearsal
-from finetune_trainer.model.shape import Shape
-from finetune_trainer.model.source import ModelFiles, display_name
-from finetune_trainer.model.targets import resolve_targets
+from finetune_trainer.model.base_model import BaseModelFiles, display_name
+from finetune_trainer.model.shape import Shape, resolve_targets
 from finetune_trainer.model.tokenizer import (
     BEGIN_OF_TEXT,
     HARD_TO_SPLIT,
@@ -33,7 +32,7 @@ from finetune_trainer.model.tokenizer import (
     load_tokenizer,
     render,
 )
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 
 BLOCK = 32  # values that each quantized block has at least (Q8_0)
 K_BLOCK = 256  # of all types below Q8_0; llama.cpp takes a larger type where rows don't divide
@@ -102,7 +101,7 @@ def _check_system(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def check_model(
     config: RunConfig,
-    model: ModelFiles,
+    model: BaseModelFiles,
     base: Path,
     workdir: Path,
     reporter: Reporter,

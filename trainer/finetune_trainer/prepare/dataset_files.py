@@ -21,7 +21,7 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.prepare.reading import Problems, Source, open_source
 from finetune_trainer.prepare.split import Hashes, row_hash
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import FileInfo, Folder, open_folder, split
 
 

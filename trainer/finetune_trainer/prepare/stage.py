@@ -31,13 +31,14 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.memory.disk import check_disk, downloaded, training_disk
 from finetune_trainer.memory.plan import Lengths, describe, plan
-from finetune_trainer.model import source
+from finetune_trainer.model import base_model
+from finetune_trainer.model.base_model import BaseModelFiles
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_data_files
 from finetune_trainer.prepare.reading.conversation import check_columns
 from finetune_trainer.prepare.report import SUMMARY, Findings, Prepared
 from finetune_trainer.prepare.split import hold_out
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import (
     DATASET_REPORT,
@@ -63,7 +64,7 @@ class PrepareInputs:
     """One version of everything that goes in, and what the store already holds for it."""
 
     files: DataFiles
-    model: source.ModelFiles
+    model: BaseModelFiles
     prints: Fingerprints
     complete: CompleteStages
 
@@ -148,7 +149,7 @@ def fetch_inputs(
     config: RunConfig, output: Folder, workdir: Path, reporter: Reporter
 ) -> PrepareInputs:
     """Work out the fingerprints, and bring the dataset to disk unless its examples are there."""
-    model = source.find(config.model, config.storage)
+    model = base_model.find(config.model, config.storage)
     for _ in range(ATTEMPTS):
         files = find_data_files(config.dataset, config.storage)
         eval_etag = files.held_out.info.etag if files.held_out else None
@@ -212,7 +213,11 @@ def write_prepared(
 
 
 def encode_rows(
-    findings: Findings, model: source.ModelFiles, base: Path, workdir: Path, reporter: Reporter
+    findings: Findings,
+    model: BaseModelFiles,
+    base: Path,
+    workdir: Path,
+    reporter: Reporter,
 ) -> None:
     """Apply the chat template and the tokenizer, and write the examples to `workdir`/prepared."""
     # Importing transformers takes seconds. No mistake that is found before this needs it.
@@ -239,15 +244,15 @@ def encode_rows(
 
 
 def fetch_model(
-    config: RunConfig, model: source.ModelFiles, workdir: Path, reporter: Reporter
+    config: RunConfig, model: BaseModelFiles, workdir: Path, reporter: Reporter
 ) -> Path:
     """Fetch what is small of the base model; returns the folder that it is in."""
-    return source.fetch(model, config.storage, workdir / "tokenizer", reporter, weights=False)
+    return base_model.fetch(model, config.storage, workdir / "tokenizer", reporter, weights=False)
 
 
 def check_model(
     config: RunConfig,
-    model: source.ModelFiles,
+    model: BaseModelFiles,
     base: Path,
     workdir: Path,
     reporter: Reporter,
@@ -269,7 +274,7 @@ def read_prepared(output: Folder, fingerprint: str) -> Prepared:
 
 
 def plan_training(
-    config: RunConfig, model: source.ModelFiles, base: Path, longest: int
+    config: RunConfig, model: BaseModelFiles, base: Path, longest: int
 ) -> TrainingPlan | None:
     """How to split a step; None where nothing is known of the hardware or of the model's widths.
 

@@ -19,7 +19,7 @@ from typing import IO
 
 from finetune_trainer.contract import Reason
 from finetune_trainer.runtime.failures import MemoryFullError
-from finetune_trainer.runtime.progress import Reporter, Transfer
+from finetune_trainer.runtime.reporter import Reporter, Transfer
 
 OnProgress = Callable[[int, int], None]
 """Called with what is done and the total, in a unit of the child's."""

@@ -58,7 +58,7 @@ class LocalFolder(Folder):
             return FileInfo(path, file.stat().st_size, f"sha256:{digest}")
 
     def list(self, prefix: str = "") -> list[FileInfo]:
-        """Walk the folder that `prefix` names or lies in."""
+        """Walk the folder that `prefix` names, or the one that it lies in."""
         base = self.root / prefix.rpartition("/")[0]
         infos = []
         with self._errors(prefix):
@@ -69,7 +69,6 @@ class LocalFolder(Folder):
         return sorted(infos, key=lambda info: info.path)
 
     def read(self, path: str) -> bytes | None:
-        """Read a file."""
         with self._errors(path):
             try:
                 return (self.root / path).read_bytes()
@@ -77,7 +76,6 @@ class LocalFolder(Folder):
                 return None
 
     def read_start(self, path: str, count: int) -> bytes:
-        """Read its beginning."""
         with self._errors(path), (self.root / path).open("rb") as stream:
             return stream.read(count)
 
@@ -87,7 +85,6 @@ class LocalFolder(Folder):
             partial.write_bytes(data)
 
     def download(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> None:
-        """Copy from the folder."""
         with self._errors(path):
             _copy(self.root / path, target, on_bytes)
 
@@ -99,7 +96,6 @@ class LocalFolder(Folder):
         *,
         sha256: str | None = None,
     ) -> None:
-        """Copy into the folder."""
         with self._errors(path):
             _copy(source, self.root / path, on_bytes, sha256)
 
@@ -115,7 +111,6 @@ class LocalFolder(Folder):
                 _copy(self.root / source, self.root / target, None)
 
     def abandon(self, prefix: str) -> None:
-        """Delete partial files."""
         base = self.root / prefix.rpartition("/")[0]
         with self._errors(prefix):
             for file in list(base.rglob(f"{PARTIAL}*")):

@@ -65,7 +65,7 @@ class S3Folder(Folder):
         self._s3 = client(endpoint_of(settings), settings.region)
 
     def stat(self, path: str) -> FileInfo | None:
-        """HEAD; the answer to a failed one has no body, so a listing is asked what it means."""
+        """HEAD. Its answer has no body when it fails, so a listing then says what is wrong."""
         with self._errors(path):
             try:
                 head = self._s3.head_object(Bucket=self.bucket, Key=self._key(path))
@@ -79,7 +79,6 @@ class S3Folder(Folder):
         return FileInfo(path, head["ContentLength"], head["ETag"].strip('"'))
 
     def list(self, prefix: str = "") -> list[FileInfo]:
-        """ListObjectsV2, all pages."""
         base = f"{self.prefix}/" if self.prefix else ""
         found = []
         with self._errors(prefix):
@@ -92,7 +91,6 @@ class S3Folder(Folder):
         return sorted(found, key=lambda info: info.path)
 
     def read(self, path: str) -> bytes | None:
-        """GET."""
         with self._errors(path):
             try:
                 body = self._s3.get_object(Bucket=self.bucket, Key=self._key(path))["Body"]
@@ -103,7 +101,6 @@ class S3Folder(Folder):
                 raise
 
     def read_start(self, path: str, count: int) -> bytes:
-        """GET with a range."""
         with self._errors(path):
             try:
                 body = self._s3.get_object(
@@ -116,7 +113,6 @@ class S3Folder(Folder):
                 raise FileNotFoundError(f"{self.uri_of(path)} is missing") from error
 
     def write(self, path: str, data: bytes) -> None:
-        """PUT."""
         with self._errors(path):
             s3_upload.put(self._object(path), data)
 
@@ -140,7 +136,7 @@ class S3Folder(Folder):
         *,
         sha256: str | None = None,
     ) -> None:
-        """PUT, in parallel parts when it is large; what an earlier attempt left is gone on with."""
+        """PUT, in parallel parts when it is large; continues what an earlier attempt left."""
         with self._errors(path):
             s3_upload.upload(self._object(path), source, on_bytes, sha256)
 
@@ -160,7 +156,6 @@ class S3Folder(Folder):
                 raise FileNotFoundError(f"{self.uri_of(source)} is missing") from error
 
     def abandon(self, prefix: str) -> None:
-        """AbortMultipartUpload."""
         with self._errors(prefix):
             s3_upload.abort_all(self._s3, self.bucket, self._key(prefix))
 
@@ -184,8 +179,8 @@ class S3Folder(Folder):
     def _key(self, path: str) -> str:
         return f"{self.prefix}/{path}" if self.prefix else path
 
-    def _object(self, path: str) -> s3_upload.Key:
-        return s3_upload.Key(self._s3, self.bucket, self._key(path))
+    def _object(self, path: str) -> s3_upload.S3Object:
+        return s3_upload.S3Object(self._s3, self.bucket, self._key(path))
 
     def _probe(self, path: str) -> None:
         """Raise the error that a request with a body in its answer gets, if any."""

@@ -1,14 +1,14 @@
 """Uploads to S3 that the store verifies and that a later process continues.
 
-boto3's `upload_file` (s3transfer) sends parts in parallel too, but aborts everything when one part
-fails, leaves a killed upload where nothing finds it, tells a store other than Amazon's no checksum
-at all, and can't be given the SHA-256 that the file should have. So here the parts are ours:
+boto3's `upload_file` (s3transfer) sends parts in parallel as well. But it aborts everything when
+one part fails, leaves a killed upload where nothing finds it, sends no checksum to a store other
+than Amazon's, and takes no SHA-256 that the file should have. So this module sends the parts:
 
-- Each request carries Content-MD5, which every S3 store checks. What arrived damaged or not at all
-  is sent again: by botocore's own retries, and by some more around them.
-- An unfinished upload of the same key is found again (ListMultipartUploads, ListParts). Parts whose
-  ETag is the MD5 of the local bytes stay, the others are sent.
-- Requests read from the file as they go: no part is held in memory.
+- Each request carries Content-MD5, which every S3 store checks. Parts that arrive damaged or not at
+  all are sent again: by botocore's own retries, and by some more around them.
+- It finds an unfinished upload of the same key (ListMultipartUploads, ListParts). Parts whose ETag
+  is the MD5 of the local bytes stay, the others are sent.
+- Requests read from the file as they go. No part is held in memory.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ ATTEMPTS = 6
 """Of one request, each with botocore's own retries within."""
 
 PAUSE_SECONDS = 0.25  # before the second attempt; doubled before each further one
-_AGAIN = DAMAGED | {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
-_MD5 = re.compile(r"[0-9a-f]{32}")
-_MULTIPART_MD5 = re.compile(r"[0-9a-f]{32}-\d+")
-_ANYTHING = re.compile(r".*")
+_TRANSIENT = DAMAGED | {"InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"}
+_ETAG = re.compile(r"[0-9a-f]{32}")
+_MULTIPART_ETAG = re.compile(r"[0-9a-f]{32}-\d+")
+_ANY_ETAG = re.compile(r".*")
 _NOT_FOUND = ("404", "NoSuchKey", "NoSuchUpload")
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Place(TypedDict):
+class ObjectArguments(TypedDict):
     """The arguments that name an object in every request."""
 
     Bucket: str
@@ -70,7 +70,7 @@ class Place(TypedDict):
 
 
 @dataclass(frozen=True)
-class Key:
+class S3Object:
     """An object, existing or not."""
 
     s3: S3Client
@@ -78,12 +78,12 @@ class Key:
     name: str
 
     @property
-    def place(self) -> Place:
+    def arguments(self) -> ObjectArguments:
         """As arguments of a request."""
-        return Place(Bucket=self.bucket, Key=self.name)
+        return ObjectArguments(Bucket=self.bucket, Key=self.name)
 
 
-def upload(key: Key, source: Path, on_bytes: OnBytes | None, sha256: str | None) -> None:
+def upload(target: S3Object, source: Path, on_bytes: OnBytes | None, sha256: str | None) -> None:
     """Upload a file; the object appears as a whole, or not at all.
 
     `on_bytes` hears of bytes that the store has, each once; whatever it raises ends the upload.
@@ -92,40 +92,42 @@ def upload(key: Key, source: Path, on_bytes: OnBytes | None, sha256: str | None)
     """
     size = source.stat().st_size
     if fits_one_request(size):
-        put(key, source.read_bytes(), source, sha256)
+        put(target, source.read_bytes(), source, sha256)
         if on_bytes:
             on_bytes(size)
         return
-    _Upload(key, source, size, on_bytes or (lambda _: None)).run(sha256)
+    _Upload(target, source, size, on_bytes or (lambda _: None)).run(sha256)
 
 
-def put(key: Key, data: bytes, source: Path | None = None, sha256: str | None = None) -> None:
+def put(
+    target: S3Object, data: bytes, source: Path | None = None, sha256: str | None = None
+) -> None:
     """Upload what fits into one request."""
     if source:
         check_sha256(source, hashlib.sha256(data).hexdigest(), sha256)
     part = Part(1, 0, len(data), hashlib.md5(data, usedforsecurity=False).digest())
 
     def send() -> None:
-        answer = key.s3.put_object(**key.place, Body=data, ContentMD5=part.content_md5)
-        _check_etag(answer, part.etag, _MD5)
+        answer = target.s3.put_object(**target.arguments, Body=data, ContentMD5=part.content_md5)
+        _check_etag(answer, part.etag, _ETAG)
 
-    insist(send)
+    retry(send)
 
 
 def abort_all(s3: S3Client, bucket: str, prefix: str) -> None:
     """Drop the unfinished uploads of all keys below a prefix."""
     for name, upload_id in _unfinished(s3, bucket, prefix):
-        _abort(Key(s3, bucket, name), upload_id)
+        _abort(S3Object(s3, bucket, name), upload_id)
 
 
-def insist(call: Callable[[], T], stopping: threading.Event | None = None) -> T:
+def retry(call: Callable[[], T], stopping: threading.Event | None = None) -> T:
     """Repeat a request that failed on the way; raises the last failure."""
     stopping = stopping or threading.Event()
     for attempt in range(ATTEMPTS):
         try:
             return call()
         except (NoConnectionError, HTTPClientError, ClientError, DamagedError) as error:
-            if attempt == ATTEMPTS - 1 or not _passing(error) or stopping.is_set():
+            if attempt == ATTEMPTS - 1 or not _is_transient(error) or stopping.is_set():
                 raise
             log.info("An upload is sent again: %s", error)
         # Jitter, lest all parts come back at once.
@@ -133,18 +135,18 @@ def insist(call: Callable[[], T], stopping: threading.Event | None = None) -> T:
     raise AssertionError
 
 
-def _passing(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     if not isinstance(error, ClientError):
         return True
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return error_code(error) in _AGAIN or status >= 500
+    return error_code(error) in _TRANSIENT or status >= 500
 
 
 class _Upload:
     """One file on its way, in parts."""
 
-    def __init__(self, key: Key, source: Path, size: int, on_bytes: OnBytes) -> None:
-        self._key = key
+    def __init__(self, target: S3Object, source: Path, size: int, on_bytes: OnBytes) -> None:
+        self._target = target
         self._source = source
         self._size = size
         self._part_size = part_size(size)
@@ -158,7 +160,7 @@ class _Upload:
         """Send what the store lacks, and put the object together."""
         self._upload_id, self._there = self._resume() or (self._create(), {})
         if self._there:
-            log.info("%s: going on after %d parts", self._key.name, len(self._there))
+            log.info("%s: going on after %d parts", self._target.name, len(self._there))
         digests: list[bytes] = []
         try:
             with self._sending() as send:
@@ -166,34 +168,34 @@ class _Upload:
                     digests.append(part.md5)
                     send(part)
         except ChangedFileError:  # its parts are of no use to anyone
-            _abort(self._key, self._upload_id)
+            _abort(self._target, self._upload_id)
             raise
         self._complete(multipart_etag(digests))
 
     def _resume(self) -> tuple[str, dict[int, str]] | None:
         """The unfinished upload of this content with the ETags of its parts; others are aborted."""
         found = None
-        for name, upload_id in _unfinished(self._key.s3, self._key.bucket, self._key.name):
-            if name != self._key.name:
+        for name, upload_id in _unfinished(self._target.s3, self._target.bucket, self._target.name):
+            if name != self._target.name:
                 continue
             parts = None if found else self._parts_of(upload_id)
             if parts is None:
-                _abort(self._key, upload_id)
+                _abort(self._target, upload_id)
             else:
                 found = upload_id, parts
         return found
 
     def _parts_of(self, upload_id: str) -> dict[int, str] | None:
         """The parts of an upload by number; None when the first is of another file."""
-        pages = self._key.s3.get_paginator("list_parts")
+        pages = self._target.s3.get_paginator("list_parts")
         try:
             listed = [
                 item
-                for page in pages.paginate(**self._key.place, UploadId=upload_id)
+                for page in pages.paginate(**self._target.arguments, UploadId=upload_id)
                 for item in page.get("Parts", [])
             ]
         except ClientError as error:
-            log.info("%s: its parts can't be listed (%s)", self._key.name, error_code(error))
+            log.info("%s: its parts can't be listed (%s)", self._target.name, error_code(error))
             return None
         parts = {item["PartNumber"]: item["ETag"].strip('"') for item in listed}
         if not parts:
@@ -202,7 +204,9 @@ class _Upload:
         return parts if parts[first.number] == first.etag else None
 
     def _create(self) -> str:
-        return insist(lambda: self._key.s3.create_multipart_upload(**self._key.place))["UploadId"]
+        return retry(lambda: self._target.s3.create_multipart_upload(**self._target.arguments))[
+            "UploadId"
+        ]
 
     @contextmanager
     def _sending(self) -> Iterator[Callable[[Part], None]]:
@@ -210,7 +214,8 @@ class _Upload:
         pool = ThreadPoolExecutor(THREADS, thread_name_prefix="upload")
         running: set[Future[None]] = set()
 
-        def settle(most: int) -> None:
+        def leave_running(most: int) -> None:
+            """Wait until so many are left; raises what one that ended has raised."""
             nonlocal running
             while len(running) > most:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -218,19 +223,19 @@ class _Upload:
                     future.result()
 
         def send(part: Part) -> None:
-            settle(THREADS - 1)
+            leave_running(THREADS - 1)
             running.add(pool.submit(self._send, part))
 
         try:
             yield send
-            settle(0)
+            leave_running(0)
         finally:
             self._stopping.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _send(self, part: Part) -> None:
         if self._there.get(part.number) != part.etag:
-            self._done[part.number] = insist(lambda: self._put_part(part), self._stopping)
+            self._done[part.number] = retry(lambda: self._put_part(part), self._stopping)
         else:
             self._done[part.number] = part.etag
         self._on_bytes(part.size)
@@ -238,8 +243,8 @@ class _Upload:
     def _put_part(self, part: Part) -> str:
         body = ReadFileChunk.from_filename(str(self._source), part.start, part.size)
         try:
-            answer = self._key.s3.upload_part(
-                **self._key.place,
+            answer = self._target.s3.upload_part(
+                **self._target.arguments,
                 UploadId=self._upload_id,
                 PartNumber=part.number,
                 Body=cast("IO[bytes]", body),
@@ -247,7 +252,7 @@ class _Upload:
             )
         finally:
             body.close()
-        _check_etag(answer, part.etag, _MD5)
+        _check_etag(answer, part.etag, _ETAG)
         return answer["ETag"].strip('"')
 
     def _complete(self, etag: str) -> None:
@@ -258,8 +263,8 @@ class _Upload:
 
         def finish() -> bool:
             try:
-                self._key.s3.complete_multipart_upload(
-                    **self._key.place,
+                self._target.s3.complete_multipart_upload(
+                    **self._target.arguments,
                     UploadId=self._upload_id,
                     MultipartUpload={"Parts": parts},
                 )
@@ -270,11 +275,11 @@ class _Upload:
                 return False
             return True
 
-        known = insist(finish)
-        head = insist(lambda: self._key.s3.head_object(**self._key.place))
+        known = retry(finish)
+        head = retry(lambda: self._target.s3.head_object(**self._target.arguments))
         if head["ContentLength"] != self._size:
             raise DamagedError(f"it has {head['ContentLength']} bytes instead of {self._size}")
-        _check_etag(head, etag, _MULTIPART_MD5 if known else _ANYTHING)
+        _check_etag(head, etag, _MULTIPART_ETAG if known else _ANY_ETAG)
 
 
 def _check_etag(answer: Mapping[str, Any], expected: str, rule: re.Pattern[str]) -> None:
@@ -289,7 +294,7 @@ def _check_etag(answer: Mapping[str, Any], expected: str, rule: re.Pattern[str])
 
 
 def _unfinished(s3: S3Client, bucket: str, prefix: str) -> list[tuple[str, str]]:
-    """Key and id of unfinished uploads; none where the keys may not list them."""
+    """Key and id of unfinished uploads; none where the credentials may not list them."""
     pages = s3.get_paginator("list_multipart_uploads")
     try:
         return [
@@ -302,9 +307,9 @@ def _unfinished(s3: S3Client, bucket: str, prefix: str) -> list[tuple[str, str]]
         return []
 
 
-def _abort(key: Key, upload_id: str) -> None:
+def _abort(target: S3Object, upload_id: str) -> None:
     try:
-        key.s3.abort_multipart_upload(**key.place, UploadId=upload_id)
+        target.s3.abort_multipart_upload(**target.arguments, UploadId=upload_id)
     except ClientError as error:
         if error_code(error) not in _NOT_FOUND:
-            log.warning("%s: an unfinished upload stays (%s)", key.name, error_code(error))
+            log.warning("%s: an unfinished upload stays (%s)", target.name, error_code(error))

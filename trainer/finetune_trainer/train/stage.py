@@ -6,15 +6,15 @@ import logging
 from pathlib import Path
 
 from finetune_trainer.contract import (
+    PreparedRunConfig,
     Reason,
-    RunConfig,
     Stage,
     StageError,
     StageResult,
     TrainingRecord,
 )
-from finetune_trainer.model import source
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.model import base_model
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.runtime.units import duration
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import EXAMPLES, HELD_OUT, METRICS, save_stage, stage_folder
@@ -27,13 +27,13 @@ from finetune_trainer.train.supervisor.training_session import TrainingSession
 log = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
+def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     """Train the adapter for `config.resolved`. Raises StageError."""
     reporter.begin(Stage.TRAIN, "Fetching the examples")
-    prints = source.resolved_of(config).fingerprints
+    prints = config.resolved.fingerprints
     output = open_folder(config.output.uri, config.storage)
     work = fetch_work(config, output, workspace, reporter)
-    work, notices = adapt_to_machine(work, fetch_needs(work, output))
+    work, notices = adapt_to_machine(work, fetch_needs(config, work, output))
     session = TrainingSession(CheckpointStore(output, prints.train), reporter)
     for notice in notices:
         session.notice(notice)
@@ -65,15 +65,15 @@ def run(config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
 
 
 def fetch_work(
-    config: RunConfig, output: Folder, workspace: Path, reporter: Reporter
+    config: PreparedRunConfig, output: Folder, workspace: Path, reporter: Reporter
 ) -> TrainingWork:
     """Download everything that the worker needs."""
-    prepared = stage_folder(Stage.PREPARE, source.resolved_of(config).fingerprints.prepare)
+    prepared = stage_folder(Stage.PREPARE, config.resolved.fingerprints.prepare)
     examples, held_out = workspace / EXAMPLES, workspace / HELD_OUT
     output.download(f"{prepared}/{EXAMPLES}", examples)
-    if source.resolved_of(config).eval_rows:
+    if config.resolved.eval_rows:
         output.download(f"{prepared}/{HELD_OUT}", held_out)
-    model = source.fetch_resolved(config, workspace / "model", reporter)
+    model = base_model.fetch_resolved(config, workspace / "model", reporter)
     workdir = workspace / "training"
     workdir.mkdir()
     return TrainingWork(
@@ -88,9 +88,9 @@ def fetch_work(
     )
 
 
-def fetch_needs(work: TrainingWork, output: Folder) -> MemoryNeeds:
+def fetch_needs(config: PreparedRunConfig, work: TrainingWork, output: Folder) -> MemoryNeeds:
     """What the model and the examples need of memory."""
-    prepared = stage_folder(Stage.PREPARE, source.resolved_of(work.config).fingerprints.prepare)
+    prepared = stage_folder(Stage.PREPARE, config.resolved.fingerprints.prepare)
     summary = output.read(f"{prepared}/summary.json")
     if summary is None:
         raise FileNotFoundError(f"{output.uri_of(prepared)}/summary.json is missing")

@@ -29,7 +29,7 @@ from finetune_trainer.export.reference.float32 import load_streamed
 from finetune_trainer.model.loading import use_available_cpus
 from finetune_trainer.model.tokenizer import encode_batch, load_tokenizer
 from finetune_trainer.runtime import child
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 
 CHUNK_TOKENS = 512
 """Tokens of one pass, as in llama.cpp's imatrix tool."""

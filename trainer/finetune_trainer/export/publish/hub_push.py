@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 
 from finetune_trainer.contract import Artifact, Hub, Reason, StageError
-from finetune_trainer.runtime.progress import Reporter, Transfer
+from finetune_trainer.runtime.reporter import Reporter, Transfer
 from finetune_trainer.store import Folder
 from finetune_trainer.store.marker import (
     MANIFEST,

@@ -18,7 +18,7 @@ from typing import Self
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from finetune_trainer.contract import Artifact, Base, Quality, Reason, Stage, StageError
-from finetune_trainer.runtime.progress import Reporter, Transfer
+from finetune_trainer.runtime.reporter import Reporter, Transfer
 from finetune_trainer.runtime.units import size
 from finetune_trainer.store import FileInfo, Folder
 from finetune_trainer.store.marker import (

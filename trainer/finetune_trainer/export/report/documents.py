@@ -30,7 +30,7 @@ from finetune_trainer.export.report.summary import (
     overall,
     statements,
 )
-from finetune_trainer.model.source import CARD, is_hub
+from finetune_trainer.model.base_model import CARD, is_hub
 from finetune_trainer.runtime.units import size
 
 _PACKAGE = "finetune_trainer.export.report"

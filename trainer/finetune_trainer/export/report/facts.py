@@ -17,7 +17,7 @@ from finetune_trainer.contract import (
     TrainingMetrics,
     TrainingRecord,
 )
-from finetune_trainer.model.source import display_name
+from finetune_trainer.model.base_model import display_name
 from finetune_trainer.runtime.units import perplexity
 
 

@@ -11,7 +11,7 @@ from finetune_trainer.contract.verdict_words import Statement, Tone, summary_of
 from finetune_trainer.export.gguf.files import MODELFILE, preferred
 from finetune_trainer.export.report import tables
 from finetune_trainer.export.report.facts import Facts
-from finetune_trainer.model.source import is_hub
+from finetune_trainer.model.base_model import is_hub
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values of vLLM's --max-lora-rank (vllm.config.lora.MaxLoRARanks)."""

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from finetune_trainer.contract import Lora, Reason, StageError
-from finetune_trainer.model.targets import NO_TEXT, of_text, resolve_targets
+from finetune_trainer.model.shape import NO_TEXT, of_text, resolve_targets
 
 RANDOM_BITS = 16  # for each value
 

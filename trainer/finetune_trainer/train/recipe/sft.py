@@ -37,7 +37,7 @@ from finetune_trainer.model.loading import (
     use_available_cpus,
 )
 from finetune_trainer.model.tokenizer import load_tokenizer
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link.channel import Channel
 from finetune_trainer.train.link.work import Trained, TrainingWork, write_lengths
 from finetune_trainer.train.recipe import processes, reporting, unsloth_engine

@@ -15,7 +15,7 @@ from finetune_trainer.contract import ExitCode, Reason
 from finetune_trainer.runtime.die_with_parent import die_with_parent
 from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.logs import set_up_libraries
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link.channel import Channel
 from finetune_trainer.train.link.work import TRAINED, TrainingWork, write_failure
 from finetune_trainer.train.recipe import unsloth_engine

@@ -16,7 +16,7 @@ from pathlib import Path
 from finetune_trainer.contract import Notice, NoticeCode, Reason, StageError, TrainingPlan
 from finetune_trainer.runtime import stopping
 from finetune_trainer.runtime.failures import MemoryFullError
-from finetune_trainer.runtime.progress import Reporter
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link.channel import WorkerMessage, listening
 from finetune_trainer.train.link.upload_lag import write_stored_step
 from finetune_trainer.train.link.work import FAILED, TRAINED, Failed, Trained, TrainingWork

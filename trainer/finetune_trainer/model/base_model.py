@@ -1,27 +1,43 @@
 """Where the base model is: its revision, its files, and fetching them.
 
 Only safetensors, JSON, tokenizer files and chat templates are read, never pickled weights; Python
-code only when spec.model.trustRemoteCode allows it.
+code only when spec.model.trustRemoteCode allows it. The Hub's client reads HF_TOKEN and HF_ENDPOINT
+from the environment.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+import httpx
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
 
 from finetune_trainer.contract import (
     Model,
+    PreparedRunConfig,
     Reason,
-    Resolved,
-    RunConfig,
     StageError,
     Storage,
     digest,
 )
-from finetune_trainer.model import hub
-from finetune_trainer.runtime.progress import Reporter
-from finetune_trainer.store import LocalFolder, open_folder
+from finetune_trainer.runtime.reporter import Reporter
+from finetune_trainer.store import LocalFolder, OnBytes, open_folder
 
 CARD = "README.md"
 """Names the license. It changes no result, so it is no part of a folder's revision."""
@@ -29,10 +45,11 @@ CARD = "README.md"
 _SMALL_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 _SAMPLES = 16
 _SAMPLE_BYTES = 1 << 16
+LIST_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
-class ModelFiles:
+class BaseModelFiles:
     """The files of a base model that count, at one revision."""
 
     model: Model
@@ -62,21 +79,21 @@ def display_name(source: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in name) or "model"
 
 
-def find(model: Model, storage: Storage) -> ModelFiles:
+def find(model: Model, storage: Storage) -> BaseModelFiles:
     """Resolve the revision and list the files; reads no weights.
 
     Raises StageError: ModelNotFound, ModelAccessDenied, ModelUnsupported (no safetensors),
     ModelHubUnavailable, or the store's reasons.
     """
     if is_hub(model.source):
-        revision, sizes = hub.list_files(model.source, model.revision)
+        revision, sizes = _list_repository(model.source, model.revision)
     else:
         revision, sizes = _list_folder(model, storage)
     wanted = {name: size for name, size in sorted(sizes.items()) if _wanted(name, model)}
     if any(name.startswith("model") and name.endswith(".safetensors") for name in wanted):
         # Mistral's repositories hold the weights a second time, in another layout.
         wanted = {k: v for k, v in wanted.items() if not k.startswith("consolidated")}
-    files = ModelFiles(model, revision, wanted)
+    files = BaseModelFiles(model, revision, wanted)
     if "config.json" not in wanted:
         raise StageError(
             Reason.MODEL_NOT_FOUND if not sizes else Reason.MODEL_UNSUPPORTED,
@@ -93,7 +110,7 @@ def find(model: Model, storage: Storage) -> ModelFiles:
 
 
 def fetch(
-    files: ModelFiles, storage: Storage, target: Path, reporter: Reporter, *, weights: bool
+    files: BaseModelFiles, storage: Storage, target: Path, reporter: Reporter, *, weights: bool
 ) -> Path:
     """Bring the files to disk, without weights and card if so asked; returns their folder.
 
@@ -108,16 +125,16 @@ def fetch(
         f"Fetching {'' if weights else 'the tokenizer of '}{model.source}", total
     )
     if is_hub(model.source):
-        return hub.download(model.source, files.revision, names, moved)
+        return _download(model.source, files.revision, names, moved)
     folder = open_folder(model.source, storage)
     for name in names:
         folder.download(name, target / name, moved)
     return target
 
 
-def fetch_resolved(config: RunConfig, target: Path, reporter: Reporter) -> Path:
+def fetch_resolved(config: PreparedRunConfig, target: Path, reporter: Reporter) -> Path:
     """Bring the whole model to disk, in just the revision that `prepare` saw."""
-    wanted = resolved_of(config).model_revision
+    wanted = config.resolved.model_revision
     model = config.model
     if is_hub(model.source):
         model = model.model_copy(update={"revision": wanted})
@@ -129,16 +146,6 @@ def fetch_resolved(config: RunConfig, target: Path, reporter: Reporter) -> Path:
             "them meanwhile. Change the spec, or create the job anew, to start from the new ones.",
         )
     return fetch(files, config.storage, target, reporter, weights=True)
-
-
-def resolved_of(config: RunConfig) -> Resolved:
-    """What `prepare` found out; StageError when run.json lacks it."""
-    if config.resolved is None:
-        raise StageError(
-            Reason.INVALID_CONFIG,
-            "run.json has no `resolved`: run `prepare` first and pass on what it reports.",
-        )
-    return config.resolved
 
 
 def _list_folder(model: Model, storage: Storage) -> tuple[str, dict[str, int]]:
@@ -185,3 +192,94 @@ def _sampled_digest(file: Path) -> str:
                 stream.seek(number * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
                 sha256.update(stream.read(_SAMPLE_BYTES))
     return sha256.hexdigest()
+
+
+def _list_repository(repository: str, revision: str) -> tuple[str, dict[str, int]]:
+    """The commit that a branch, tag or commit stands for, and the size of each file."""
+    with _hub_errors(repository, revision):
+        info = HfApi().model_info(
+            repository, revision=revision, files_metadata=True, timeout=LIST_SECONDS
+        )
+    if info.sha is None:
+        raise _not_found(repository, revision)
+    return info.sha, {file.rfilename: file.size or 0 for file in info.siblings or []}
+
+
+def _download(repository: str, commit: str, names: list[str], on_bytes: OnBytes) -> Path:
+    """Download files of a commit into the Hub client's cache; returns the folder they are in."""
+    folder = Path()
+    for name in names:
+        with _hub_errors(repository, commit):
+            file = Path(hf_hub_download(repository, name, revision=commit))
+        on_bytes(file.stat().st_size)
+        folder = file.parent
+    return folder
+
+
+def read_hub_header(repository: str, commit: str, name: str) -> dict[str, Any]:
+    """The header of a safetensors file; raises ValueError where it is none."""
+    with _hub_errors(repository, commit):
+        try:
+            found = HfApi().parse_safetensors_file_metadata(repository, name, revision=commit)
+        except SafetensorsParsingError as error:
+            raise ValueError(str(error)) from error
+    return {tensor: asdict(info) for tensor, info in found.tensors.items()}
+
+
+@contextmanager
+def _hub_errors(repository: str, revision: str) -> Iterator[None]:
+    try:
+        yield
+    except GatedRepoError as error:
+        raise StageError(
+            Reason.MODEL_ACCESS_DENIED,
+            f"The model {repository} is gated: accept its licence on its page on the Hub, and name "
+            "a Secret with that account's token in spec.model.tokenSecretRef.",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise StageError(
+            Reason.MODEL_NOT_FOUND,
+            f"The model {repository} has no revision {revision!r}: correct spec.model.revision.",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise _not_found(repository, revision) from error
+    except HFValidationError as error:
+        raise StageError(
+            Reason.INVALID_CONFIG, f"{repository!r} is no name of a Hub repository: write org/name."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError) as error:
+        raise _unavailable(repository, type(error).__name__) from error
+    except EntryNotFoundError as error:
+        raise StageError(
+            Reason.MODEL_NOT_FOUND, f"A file of {repository} is missing at {revision}: {error}"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise _denied(repository, status) from error
+        raise _unavailable(repository, f"HTTP {status}") from error
+
+
+def _not_found(repository: str, revision: str) -> StageError:
+    return StageError(
+        Reason.MODEL_NOT_FOUND,
+        f"The model {repository} ({revision}) does not exist on the Hub, or it is private: correct "
+        "spec.model.source, or name a Secret with a token that may read it in "
+        "spec.model.tokenSecretRef.",
+    )
+
+
+def _denied(repository: str, status: Any) -> StageError:
+    return StageError(
+        Reason.MODEL_ACCESS_DENIED,
+        f"The Hub refuses the model {repository} (HTTP {status}): check the token in the Secret of "
+        "spec.model.tokenSecretRef, and that its account may read the model.",
+    )
+
+
+def _unavailable(repository: str, cause: str) -> StageError:
+    return StageError(
+        Reason.MODEL_HUB_UNAVAILABLE,
+        f"The Hub can't be reached for the model {repository} ({cause}): check the network and "
+        "HF_ENDPOINT, or put the model into a bucket and name that in spec.model.source.",
+    )
