@@ -13,6 +13,7 @@ from finetune_trainer.contract import (
     Example,
     PreparedRunConfig,
     Reason,
+    RunConfig,
     Stage,
     StageError,
     TrainingRecord,
@@ -111,7 +112,7 @@ def check_memory() -> None:
         )
 
 
-def check_space(config: PreparedRunConfig, base: Path, workspace: Path) -> None:
+def check_space(config: RunConfig, base: Path, workspace: Path) -> None:
     """Raise StageError(OutOfDisk) when merged model and GGUF files will not fit beside the base.
 
     `base` is the folder with the base model; where its widths can't be read, nothing is checked.
