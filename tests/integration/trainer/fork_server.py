@@ -34,7 +34,7 @@ CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000  # <linux/sched.h>
 REQUEST_BYTES = 1 << 20
 COMMAND = "finetune_trainer"
 DIE_WITH_PARENT = "finetune_trainer.runtime.die_with_parent"
-# What takes seconds to import. Not gguf: llama.cpp's converter brings its own.
+# What takes seconds to import.
 MODULES = (
     "finetune_trainer.__main__",
     "finetune_trainer.prepare.stage",
@@ -43,6 +43,7 @@ MODULES = (
     "finetune_trainer.train.recipe.torchrun",
     "finetune_trainer.export.stage",
     "finetune_trainer.export.reference.float32",
+    "finetune_trainer.store.s3",
     "transformers.models.llama.modeling_llama",
     "tensorboardX",
     "llama_cpp",
@@ -65,7 +66,8 @@ class Forked(subprocess.Popen[Any]):
         cwd, environment, pipes, new_session = rest[4], rest[5], rest[8 + 1 : 15], rest[20]
         self._socket: socket.socket | None = None
         interpreter, _, module = " ".join(command).partition(" -m ")
-        if interpreter not in (sys.executable, f"{sys.executable} -u") or not module:
+        forks = interpreter in (sys.executable, f"{sys.executable} -u") and bool(module)
+        if not forks:
             super()._execute_child(args, *rest)  # type: ignore[misc]
             return
         stdin, _, _, stdout, _, stderr = pipes
@@ -243,7 +245,7 @@ def _answer(client: socket.socket, clients: dict[int, socket.socket], others: li
             each.close()
         for number, descriptor in enumerate(given):
             os.dup2(descriptor, number)
-        os.closerange(3, 256)  # as exec does
+            os.close(descriptor)
         return _run(request)
 
     pid = _fork(work, new_session=request["newSession"])
@@ -291,12 +293,15 @@ def _end(status: int) -> NoReturn:
 
 def _run(request: dict[str, Any]) -> int:
     """Be the process that was asked for."""
+    import huggingface_hub.constants
+
     os.environ.clear()
     os.environ.update(request["environment"])
     # OpenMP hangs in a fork that wants other threads than its parent has.
     os.environ["OMP_NUM_THREADS"] = "1"
     os.chdir(request["cwd"])
     tempfile.tempdir = None
+    importlib.reload(huggingface_hub.constants)  # which come from the environment
     sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     if disk := request["smallDisk"]:
@@ -304,6 +309,9 @@ def _run(request: dict[str, Any]) -> int:
     module, *arguments = request["command"]
     if module == DIE_WITH_PARENT:  # it does not: its parent is the server
         module, *arguments = arguments[3:]
+    if module != COMMAND:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "gguf"]:
+            del sys.modules[name]  # llama.cpp's converter brings its own
     _let_children_fork()
     sys.argv = [module, *arguments]
     warnings.simplefilter("ignore" if os.environ.get("PYTHONWARNINGS") == "ignore" else "default")
