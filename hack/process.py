@@ -180,6 +180,7 @@ class Daemon:
         if process is not None:
             _end(process, first, seconds)
         self._record.unlink(missing_ok=True)
+        _STARTED[:] = [each for each in _STARTED if each.poll() is None]
 
     def tail(self, lines: int = TAIL_LINES) -> str:
         """The end of its log, for error messages."""

@@ -87,7 +87,7 @@ def build_binaries(
         typer.Option(help="Also what a node needs; by default where the native node is used."),
     ] = None,
 ) -> None:
-    """Build Kubernetes into the user's cache, unless it is there."""
+    """Find the programs of Kubernetes, or build them into the user's cache."""
     with _errors_in_words():
         if node is None:
             node = _native_node_is_used()

@@ -219,13 +219,13 @@ def install_system_packages() -> None:
 
 
 def check_containerd() -> None:
-    """Refuse a containerd that no longer speaks the interface of this kubelet."""
+    """Refuse a containerd that doesn't run, or reads another configuration than this node's."""
     try:
         found = re.search(r"\bv?(\d+)\.\d+", output(["containerd", "--version"]))
     except (CommandFailed, OSError, subprocess.SubprocessError) as error:
         raise Unavailable(f"containerd doesn't run: {error}") from error
     if found and int(found[1]) >= 2:
         raise Unavailable(
-            "containerd 2 doesn't speak the runtime interface of Kubernetes 1.20; "
+            "the native node is configured for containerd 1, and this is containerd 2; "
             "install Docker and kind instead"
         )
