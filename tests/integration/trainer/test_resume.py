@@ -369,8 +369,8 @@ def test_ctrl_c_on_one_machine_and_the_same_command_again(
         f"--base-model={tiny_model}",
         f"--output={folder / 'models'}",
         "--epochs=8",
-        "--gradient-accumulation-steps=1",
-        "--logging-steps=1",
+        "--set=training.gradientAccumulationSteps=1",
+        "--set=training.loggingSteps=1",
     ]
 
     def start() -> Attempt:
