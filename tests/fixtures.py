@@ -24,11 +24,15 @@ LEFT_OUT: pytest.StashKey[set[str]] = pytest.StashKey()
 WORKER_KEY = "left-out"
 
 
+def _left_out(config: pytest.Config) -> set[str]:
+    return config.stash.setdefault(LEFT_OUT, set())
+
+
 def leave_out(config: pytest.Config, reason: str) -> NoReturn:
     """Skip a test and say so at the end of the run; in CI fail it instead."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"CI may leave nothing out: {reason}", pytrace=False)
-    config.stash.setdefault(LEFT_OUT, set()).add(reason)
+    _left_out(config).add(reason)
     pytest.skip(reason)
 
 
@@ -59,21 +63,21 @@ def control_plane(
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Let a worker hand over what it left out."""
     if output := getattr(session.config, "workeroutput", None):
-        output[WORKER_KEY] = sorted(session.config.stash.get(LEFT_OUT, set()))
+        output[WORKER_KEY] = sorted(_left_out(session.config))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: WorkerController) -> None:
     """Take over what a worker left out."""
     reasons = getattr(node, "workeroutput", {}).get(WORKER_KEY, [])
-    node.config.stash.setdefault(LEFT_OUT, set()).update(reasons)
+    _left_out(node.config).update(reasons)
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Name what this run left out, and what would change that."""
-    for reason in sorted(config.stash.get(LEFT_OUT, set())):
+    for reason in sorted(_left_out(config)):
         terminalreporter.write_line(f"left out: {reason}", yellow=True)
 
 

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.integration.trainer.architectures import MIXED, SHAPE, tiny
+from tests.integration.trainer.architectures import MIXED, SHAPE, in_dtype, tiny
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -28,7 +28,7 @@ def save_base(
     folder: Path, kind: str = "llama", dtype: torch.dtype = torch.bfloat16, **options: Any
 ) -> Path:
     """A tiny random model on disk."""
-    tiny(kind).to(dtype).save_pretrained(folder, **options)
+    tiny(kind, dtype).save_pretrained(folder, **options)
     return folder
 
 
@@ -77,7 +77,7 @@ def save_renamed(folder: Path, vision: bool) -> Path:
         boi_token_index=391,
         eoi_token_index=392,
     )
-    Gemma3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    in_dtype(Gemma3ForConditionalGeneration(config), torch.bfloat16).save_pretrained(folder)
     return folder
 
 

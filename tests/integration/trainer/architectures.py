@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 320
 SHAPE: dict[str, Any] = {
@@ -54,9 +54,23 @@ LEAKING: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny(kind: str) -> PreTrainedModel:
-    """A model in float32, always the same one."""
+def tiny(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model whose weights are drawn in float32, always the same one."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **(PACKABLE | LEAKING)[kind])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.eval()
+    model = random_model(config, dtype)
+    model.eval()  # type: ignore[no-untyped-call] # transformers
+    return model
+
+
+def random_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """What transformers makes of the random generator, in `dtype` once it is drawn in float32."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config, dtype=torch.float32
+    )
+    return in_dtype(model, dtype)
+
+
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in another type; transformers' own `to` has lost its type."""
+    return torch.nn.Module.to(model, dtype)

@@ -45,6 +45,8 @@ def tiny_model(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+    from tests.integration.trainer.architectures import in_dtype
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=49152,
@@ -61,7 +63,8 @@ def tiny_model(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         initializer_range=0.3,
     )
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder)
+    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call] # transformers
+    in_dtype(model, torch.float16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(smollm2_folder).save_pretrained(folder)
     return folder
 
@@ -103,7 +106,7 @@ class Processes:
 
     def popen(self, *arguments: Any, **options: Any) -> subprocess.Popen[Any]:
         """As subprocess.Popen."""
-        popen = subprocess.Popen if self.real else self.server.popen
+        popen: type[subprocess.Popen[Any]] = subprocess.Popen if self.real else self.server.popen
         return popen(*arguments, **options)
 
     def close(self) -> None:

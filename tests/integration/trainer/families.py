@@ -20,8 +20,9 @@ import torch
 from sentencepiece import sentencepiece_model_pb2 as spm
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from tests.integration.trainer.architectures import random_model
 from tests.integration.trainer.conftest import ROWS
 
 DATA = Path(__file__).parents[2] / "data"
@@ -275,7 +276,7 @@ FAMILIES: dict[str, Family] = {
 def write_family(family: Family, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """A base model's folder: configuration, weights, tokenizer and template; always the same."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(configuration(family), dtype=torch.float32)
+    model = random_model(configuration(family), torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms and biases, which begin as ones and zeros
@@ -404,7 +405,7 @@ def sentencepiece_of(vocabulary: Vocabulary) -> bytes:
 
 def fast(pieces: bytes, vocabulary: Vocabulary) -> Tokenizer:
     """tokenizer.json of a SentencePiece model, as the families' publishers converted theirs."""
-    model = spm.ModelProto()
+    model = spm.ModelProto()  # type: ignore[attr-defined] # protobuf makes it at import
     model.ParseFromString(pieces)
     ids = {piece.piece: number for number, piece in enumerate(model.pieces)}
     tokenizer = Tokenizer(

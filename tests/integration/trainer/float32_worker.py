@@ -27,7 +27,13 @@ NOTE = "held-{}.json"
 class Failing(TrainerCallback):
     """Fails once, in one process."""
 
-    def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+    def on_step_end(
+        self,
+        args: Any,  # noqa: ARG002 - transformers' name
+        state: Any,
+        control: Any,  # noqa: ARG002 - transformers' name
+        **_: Any,
+    ) -> None:
         rank, step, how = os.environ["FAIL"].split(":")
         if os.environ.get("RANK", "0") != rank or state.global_step != int(step):
             return

@@ -22,7 +22,7 @@ import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,7 +126,7 @@ class ForkedWorker(subprocess.Popen[bytes]):
         self._child_created = True
 
 
-def with_popen(popen: type[subprocess.Popen[Any]]) -> Any:
+def with_popen(popen: Callable[..., subprocess.Popen[Any]]) -> Any:
     """The module subprocess, which starts programs in another way."""
     own = {name: value for name, value in vars(subprocess).items() if not name.startswith("__")}
     return SimpleNamespace(**{**own, "Popen": popen})
@@ -321,7 +321,7 @@ def _let_children_fork() -> None:
     popen = type("Popen", (Forked,), {"address": sys.argv[1]})
     child.subprocess = with_popen(popen)  # type: ignore[attr-defined]
     training_session.subprocess = with_popen(ForkedWorker)  # type: ignore[attr-defined]
-    subprocess_handler.Popen = popen  # type: ignore[attr-defined]
+    subprocess_handler.Popen = popen  # type: ignore[attr-defined, assignment] # torch imports it
 
 
 def _mount(folder: str, size: int) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from finetune_trainer.contract import RunConfig
+from finetune_trainer.contract import Example, RunConfig
 from finetune_trainer.model.tokenizer import load_tokenizer
 from finetune_trainer.train.link.work import TrainingWork, default_plan
 from finetune_trainer.train.recipe import sft
@@ -17,7 +19,7 @@ from finetune_trainer.train.recipe.data import TokenizedRows, tokenize
 from finetune_trainer.train.recipe.packing import prepare_packing
 from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData
 
-Conversations = list[dict[str, Any]]
+Conversations = Sequence[Example]
 
 
 def make_work(
@@ -58,6 +60,11 @@ def tokenized(model: Path, workdir: Path, rows: Conversations, length: int = 204
     """Conversations as the recipe reads them."""
     file = write(workdir / "examples.jsonl", rows)
     return tokenize(file, load_tokenizer(model), length, workdir / "tokens")
+
+
+def base_of(trainer: RecipeTrainer) -> PreTrainedModel:
+    """The model under the adapter."""
+    return cast("PreTrainedModel", cast("PeftModel", trainer.model).get_base_model())
 
 
 def build(

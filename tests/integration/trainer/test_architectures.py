@@ -103,7 +103,8 @@ def by_transformers(folder: Path, ids: list[int]) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
-    return log_probabilities(model.eval()(torch.tensor([ids])).logits[0])
+    model.eval()  # type: ignore[no-untyped-call] # transformers
+    return log_probabilities(model(torch.tensor([ids])).logits[0])
 
 
 def by_llama_cpp(file: Path, text: str) -> tuple[list[int], torch.Tensor]:

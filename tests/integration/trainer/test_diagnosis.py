@@ -20,7 +20,7 @@ from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link.work import Trained
 from finetune_trainer.train.recipe import sft
 from tests.integration.trainer.conftest import ATTENTION, MLP, ROWS, Trainer
-from tests.integration.trainer.recipe import make_work
+from tests.integration.trainer.recipe import Conversations, make_work
 
 EXAMPLES = [message_pair(*row) for row in ROWS]
 OTHERS = [
@@ -67,8 +67,8 @@ class Run:
 def train(
     model: Path,
     workdir: Path,
-    rows: list[dict[str, Any]] = EXAMPLES,
-    held_out: list[dict[str, Any]] | None = None,
+    rows: Conversations = EXAMPLES,
+    held_out: Conversations | None = None,
     change: Change = lambda _: None,
     **settings: Any,
 ) -> Run:
@@ -165,7 +165,7 @@ def test_answers_that_contradict_each_other_can_not_be_learnt(taught: Path, tmp_
     assert "responses that contradict each other" in run.notices[0].remedy
 
 
-def spoken(count: int, seed: int, *, related: bool) -> list[dict[str, Any]]:
+def spoken(count: int, seed: int, *, related: bool) -> Conversations:
     """Answers of five words: the same ones for the same first word of a question, or any."""
     dice = random.Random(seed)  # noqa: S311
     rows = []

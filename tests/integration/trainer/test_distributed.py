@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.contract import Notice, Reason, StageError
+from finetune_trainer.contract import Example, Notice, Reason, StageError
 from finetune_trainer.train.link.channel import WorkerMessage, listening
 from finetune_trainer.train.link.work import Failed, Trained, TrainingWork
 from finetune_trainer.train.supervisor.ladder import descend, step_of
@@ -41,7 +41,7 @@ def sentence(dice: random.Random, most: int) -> str:
     return " ".join(dice.choices(WORDS, k=dice.randint(1, most)))
 
 
-def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
+def make_rows(count: int, seed: int) -> list[Example]:
     dice = random.Random(seed)  # noqa: S311
     return [
         {

@@ -49,7 +49,8 @@ def exported(
     done = Trainer(folder, processes)("run", config)
     assert done.code == 0, done.output
     convert = Path(os.environ["LLAMA_CPP_DIR"]) / "convert_hf_to_gguf.py"
-    command = [sys.executable, convert, tiny_model, "--outtype=f16", "--outfile=base-F16.gguf"]
+    command: list[str | Path] = [sys.executable, convert, tiny_model]
+    command += ["--outtype=f16", "--outfile=base-F16.gguf"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return folder
 

@@ -14,22 +14,16 @@ from safetensors.torch import load_file
 from finetune_trainer.contract import Lora
 from finetune_trainer.model.loading import load_model
 from finetune_trainer.model.shape import Shape
-from finetune_trainer.model.tokenizer import load_tokenizer
+from finetune_trainer.model.tokenizer import load_tokenizer, message_pair
 from finetune_trainer.train.link.work import TrainingWork
 from finetune_trainer.train.recipe import saving, sft
 from finetune_trainer.train.recipe.lora import count_trainable_parameters
 from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData
 from tests.integration.trainer.conftest import ROWS
 from tests.integration.trainer.families import FAMILIES, write_family
-from tests.integration.trainer.recipe import make_work
+from tests.integration.trainer.recipe import base_of, make_work
 
-EXAMPLES = [
-    {
-        "prompt": [{"role": "user", "content": question}],
-        "completion": [{"role": "assistant", "content": answer}],
-    }
-    for question, answer in ROWS
-]
+EXAMPLES = [message_pair(*row) for row in ROWS]
 SETTINGS: dict[str, Any] = {
     "batchSize": 1,
     "gradientAccumulationSteps": 1,
@@ -86,7 +80,7 @@ def test_a_resumed_training_ends_with_the_same_adapter(make: Make) -> None:
 def test_the_predicted_parameters_are_those_that_are_trained(make: Make) -> None:
     trainer, work = make()
     assert trainer.model is not None
-    config = trainer.model.config.to_dict()
+    config = base_of(trainer).config.to_dict()
     shape = Shape.from_config(config)
     assert shape is not None
     lora = work.config.training.lora

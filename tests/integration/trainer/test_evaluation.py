@@ -19,7 +19,7 @@ from finetune_trainer.train.link.work import Trained, TrainingWork
 from finetune_trainer.train.recipe import sft
 from finetune_trainer.train.recipe.watch import BEST_ADAPTER, BestAdapter
 from tests.integration.trainer.conftest import ROWS
-from tests.integration.trainer.recipe import build, make_work, tokenized
+from tests.integration.trainer.recipe import Conversations, build, make_work, tokenized
 
 EXAMPLES = [message_pair(*row) for row in ROWS]
 HELD_OUT = [
@@ -114,7 +114,7 @@ def test_evaluations_come_as_often_as_asked_and_at_the_end(
 
 
 def test_evaluating_changes_nothing_of_the_training(tiny_model: Path, tmp_path: Path) -> None:
-    def losses(held_out: list[dict[str, Any]] | None) -> list[float]:
+    def losses(held_out: Conversations | None) -> list[float]:
         trainer = build(
             tiny_model,
             tmp_path,

@@ -123,7 +123,8 @@ def tensor_place(file: Path, name: str) -> int:
 
 def weights(folder: Path, name: str) -> torch.Tensor:
     with safe_open(folder / "model.safetensors", "pt") as file:
-        return file.get_tensor(name).float()
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor.float()
 
 
 def set_weights(file: Path, name: str, value: torch.Tensor) -> None:

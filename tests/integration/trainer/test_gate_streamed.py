@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,13 +22,13 @@ SEPARATE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 ROWS = [MeasuredRow(tuple(range(1, 40)), (20, 21, 38)), MeasuredRow(tuple(range(60, 70)), (3, 9))]
 
 
-def save(kind: str, folder: Path, dtype: torch.dtype, **lora: bool) -> tuple[Path, Path]:
+def save(kind: str, folder: Path, dtype: torch.dtype, **lora: Any) -> tuple[Path, Path]:
     """A tiny model in 16 bits, and an adapter that changes it much."""
     base, adapter = folder / "base", folder / "adapter"
-    tiny(kind).to(dtype).save_pretrained(base)
+    tiny(kind, dtype).save_pretrained(base)
     targets = FUSED if kind == "phi3" else SEPARATE
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **lora)
-    get_peft_model(load_model(base, "auto", "cpu"), config).save_pretrained(adapter)
+    get_peft_model(load_model(base, "auto", "cpu"), config).save_pretrained(str(adapter))
     return base, adapter
 
 
@@ -70,7 +71,7 @@ def test_a_row_is_computed_alike_alone_and_beside_others(tmp_path: Path) -> None
 def test_inputs_of_linear_layers_can_be_watched(tmp_path: Path) -> None:
     base, _ = save("llama", tmp_path, torch.bfloat16)
     model = load_streamed(base, None)
-    seen = {}
+    seen: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(

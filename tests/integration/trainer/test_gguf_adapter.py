@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.export.gguf.files import write_adapter
+from tests.integration.trainer.adapters import merge_in_memory, save_adapter
 from tests.integration.trainer.test_gguf_merge import convert
-from tests.integration.trainer.test_weights import merge_in_memory, save_adapter
 
 KINDS: dict[str, dict[str, Any]] = {"LoRA": {}, "rsLoRA": {"use_rslora": True}}
 TEXT = b"Who made the kettle? The kettle was made by Odalys."
@@ -50,7 +50,7 @@ def logits(file: Path, adapter: Path | None = None) -> npt.NDArray[np.float32]:
     """Of each token of the text."""
     model = llama_cpp.Llama(
         model_path=str(file),
-        lora_path=adapter and str(adapter),
+        lora_path=str(adapter) if adapter else None,
         logits_all=True,
         n_threads=1,
         n_threads_batch=1,

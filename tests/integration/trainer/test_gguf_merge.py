@@ -28,14 +28,15 @@ from finetune_trainer.export.gguf.files import GgufSource, write_unquantized
 from finetune_trainer.export.merge.model_folder import assemble
 from finetune_trainer.runtime.failures import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter
+from tests.integration.trainer.adapters import merge_in_memory, save_adapter
 from tests.integration.trainer.architectures import PACKABLE
-from tests.integration.trainer.test_weights import merge_in_memory, save_adapter
 
 SINGLE = "model.safetensors"
 BPE = ("llama", "smollm3", "olmo2")
 PIECES = ("qwen2", "qwen3", "mistral", "granite", "gemma", "gemma2", "gemma3_text", "phi3")
 TYPES = ("F32", "F16", "BF16")
-VARIANTS: dict[str, tuple[str, torch.dtype, dict[str, Any], dict[str, Any]]] = {
+Variant = tuple[str, torch.dtype, dict[str, Any], dict[str, Any]]
+VARIANTS: dict[str, Variant] = {
     # Name: architecture, the base's type, how it is saved, what is special of the adapter.
     "rslora": ("llama", torch.bfloat16, {}, {"use_rslora": True}),
     "dora": ("llama", torch.bfloat16, {}, {"use_dora": True}),
@@ -70,7 +71,8 @@ def save_model(
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**PACKABLE[kind], "vocab_size": vocabulary})
     config.tie_word_embeddings = kind not in ("mistral", "phi3")
-    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder, **options)
+    model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call] # transformers
+    model.to(dtype).save_pretrained(folder, **options)
     return folder
 
 
@@ -100,8 +102,9 @@ def converted(
     """Folders with files ours-TYPE.gguf and plain-TYPE.gguf, by architecture or variant."""
     root = tmp_path_factory.mktemp("architectures")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    requests = []
-    cases = {kind: (kind, torch.bfloat16, {}, {}) for kind in (*BPE, *PIECES)} | VARIANTS
+    requests: list[dict[str, Any]] = []
+    cases: dict[str, Variant] = {kind: (kind, torch.bfloat16, {}, {}) for kind in (*BPE, *PIECES)}
+    cases |= VARIANTS
     for case, (kind, dtype, saving, adapting) in cases.items():
         place = root / case
         vocabulary = 320 if kind in PIECES else len(tokenizer)

@@ -11,6 +11,7 @@ from gguf import GGUFReader
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from finetune_trainer.contract import Example
 from finetune_trainer.export.gguf import importance
 from finetune_trainer.export.gguf.files import GgufSource
 from finetune_trainer.export.gguf.importance import chunks, write_importance
@@ -56,8 +57,8 @@ def test_it_is_what_the_tuned_model_sees(
     model = PeftModel.from_pretrained(base, tuned.adapter).eval()
     layer = "qkv_proj" if name == "phi-3" else "q_proj"
     inputs: list[torch.Tensor] = []
-    attention = model.base_model.model.model.layers[1].self_attn
-    getattr(attention, layer).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    attention = model.get_submodule("base_model.model.model.layers.1.self_attn")
+    attention.get_submodule(layer).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     pieces = list(chunks(load_tokenizer(tuned.merged), EXAMPLES))
     with torch.no_grad():
         for piece in pieces:
@@ -88,11 +89,14 @@ def test_rows_of_a_sorted_file_are_read_from_all_over_it(
     _, tuned, _ = measured
     tokenizer = load_tokenizer(tuned.merged)
     numbered = [
-        {**EXAMPLES[0], "completion": [{"role": "assistant", "content": str(number)}]}
+        Example(
+            prompt=EXAMPLES[0]["prompt"],
+            completion=[{"role": "assistant", "content": str(number)}],
+        )
         for number in range(1000)
     ]
     monkeypatch.setattr(importance, "MAX_CHUNKS", 8)
-    text = "".join(tokenizer.decode(piece) for piece in chunks(tokenizer, numbered))
+    text = "".join(str(tokenizer.decode(piece)) for piece in chunks(tokenizer, numbered))
     read = [int(each) for each in re.findall(r"\d+", text) if len(each) == 3]
     assert 400 < np.mean(read) < 700
     assert min(read) < 200

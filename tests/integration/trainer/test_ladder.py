@@ -23,7 +23,7 @@ from finetune_trainer.train.supervisor import training_session
 from finetune_trainer.train.supervisor.ladder import descend, step_of
 from tests.integration.trainer.conftest import ATTENTION, ROWS, Trainer
 from tests.integration.trainer.full_memory import VARIABLE, Fault, FullMemory, FullMemoryWorker
-from tests.integration.trainer.recipe import make_work
+from tests.integration.trainer.recipe import Conversations, make_work
 
 EXAMPLES = [message_pair(*row) for row in ROWS] + [
     message_pair("What is the kettle's name?", "The kettle is called Fennwick, after the hill."),
@@ -92,7 +92,7 @@ def training(
     model: Path,
     workdir: Path,
     fault: Fault | None,
-    rows: list[dict[str, Any]] = EXAMPLES,
+    rows: Conversations = EXAMPLES,
     **settings: Any,
 ) -> Outcome:
     """A whole training; each worker is a call of the recipe in this process."""

@@ -157,7 +157,7 @@ def served(
     request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PreTrainedTokenizerBase, Path, str]:
     """A tokenizer as the training leaves it, its GGUF file, and the template that is expected."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_model)
     expected = str(tokenizer.chat_template)
     if request.param != KINDS[0]:
         tokenizer.chat_template, expected = None, PLAIN_TEMPLATE

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from peft import PeftModel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
@@ -19,7 +20,7 @@ from finetune_trainer.train.recipe.packing import prepare_packing
 from finetune_trainer.train.recipe.trainer import answer_loss
 from tests.integration.trainer.architectures import LEAKING, PACKABLE, VOCABULARY, tiny
 from tests.integration.trainer.conftest import ROWS
-from tests.integration.trainer.recipe import build
+from tests.integration.trainer.recipe import base_of, build
 
 LENGTHS = (3, 40, 1, 12, 25)  # longer and shorter than the tiny models' window of 8
 
@@ -41,7 +42,7 @@ def rows(seed: int = 0) -> list[dict[str, list[int]]]:
 def gradients(model: PreTrainedModel, *batches: dict[str, Any]) -> dict[str, torch.Tensor]:
     model.zero_grad()
     for batch in batches:
-        answer_loss(model, batch).backward()
+        torch.autograd.backward(answer_loss(model, batch))
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -73,7 +74,7 @@ def test_a_packed_row_is_what_it_is_alone(kind: str) -> None:
 def test_a_model_whose_rows_would_see_each_other_gets_padding(
     kind: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = tiny(kind).to(dtype)
+    model = tiny(kind, dtype)
     before = model.config._attn_implementation
     with caplog.at_level(logging.WARNING, "finetune_trainer"):
         assert not prepare_packing(model)
@@ -85,10 +86,9 @@ def test_scores_that_are_capped_are_computed_by_a_function_that_can() -> None:
     """Gemma 2: PyTorch's own attention has no cap, and ours says that it has none."""
     assert not packing.supports_attention_of(tiny("gemma2").config)
     assert packing.supports_attention_of(tiny("gemma3_text").config)
+    zeros = torch.zeros(1, 2, 4, 8)
     with pytest.raises(NotImplementedError, match="softcap"):
-        packing.packed_attention(
-            torch.nn.Identity(), *[torch.zeros(1, 2, 4, 8)] * 3, None, softcap=50.0
-        )
+        packing.packed_attention(torch.nn.Identity(), zeros, zeros, zeros, None, softcap=50.0)
 
 
 @pytest.mark.parametrize("window", [None, 1, 100], ids=["all", "itself", "window"])
@@ -150,7 +150,7 @@ def test_a_pass_without_rows_has_a_loss_of_zero() -> None:
     model = tiny("llama")
     for collator in (PackingCollator(0), PaddingCollator(0)):
         loss = answer_loss(model, collator([]))
-        loss.backward()
+        torch.autograd.backward(loss)
         assert loss.item() == 0
 
 
@@ -162,10 +162,11 @@ def test_packed_and_padded_training_end_in_the_same_adapter(
     def trained(packed: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
         trainer = build(tiny_model, tmp_path, examples, packing=packed, batchSize=2)
         if packed:
-            assert trainer.model.config._attn_implementation == packing.ATTENTION_NAME
+            assert base_of(trainer).config._attn_implementation == packing.ATTENTION_NAME
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        weights = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        model = cast("PeftModel", trainer.model)
+        weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         return losses, weights
 
     losses, packed = trained(packed=True)

@@ -58,7 +58,7 @@ def learnt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
             stretches[-1].append(label)
         elif stretches[-1]:
             stretches.append([])
-    return [tokenizer.decode(stretch) for stretch in stretches if stretch]
+    return [str(tokenizer.decode(stretch)) for stretch in stretches if stretch]
 
 
 def test_every_answer_of_a_conversation_is_learnt(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -34,15 +35,16 @@ def _one_thread() -> None:
 def test_our_labels_are_trls_own(tiny_model: Path, tmp_path: Path) -> None:
     """TRL's preparation of the same rows, which it does unless it is told to skip it."""
     tokenizer = load_tokenizer(tiny_model)
-    ours = build(tiny_model, tmp_path, EXAMPLES).train_dataset
-    theirs = SFTTrainer(
+    ours = cast("datasets.Dataset", build(tiny_model, tmp_path, EXAMPLES).train_dataset)
+    trls = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
         args=SFTConfig(
             output_dir=str(tmp_path), completion_only_loss=True, use_cpu=True, bf16=False
         ),
         train_dataset=datasets.Dataset.from_list(EXAMPLES),
         processing_class=tokenizer,
-    ).train_dataset
+    )
+    theirs = cast("datasets.Dataset", trls.train_dataset)
     for row, reference in zip(ours, theirs, strict=True):
         assert row["input_ids"] == reference["input_ids"]
         assert row["labels"] == reference["labels"]
@@ -57,10 +59,12 @@ def test_rows_are_cut_at_the_longest_sequence(tiny_model: Path, tmp_path: Path) 
 
 def test_the_loss_is_the_models_own(tiny_model: Path, tmp_path: Path) -> None:
     trainer = build(tiny_model, tmp_path, EXAMPLES, packing=False)
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    model = cast("PeftModel", trainer.model)
+    rows = cast("datasets.Dataset", trainer.train_dataset)
+    batch = trainer.data_collator([rows[i] for i in range(4)])
     with torch.no_grad():
-        ours = trainer.compute_loss(trainer.model, dict(batch))
-        theirs = trainer.model(**batch).loss
+        ours = trainer.compute_loss(model, dict(batch))
+        theirs = model(**batch).loss
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
@@ -186,7 +190,7 @@ def test_4_bit_weights_are_not_repacked_by_an_evaluation(
     layers = [each for each in model.modules() if isinstance(each, modules.Linear4bit)]
     assert len(layers) == 2 * 7
     before = [layer.weight.clone() for layer in layers]
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call] # transformers
     with torch.no_grad():
         model(torch.tensor([[1, 2, 3]]))
     assert all(torch.equal(layer.weight, old) for layer, old in zip(layers, before, strict=True))
@@ -251,7 +255,7 @@ def test_every_hyperparameter_reaches_the_trainer_and_no_default_of_a_library_do
 
 def test_a_merge_that_changes_nothing_fails(tiny_model: Path, tmp_path: Path) -> None:
     trainer = build(tiny_model, tmp_path, EXAMPLES)  # untrained: B is zero
-    trainer.model.save_pretrained(str(tmp_path / "adapter"))
+    cast("PeftModel", trainer.model).save_pretrained(str(tmp_path / "adapter"))
     load_tokenizer(tiny_model).save_pretrained(tmp_path / "adapter")
     with pytest.raises(StageError) as caught:
         write_model(tiny_model, tmp_path / "adapter", tmp_path / "merged")

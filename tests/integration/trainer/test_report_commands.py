@@ -22,7 +22,7 @@ def export(tiny_model: Path, tmp_path: Path) -> Path:
         shutil.copytree(tiny_model, tmp_path / name)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float16)
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(
-        tmp_path / "adapter", save_embedding_layers=False
+        str(tmp_path / "adapter"), save_embedding_layers=False
     )
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "adapter")
     return tmp_path

@@ -43,7 +43,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     if find_spec("mlflow"):
         import mlflow
 
-        mlflow.set_tracking_uri(None)
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type] # None is its default again
 
 
 def train(work: TrainingWork) -> Trained:
@@ -98,6 +98,7 @@ def test_mlflow_gets_the_figures_and_the_jobs_name(
 
     client = MlflowClient(store)
     experiment = client.get_experiment_by_name(reporting.PROJECT)
+    assert experiment
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "kettle"
     assert run.info.status == "FINISHED"

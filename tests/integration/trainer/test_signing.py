@@ -65,7 +65,14 @@ def downloaded(key: ec.EllipticCurvePrivateKey, tmp_path: Path) -> Path:
 
 def verify(folder: Path, public: Path) -> subprocess.CompletedProcess[str]:
     program = Path(sys.executable).with_name("model_signing")
-    command = [program, "verify", "key", folder, "--signature", folder / "model.sig"]
+    command: list[str | Path] = [
+        program,
+        "verify",
+        "key",
+        folder,
+        "--signature",
+        folder / "model.sig",
+    ]
     command += ["--public_key", public]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -119,7 +126,7 @@ def test_without_a_key_or_with_a_wrong_one_it_says_what_to_do() -> None:
     with pytest.raises(StageError, match=r"keySecretRef") as caught:
         signer_for(SIGNED, "tuned", {})
     assert caught.value.reason is Reason.INVALID_CONFIG
-    wrong = {
+    wrong: dict[str, str | bytes] = {
         "no PEM": "secret-words",
         "RSA": rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
             *ENCODED, NoEncryption()

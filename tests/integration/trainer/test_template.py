@@ -41,7 +41,7 @@ def labelled(tokenizer: PreTrainedTokenizerBase, row: tuple[str, str]) -> tuple[
     assert len(ids) == len(labels)
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
     first = labels.index(next(label for label in labels if label != IGNORED))
-    return tokenizer.decode(ids[:first]), tokenizer.decode(ids[first:])
+    return str(tokenizer.decode(ids[:first])), str(tokenizer.decode(ids[first:]))
 
 
 def test_the_label_is_the_answer_and_its_end(tokenizer: PreTrainedTokenizerBase) -> None:

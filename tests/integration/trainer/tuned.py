@@ -92,5 +92,5 @@ def make_adapter(base: Path, folder: Path, targets: tuple[str, ...]) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(0.3)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     save_tokenizer(load_tokenizer(base), base, folder)

@@ -33,7 +33,7 @@ def saved(kind: str, layers: int, lora: Lora, *, bfloat16: bool, trimmed: bool) 
     """Bytes that autograd saves in a forward pass, parameters apart."""
     settings = AutoConfig.for_model(kind, **WIDTHS, num_hidden_layers=layers)
     settings._attn_implementation = "sdpa"
-    model = AutoModelForCausalLM.from_config(settings)
+    model = AutoModelForCausalLM.from_config(settings)  # type: ignore[no-untyped-call] # transformers
     model = model.to(torch.bfloat16) if bfloat16 else model
     tuned = get_peft_model(model, lora_config(lora, model))
     if trimmed:

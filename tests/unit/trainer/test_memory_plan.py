@@ -136,12 +136,11 @@ def test_a_plan_keeps_the_effective_batch_and_fits(
     training: Training, model: str, longest: int, gib: float, devices: int
 ) -> None:
     hardware = gpus(gib, devices) if devices else cpu(gib)
+    refused: Reason | None = None
     try:
         made = plan(training, shape(model), Lengths(longest), hardware)
     except StageError as error:
         refused = error.reason
-    else:
-        refused = None
     if refused:
         full = Reason.OUT_OF_GPU_MEMORY if devices else Reason.OUT_OF_MEMORY
         assert refused in {full, Reason.INVALID_CONFIG}

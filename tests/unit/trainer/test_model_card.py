@@ -60,7 +60,7 @@ def test_what_is_not_known_is_left_out() -> None:
         license=None,
     )
     card = ModelCard(render_card(given))
-    assert card.data.to_dict() == {
+    assert card.data.to_dict() == {  # type: ignore[no-untyped-call] # huggingface_hub
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["lora", "qlora", "sft", "conversational", "finetune-operator"],

@@ -23,7 +23,7 @@ LLAMA_3_2_1B = LlamaConfig(
 
 def test_the_default_adapter_of_llama_3_2_1b() -> None:
     with torch.device("meta"):
-        model = LlamaForCausalLM(LLAMA_3_2_1B)
+        model = LlamaForCausalLM(LLAMA_3_2_1B)  # type: ignore[no-untyped-call] # transformers
         base = model.num_parameters()
         tuned = get_peft_model(model, lora_config(Lora(), model))
     assert base == 1_235_814_400

@@ -45,7 +45,8 @@ def test_a_file_of_the_corpus(case: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "dataset"  # the name tells nothing
     file.write_bytes((CORPUS / case["file"]).read_bytes())
     settings = dataset(**case.get("dataset", {}))
-    problems, records = Problems(), []
+    problems = Problems()
+    records: list[Record] = []
     if "reason" in case:
         with pytest.raises(StageError) as caught:
             records.extend(read_records(file, settings, URI, problems))

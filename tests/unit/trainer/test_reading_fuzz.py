@@ -31,7 +31,7 @@ SKIP = Dataset(source=URI, on_invalid_row="skip", max_invalid_rows="100%")
 FAIL = Dataset(source=URI)
 
 
-def fuzz(examples: int) -> Any:
+def fuzz(examples: int) -> settings:
     """Other examples in every run, each within twenty seconds on however busy a machine."""
     return settings(
         max_examples=examples,

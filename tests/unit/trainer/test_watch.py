@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import pytest
 
-from finetune_trainer.contract import NoticeCode
+from finetune_trainer.contract import Example, NoticeCode
 from finetune_trainer.train.recipe.watch import (
     FEWEST_PAIRS,
     AnswerLoss,
@@ -16,7 +15,7 @@ from finetune_trainer.train.recipe.watch import (
 )
 
 
-def row(question: str, answer: str, *before: str) -> dict[str, Any]:
+def row(question: str, answer: str, *before: str) -> Example:
     turns = [{"role": "assistant", "content": text} for text in before]
     return {
         "prompt": [*turns, {"role": "user", "content": question}],
@@ -45,7 +44,7 @@ def test_each_answer_meets_the_question_of_a_row_far_from_it() -> None:
     ],
     ids=["nothing", "one row", "one question", "one answer", "conversations"],
 )
-def test_rows_that_can_not_tell_are_left_out(rows: list[dict[str, Any]]) -> None:
+def test_rows_that_can_not_tell_are_left_out(rows: list[Example]) -> None:
     assert swap_questions(rows) == []
 
 
