@@ -58,17 +58,18 @@ def tiny(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model whose weights are drawn in float32, always the same one."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **(PACKABLE | LEAKING)[kind])
-    model = random_model(config, dtype)
+    model = in_dtype(random_model(config), dtype)
     model.eval()  # type: ignore[no-untyped-call] # transformers
     return model
 
 
-def random_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """What transformers makes of the random generator, in `dtype` once it is drawn in float32."""
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Random weights in float32."""
+    # transformers gives it no types.
     model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         config, dtype=torch.float32
     )
-    return in_dtype(model, dtype)
+    return model
 
 
 def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

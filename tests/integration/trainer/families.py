@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig
 
-from tests.integration.trainer.architectures import random_model
+from tests.integration.trainer.architectures import in_dtype, random_model
 from tests.integration.trainer.conftest import ROWS
 
 DATA = Path(__file__).parents[2] / "data"
@@ -276,12 +276,12 @@ FAMILIES: dict[str, Family] = {
 def write_family(family: Family, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """A base model's folder: configuration, weights, tokenizer and template; always the same."""
     torch.manual_seed(0)
-    model = random_model(configuration(family), torch.float32)
+    model = random_model(configuration(family))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms and biases, which begin as ones and zeros
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    model.to(dtype).save_pretrained(folder)
+    in_dtype(model, dtype).save_pretrained(folder)
     write_tokenizer(family, folder)
     return folder
 

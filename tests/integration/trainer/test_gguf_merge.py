@@ -21,7 +21,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from finetune_trainer.contract import Progress, Quantization, Reason, StageError
 from finetune_trainer.export.gguf.files import GgufSource, write_unquantized
@@ -29,7 +29,7 @@ from finetune_trainer.export.merge.model_folder import assemble
 from finetune_trainer.runtime.failures import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter
 from tests.integration.trainer.adapters import merge_in_memory, save_adapter
-from tests.integration.trainer.architectures import PACKABLE
+from tests.integration.trainer.architectures import PACKABLE, in_dtype, random_model
 
 SINGLE = "model.safetensors"
 BPE = ("llama", "smollm3", "olmo2")
@@ -71,8 +71,7 @@ def save_model(
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**PACKABLE[kind], "vocab_size": vocabulary})
     config.tie_word_embeddings = kind not in ("mistral", "phi3")
-    model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call] # transformers
-    model.to(dtype).save_pretrained(folder, **options)
+    in_dtype(random_model(config), dtype).save_pretrained(folder, **options)
     return folder
 
 

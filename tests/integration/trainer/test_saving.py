@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from finetune_trainer.contract import Reason, StageError
-from finetune_trainer.model.tokenizer import load_tokenizer
+from finetune_trainer.model.tokenizer import load_tokenizer, message_pair
 from finetune_trainer.train.link import upload_lag
 from finetune_trainer.train.link.work import InterruptedTrainingError, TrainingWork
 from finetune_trainer.train.recipe import saving, sft
@@ -23,11 +23,7 @@ from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData
 from tests.integration.trainer.recipe import make_work
 
 ROWS = [
-    {
-        "prompt": [{"role": "user", "content": f"What is {number}?"}],
-        "completion": [{"role": "assistant", "content": "It is green. " * (1 + number % 4)}],
-    }
-    for number in range(20)
+    message_pair(f"What is {number}?", "It is green. " * (1 + number % 4)) for number in range(20)
 ]
 SETTINGS: dict[str, Any] = {
     "batchSize": 2,

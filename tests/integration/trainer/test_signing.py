@@ -65,15 +65,8 @@ def downloaded(key: ec.EllipticCurvePrivateKey, tmp_path: Path) -> Path:
 
 def verify(folder: Path, public: Path) -> subprocess.CompletedProcess[str]:
     program = Path(sys.executable).with_name("model_signing")
-    command: list[str | Path] = [
-        program,
-        "verify",
-        "key",
-        folder,
-        "--signature",
-        folder / "model.sig",
-    ]
-    command += ["--public_key", public]
+    command: list[str | Path] = [program, "verify", "key", folder]
+    command += ["--signature", folder / "model.sig", "--public_key", public]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
