@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.contract import Reason, RunConfig, StageError
+from finetune_trainer.contract import PreparedRunConfig, Reason, StageError
 from finetune_trainer.export import inputs
 from finetune_trainer.export.inputs import check_memory, check_space
 from finetune_trainer.runtime.units import GIB
@@ -18,11 +18,17 @@ def run(tmp_path: Path, **changes: int) -> None:
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text(json.dumps({**config("smollm2-135m"), **changes}))
-    settings = RunConfig.model_validate(
+    settings = PreparedRunConfig.model_validate(
         {
             "model": {"source": str(base)},
             "dataset": {"source": "/data.csv"},
             "output": {"uri": "/out"},
+            "resolved": {
+                "fingerprints": {"prepare": "a", "train": "b", "export": "c"},
+                "datasetETag": "etag",
+                "datasetRows": 1,
+                "modelRevision": "1",
+            },
         }
     )
     check_space(settings, base, tmp_path)
