@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from examples.base_model import smollm2
 from finetune_trainer.contract import RunConfig, Training, TrainingPlan
 from finetune_trainer.memory.predict import Recipe, predict
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import compute_dtype
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.runtime.reporter import Reporter
@@ -124,7 +125,7 @@ def work_for(case: Case, model: Path, workdir: Path) -> TrainingWork:
         engine="transformers",
         examples=examples,
         held_out=None,
-        model=model,
+        model=ModelFolder(model),
         workdir=workdir,
     )
 

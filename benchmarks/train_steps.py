@@ -27,7 +27,7 @@ from benchmarks import texts
 from examples.base_model import smollm2
 from finetune_trainer.contract import Example, Hardware, RunConfig, TrainingPlan
 from finetune_trainer.memory.plan import Lengths, plan
-from finetune_trainer.model import loading
+from finetune_trainer.model import ModelFolder, loading
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import encode, load_tokenizer
 from finetune_trainer.runtime.logs import set_up_libraries
@@ -58,7 +58,7 @@ def main(step: str, folder: Path) -> None:
 
 def _rows(folder: Path, kind: str, rows: int, held_out: int) -> None:
     """Write examples.jsonl, eval.jsonl and the length of the longest row."""
-    tokenizer = load_tokenizer(smollm2())
+    tokenizer = load_tokenizer(ModelFolder(smollm2()))
 
     def count(row: Example) -> int:
         return len(encode(tokenizer, row)[0])
@@ -128,7 +128,7 @@ def _ours(folder: Path, batch_size: int | None) -> Trained:
         engine="transformers",
         examples=folder / "examples.jsonl",
         held_out=None,
-        model=smollm2(),
+        model=ModelFolder(smollm2()),
         workdir=workdir,
     )
     loading.use_available_cpus()
@@ -186,7 +186,7 @@ def _plain(folder: Path) -> Trained:
 
 
 def _judge(folder: Path) -> float:
-    tokenizer = load_tokenizer(smollm2())
+    tokenizer = load_tokenizer(ModelFolder(smollm2()))
     base = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, folder / "adapter").eval()
     total, labels = 0.0, 0

@@ -9,6 +9,7 @@ from finetune_trainer.contract import Quantization
 from finetune_trainer.export.gguf.files import GgufSource, write_files
 from finetune_trainer.export.merge import MergedWeights
 from finetune_trainer.export.merge.model_folder import assemble
+from finetune_trainer.model import ModelFolder
 
 
 def ours(folder: str, *kinds: str) -> None:
@@ -17,8 +18,10 @@ def ours(folder: str, *kinds: str) -> None:
     base, adapter, assembled = place / "base", place / "adapter", place / "assembled" / "model"
     weights = MergedWeights.open(base, adapter)
     weights.check_changes()
-    assemble(base, adapter, assembled, dtype=weights.dtype)
-    model = GgufSource(base, adapter, assembled, "model", Quantization.BF16)
+    assemble(ModelFolder(base), adapter, assembled, dtype=weights.dtype)
+    model = GgufSource(
+        ModelFolder(base), adapter, ModelFolder(assembled), "model", Quantization.BF16
+    )
     for _ in write_files(model, place / "ours", [Quantization(kind) for kind in kinds]):
         pass
 

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finetune_trainer.contract import Example, RunConfig
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import load_tokenizer
 from finetune_trainer.train.link.work import TrainingWork, default_plan
 from finetune_trainer.train.recipe import sft
@@ -45,7 +46,7 @@ def make_work(
         engine="transformers",
         examples=write(workdir / "examples.jsonl", rows),
         held_out=write(workdir / "eval.jsonl", held_out) if held_out else None,
-        model=model,
+        model=ModelFolder(model),
         workdir=workdir,
     )
 
@@ -59,7 +60,7 @@ def write(file: Path, rows: Conversations) -> Path:
 def tokenized(model: Path, workdir: Path, rows: Conversations, length: int = 2048) -> TokenizedRows:
     """Conversations as the recipe reads them."""
     file = write(workdir / "examples.jsonl", rows)
-    return tokenize(file, load_tokenizer(model), length, workdir / "tokens")
+    return tokenize(file, load_tokenizer(ModelFolder(model)), length, workdir / "tokens")
 
 
 def base_of(trainer: RecipeTrainer) -> PreTrainedModel:
@@ -77,7 +78,7 @@ def build(
     """The trainer before it trains: float32, no dropout, one epoch."""
     defaults = {"epochs": 1, "lora": {"dropout": 0}}
     work = make_work(model, workdir, rows, held_out, **{**defaults, **settings})
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(ModelFolder(model))
     examples, others = sft.read_rows(work, tokenizer)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     packed = work.config.training.packing and prepare_packing(loaded)

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from finetune_trainer.contract import Notice, NoticeCode, Reason, StageError, TrainingRecord
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import encode, load_tokenizer, message_pair
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link.work import Trained
@@ -101,7 +102,7 @@ def train(
 @pytest.fixture(scope="module")
 def taught(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model after it learnt its rows by heart: random weights can't get worse."""
-    tokenizer = load_tokenizer(tiny_model)
+    tokenizer = load_tokenizer(ModelFolder(tiny_model))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -116,7 +117,7 @@ def taught(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save(model: Any, like: Path, folder: Path) -> Path:
     model.save_pretrained(folder)
-    load_tokenizer(like).save_pretrained(folder)
+    load_tokenizer(ModelFolder(like)).save_pretrained(folder)
     return folder
 
 

@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from finetune_trainer.contract import Lora
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import load_model
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import load_tokenizer, message_pair
@@ -51,10 +52,10 @@ def make(model: Path, tmp_path: Path) -> Make:
         workdir.mkdir()
         work = make_work(model, workdir, EXAMPLES, EXAMPLES[:2], **{**SETTINGS, **settings})
         work = work.model_copy(update={"resume_from": resume_from})
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(ModelFolder(model))
         examples, held_out = sft.read_rows(work, tokenizer)
         quantize = work.config.training.method == "qlora"
-        loaded = load_model(model, dtype, "cpu", quantize=quantize)
+        loaded = load_model(ModelFolder(model), dtype, "cpu", quantize=quantize)
         data = TrainingData(examples, held_out, packed=False)
         return sft.build_trainer(loaded, tokenizer, data, work=work, epochs=1), work
 

@@ -31,6 +31,7 @@ from finetune_trainer.contract import (
 from finetune_trainer.export.gate import file_checks
 from finetune_trainer.export.gate.gates import DerivedGate, SourceGate, rejects
 from finetune_trainer.export.gguf.header import Header
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.converter import llama_folder
 from tests.integration.trainer.families import WIDE
 from tests.integration.trainer.tuned import EXAMPLES, Tuned, make_tuned
@@ -373,7 +374,7 @@ def test_a_model_that_is_not_there_is_an_error(tuned: Tuned, tmp_path: Path) -> 
     broken = Path(shutil.copytree(tuned.base, tmp_path / "base"))
     (broken / "model.safetensors").write_bytes(b"none")
     with pytest.raises(StageError) as caught:
-        SourceGate.open(broken, tuned.adapter, EXAMPLES, tmp_path / "gate", Export())
+        SourceGate.open(ModelFolder(broken), tuned.adapter, EXAMPLES, tmp_path / "gate", Export())
     assert caught.value.reason in (Reason.MODEL_UNSUPPORTED, Reason.INTERNAL_ERROR)
 
 

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from finetune_trainer.export.reference import float32
 from finetune_trainer.export.reference.float32 import load_streamed, logits_of, passes
 from finetune_trainer.export.reference.logprobs import MeasuredRow
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import load_model
 from tests.integration.trainer.architectures import PACKABLE, VOCABULARY, tiny
 
@@ -28,7 +29,9 @@ def save(kind: str, folder: Path, dtype: torch.dtype, **lora: Any) -> tuple[Path
     tiny(kind, dtype).save_pretrained(base)
     targets = FUSED if kind == "phi3" else SEPARATE
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **lora)
-    get_peft_model(load_model(base, "auto", "cpu"), config).save_pretrained(str(adapter))
+    get_peft_model(load_model(ModelFolder(base), "auto", "cpu"), config).save_pretrained(
+        str(adapter)
+    )
     return base, adapter
 
 
@@ -40,8 +43,10 @@ def test_it_computes_what_a_loaded_model_does(
     """In float32, but for the order of sums: blocks of a few rows at a time."""
     monkeypatch.setattr(float32, "BLOCK_VALUES", 640)
     base, adapter = save(kind, tmp_path, dtype)
-    loaded = PeftModel.from_pretrained(load_model(base, torch.float32, "cpu"), adapter).eval()
-    ours = load_streamed(base, adapter)
+    loaded = PeftModel.from_pretrained(
+        load_model(ModelFolder(base), torch.float32, "cpu"), adapter
+    ).eval()
+    ours = load_streamed(ModelFolder(base), adapter)
     assert isinstance(ours, PeftModel)
     tuned = logits_of(loaded, ROWS)
     assert tuned.shape == (5, VOCABULARY)
@@ -55,22 +60,24 @@ def test_it_computes_what_a_loaded_model_does(
 @pytest.mark.parametrize("variant", ["use_rslora", "use_dora"])
 def test_variants_of_lora_are_those_of_peft(variant: str, tmp_path: Path) -> None:
     base, adapter = save("llama", tmp_path, torch.bfloat16, **{variant: True})
-    loaded = PeftModel.from_pretrained(load_model(base, torch.float32, "cpu"), adapter).eval()
-    ours = load_streamed(base, adapter)
+    loaded = PeftModel.from_pretrained(
+        load_model(ModelFolder(base), torch.float32, "cpu"), adapter
+    ).eval()
+    ours = load_streamed(ModelFolder(base), adapter)
     torch.testing.assert_close(logits_of(ours, ROWS), logits_of(loaded, ROWS))
 
 
 def test_a_row_is_computed_alike_alone_and_beside_others(tmp_path: Path) -> None:
     """Padding changes nothing."""
     base, adapter = save("mistral", tmp_path, torch.bfloat16)
-    model = load_streamed(base, adapter)
+    model = load_streamed(ModelFolder(base), adapter)
     alone = torch.cat([logits_of(model, [row]) for row in ROWS])
     torch.testing.assert_close(logits_of(model, ROWS), alone, rtol=1e-4, atol=1e-4)
 
 
 def test_inputs_of_linear_layers_can_be_watched(tmp_path: Path) -> None:
     base, _ = save("llama", tmp_path, torch.bfloat16)
-    model = load_streamed(base, None)
+    model = load_streamed(ModelFolder(base), None)
     seen: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -102,6 +109,7 @@ def test_the_weights_take_no_memory(smollm2_folder: Path) -> None:
 import torch
 from pathlib import Path
 from finetune_trainer.export.reference.float32 import load_streamed
+from finetune_trainer.model import ModelFolder
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -111,7 +119,7 @@ def largest(seen):
     return lambda *_: seen.append(anonymous())
 
 before, seen = anonymous(), []
-model = load_streamed(Path({str(smollm2_folder)!r}), None)
+model = load_streamed(ModelFolder(Path({str(smollm2_folder)!r})), None)
 for module in model.modules():
     module.register_forward_hook(largest(seen))
 with torch.no_grad():

@@ -16,7 +16,7 @@ import pytest
 
 from finetune_trainer.contract import Quantization, Reason, StageError
 from finetune_trainer.export.gguf.files import GgufSource, quantize, quantize_all, write_files
-from finetune_trainer.model import converter
+from finetune_trainer.model import ModelFolder, converter
 from tests.integration.trainer.vocabulary import write_vocabulary
 
 TYPES = tuple(Quantization)
@@ -25,7 +25,11 @@ TYPES = tuple(Quantization)
 def plain(model: Path) -> GgufSource:
     """A model of its own, without an adapter."""
     return GgufSource(
-        base=model, adapter=None, folder=model, name="tiny", own_type=Quantization.F16
+        base=ModelFolder(model),
+        adapter=None,
+        folder=ModelFolder(model),
+        name="tiny",
+        own_type=Quantization.F16,
     )
 
 

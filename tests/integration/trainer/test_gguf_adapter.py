@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.export.gguf.files import write_adapter
+from finetune_trainer.model import ModelFolder
 from tests.integration.trainer.adapters import merge_in_memory, save_adapter
 from tests.integration.trainer.test_gguf_merge import convert
 
@@ -76,7 +77,7 @@ def test_base_and_adapter_say_what_the_merged_model_says(
 ) -> None:
     folder = configuration_only(place / "base", tmp_path / "base")
     file = tmp_path / "out" / "tiny-LoRA-F32.gguf"
-    write_adapter(folder, place / f"adapter-{kind}", file)
+    write_adapter(ModelFolder(folder), place / f"adapter-{kind}", file)
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     merged = logits(place / f"{kind}.gguf")
     np.testing.assert_allclose(logits(place / "base.gguf", file), merged, rtol=0, atol=2e-4)
@@ -105,7 +106,7 @@ def test_what_llama_cpp_can_not_apply_is_refused_by_name(
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, **changed}))
     with pytest.raises(StageError) as caught:
-        write_adapter(place / "base", adapter, tmp_path / "x.gguf")
+        write_adapter(ModelFolder(place / "base"), adapter, tmp_path / "x.gguf")
     assert caught.value.reason is Reason.MODEL_UNSUPPORTED
     assert said in caught.value.message
     assert "adapterGguf" in caught.value.message

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoTokenizer
 from finetune_trainer.contract import Progress, Quantization, Reason, StageError
 from finetune_trainer.export.gguf.files import GgufSource, write_unquantized
 from finetune_trainer.export.merge.model_folder import assemble
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.runtime.failures import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter
 from tests.integration.trainer.adapters import merge_in_memory, save_adapter
@@ -118,7 +119,7 @@ def converted(
         else:
             tokenizer.save_pretrained(merged)
             tokenizer.save_pretrained(adapter)
-            assemble(base, adapter, folder)
+            assemble(ModelFolder(base), adapter, folder)
             merged = merged.rename(place / "tiny")
         for number in TYPES if case == "llama" else ("F16",):
             ours = {
@@ -159,9 +160,9 @@ def test_the_file_is_that_of_the_plain_way(
 def model_of(place: Path, **options: Any) -> GgufSource:
     """What one of the converted folders holds."""
     return GgufSource(
-        base=place / "base",
+        base=ModelFolder(place / "base"),
         adapter=place / "adapter",
-        folder=place / "folder" / "tiny",
+        folder=ModelFolder(place / "folder" / "tiny"),
         name="tiny",
         own_type=Quantization.BF16,
         **options,
@@ -211,7 +212,7 @@ def test_values_beyond_f16_are_an_error_and_leave_no_file(
     weights = load_file(base / SINGLE)
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = 70_000
     save_file(weights, base / SINGLE, metadata={"format": "pt"})
-    model = replace(model_of(converted["llama"]), base=base)
+    model = replace(model_of(converted["llama"]), base=ModelFolder(base))
     with pytest.raises(StageError) as caught:
         write_unquantized(model, tmp_path / "out" / "x.gguf", Quantization.F16)
     assert caught.value.reason is Reason.MODEL_UNSUPPORTED

@@ -16,6 +16,7 @@ from finetune_trainer.export.gguf import importance
 from finetune_trainer.export.gguf.files import GgufSource
 from finetune_trainer.export.gguf.importance import chunks, write_importance
 from finetune_trainer.export.gguf.requests import INPUT_COUNTS, INPUT_SUMS
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import load_tokenizer
 from finetune_trainer.runtime.reporter import Reporter
 from tests.integration.trainer.families import WIDE
@@ -30,7 +31,9 @@ def measured(
 ) -> tuple[str, Tuned, dict[str, np.ndarray]]:
     folder = tmp_path_factory.mktemp("importance")
     tuned = make_tuned(request.param, folder, torch.bfloat16, **WIDE)
-    model = GgufSource(tuned.base, tuned.adapter, tuned.merged, "tiny", tuned.own)
+    model = GgufSource(
+        ModelFolder(tuned.base), tuned.adapter, ModelFolder(tuned.merged), "tiny", tuned.own
+    )
     target = folder / "importance.gguf"
     write_importance(model, tuned.file(tuned.own), EXAMPLES, target, Reporter())
     found = {item.name: np.asarray(item.data) for item in GGUFReader(target).tensors}
@@ -59,7 +62,7 @@ def test_it_is_what_the_tuned_model_sees(
     inputs: list[torch.Tensor] = []
     attention = model.get_submodule("base_model.model.model.layers.1.self_attn")
     attention.get_submodule(layer).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    pieces = list(chunks(load_tokenizer(tuned.merged), EXAMPLES))
+    pieces = list(chunks(load_tokenizer(ModelFolder(tuned.merged)), EXAMPLES))
     with torch.no_grad():
         for piece in pieces:
             model(input_ids=torch.tensor([piece]))
@@ -73,7 +76,7 @@ def test_rows_are_laid_end_to_end_up_to_a_limit(
     measured: tuple[str, Tuned, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, tuned, _ = measured
-    tokenizer = load_tokenizer(tuned.merged)
+    tokenizer = load_tokenizer(ModelFolder(tuned.merged))
     whole = [token for piece in chunks(tokenizer, EXAMPLES) for token in piece]
     monkeypatch.setattr(importance, "CHUNK_TOKENS", 20)
     pieces = list(chunks(tokenizer, EXAMPLES))
@@ -87,7 +90,7 @@ def test_rows_of_a_sorted_file_are_read_from_all_over_it(
     measured: tuple[str, Tuned, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, tuned, _ = measured
-    tokenizer = load_tokenizer(tuned.merged)
+    tokenizer = load_tokenizer(ModelFolder(tuned.merged))
     numbered = [
         Example(
             prompt=EXAMPLES[0]["prompt"],

@@ -28,10 +28,10 @@ def test_the_license_comes_with_the_weights(
     files = base_model.find(Model(source=f"s3://{bucket}/with-card"), storage)
 
     small = base_model.fetch(files, storage, tmp_path / "small", Reporter(), weights=False)
-    assert {file.name for file in small.iterdir()} == set(SMALL)
+    assert {file.name for file in small.path.iterdir()} == set(SMALL)
     whole = base_model.fetch(files, storage, tmp_path / "whole", Reporter(), weights=True)
-    assert {file.name for file in whole.iterdir()} == set(FILES)
-    assert license_of(whole) == "apache-2.0"
+    assert {file.name for file in whole.path.iterdir()} == set(FILES)
+    assert license_of(whole.path) == "apache-2.0"
 
 
 def test_another_text_in_the_card_trains_nothing_anew(tmp_path: Path) -> None:

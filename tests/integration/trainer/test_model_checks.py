@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from finetune_trainer.contract import Export, Lora, Reason, RunConfig, StageError, TargetModule
-from finetune_trainer.model import base_model, rehearsal
+from finetune_trainer.model import ModelFolder, base_model, rehearsal
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.prepare import checks
 from finetune_trainer.prepare.stage import check_config
@@ -50,7 +50,7 @@ def run_config(folder: Path | str, **parts: Any) -> RunConfig:
 def check(folder: Path, room: Path, rows: Sequence[Any] = (), **parts: Any) -> None:
     config = run_config(folder, **parts)
     files = base_model.find(config.model, config.storage)
-    checks.check_model(config, files, folder, room, Reporter(), rows=rows)
+    checks.check_model(config, files, ModelFolder(folder), room, Reporter(), rows=rows)
 
 
 def refused(folder: Path, room: Path, rows: Sequence[Any] = ()) -> str:
@@ -82,7 +82,7 @@ def test_a_model_in_a_bucket_is_checked_without_fetching_its_weights(
             shutil.copy(file, small)
     config = run_config(f"s3://{bucket}/models/good", storage={"endpoint": moto.endpoint})
     files = base_model.find(config.model, config.storage)
-    checks.check_model(config, files, small, tmp_path, Reporter())
+    checks.check_model(config, files, ModelFolder(small), tmp_path, Reporter())
 
     stand_in = tmp_path / "rehearsal" / WEIGHTS
     assert load_file(stand_in).keys() == load_file(good / WEIGHTS).keys()

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_trainer.export.merge.model_folder import assemble, stored_config, write_model
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import load_tokenizer, save_tokenizer
 from tests.integration.trainer.adapters import SINGLE, merge_in_memory, save_adapter
 
@@ -28,7 +29,7 @@ def base(tiny_model: Path, tmp_path: Path) -> Path:
 def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter with the tokenizer, as `train` leaves it."""
     folder = save_adapter(tiny_model, tmp_path_factory.mktemp("adapters") / "adapter")
-    save_tokenizer(load_tokenizer(tiny_model), tiny_model, folder)
+    save_tokenizer(load_tokenizer(ModelFolder(tiny_model)), tiny_model, folder)
     return folder
 
 
@@ -46,7 +47,7 @@ def test_the_model_behaves_as_the_one_that_peft_merged(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     ours, theirs = tmp_path / "ours", merge_in_memory(base, adapter, tmp_path / "theirs")
-    write_model(base, adapter, ours)
+    write_model(ModelFolder(base), adapter, ours)
     assert read(ours / "config.json") == read(theirs / "config.json")
     assert (ours / SINGLE).read_bytes() == (theirs / SINGLE).read_bytes()
     assert {file.stat().st_mode & 0o777 for file in ours.iterdir()} == {0o644}
@@ -59,7 +60,7 @@ def test_the_model_behaves_as_the_one_that_peft_merged(
 
 def test_a_folder_without_weights(base: Path, adapter: Path, tmp_path: Path) -> None:
     write(base / "preprocessor_config.json", image_mean=[0.5])
-    assemble(base, adapter, tmp_path / "ours")
+    assemble(ModelFolder(base), adapter, tmp_path / "ours")
     assert {file.name for file in (tmp_path / "ours").iterdir()} == {
         "chat_template.jinja",
         "config.json",
@@ -81,7 +82,7 @@ def test_generation_stops_at_every_end_of_turn(
 ) -> None:
     """Settings that transformers itself would refuse to write stay as they are."""
     write(base / "generation_config.json", eos_token_id=known, do_sample=False, temperature=0.6)
-    assemble(base, adapter, tmp_path / "ours")
+    assemble(ModelFolder(base), adapter, tmp_path / "ours")
     settings = read(tmp_path / "ours" / "generation_config.json")
     assert settings["eos_token_id"] == expected
     assert settings["temperature"] == 0.6
@@ -93,7 +94,7 @@ def test_generation_settings_come_from_the_configuration_where_they_have_no_file
 ) -> None:
     (base / "generation_config.json").unlink()
     write(base / "config.json", eos_token_id=7, bos_token_id=3)
-    assemble(base, adapter, tmp_path / "ours")
+    assemble(ModelFolder(base), adapter, tmp_path / "ours")
     settings = read(tmp_path / "ours" / "generation_config.json")
     assert settings["eos_token_id"] == [7, END_OF_TURN]
     assert settings["bos_token_id"] == 3
@@ -103,7 +104,7 @@ def test_the_configuration_names_the_type_of_the_weights(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).save_pretrained(base)
-    write_model(base, adapter, tmp_path / "ours")
+    write_model(ModelFolder(base), adapter, tmp_path / "ours")
     assert read(tmp_path / "ours" / "config.json")["dtype"] == "float16"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert model.dtype is torch.float16
@@ -132,6 +133,6 @@ def test_the_models_own_code_goes_along_only_where_it_is_trusted(
 ) -> None:
     (base / "modeling_tiny.py").write_text("")
     write(base / "config.json", auto_map={"AutoModel": "modeling_tiny.Tiny"})
-    assemble(base, adapter, tmp_path / "ours", trust_remote_code=trusted)
+    assemble(ModelFolder(base, trusted), adapter, tmp_path / "ours")
     assert (tmp_path / "ours" / "modeling_tiny.py").exists() is trusted
     assert ("auto_map" in read(tmp_path / "ours" / "config.json")) is trusted

@@ -26,6 +26,7 @@ from finetune_trainer.export.ollama import (
     trial_conversations,
     write_modelfile,
 )
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import (
     BEGIN_OF_TEXT,
     PLAIN_TEMPLATE,
@@ -49,7 +50,7 @@ CHAT = [
 
 @pytest.fixture
 def tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(smollm2_folder)
+    return load_tokenizer(ModelFolder(smollm2_folder))
 
 
 def shape_of(tokenizer: PreTrainedTokenizerBase, name: str) -> ChatShape:
@@ -170,7 +171,7 @@ def served(
     (model := folder / "model").mkdir()
     shutil.copy(tiny_model / "config.json", model)
     tokenizer.save_pretrained(model)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(ModelFolder(model))
     # llama.cpp knows this tokenizer by what it does without that token.
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
     tokenizer.save_pretrained(model)

@@ -11,6 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Reason, RunConfig, StageError
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import (
     IGNORED,
     as_example,
@@ -45,7 +46,7 @@ REASONING = (  # like Qwen3's: of earlier answers, what stands before </think> i
 
 @pytest.fixture
 def tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(smollm2_folder)
+    return load_tokenizer(ModelFolder(smollm2_folder))
 
 
 def learnt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[str]:

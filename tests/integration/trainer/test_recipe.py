@@ -15,6 +15,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.export.merge.model_folder import write_model
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import load_model
 from finetune_trainer.model.tokenizer import load_tokenizer, message_pair
 from finetune_trainer.runtime.reporter import Reporter
@@ -34,7 +35,7 @@ def _one_thread() -> None:
 
 def test_our_labels_are_trls_own(tiny_model: Path, tmp_path: Path) -> None:
     """TRL's preparation of the same rows, which it does unless it is told to skip it."""
-    tokenizer = load_tokenizer(tiny_model)
+    tokenizer = load_tokenizer(ModelFolder(tiny_model))
     ours = cast("datasets.Dataset", build(tiny_model, tmp_path, EXAMPLES).train_dataset)
     trls = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
@@ -171,7 +172,7 @@ def test_qlora_trains_and_merges_into_a_16_bit_model(tiny_model: Path, tmp_path:
     trained = sft.fine_tune(work, Reporter())
     assert trained.metrics.base_parameters == 3_219_776
     assert (trained.metrics.final_loss or 0) < (trained.metrics.train_loss or 0)
-    write_model(tiny_model, adapter, tmp_path / "merged")
+    write_model(ModelFolder(tiny_model), adapter, tmp_path / "merged")
     before = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
@@ -186,7 +187,7 @@ def test_4_bit_weights_are_not_repacked_by_an_evaluation(
     from bitsandbytes.nn import modules
 
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
-    model = load_model(tiny_model, torch.bfloat16, "cpu", quantize=True)
+    model = load_model(ModelFolder(tiny_model), torch.bfloat16, "cpu", quantize=True)
     layers = [each for each in model.modules() if isinstance(each, modules.Linear4bit)]
     assert len(layers) == 2 * 7
     before = [layer.weight.clone() for layer in layers]
@@ -256,7 +257,7 @@ def test_every_hyperparameter_reaches_the_trainer_and_no_default_of_a_library_do
 def test_a_merge_that_changes_nothing_fails(tiny_model: Path, tmp_path: Path) -> None:
     trainer = build(tiny_model, tmp_path, EXAMPLES)  # untrained: B is zero
     cast("PeftModel", trainer.model).save_pretrained(str(tmp_path / "adapter"))
-    load_tokenizer(tiny_model).save_pretrained(tmp_path / "adapter")
+    load_tokenizer(ModelFolder(tiny_model)).save_pretrained(tmp_path / "adapter")
     with pytest.raises(StageError) as caught:
-        write_model(tiny_model, tmp_path / "adapter", tmp_path / "merged")
+        write_model(ModelFolder(tiny_model), tmp_path / "adapter", tmp_path / "merged")
     assert caught.value.reason is Reason.QUALITY_GATE_FAILED

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import load_tokenizer, message_pair
 from finetune_trainer.train.link import upload_lag
 from finetune_trainer.train.link.work import InterruptedTrainingError, TrainingWork
@@ -48,7 +49,7 @@ def make(tiny_model: Path, tmp_path: Path) -> Make:
         workdir.mkdir()
         work = make_work(tiny_model, workdir, ROWS, ROWS[:3], **{**SETTINGS, **settings})
         work = work.model_copy(update={"resume_from": resume_from})
-        tokenizer = load_tokenizer(tiny_model)
+        tokenizer = load_tokenizer(ModelFolder(tiny_model))
         examples, held_out = sft.read_rows(work, tokenizer)
         trainer = sft.build_trainer(
             AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import (
     IGNORED,
     PLAIN_TEMPLATE,
@@ -22,7 +23,7 @@ ROW = ("What is 2+2?", "It is 4.")
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(smollm2_folder)
+    return load_tokenizer(ModelFolder(smollm2_folder))
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def plain(smollm2_folder: Path, tmp_path: Path) -> PreTrainedTokenizerBase:
     bare.chat_template = None
     bare.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes((smollm2_folder / "config.json").read_bytes())
-    return load_tokenizer(tmp_path)
+    return load_tokenizer(ModelFolder(tmp_path))
 
 
 def labelled(tokenizer: PreTrainedTokenizerBase, row: tuple[str, str]) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from finetune_trainer.contract import Export, Quantization
 from finetune_trainer.export.gate.gates import SourceGate
 from finetune_trainer.export.gguf.files import GgufSource, quantize, write_unquantized
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.converter import gguf_name
 from finetune_trainer.model.loading import load_model
 from finetune_trainer.model.tokenizer import (
@@ -49,8 +50,18 @@ class Tuned:
         """A GGUF file of the merged model, made when it is asked for first."""
         file = self.files / f"{kind}.gguf"
         if not file.exists() and kind is self.own:
-            bos, name = begins_with_bos(load_tokenizer(self.merged)), gguf_name("tiny", self.merged)
-            model = GgufSource(self.merged, None, self.merged, name, kind, begins_with_bos=bos)
+            bos, name = (
+                begins_with_bos(load_tokenizer(ModelFolder(self.merged))),
+                gguf_name("tiny", self.merged),
+            )
+            model = GgufSource(
+                ModelFolder(self.merged),
+                None,
+                ModelFolder(self.merged),
+                name,
+                kind,
+                begins_with_bos=bos,
+            )
             write_unquantized(model, file, kind)
         elif not file.exists():
             quantize(self.file(self.own), file, kind)
@@ -58,7 +69,9 @@ class Tuned:
 
     def gate(self, workspace: Path, **export: Any) -> SourceGate:
         """A gate that has seen nothing yet."""
-        return SourceGate.open(self.base, self.adapter, EXAMPLES, workspace, Export(**export))
+        return SourceGate.open(
+            ModelFolder(self.base), self.adapter, EXAMPLES, workspace, Export(**export)
+        )
 
 
 def make_tuned(name: str, folder: Path, dtype: torch.dtype, **shape: Any) -> Tuned:
@@ -71,7 +84,7 @@ def make_tuned(name: str, folder: Path, dtype: torch.dtype, **shape: Any) -> Tun
         replace(family, shape={**family.shape, "initializer_range": 0.06, **shape}), base, dtype
     )
     make_adapter(base, adapter, FUSED.get(family.kind, SEPARATE))
-    model = PeftModel.from_pretrained(load_model(base, torch.float32, "cpu"), adapter)
+    model = PeftModel.from_pretrained(load_model(ModelFolder(base), torch.float32, "cpu"), adapter)
     model.merge_and_unload().to(dtype).save_pretrained(merged)
     write_tokenizer(family, merged)
     own = Quantization.BF16 if dtype is torch.bfloat16 else Quantization.F16
@@ -87,10 +100,10 @@ def make_adapter(base: Path, folder: Path, targets: tuple[str, ...]) -> None:
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules=list(targets), init_lora_weights=False, lora_dropout=0
     )
-    model = get_peft_model(load_model(base, torch.float32, "cpu"), config)
+    model = get_peft_model(load_model(ModelFolder(base), torch.float32, "cpu"), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(0.3)
     model.save_pretrained(str(folder))
-    save_tokenizer(load_tokenizer(base), base, folder)
+    save_tokenizer(load_tokenizer(ModelFolder(base)), base, folder)

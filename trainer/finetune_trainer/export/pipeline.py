@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -44,7 +44,7 @@ from finetune_trainer.export.merge.model_folder import (
     write_merged,
 )
 from finetune_trainer.export.ollama import write_modelfile
-from finetune_trainer.model import base_model
+from finetune_trainer.model import ModelFolder, base_model
 from finetune_trainer.model.loading import use_available_cpus
 from finetune_trainer.model.tokenizer import begins_with_bos, load_tokenizer
 from finetune_trainer.runtime.reporter import Reporter
@@ -73,28 +73,27 @@ class TunedModel:
 
 
 def open_tuned_model(
-    config: RunConfig, base: Path, adapter: Path | None, folder: Path
+    config: RunConfig, base: ModelFolder, adapter: Path | None, folder: Path
 ) -> TunedModel:
     """Open base and adapter as one model, or `base` alone; raises StageError.
 
     `folder` gets the configuration and the tokenizer of the finished model, unless it is `base`
     itself, which has them.
     """
-    trusted = config.model.trust_remote_code
     use_available_cpus()
-    weights = MergedWeights.open(base, adapter)
+    weights = MergedWeights.open(base.path, adapter)
     if adapter:
         weights.check_changes()
-        assemble(base, adapter, folder, trust_remote_code=trusted, dtype=weights.dtype)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
+        assemble(base, adapter, folder, dtype=weights.dtype)
+    finished = replace(base, path=folder)
+    tokenizer = load_tokenizer(finished)
     files = GgufSource(
         base=base,
         adapter=adapter,
-        folder=folder,
+        folder=finished,
         name=base_model.display_name(config.model.source),
         own_type=Quantization.BF16 if weights.dtype is torch.bfloat16 else Quantization.F16,
         begins_with_bos=begins_with_bos(tokenizer),
-        trust_remote_code=trusted,
     )
     return TunedModel(files, weights, tokenizer)
 
@@ -135,8 +134,8 @@ def make_merged(context: ExportContext) -> None:
         math.prod(each.shape) * each.dtype.itemsize for each in model.weights.infos.values()
     )
     moved = context.reporter.transfer("Merging the adapter into the base model", total)
-    write_merged(model.weights, model.files.folder, moved)
-    publish_folder(context.add_file, model.files.folder)
+    write_merged(model.weights, model.files.folder.path, moved)
+    publish_folder(context.add_file, model.files.folder.path)
 
 
 def make_gguf(context: ExportContext) -> GateReport:
@@ -150,7 +149,6 @@ def make_gguf(context: ExportContext) -> GateReport:
         context.workspace / "gate",
         config.export,
         held_out=context.examples.held_out is not None,
-        trust_remote_code=model.trust_remote_code,
     )
     importance = None
     if config.export.importance_matrix and set(config.export.gguf) & set(IMPORTANCE_TYPES):
@@ -196,9 +194,7 @@ def make_adapter(context: ExportContext) -> Path | None:
     target = context.result / GGUF / adapter_file_name(model.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_adapter(
-            model.folder, model.adapter, target, trust_remote_code=model.trust_remote_code
-        )
+        write_adapter(model.folder, model.adapter, target)
     except StageError as error:
         if context.config.export.adapter_gguf:
             raise
@@ -242,8 +238,6 @@ def make_modelfile(context: ExportContext, files: list[CheckedFile]) -> None:
         model.tokenizer,
         config,
         parameters=sum(math.prod(info.shape) for info in model.weights.infos.values()),
-        generation=generation_settings(
-            model.files.folder, trust_remote_code=model.files.trust_remote_code
-        ),
+        generation=generation_settings(model.files.folder),
     )
     context.add_file(file, file.name)

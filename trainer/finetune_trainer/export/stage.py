@@ -43,7 +43,7 @@ from finetune_trainer.export.publish.hub_push import check_token, push
 from finetune_trainer.export.publish.publication import Sign
 from finetune_trainer.export.publish.signing import signer_for
 from finetune_trainer.export.report import Facts, license_of, write_model_card, write_report
-from finetune_trainer.model import base_model
+from finetune_trainer.model import ModelFolder, base_model
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import MANIFEST
@@ -127,11 +127,11 @@ def make_all(export: ExportRun) -> Manifest:
     return manifest
 
 
-def make_models(export: ExportRun, base: Path) -> GateReport:
+def make_models(export: ExportRun, base: ModelFolder) -> GateReport:
     """Write the merged model and GGUF files. Each is uploaded when it is finished."""
     config, inputs = export.config, export.inputs
     check_memory()
-    check_space(config, base, export.workspace)
+    check_space(config, base.path, export.workspace)
     folder = (export.result if config.export.merged else export.workspace) / MERGED
     context = ExportContext(
         config=config,
@@ -152,9 +152,10 @@ def convert_merged(
 ) -> GateReport:
     """GGUF files in `folder` of the model that lies merged there, on one machine."""
     with tempfile.TemporaryDirectory(prefix="gguf-", dir=folder) as workspace:
+        merged = ModelFolder(folder / MERGED, config.model.trust_remote_code)
         context = ExportContext(
             config=config,
-            model=open_tuned_model(config, folder / MERGED, None, folder / MERGED),
+            model=open_tuned_model(config, merged, None, merged.path),
             examples=fetch_examples(config, store, Path(workspace)),
             result=folder,
             workspace=Path(workspace),
@@ -164,7 +165,7 @@ def convert_merged(
         return make_gguf(context)
 
 
-def describe(export: ExportRun, base: Path | None, manifest: Manifest) -> None:
+def describe(export: ExportRun, base: ModelFolder | None, manifest: Manifest) -> None:
     """Write model card and report of all files so far."""
     facts = Facts(
         config=export.config,
@@ -174,7 +175,7 @@ def describe(export: ExportRun, base: Path | None, manifest: Manifest) -> None:
         gate=manifest.gate,
         files=export.publication.artifacts,
         created=manifest.created,
-        license=license_of(base),
+        license=license_of(base.path if base else None),
     )
     for name, write in ((MODEL_CARD, write_model_card), (REPORT, write_report)):
         write(export.result / name, facts)

@@ -153,8 +153,7 @@ def merge_adapter(folder: Path, reporter: Reporter) -> StageResult:
     target = folder / "merged"
     shutil.rmtree(target, ignore_errors=True)
     reporter.message(f"Merging the adapter into {config.model.source}")
-    trust = config.model.trust_remote_code
-    write_model(base, folder / "lora_adapter", target, trust_remote_code=trust)
+    write_model(base, folder / "lora_adapter", target)
     return _done(Stage.EXPORT, f"the merged model is in {target}")
 
 

@@ -1,11 +1,23 @@
 """The base model: finding it, fetching it, loading it, and what llama.cpp makes of it.
 
-source      a Hub repository, a folder in a bucket or a folder on disk; revision and files
-hub         the Hugging Face Hub's part of it
-shape       widths and parameter counts, from config.json
-targets     which layers get an adapter
-tokenizer   loading it, and how a question and its answer become tokens
+base_model  a Hub repository, a folder in a bucket or a folder on disk; revision and files
+shape       widths, parameter counts and the layers that get an adapter, from config.json
+tokenizer   loading it, and how a conversation becomes tokens and labels
 loading     the model in memory, and the machine that it is in
 converter   llama.cpp's converter to GGUF
 rehearsal   the conversion, tried before any weights are fetched (and its worker)
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk as transformers reads it; maybe its configuration and tokenizer alone."""
+
+    path: Path
+    trust_remote_code: bool = False
+    """Whether Python code that came with the model may run (spec.model.trustRemoteCode)."""

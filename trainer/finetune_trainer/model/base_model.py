@@ -36,6 +36,7 @@ from finetune_trainer.contract import (
     Storage,
     digest,
 )
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder, OnBytes, open_folder
 
@@ -111,7 +112,7 @@ def find(model: Model, storage: Storage) -> BaseModelFiles:
 
 def fetch(
     files: BaseModelFiles, storage: Storage, target: Path, reporter: Reporter, *, weights: bool
-) -> Path:
+) -> ModelFolder:
     """Bring the files to disk, without weights and card if so asked; returns their folder.
 
     A folder that is mounted is used as it is; a Hub model goes to the Hub client's cache.
@@ -119,20 +120,21 @@ def fetch(
     model = files.model
     names = list(files.sizes) if weights else files.small()
     if model.source.startswith("/"):
-        return Path(model.source)
+        return ModelFolder(Path(model.source), model.trust_remote_code)
     total = sum(files.sizes[name] for name in names)
     moved = reporter.transfer(
         f"Fetching {'' if weights else 'the tokenizer of '}{model.source}", total
     )
     if is_hub(model.source):
-        return _download(model.source, files.revision, names, moved)
+        target = _download(model.source, files.revision, names, moved)
+        return ModelFolder(target, model.trust_remote_code)
     folder = open_folder(model.source, storage)
     for name in names:
         folder.download(name, target / name, moved)
-    return target
+    return ModelFolder(target, model.trust_remote_code)
 
 
-def fetch_resolved(config: PreparedRunConfig, target: Path, reporter: Reporter) -> Path:
+def fetch_resolved(config: PreparedRunConfig, target: Path, reporter: Reporter) -> ModelFolder:
     """Bring the whole model to disk, in just the revision that `prepare` saw."""
     wanted = config.resolved.model_revision
     model = config.model

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.runtime import child
 
 MARKS = ("phi-3", "phi3")  # what llama.cpp looks for in general.name (llama-vocab.cpp)
@@ -47,7 +48,7 @@ def run(
     command: list[str],
     request: str = "",
     *,
-    trusted: bool,
+    model: ModelFolder,
     on_progress: child.OnProgress | None = None,
 ) -> str:
     """Run a program that works with the converter, and return what it said.
@@ -55,7 +56,7 @@ def run(
     Raises StageError when it failed, by default with ModelUnsupported, and OSError when the disk is
     full.
     """
-    environment = {} if trusted else {"HF_HUB_OFFLINE": "1"}
+    environment = {} if model.trust_remote_code else {"HF_HUB_OFFLINE": "1"}
     done = child.run(command, request, environment, on_progress)
     if done.status == 0:
         return done.output
@@ -72,7 +73,7 @@ def run(
     )
 
 
-def refuse(error: StageError) -> NoReturn:
+def end_with(error: StageError) -> NoReturn:
     """In the program: hand an error over to the trainer, and end."""
     json.dump({"reason": error.reason, "message": error.message}, sys.stdout)
     sys.exit(1)
@@ -87,18 +88,18 @@ def _refusal(output: str) -> StageError | None:
 
 
 @contextmanager
-def shown(model: Path, name: str, *, trusted: bool) -> Iterator[Path]:
+def view_of(model: ModelFolder, name: str) -> Iterator[Path]:
     """The model's folder as the converter may see it.
 
     It is called `name`, since the converter takes what it writes about the model from there.
     """
     with tempfile.TemporaryDirectory(prefix="model-") as temporary:
         view = Path(temporary, name)
-        if trusted:
-            view.symlink_to(model.resolve())
+        if model.trust_remote_code:
+            view.symlink_to(model.path.resolve())
         else:
             view.mkdir()
-            without_code(model, view)
+            without_code(model.path, view)
         yield view
 
 

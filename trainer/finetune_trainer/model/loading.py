@@ -10,16 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import unsupported
 
 
 def load_model(
-    folder: Path,
+    model: ModelFolder,
     dtype: torch.dtype | Literal["auto"],
     device: str,
     *,
     quantize: bool = False,
-    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load the model for causal language modelling; "auto" keeps the type that it is stored in.
 
@@ -31,20 +31,23 @@ def load_model(
     if quantize:
         options["quantization_config"] = _nf4(dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            use_safetensors=True,
+            trust_remote_code=model.trust_remote_code,
+            **options,
         )
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         # What transformers raises for a model that it does not know depends on where it broke.
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk, not the model
-        raise unsupported("model", error, trust_remote_code) from error
+        raise unsupported("model", error, model) from error
     if quantize:
-        _keep_weights_in_place(model)
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        _keep_weights_in_place(loaded)
+    if getattr(loaded.config.get_text_config(), "attn_logit_softcapping", None):
         # PyTorch's own attention can't cap the scores and would leave it out (Gemma 2).
-        model.set_attn_implementation("eager")
-    return model
+        loaded.set_attn_implementation("eager")
+    return loaded
 
 
 def compute_dtype() -> torch.dtype:

@@ -12,14 +12,14 @@ import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from finetune_trainer.contract import Reason, StageError, Storage
-from finetune_trainer.model import converter
+from finetune_trainer.model import ModelFolder, converter
 from finetune_trainer.model.base_model import BaseModelFiles, is_hub, read_hub_header
 from finetune_trainer.model.converter import gguf_name
 from finetune_trainer.model.rehearsal_worker import RehearsalAnswer, RehearsalRequest
@@ -50,29 +50,29 @@ Headers = dict[str, Header]
 """Headers by file."""
 
 
-def rehearse(
-    folder: Path, name: str, target: Path, texts: Sequence[str], *, trust_remote_code: bool = False
-) -> list[list[int]]:
+def rehearse(model: ModelFolder, name: str, target: Path, texts: Sequence[str]) -> list[list[int]]:
     """Convert a model, whose weights may be stand-ins; returns how llama.cpp splits the texts.
 
     The file `target` gets configuration and vocabulary. Raises StageError(ModelUnsupported) where
     llama.cpp can't do it.
     """
-    with converter.shown(folder, "model", trusted=trust_remote_code) as view:
+    with converter.view_of(model, "model") as view:
         request = RehearsalRequest(
             llama=converter.llama_folder(),
             model=view,
-            name=gguf_name(name, folder),
+            name=gguf_name(name, model.path),
             target=target,
             texts=tuple(texts),
         )
         answer = converter.run(
-            [sys.executable, "-m", WORKER], request.model_dump_json(), trusted=trust_remote_code
+            [sys.executable, "-m", WORKER], request.model_dump_json(), model=model
         )
     return [*RehearsalAnswer.model_validate_json(answer).tokens]
 
 
-def with_stand_ins(files: BaseModelFiles, headers: Headers, small: Path, target: Path) -> Path:
+def with_stand_ins(
+    files: BaseModelFiles, headers: Headers, small: ModelFolder, target: Path
+) -> ModelFolder:
     """Fill the folder `target` with links to the files in `small`, and a stand-in of each weight.
 
     A mounted folder, which has its weights, is returned as it is.
@@ -81,10 +81,10 @@ def with_stand_ins(files: BaseModelFiles, headers: Headers, small: Path, target:
         return small
     target.mkdir(parents=True)
     for name in files.small():
-        (target / name).symlink_to((small / name).resolve())
+        (target / name).symlink_to((small.path / name).resolve())
     for name, header in headers.items():
         write_stand_in(header, target / name)
-    return target
+    return replace(small, path=target)
 
 
 def write_stand_in(header: Header, target: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Example, Message, Reason, StageError
+from finetune_trainer.model import ModelFolder
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +57,18 @@ stands before it."""
 BEGIN_OF_TEXT = "{{ bos_token }}"
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelFolder) -> PreTrainedTokenizerBase:
     """Load the tokenizer; it always has a chat template, an end token and a padding token.
 
     Raises StageError when transformers can't read it.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.path, trust_remote_code=model.trust_remote_code
+        )
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         # What transformers raises for a broken or unknown tokenizer depends on where it broke.
-        raise unsupported("tokenizer", error, trust_remote_code) from error
+        raise unsupported("tokenizer", error, model) from error
     if tokenizer.eos_token_id is None:
         raise StageError(
             Reason.MODEL_UNSUPPORTED,
@@ -240,12 +243,12 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return special.intersection(tail)
 
 
-def unsupported(part: str, error: Exception, trusted: bool) -> StageError:
+def unsupported(part: str, error: Exception, model: ModelFolder) -> StageError:
     """The error for a part of the model that transformers can't load."""
     lines = str(error).strip().splitlines()
     cause = lines[0] if lines else type(error).__name__
     remedy = "Choose a model that this version of transformers supports"
-    if "trust_remote_code" in str(error) and not trusted:
+    if "trust_remote_code" in str(error) and not model.trust_remote_code:
         remedy += ", or set spec.model.trustRemoteCode after reading the model's code"
     return StageError(
         Reason.MODEL_UNSUPPORTED,

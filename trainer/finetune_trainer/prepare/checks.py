@@ -21,7 +21,7 @@ from finetune_trainer.contract import (
     RunConfig,
     StageError,
 )
-from finetune_trainer.model import rehearsal
+from finetune_trainer.model import ModelFolder, rehearsal
 from finetune_trainer.model.base_model import BaseModelFiles, display_name
 from finetune_trainer.model.shape import Shape, resolve_targets
 from finetune_trainer.model.tokenizer import (
@@ -102,7 +102,7 @@ def _check_system(tokenizer: PreTrainedTokenizerBase) -> None:
 def check_model(
     config: RunConfig,
     model: BaseModelFiles,
-    base: Path,
+    base: ModelFolder,
     workdir: Path,
     reporter: Reporter,
     *,
@@ -120,15 +120,14 @@ def check_model(
     if not config.export.gguf:
         return
     reporter.message("Checking that llama.cpp can convert the model")
-    check_widths(config.export, Shape.of_model(base))
-    tokenizer = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
+    check_widths(config.export, Shape.of_model(base.path))
+    tokenizer = load_tokenizer(base)
     texts = [*_rendered(tokenizer, rows), *HARD_TO_SPLIT]
     theirs = rehearsal.rehearse(
         rehearsal.with_stand_ins(model, headers, base, workdir / "rehearsal"),
         display_name(config.model.source),
         workdir / "rehearsal.gguf",
         texts,
-        trust_remote_code=config.model.trust_remote_code,
     )
     check_tokens(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], theirs)
 

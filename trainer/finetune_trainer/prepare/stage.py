@@ -31,7 +31,7 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.memory.disk import check_disk, downloaded, training_disk
 from finetune_trainer.memory.plan import Lengths, describe, plan
-from finetune_trainer.model import base_model
+from finetune_trainer.model import ModelFolder, base_model
 from finetune_trainer.model.base_model import BaseModelFiles
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_data_files
@@ -78,7 +78,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
     check_writable(output)
     inputs = fetch_inputs(config, output, workdir, reporter)
     prints, complete = inputs.prints, inputs.complete
-    base: Path | None = None
+    base: ModelFolder | None = None
     if Stage.PREPARE not in complete:
         base = write_prepared(config, inputs, output, workdir, reporter)
     elif Stage.EXPORT not in complete:
@@ -181,7 +181,7 @@ def complete_stages(config: RunConfig, output: Folder, prints: Fingerprints) -> 
 
 def write_prepared(
     config: RunConfig, inputs: PrepareInputs, output: Folder, workdir: Path, reporter: Reporter
-) -> Path:
+) -> ModelFolder:
     """Read the rows and leave the examples in the store; returns the base model's folder.
 
     When rows make it fail, the error carries what is known, and the store gets the report.
@@ -215,7 +215,7 @@ def write_prepared(
 def encode_rows(
     findings: Findings,
     model: BaseModelFiles,
-    base: Path,
+    base: ModelFolder,
     workdir: Path,
     reporter: Reporter,
 ) -> None:
@@ -226,7 +226,7 @@ def encode_rows(
     from finetune_trainer.prepare.examples import check_lengths, write_examples  # noqa: PLC0415
 
     config, rows, eval_rows = findings.config, findings.rows, findings.eval_rows
-    tokenizer = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
+    tokenizer = load_tokenizer(base)
     check_template(tokenizer, system=any(each.has_system for each in findings.all_rows()))
     findings.template = describe_template(tokenizer)
     first = islice(rows.messages(), ROWS_READ_BY_LLAMA_CPP)
@@ -245,7 +245,7 @@ def encode_rows(
 
 def fetch_model(
     config: RunConfig, model: BaseModelFiles, workdir: Path, reporter: Reporter
-) -> Path:
+) -> ModelFolder:
     """Fetch what is small of the base model; returns the folder that it is in."""
     return base_model.fetch(model, config.storage, workdir / "tokenizer", reporter, weights=False)
 
@@ -253,7 +253,7 @@ def fetch_model(
 def check_model(
     config: RunConfig,
     model: BaseModelFiles,
-    base: Path,
+    base: ModelFolder,
     workdir: Path,
     reporter: Reporter,
     *,
@@ -274,7 +274,7 @@ def read_prepared(output: Folder, fingerprint: str) -> Prepared:
 
 
 def plan_training(
-    config: RunConfig, model: BaseModelFiles, base: Path, longest: int
+    config: RunConfig, model: BaseModelFiles, base: ModelFolder, longest: int
 ) -> TrainingPlan | None:
     """How to split a step; None where nothing is known of the hardware or of the model's widths.
 
@@ -284,7 +284,7 @@ def plan_training(
     hardware = config.hardware
     if hardware is None:
         return None
-    shape = Shape.of_model(base)
+    shape = Shape.of_model(base.path)
     if shape is None:
         log.warning(
             "The widths of %s can't be read from its config.json, so its memory is not predicted",

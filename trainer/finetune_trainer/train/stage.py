@@ -94,7 +94,7 @@ def fetch_needs(config: PreparedRunConfig, work: TrainingWork, output: Folder) -
     summary = output.read(f"{prepared}/summary.json")
     if summary is None:
         raise FileNotFoundError(f"{output.uri_of(prepared)}/summary.json is missing")
-    return read_needs(work.model, summary)
+    return read_needs(work.model.path, summary)
 
 
 def train(work: TrainingWork, session: TrainingSession) -> Trained:

@@ -53,6 +53,7 @@ from finetune_trainer.export.reference.measured_rows import (
     choose_rows,
     spread,
 )
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import available_cpus
 from finetune_trainer.model.tokenizer import load_tokenizer, render_prompt
 
@@ -170,14 +171,13 @@ class SourceGate:
     @classmethod
     def open(
         cls,
-        base: Path,
+        base: ModelFolder,
         adapter: Path | None,
         examples: Sequence[Example],
         workspace: Path,
         export: Export,
         *,
         held_out: bool = True,
-        trust_remote_code: bool = False,
     ) -> SourceGate:
         """Choose the rows, and run base model and adapter over them unless export.verify is off.
 
@@ -189,13 +189,11 @@ class SourceGate:
         workspace.mkdir(parents=True, exist_ok=True)
         # As the training loads it: without a config.json beside it, which an adapter lacks,
         # transformers takes another class for some families, with other tokens (Mistral, Phi-3).
-        tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(base)
         rows = choose_rows(tokenizer, examples)
         reference = None
         if export.verify != "off" and rows.measured:
-            reference = compute_reference(
-                base, adapter, rows.measured, workspace, trust_remote_code=trust_remote_code
-            )
+            reference = compute_reference(base, adapter, rows.measured, workspace)
             alone = reference.base_perplexity
             log.info(
                 "The gate measures on %d tokens of %d rows: perplexity %.4g%s",
@@ -204,7 +202,7 @@ class SourceGate:
                 reference.tuned_perplexity,
                 "" if alone is None else f", and {alone:.4g} of the base model",
             )
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(base.path, trust_remote_code=base.trust_remote_code)
         return cls(
             Expected(
                 tokenizer=tokenizer,

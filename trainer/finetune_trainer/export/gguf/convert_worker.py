@@ -40,7 +40,7 @@ def main() -> None:
     try:
         write(request)
     except StageError as error:
-        converter.refuse(error)
+        converter.end_with(error)
 
 
 def write(request: ConvertRequest) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from finetune_trainer.contract import Quantization, Reason, StageError
 from finetune_trainer.export.gguf.requests import ConvertRequest, QuantizeRequest
-from finetune_trainer.model import converter
+from finetune_trainer.model import ModelFolder, converter
 from finetune_trainer.model.loading import available_cpus
 from finetune_trainer.runtime import child
 from finetune_trainer.runtime.child import as_transfer
@@ -95,14 +95,14 @@ def source_of(kinds: Iterable[Quantization], own: Quantization) -> Quantization:
 class GgufSource:
     """The files that GGUF files are made of, and what has to be known of them."""
 
-    base: Path
-    """Folder with the base model's weights, or with merged ones."""
+    base: ModelFolder
+    """With the base model's weights, or with merged ones."""
 
     adapter: Path | None
     """Folder with the adapter that is merged into them."""
 
-    folder: Path
-    """Folder with configuration and tokenizer of the finished model."""
+    folder: ModelFolder
+    """With configuration and tokenizer of the finished model."""
 
     name: str
     """What the files call it."""
@@ -113,8 +113,6 @@ class GgufSource:
     begins_with_bos: bool = True
     """Whether servers put that token before a prompt. Some tokenizers do although their chat
     template doesn't: the training never saw it."""
-
-    trust_remote_code: bool = False
 
 
 def write_files(
@@ -178,24 +176,24 @@ def write_unquantized(
     hold its values; what MergedWeights raises.
     """
     with (
-        converter.shown(model.folder, model.name, trusted=model.trust_remote_code) as view,
+        converter.view_of(model.folder, model.name) as view,
         replacing(target) as partial_file,
     ):
         request = ConvertRequest(
             llama=converter.llama_folder(),
-            base=model.base,
+            base=model.base.path,
             adapter=model.adapter,
             folder=view,
             target=partial_file,
             kind=kind,
-            name=converter.gguf_name(model.name, model.folder),
+            name=converter.gguf_name(model.name, model.folder.path),
             begins_with_bos=model.begins_with_bos,
             threads=available_cpus(),
         )
         converter.run(
             [sys.executable, "-m", CONVERT_WORKER],
             request.model_dump_json(),
-            trusted=model.trust_remote_code,
+            model=model.folder,
             on_progress=as_transfer(reporter, f"Writing {target.name}"),
         )
 
@@ -243,9 +241,7 @@ def _failure(done: child.Finished, source: Path, target: Path, kind: Quantizatio
     )
 
 
-def write_adapter(
-    folder: Path, adapter: Path, target: Path, *, trust_remote_code: bool = False
-) -> None:
+def write_adapter(base: ModelFolder, adapter: Path, target: Path) -> None:
     """Write a LoRA adapter of PEFT as GGUF in F32 to the file `target`.
 
     `folder` has the base model's configuration; its weights are not needed. Raises
@@ -254,7 +250,7 @@ def write_adapter(
     config = json.loads((adapter / ADAPTER_CONFIG).read_bytes())
     _refuse_unknown(config)
     with (
-        converter.shown(folder, "model", trusted=trust_remote_code) as base,
+        converter.view_of(base, "model") as base_view,
         tempfile.TemporaryDirectory(prefix="adapter-") as temporary,
         replacing(target) as partial_file,
     ):
@@ -263,10 +259,10 @@ def write_adapter(
         (view / ADAPTER_CONFIG).write_text(json.dumps(_as_llama_reads_it(config)))
         (view / ADAPTER_WEIGHTS).symlink_to((adapter / ADAPTER_WEIGHTS).resolve())
         command = [sys.executable, str(converter.llama_folder() / LORA_SCRIPT), str(view)]
-        command += ["--base", str(base), "--outtype", "f32", "--outfile", str(partial_file)]
-        if trust_remote_code:
+        command += ["--base", str(base_view), "--outtype", "f32", "--outfile", str(partial_file)]
+        if base.trust_remote_code:
             command.append("--trust-remote-code")
-        converter.run(command, trusted=trust_remote_code)
+        converter.run(command, model=base)
 
 
 def _refuse_unknown(config: dict[str, Any]) -> None:

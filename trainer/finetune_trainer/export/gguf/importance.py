@@ -55,11 +55,10 @@ def write_importance(
     `file` is a GGUF file of the model without quantization, whose names are used. Raises
     StageError when the model can't be run, or has no layer by one of these names.
     """
-    tokenizer = load_tokenizer(model.folder, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(model.folder)
     request = ImportanceRequest(
         base=model.base,
         adapter=model.adapter,
-        trust_remote_code=model.trust_remote_code,
         file=file,
         chunks=tuple(tuple(chunk) for chunk in chunks(tokenizer, examples)),
         chunk_tokens=CHUNK_TOKENS,
@@ -174,9 +173,7 @@ def write_matrix(target: Path, sums: dict[str, InputSums], chunks: int, chunk_to
 def main() -> None:
     request = ImportanceRequest.model_validate_json(sys.stdin.read())
     use_available_cpus()
-    model = load_streamed(
-        request.base, request.adapter, trust_remote_code=request.trust_remote_code
-    )
+    model = load_streamed(request.base, request.adapter)
     sums = hook_linear_layers(model, gguf_names(request.file))
     if not sums:
         sys.exit("none of its layers has a name that the GGUF file knows")

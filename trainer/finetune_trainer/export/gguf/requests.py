@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_trainer.contract import Base, Quantization
+from finetune_trainer.model import ModelFolder
 
 INPUT_SUMS, INPUT_COUNTS = ".in_sum2", ".counts"
 """What the names of an importance matrix's tensors end with, as llama.cpp's imatrix tool has it."""
@@ -49,9 +50,8 @@ class QuantizeRequest(Base):
 class ImportanceRequest(Base):
     """For importance."""
 
-    base: Path
+    base: ModelFolder
     adapter: Path | None
-    trust_remote_code: bool
     file: Path
     """A GGUF file of the model without quantization, whose names are used."""
 

@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +26,7 @@ from finetune_trainer.export.merge.checkpoint import (
     read_config,
 )
 from finetune_trainer.export.merge.merged import MergedWeights
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import use_available_cpus
 from finetune_trainer.model.tokenizer import end_of_turn_ids, load_tokenizer, save_tokenizer
 from finetune_trainer.store import OnBytes
@@ -59,12 +61,7 @@ log = logging.getLogger(__name__)
 
 
 def write_model(
-    base: Path,
-    adapter: Path,
-    target: Path,
-    on_bytes: OnBytes | None = None,
-    *,
-    trust_remote_code: bool = False,
+    base: ModelFolder, adapter: Path, target: Path, on_bytes: OnBytes | None = None
 ) -> None:
     """Merge the adapter into the base model, as a whole folder that transformers loads.
 
@@ -72,19 +69,18 @@ def write_model(
     ModelUnsupported when it can't be merged into this base.
     """
     use_available_cpus()
-    weights = MergedWeights.open(base, adapter)
+    weights = MergedWeights.open(base.path, adapter)
     weights.check_changes()
-    assemble(base, adapter, target, trust_remote_code=trust_remote_code, dtype=weights.dtype)
+    assemble(base, adapter, target, dtype=weights.dtype)
     write_merged(weights, target, on_bytes)
     log.info("Merged the adapter into %d weights", len(weights.targets))
 
 
 def assemble(
-    base: Path,
+    base: ModelFolder,
     adapter: Path,
     target: Path,
     *,
-    trust_remote_code: bool = False,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Fill the folder `target` with all files of the merged model but weights and their index.
@@ -93,17 +89,17 @@ def assemble(
     Raises StageError when base or adapter can't be read.
     """
     target.mkdir(parents=True, exist_ok=True)
-    dtype = dtype or MergedWeights.open(base, adapter).dtype
-    config = read_config(base)
-    tokenizer = load_tokenizer(adapter, trust_remote_code=trust_remote_code)
-    _write(target / CONFIG, stored_config(config, dtype, trusted=trust_remote_code))
-    generation = generation_settings(base, trust_remote_code=trust_remote_code)
+    dtype = dtype or MergedWeights.open(base.path, adapter).dtype
+    config = read_config(base.path)
+    tokenizer = load_tokenizer(replace(base, path=adapter))
+    _write(target / CONFIG, stored_config(config, dtype, trusted=base.trust_remote_code))
+    generation = generation_settings(base)
     _write(target / GENERATION, with_stop_tokens(generation, tokenizer))
-    save_tokenizer(tokenizer, base, target)
-    code = [file.name for file in base.glob("*.py")] if trust_remote_code else []
+    save_tokenizer(tokenizer, base.path, target)
+    code = [file.name for file in base.path.glob("*.py")] if base.trust_remote_code else []
     for name in (*_OF_THE_BASE, *code):
-        if (base / name).is_file() and not (target / name).exists():
-            shutil.copyfile(base / name, target / name)
+        if (base.path / name).is_file() and not (target / name).exists():
+            shutil.copyfile(base.path / name, target / name)
     for file in target.iterdir():
         if not file.is_symlink():
             file.chmod(READABLE)  # some are saved for their owner only
@@ -129,12 +125,12 @@ def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
     return changed
 
 
-def generation_settings(base: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def generation_settings(base: ModelFolder) -> dict[str, Any]:
     """The base's generation settings; without a file of their own, those of its config.json."""
-    if (base / GENERATION).is_file():
-        settings = dict(json.loads((base / GENERATION).read_bytes()))
+    if (base.path / GENERATION).is_file():
+        settings = dict(json.loads((base.path / GENERATION).read_bytes()))
     else:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(base.path, trust_remote_code=base.trust_remote_code)
         settings = GenerationConfig.from_model_config(config).to_diff_dict()
     # It marks settings that nobody chose, and that a program may replace.
     settings.pop("_from_model_config", None)

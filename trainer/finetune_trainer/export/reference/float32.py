@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from finetune_trainer.contract import Base, Reason, StageError
 from finetune_trainer.export.reference import logprobs
 from finetune_trainer.export.reference.logprobs import MeasuredRow, Measurement
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import load_model, use_available_cpus
 from finetune_trainer.runtime import child
 
@@ -39,9 +40,8 @@ ANSWERS_OF_PASS = 128  # what bounds the logits
 class ReferenceRequest(Base):
     """What to compute."""
 
-    base: Path
+    base: ModelFolder
     adapter: Path | None
-    trust_remote_code: bool
     rows: tuple[MeasuredRow, ...]
     tuned_file: Path
     """Gets the log-probabilities of base model and adapter."""
@@ -81,12 +81,10 @@ class Reference:
 
 
 def compute_reference(
-    base: Path,
+    base: ModelFolder,
     adapter: Path | None,
     rows: Sequence[MeasuredRow],
     folder: Path,
-    *,
-    trust_remote_code: bool = False,
 ) -> Reference:
     """Run the model over the rows, in a process of its own; files go to `folder`.
 
@@ -95,7 +93,6 @@ def compute_reference(
     request = ReferenceRequest(
         base=base,
         adapter=adapter,
-        trust_remote_code=trust_remote_code,
         rows=tuple(rows),
         tuned_file=folder / "reference-tuned.npy",
         base_file=folder / "reference-base.npy",
@@ -134,9 +131,7 @@ def measure_in_child(request: ReferenceRequest) -> ReferenceAnswer:
 
 def measure_here(request: ReferenceRequest) -> ReferenceAnswer:
     """What the child process does."""
-    model = load_streamed(
-        request.base, request.adapter, trust_remote_code=request.trust_remote_code
-    )
+    model = load_streamed(request.base, request.adapter)
     tuned, base = _measure(model, request.rows, request.tuned_file, None), None
     if isinstance(model, PeftModel) and tuned.finite:
         with model.disable_adapter():
@@ -286,14 +281,12 @@ _BLOCKWISE: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
 }
 
 
-def load_streamed(
-    base: Path, adapter: Path | None, *, trust_remote_code: bool = False
-) -> PreTrainedModel | PeftModel:
+def load_streamed(base: ModelFolder, adapter: Path | None) -> PreTrainedModel | PeftModel:
     """The base model, with the adapter beside it unmerged if there is one, ready to evaluate.
 
     Raises StageError(ModelUnsupported) when transformers can't load the base model.
     """
-    model = load_model(base, "auto", "cpu", trust_remote_code=trust_remote_code)
+    model = load_model(base, "auto", "cpu")
     _compute_in_float32(model)
     tuned = model if adapter is None else PeftModel.from_pretrained(model, adapter)
     tuned.train(False)

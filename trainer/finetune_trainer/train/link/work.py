@@ -23,6 +23,7 @@ from finetune_trainer.contract import (
     TrainingMetrics,
     TrainingPlan,
 )
+from finetune_trainer.model import ModelFolder
 
 Engine = Literal["transformers", "unsloth"]
 
@@ -50,8 +51,8 @@ class TrainingWork(Base):
     held_out: Path | None
     """eval.jsonl, or None when no row is held out."""
 
-    model: Path
-    """Folder of the base model."""
+    model: ModelFolder
+    """The base model."""
 
     workdir: Path
     """Folder for everything that the worker writes."""

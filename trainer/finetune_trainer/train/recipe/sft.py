@@ -76,7 +76,7 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     log.info("Model: %s (%s)", work.config.model.source, settings.method)
 
     reporter.message("Tokenizing the examples")
-    tokenizer = load_tokenizer(work.model, trust_remote_code=work.config.model.trust_remote_code)
+    tokenizer = load_tokenizer(work.model)
     examples, held_out = read_rows(work, tokenizer)
     if processes.is_first():
         write_lengths(work.workdir, examples.lengths)  # for the memory ladder
@@ -144,7 +144,6 @@ def load(work: TrainingWork) -> PreTrainedModel:
         compute_dtype(),  # bfloat16 where the hardware computes in it, else float32
         processes.loading_device(work.plan),
         quantize=work.config.training.method == "qlora",
-        trust_remote_code=work.config.model.trust_remote_code,
     )
 
 

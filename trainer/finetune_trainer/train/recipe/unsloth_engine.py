@@ -62,7 +62,7 @@ def load(work: TrainingWork, dtype: torch.dtype) -> Any:
         from finetune_trainer.train.recipe.lora import linear_layers, target_modules  # noqa: PLC0415
 
         model, _ = FastLanguageModel.from_pretrained(
-            model_name=str(work.model),
+            model_name=str(work.model.path),
             max_seq_length=work.max_sequence_length,
             dtype=dtype,
             load_in_4bit=settings.method == "qlora",

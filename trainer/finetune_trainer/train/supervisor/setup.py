@@ -71,7 +71,7 @@ def adapt_to_machine(work: TrainingWork, needs: MemoryNeeds) -> tuple[TrainingWo
         work.config,
         gpus=gpus,
         processes=processes,
-        model_type=read_model_type(work.model),
+        model_type=read_model_type(work.model.path),
         missing=missing_for_unsloth() if gpus else None,
     )
     notice = choice.notice(training.engine, len(gpus))
