@@ -118,7 +118,8 @@ def processes() -> Iterator[Processes]:
     """How the trainer's code that runs in this process starts others."""
     found = Processes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune_trainer.runtime.child.subprocess", with_popen(found.popen))
+        for module in ("runtime.child", "train.supervisor.training_session"):
+            patch.setattr(f"finetune_trainer.{module}.subprocess", with_popen(found.popen))
         yield found
     found.close()
 

@@ -11,6 +11,7 @@ import ctypes
 import gc
 import importlib
 import json
+import logging
 import os
 import runpy
 import selectors
@@ -304,6 +305,8 @@ def _run(request: dict[str, Any]) -> int:
     importlib.reload(huggingface_hub.constants)  # which come from the environment
     sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    logging.root.handlers.clear()
+    logging.getLogger(COMMAND).setLevel(logging.NOTSET)
     if disk := request["smallDisk"]:
         _mount(*disk)
     module, *arguments = request["command"]

@@ -154,6 +154,7 @@ def test_what_llama_cpp_refuses_is_an_error_and_leaves_no_file(tmp_path: Path) -
     assert [file.name for file in tmp_path.iterdir()] == ["source.gguf"]
 
 
+@pytest.mark.real_processes
 def test_code_that_comes_with_a_model_is_not_run(tiny_model: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     traces = tmp_path / "it-ran"
