@@ -14,5 +14,4 @@ reporting       progress, and experiment trackers
 processes       several processes that train together
 unsloth_engine  the other engine
 torchrun        a program: starts several workers
-gpu_probe       a program: prints the GPUs
 """

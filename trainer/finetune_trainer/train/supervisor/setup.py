@@ -85,7 +85,7 @@ def adapt_to_machine(work: TrainingWork, needs: MemoryNeeds) -> tuple[TrainingWo
 
 # --- Devices -----------------------------------------------------------------------------------
 
-GPU_PROBE = "finetune_trainer.train.recipe.gpu_probe"
+GPU_PROBE = "finetune_trainer.memory.machine"  # a program
 PROBE_SECONDS = 120.0  # a cold CUDA driver takes up to half a minute
 PROCESSES_VARIABLE = "FINETUNE_PROCESSES"  # processes on a machine without a GPU; for tests
 
