@@ -4,8 +4,7 @@ base            what all its types have in common
 model, dataset, training, output  the spec's parts; each field is described and bounded once
 run             run.json as a whole, and what `prepare` adds to it
 outcome         reasons, exit codes, and the termination message
-notices         what a training says about itself
-progress        status.progress, and where it is written
+progress        status.progress, with what a training says about itself
 dataset_report  what `prepare` found in the dataset
 training_record metrics.json
 artifacts       the files that come out, and manifest.json
@@ -53,7 +52,6 @@ from finetune_trainer.contract.dataset_report import (
 )
 from finetune_trainer.contract.fingerprint import digest, fingerprints
 from finetune_trainer.contract.model import Model
-from finetune_trainer.contract.notices import NEWS, Notice, NoticeCode
 from finetune_trainer.contract.outcome import ExitCode, Reason, StageError, StageResult
 from finetune_trainer.contract.output import (
     UNQUANTIZED,
@@ -65,7 +63,7 @@ from finetune_trainer.contract.output import (
     Signing,
     Storage,
 )
-from finetune_trainer.contract.progress import Progress, status_path
+from finetune_trainer.contract.progress import NEWS, Notice, NoticeCode, Progress, status_path
 from finetune_trainer.contract.quality import FileVerdict, GateReport, Quality, Sample
 from finetune_trainer.contract.run import (
     Fingerprints,

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from finetune_trainer.contract.artifacts import Artifact
 from finetune_trainer.contract.base import Base, Stage
 from finetune_trainer.contract.dataset_report import DatasetSummary
-from finetune_trainer.contract.notices import Notice
+from finetune_trainer.contract.progress import Notice
 from finetune_trainer.contract.run import Resolved
 
 TERMINATION_MESSAGE_LIMIT = 4096  # bytes that the kubelet keeps of a termination message
