@@ -1,7 +1,7 @@
 """The contract between the operator and the trainer, and between the trainer's stages.
 
 base            what all its types have in common
-model, dataset, training, output  the spec's parts; each field is described and bounded once
+training, dataset, output  the spec's parts, each field described and bounded once
 run             run.json as a whole, and what `prepare` adds to it
 outcome         reasons, exit codes, and the termination message
 progress        status.progress, with what a training says about itself
@@ -51,7 +51,6 @@ from finetune_trainer.contract.dataset_report import (
     Split,
 )
 from finetune_trainer.contract.fingerprint import digest, fingerprints
-from finetune_trainer.contract.model import Model
 from finetune_trainer.contract.outcome import ExitCode, Reason, StageError, StageResult
 from finetune_trainer.contract.output import (
     UNQUANTIZED,
@@ -75,7 +74,14 @@ from finetune_trainer.contract.run import (
     TrainingPlan,
     read_run_config,
 )
-from finetune_trainer.contract.training import EarlyStopping, Lora, TargetModule, Tracker, Training
+from finetune_trainer.contract.training import (
+    EarlyStopping,
+    Lora,
+    Model,
+    TargetModule,
+    Tracker,
+    Training,
+)
 from finetune_trainer.contract.training_record import LogEntry, TrainingMetrics, TrainingRecord
 
 __all__ = [

@@ -26,7 +26,7 @@ from finetune_trainer.contract import (
     StageResult,
 )
 from finetune_trainer.contract.verdict_words import explain_failures
-from finetune_trainer.export.gguf.files import MODELFILE
+from finetune_trainer.export.gguf import MODELFILE
 from finetune_trainer.local.fields import apply_settings, settable_fields
 from finetune_trainer.local.quality_table import show_quality
 from finetune_trainer.memory.machine import this_machine
