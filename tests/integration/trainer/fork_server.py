@@ -325,8 +325,12 @@ def _let_children_fork() -> None:
     from finetune_trainer.train.supervisor import training_session
 
     die_with_parent = child.die_with_parent
-    child.die_with_parent = lambda _: die_with_parent(os.getppid())  # which is the server
 
+    def die_with_server(parent: int) -> None:
+        del parent  # who asked for this process; its parent is the server
+        die_with_parent(os.getppid())
+
+    child.die_with_parent = die_with_server
     popen = type("Popen", (Forked,), {"address": sys.argv[1]})
     child.subprocess = with_popen(popen)  # type: ignore[attr-defined]
     training_session.subprocess = with_popen(ForkedWorker)  # type: ignore[attr-defined]
