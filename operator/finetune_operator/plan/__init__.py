@@ -1,6 +1,282 @@
-"""The decision: what to do about a FineTuneJob, given what is. Pure."""
+"""The decision: what to do about a FineTuneJob, given what is. Pure.
 
-from finetune_operator.plan.decide import plan, refuse
-from finetune_operator.plan.draft import Action, Event, Plan, Policy, StartStage, StopJob
+`plan` follows the Job of each stage, records its result and starts the next stage.
+
+verdict  how one Job ended, or why it waits
+results  what a finished stage leaves in status
+draft    the plan while it is made
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+
+from finetune_operator.api.finetunejob import Phase, StageState, StageStatus
+from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
+from finetune_operator.plan import results
+from finetune_operator.plan.draft import Action, Draft, Event, Plan, Policy, StartStage, StopJob
+from finetune_operator.plan.verdict import Done, Failure, Pending, judge
+from finetune_operator.status import (
+    PendingReason,
+    conditions,
+    failed_summary,
+    quality_hint,
+    refused_summary,
+    shorten,
+    succeeded_summary,
+    timestamp,
+    warnings_hint,
+    working_summary,
+)
+from finetune_trainer.contract import Reason, Stage
 
 __all__ = ["Action", "Event", "Plan", "Policy", "StartStage", "StopJob", "plan", "refuse"]
+
+TERMINAL = {Phase.SUCCEEDED, Phase.FAILED}
+
+
+def plan(
+    finetunejob: ObservedFineTuneJob,
+    jobs: Sequence[ObservedJob],
+    pod_settings: Mapping[Stage, str],
+    policy: Policy,
+    now: datetime,
+    *,
+    stages_with_old_pods: frozenset[Stage] = frozenset(),
+) -> Plan:
+    """Decide what to do next to get the artifacts that the spec asks for.
+
+    `jobs` are the attempts so far. `pod_settings` maps each stage to the digest of the settings
+    that its pods would get now. In `stages_with_old_pods`, a pod of an earlier FineTuneJob of the
+    same name still runs.
+    """
+    if finetunejob.deleting or _is_settled(finetunejob):
+        return Plan(finetunejob.status)
+    if finetunejob.spec is None:
+        return refuse(finetunejob, jobs, Reason.INVALID_SPEC, finetunejob.spec_error or "", now)
+    draft = Draft(
+        finetunejob,
+        finetunejob.spec,
+        jobs,
+        pod_settings=pod_settings,
+        policy=policy,
+        now=now,
+        stages_with_old_pods=stages_with_old_pods,
+    )
+    for stage in Stage:
+        _follow_stage(draft, stage)
+    results.record_notices(draft)
+    return _advance(draft)
+
+
+def _is_settled(finetunejob: ObservedFineTuneJob) -> bool:
+    status = finetunejob.status
+    return status.observed_generation == finetunejob.generation and status.phase in TERMINAL
+
+
+def _follow_stage(draft: Draft, stage: Stage) -> None:
+    """Record what has become of the current attempt at a stage."""
+    job = _current_job(draft, stage)
+    if job is None:
+        return
+    if _has_outdated_settings(draft, job):
+        draft.add_event(
+            "StageRecreated", f"The pod of {stage} is made anew with its changed settings."
+        )
+        _undo_start(draft, stage)
+        return
+    verdict = judge(job, draft.stages[stage], draft.policy, draft.now)
+    if stage is Stage.PREPARE and not isinstance(verdict, Pending):
+        results.record_dataset(draft, job)
+    match verdict:
+        case Pending():
+            draft.requeue_after(verdict.requeue_after)
+            if verdict.reason is not None:
+                draft.pending_reasons[stage] = verdict.reason
+            if verdict.disruption is not None:
+                _remember_disruption(draft, stage, verdict.disruption)
+        case Done():
+            results.record_success(draft, job, verdict)
+        case Failure():
+            results.record_published_files(draft, job, verdict)
+            _record_failure(draft, stage, verdict)
+
+
+def _remember_disruption(draft: Draft, stage: Stage, disruption: Failure) -> None:
+    """Keep in status how the pod ended: it may be gone by the time its Job fails."""
+    message = shorten(disruption.message)
+    draft.change(stage, reason=str(disruption.reason), message=message)
+
+
+def _current_job(draft: Draft, stage: Stage) -> ObservedJob | None:
+    status, jobs = draft.stages[stage], draft.jobs_of(stage)
+    if status.state is StageState.RUNNING:
+        mine = [job for job in jobs if job.attempt == status.attempt]
+        if not mine:
+            # Somebody deleted the Job, or its TTL did while the operator was down. Start the same
+            # attempt again. If the watch just doesn't show the Job yet, its name prevents a second.
+            _undo_start(draft, stage)
+        return min(mine, key=lambda job: job.deleting, default=None)
+    if status.state is StageState.PENDING:
+        return _adopt(draft, stage, jobs)
+    return None
+
+
+def _adopt(draft: Draft, stage: Stage, jobs: Sequence[ObservedJob]) -> ObservedJob | None:
+    """Find a Job that was started although status doesn't say so, and record it as running."""
+    attempt = draft.stages[stage].attempt
+    newer = [job for job in jobs if job.attempt > attempt and not job.deleting]
+    newer = [job for job in newer if not _has_outdated_settings(draft, job)]
+    if not newer:
+        return None
+    job = max(newer, key=lambda job: job.attempt)
+    _mark_running(draft, stage, job.attempt, job.created)
+    return job
+
+
+def _has_outdated_settings(draft: Draft, job: ObservedJob) -> bool:
+    """Whether the pod has not started yet and would get other settings now."""
+    if job.finished is not None or job.deleting or (job.pod is not None and job.pod.started):
+        return False
+    return job.pod_settings != draft.pod_settings[job.stage]
+
+
+def _mark_running(draft: Draft, stage: Stage, attempt: int, since: datetime) -> None:
+    draft.change(
+        stage,
+        state=StageState.RUNNING,
+        attempt=attempt,
+        reason=None,
+        message=None,
+        start_time=timestamp(since),
+        completion_time=None,
+    )
+
+
+def _undo_start(draft: Draft, stage: Stage) -> None:
+    """Undo the start of an attempt, so that it starts again under the same number."""
+    attempt = draft.stages[stage].attempt - 1
+    draft.change(stage, state=StageState.PENDING, attempt=attempt, start_time=None)
+
+
+def _record_failure(draft: Draft, stage: Stage, failure: Failure) -> None:
+    status = draft.stages[stage]
+    failures = status.failures if failure.free else status.failures + 1
+    limit = draft.spec.backoff_limit
+    again = failure.free or (failure.reason.retryable and failures <= limit)
+    message = failure.message
+    if failure.reason.retryable and not again:
+        times = "once" if failures == 1 else f"{failures} times"
+        message = f"{message} It failed {times}; spec.backoffLimit is {limit}."
+    draft.change(
+        stage,
+        state=StageState.PENDING if again else StageState.FAILED,
+        failures=failures,
+        reason=str(failure.reason),
+        message=shorten(message),
+        completion_time=timestamp(failure.at),
+    )
+    if not results.warn_of_failed_files(draft, failure.result, failure.reason):
+        draft.add_warning(failure.reason, message)
+
+
+def _advance(draft: Draft) -> Plan:
+    """Start the first stage that is not done, if it isn't running, waiting or failed."""
+    left = [each for each in draft.stages.values() if each.state is not StageState.SUCCEEDED]
+    if not left:
+        draft.stop_obsolete_jobs()
+        return _finish(draft)
+    stage = left[0].name
+    match left[0].state:
+        case StageState.FAILED:
+            _halt_running_stages(draft)
+            draft.stop_obsolete_jobs()
+            return draft.finish(stage, failed_summary(left[0]))
+        case StageState.PENDING:
+            draft.stop_obsolete_jobs()
+            _start(draft, stage)
+        case _:
+            draft.stop_obsolete_jobs()
+    earlier = bool(draft.found.artifacts)
+    notices = draft.found.notices
+    summary = working_summary(
+        draft.stages[stage], draft.pending_reasons.get(stage), earlier, notices
+    )
+    return draft.finish(stage, summary)
+
+
+def _start(draft: Draft, stage: Stage) -> None:
+    status, key = draft.stages[stage], draft.stage_key(stage)
+    wait = _retry_delay(status, draft.policy, draft.now)
+    if wait > timedelta():
+        draft.requeue_after(wait.total_seconds())
+        return
+    mine = any(job.stage is stage and job.may_have_pod_at_work for job in draft.jobs)
+    if mine or stage in draft.stages_with_old_pods:
+        # Two pods at a time would write the same files, e.g. checkpoints.
+        draft.pending_reasons[stage] = PendingReason(
+            "Stopping", f"{stage} starts when its earlier pod has stopped."
+        )
+        return
+    if key is None:
+        raise ValueError(f"{stage} has no fingerprint though prepare succeeded")
+    attempt = status.attempt + 1
+    resolved = None if stage is Stage.PREPARE else draft.found.resolved
+    draft.add_action(StartStage(stage, key, attempt, resolved))
+    draft.add_event("StageStarted", f"Started {stage}, attempt {attempt}.")
+    _mark_running(draft, stage, attempt, draft.now)
+
+
+def _retry_delay(status: StageStatus, policy: Policy, now: datetime) -> timedelta:
+    """How long the next attempt still has to wait."""
+    if status.reason is None or status.completion_time is None:
+        return timedelta()
+    pause = policy.retry_base * 2.0 ** min(status.attempt - 1, 16)
+    due = datetime.fromisoformat(status.completion_time) + min(pause, policy.retry_cap)
+    return max(timedelta(), due - now)
+
+
+def _halt_running_stages(draft: Draft) -> None:
+    for stage, status in draft.stages.items():
+        if status.state is StageState.RUNNING:
+            draft.change(stage, state=StageState.PENDING, start_time=None)
+
+
+def _finish(draft: Draft) -> Plan:
+    folder, manifest = draft.spec.output.uri, draft.found.manifest_uri
+    message = f"The artifacts are in {folder}; {manifest} lists them."
+    message += warnings_hint(draft.found.notices) + quality_hint(draft.found.artifacts)
+    draft.add_event(Reason.SUCCEEDED, message)
+    return draft.finish(Stage.EXPORT, succeeded_summary(message))
+
+
+def refuse(
+    finetunejob: ObservedFineTuneJob,
+    jobs: Sequence[ObservedJob],
+    reason: Reason,
+    message: str,
+    now: datetime,
+) -> Plan:
+    """Fail for good, and stop all Jobs of an earlier spec."""
+    message = shorten(message)
+    known = {stage.name: stage for stage in finetunejob.status.stages}
+    summary = refused_summary(reason, message)
+    status = finetunejob.status.model_copy(
+        update={
+            "observed_generation": finetunejob.generation,
+            "phase": summary.phase,
+            "stages": tuple(_halted(known.get(name, StageStatus(name=name))) for name in Stage),
+            "conditions": conditions(
+                finetunejob.status.conditions, summary, finetunejob.generation, now
+            ),
+        }
+    )
+    stops = tuple(StopJob(job.name, job.uid) for job in jobs if job.active and not job.deleting)
+    return Plan(status, actions=stops, events=(Event("Warning", reason, message),))
+
+
+def _halted(stage: StageStatus) -> StageStatus:
+    if stage.state is not StageState.RUNNING:
+        return stage
+    return stage.model_copy(update={"state": StageState.PENDING, "start_time": None})

@@ -18,8 +18,8 @@ from finetune_trainer.runtime import child
 from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.logs import set_up_libraries
 from finetune_trainer.runtime.reporter import Reporter
+from finetune_trainer.train.link import TRAINED, TrainingWork, write_failure
 from finetune_trainer.train.link.channel import Channel
-from finetune_trainer.train.link.work import TRAINED, TrainingWork, write_failure
 from finetune_trainer.train.recipe import unsloth_engine
 from finetune_trainer.train.recipe.processes import is_first, is_lost_peer, joined
 

@@ -30,7 +30,7 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.memory.plan import Lengths, describe, effective_batch, plan
 from finetune_trainer.model.shape import Shape
-from finetune_trainer.train.link.work import Engine, TrainingWork, fallback_notice
+from finetune_trainer.train.link import Engine, TrainingWork, fallback_notice
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from finetune_trainer.contract import Notice, NoticeCode, Reason, StageError, Tr
 from finetune_trainer.runtime import stopping
 from finetune_trainer.runtime.failures import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter
+from finetune_trainer.train.link import FAILED, TRAINED, Failed, Trained, TrainingWork
 from finetune_trainer.train.link.channel import WorkerMessage, listening
 from finetune_trainer.train.link.upload_lag import write_stored_step
-from finetune_trainer.train.link.work import FAILED, TRAINED, Failed, Trained, TrainingWork
 from finetune_trainer.train.supervisor.checkpoints import (
     CheckpointMarker,
     CheckpointStore,
