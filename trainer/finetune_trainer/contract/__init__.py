@@ -1,7 +1,7 @@
 """The contract between the operator and the trainer, and between the trainer's stages.
 
 base            what all its types have in common
-training, dataset, output  the spec's parts, each field described and bounded once
+training, dataset, output, storage  the spec's parts, each field described and bounded once
 run             run.json as a whole, and what `prepare` adds to it
 outcome         reasons, exit codes, and the termination message
 progress        status.progress, with what a training says about itself
@@ -60,7 +60,6 @@ from finetune_trainer.contract.output import (
     QualityLimit,
     Quantization,
     Signing,
-    Storage,
 )
 from finetune_trainer.contract.progress import NEWS, Notice, NoticeCode, Progress, status_path
 from finetune_trainer.contract.quality import FileVerdict, GateReport, Quality, Sample
@@ -74,6 +73,7 @@ from finetune_trainer.contract.run import (
     TrainingPlan,
     read_run_config,
 )
+from finetune_trainer.contract.storage import Storage
 from finetune_trainer.contract.training import (
     EarlyStopping,
     Lora,
