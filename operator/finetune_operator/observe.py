@@ -23,8 +23,15 @@ from finetune_operator.api.base import (
     TRAINER_CONTAINER,
     JsonObject,
 )
-from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
-from finetune_trainer.contract import Notice, Stage, StageResult, describe
+from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus, StageState
+from finetune_trainer.contract import (
+    Notice,
+    Stage,
+    StageResult,
+    describe,
+    read_known,
+    read_readable,
+)
 
 # Reasons in a pod's status for which the container is not to blame: the node or the control plane
 # removed the pod or did not admit it. `OutOf<resource>` is another, for any resource.
@@ -42,6 +49,7 @@ DISRUPTIONS = {
 # The kubelet also evicts a pod that exceeds its own limits, and then the pod is to blame.
 OVERGROWN = re.compile(r"exceeds the (total )?limit|exceeded its local ephemeral storage limit")
 ENDED = {"Succeeded", "Failed"}  # phases of a pod
+KNOWN_STATES = {*StageState, None}
 LOG_LINE_LIMIT = 300  # characters of a log line that is quoted to the user
 
 
@@ -257,18 +265,30 @@ class ObservedFineTuneJob:
     status: FineTuneJobStatus
     """Without `progress`, which belongs to the trainer."""
 
+    not_understood: tuple[str, ...] = ()
+    """Fields of spec and status that come from another version, and are left out of account."""
+
     reported: ReportedProgress = ReportedProgress()
     deleting: bool = False
 
 
 def observe_finetunejob(raw: JsonObject) -> ObservedFineTuneJob:
-    """Parse a FineTuneJob; an invalid spec, which an older CRD may admit, becomes `spec_error`."""
+    """Parse a FineTuneJob, which another version may have written.
+
+    An invalid spec, which an older or newer CRD may admit, becomes `spec_error`.
+    """
     meta = raw["metadata"]
     spec, error = None, None
+    not_understood: list[str] = []
     try:
-        spec = FineTuneJobSpec.model_validate(raw.get("spec") or {})
+        known = read_known(FineTuneJobSpec, raw.get("spec") or {})
     except ValidationError as problem:
         error = describe(problem, prefix="spec.")
+    else:
+        spec = known.value
+        not_understood += (f"spec.{path}" for path in known.unknown)
+    status, unreadable = _status(raw)
+    not_understood += (f"status.{path}" for path in unreadable)
     return ObservedFineTuneJob(
         name=meta["name"],
         namespace=meta["namespace"],
@@ -277,7 +297,8 @@ def observe_finetunejob(raw: JsonObject) -> ObservedFineTuneJob:
         resource_version=meta["resourceVersion"],
         spec=spec,
         spec_error=error,
-        status=_status(raw),
+        status=status,
+        not_understood=tuple(not_understood),
         reported=_reported(raw),
         deleting="deletionTimestamp" in meta,
     )
@@ -316,29 +337,36 @@ def controller_uid(raw: Mapping[str, Any]) -> str:
     return ""
 
 
-def _status(raw: JsonObject) -> FineTuneJobStatus:
-    # A status that can't be parsed (a newer operator wrote it) counts as none: `prepare` looks at
-    # everything again, and results that the object store holds are not computed again.
-    fields = {key: value for key, value in (raw.get("status") or {}).items() if key != "progress"}
-    try:
-        return FineTuneJobStatus.model_validate(fields)
-    except ValidationError:
-        return FineTuneJobStatus()
+def _status(raw: JsonObject) -> tuple[FineTuneJobStatus, tuple[str, ...]]:
+    """The status, and the paths of values in it that only another version understands."""
+    written = raw.get("status") or {}
+    fields = {key: value for key, value in written.items() if key != "progress"}
+    states = [each.get("state") for each in fields.get("stages") or []]
+    if any(state not in KNOWN_STATES for state in states):
+        fields["stages"] = [_with_known_state(each) for each in fields["stages"]]
+    read = read_readable(FineTuneJobStatus, fields)
+    if read is None:  # nothing in it is required
+        return FineTuneJobStatus(), ("stages",)
+    unknown = (f"stages.{n}.state" for n, each in enumerate(states) if each not in KNOWN_STATES)
+    return read.value, (*read.unreadable, *unknown)
+
+
+def _with_known_state(stage: JsonObject) -> JsonObject:
+    """A stage in a state of a newer operator's: if it has begun and not ended, its Job will tell
+    how it is."""
+    if stage.get("state") in KNOWN_STATES:
+        return stage
+    at_work = stage.get("attempt") and not stage.get("completionTime")
+    return {**stage, "state": StageState.RUNNING if at_work else StageState.PENDING}
 
 
 def _reported(raw: JsonObject) -> ReportedProgress:
     progress = (raw.get("status") or {}).get("progress") or {}
-    notices = (_notice(each) for each in progress.get("notices") or [])
+    # What is left out of a newer trainer's notices is in progress and log.
+    notices = (read_readable(Notice, each) for each in progress.get("notices") or [])
     return ReportedProgress(
-        progress.get("job"), tuple(each for each in notices if each is not None)
+        progress.get("job"), tuple(each.value for each in notices if each is not None)
     )
-
-
-def _notice(raw: JsonObject) -> Notice | None:
-    try:
-        return Notice.model_validate(raw)
-    except ValidationError:
-        return None  # from a newer trainer; progress and log have it
 
 
 def _is_stage_job(raw: JsonObject) -> bool:

@@ -111,7 +111,7 @@ class Reconciler:
         self._metrics.in_phase(key, finetunejob.status.phase)
         decided = self._plan(finetunejob, jobs, stages_at_work(snapshot.earlier_pods))
         try:
-            return await self._carry_out(key, finetunejob, jobs, decided, own_writes)
+            return await self._carry_out(key, finetunejob, decided, own_writes)
         except ConflictError:
             return "stale", STALE_RETRY_SECONDS
         except NotFoundError:
@@ -143,7 +143,6 @@ class Reconciler:
         self,
         key: str,
         finetunejob: ObservedFineTuneJob,
-        jobs: tuple[ObservedJob, ...],
         decided: Plan,
         own_writes: _OwnWrites,
     ) -> tuple[str, float | None]:
@@ -151,10 +150,7 @@ class Reconciler:
             await self._apply(finetunejob, decided, own_writes)
         except InvalidError as error:
             # E.g. a malformed quantity, which only the API server detects.
-            decided = refuse(
-                finetunejob, jobs, Reason.INVALID_SPEC, error.detail, datetime.now(UTC)
-            )
-            await self._apply(finetunejob, decided, own_writes)
+            decided = refuse(finetunejob, Reason.INVALID_SPEC, error.detail, datetime.now(UTC))
         except ForbiddenError as error:
             # E.g. a quota. It may be raised, so tell the user and let the queue try again.
             await self._record(key, finetunejob, (Event("Warning", "Forbidden", error.detail),))

@@ -229,11 +229,6 @@ def test_progress_is_not_read_since_another_trainer_may_write_it() -> None:
     )
 
 
-def test_a_status_that_cannot_be_read_is_like_none() -> None:
-    status = {"phase": "Training", "fieldOfTheFuture": 1}
-    assert observe_finetunejob(raw_finetunejob(status=status)).status == FineTuneJobStatus()
-
-
 def test_a_finetunejob_that_is_being_deleted() -> None:
     raw = raw_finetunejob(deletionTimestamp="2026-11-24T12:02:00Z")
     assert observe_finetunejob(raw).deleting

@@ -77,6 +77,7 @@ from finetune_trainer.contract.run import (
     TrainingPlan,
     read_run_config,
 )
+from finetune_trainer.contract.tolerant import Tolerated, read_known, read_readable
 from finetune_trainer.contract.training import EarlyStopping, Lora, TargetModule, Tracker, Training
 from finetune_trainer.contract.training_record import LogEntry, TrainingMetrics, TrainingRecord
 
@@ -139,6 +140,7 @@ __all__ = [
     "StageResult",
     "Storage",
     "TargetModule",
+    "Tolerated",
     "Tracker",
     "Training",
     "TrainingMetrics",
@@ -149,6 +151,8 @@ __all__ = [
     "describe",
     "digest",
     "fingerprints",
+    "read_known",
+    "read_readable",
     "read_run_config",
     "status_path",
 ]
