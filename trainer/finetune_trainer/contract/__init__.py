@@ -1,7 +1,7 @@
 """The contract between the operator and the trainer, and between the trainer's stages.
 
 base            what all its types have in common
-model, dataset, training, output  the spec's parts; each field is described and bounded once
+model, dataset, training, output, storage  the spec's parts; each field is described and bounded once
 run             run.json as a whole, and what `prepare` adds to it
 outcome         reasons, exit codes, and the termination message
 notices         what a training says about itself
@@ -63,7 +63,6 @@ from finetune_trainer.contract.output import (
     QualityLimit,
     Quantization,
     Signing,
-    Storage,
 )
 from finetune_trainer.contract.progress import Progress, status_path
 from finetune_trainer.contract.quality import FileVerdict, GateReport, Quality, Sample
@@ -77,6 +76,7 @@ from finetune_trainer.contract.run import (
     TrainingPlan,
     read_run_config,
 )
+from finetune_trainer.contract.storage import Storage
 from finetune_trainer.contract.tolerant import Tolerated, read_known, read_readable
 from finetune_trainer.contract.training import EarlyStopping, Lora, TargetModule, Tracker, Training
 from finetune_trainer.contract.training_record import LogEntry, TrainingMetrics, TrainingRecord
