@@ -1,8 +1,9 @@
 """The contract between the operator and the trainer, and between the trainer's stages.
 
 base            what all its types have in common
-model, dataset, training, output, storage  the spec's parts; each field is described and bounded once
+model, dataset, training, output, storage  the parts of the spec; each field is bounded once
 run             run.json as a whole, and what `prepare` adds to it
+tolerant        reading what another version wrote
 outcome         reasons, exit codes, and the termination message
 notices         what a training says about itself
 progress        status.progress, and where it is written
