@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from finetune_operator.api.base import (
     ATTEMPT_LABEL,
+    KIND,
     POD_SETTINGS_ANNOTATION,
     STAGE_KEY_ANNOTATION,
     STAGE_LABEL,
@@ -97,6 +98,12 @@ class ObservedPod:
     def at_work(self) -> bool:
         """Whether its trainer still runs, maybe in the grace period of a deleted pod."""
         return self.started and self.exit_code is None and self.phase not in ENDED
+
+    @property
+    def may_work(self) -> bool:
+        """Whether its trainer runs or may yet be started; a deleted pod is not started any more."""
+        begins = not self.started and not self.deleting and self.phase not in ENDED
+        return self.at_work or begins
 
 
 def observe_pod(raw: JsonObject) -> ObservedPod:
@@ -305,34 +312,52 @@ def observe_finetunejob(raw: JsonObject) -> ObservedFineTuneJob:
 
 
 def observe_jobs(
-    owner: str, jobs: Iterable[JsonObject], pods: Iterable[JsonObject]
+    owner: ObservedFineTuneJob, jobs: Iterable[JsonObject], pods: Iterable[JsonObject]
 ) -> tuple[ObservedJob, ...]:
-    """The stage Jobs of the FineTuneJob with the uid `owner`, oldest first, each with its pods."""
+    """The stage Jobs of a FineTuneJob, oldest first, each with its pods.
+
+    Uids alone prove nothing: whoever may create pods in another namespace could write them there.
+    """
     of_job: dict[str, list[JsonObject]] = {}
     for pod in sorted(pods, key=created_at):
-        of_job.setdefault(controller_uid(pod), []).append(pod)
+        if pod["metadata"]["namespace"] == owner.namespace:
+            of_job.setdefault(controller_uid(pod, "Job"), []).append(pod)
     found = [
         _job(job, of_job.get(job["metadata"]["uid"], []))
         for job in jobs
-        if controller_uid(job) == owner and _is_stage_job(job)
+        if is_controlled_by(job, owner) and _is_stage_job(job)
     ]
     return tuple(sorted(found, key=lambda job: (job.created, job.name)))
 
 
+def pods_without_job(
+    jobs: Iterable[ObservedJob], pods: Iterable[JsonObject]
+) -> tuple[JsonObject, ...]:
+    """The pods of no Job: one that was deleted is gone before its pod has stopped."""
+    known = {job.uid for job in jobs}
+    return tuple(pod for pod in pods if controller_uid(pod, "Job") not in known)
+
+
 def stages_at_work(pods: Iterable[JsonObject]) -> frozenset[Stage]:
-    """The stages that one of these pods still runs."""
+    """The stages that one of these pods runs, or may yet begin to run."""
     known = [(pod["metadata"].get("labels") or {}, pod) for pod in pods]
     return frozenset(
         Stage(bears[STAGE_LABEL])
         for bears, pod in known
-        if bears.get(STAGE_LABEL) in set(Stage) and observe_pod(pod).at_work
+        if bears.get(STAGE_LABEL) in set(Stage) and observe_pod(pod).may_work
     )
 
 
-def controller_uid(raw: Mapping[str, Any]) -> str:
-    """The uid of the object's controller, or an empty string."""
+def is_controlled_by(raw: Mapping[str, Any], owner: ObservedFineTuneJob) -> bool:
+    """Whether an object belongs to a FineTuneJob: in its namespace, and by its uid."""
+    here = raw["metadata"].get("namespace") == owner.namespace
+    return here and controller_uid(raw, KIND) == owner.uid
+
+
+def controller_uid(raw: Mapping[str, Any], kind: str) -> str:
+    """The uid of the object's controller if it is of this kind, or an empty string."""
     for owner in raw["metadata"].get("ownerReferences") or []:
-        if owner.get("controller"):
+        if owner.get("controller") and owner.get("kind") == kind:
             return str(owner["uid"])
     return ""
 

@@ -30,9 +30,10 @@ from finetune_operator.monitoring import Metrics
 from finetune_operator.observe import (
     ObservedFineTuneJob,
     ObservedJob,
-    controller_uid,
+    is_controlled_by,
     observe_finetunejob,
     observe_jobs,
+    pods_without_job,
     stages_at_work,
 )
 from finetune_operator.plan import Event, Plan, Policy, StartStage, StopJob, plan, refuse
@@ -107,9 +108,10 @@ class Reconciler:
         own_writes = self._own_writes_of(key, finetunejob)
         if own_writes.outdated == finetunejob.resource_version:
             return "stale", STALE_RETRY_SECONDS  # the watch doesn't show our last write yet
-        jobs = observe_jobs(finetunejob.uid, _jobs(snapshot, own_writes), snapshot.pods)
+        jobs = observe_jobs(finetunejob, _jobs(snapshot, own_writes), snapshot.pods)
+        others = (*snapshot.earlier_pods, *pods_without_job(jobs, snapshot.pods))
         self._metrics.in_phase(key, finetunejob.status.phase)
-        decided = self._plan(finetunejob, jobs, stages_at_work(snapshot.earlier_pods))
+        decided = self._plan(finetunejob, jobs, stages_at_work(others))
         try:
             return await self._carry_out(key, finetunejob, decided, own_writes)
         except ConflictError:
@@ -222,7 +224,7 @@ class Reconciler:
         except AlreadyExistsError:
             meta = body["metadata"]
             found = await self._cluster.get(body["kind"], meta["namespace"], meta["name"])
-            if controller_uid(found) != finetunejob.uid:
+            if not is_controlled_by(found, finetunejob):
                 message = f"{body['kind']} {meta['name']} exists and belongs to someone else"
                 raise ForbiddenError(message) from None
             return found

@@ -39,8 +39,8 @@ def plan(
     """Decide what to do next to get the artifacts that the spec asks for.
 
     `jobs` are the attempts so far. `pod_settings` maps each stage to the digest of the settings
-    that its pods would get now. In `stages_with_old_pods`, a pod of an earlier FineTuneJob of the
-    same name still runs.
+    that its pods would get now. Of `stages_with_old_pods`, a pod still runs whose Job is gone, or
+    one of an earlier FineTuneJob of the same name.
     """
     if finetunejob.deleting or _is_settled(finetunejob):
         return Plan(finetunejob.status)
