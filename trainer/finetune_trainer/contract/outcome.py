@@ -68,6 +68,7 @@ class Reason(StrEnum):
 
     # Seen by the operator alone.
     INVALID_SPEC = "InvalidSpec"
+    REQUEST_DENIED = "RequestDenied"
     SECRET_NOT_FOUND = "SecretNotFound"  # noqa: S105 - a reason, not a secret
     IMAGE_NOT_PULLED = "ImageNotPulled"
     POD_DISRUPTED = "PodDisrupted"
