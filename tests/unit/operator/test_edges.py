@@ -11,7 +11,7 @@ import pytest
 from kubernetes.aio import client
 
 from finetune_operator import cluster
-from finetune_operator.logs import HumanLine, JsonLine
+from finetune_operator.monitoring import HumanLine, JsonLine
 
 
 def refusal(status: int, **body: Any) -> client.ApiException:

@@ -28,7 +28,7 @@ from finetune_trainer.store.marker import (
     save_stage,
     stage_folder,
 )
-from finetune_trainer.train.link.work import Failed, Trained, TrainingWork, default_plan
+from finetune_trainer.train.link import Failed, Trained, TrainingWork, default_plan
 from finetune_trainer.train.supervisor.checkpoints import CheckpointStore
 from finetune_trainer.train.supervisor.ladder import descend
 from finetune_trainer.train.supervisor.setup import MemoryNeeds, adapt_to_machine, read_needs
