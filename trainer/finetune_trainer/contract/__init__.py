@@ -1,8 +1,9 @@
 """The contract between the operator and the trainer, and between the trainer's stages.
 
 base            what all its types have in common
-model, dataset, training, output  the spec's parts; each field is described and bounded once
+model, dataset, training, output, storage  the parts of the spec; each field is bounded once
 run             run.json as a whole, and what `prepare` adds to it
+tolerant        reading what another version wrote
 outcome         reasons, exit codes, and the termination message
 notices         what a training says about itself
 progress        status.progress, and where it is written
@@ -68,7 +69,6 @@ from finetune_trainer.contract.output import (
     QualityLimit,
     Quantization,
     Signing,
-    Storage,
 )
 from finetune_trainer.contract.progress import Progress, status_path
 from finetune_trainer.contract.quality import FileVerdict, GateReport, Quality, Sample
@@ -82,6 +82,8 @@ from finetune_trainer.contract.run import (
     TrainingPlan,
     read_run_config,
 )
+from finetune_trainer.contract.storage import Storage
+from finetune_trainer.contract.tolerant import Tolerated, read_known, read_readable
 from finetune_trainer.contract.training import EarlyStopping, Lora, TargetModule, Tracker, Training
 from finetune_trainer.contract.training_record import LogEntry, TrainingMetrics, TrainingRecord
 
@@ -145,6 +147,7 @@ __all__ = [
     "StageResult",
     "Storage",
     "TargetModule",
+    "Tolerated",
     "Tracker",
     "Training",
     "TrainingMetrics",
@@ -157,6 +160,8 @@ __all__ = [
     "display_name",
     "later_fingerprints",
     "prepare_fingerprint",
+    "read_known",
+    "read_readable",
     "read_run_config",
     "status_path",
 ]

@@ -48,12 +48,14 @@ def former_fingerprints(
     prepare = digest(
         {
             "recipe": _RECIPE[Stage.PREPARE],
-            "dataset": config.dataset.model_dump(mode="json", exclude_defaults=True),
+            "dataset": config.dataset.model_dump(
+                mode="json", exclude={"storage"}, exclude_defaults=True
+            ),
             "datasetETag": dataset_etag,
             "evalETag": eval_etag,
             "splitSeed": config.training.seed if config.dataset.splits else None,
             "model": config.model.model_dump(
-                mode="json", exclude={"revision"}, exclude_defaults=True
+                mode="json", exclude={"revision", "storage"}, exclude_defaults=True
             ),
             "modelRevision": model_revision,
             "maxSequenceLength": config.training.max_sequence_length,
