@@ -266,7 +266,10 @@ class Lineage(Base):
     """Examples held out."""
 
     model_revision: str | None = None
-    """Commit or digest of the base model."""
+    """A digest over the base model's files that are used."""
+
+    model_commit: str | None = None
+    """Commit of a Hub model."""
 
     image: str | None = None
     """Trainer image that exported."""

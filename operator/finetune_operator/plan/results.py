@@ -147,6 +147,7 @@ def _lineage(resolved: Resolved, image: str | None) -> Lineage:
         dataset_rows=resolved.dataset_rows,
         eval_rows=resolved.eval_rows,
         model_revision=resolved.model_revision,
+        model_commit=resolved.model_commit,
         image=image,
     )
 
