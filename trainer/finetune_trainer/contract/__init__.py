@@ -1,8 +1,9 @@
 """The contract between the operator and the trainer, and between the trainer's stages.
 
 base            what all its types have in common
-training, dataset, output, storage  the spec's parts, each field described and bounded once
+model, dataset, training, output, storage  the parts of the spec; each field is bounded once
 run             run.json as a whole, and what `prepare` adds to it
+tolerant        reading what another version wrote
 outcome         reasons, exit codes, and the termination message
 progress        status.progress, with what a training says about itself
 dataset_report  what `prepare` found in the dataset
@@ -50,7 +51,13 @@ from finetune_trainer.contract.dataset_report import (
     ListedRows,
     Split,
 )
-from finetune_trainer.contract.fingerprint import digest, fingerprints
+from finetune_trainer.contract.fingerprint import (
+    ExampleContents,
+    digest,
+    later_fingerprints,
+    prepare_fingerprint,
+)
+from finetune_trainer.contract.model import Model, display_name
 from finetune_trainer.contract.outcome import ExitCode, Reason, StageError, StageResult
 from finetune_trainer.contract.output import (
     UNQUANTIZED,
@@ -74,14 +81,8 @@ from finetune_trainer.contract.run import (
     read_run_config,
 )
 from finetune_trainer.contract.storage import Storage
-from finetune_trainer.contract.training import (
-    EarlyStopping,
-    Lora,
-    Model,
-    TargetModule,
-    Tracker,
-    Training,
-)
+from finetune_trainer.contract.tolerant import Tolerated, read_known, read_readable
+from finetune_trainer.contract.training import EarlyStopping, Lora, TargetModule, Tracker, Training
 from finetune_trainer.contract.training_record import LogEntry, TrainingMetrics, TrainingRecord
 
 __all__ = [
@@ -106,6 +107,7 @@ __all__ = [
     "DetectedFile",
     "EarlyStopping",
     "Example",
+    "ExampleContents",
     "ExitCode",
     "Export",
     "FileReport",
@@ -143,6 +145,7 @@ __all__ = [
     "StageResult",
     "Storage",
     "TargetModule",
+    "Tolerated",
     "Tracker",
     "Training",
     "TrainingMetrics",
@@ -152,7 +155,11 @@ __all__ = [
     "cel",
     "describe",
     "digest",
-    "fingerprints",
+    "display_name",
+    "later_fingerprints",
+    "prepare_fingerprint",
+    "read_known",
+    "read_readable",
     "read_run_config",
     "status_path",
 ]

@@ -1,4 +1,4 @@
-"""spec.model and spec.training: what is trained, and how."""
+"""spec.training."""
 
 from __future__ import annotations
 
@@ -8,33 +8,6 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from finetune_trainer.contract.base import Base, cel
-
-
-class Model(Base):
-    """The base model to fine-tune."""
-
-    source: Annotated[
-        str,
-        Field(
-            min_length=1,
-            max_length=1024,
-            json_schema_extra=cel(
-                "self.startsWith('s3://') || self.startsWith('/')"
-                " || self.matches('^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')",
-                "must be org/name on the Hugging Face Hub, s3://bucket/folder, "
-                "or the absolute path of a mounted folder",
-            ),
-        ),
-    ]
-    """Where the base model is: `org/name` on the Hugging Face Hub, `s3://bucket/folder`, or the
-    absolute path of a folder that is mounted into the pods. It must hold safetensors weights."""
-
-    revision: Annotated[str, Field(min_length=1, max_length=256)] = "main"
-    """Branch, tag or commit of a Hub model. It is resolved to a commit, which status.lineage
-    names; a moving branch retrains when the spec changes next, never by itself."""
-
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Leave it off unless you have read that code."""
 
 
 class TargetModule(StrEnum):
