@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from finetune_trainer.contract import Example, NoticeCode
+from finetune_trainer.contract import Example, Message, NoticeCode
 from finetune_trainer.train.recipe.watch import (
     FEWEST_PAIRS,
     AnswerLoss,
@@ -16,7 +16,7 @@ from finetune_trainer.train.recipe.watch import (
 
 
 def row(question: str, answer: str, *before: str) -> Example:
-    turns = [{"role": "assistant", "content": text} for text in before]
+    turns: list[Message] = [{"role": "assistant", "content": text} for text in before]
     return {
         "prompt": [*turns, {"role": "user", "content": question}],
         "completion": [{"role": "assistant", "content": answer}],

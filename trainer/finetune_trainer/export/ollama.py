@@ -21,7 +21,8 @@ from finetune_trainer.contract import Message, Quantization, RunConfig
 from finetune_trainer.export import llama
 from finetune_trainer.export.gguf.files import MODELFILE, preferred
 from finetune_trainer.export.llama import Reading, TokenizeRequest
-from finetune_trainer.model.tokenizer import end_of_turn_ids, render
+from finetune_trainer.model.rendering import render
+from finetune_trainer.model.tokenizer import end_of_turn_ids
 
 CONTEXT = 4096  # tokens; Ollama's own default
 

@@ -9,7 +9,7 @@ configuration -> dataset there, output writable -> base model's files -> fingerp
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,8 +18,8 @@ from uuid import uuid4
 import numpy as np
 
 from finetune_trainer.contract import (
+    Example,
     Fingerprints,
-    Message,
     Reason,
     Resolved,
     RunConfig,
@@ -229,7 +229,7 @@ def encode_rows(
     tokenizer = load_tokenizer(base)
     check_template(tokenizer, system=any(each.has_system for each in findings.all_rows()))
     findings.template = describe_template(tokenizer)
-    first = islice(rows.messages(), ROWS_READ_BY_LLAMA_CPP)
+    first = islice(rows.examples(), ROWS_READ_BY_LLAMA_CPP)
     check_model(config, model, base, workdir, reporter, rows=first)
 
     reporter.message(f"Applying the chat template to {rows.total} rows")
@@ -257,7 +257,7 @@ def check_model(
     workdir: Path,
     reporter: Reporter,
     *,
-    rows: Iterable[Sequence[Message]] = (),
+    rows: Iterable[Example] = (),
 ) -> None:
     """Make sure that the model can be trained and exported as asked."""
     from finetune_trainer.prepare import checks  # noqa: PLC0415 - imports transformers

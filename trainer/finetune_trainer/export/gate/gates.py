@@ -55,7 +55,8 @@ from finetune_trainer.export.reference.measured_rows import (
 )
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import available_cpus
-from finetune_trainer.model.tokenizer import load_tokenizer, render_prompt
+from finetune_trainer.model.rendering import render_prompt
+from finetune_trainer.model.tokenizer import load_tokenizer
 
 SAMPLES = 10
 SAMPLE_TOKENS = 128
