@@ -14,6 +14,8 @@ from finetune_trainer.train.recipe.watch import (
     swap_questions,
 )
 
+THOUGHT: Message = {"role": "assistant", "content": "b", "reasoning_content": "Hm."}
+
 
 def row(question: str, answer: str, *before: str) -> Example:
     turns: list[Message] = [{"role": "assistant", "content": text} for text in before]
@@ -41,8 +43,10 @@ def test_each_answer_meets_the_question_of_a_row_far_from_it() -> None:
         [row("same", "a"), row("same", "b")],
         [row("p", "same"), row("q", "same")],
         [row("p", "a"), row("q", "b", "an earlier answer")],
+        [row("p", "a"), {**row("q", "b"), "tools": [{"function": {"name": "f"}}]}],
+        [row("p", "a"), {**row("q", "b"), "completion": [THOUGHT]}],
     ],
-    ids=["nothing", "one row", "one question", "one answer", "conversations"],
+    ids=["nothing", "one row", "one question", "one answer", "conversations", "tools", "reasoning"],
 )
 def test_rows_that_can_not_tell_are_left_out(rows: list[Example]) -> None:
     assert swap_questions(rows) == []

@@ -88,6 +88,10 @@ def make_template(tokenizer: PreTrainedTokenizerBase, file: Path) -> OllamaTempl
         notes.append("It knows no system prompt: one is put before the first question.")
     if shape.system == "ignored":
         notes.append("It leaves system prompts out.")
+    if "tools" in str(tokenizer.get_chat_template()):
+        notes.append(
+            "It has no tools: let llama.cpp (--jinja) or vLLM serve a model that calls some."
+        )
     if shape.strips:
         notes.append("It removes blank space around what is said; Ollama leaves it.")
     return OllamaTemplate(go_template(shape), tuple(notes))

@@ -13,8 +13,8 @@ import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import product
 from typing import Any, NoReturn
 
@@ -48,13 +48,22 @@ def render(
     Raises StageError(ModelUnsupported) when the template takes too long, and whatever the template
     raises for a conversation that it refuses.
     """
-    with _limited():
+    # A template is a program, and may loop for days. Only a main thread can be interrupted so, and
+    # there `prepare` renders, before any other stage does.
+    limited = threading.current_thread() is threading.main_thread()
+    if limited:
+        _watch()
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
         text = tokenizer.apply_chat_template(
             list(messages),  # type: ignore[arg-type]  # templates take more than text
             tools=list(tools) or None,
             tokenize=False,
             add_generation_prompt=prompt,
         )
+    finally:
+        if limited:
+            signal.setitimer(signal.ITIMER_PROF, 0)
     return str(text)
 
 
@@ -96,7 +105,8 @@ def script(tokenizer: PreTrainedTokenizerBase, example: Example) -> Script:
     messages = example["prompt"] + example["completion"]
     if _is_plain(example, messages):
         return Script([*messages], [], plain=True)  # type: ignore[list-item]  # as in `render`
-    refused: Exception | None = None
+    refusals: list[Exception] = []
+    fewest: list[str] | None = None
     for form in _forms(messages):
         taken = Script([form.message(each) for each in messages], example.get("tools", []))
         try:
@@ -104,16 +114,18 @@ def script(tokenizer: PreTrainedTokenizerBase, example: Example) -> Script:
         except StageError:
             raise
         except Exception as error:  # the model's own template runs: anything can come out
-            refused = refused or error
+            refusals.append(error)
             continue
         if not lost.needed:
             return replace(taken, leaves_reasoning_out=lost.reasoning)
-        refused = refused or NotRenderedError(
-            f"the model's chat template leaves out {', '.join(lost.needed)}: choose a model whose "
-            "template knows that, or take it out of the rows"
-        )
-    assert refused  # noqa: S101 - there is at least one form
-    raise refused
+        if fewest is None or len(lost.needed) < len(fewest):
+            fewest = lost.needed
+    if fewest is None:
+        raise refusals[0]
+    raise NotRenderedError(
+        f"the model's chat template leaves out {', '.join(fewest)}: choose a model whose template "
+        "knows that, or take it out of the rows"
+    )
 
 
 def _is_plain(example: Example, messages: Sequence[Message]) -> bool:
@@ -274,23 +286,9 @@ def _lost(tokenizer: PreTrainedTokenizerBase, taken: Script) -> _Lost:
     return _Lost(list(dict.fromkeys(needed)), bool(thoughts))
 
 
-@contextmanager
-def _limited() -> Iterator[None]:
-    """Raise StageError in this thread where what follows computes for more than SECONDS.
-
-    A template is a program, and may loop for days. Only a main thread can be interrupted so; that
-    is where `prepare` renders, before any other stage does.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    former = signal.signal(signal.SIGPROF, _too_slow)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, former)
+@cache
+def _watch() -> None:
+    signal.signal(signal.SIGPROF, _too_slow)
 
 
 def _too_slow(_signal: int, _frame: object) -> NoReturn:

@@ -16,6 +16,7 @@ from finetune_trainer.contract import Example, Reason, StageError, as_example
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.rendering import (
     REASONING,
+    NotRenderedError,
     Script,
     render_example,
     render_prompt,
@@ -206,7 +207,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, example: Example) -> _Rendered
     *answers, last = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     begun = None
     if messages[last].get("weight") != 0:
-        begun = part.render(tokenizer, last, prompt=True)
+        begun = _last_begun(tokenizer, part, full, last)
     answers = [i for i in answers if messages[i].get("weight") != 0]
     earlier: list[tuple[str, str]] = []
     for index in answers:
@@ -235,8 +236,9 @@ def _span(
         ended = part.render(tokenizer, index + 1)
         if full.startswith(ended) and ended.startswith(begun):
             return begun, ended
-        if "tool_calls" in (message := part.messages[index]):
-            return _call_span(message, full, part.render(tokenizer, index), begun, ended)
+        if not part.plain:
+            before = part.render(tokenizer, index)
+            return _rewritten_span(part.messages[index], full, before, begun, ended)
     except StageError:
         raise
     except Exception as error:  # the model's own template runs: anything can come out
@@ -244,21 +246,44 @@ def _span(
     return None
 
 
-def _call_span(
+def _rewritten_span(
     message: dict[str, Any], full: str, before: str, begun: str, ended: str
 ) -> tuple[str, str] | None:
-    """The same for tool calls before which the template writes something of its own while they are
-    the last, such as an empty block of reasoning (Qwen3), and leaves it out later."""
+    """The same where the template writes something of its own before an answer while it is the
+    last, such as an empty block of reasoning, and leaves it out later (Qwen3).
+
+    Only tool calls are learnt without it, since a model that is to learn them often has no others.
+    """
     head, same = _common(full, begun), _common(full, ended)
+    head = len(full[:head].rstrip("<|["))  # two marks that begin alike are two
     if not (full.startswith(before) and head > len(before)):
+        return None
+    if full.startswith(ended):
+        return full[:head], ended
+    if "tool_calls" not in message:
         return None
     rest = full[same:]
     for cut in range(same, min(same + LONGEST_OF_ITS_OWN, len(ended))):
         if rest.startswith(ended[cut:]):
-            said = full[head : same + len(ended) - cut]
-            if all(text in said for text in _texts(message)):
-                return full[:head], full[: head + len(said)]
+            end = same + len(ended) - cut
+            said = all(text in full[head:end] for text in _texts(message))
+            return (full[:head], full[:end]) if said else None
     return None
+
+
+def _last_begun(tokenizer: PreTrainedTokenizerBase, part: Script, full: str, index: int) -> str:
+    """The text up to the beginning of the last answer; raises NotRenderedError."""
+    begun = part.render(tokenizer, index, prompt=True)
+    if part.plain or full.startswith(begun):
+        return begun
+    # It may differ in what the template writes by itself behind the prompt, and in nothing else.
+    if _common(full, begun) < _common(part.render(tokenizer, index), begun):
+        raise NotRenderedError(
+            "the model's chat template writes the messages before the last answer in another way "
+            "once that is there, so that it can't be told what to learn: take reasoning_content "
+            "out of all messages but the last, or choose another model"
+        )
+    return begun
 
 
 def _texts(message: dict[str, Any]) -> list[str]:
