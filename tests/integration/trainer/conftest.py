@@ -17,9 +17,10 @@ import pytest
 
 from examples.base_model import smollm2
 from finetune_trainer.contract import Stage, StageResult
-from hack.object_store import Credentials
-from tests.fixtures import moto_server
+from hack.object_store import Credentials, ObjectStore, object_store
+from tests.fixtures import moto_server, start_or_leave_out
 from tests.integration.trainer.fork_server import ForkServer, fork_server, with_popen
+from tests.versitygw import versitygw
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -74,6 +75,38 @@ def moto() -> Iterator[Credentials]:
     """A quick S3 server that accepts any keys."""
     with moto_server() as credentials:
         yield credentials
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A real S3 server, which checks keys and what arrives."""
+    with object_store(tmp_path_factory.mktemp("seaweedfs")) as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def versity(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Credentials]:
+    """Another one."""
+    found: list[Credentials] = []
+    with ExitStack() as stack:
+
+        def start() -> None:
+            folder = tmp_path_factory.mktemp("versitygw")
+            found.append(stack.enter_context(versitygw(folder)))
+
+        start_or_leave_out(request.config, "the tests on versitygw", start)
+        yield found[0]
+
+
+ALL_STORES = ("moto", "seaweed", "versity")
+
+
+def keys_of(request: pytest.FixtureRequest, store: str) -> Credentials:
+    """Address and keys of one of ALL_STORES."""
+    found = request.getfixturevalue(store)
+    return found.credentials if isinstance(found, ObjectStore) else found
 
 
 @pytest.fixture(scope="session")

@@ -110,6 +110,9 @@ def test_a_file_system_without_hard_links_copies(
     folder.write("staged/a", b"12345")
     folder.copy("staged/a", "b")
     assert folder.read("b") == b"12345"
+    assert folder.create("owner", b"first")
+    assert not folder.create("owner", b"second")
+    assert folder.read("owner") == b"first"
 
 
 def test_a_file_that_is_not_what_was_written_is_not_copied(folder: Folder, tmp_path: Path) -> None:

@@ -58,6 +58,14 @@ class Folder(ABC):
         """Write a small file, as a whole or not at all."""
 
     @abstractmethod
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a small file only where nothing is; returns whether this call wrote it.
+
+        Of several callers at once one wins, on disk and in each store that knows If-None-Match. In
+        another one it is the last that wrote, as far as each sees it.
+        """
+
+    @abstractmethod
     def download(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> None:
         """Copy a file to disk, as a whole or not at all; FileNotFoundError when it is missing."""
 

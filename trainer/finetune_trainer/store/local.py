@@ -29,15 +29,22 @@ _DENIED = {
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write to; it takes the target's place when all went well."""
+def partial_file(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write to, gone in the end."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{PARTIAL}{uuid4().hex[:8]}-{target.name}"[:255])
     try:
         yield partial
-        os.replace(partial, target)  # noqa: PTH105 - says that it overwrites
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write to; it takes the target's place when all went well."""
+    with partial_file(target) as partial:
+        yield partial
+        os.replace(partial, target)  # noqa: PTH105 - says that it overwrites
 
 
 class LocalFolder(Folder):
@@ -83,6 +90,21 @@ class LocalFolder(Folder):
         """Write beside the target and rename."""
         with self._errors(path), replacing(self.root / path) as partial:
             partial.write_bytes(data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write beside the target and link it there, which never replaces a file."""
+        target = self.root / path
+        with self._errors(path), partial_file(target) as partial:
+            partial.write_bytes(data)
+            try:
+                target.hardlink_to(partial)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return _create_in_place(target, data)
+        return True
 
     def download(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> None:
         with self._errors(path):
@@ -146,6 +168,16 @@ class LocalFolder(Folder):
                 f"{self.uri_of(path)} can't be accessed: {error.strerror}. Mount the folder with "
                 "the rights that the trainer's user needs.",
             ) from error
+
+
+def _create_in_place(target: Path, data: bytes) -> bool:
+    """For a file system without hard links: a reader may meet a part of the file."""
+    try:
+        with target.open("xb") as write:
+            write.write(data)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _copy(source: Path, target: Path, on_bytes: OnBytes | None, sha256: str | None = None) -> None:

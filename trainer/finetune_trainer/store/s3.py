@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 COPYING = TransferConfig(
     multipart_threshold=1 << 30, multipart_chunksize=1 << 28, max_concurrency=4
 )
+CREATE_ATTEMPTS = 6  # while another writer of the same key is at it
+CONFLICT_SECONDS = 0.2
+_CONFLICT = {"409", "ConditionalRequestConflict", "OperationAborted"}
+_THERE_ALREADY = {"412", "PreconditionFailed"}
+_UNKNOWN_HEADER = {"501", "NotImplemented"}
 _DELETE_AT_ONCE = 1000  # the most keys that one DeleteObjects takes
 
 
@@ -115,6 +121,38 @@ class S3Folder(Folder):
     def write(self, path: str, data: bytes) -> None:
         with self._errors(path):
             s3_upload.put(self._object(path), data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """PUT with If-None-Match, where nothing was read before.
+
+        A store that does not know the header ignores it or says so. There it is what is read back
+        that counts.
+        """
+        if self.read(path) is not None:
+            return False
+        with self._errors(path):
+            for attempt in range(CREATE_ATTEMPTS):
+                try:
+                    return self._create(path, data)
+                except ClientError as error:
+                    if error_code(error) not in _CONFLICT or attempt + 1 == CREATE_ATTEMPTS:
+                        raise
+                time.sleep(CONFLICT_SECONDS)
+        raise AssertionError
+
+    def _create(self, path: str, data: bytes) -> bool:
+        key = self._key(path)
+        try:
+            self._s3.put_object(Bucket=self.bucket, Key=key, Body=data, IfNoneMatch="*")
+        except ClientError as error:
+            if error_code(error) in _THERE_ALREADY:
+                # By this very call, where the answer to its first attempt was lost.
+                again = error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
+                return again and self.read(path) == data
+            if error_code(error) not in _UNKNOWN_HEADER:
+                raise
+            self.write(path, data)
+        return self.read(path) == data
 
     def download(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> None:
         """GET, in parallel parts when it is large."""
