@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -145,6 +145,18 @@ class FineTuneJobSpec(Base):
     """Seconds that finished pods and their logs are kept. The result in the object store and in
     status does not depend on them."""
 
+    @property
+    def inputs_digest(self) -> str:
+        """Digest of the parts that a fingerprint may depend on."""
+        nobody = contract.JobReference(name="", namespace="")
+        config = self.run_config(nobody, None)
+        return _short_digest(config.model_dump(mode="json", exclude={"job"}, exclude_defaults=True))
+
+    @property
+    def hardware_digest(self) -> str:
+        """Digest of what the training is split by."""
+        return _short_digest(self.stages.train.resources.model_dump(mode="json"))
+
     def run_config(
         self,
         reference: contract.JobReference,
@@ -165,6 +177,10 @@ class FineTuneJobSpec(Base):
         )
         known = {"job": reference, "resolved": resolved, "hardware": hardware}
         return contract.RunConfig.model_validate({**data, **known})
+
+
+def _short_digest(value: Any) -> str:
+    return contract.digest(value)[:12]
 
 
 class Phase(StrEnum):
@@ -259,6 +275,20 @@ class Lineage(Base):
     """Trainer image that exported."""
 
 
+class PlannedStatus(Base):
+    """The spec that `prepare` planned the stages for."""
+
+    generation: int
+    """The metadata.generation at which `prepare` was last asked. Edits after it touched nothing
+    that a stage depends on."""
+
+    inputs: str
+    """Digest of model, dataset, training, export, output and storage."""
+
+    hardware: str
+    """Digest of the resources of the training's pod."""
+
+
 class FineTuneJobStatus(Base):
     """The observed state. `progress` is the trainer's, everything else is the operator's."""
 
@@ -280,9 +310,10 @@ class FineTuneJobStatus(Base):
             }
         ),
     ] = ()
-    """Ready (the artifacts are there), Progressing (a stage is at work) and Degraded (it failed,
-    or something needs attention). VersionSkew is there only while the operator doesn't understand
-    all of spec and status."""
+    """Ready (artifacts are there; observedGeneration says of which spec), Progressing (a stage is
+    at work) and Degraded (it failed, or something needs attention). While they hold, Reconciling
+    and Stalled say the same in the words of kstatus, and VersionSkew that the operator doesn't
+    understand all of spec and status."""
 
     stages: Annotated[
         tuple[StageStatus, ...],
@@ -322,6 +353,9 @@ class FineTuneJobStatus(Base):
 
     resolved: contract.Resolved | None = None
     """What `prepare` found out about the present spec; the stages after it rely on it."""
+
+    planned: PlannedStatus | None = None
+    """What the present stages were planned for. An edit that leaves it as it is reruns nothing."""
 
 
 class FineTuneJob(Base):
