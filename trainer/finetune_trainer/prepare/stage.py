@@ -38,7 +38,13 @@ from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_
 from finetune_trainer.prepare.reading.layout import check_columns
 from finetune_trainer.prepare.report import Findings, Prepared
 from finetune_trainer.prepare.split import hold_out
-from finetune_trainer.prepare.stored import CompleteStages, StoredRun, read_prepared, stored_run
+from finetune_trainer.prepare.stored import (
+    CompleteStages,
+    StoredRun,
+    metrics_of,
+    read_prepared,
+    stored_run,
+)
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import (
@@ -107,6 +113,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         complete=tuple(complete),
         artifacts=complete[Stage.EXPORT].files if Stage.EXPORT in complete else (),
         manifest_uri=output.uri_of(MANIFEST) if Stage.EXPORT in complete else None,
+        metrics=metrics_of(output, complete),
         dataset=prepared.dataset,
     )
 
