@@ -22,6 +22,7 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.local import commands
 from finetune_trainer.local.quality_table import show_quality
+from finetune_trainer.runtime.certificates import trust_given_authorities
 from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.logs import FORMAT_VARIABLE, LogFormat, set_up_libraries
 from finetune_trainer.runtime.reporter import Reporter, reporter_for
@@ -129,6 +130,11 @@ def _run_stages(
     if isinstance(config, StageError):
         log.error("%s: %s", config.reason, config.message)
         _finish(as_result(stages[0], config), termination_log)
+    try:
+        trust_given_authorities(workspace)
+    except StageError as error:
+        log.error("%s: %s", error.reason, error.message)  # noqa: TRY400 - one line, no trace
+        _finish(as_result(stages[0], error), termination_log)
     reporter = reporter_for(config.job)
     stop_on_signal(lambda: current[0], termination_log, reporter)
     with reporter:

@@ -12,7 +12,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from finetune_trainer.runtime.logs import JsonLine, redact
+from finetune_trainer.contract.redaction import redact
+from finetune_trainer.runtime.logs import JsonLine
 from finetune_trainer.runtime.reporter import Reporter
 
 PROGRAM = """

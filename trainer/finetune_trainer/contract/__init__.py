@@ -1,9 +1,11 @@
 """The contract between the operator and the trainer, and between the trainer's stages.
 
 base            what all its types have in common
-model, dataset, training, output, storage  the spec's parts; each field is described and bounded once
+model, dataset, training, output, storage
+                the spec's parts; each field is described and bounded once
 run             run.json as a whole, and what `prepare` adds to it
 outcome         reasons, exit codes, and the termination message
+redaction       credentials are blacked out in what leaves a process
 notices         what a training says about itself
 progress        status.progress, and where it is written
 dataset_report  what `prepare` found in the dataset
@@ -76,7 +78,7 @@ from finetune_trainer.contract.run import (
     TrainingPlan,
     read_run_config,
 )
-from finetune_trainer.contract.storage import Storage
+from finetune_trainer.contract.storage import DatasetStorage, Encryption, ModelStorage, Storage
 from finetune_trainer.contract.training import EarlyStopping, Lora, TargetModule, Tracker, Training
 from finetune_trainer.contract.training_record import LogEntry, TrainingMetrics, TrainingRecord
 
@@ -98,9 +100,11 @@ __all__ = [
     "DataFormat",
     "Dataset",
     "DatasetReport",
+    "DatasetStorage",
     "DatasetSummary",
     "DetectedFile",
     "EarlyStopping",
+    "Encryption",
     "Example",
     "ExitCode",
     "Export",
@@ -120,6 +124,7 @@ __all__ = [
     "Manifest",
     "Message",
     "Model",
+    "ModelStorage",
     "Notice",
     "NoticeCode",
     "Output",

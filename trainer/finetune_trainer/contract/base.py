@@ -26,9 +26,10 @@ class Base(BaseModel):
     )
 
 
-def cel(rule: str, message: str) -> dict[str, Any]:
-    """A rule that the API server evaluates (CEL), with the message that a person reads."""
-    return {"x-kubernetes-validations": [{"rule": rule, "message": message}]}
+def cel(rule: str, message: str, *more: tuple[str, str]) -> dict[str, Any]:
+    """Rules that the API server evaluates (CEL), each with the message that a person reads."""
+    rules = [{"rule": rule, "message": text} for rule, text in ((rule, message), *more)]
+    return {"x-kubernetes-validations": rules}
 
 
 LOCATION_RULE = cel(

@@ -54,13 +54,15 @@ def fingerprints(
     prepare = digest(
         {
             "recipe": RECIPE[Stage.PREPARE],
-            "dataset": config.dataset.model_dump(mode="json", exclude_defaults=True),
+            "dataset": config.dataset.model_dump(
+                mode="json", exclude={"storage"}, exclude_defaults=True
+            ),
             "datasetETag": dataset_etag,
             "evalETag": eval_etag,
             "splitSeed": config.training.seed if config.dataset.splits else None,
             # A branch name stands for nothing: the commit that it led to does.
             "model": config.model.model_dump(
-                mode="json", exclude={"revision"}, exclude_defaults=True
+                mode="json", exclude={"revision", "storage"}, exclude_defaults=True
             ),
             "modelRevision": model_revision,
             "maxSequenceLength": config.training.max_sequence_length,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import Field
 
 from finetune_trainer.contract.base import Base
+from finetune_trainer.contract.redaction import redact
 
 
 class NoticeCode(StrEnum):
@@ -49,6 +50,11 @@ class Notice(Base):
 
     remedy: Annotated[str, Field(max_length=300)]
     """What to do, or what was done."""
+
+    def redacted(self) -> Self:
+        """The same without credentials."""
+        said = {"evidence": redact(self.evidence), "remedy": redact(self.remedy)}
+        return self.model_copy(update=said)
 
     @property
     def warning(self) -> bool:

@@ -140,14 +140,14 @@ def fetch_resolved(config: PreparedRunConfig, target: Path, reporter: Reporter) 
     model = config.model
     if is_hub(model.source):
         model = model.model_copy(update={"revision": wanted})
-    files = find(model, config.storage)
+    files = find(model, config.model_storage)
     if files.revision != wanted:
         raise StageError(
             Reason.MODEL_NOT_FOUND,
             f"The files in {model.source} are not those that `prepare` checked: somebody replaced "
             "them meanwhile. Change the spec, or create the job anew, to start from the new ones.",
         )
-    return fetch(files, config.storage, target, reporter, weights=True)
+    return fetch(files, config.model_storage, target, reporter, weights=True)
 
 
 def _list_folder(model: Model, storage: Storage) -> tuple[str, dict[str, int]]:

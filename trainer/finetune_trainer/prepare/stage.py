@@ -74,7 +74,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
     reporter.begin(Stage.PREPARE, "Checking access to dataset and output")
     check_config(config)
     output = open_folder(config.output.uri, config.storage)
-    find_data_files(config.dataset, config.storage)
+    find_data_files(config.dataset, config.dataset_storage)
     check_writable(output)
     inputs = fetch_inputs(config, output, workdir, reporter)
     prints, complete = inputs.prints, inputs.complete
@@ -149,9 +149,9 @@ def fetch_inputs(
     config: RunConfig, output: Folder, workdir: Path, reporter: Reporter
 ) -> PrepareInputs:
     """Work out the fingerprints, and bring the dataset to disk unless its examples are there."""
-    model = base_model.find(config.model, config.storage)
+    model = base_model.find(config.model, config.model_storage)
     for _ in range(ATTEMPTS):
-        files = find_data_files(config.dataset, config.storage)
+        files = find_data_files(config.dataset, config.dataset_storage)
         eval_etag = files.held_out.info.etag if files.held_out else None
         prints = fingerprints(config, files.rows.info.etag, model.revision, eval_etag)
         complete = complete_stages(config, output, prints)
@@ -247,7 +247,9 @@ def fetch_model(
     config: RunConfig, model: BaseModelFiles, workdir: Path, reporter: Reporter
 ) -> ModelFolder:
     """Fetch what is small of the base model; returns the folder that it is in."""
-    return base_model.fetch(model, config.storage, workdir / "tokenizer", reporter, weights=False)
+    return base_model.fetch(
+        model, config.model_storage, workdir / "tokenizer", reporter, weights=False
+    )
 
 
 def check_model(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pydantic import ConfigDict, ValidationError
 
@@ -60,12 +60,6 @@ def marker_path(stage: Stage, fingerprint: str) -> str:
     if stage is Stage.EXPORT:
         return MANIFEST
     return f"{stage_folder(stage, fingerprint)}/complete.json"
-
-
-def stays_below(path: str) -> bool:
-    """Whether the path of a file that somebody listed stays in the folder that it is below."""
-    listed = PurePosixPath(path)
-    return not listed.is_absolute() and ".." not in listed.parts
 
 
 def describe_file(file: Path, path: str) -> Artifact:
