@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 CHUNK = 64 << 10
 
@@ -130,7 +130,9 @@ class Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def _pass_on(self) -> None:
+        # A client that takes this for its HTTP proxy names the whole URL.
         parts = urlsplit(self.path)
+        target = urlunsplit(("", "", parts.path, parts.query, ""))
         size = int(self.headers.get("Content-Length", 0))
         query = parse_qs(parts.query, keep_blank_values=True)
         headers = {name.lower(): value for name, value in self.headers.items()}
@@ -146,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         server = http.client.HTTPConnection(self.upstream, timeout=60)
         try:
-            server.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            server.putrequest(self.command, target, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 if name.lower() != "expect":  # answered here already
                     server.putheader(name, value)

@@ -56,7 +56,9 @@ def make_authority(folder: Path) -> Authority:
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    chain.write_bytes(private + leaf.public_bytes(serialization.Encoding.PEM))
+    # The CA as well, as many servers send it: the client then calls it self-signed.
+    certificates = (each.public_bytes(serialization.Encoding.PEM) for each in (leaf, ca))
+    chain.write_bytes(private + b"".join(certificates))
     return Authority(bundle, chain)
 
 

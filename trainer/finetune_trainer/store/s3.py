@@ -38,7 +38,8 @@ class S3Folder(Folder):
         self.prefix = prefix
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
         self._address = find_address(settings)
-        self._s3 = client(self._address)
+        with self._errors(""):
+            self._s3 = client(self._address)
 
     def stat(self, path: str) -> FileInfo | None:
         """HEAD. Its answer has no body when it fails, so a listing then says what is wrong."""

@@ -76,7 +76,7 @@ def _before_an_answer(error: Exception, uri: str, address: StoreAddress) -> Stag
             "(spec.serviceAccountName).",
         )
     if isinstance(error, CredentialRetrievalError | MetadataRetrievalError):
-        return _no_identity(redact(str(error)), uri, address)
+        return _no_identity(str(error), uri, address)
     if isinstance(error, ParamValidationError):
         return StageError(Reason.INVALID_CONFIG, f"{uri} is not a valid S3 location: {error}")
     if isinstance(error, SSLError):
@@ -107,10 +107,11 @@ def _from_identity(error: ClientError, uri: str, address: StoreAddress) -> Stage
             f"The credentials for {uri} can't be had now ({error.operation_name}: "
             f"{redact(cause):.300}): the service that gives them is at fault, or its limits.",
         )
-    return _no_identity(f"{error.operation_name}: {redact(cause):.300}", uri, address)
+    return _no_identity(f"{error.operation_name}: {cause}", uri, address)
 
 
 def _no_identity(cause: str, uri: str, address: StoreAddress) -> StageError:
+    cause = " ".join(redact(cause).split())[:300]
     return StageError(
         Reason.STORAGE_ACCESS_DENIED,
         f"The pod's identity gets no credentials for {uri} ({cause}): look at the ServiceAccount "
