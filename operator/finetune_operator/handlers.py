@@ -16,6 +16,7 @@ from finetune_operator.api.base import (
     CHILDREN_SELECTOR,
     FINETUNEJOB_NAME_ANNOTATION,
     FINETUNEJOB_UID_LABEL,
+    KIND,
     MANAGED_BY_LABEL,
     OPERATOR,
     JsonObject,
@@ -57,10 +58,11 @@ class Watches:
         # While an object of the same name is being replaced, the index may hold both.
         newest = max(found, key=lambda raw: str(raw["metadata"]["creationTimestamp"]))
         uid = newest["metadata"]["uid"]
+        mine = by_uid(newest["metadata"]["namespace"], uid)
         return Snapshot(
             finetunejob=newest,
-            jobs=tuple(self._present(self._jobs, uid)),
-            pods=tuple(self._present(self._pods, uid)),
+            jobs=tuple(self._present(self._jobs, mine)),
+            pods=tuple(self._present(self._pods, mine)),
             earlier_pods=tuple(
                 pod for pod in self._present(self._pods, key) if _owner_uid(pod) != uid
             ),
@@ -163,8 +165,14 @@ async def _index_finetunejob(
     return {f"{namespace}/{name}": dict(body)}
 
 
-async def _index_job(body: kopf.Body, **_: Any) -> dict[str, JsonObject]:
-    return {controller_uid(body): dict(body)}
+def by_uid(namespace: str | None, uid: str) -> str:
+    """The key of the children of a FineTuneJob. Only those in its own namespace are its children:
+    in another one, somebody else may write the same uid."""
+    return f"uid/{namespace}/{uid}"
+
+
+async def _index_job(namespace: str | None, body: kopf.Body, **_: Any) -> dict[str, JsonObject]:
+    return {by_uid(namespace, controller_uid(body, KIND)): dict(body)}
 
 
 async def _index_pod(namespace: str | None, body: kopf.Body, **_: Any) -> dict[str, JsonObject]:
@@ -172,7 +180,7 @@ async def _index_pod(namespace: str | None, body: kopf.Body, **_: Any) -> dict[s
     raw = dict(body)
     name = (body["metadata"].get("annotations") or {}).get(FINETUNEJOB_NAME_ANNOTATION)
     by_name = {f"{namespace}/{name}": raw} if name else {}
-    return {_owner_uid(raw): raw, **by_name}
+    return {by_uid(namespace, _owner_uid(raw)): raw, **by_name}
 
 
 def _owner_uid(pod: JsonObject) -> str:

@@ -30,9 +30,10 @@ from finetune_operator.monitoring import Metrics
 from finetune_operator.observe import (
     ObservedFineTuneJob,
     ObservedJob,
-    controller_uid,
+    is_controlled_by,
     observe_finetunejob,
     observe_jobs,
+    pods_without_job,
     stages_at_work,
 )
 from finetune_operator.plan import Event, Plan, Policy, StartStage, StopJob, plan, refuse
@@ -107,11 +108,12 @@ class Reconciler:
         own_writes = self._own_writes_of(key, finetunejob)
         if own_writes.outdated == finetunejob.resource_version:
             return "stale", STALE_RETRY_SECONDS  # the watch doesn't show our last write yet
-        jobs = observe_jobs(finetunejob.uid, _jobs(snapshot, own_writes), snapshot.pods)
+        jobs = observe_jobs(finetunejob, _jobs(snapshot, own_writes), snapshot.pods)
+        others = (*snapshot.earlier_pods, *pods_without_job(jobs, snapshot.pods))
         self._metrics.in_phase(key, finetunejob.status.phase)
-        decided = self._plan(finetunejob, jobs, stages_at_work(snapshot.earlier_pods))
+        decided = self._plan(finetunejob, jobs, stages_at_work(others))
         try:
-            return await self._carry_out(key, finetunejob, jobs, decided, own_writes)
+            return await self._carry_out(key, finetunejob, decided, own_writes)
         except ConflictError:
             return "stale", STALE_RETRY_SECONDS
         except NotFoundError:
@@ -143,7 +145,6 @@ class Reconciler:
         self,
         key: str,
         finetunejob: ObservedFineTuneJob,
-        jobs: tuple[ObservedJob, ...],
         decided: Plan,
         own_writes: _OwnWrites,
     ) -> tuple[str, float | None]:
@@ -151,10 +152,7 @@ class Reconciler:
             await self._apply(finetunejob, decided, own_writes)
         except InvalidError as error:
             # E.g. a malformed quantity, which only the API server detects.
-            decided = refuse(
-                finetunejob, jobs, Reason.INVALID_SPEC, error.detail, datetime.now(UTC)
-            )
-            await self._apply(finetunejob, decided, own_writes)
+            decided = refuse(finetunejob, Reason.INVALID_SPEC, error.detail, datetime.now(UTC))
         except ForbiddenError as error:
             # E.g. a quota. It may be raised, so tell the user and let the queue try again.
             await self._record(key, finetunejob, (Event("Warning", "Forbidden", error.detail),))
@@ -226,7 +224,7 @@ class Reconciler:
         except AlreadyExistsError:
             meta = body["metadata"]
             found = await self._cluster.get(body["kind"], meta["namespace"], meta["name"])
-            if controller_uid(found) != finetunejob.uid:
+            if not is_controlled_by(found, finetunejob):
                 message = f"{body['kind']} {meta['name']} exists and belongs to someone else"
                 raise ForbiddenError(message) from None
             return found

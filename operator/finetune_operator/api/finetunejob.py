@@ -317,7 +317,8 @@ class FineTuneJobStatus(Base):
         ),
     ] = ()
     """Ready (the artifacts are there), Progressing (a stage is at work) and Degraded (it failed,
-    or something needs attention)."""
+    or something needs attention). VersionSkew is there only while the operator doesn't understand
+    all of spec and status."""
 
     stages: Annotated[
         tuple[StageStatus, ...],

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
-from finetune_operator.api.finetunejob import Phase, StageState, StageStatus
+from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan import results
-from finetune_operator.plan.draft import Draft, Event, Plan, Policy, StartStage, StopJob
+from finetune_operator.plan.draft import Draft, Event, Plan, Policy, StartStage
 from finetune_operator.plan.verdict import Done, Failure, Pending, judge
 from finetune_operator.status import (
     PendingReason,
@@ -39,13 +39,13 @@ def plan(
     """Decide what to do next to get the artifacts that the spec asks for.
 
     `jobs` are the attempts so far. `pod_settings` maps each stage to the digest of the settings
-    that its pods would get now. In `stages_with_old_pods`, a pod of an earlier FineTuneJob of the
-    same name still runs.
+    that its pods would get now. Of `stages_with_old_pods`, a pod still runs whose Job is gone, or
+    one of an earlier FineTuneJob of the same name.
     """
     if finetunejob.deleting or _is_settled(finetunejob):
         return Plan(finetunejob.status)
     if finetunejob.spec is None:
-        return refuse(finetunejob, jobs, Reason.INVALID_SPEC, finetunejob.spec_error or "", now)
+        return refuse(finetunejob, Reason.INVALID_SPEC, finetunejob.spec_error or "", now)
     draft = Draft(
         finetunejob,
         finetunejob.spec,
@@ -62,8 +62,19 @@ def plan(
 
 
 def _is_settled(finetunejob: ObservedFineTuneJob) -> bool:
+    """Whether there is nothing left to do, or to follow, for this generation."""
     status = finetunejob.status
-    return status.observed_generation == finetunejob.generation and status.phase in TERMINAL
+    if status.observed_generation != finetunejob.generation:
+        return False
+    if any(stage.state is StageState.RUNNING for stage in status.stages):
+        return False
+    claims = {each.type: each for each in status.conditions}
+    if status.phase is None:  # or in a phase that only a newer operator knows
+        return "Progressing" in claims and claims["Progressing"].status == "False"
+    if "Degraded" in claims and claims["Degraded"].reason == Reason.INVALID_SPEC:
+        # Another version of the operator may have refused what this one can read.
+        return finetunejob.spec is None
+    return status.phase in TERMINAL
 
 
 def _follow_stage(draft: Draft, stage: Stage) -> None:
@@ -242,32 +253,32 @@ def _finish(draft: Draft) -> Plan:
     return draft.finish(Stage.EXPORT, succeeded_summary(message))
 
 
-def refuse(
-    finetunejob: ObservedFineTuneJob,
-    jobs: Sequence[ObservedJob],
-    reason: Reason,
-    message: str,
-    now: datetime,
-) -> Plan:
-    """Fail for good, and stop all Jobs of an earlier spec."""
+def refuse(finetunejob: ObservedFineTuneJob, reason: Reason, message: str, now: datetime) -> Plan:
+    """Fail for good, since nothing can be made of this spec.
+
+    What runs goes on: it is of an earlier spec, or of this one as another version read it.
+    """
     message = shorten(message)
     known = {stage.name: stage for stage in finetunejob.status.stages}
     summary = refused_summary(reason, message)
-    status = finetunejob.status.model_copy(
+    before, generation = finetunejob.status, finetunejob.generation
+    status = before.model_copy(
         update={
-            "observed_generation": finetunejob.generation,
+            "observed_generation": generation,
             "phase": summary.phase,
-            "stages": tuple(_halted(known.get(name, StageStatus(name=name))) for name in Stage),
+            "stages": tuple(known.get(name, StageStatus(name=name)) for name in Stage),
             "conditions": conditions(
-                finetunejob.status.conditions, summary, finetunejob.generation, now
+                before.conditions, summary, generation, now, finetunejob.not_understood
             ),
         }
     )
-    stops = tuple(StopJob(job.name, job.uid) for job in jobs if job.active and not job.deleting)
-    return Plan(status, actions=stops, events=(Event("Warning", reason, message),))
+    is_news = _degraded_words(before) != _degraded_words(status)
+    return Plan(status, events=(Event("Warning", reason, message),) if is_news else ())
 
 
-def _halted(stage: StageStatus) -> StageStatus:
-    if stage.state is not StageState.RUNNING:
-        return stage
-    return stage.model_copy(update={"state": StageState.PENDING, "start_time": None})
+def _degraded_words(status: FineTuneJobStatus) -> list[tuple[str, int]]:
+    return [
+        (each.message, each.observed_generation)
+        for each in status.conditions
+        if each.type == "Degraded"
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -170,7 +171,12 @@ async def test_a_patch_that_changed_nothing_is_not_waited_for(world: World) -> N
 
 
 async def test_what_is_there_already_and_ours_is_fine(world: World) -> None:
-    ours = {"metadata": {"ownerReferences": [{"uid": "uid-1", "controller": True}]}}
+    ours = {
+        "metadata": {
+            "namespace": "ml",
+            "ownerReferences": [{"kind": "FineTuneJob", "uid": "uid-1", "controller": True}],
+        }
+    }
     for kind in MADE[:-1]:
         world.cluster.failures["create", kind] = AlreadyExistsError("there")
         world.cluster.existing[kind] = ours
@@ -241,17 +247,18 @@ def training(world: World, **status: Any) -> None:
     ]
     meta = {
         "name": "support-train-1",
+        "namespace": "ml",
         "uid": "job-uid",
         "creationTimestamp": "2026-11-24T12:00:00Z",
-        "ownerReferences": [{"uid": "uid-1", "controller": True}],
+        "ownerReferences": [{"kind": "FineTuneJob", "uid": "uid-1", "controller": True}],
         "labels": {"finetune.dev/stage": "train", "finetune.dev/attempt": "1"},
         "annotations": {"finetune.dev/key": "train-a"},
     }
     template = {"spec": {"containers": [{"name": "trainer", "image": "trainer:1"}]}}
     job = {"metadata": meta, "spec": {"template": template}}
-    owner = [{"uid": "job-uid", "controller": True}]
+    owner = [{"kind": "Job", "uid": "job-uid", "controller": True}]
     pod = {
-        "metadata": {"name": "pod", "uid": "pod-uid", "ownerReferences": owner},
+        "metadata": {"name": "pod", "namespace": "ml", "uid": "pod-uid", "ownerReferences": owner},
         **template,
         "status": {
             "phase": "Running",
@@ -347,9 +354,10 @@ async def test_a_job_of_an_earlier_spec_is_deleted_by_uid(world: World) -> None:
     job = {
         "metadata": {
             "name": "old",
+            "namespace": "ml",
             "uid": "job-uid",
             "creationTimestamp": "2026-11-24T12:00:00Z",
-            "ownerReferences": [{"uid": "uid-1", "controller": True}],
+            "ownerReferences": [{"kind": "FineTuneJob", "uid": "uid-1", "controller": True}],
             "labels": {"finetune.dev/stage": "prepare", "finetune.dev/attempt": "1"},
             "annotations": {"finetune.dev/key": "1"},
         },
@@ -359,3 +367,19 @@ async def test_a_job_of_an_earlier_spec_is_deleted_by_uid(world: World) -> None:
     await world.reconcile(KEY)
     assert world.calls("delete") == ["ml/old/job-uid"]
     assert world.calls("create") == []
+
+
+async def test_a_pod_whose_job_was_deleted_keeps_the_next_from_starting(world: World) -> None:
+    training(world)
+    assert world.snapshot is not None
+    (pod,) = world.snapshot.pods
+    pod["metadata"]["labels"] = {"finetune.dev/stage": "train"}
+    world.snapshot = replace(world.snapshot, jobs=())
+    await world.reconcile(KEY)
+    assert world.calls("create") == []
+    reasons = [each["reason"] for each in world.cluster.patches[0]["conditions"]]
+    assert reasons[1] == "Stopping"
+    pod["status"] = {"phase": "Failed"}
+    world.shows("9", status=world.snapshot.finetunejob["status"], pods=[pod])
+    await world.reconcile(KEY)
+    assert "Job" in world.calls("create")

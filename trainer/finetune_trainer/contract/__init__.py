@@ -1,9 +1,9 @@
 """The contract between the operator and the trainer, and between the trainer's stages.
 
 base            what all its types have in common
-model, dataset, training, output, storage
-                the spec's parts; each field is described and bounded once
+model, dataset, training, output, storage  the parts of the spec; each field is bounded once
 run             run.json as a whole, and what `prepare` adds to it
+tolerant        reading what another version wrote
 outcome         reasons, exit codes, and the termination message
 redaction       credentials are blacked out in what leaves a process
 notices         what a training says about itself
@@ -79,6 +79,7 @@ from finetune_trainer.contract.run import (
     read_run_config,
 )
 from finetune_trainer.contract.storage import DatasetStorage, Encryption, ModelStorage, Storage
+from finetune_trainer.contract.tolerant import Tolerated, read_known, read_readable
 from finetune_trainer.contract.training import EarlyStopping, Lora, TargetModule, Tracker, Training
 from finetune_trainer.contract.training_record import LogEntry, TrainingMetrics, TrainingRecord
 
@@ -144,6 +145,7 @@ __all__ = [
     "StageResult",
     "Storage",
     "TargetModule",
+    "Tolerated",
     "Tracker",
     "Training",
     "TrainingMetrics",
@@ -154,6 +156,8 @@ __all__ = [
     "describe",
     "digest",
     "fingerprints",
+    "read_known",
+    "read_readable",
     "read_run_config",
     "status_path",
 ]

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
+from finetune_trainer.contract.redaction import redact
+
 GROUP, VERSION, PLURAL = "finetune.dev", "v1alpha1", "finetunejobs"  # the API's address
 
 
@@ -53,6 +55,6 @@ def describe(error: ValidationError, prefix: str = "") -> str:
     for item in error.errors(include_url=False):
         path = ".".join(to_camel(p) if isinstance(p, str) else str(p) for p in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
-        given = "" if item["type"] == "missing" else f" (got {item['input']!r:.60})"
+        given = "" if item["type"] == "missing" else f" (got {redact(repr(item['input'])):.60})"
         lines.append(f"{prefix}{path}: {message}{given}")
     return "; ".join(dict.fromkeys(lines))

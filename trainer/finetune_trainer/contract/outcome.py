@@ -7,10 +7,9 @@ one table explains every reason that a user can meet.
 
 from __future__ import annotations
 
+import json
 from enum import IntEnum, StrEnum
 from typing import Any, Self
-
-from pydantic import ValidationError
 
 from finetune_trainer.contract.artifacts import Artifact
 from finetune_trainer.contract.base import Base, Stage
@@ -18,6 +17,7 @@ from finetune_trainer.contract.dataset_report import DatasetSummary
 from finetune_trainer.contract.notices import Notice
 from finetune_trainer.contract.redaction import redact
 from finetune_trainer.contract.run import Resolved
+from finetune_trainer.contract.tolerant import read_readable
 
 TERMINATION_MESSAGE_LIMIT = 4096  # bytes that the kubelet keeps of a termination message
 LONG, SHORT = 1000, 300  # characters of a message: may be cut early, and is cut late
@@ -220,8 +220,20 @@ class StageResult(Base):
 
     @classmethod
     def from_message(cls, text: str) -> Self | None:
-        """Parse a termination message; None when it is not one (the container was killed)."""
+        """Parse a termination message; None when it is not one (the container was killed).
+
+        A newer trainer may have written it. A reason that only that one knows becomes
+        INTERNAL_ERROR, with the reason's name in the message.
+        """
         try:
-            return cls.model_validate_json(text)
-        except ValidationError:
+            data = json.loads(text)
+        except ValueError:
             return None
+        if not isinstance(data, dict):
+            return None
+        reason = data.get("reason")
+        if isinstance(reason, str) and reason not in set(Reason):
+            message = f"{reason}: {data.get('message', '')}"
+            data = {**data, "reason": Reason.INTERNAL_ERROR, "message": message}
+        read = read_readable(cls, data)
+        return read.value if read is not None else None

@@ -35,7 +35,7 @@ from finetune_trainer.model import ModelFolder, base_model
 from finetune_trainer.model.base_model import BaseModelFiles
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_data_files
-from finetune_trainer.prepare.reading.conversation import check_columns
+from finetune_trainer.prepare.reading.layout import check_columns
 from finetune_trainer.prepare.report import SUMMARY, Findings, Prepared
 from finetune_trainer.prepare.split import hold_out
 from finetune_trainer.runtime.reporter import Reporter
