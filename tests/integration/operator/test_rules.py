@@ -68,7 +68,7 @@ def spec_with(path: str, value: object) -> dict[str, Any]:
         ("storage.caBundle", {"configMapRef": {"name": "company-ca"}}, ""),
         ("storage.caBundle", {}, "must have exactly one of configMapRef and secretRef"),
         (
-            "model.storage.caBundle",
+            "dataset.storage.caBundle",
             {"configMapRef": {"name": "a"}, "secretRef": {"name": "b"}},
             "must have exactly one of configMapRef and secretRef",
         ),
