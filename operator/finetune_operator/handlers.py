@@ -23,7 +23,7 @@ from finetune_operator.api.base import (
 )
 from finetune_operator.cluster import Cluster, ClusterError
 from finetune_operator.observe import controller_uid
-from finetune_operator.reconcile import Snapshot
+from finetune_operator.reconcile import WATCH_SILENCE_SECONDS, Snapshot
 from finetune_trainer.contract import GROUP, PLURAL, VERSION
 
 FINETUNEJOBS = (GROUP, VERSION, PLURAL)
@@ -153,8 +153,7 @@ def kopf_settings(settings: kopf.OperatorSettings, request_seconds: float) -> No
     settings.networking.connect_timeout = min(10.0, request_seconds)
     # Short pauses, so that watching resumes soon after an outage of the API server.
     settings.networking.error_backoffs = (1, 1, 2, 3, 5, 5, 5, 5, 5, 5, 5, 5)
-    # The API server sends a bookmark every minute, so a watch that is silent for longer is dead.
-    settings.watching.inactivity_timeout = 90.0
+    settings.watching.inactivity_timeout = WATCH_SILENCE_SECONDS
     settings.watching.label_selectors[JOBS] = CHILDREN_SELECTOR
     settings.watching.label_selectors[PODS] = CHILDREN_SELECTOR
 

@@ -22,7 +22,6 @@ from finetune_trainer.contract import (
     read_run_config,
 )
 from finetune_trainer.local import commands
-from finetune_trainer.local.quality_table import show_quality
 from finetune_trainer.runtime.certificates import trust_given_authorities
 from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.logs import FORMAT_VARIABLE, LogFormat, set_up_libraries
@@ -139,7 +138,7 @@ def _run_stages(
         result = _chain(stages, current, config, workspace, reporter)
     result = result.model_copy(update={"message": result.message + ignored})
     if sys.stdout.isatty():
-        show_quality(result.artifacts)
+        commands.show_quality(result.artifacts)
     _finish(result, termination_log)
 
 

@@ -35,12 +35,14 @@ def plan(
     now: datetime,
     *,
     stages_with_old_pods: frozenset[Stage] = frozenset(),
+    denial: str | None = None,
 ) -> Plan:
     """Decide what to do next to get the artifacts that the spec asks for.
 
     `jobs` are the attempts so far. `pod_settings` maps each stage to the digest of the settings
     that its pods would get now. Of `stages_with_old_pods`, a pod still runs whose Job is gone, or
-    one of an earlier FineTuneJob of the same name.
+    one of an earlier FineTuneJob of the same name. `denial` is what the API server said when a
+    stage was about to be started.
     """
     if finetunejob.deleting or _is_settled(finetunejob):
         return Plan(finetunejob.status)
@@ -54,6 +56,7 @@ def plan(
         policy=policy,
         now=now,
         stages_with_old_pods=stages_with_old_pods,
+        denial=denial,
     )
     for stage in Stage:
         _follow_stage(draft, stage)
@@ -103,6 +106,8 @@ def _follow_stage(draft: Draft, stage: Stage) -> None:
         case Failure():
             results.record_published_files(draft, job, verdict)
             _record_failure(draft, stage, verdict)
+            if _newer_jobs(draft, stage):
+                _follow_stage(draft, stage)  # the next attempt was started without a word in status
 
 
 def _remember_disruption(draft: Draft, stage: Stage, disruption: Failure) -> None:
@@ -115,25 +120,32 @@ def _current_job(draft: Draft, stage: Stage) -> ObservedJob | None:
     status, jobs = draft.stages[stage], draft.jobs_of(stage)
     if status.state is StageState.RUNNING:
         mine = [job for job in jobs if job.attempt == status.attempt]
-        if not mine:
-            # Somebody deleted the Job, or its TTL did while the operator was down. Start the same
-            # attempt again. If the watch just doesn't show the Job yet, its name prevents a second.
-            _undo_start(draft, stage)
-        return min(mine, key=lambda job: job.deleting, default=None)
+        if mine:
+            return min(mine, key=lambda job: job.deleting)
+        if _newer_jobs(draft, stage):
+            return _adopt(draft, stage)
+        # Somebody deleted the Job, or its TTL did while the operator was down, or the operator died
+        # before it made it. Start the same attempt again. If the watch just doesn't show the Job
+        # yet, its name prevents a second.
+        _undo_start(draft, stage)
+        return None
     if status.state is StageState.PENDING:
-        return _adopt(draft, stage, jobs)
+        return _adopt(draft, stage)
     return None
 
 
-def _adopt(draft: Draft, stage: Stage, jobs: Sequence[ObservedJob]) -> ObservedJob | None:
-    """Find a Job that was started although status doesn't say so, and record it as running."""
+def _newer_jobs(draft: Draft, stage: Stage) -> list[ObservedJob]:
+    """Jobs that were started although status doesn't say so, whether or not they have ended."""
     attempt = draft.stages[stage].attempt
-    newer = [job for job in jobs if job.attempt > attempt and not job.deleting]
-    newer = [job for job in newer if not _has_outdated_settings(draft, job)]
-    if not newer:
-        return None
-    job = max(newer, key=lambda job: job.attempt)
-    _mark_running(draft, stage, job.attempt, job.created)
+    newer = [job for job in draft.jobs_of(stage) if job.attempt > attempt and not job.deleting]
+    return [job for job in newer if not _has_outdated_settings(draft, job)]
+
+
+def _adopt(draft: Draft, stage: Stage) -> ObservedJob | None:
+    """Record the next of them as running; when it has ended, the one after it follows."""
+    job = min(_newer_jobs(draft, stage), key=lambda job: job.attempt, default=None)
+    if job is not None:
+        _mark_running(draft, stage, job.attempt, job.created)
     return job
 
 
@@ -221,6 +233,9 @@ def _start(draft: Draft, stage: Stage) -> None:
             "Stopping", f"{stage} starts when its earlier pod has stopped."
         )
         return
+    if draft.denial is not None:
+        _wait_for_admission(draft, stage, draft.denial)
+        return
     if key is None:
         raise ValueError(f"{stage} has no fingerprint though prepare succeeded")
     attempt = status.attempt + 1
@@ -228,6 +243,13 @@ def _start(draft: Draft, stage: Stage) -> None:
     draft.add_action(StartStage(stage, key, attempt, resolved))
     draft.add_event("StageStarted", f"Started {stage}, attempt {attempt}.")
     _mark_running(draft, stage, attempt, draft.now)
+
+
+def _wait_for_admission(draft: Draft, stage: Stage, words: str) -> None:
+    message = f"The API server denies the Job of {stage}; it is tried again. It says: {words}"
+    draft.pending_reasons[stage] = PendingReason(Reason.REQUEST_DENIED, message, degraded=True)
+    if shorten(message) not in {each.message for each in draft.finetunejob.status.conditions}:
+        draft.add_warning(Reason.REQUEST_DENIED, message)
 
 
 def _retry_delay(status: StageStatus, policy: Policy, now: datetime) -> timedelta:

@@ -269,9 +269,9 @@ def _missing_secret(stage: Stage, waiting: Waiting) -> str | None:
 
 
 def _secret_missing(missing: str, pod: ObservedPod, policy: Policy, now: datetime) -> Verdict:
+    """The kubelet goes on trying, so the stage starts as soon as the Secret is there."""
+    message = f"{missing}. Create it; the pod then starts by itself."
     left = policy.secret_grace - (now - pod.since)
-    if left > timedelta():
-        reason = PendingReason(Reason.SECRET_NOT_FOUND, f"{missing}. Create it.", degraded=True)
-        return Pending(reason, requeue_after=left.total_seconds())
-    message = f"{missing}. Create it, then delete this FineTuneJob and apply it again."
-    return Failure(Reason.SECRET_NOT_FOUND, message, now)
+    late = left <= timedelta()
+    reason = PendingReason(Reason.SECRET_NOT_FOUND, message, degraded=late)
+    return Pending(reason, requeue_after=None if late else left.total_seconds())

@@ -6,8 +6,7 @@ run             run.json as a whole, and what `prepare` adds to it
 tolerant        reading what another version wrote
 outcome         reasons, exit codes, and the termination message
 redaction       credentials are blacked out in what leaves a process
-notices         what a training says about itself
-progress        status.progress, and where it is written
+progress        status.progress, with what a training says about itself
 dataset_report  what `prepare` found in the dataset
 training_record metrics.json
 artifacts       the files that come out, and manifest.json
@@ -55,7 +54,6 @@ from finetune_trainer.contract.dataset_report import (
 )
 from finetune_trainer.contract.fingerprint import digest, fingerprints
 from finetune_trainer.contract.model import Model
-from finetune_trainer.contract.notices import NEWS, Notice, NoticeCode
 from finetune_trainer.contract.outcome import ExitCode, Reason, StageError, StageResult
 from finetune_trainer.contract.output import (
     UNQUANTIZED,
@@ -66,7 +64,7 @@ from finetune_trainer.contract.output import (
     Quantization,
     Signing,
 )
-from finetune_trainer.contract.progress import Progress, status_path
+from finetune_trainer.contract.progress import NEWS, Notice, NoticeCode, Progress, status_path
 from finetune_trainer.contract.quality import FileVerdict, GateReport, Quality, Sample
 from finetune_trainer.contract.run import (
     Fingerprints,

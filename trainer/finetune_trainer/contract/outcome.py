@@ -14,7 +14,7 @@ from typing import Any, Self
 from finetune_trainer.contract.artifacts import Artifact
 from finetune_trainer.contract.base import Base, Stage
 from finetune_trainer.contract.dataset_report import DatasetSummary
-from finetune_trainer.contract.notices import Notice
+from finetune_trainer.contract.progress import Notice
 from finetune_trainer.contract.redaction import redact
 from finetune_trainer.contract.run import Resolved
 from finetune_trainer.contract.tolerant import read_readable
@@ -69,6 +69,7 @@ class Reason(StrEnum):
 
     # Seen by the operator alone.
     INVALID_SPEC = "InvalidSpec"
+    REQUEST_DENIED = "RequestDenied"
     SECRET_NOT_FOUND = "SecretNotFound"  # noqa: S105 - a reason, not a secret
     IMAGE_NOT_PULLED = "ImageNotPulled"
     POD_DISRUPTED = "PodDisrupted"

@@ -5,20 +5,30 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from finetune_trainer.contract import (
     PreparedRunConfig,
     Reason,
     Stage,
     StageError,
     StageResult,
+    TrainingMetrics,
     TrainingRecord,
 )
 from finetune_trainer.model import base_model
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.runtime.units import duration
 from finetune_trainer.store import Folder, open_folder
-from finetune_trainer.store.marker import EXAMPLES, HELD_OUT, METRICS, save_stage, stage_folder
-from finetune_trainer.train.link.work import Failed, Trained, TrainingWork, default_plan
+from finetune_trainer.store.marker import (
+    EXAMPLES,
+    HELD_OUT,
+    METRICS,
+    find_complete,
+    save_stage,
+    stage_folder,
+)
+from finetune_trainer.train.link import Failed, Trained, TrainingWork, default_plan
 from finetune_trainer.train.supervisor.checkpoints import CheckpointStore
 from finetune_trainer.train.supervisor.ladder import descend
 from finetune_trainer.train.supervisor.setup import MemoryNeeds, adapt_to_machine, read_needs
@@ -32,6 +42,8 @@ def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> Stage
     reporter.begin(Stage.TRAIN, "Fetching the examples")
     prints = config.resolved.fingerprints
     output = open_folder(config.output.uri, config.storage)
+    if done := find_trained(output, prints.train):
+        return done
     work = fetch_work(config, output, workspace, reporter)
     work, notices = adapt_to_machine(work, fetch_needs(config, work, output))
     session = TrainingSession(CheckpointStore(output, prints.train), reporter)
@@ -61,6 +73,31 @@ def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> Stage
         f"after {duration(trained.metrics.train_runtime_seconds or 0)}",
         metrics=trained.metrics.named(),
         notices=tuple(session.notices),
+    )
+
+
+def find_trained(output: Folder, fingerprint: str) -> StageResult | None:
+    """The result of this very training if the store holds it, whoever trained it; else None.
+
+    A stage may be started again after it has ended, e.g. when its pod vanished with its last word.
+    Its checkpoints are gone by then, so it would train from the start.
+    """
+    marker = find_complete(output, Stage.TRAIN, fingerprint)
+    if marker is None:
+        return None
+    folder = stage_folder(Stage.TRAIN, fingerprint)
+    try:
+        data = output.read(f"{folder}/{METRICS}")
+        record = TrainingRecord.model_validate_json(data or b"")
+    except ValidationError:
+        log.warning("%s is no record of this version; figures are missing", METRICS)
+        record = TrainingRecord(metrics=TrainingMetrics(), hyperparameters={})
+    return StageResult(
+        stage=Stage.TRAIN,
+        reason=Reason.SUCCEEDED,
+        message=f"the store already holds the adapter: {output.uri_of(folder)}",
+        metrics=record.metrics.named(),
+        notices=record.notices,
     )
 
 
