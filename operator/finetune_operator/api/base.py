@@ -187,7 +187,7 @@ class Condition(Base):
     """The standard condition (meta/v1 Condition)."""
 
     type: str
-    """Ready, Progressing or Degraded; VersionSkew where it holds."""
+    """Ready, Progressing or Degraded; Reconciling, Stalled or VersionSkew where they hold."""
 
     status: Literal["True", "False", "Unknown"]
     """Whether it holds."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -182,6 +182,18 @@ class FineTuneJobSpec(Base):
         own = [self.model.storage, self.dataset.storage if stage is Stage.PREPARE else None]
         return (self.storage, *(each for each in own if each is not None))
 
+    @property
+    def inputs_digest(self) -> str:
+        """Digest of the parts that a fingerprint may depend on."""
+        nobody = contract.JobReference(name="", namespace="")
+        config = self.run_config(nobody, None)
+        return _short_digest(config.model_dump(mode="json", exclude={"job"}, exclude_defaults=True))
+
+    @property
+    def hardware_digest(self) -> str:
+        """Digest of what the training is split by."""
+        return _short_digest(self.stages.train.resources.model_dump(mode="json"))
+
     def run_config(
         self,
         reference: contract.JobReference,
@@ -204,6 +216,10 @@ class FineTuneJobSpec(Base):
         )
         known = {"job": reference, "resolved": resolved, "hardware": hardware}
         return contract.RunConfig.model_validate({**data, **known})
+
+
+def _short_digest(value: Any) -> str:
+    return contract.digest(value)[:12]
 
 
 class Phase(StrEnum):
@@ -289,10 +305,27 @@ class Lineage(Base):
     """Examples held out."""
 
     model_revision: str | None = None
-    """Commit or digest of the base model."""
+    """A digest over the base model's files that are used."""
+
+    model_commit: str | None = None
+    """Commit of a Hub model."""
 
     image: str | None = None
     """Trainer image that exported."""
+
+
+class PlannedStatus(Base):
+    """The spec that `prepare` planned the stages for."""
+
+    generation: int
+    """The metadata.generation at which `prepare` was last asked. Edits after it touched nothing
+    that a stage depends on."""
+
+    inputs: str
+    """Digest of model, dataset, training, export, output and storage."""
+
+    hardware: str
+    """Digest of the resources of the training's pod."""
 
 
 class FineTuneJobStatus(Base):
@@ -316,9 +349,10 @@ class FineTuneJobStatus(Base):
             }
         ),
     ] = ()
-    """Ready (the artifacts are there), Progressing (a stage is at work) and Degraded (it failed,
-    or something needs attention). VersionSkew is there only while the operator doesn't understand
-    all of spec and status."""
+    """Ready (artifacts are there; observedGeneration says of which spec), Progressing (a stage is
+    at work) and Degraded (it failed, or something needs attention). While they hold, Reconciling
+    and Stalled say the same in the words of kstatus, and VersionSkew that the operator doesn't
+    understand all of spec and status."""
 
     stages: Annotated[
         tuple[StageStatus, ...],
@@ -358,6 +392,9 @@ class FineTuneJobStatus(Base):
 
     resolved: contract.Resolved | None = None
     """What `prepare` found out about the present spec; the stages after it rely on it."""
+
+    planned: PlannedStatus | None = None
+    """What the present stages were planned for. An edit that leaves it as it is reruns nothing."""
 
 
 class FineTuneJob(Base):

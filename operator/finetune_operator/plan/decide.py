@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan import results
-from finetune_operator.plan.draft import Draft, Event, Plan, Policy, StartStage
+from finetune_operator.plan.draft import Draft, Event, Plan, Policy, StartStage, was_refused
 from finetune_operator.plan.verdict import Done, Failure, Pending, judge
 from finetune_operator.status import (
     PendingReason,
@@ -71,11 +71,11 @@ def _is_settled(finetunejob: ObservedFineTuneJob) -> bool:
         return False
     if any(stage.state is StageState.RUNNING for stage in status.stages):
         return False
-    claims = {each.type: each for each in status.conditions}
     if status.phase is None:  # or in a phase that only a newer operator knows
-        return "Progressing" in claims and claims["Progressing"].status == "False"
-    if "Degraded" in claims and claims["Degraded"].reason == Reason.INVALID_SPEC:
-        # Another version of the operator may have refused what this one can read.
+        return any(
+            each.type == "Progressing" and each.status == "False" for each in status.conditions
+        )
+    if was_refused(status):
         return finetunejob.spec is None
     return status.phase in TERMINAL
 
@@ -153,6 +153,8 @@ def _has_outdated_settings(draft: Draft, job: ObservedJob) -> bool:
     """Whether the pod has not started yet and would get other settings now."""
     if job.finished is not None or job.deleting or (job.pod is not None and job.pod.started):
         return False
+    if draft.stages[Stage.PREPARE].state is StageState.FAILED:
+        return False  # it couldn't be started again
     return job.pod_settings != draft.pod_settings[job.stage]
 
 
@@ -204,9 +206,10 @@ def _advance(draft: Draft) -> Plan:
     stage = left[0].name
     match left[0].state:
         case StageState.FAILED:
-            _halt_running_stages(draft)
+            if stage is not Stage.PREPARE:
+                _halt_running_stages(draft)
             draft.stop_obsolete_jobs()
-            return draft.finish(stage, failed_summary(left[0]))
+            return draft.finish(stage, failed_summary(left[0], _what_stays(draft)))
         case StageState.PENDING:
             draft.stop_obsolete_jobs()
             _start(draft, stage)
@@ -267,11 +270,21 @@ def _halt_running_stages(draft: Draft) -> None:
             draft.change(stage, state=StageState.PENDING, start_time=None)
 
 
+def _what_stays(draft: Draft) -> str:
+    """What the failure of a newer spec leaves alone."""
+    running = [name for name, each in draft.stages.items() if each.state is StageState.RUNNING]
+    words = [f"The {running[0]} of the former spec goes on."] if running else []
+    if draft.is_ready and draft.former_stands:
+        words.append("The former version stays current.")
+    return " ".join(words)
+
+
 def _finish(draft: Draft) -> Plan:
     folder, manifest = draft.spec.output.uri, draft.found.manifest_uri
     message = f"The artifacts are in {folder}; {manifest} lists them."
     message += warnings_hint(draft.found.notices) + quality_hint(draft.found.artifacts)
-    draft.add_event(Reason.SUCCEEDED, message)
+    if not draft.is_ready or draft.planned != draft.finetunejob.status.planned:
+        draft.add_event(Reason.SUCCEEDED, message)
     return draft.finish(Stage.EXPORT, succeeded_summary(message))
 
 

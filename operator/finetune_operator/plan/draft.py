@@ -12,12 +12,13 @@ from finetune_operator.api.finetunejob import (
     FineTuneJobSpec,
     FineTuneJobStatus,
     Lineage,
+    PlannedStatus,
     StageState,
     StageStatus,
 )
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.status import PendingReason, Summary, conditions, shorten
-from finetune_trainer.contract import DatasetSummary, Notice, Resolved, Stage
+from finetune_trainer.contract import DatasetSummary, Notice, Reason, Resolved, Stage
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,12 @@ class Draft:
         self.now = now
         self.stages_with_old_pods = stages_with_old_pods
         self.denial = denial
-        self.stages = _stages(finetunejob)
+        self.planned = _planned(finetunejob, spec)
+        self.stages = _stages(finetunejob, anew=self.planned != finetunejob.status.planned)
         self.found = StageResults.in_status(finetunejob.status)
+        self.former_stands = True
+        """Whether artifacts that were there before this pass still are."""
+
         self.pending_reasons: dict[Stage, PendingReason] = {}
         self._actions: list[Action] = []
         self._events: list[Event] = []
@@ -159,7 +164,7 @@ class Draft:
     def stage_key(self, stage: Stage) -> str | None:
         """The key by which the Jobs of this spec are known: fingerprint, or generation."""
         if stage is Stage.PREPARE:
-            return str(self.finetunejob.generation)
+            return str(self.planned.generation)
         return self.stages[stage].fingerprint
 
     def jobs_of(self, stage: Stage) -> list[ObservedJob]:
@@ -169,6 +174,14 @@ class Draft:
 
     def change(self, stage: Stage, **fields: Unpack[StageFields]) -> None:
         self.stages[stage] = StageStatus.model_validate({**dict(self.stages[stage]), **fields})
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether artifacts were there before this pass, of this spec or an earlier one."""
+        return any(
+            each.type == "Ready" and each.status == "True"
+            for each in self.finetunejob.status.conditions
+        )
 
     def add_action(self, action: Action) -> None:
         self._actions.append(action)
@@ -211,6 +224,7 @@ class Draft:
                 generation,
                 self.now,
                 self.finetunejob.not_understood,
+                former_stands=self.former_stands,
             ),
             stages=tuple(self.stages.values()),
             artifacts=self.found.artifacts,
@@ -220,6 +234,7 @@ class Draft:
             notices=self.found.notices,
             lineage=self.found.lineage,
             resolved=self.found.resolved,
+            planned=self.planned,
         )
         return Plan(
             status=status,
@@ -236,10 +251,35 @@ class Draft:
         return stage.state is StageState.RUNNING and current
 
 
-def _stages(finetunejob: ObservedFineTuneJob) -> dict[Stage, StageStatus]:
-    """The stages as status remembers them; a new generation starts again with `prepare`."""
+def was_refused(status: FineTuneJobStatus) -> bool:
+    """Whether nothing could be made of the spec. Another version of the operator may be able to."""
+    return any(
+        each.type == "Degraded" and each.reason == Reason.INVALID_SPEC for each in status.conditions
+    )
+
+
+def _planned(finetunejob: ObservedFineTuneJob, spec: FineTuneJobSpec) -> PlannedStatus:
+    """What the stages are planned for: as before, unless an edit touches what they depend on."""
+    status, generation = finetunejob.status, finetunejob.generation
+    before = status.planned
+    now = PlannedStatus(
+        generation=generation, inputs=spec.inputs_digest, hardware=spec.hardware_digest
+    )
+    if status.observed_generation == generation and not was_refused(status):
+        return before or now
+    states = {stage.name: stage.state for stage in status.stages}
+    if before is None or before.inputs != now.inputs or StageState.FAILED in states.values():
+        return now
+    # How a training is split that has ended doesn't matter any more.
+    trained = states.get(Stage.TRAIN) is StageState.SUCCEEDED
+    return before if trained or before.hardware == now.hardware else now
+
+
+def _stages(finetunejob: ObservedFineTuneJob, *, anew: bool) -> dict[Stage, StageStatus]:
+    """The stages as status remembers them; `prepare` looks again at what an edit has touched."""
     known = {stage.name: stage for stage in finetunejob.status.stages}
     stages = {name: known.get(name, StageStatus(name=name)) for name in Stage}
-    if finetunejob.status.observed_generation != finetunejob.generation:
+    seen = finetunejob.status.observed_generation == finetunejob.generation
+    if anew and (not seen or was_refused(finetunejob.status)):
         stages[Stage.PREPARE] = StageStatus(name=Stage.PREPARE)
     return stages

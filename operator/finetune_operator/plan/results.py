@@ -42,6 +42,7 @@ def record_published_files(draft: Draft, job: ObservedJob, failure: Failure) -> 
     gate, and those below `rejected/`."""
     result = failure.result
     if job.stage is Stage.EXPORT and result is not None and result.manifest_uri is not None:
+        draft.former_stands = False  # these took its place
         _record_artifacts(draft, result, job.image)
 
 
@@ -90,6 +91,8 @@ def _resolve_stage(
         draft.found.notices = ()  # they are about another training
     if same and _still_holds(draft, before, cached=cached):
         return True
+    if same and stage is Stage.EXPORT and before.state is StageState.SUCCEEDED:
+        draft.former_stands = False  # the store doesn't hold it any more
     if cached:
         draft.stages[stage] = StageStatus(
             name=stage,
@@ -144,6 +147,7 @@ def _lineage(resolved: Resolved, image: str | None) -> Lineage:
         dataset_rows=resolved.dataset_rows,
         eval_rows=resolved.eval_rows,
         model_revision=resolved.model_revision,
+        model_commit=resolved.model_commit,
         image=image,
     )
 

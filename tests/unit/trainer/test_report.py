@@ -203,7 +203,7 @@ def test_dataset_settings_files_and_lineage_are_told() -> None:
         assert file.sha256 in text
     for part in (
         given.lineage.dataset_etag,
-        given.lineage.model_revision,
+        str(given.lineage.model_commit),
         given.lineage.fingerprints.export,
         "torch 2.13.0+cpu",
         "instruction: question, response: reply",

@@ -52,8 +52,13 @@ from finetune_trainer.contract.dataset_report import (
     ListedRows,
     Split,
 )
-from finetune_trainer.contract.fingerprint import digest, fingerprints
-from finetune_trainer.contract.model import Model
+from finetune_trainer.contract.fingerprint import (
+    ExampleContents,
+    digest,
+    later_fingerprints,
+    prepare_fingerprint,
+)
+from finetune_trainer.contract.model import Model, display_name
 from finetune_trainer.contract.outcome import ExitCode, Reason, StageError, StageResult
 from finetune_trainer.contract.output import (
     UNQUANTIZED,
@@ -105,6 +110,7 @@ __all__ = [
     "EarlyStopping",
     "Encryption",
     "Example",
+    "ExampleContents",
     "ExitCode",
     "Export",
     "FileReport",
@@ -153,7 +159,9 @@ __all__ = [
     "cel",
     "describe",
     "digest",
-    "fingerprints",
+    "display_name",
+    "later_fingerprints",
+    "prepare_fingerprint",
     "read_known",
     "read_readable",
     "read_run_config",

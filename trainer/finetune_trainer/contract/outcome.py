@@ -64,6 +64,7 @@ class Reason(StrEnum):
     QUALITY_GATE_FAILED = "QualityGateFailed"
     TRAINING_DIVERGED = "TrainingDiverged"
     STORAGE_UNAVAILABLE = "StorageUnavailable"
+    STORED_FILE_CHANGED = "StoredFileChanged"
     MODEL_HUB_UNAVAILABLE = "ModelHubUnavailable"
     INTERNAL_ERROR = "InternalError"
 
@@ -98,6 +99,7 @@ _EXIT_CODES = {
     Reason.TRAINING_DIVERGED: ExitCode.BAD_CONFIG,
     Reason.STORAGE_ACCESS_DENIED: ExitCode.BAD_CONFIG,
     Reason.BUCKET_NOT_FOUND: ExitCode.BAD_CONFIG,
+    Reason.STORED_FILE_CHANGED: ExitCode.BAD_CONFIG,
     Reason.MODEL_NOT_FOUND: ExitCode.BAD_CONFIG,
     Reason.MODEL_ACCESS_DENIED: ExitCode.BAD_CONFIG,
     Reason.MODEL_UNSUPPORTED: ExitCode.BAD_CONFIG,

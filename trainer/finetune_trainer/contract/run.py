@@ -86,7 +86,10 @@ class Resolved(Base):
     """How the training is split into passes; None when nothing is known of the hardware."""
 
     model_revision: str
-    """Commit of a Hub model, or a digest over a folder's file names, sizes and ETags."""
+    """A digest over the base model's files that are used. (0.1.0 wrote a Hub model's commit.)"""
+
+    model_commit: str | None = None
+    """Commit of a Hub model, which `train` and `export` download."""
 
 
 class JobReference(Base):

@@ -37,7 +37,7 @@ from finetune_trainer.runtime.logs import set_up_libraries
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.stage_runner import as_prepared, guarded, perform, stop_on_signal
 from finetune_trainer.store import LocalFolder
-from finetune_trainer.store.marker import describe_file, stage_folder
+from finetune_trainer.store.marker import describe_file, open_stage
 
 # In a checkout, the examples are the defaults.
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
@@ -145,8 +145,9 @@ def train_adapter(settings: Sequence[str], folder: Path, reporter: Reporter) -> 
     _run_file(folder).write_text(config.model_dump_json(indent=2))
     adapter = folder / "lora_adapter"
     shutil.rmtree(adapter, ignore_errors=True)
-    trained = stage_folder(Stage.TRAIN, config.resolved.fingerprints.train)
-    LocalFolder(_store_folder(folder)).download_tree(f"{trained}/adapter", adapter)
+    store = LocalFolder(_store_folder(folder))
+    trained = open_stage(store, Stage.TRAIN, config.resolved.fingerprints.train)
+    trained.fetch_folder("adapter", adapter)
     return _done(Stage.TRAIN, f"the adapter is in {adapter}")
 
 

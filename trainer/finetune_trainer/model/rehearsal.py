@@ -138,7 +138,7 @@ def _header(files: BaseModelFiles, storage: Storage, name: str) -> Header:
     source = files.model.source
     try:
         if is_hub(source):
-            found = read_hub_header(source, files.revision, name)
+            found = read_hub_header(source, files.commit or files.model.revision, name)
         else:
             found = _read_header(open_folder(source, storage), name)
         found.pop("__metadata__", None)

@@ -24,14 +24,16 @@ from finetune_trainer.store.marker import (
     EXAMPLES,
     HELD_OUT,
     METRICS,
+    SUMMARY,
+    StageFiles,
     find_complete,
+    open_stage,
     save_stage,
-    stage_folder,
 )
 from finetune_trainer.train.link import Failed, Trained, TrainingWork, default_plan
 from finetune_trainer.train.supervisor.checkpoints import CheckpointStore
 from finetune_trainer.train.supervisor.ladder import descend
-from finetune_trainer.train.supervisor.setup import MemoryNeeds, adapt_to_machine, read_needs
+from finetune_trainer.train.supervisor.setup import adapt_to_machine, read_needs
 from finetune_trainer.train.supervisor.training_session import TrainingSession
 
 log = logging.getLogger(__name__)
@@ -44,8 +46,10 @@ def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> Stage
     output = open_folder(config.output.uri, config.storage)
     if done := find_trained(output, prints.train):
         return done
-    work = fetch_work(config, output, workspace, reporter)
-    work, notices = adapt_to_machine(work, fetch_needs(config, work, output))
+    prepared = open_stage(output, Stage.PREPARE, prints.prepare)
+    work = fetch_work(config, prepared, workspace, reporter)
+    needs = read_needs(work.model.path, prepared.read(SUMMARY))
+    work, notices = adapt_to_machine(work, needs)
     session = TrainingSession(CheckpointStore(output, prints.train), reporter)
     for notice in notices:
         session.notice(notice)
@@ -85,31 +89,29 @@ def find_trained(output: Folder, fingerprint: str) -> StageResult | None:
     marker = find_complete(output, Stage.TRAIN, fingerprint)
     if marker is None:
         return None
-    folder = stage_folder(Stage.TRAIN, fingerprint)
     try:
-        data = output.read(f"{folder}/{METRICS}")
-        record = TrainingRecord.model_validate_json(data or b"")
+        data = StageFiles(output, marker).read(METRICS)
+        record = TrainingRecord.model_validate_json(data)
     except ValidationError:
         log.warning("%s is no record of this version; figures are missing", METRICS)
         record = TrainingRecord(metrics=TrainingMetrics(), hyperparameters={})
     return StageResult(
         stage=Stage.TRAIN,
         reason=Reason.SUCCEEDED,
-        message=f"the store already holds the adapter: {output.uri_of(folder)}",
+        message=f"the store already holds the adapter: {output.uri_of(marker.base)}",
         metrics=record.metrics.named(),
         notices=record.notices,
     )
 
 
 def fetch_work(
-    config: PreparedRunConfig, output: Folder, workspace: Path, reporter: Reporter
+    config: PreparedRunConfig, prepared: StageFiles, workspace: Path, reporter: Reporter
 ) -> TrainingWork:
-    """Download everything that the worker needs."""
-    prepared = stage_folder(Stage.PREPARE, config.resolved.fingerprints.prepare)
-    examples, held_out = workspace / EXAMPLES, workspace / HELD_OUT
-    output.download(f"{prepared}/{EXAMPLES}", examples)
+    """Download everything that the worker needs; `prepared` is what `prepare` left."""
+    examples = prepared.fetch(EXAMPLES, workspace / EXAMPLES)
+    held_out = None
     if config.resolved.eval_rows:
-        output.download(f"{prepared}/{HELD_OUT}", held_out)
+        held_out = prepared.fetch(HELD_OUT, workspace / HELD_OUT)
     model = base_model.fetch_resolved(config, workspace / "model", reporter)
     workdir = workspace / "training"
     workdir.mkdir()
@@ -119,19 +121,10 @@ def fetch_work(
         max_sequence_length=config.training.max_sequence_length,
         engine="transformers",
         examples=examples,
-        held_out=held_out if held_out.exists() else None,
+        held_out=held_out,
         model=model,
         workdir=workdir,
     )
-
-
-def fetch_needs(config: PreparedRunConfig, work: TrainingWork, output: Folder) -> MemoryNeeds:
-    """What the model and the examples need of memory."""
-    prepared = stage_folder(Stage.PREPARE, config.resolved.fingerprints.prepare)
-    summary = output.read(f"{prepared}/summary.json")
-    if summary is None:
-        raise FileNotFoundError(f"{output.uri_of(prepared)}/summary.json is missing")
-    return read_needs(work.model.path, summary)
 
 
 def train(work: TrainingWork, session: TrainingSession) -> Trained:
