@@ -31,8 +31,10 @@ from finetune_trainer.contract.base import (
     describe,
 )
 from finetune_trainer.contract.dataset import (
+    HUB_DATASETS,
     Columns,
     CountOrShare,
+    Csv,
     DataFormat,
     Dataset,
     Example,
@@ -49,6 +51,7 @@ from finetune_trainer.contract.dataset_report import (
     FileReport,
     LengthSpread,
     ListedRows,
+    ShardReport,
     Split,
 )
 from finetune_trainer.contract.fingerprint import digest, fingerprints
@@ -82,6 +85,7 @@ from finetune_trainer.contract.training_record import LogEntry, TrainingMetrics,
 
 __all__ = [
     "GROUP",
+    "HUB_DATASETS",
     "LOCATION_RULE",
     "NEWS",
     "PLURAL",
@@ -95,6 +99,7 @@ __all__ = [
     "Columns",
     "Conversations",
     "CountOrShare",
+    "Csv",
     "DataFormat",
     "Dataset",
     "DatasetReport",
@@ -132,6 +137,7 @@ __all__ = [
     "Resolved",
     "RunConfig",
     "Sample",
+    "ShardReport",
     "Signing",
     "Split",
     "Stage",
