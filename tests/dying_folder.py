@@ -47,6 +47,12 @@ class DyingFolder(Folder):
         self._inner.write(path, data)
         self._look()
 
+    def create(self, path: str, data: bytes) -> bool:
+        self._live()
+        created = self._inner.create(path, data)
+        self._look()
+        return created
+
     def upload(
         self,
         source: Path,

@@ -30,6 +30,13 @@ PHASES = {
 AS_EXPECTED = "AsExpected"
 ALL_WELL = "Nothing needs attention."
 RETRYING = "Retrying"
+VERSION_SKEW = "VersionSkew"
+# Flux and other tools that read conditions by kstatus go by these two.
+RECONCILING, STALLED = "Reconciling", "Stalled"
+SKEW_WORDS = (
+    "This operator doesn't know {}, and leaves it out of account. Upgrade the operator to the "
+    "version of the CustomResourceDefinition."
+)
 MESSAGE_LIMIT = 1024  # characters of a message in a condition, an event or a stage
 
 
@@ -83,10 +90,12 @@ def working_summary(
     )
 
 
-def failed_summary(phase_stage: StageStatus) -> Summary:
-    """A stage failed for good, and with it the FineTuneJob."""
+def failed_summary(phase_stage: StageStatus, stays: str = "") -> Summary:
+    """A stage failed for good, and with it the FineTuneJob; `stays` says what it leaves alone."""
     reason = phase_stage.reason or Reason.INTERNAL_ERROR
     message = phase_stage.message or ""
+    if stays:
+        message = f"The new spec can't be reached: {message} {stays}"
     return refused_summary(reason, message)
 
 
@@ -112,18 +121,39 @@ def succeeded_summary(message: str) -> Summary:
 
 
 def conditions(
-    previous: Iterable[Condition], summary: Summary, generation: int, now: datetime
+    previous: Iterable[Condition],
+    summary: Summary,
+    generation: int,
+    now: datetime,
+    not_understood: Iterable[str] = (),
+    *,
+    former_stands: bool = True,
 ) -> tuple[Condition, ...]:
-    """The three conditions; one whose status is unchanged keeps its transition time."""
+    """The three conditions, and those that are there only while they hold.
+
+    One whose status is unchanged keeps its transition time. Artifacts of an earlier spec stay Ready
+    while `former_stands`: Ready then goes on to say of which generation they are.
+    """
     before = {condition.type: condition for condition in previous}
     claims = {
         "Ready": summary.ready,
         "Progressing": summary.progressing,
         "Degraded": summary.degraded,
     }
-    return tuple(
-        _condition(kind, claim, before.get(kind), generation, now) for kind, claim in claims.items()
-    )
+    if fields := ", ".join(not_understood):
+        claims[VERSION_SKEW] = ConditionValue(True, "NotUnderstood", SKEW_WORDS.format(fields))
+    if summary.progressing.holds:
+        claims[RECONCILING] = summary.progressing
+    elif summary.phase is Phase.FAILED:
+        claims[STALLED] = summary.degraded
+    made = {
+        kind: _condition(kind, claim, before.get(kind), generation, now)
+        for kind, claim in claims.items()
+    }
+    ready = before.get("Ready")
+    if former_stands and ready is not None and ready.status == "True" and not summary.ready.holds:
+        made["Ready"] = ready
+    return tuple(made.values())
 
 
 def status_patch(old: FineTuneJobStatus, new: FineTuneJobStatus) -> dict[str, Any]:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 
-from finetune_operator.api.finetunejob import Phase, StageState, StageStatus
+from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan import results
-from finetune_operator.plan.draft import Draft, Event, Plan, Policy, StartStage, StopJob
+from finetune_operator.plan.draft import (
+    Draft,
+    Event,
+    Plan,
+    Policy,
+    StartStage,
+    stop_what_outlives_trainers,
+    was_refused,
+)
 from finetune_operator.plan.verdict import Done, Failure, Pending, judge
 from finetune_operator.status import (
     PendingReason,
@@ -35,17 +44,22 @@ def plan(
     now: datetime,
     *,
     stages_with_old_pods: frozenset[Stage] = frozenset(),
+    denial: str | None = None,
 ) -> Plan:
     """Decide what to do next to get the artifacts that the spec asks for.
 
     `jobs` are the attempts so far. `pod_settings` maps each stage to the digest of the settings
-    that its pods would get now. In `stages_with_old_pods`, a pod of an earlier FineTuneJob of the
-    same name still runs.
+    that its pods would get now. Of `stages_with_old_pods`, a pod still runs whose Job is gone, or
+    one of an earlier FineTuneJob of the same name. `denial` is what the API server said when a
+    stage was about to be started.
     """
-    if finetunejob.deleting or _is_settled(finetunejob):
+    if finetunejob.deleting:
         return Plan(finetunejob.status)
+    if _is_settled(finetunejob):
+        held = stop_what_outlives_trainers(jobs, policy, now)
+        return replace(held, status=finetunejob.status)
     if finetunejob.spec is None:
-        return refuse(finetunejob, jobs, Reason.INVALID_SPEC, finetunejob.spec_error or "", now)
+        return refuse(finetunejob, Reason.INVALID_SPEC, finetunejob.spec_error or "", now)
     draft = Draft(
         finetunejob,
         finetunejob.spec,
@@ -54,6 +68,7 @@ def plan(
         policy=policy,
         now=now,
         stages_with_old_pods=stages_with_old_pods,
+        denial=denial,
     )
     for stage in Stage:
         _follow_stage(draft, stage)
@@ -62,8 +77,19 @@ def plan(
 
 
 def _is_settled(finetunejob: ObservedFineTuneJob) -> bool:
+    """Whether there is nothing left to do, or to follow, for this generation."""
     status = finetunejob.status
-    return status.observed_generation == finetunejob.generation and status.phase in TERMINAL
+    if status.observed_generation != finetunejob.generation:
+        return False
+    if any(stage.state is StageState.RUNNING for stage in status.stages):
+        return False
+    if status.phase is None:  # or in a phase that only a newer operator knows
+        return any(
+            each.type == "Progressing" and each.status == "False" for each in status.conditions
+        )
+    if was_refused(status):
+        return finetunejob.spec is None
+    return status.phase in TERMINAL
 
 
 def _follow_stage(draft: Draft, stage: Stage) -> None:
@@ -92,6 +118,8 @@ def _follow_stage(draft: Draft, stage: Stage) -> None:
         case Failure():
             results.record_published_files(draft, job, verdict)
             _record_failure(draft, stage, verdict)
+            if _newer_jobs(draft, stage):
+                _follow_stage(draft, stage)  # the next attempt was started without a word in status
 
 
 def _remember_disruption(draft: Draft, stage: Stage, disruption: Failure) -> None:
@@ -104,25 +132,32 @@ def _current_job(draft: Draft, stage: Stage) -> ObservedJob | None:
     status, jobs = draft.stages[stage], draft.jobs_of(stage)
     if status.state is StageState.RUNNING:
         mine = [job for job in jobs if job.attempt == status.attempt]
-        if not mine:
-            # Somebody deleted the Job, or its TTL did while the operator was down. Start the same
-            # attempt again. If the watch just doesn't show the Job yet, its name prevents a second.
-            _undo_start(draft, stage)
-        return min(mine, key=lambda job: job.deleting, default=None)
+        if mine:
+            return min(mine, key=lambda job: job.deleting)
+        if _newer_jobs(draft, stage):
+            return _adopt(draft, stage)
+        # Somebody deleted the Job, or its TTL did while the operator was down, or the operator died
+        # before it made it. Start the same attempt again. If the watch just doesn't show the Job
+        # yet, its name prevents a second.
+        _undo_start(draft, stage)
+        return None
     if status.state is StageState.PENDING:
-        return _adopt(draft, stage, jobs)
+        return _adopt(draft, stage)
     return None
 
 
-def _adopt(draft: Draft, stage: Stage, jobs: Sequence[ObservedJob]) -> ObservedJob | None:
-    """Find a Job that was started although status doesn't say so, and record it as running."""
+def _newer_jobs(draft: Draft, stage: Stage) -> list[ObservedJob]:
+    """Jobs that were started although status doesn't say so, whether or not they have ended."""
     attempt = draft.stages[stage].attempt
-    newer = [job for job in jobs if job.attempt > attempt and not job.deleting]
-    newer = [job for job in newer if not _has_outdated_settings(draft, job)]
-    if not newer:
-        return None
-    job = max(newer, key=lambda job: job.attempt)
-    _mark_running(draft, stage, job.attempt, job.created)
+    newer = [job for job in draft.jobs_of(stage) if job.attempt > attempt and not job.deleting]
+    return [job for job in newer if not _has_outdated_settings(draft, job)]
+
+
+def _adopt(draft: Draft, stage: Stage) -> ObservedJob | None:
+    """Record the next of them as running; when it has ended, the one after it follows."""
+    job = min(_newer_jobs(draft, stage), key=lambda job: job.attempt, default=None)
+    if job is not None:
+        _mark_running(draft, stage, job.attempt, job.created)
     return job
 
 
@@ -130,6 +165,8 @@ def _has_outdated_settings(draft: Draft, job: ObservedJob) -> bool:
     """Whether the pod has not started yet and would get other settings now."""
     if job.finished is not None or job.deleting or (job.pod is not None and job.pod.started):
         return False
+    if draft.stages[Stage.PREPARE].state is StageState.FAILED:
+        return False  # it couldn't be started again
     return job.pod_settings != draft.pod_settings[job.stage]
 
 
@@ -181,9 +218,10 @@ def _advance(draft: Draft) -> Plan:
     stage = left[0].name
     match left[0].state:
         case StageState.FAILED:
-            _halt_running_stages(draft)
+            if stage is not Stage.PREPARE:
+                _halt_running_stages(draft)
             draft.stop_obsolete_jobs()
-            return draft.finish(stage, failed_summary(left[0]))
+            return draft.finish(stage, failed_summary(left[0], _what_stays(draft)))
         case StageState.PENDING:
             draft.stop_obsolete_jobs()
             _start(draft, stage)
@@ -210,6 +248,9 @@ def _start(draft: Draft, stage: Stage) -> None:
             "Stopping", f"{stage} starts when its earlier pod has stopped."
         )
         return
+    if draft.denial is not None:
+        _wait_for_admission(draft, stage, draft.denial)
+        return
     if key is None:
         raise ValueError(f"{stage} has no fingerprint though prepare succeeded")
     attempt = status.attempt + 1
@@ -217,6 +258,13 @@ def _start(draft: Draft, stage: Stage) -> None:
     draft.add_action(StartStage(stage, key, attempt, resolved))
     draft.add_event("StageStarted", f"Started {stage}, attempt {attempt}.")
     _mark_running(draft, stage, attempt, draft.now)
+
+
+def _wait_for_admission(draft: Draft, stage: Stage, words: str) -> None:
+    message = f"The API server denies the Job of {stage}; it is tried again. It says: {words}"
+    draft.pending_reasons[stage] = PendingReason(Reason.REQUEST_DENIED, message, degraded=True)
+    if shorten(message) not in {each.message for each in draft.finetunejob.status.conditions}:
+        draft.add_warning(Reason.REQUEST_DENIED, message)
 
 
 def _retry_delay(status: StageStatus, policy: Policy, now: datetime) -> timedelta:
@@ -234,40 +282,50 @@ def _halt_running_stages(draft: Draft) -> None:
             draft.change(stage, state=StageState.PENDING, start_time=None)
 
 
+def _what_stays(draft: Draft) -> str:
+    """What the failure of a newer spec leaves alone."""
+    running = [name for name, each in draft.stages.items() if each.state is StageState.RUNNING]
+    words = [f"The {running[0]} of the former spec goes on."] if running else []
+    if draft.is_ready and draft.former_stands:
+        words.append("The former version stays current.")
+    return " ".join(words)
+
+
 def _finish(draft: Draft) -> Plan:
     folder, manifest = draft.spec.output.uri, draft.found.manifest_uri
     message = f"The artifacts are in {folder}; {manifest} lists them."
     message += warnings_hint(draft.found.notices) + quality_hint(draft.found.artifacts)
-    draft.add_event(Reason.SUCCEEDED, message)
+    if not draft.is_ready or draft.planned != draft.finetunejob.status.planned:
+        draft.add_event(Reason.SUCCEEDED, message)
     return draft.finish(Stage.EXPORT, succeeded_summary(message))
 
 
-def refuse(
-    finetunejob: ObservedFineTuneJob,
-    jobs: Sequence[ObservedJob],
-    reason: Reason,
-    message: str,
-    now: datetime,
-) -> Plan:
-    """Fail for good, and stop all Jobs of an earlier spec."""
+def refuse(finetunejob: ObservedFineTuneJob, reason: Reason, message: str, now: datetime) -> Plan:
+    """Fail for good, since nothing can be made of this spec.
+
+    What runs goes on: it is of an earlier spec, or of this one as another version read it.
+    """
     message = shorten(message)
     known = {stage.name: stage for stage in finetunejob.status.stages}
     summary = refused_summary(reason, message)
-    status = finetunejob.status.model_copy(
+    before, generation = finetunejob.status, finetunejob.generation
+    status = before.model_copy(
         update={
-            "observed_generation": finetunejob.generation,
+            "observed_generation": generation,
             "phase": summary.phase,
-            "stages": tuple(_halted(known.get(name, StageStatus(name=name))) for name in Stage),
+            "stages": tuple(known.get(name, StageStatus(name=name)) for name in Stage),
             "conditions": conditions(
-                finetunejob.status.conditions, summary, finetunejob.generation, now
+                before.conditions, summary, generation, now, finetunejob.not_understood
             ),
         }
     )
-    stops = tuple(StopJob(job.name, job.uid) for job in jobs if job.active and not job.deleting)
-    return Plan(status, actions=stops, events=(Event("Warning", reason, message),))
+    is_news = _degraded_words(before) != _degraded_words(status)
+    return Plan(status, events=(Event("Warning", reason, message),) if is_news else ())
 
 
-def _halted(stage: StageStatus) -> StageStatus:
-    if stage.state is not StageState.RUNNING:
-        return stage
-    return stage.model_copy(update={"state": StageState.PENDING, "start_time": None})
+def _degraded_words(status: FineTuneJobStatus) -> list[tuple[str, int]]:
+    return [
+        (each.message, each.observed_generation)
+        for each in status.conditions
+        if each.type == "Degraded"
+    ]

@@ -15,6 +15,7 @@ from tests.integration.operator.stage import (
 )
 
 PREPARE, TRAIN, EXPORT = Stage.PREPARE, Stage.TRAIN, Stage.EXPORT
+LONG_AGO = "2026-01-01T00:00:00Z"
 
 
 def test_a_job_runs_its_three_stages_in_order_and_shows_its_artifacts(here: Namespace) -> None:
@@ -80,13 +81,21 @@ def test_a_finished_job_does_not_need_its_jobs(here: Namespace) -> None:
     assert here.status() == before
 
 
-def test_a_training_whose_job_was_deleted_by_hand_starts_again(here: Namespace) -> None:
+def test_a_training_whose_job_was_deleted_by_hand_starts_again_when_its_pod_has_stopped(
+    here: Namespace,
+) -> None:
     here.apply()
     here.succeed(prepared())
-    first = here.start_pod(TRAIN)["metadata"]["uid"]
+    pod = here.pod(TRAIN)
+    here.bind(pod, "a-node")  # from now on it has its grace period
+    here.start_pod(TRAIN)
+    here.wait("train", lambda: here.stage(TRAIN).get("state") == "Running")
     here.plane.kubectl("delete", "jobs", "-n", here.name, "-l", "finetune.dev/stage=train")
-    # The garbage collector takes its time with the old pod.
-    here.wait("a new pod", lambda: here.pod(TRAIN)["metadata"]["uid"] != first)
+    # The Job is gone at once, its pod is not: it saves its last checkpoint.
+    here.wait("the operator to wait", lambda: here.condition("Progressing")[1] == "Stopping")
+    assert here.jobs() == [("prepare", 1)]
+    here.remove_pod(pod)
+    here.wait("a new pod", lambda: here.pod(TRAIN)["metadata"]["uid"] != pod["metadata"]["uid"])
     assert here.stage(TRAIN).get("failures", 0) == 0
 
 
@@ -122,3 +131,21 @@ def test_metrics_count_the_jobs_by_phase(here: Namespace, operator: Operator) ->
     text = operator.get("/metrics").text
     assert 'finetune_jobs{phase="Failed"}' in text
     assert 'finetune_reconciles_total{result="changed"}' in text
+
+
+def test_a_sidecar_that_goes_on_does_not_keep_the_pod(here: Namespace) -> None:
+    here.apply()
+    here.succeed(prepared())
+    pod = here.pod(TRAIN)
+    ended = {"exitCode": 0, "message": trained().to_message().decode(), "finishedAt": LONG_AGO}
+    here.set_pod(pod, "Running", {"terminated": {**ended, "startedAt": LONG_AGO}})
+    here.wait_phase("Exporting")
+    here.wait("the pod to go", lambda: pod["metadata"]["uid"] not in uids(here))
+    assert ("Normal", "SidecarStopped") in here.events()
+    here.succeed(exported())
+    here.wait_phase("Succeeded")
+
+
+def uids(here: Namespace) -> set[str]:
+    pods = (each["metadata"] for each in here.children("pods"))
+    return {meta["uid"] for meta in pods if "deletionTimestamp" not in meta}

@@ -17,9 +17,10 @@ import pytest
 
 from examples.base_model import smollm2
 from finetune_trainer.contract import Stage, StageResult
-from hack.object_store import Credentials
-from tests.fixtures import moto_server
+from hack.object_store import Credentials, ObjectStore, object_store
+from tests.fixtures import moto_server, start_or_leave_out
 from tests.integration.trainer.fork_server import ForkServer, fork_server, with_popen
+from tests.versitygw import versitygw
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -77,16 +78,53 @@ def moto() -> Iterator[Credentials]:
 
 
 @pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A real S3 server, which checks keys and what arrives."""
+    with object_store(tmp_path_factory.mktemp("seaweedfs")) as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def versity(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Credentials]:
+    """Another one."""
+    found: list[Credentials] = []
+    with ExitStack() as stack:
+
+        def start() -> None:
+            folder = tmp_path_factory.mktemp("versitygw")
+            found.append(stack.enter_context(versitygw(folder)))
+
+        start_or_leave_out(request.config, "the tests on versitygw", start)
+        yield found[0]
+
+
+ALL_STORES = ("moto", "seaweed", "versity")
+
+
+def keys_of(request: pytest.FixtureRequest, store: str) -> Credentials:
+    """Address and keys of one of ALL_STORES."""
+    found = request.getfixturevalue(store)
+    return found.credentials if isinstance(found, ObjectStore) else found
+
+
+@pytest.fixture(scope="session")
 def bucket(moto: Credentials, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A bucket with the data at data/train.csv and the tiny model at models/tiny/."""
-    client = moto.client()
+    """A bucket with the data at data/train.csv and the tiny model at models/tiny/, in moto."""
+    fill_bucket(moto, tiny_model, tmp_path_factory.mktemp("data"))
+    return "trainer"
+
+
+def fill_bucket(store: Credentials, model: Path, folder: Path) -> None:
+    """Make that bucket in a store."""
+    client = store.client()
     client.create_bucket(Bucket="trainer")
-    file = tmp_path_factory.mktemp("data") / "train.csv"
+    file = folder / "train.csv"
     write_csv(file)
     client.upload_file(str(file), "trainer", "data/train.csv")
-    for part in tiny_model.iterdir():
+    for part in model.iterdir():
         client.upload_file(str(part), "trainer", f"models/tiny/{part.name}")
-    return "trainer"
 
 
 class Processes:

@@ -16,6 +16,7 @@ from finetune_operator.api.finetunejob import (
     FineTuneJobStatus,
     Lineage,
     Phase,
+    PlannedStatus,
     StageState,
     StageStatus,
 )
@@ -47,6 +48,19 @@ def stamp(seconds: float) -> str:
 
 def spec(**fields: Any) -> FineTuneJobSpec:
     return FineTuneJobSpec.model_validate({**SPEC, **fields})
+
+
+def spec_of(generation: int) -> FineTuneJobSpec:
+    """The spec of a generation: each edit touches the training."""
+    return spec() if generation == 1 else spec(training={"seed": generation})
+
+
+def planned(generation: int) -> PlannedStatus:
+    """What the stages of a generation are planned for."""
+    given = spec_of(generation)
+    return PlannedStatus(
+        generation=generation, inputs=given.inputs_digest, hardware=given.hardware_digest
+    )
 
 
 def resolved(train: str = "train-a", export: str = "export-a") -> Resolved:
@@ -121,16 +135,25 @@ EARLIER = "The artifacts in status are those of an earlier spec."
 
 
 def conditions(
-    ready: Claim, progressing: Claim, degraded: Claim, generation: int = 1
+    ready: Claim,
+    progressing: Claim,
+    degraded: Claim,
+    generation: int = 1,
+    ready_since: int | None = None,
 ) -> tuple[Condition, ...]:
+    """With `ready_since`, the artifacts are those of that generation."""
     claims = {"Ready": ready, "Progressing": progressing, "Degraded": degraded}
+    if progressing[0]:
+        claims["Reconciling"] = progressing
+    elif degraded[0]:
+        claims["Stalled"] = degraded
     return tuple(
         Condition(
             type=kind,
             status="True" if holds else "False",
             reason=reason,
             message=message,
-            observed_generation=generation,
+            observed_generation=ready_since or generation if kind == "Ready" else generation,
             last_transition_time=stamp(0),
         )
         for kind, (holds, reason, message) in claims.items()
@@ -148,6 +171,7 @@ def status(phase: Phase, stage: Stage | None, *stages: StageStatus, **fields: An
             degraded=FINE,
             generation=generation,
         )
+    fields = {"planned": planned(generation), **fields}
     return FineTuneJobStatus(
         observed_generation=generation, phase=phase, stage=stage, stages=stages, **fields
     )
@@ -228,7 +252,7 @@ def finetunejob(
         "uid": "uid-1",
         "generation": generation,
         "resource_version": "7",
-        "spec": spec(),
+        "spec": spec_of(generation),
         "spec_error": None,
         "status": status or FineTuneJobStatus(),
         **fields,

@@ -1,11 +1,12 @@
 """The contract between the operator and the trainer, and between the trainer's stages.
 
 base            what all its types have in common
-model, dataset, training, output  the spec's parts; each field is described and bounded once
+model, dataset, training, output, storage  the parts of the spec; each field is bounded once
 run             run.json as a whole, and what `prepare` adds to it
+tolerant        reading what another version wrote
 outcome         reasons, exit codes, and the termination message
-notices         what a training says about itself
-progress        status.progress, and where it is written
+redaction       credentials are blacked out in what leaves a process
+progress        status.progress, with what a training says about itself
 dataset_report  what `prepare` found in the dataset
 training_record metrics.json
 artifacts       the files that come out, and manifest.json
@@ -38,8 +39,12 @@ from finetune_trainer.contract.dataset import (
     DataFormat,
     Dataset,
     Example,
+    FunctionCall,
     Message,
+    Tool,
+    ToolCall,
     allowed,
+    as_example,
 )
 from finetune_trainer.contract.dataset_report import (
     BadRow,
@@ -54,9 +59,13 @@ from finetune_trainer.contract.dataset_report import (
     ShardReport,
     Split,
 )
-from finetune_trainer.contract.fingerprint import digest, fingerprints
-from finetune_trainer.contract.model import Model
-from finetune_trainer.contract.notices import NEWS, Notice, NoticeCode
+from finetune_trainer.contract.fingerprint import (
+    ExampleContents,
+    digest,
+    later_fingerprints,
+    prepare_fingerprint,
+)
+from finetune_trainer.contract.model import Model, display_name
 from finetune_trainer.contract.outcome import ExitCode, Reason, StageError, StageResult
 from finetune_trainer.contract.output import (
     UNQUANTIZED,
@@ -66,9 +75,8 @@ from finetune_trainer.contract.output import (
     QualityLimit,
     Quantization,
     Signing,
-    Storage,
 )
-from finetune_trainer.contract.progress import Progress, status_path
+from finetune_trainer.contract.progress import NEWS, Notice, NoticeCode, Progress, status_path
 from finetune_trainer.contract.quality import FileVerdict, GateReport, Quality, Sample
 from finetune_trainer.contract.run import (
     Fingerprints,
@@ -80,6 +88,8 @@ from finetune_trainer.contract.run import (
     TrainingPlan,
     read_run_config,
 )
+from finetune_trainer.contract.storage import DatasetStorage, Encryption, ModelStorage, Storage
+from finetune_trainer.contract.tolerant import Tolerated, read_known, read_readable
 from finetune_trainer.contract.training import EarlyStopping, Lora, TargetModule, Tracker, Training
 from finetune_trainer.contract.training_record import LogEntry, TrainingMetrics, TrainingRecord
 
@@ -103,15 +113,19 @@ __all__ = [
     "DataFormat",
     "Dataset",
     "DatasetReport",
+    "DatasetStorage",
     "DatasetSummary",
     "DetectedFile",
     "EarlyStopping",
+    "Encryption",
     "Example",
+    "ExampleContents",
     "ExitCode",
     "Export",
     "FileReport",
     "FileVerdict",
     "Fingerprints",
+    "FunctionCall",
     "GateReport",
     "Hardware",
     "Hub",
@@ -125,6 +139,7 @@ __all__ = [
     "Manifest",
     "Message",
     "Model",
+    "ModelStorage",
     "Notice",
     "NoticeCode",
     "Output",
@@ -145,16 +160,24 @@ __all__ = [
     "StageResult",
     "Storage",
     "TargetModule",
+    "Tolerated",
+    "Tool",
+    "ToolCall",
     "Tracker",
     "Training",
     "TrainingMetrics",
     "TrainingPlan",
     "TrainingRecord",
     "allowed",
+    "as_example",
     "cel",
     "describe",
     "digest",
-    "fingerprints",
+    "display_name",
+    "later_fingerprints",
+    "prepare_fingerprint",
+    "read_known",
+    "read_readable",
     "read_run_config",
     "status_path",
 ]

@@ -63,6 +63,11 @@ class Lineage(Base):
     columns: dict[str, str]
     model: str
     model_revision: str
+    """A digest over the base model's files; in a manifest of 0.1.0 a Hub model's commit."""
+
+    model_commit: str | None = None
+    """Commit of a Hub model."""
+
     hyperparameters: dict[str, JsonValue]
     """As they were applied."""
 

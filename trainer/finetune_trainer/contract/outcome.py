@@ -7,16 +7,17 @@ one table explains every reason that a user can meet.
 
 from __future__ import annotations
 
+import json
 from enum import IntEnum, StrEnum
 from typing import Any, Self
-
-from pydantic import ValidationError
 
 from finetune_trainer.contract.artifacts import Artifact
 from finetune_trainer.contract.base import Base, Stage
 from finetune_trainer.contract.dataset_report import DatasetSummary
-from finetune_trainer.contract.notices import Notice
+from finetune_trainer.contract.progress import Notice
+from finetune_trainer.contract.redaction import redact
 from finetune_trainer.contract.run import Resolved
+from finetune_trainer.contract.tolerant import read_readable
 
 TERMINATION_MESSAGE_LIMIT = 4096  # bytes that the kubelet keeps of a termination message
 LONG, SHORT = 1000, 300  # characters of a message: may be cut early, and is cut late
@@ -63,11 +64,13 @@ class Reason(StrEnum):
     QUALITY_GATE_FAILED = "QualityGateFailed"
     TRAINING_DIVERGED = "TrainingDiverged"
     STORAGE_UNAVAILABLE = "StorageUnavailable"
+    STORED_FILE_CHANGED = "StoredFileChanged"
     MODEL_HUB_UNAVAILABLE = "ModelHubUnavailable"
     INTERNAL_ERROR = "InternalError"
 
     # Seen by the operator alone.
     INVALID_SPEC = "InvalidSpec"
+    REQUEST_DENIED = "RequestDenied"
     SECRET_NOT_FOUND = "SecretNotFound"  # noqa: S105 - a reason, not a secret
     IMAGE_NOT_PULLED = "ImageNotPulled"
     POD_DISRUPTED = "PodDisrupted"
@@ -96,6 +99,7 @@ _EXIT_CODES = {
     Reason.TRAINING_DIVERGED: ExitCode.BAD_CONFIG,
     Reason.STORAGE_ACCESS_DENIED: ExitCode.BAD_CONFIG,
     Reason.BUCKET_NOT_FOUND: ExitCode.BAD_CONFIG,
+    Reason.STORED_FILE_CHANGED: ExitCode.BAD_CONFIG,
     Reason.MODEL_NOT_FOUND: ExitCode.BAD_CONFIG,
     Reason.MODEL_ACCESS_DENIED: ExitCode.BAD_CONFIG,
     Reason.MODEL_UNSUPPORTED: ExitCode.BAD_CONFIG,
@@ -153,7 +157,8 @@ class StageResult(Base):
 
     manifest_uri: str | None = None
     metrics: dict[str, float] = {}
-    """Set by `train`, e.g. trainLoss, trainRuntimeSeconds, trainableParameters."""
+    """Set by `train`, and by `prepare` when the store already holds the adapter; e.g. trainLoss,
+    trainRuntimeSeconds, trainableParameters."""
 
     dataset: DatasetSummary | None = None
     """Set by `prepare`, also where rows of the dataset made it fail."""
@@ -166,14 +171,27 @@ class StageResult(Base):
 
         What doesn't fit goes in this order: files other than GGUF (those of the merged model
         first), long text, examples of bad rows, notices, more text, and GGUF files last of all,
-        those that failed the quality gate after the others.
+        those that failed the quality gate after the others. Credentials are blacked out.
         """
-        data = self.model_copy(update={"artifacts": tuple(each.brief() for each in self.artifacts)})
+        brief = tuple(each.brief() for each in self.artifacts)
+        data = self.model_copy(update={**self._redacted(), "artifacts": brief})
         while True:
             encoded = data.model_dump_json(exclude_none=True, exclude_defaults=True).encode()
             if len(encoded) <= TERMINATION_MESSAGE_LIMIT:
                 return encoded
             data = data._shorter()
+
+    def _redacted(self) -> dict[str, Any]:
+        """What people wrote, or programs about them, without credentials."""
+        found: dict[str, Any] = {"message": redact(self.message)}
+        if self.dataset:
+            rows = tuple(
+                row.model_copy(update={"cause": redact(row.cause)})
+                for row in self.dataset.first_invalid
+            )
+            found["dataset"] = self.dataset.model_copy(update={"first_invalid": rows})
+        found["notices"] = tuple(each.redacted() for each in self.notices)
+        return found
 
     def _shorter(self) -> Self:
         """The same with a little less of what can best be done without."""
@@ -206,8 +224,20 @@ class StageResult(Base):
 
     @classmethod
     def from_message(cls, text: str) -> Self | None:
-        """Parse a termination message; None when it is not one (the container was killed)."""
+        """Parse a termination message; None when it is not one (the container was killed).
+
+        A newer trainer may have written it. A reason that only that one knows becomes
+        INTERNAL_ERROR, with the reason's name in the message.
+        """
         try:
-            return cls.model_validate_json(text)
-        except ValidationError:
+            data = json.loads(text)
+        except ValueError:
             return None
+        if not isinstance(data, dict):
+            return None
+        reason = data.get("reason")
+        if isinstance(reason, str) and reason not in set(Reason):
+            message = f"{reason}: {data.get('message', '')}"
+            data = {**data, "reason": Reason.INTERNAL_ERROR, "message": message}
+        read = read_readable(cls, data)
+        return read.value if read is not None else None

@@ -1,4 +1,4 @@
-"""spec.export, spec.output and spec.storage."""
+"""spec.export and spec.output."""
 
 from __future__ import annotations
 
@@ -121,22 +121,3 @@ class Output(Base):
 
     hub: Hub | None = None
     """Push the artifacts to the Hugging Face Hub, once all of them are in the folder."""
-
-
-class Storage(Base):
-    """How to reach the object store of every `s3://` URI in the spec."""
-
-    endpoint: Annotated[
-        str | None,
-        Field(
-            max_length=512,
-            json_schema_extra=cel(
-                "self.startsWith('http://') || self.startsWith('https://')",
-                "must start with http:// or https://",
-            ),
-        ),
-    ] = None
-    """URL of an S3-compatible store such as MinIO or SeaweedFS. Leave it out for Amazon S3."""
-
-    region: Annotated[str, Field(min_length=1, max_length=64)] = "us-east-1"
-    """Region of the buckets."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +11,9 @@ from pydantic import Field
 from finetune_trainer.contract.base import Base
 from finetune_trainer.contract.dataset import Dataset
 from finetune_trainer.contract.model import Model
-from finetune_trainer.contract.output import Export, Output, Storage
+from finetune_trainer.contract.output import Export, Output
+from finetune_trainer.contract.storage import Storage
+from finetune_trainer.contract.tolerant import Tolerated, read_known
 from finetune_trainer.contract.training import Training
 
 
@@ -83,7 +86,10 @@ class Resolved(Base):
     """How the training is split into passes; None when nothing is known of the hardware."""
 
     model_revision: str
-    """Commit of a Hub model, or a digest over a folder's file names, sizes and ETags."""
+    """A digest over the base model's files that are used. (0.1.0 wrote a Hub model's commit.)"""
+
+    model_commit: str | None = None
+    """Commit of a Hub model, which `train` and `export` download."""
 
 
 class JobReference(Base):
@@ -111,6 +117,16 @@ class RunConfig(Base):
     resolved: Resolved | None = None
     """Absent for `prepare`, which finds it out; `train` and `export` need it."""
 
+    @property
+    def dataset_storage(self) -> Storage:
+        """How to reach dataset.source and dataset.evalSource."""
+        return self.dataset.storage or self.storage
+
+    @property
+    def model_storage(self) -> Storage:
+        """How to reach model.source."""
+        return self.model.storage or self.storage
+
 
 class PreparedRunConfig(RunConfig):
     """What `train` and `export` get: run.json with what `prepare` found out."""
@@ -118,6 +134,14 @@ class PreparedRunConfig(RunConfig):
     resolved: Resolved
 
 
-def read_run_config(path: Path) -> RunConfig:
-    """Read ``run.json``; raises OSError and pydantic's ValidationError."""
-    return RunConfig.model_validate_json(path.read_bytes())
+def read_run_config(path: Path) -> Tolerated[RunConfig]:
+    """Read ``run.json``, which a newer operator may have written.
+
+    Raises OSError and pydantic's ValidationError.
+    """
+    text = path.read_bytes()
+    try:
+        data = json.loads(text)
+    except ValueError:
+        return Tolerated(RunConfig.model_validate_json(text))  # raises, and says where
+    return read_known(RunConfig, data)

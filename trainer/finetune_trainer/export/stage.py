@@ -20,6 +20,7 @@ from finetune_trainer.contract import (
     Stage,
     StageResult,
     TrainingRecord,
+    display_name,
 )
 from finetune_trainer.contract.verdict_words import explain_failures
 from finetune_trainer.export.inputs import (
@@ -74,7 +75,7 @@ def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> Stage
     Raises StageError; a push that failed is all that the next attempt has to do.
     """
     reporter.begin(Stage.EXPORT, "Fetching the adapter")
-    sign = signer_for(config.export, base_model.display_name(config.model.source))
+    sign = signer_for(config.export, display_name(config.model.source))
     check_token(config.output.hub)
     output = open_folder(config.output.uri, config.storage)
     published = finish_interrupted(output, config.resolved.fingerprints.export)
@@ -194,6 +195,7 @@ def lineage_of(config: PreparedRunConfig, trained: TrainingRecord) -> Lineage:
         columns=config.dataset.columns.model_dump(exclude_none=True),
         model=config.model.source,
         model_revision=resolved.model_revision,
+        model_commit=resolved.model_commit,
         hyperparameters=trained.hyperparameters,
         fingerprints=resolved.fingerprints,
         versions=versions(),

@@ -29,7 +29,6 @@ from finetune_trainer.store.marker import DATASET_REPORT
 if TYPE_CHECKING:  # it imports transformers, which takes seconds
     from finetune_trainer.prepare.examples import EncodedRows
 
-SUMMARY = "summary.json"
 FIRST_INVALID = 10  # bad rows in status
 
 
@@ -173,6 +172,8 @@ def _file(rows: DatasetRows, examples: EncodedRows | None) -> dict[str, Any]:
         "conversations": Conversations(
             with_several_answers=examples.conversations,
             only_last_answer_learnt=examples.only_last,
+            some_answers_not_learnt=examples.some_left or None,
+            earlier_reasoning_left_out=examples.reasoning_left_out or None,
         ),
     }
 

@@ -1,15 +1,17 @@
 """prepare: the cheap checks first, so that a mistake shows within seconds; then the examples.
 
-configuration -> dataset there, output writable -> base model's files -> fingerprints -> what the
-  store already holds -> every row read -> tokenizer and chat template -> the model has the layers
-  that get an adapter, and llama.cpp can convert it -> examples.jsonl, eval.jsonl,
-  dataset-report.json, complete.json -> a plan for the training that fits its hardware
+configuration -> dataset there, output writable -> base model's files -> fingerprint of `prepare`
+  -> unless the store holds its examples: every row read -> tokenizer and chat template -> the model
+  has the layers that get an adapter, and llama.cpp can convert it -> examples.jsonl, eval.jsonl,
+  dataset-report.json, complete.json
+-> fingerprints of `train` and `export`, which go by those examples -> what the store already holds
+-> a plan for the training that fits its hardware
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,8 +20,7 @@ from uuid import uuid4
 import numpy as np
 
 from finetune_trainer.contract import (
-    Fingerprints,
-    Message,
+    Example,
     Reason,
     Resolved,
     RunConfig,
@@ -27,7 +28,6 @@ from finetune_trainer.contract import (
     StageError,
     StageResult,
     TrainingPlan,
-    fingerprints,
 )
 from finetune_trainer.memory.disk import check_disk, downloaded, training_disk
 from finetune_trainer.memory.plan import Lengths, describe, plan
@@ -36,16 +36,22 @@ from finetune_trainer.model.base_model import BaseModelFiles
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_data_files
 from finetune_trainer.prepare.reading.layout import check_columns
-from finetune_trainer.prepare.report import SUMMARY, Findings, Prepared
+from finetune_trainer.prepare.report import Findings, Prepared
 from finetune_trainer.prepare.split import hold_out
+from finetune_trainer.prepare.stored import (
+    CompleteStages,
+    StoredRun,
+    metrics_of,
+    read_prepared,
+    stored_run,
+)
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import (
     DATASET_REPORT,
     MANIFEST,
+    SUMMARY,
     Marker,
-    find_complete,
-    find_pushed,
     save_stage,
     stage_folder,
 )
@@ -55,9 +61,6 @@ ATTEMPTS = 3  # to read one version of a file that somebody is writing
 
 log = logging.getLogger(__name__)
 
-CompleteStages = dict[Stage, Marker]
-"""Stages whose result for their fingerprint the store holds."""
-
 
 @dataclass(frozen=True)
 class PrepareInputs:
@@ -65,8 +68,9 @@ class PrepareInputs:
 
     files: DataFiles
     model: BaseModelFiles
-    prints: Fingerprints
-    complete: CompleteStages
+    stored: StoredRun
+    prepared: Marker | None
+    """The examples, where the store holds them already."""
 
 
 def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
@@ -74,18 +78,21 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
     reporter.begin(Stage.PREPARE, "Checking access to dataset and output")
     check_config(config)
     output = open_folder(config.output.uri, config.storage)
-    find_data_files(config.dataset, config.storage)
+    find_data_files(config.dataset, config.dataset_storage)
     check_writable(output)
     inputs = fetch_inputs(config, output, workdir, reporter)
-    prints, complete = inputs.prints, inputs.complete
     base: ModelFolder | None = None
-    if Stage.PREPARE not in complete:
-        base = write_prepared(config, inputs, output, workdir, reporter)
-    elif Stage.EXPORT not in complete:
+    marker = inputs.prepared
+    if marker is None:
+        base, marker = write_prepared(config, inputs, output, workdir, reporter)
+    prepared = read_prepared(output, marker)
+    check_held_out(config, prepared.dataset.eval_examples)
+    prints, complete = inputs.stored.find_later(marker, prepared)
+    if inputs.prepared:
+        complete = {Stage.PREPARE: marker, **complete}
+    if base is None and Stage.EXPORT not in complete:
         base = fetch_model(config, inputs.model, workdir, reporter)
         check_model(config, inputs.model, base, workdir, reporter)
-    prepared = read_prepared(output, prints.prepare)
-    check_held_out(config, prepared.dataset.eval_examples)
     training_plan = None
     if base and not {Stage.TRAIN, Stage.EXPORT}.intersection(complete):
         training_plan = plan_training(config, inputs.model, base, prepared.tokens.max)
@@ -96,6 +103,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         eval_rows=prepared.dataset.eval_examples,
         plan=training_plan,
         model_revision=inputs.model.revision,
+        model_commit=inputs.model.commit,
     )
     return StageResult(
         stage=Stage.PREPARE,
@@ -105,6 +113,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         complete=tuple(complete),
         artifacts=complete[Stage.EXPORT].files if Stage.EXPORT in complete else (),
         manifest_uri=output.uri_of(MANIFEST) if Stage.EXPORT in complete else None,
+        metrics=metrics_of(output, complete),
         dataset=prepared.dataset,
     )
 
@@ -148,19 +157,18 @@ def check_writable(output: Folder) -> None:
 def fetch_inputs(
     config: RunConfig, output: Folder, workdir: Path, reporter: Reporter
 ) -> PrepareInputs:
-    """Work out the fingerprints, and bring the dataset to disk unless its examples are there."""
-    model = base_model.find(config.model, config.storage)
+    """Look for the examples, and bring the dataset to disk unless they are there."""
+    model = base_model.find(config.model, config.model_storage)
     for _ in range(ATTEMPTS):
-        files = find_data_files(config.dataset, config.storage)
-        eval_etag = files.held_out.info.etag if files.held_out else None
-        prints = fingerprints(config, files.rows.info.etag, model.revision, eval_etag)
-        complete = complete_stages(config, output, prints)
-        unchanged = Stage.PREPARE in complete or (
+        files = find_data_files(config.dataset, config.dataset_storage)
+        stored = stored_run(config, output, files, model)
+        prepared = stored.find_prepared()
+        unchanged = prepared is not None or (
             files.rows.fetch(workdir / "dataset", reporter)
             and (not files.held_out or files.held_out.fetch(workdir / "evaluation", reporter))
         )
         if unchanged:
-            return PrepareInputs(files, model, prints, complete)
+            return PrepareInputs(files, model, stored, prepared)
     raise StageError(
         Reason.DATASET_UNREADABLE,
         f"{config.dataset.source} or spec.dataset.evalSource changes while it is read: apply the "
@@ -168,21 +176,10 @@ def fetch_inputs(
     )
 
 
-def complete_stages(config: RunConfig, output: Folder, prints: Fingerprints) -> CompleteStages:
-    """The stages that need not run again."""
-    markers = {stage: find_complete(output, stage, getattr(prints, stage)) for stage in Stage}
-    complete = {stage: marker for stage, marker in markers.items() if marker}
-    hub = config.output.hub
-    if hub and Stage.EXPORT in complete and not find_pushed(output, hub):
-        # The export has only to push. It needs no training, even where the store holds none.
-        complete[Stage.TRAIN] = complete.pop(Stage.EXPORT)
-    return complete
-
-
 def write_prepared(
     config: RunConfig, inputs: PrepareInputs, output: Folder, workdir: Path, reporter: Reporter
-) -> ModelFolder:
-    """Read the rows and leave the examples in the store; returns the base model's folder.
+) -> tuple[ModelFolder, Marker]:
+    """Read the rows and leave the examples in the store; returns the base model's folder as well.
 
     When rows make it fail, the error carries what is known, and the store gets the report.
     """
@@ -201,15 +198,14 @@ def write_prepared(
         if error.reason not in (Reason.INVALID_ROWS, Reason.EXAMPLES_TOO_LONG):
             raise
         findings.write(folder)
-        report = f"{stage_folder(Stage.PREPARE, inputs.prints.prepare)}/{DATASET_REPORT}"
+        report = f"{stage_folder(Stage.PREPARE, inputs.stored.fingerprint)}/{DATASET_REPORT}"
         output.upload(folder / DATASET_REPORT, report)
         message = f"{error.message} {output.uri_of(report)} lists all rows concerned."
         summary = findings.summary() if findings.rows.total else error.dataset
         raise StageError(error.reason, message, dataset=summary) from error
     findings.write(folder)
     (folder / SUMMARY).write_text(findings.prepared().model_dump_json(indent=2), encoding="utf-8")
-    save_stage(output, Stage.PREPARE, inputs.prints.prepare, folder)
-    return base
+    return base, save_stage(output, Stage.PREPARE, inputs.stored.fingerprint, folder)
 
 
 def encode_rows(
@@ -229,7 +225,7 @@ def encode_rows(
     tokenizer = load_tokenizer(base)
     check_template(tokenizer, system=any(each.has_system for each in findings.all_rows()))
     findings.template = describe_template(tokenizer)
-    first = islice(rows.messages(), ROWS_READ_BY_LLAMA_CPP)
+    first = islice(rows.examples(), ROWS_READ_BY_LLAMA_CPP)
     check_model(config, model, base, workdir, reporter, rows=first)
 
     reporter.message(f"Applying the chat template to {rows.total} rows")
@@ -247,7 +243,9 @@ def fetch_model(
     config: RunConfig, model: BaseModelFiles, workdir: Path, reporter: Reporter
 ) -> ModelFolder:
     """Fetch what is small of the base model; returns the folder that it is in."""
-    return base_model.fetch(model, config.storage, workdir / "tokenizer", reporter, weights=False)
+    return base_model.fetch(
+        model, config.model_storage, workdir / "tokenizer", reporter, weights=False
+    )
 
 
 def check_model(
@@ -257,20 +255,12 @@ def check_model(
     workdir: Path,
     reporter: Reporter,
     *,
-    rows: Iterable[Sequence[Message]] = (),
+    rows: Iterable[Example] = (),
 ) -> None:
     """Make sure that the model can be trained and exported as asked."""
     from finetune_trainer.prepare import checks  # noqa: PLC0415 - imports transformers
 
     checks.check_model(config, model, base, workdir, reporter, rows=rows)
-
-
-def read_prepared(output: Folder, fingerprint: str) -> Prepared:
-    path = f"{stage_folder(Stage.PREPARE, fingerprint)}/{SUMMARY}"
-    data = output.read(path)
-    if data is None:
-        raise FileNotFoundError(f"{output.uri_of(path)} is missing")
-    return Prepared.model_validate_json(data)
 
 
 def plan_training(

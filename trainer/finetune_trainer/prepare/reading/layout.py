@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from finetune_trainer.contract import Columns, Message, Reason, StageError
+from finetune_trainer.contract import Columns, Message, Reason, StageError, Tool
 from finetune_trainer.prepare.reading.conversation import (
     Conversation,
     InvalidError,
     checked,
+    from_json,
     kind_of,
     message_of,
     text_of,
+    tools_of,
 )
-from finetune_trainer.prepare.reading.json_records import NotJsonError, parse
 from finetune_trainer.prepare.reading.record import name_of, names
 
 INSTRUCTION, PROMPT, MESSAGES = "instruction", "prompt-completion", "messages"
@@ -39,7 +40,9 @@ KNOWN_SAID = (
     "conversations; prompt and completion (or response); question and answer"
 )
 
-OPTIONAL = ("input", "system")  # parts that may be blank
+_FORMER_TOOLS = "functions"
+_BESIDE = ("tools", _FORMER_TOOLS)  # what may stand beside a conversation; last in a layout
+OPTIONAL = ("input", "system", *_BESIDE)  # parts that may be blank
 _WHOLE_LAYOUT = 1000  # outweighs any number of single names
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
 _INVISIBLE = "\\s\u00ad\u200b-\u200f\u2060\ufeff"  # white space, with the hard and the narrow ones
@@ -64,7 +67,7 @@ class Layout:
     @property
     def loosely_matched(self) -> tuple[str, ...]:
         """Columns that differ from what was looked for, though not in what a person sees."""
-        return tuple(n for part, n in self.columns.items() if n != self.asked[part])
+        return tuple(n for part, n in self.columns.items() if n != self.asked.get(part, n))
 
 
 class Fields:
@@ -248,24 +251,72 @@ def check_unique(fields: Sequence[str], layout: Layout, uri: str) -> None:
             )
 
 
+def with_tools(
+    layout: Layout, fields: Sequence[str], columns: Columns, uri: str, *, what: str
+) -> Layout:
+    """The layout with what stands beside a conversation; raises StageError (ColumnNotFound)."""
+    if columns.tools is not None and columns.tools not in fields:
+        raise StageError(
+            Reason.COLUMN_NOT_FOUND,
+            f"{uri} has no {what} {name_of(columns.tools)}; it has {names(fields)}. Correct "
+            "spec.dataset.columns.tools, or leave it out.",
+        )
+    beside = {"tools": columns.tools} if columns.tools is not None else {}
+    if layout.kind != INSTRUCTION:
+        beside = {"tools": columns.tools or "tools", _FORMER_TOOLS: _FORMER_TOOLS}
+    used = layout.columns.values()
+    found = {part: name for part, name in beside.items() if name in fields and name not in used}
+    return Layout(layout.kind, layout.columns | found, layout.asked)
+
+
 Builder = Callable[[Sequence[Any]], Conversation]
 """Takes the values of the layout's columns, in their order; raises InvalidError."""
 
+RowBuilder = Callable[[Sequence[Any]], tuple[Conversation, Sequence[Tool]]]
+"""The same, and the tools that stand beside the conversation."""
 
-def builder(layout: Layout, system_prompt: str | None) -> Builder:
-    """Makes conversations of rows; `system_prompt` is for rows without one of their own."""
+
+def builder(layout: Layout, system_prompt: str | None, ignored: set[str]) -> RowBuilder:
+    """Makes conversations of rows; `system_prompt` is for rows without one of their own.
+
+    `ignored` gets the keys of messages that nothing is taken from.
+    """
+    beside = {part: name for part, name in layout.columns.items() if part in _BESIDE}
+    own = {part: name for part, name in layout.columns.items() if part not in _BESIDE}
     fallback = message_of("system", system_prompt) if (system_prompt or "").strip() else None
     if layout.kind == INSTRUCTION:
-        return _instruction(layout.columns, fallback)
-    turns = _prompt_completion if layout.kind == PROMPT else _messages
-    parts = list(layout.columns)
+        build = _instruction(own, fallback)
+    else:
+        build = _conversation(layout.kind, own, fallback, ignored)
+    if not beside:
+        return lambda values: (build(values), ())
+
+    def build_row(values: Sequence[Any]) -> tuple[Conversation, Sequence[Tool]]:
+        tools: Sequence[Tool] = ()
+        for (part, name), value in zip(beside.items(), values[len(own) :], strict=True):
+            if part != _FORMER_TOOLS:
+                tools = tools_of(value, name)
+            elif value not in (None, "", []):
+                raise InvalidError(
+                    f"it has {name_of(name)}, OpenAI's former notation: convert them to tools"
+                )
+        return build(values[: len(own)]), tools
+
+    return build_row
+
+
+def _conversation(
+    kind: str, columns: dict[str, str], fallback: Message | None, ignored: set[str]
+) -> Builder:
+    turns = _prompt_completion if kind == PROMPT else _messages
+    parts = list(columns)
 
     def build(values: Sequence[Any]) -> Conversation:
         row = dict(zip(parts, values, strict=True))
-        items = turns(layout.columns, row)
-        if "system" in row and (text := _cell(row["system"], layout.columns["system"])):
-            return checked(items, message_of("system", text))
-        return checked(items, fallback)
+        items = turns(columns, row)
+        if "system" in row and (text := _cell(row["system"], columns["system"])):
+            return checked(items, message_of("system", text), ignored)
+        return checked(items, fallback, ignored)
 
     return build
 
@@ -317,7 +368,7 @@ def _prompt_completion(columns: dict[str, str], row: dict[str, Any]) -> list[Any
 def _messages(columns: dict[str, str], row: dict[str, Any]) -> list[Any]:
     value, label = row["messages"], columns["messages"]
     if isinstance(value, str) and value.strip():
-        value = _from_json(value, label)
+        value = from_json(value, label)
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         raise InvalidError(f"{name_of(label)} is blank")
     if not isinstance(value, list):
@@ -337,14 +388,6 @@ def _usual(item: Any) -> Any:
     if "value" in item:
         found["content"] = item["value"]
     return found
-
-
-def _from_json(text: str, label: str) -> Any:
-    try:
-        return parse(text)
-    except NotJsonError as error:
-        hint = " (JSON has double quotes; is it Python's own notation?)" if "'" in text[:9] else ""
-        raise InvalidError(f"{name_of(label)} is no JSON: {error}{hint}") from error
 
 
 def _cell(value: Any, label: str) -> str:

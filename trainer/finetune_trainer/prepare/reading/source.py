@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finetune_trainer.contract import (
@@ -14,6 +14,7 @@ from finetune_trainer.contract import (
     DetectedFile,
     Reason,
     StageError,
+    Tool,
     allowed,
 )
 from finetune_trainer.prepare.reading.content import PARQUET, Content, foreign, unreadable
@@ -32,6 +33,7 @@ from finetune_trainer.prepare.reading.layout import (
     fit,
     missing_column,
     plain,
+    with_tools,
 )
 from finetune_trainer.prepare.reading.parquet import Parquet
 from finetune_trainer.prepare.reading.record import (
@@ -51,6 +53,10 @@ _JSON_BEGINS = re.compile(r'\{\s*"|\[\s*[\[{]')
 """How JSON begins, where a CSV file is expected."""
 
 
+Built = tuple[Conversation, Sequence[Tool]] | str
+"""A conversation with its tools, or why there is none."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """A file of which reader and layout are known."""
@@ -62,10 +68,12 @@ class Shard:
     layout: Layout
     uri: str
     compression: str | None
+    ignored: set[str] = field(default_factory=set)
+    """Keys of messages that nothing was taken from, as far as it has been read."""
 
     @property
     def detected(self) -> DetectedFile:
-        """What it was found to be."""
+        """What it was found to be, as far as it has been read."""
         used = set(self.layout.columns.values())
         unused = [printable(name) for name in self.reader.fields if name not in used]
         return DetectedFile(
@@ -74,13 +82,14 @@ class Shard:
             columns=self.layout.columns,
             loosely_matched=self.layout.loosely_matched,
             unused_columns=tuple(unused[:UNUSED_SHOWN]),
+            unused_message_keys=tuple(map(printable, sorted(self.ignored)[:UNUSED_SHOWN])) or None,
             compression=self.compression,
             **self.reader.described,
         )
 
-    def built(self, system_prompt: str | None) -> Iterator[tuple[int, int, Conversation | str]]:
+    def built(self, system_prompt: str | None) -> Iterator[tuple[int, int, Built]]:
         """Number and line of each row, and its conversation or why it has none."""
-        build = builder(self.layout, system_prompt)
+        build = builder(self.layout, system_prompt, self.ignored)
         wanted = list(self.layout.columns.values())
         for number, line, values in self.reader.rows(wanted, self.layout.optional):
             if isinstance(values, str):
@@ -99,9 +108,14 @@ class Source:
         self._shards = shards
         self._dataset = dataset
         self._uri = uri
-        self.detected = shards[0].detected
         self.rows_of_shards = [0] * count
         """Rows read so far of each file, blank lines not counted."""
+
+    @property
+    def detected(self) -> DetectedFile:
+        """What the first file was found to be, with what was ignored in any."""
+        every = set().union(*(shard.ignored for shard in self._shards))
+        return replace(self._shards[0], ignored=every).detected
 
     @property
     def rows(self) -> int:
@@ -149,7 +163,8 @@ class Source:
                 if isinstance(built, str):
                     problems.add(first + number, built + _line(number, line))
                 elif skip or not problems.count:
-                    yield Record(first + number, built)
+                    messages, tools = built
+                    yield Record(first + number, messages, tuple(tools))
         except DamageError as damage:
             counted[index] += 1
             cause = damage.cause + _line(damage.row, damage.line)
@@ -237,9 +252,10 @@ def _open(index: int, file: Path, uri: str, dataset: Dataset) -> Shard | None:
             layout = default_layout(dataset.columns)
     else:
         layout = find_layout(reader.fields, dataset.columns)
+    what = "column" if isinstance(reader, Table | Parquet) else "key"
     if layout is None:
-        what = "column" if isinstance(reader, Table | Parquet) else "key"
         raise missing_column(reader.fields, dataset.columns, uri, what=what)
+    layout = with_tools(layout, reader.fields, dataset.columns, uri, what=what)
     check_unique(reader.fields, layout, uri)
     if isinstance(reader, Parquet):
         reader.check_types(layout.columns)
