@@ -77,11 +77,21 @@ class Policy:
     secret_grace: timedelta = timedelta(seconds=30)
     """A Secret may be created a little later than the FineTuneJob that names it."""
 
-    report_grace: timedelta = timedelta(seconds=30)
-    """The end of a Job may be seen before the end of its pod, since they are watched separately."""
+    report_grace: timedelta = timedelta(seconds=90)
+    """The end of a Job may be seen before the end of its pod, since they are watched separately.
+    `clock_skew` is in it."""
 
     pod_grace: timedelta = timedelta(seconds=30)
     """A Job without a pod is reported after this time."""
+
+    clock_skew: timedelta = timedelta(seconds=60)
+    """By how much the clocks of nodes, control plane and operator may differ."""
+
+    disruption_limit: int = 50
+    """Pods that a stage may lose before it fails."""
+
+    sidecar_grace: timedelta = timedelta(seconds=60)
+    """A pod whose trainer has ended may go on for this time, e.g. to send its last logs."""
 
     retry_base: timedelta = timedelta(seconds=10)
     retry_cap: timedelta = timedelta(minutes=5)
@@ -95,6 +105,8 @@ class StageFields(TypedDict, total=False):
     fingerprint: str
     attempt: int
     failures: int
+    disruptions: int
+    lost_pod: str | None
     reason: str | None
     message: str | None
     start_time: str | None
@@ -190,7 +202,9 @@ class Draft:
         self._events.append(Event("Normal", str(reason), shorten(message)))
 
     def add_warning(self, reason: str, message: str) -> None:
-        self._events.append(Event("Warning", str(reason), shorten(message)))
+        event = Event("Warning", str(reason), shorten(message))
+        if event not in self._events:
+            self._events.append(event)
 
     def add_notice(self, notice: Notice, scope: str) -> None:
         kind: Literal["Normal", "Warning"] = "Warning" if notice.warning else "Normal"
@@ -211,6 +225,14 @@ class Draft:
             if job.active and not job.deleting and not self._is_current(job):
                 self.add_action(StopJob(job.name, job.uid))
                 self.add_event("StageStopped", f"Stopped {job.stage} (Job {job.name}).")
+        told = [job for job in self.jobs if not self._is_current(job)]
+        self.add(stop_what_outlives_trainers(told, self.policy, self.now))
+
+    def add(self, other: Plan) -> None:
+        """Take over what another plan does."""
+        self._actions += other.actions
+        self._events += other.events
+        self.requeue_after(other.requeue_after)
 
     def finish(self, stage: Stage, summary: Summary) -> Plan:
         previous, generation = self.finetunejob.status, self.finetunejob.generation
@@ -249,6 +271,28 @@ class Draft:
         stage = self.stages[job.stage]
         current = job.stage_key == self.stage_key(job.stage) and job.attempt >= stage.attempt
         return stage.state is StageState.RUNNING and current
+
+
+def stop_what_outlives_trainers(jobs: Sequence[ObservedJob], policy: Policy, now: datetime) -> Plan:
+    """Stop the Jobs, of stages that are over, whose pods go on beside an ended trainer.
+
+    The plan has the present status, which knows their results.
+    """
+    actions: list[Action] = []
+    events: list[Event] = []
+    delays: list[float] = []
+    for job in jobs:
+        if not job.outlives_trainer or job.pod is None:
+            continue
+        # The end is dated by the node's clock, which may be fast.
+        left = policy.sidecar_grace - (now - (job.pod.finished_at or now))
+        if left > timedelta():
+            delays.append(min(left, policy.sidecar_grace).total_seconds())
+            continue
+        actions.append(StopJob(job.name, job.uid))
+        words = f"Stopped what went on beside {job.stage} after its end (pod {job.pod.name})."
+        events.append(Event("Normal", "SidecarStopped", words))
+    return Plan(FineTuneJobStatus(), tuple(actions), tuple(events), min(delays, default=None))
 
 
 def was_refused(status: FineTuneJobStatus) -> bool:
