@@ -1,7 +1,7 @@
 """The contract between the operator and the trainer, and between the trainer's stages.
 
 base            what all its types have in common
-model, dataset, training, output, storage  the spec's parts; each field is described and bounded once
+model, dataset, training, output, storage  the spec's parts; each field is described once
 run             run.json as a whole, and what `prepare` adds to it
 outcome         reasons, exit codes, and the termination message
 notices         what a training says about itself
@@ -18,7 +18,14 @@ It is all that the operator knows of the trainer, and imports pydantic alone.
 
 from __future__ import annotations
 
-from finetune_trainer.contract.artifacts import REJECTED, Artifact, Lineage, Manifest
+from finetune_trainer.contract.artifacts import (
+    REJECTED,
+    VERSIONS,
+    Artifact,
+    Lineage,
+    Manifest,
+    version_folder,
+)
 from finetune_trainer.contract.base import (
     GROUP,
     LOCATION_RULE,
@@ -88,6 +95,7 @@ __all__ = [
     "REJECTED",
     "UNQUANTIZED",
     "VERSION",
+    "VERSIONS",
     "Artifact",
     "BadRow",
     "Base",
@@ -151,4 +159,5 @@ __all__ = [
     "fingerprints",
     "read_run_config",
     "status_path",
+    "version_folder",
 ]

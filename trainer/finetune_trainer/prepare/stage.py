@@ -42,13 +42,14 @@ from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import (
     DATASET_REPORT,
-    MANIFEST,
     Marker,
     find_complete,
-    find_pushed,
     save_stage,
     stage_folder,
 )
+from finetune_trainer.store.owner import claim
+from finetune_trainer.store.pruning import settle
+from finetune_trainer.store.versions import find_pushed, find_version
 
 ROWS_READ_BY_LLAMA_CPP = 16  # before the training; the export compares held-out rows as well
 ATTEMPTS = 3  # to read one version of a file that somebody is writing
@@ -73,7 +74,8 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
     """Check the inputs and leave the examples in the store; raises StageError."""
     reporter.begin(Stage.PREPARE, "Checking access to dataset and output")
     check_config(config)
-    output = open_folder(config.output.uri, config.storage)
+    output = open_folder(config.output.folder, config.storage)
+    claim(output, config.output, config.job)
     find_data_files(config.dataset, config.storage)
     check_writable(output)
     inputs = fetch_inputs(config, output, workdir, reporter)
@@ -97,14 +99,16 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         plan=training_plan,
         model_revision=inputs.model.revision,
     )
+    exported = settle(output, config.output, prints) if Stage.EXPORT in complete else None
     return StageResult(
         stage=Stage.PREPARE,
         reason=Reason.SUCCEEDED,
         message=summary_line(prepared, complete),
         resolved=resolved,
         complete=tuple(complete),
-        artifacts=complete[Stage.EXPORT].files if Stage.EXPORT in complete else (),
-        manifest_uri=output.uri_of(MANIFEST) if Stage.EXPORT in complete else None,
+        artifacts=exported.marker.files if exported else (),
+        version=exported.name or None if exported else None,
+        manifest_uri=output.uri_of(exported.manifest_path) if exported else None,
         dataset=prepared.dataset,
     )
 
@@ -172,8 +176,8 @@ def complete_stages(config: RunConfig, output: Folder, prints: Fingerprints) -> 
     """The stages that need not run again."""
     markers = {stage: find_complete(output, stage, getattr(prints, stage)) for stage in Stage}
     complete = {stage: marker for stage, marker in markers.items() if marker}
-    hub = config.output.hub
-    if hub and Stage.EXPORT in complete and not find_pushed(output, hub):
+    hub, version = config.output.hub, find_version(output, prints.export)
+    if hub and version and Stage.EXPORT in complete and not find_pushed(output, hub, version):
         # The export has only to push. It needs no training, even where the store holds none.
         complete[Stage.TRAIN] = complete.pop(Stage.EXPORT)
     return complete

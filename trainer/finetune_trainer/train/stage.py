@@ -18,6 +18,7 @@ from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.runtime.units import duration
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import EXAMPLES, HELD_OUT, METRICS, save_stage, stage_folder
+from finetune_trainer.store.owner import check_owner
 from finetune_trainer.train.link.work import Failed, Trained, TrainingWork, default_plan
 from finetune_trainer.train.supervisor.checkpoints import CheckpointStore
 from finetune_trainer.train.supervisor.ladder import descend
@@ -31,7 +32,8 @@ def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> Stage
     """Train the adapter for `config.resolved`. Raises StageError."""
     reporter.begin(Stage.TRAIN, "Fetching the examples")
     prints = config.resolved.fingerprints
-    output = open_folder(config.output.uri, config.storage)
+    output = open_folder(config.output.folder, config.storage)
+    check_owner(output, config.output, config.job)
     work = fetch_work(config, output, workspace, reporter)
     work, notices = adapt_to_machine(work, fetch_needs(config, work, output))
     session = TrainingSession(CheckpointStore(output, prints.train), reporter)

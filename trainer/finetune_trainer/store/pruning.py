@@ -1,0 +1,121 @@
+"""What goes when `output.keepVersions` says how many versions to keep.
+
+A manifest or marker goes before the files that it lists. So what is half deleted is nothing, and
+the next pruning deletes the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from finetune_trainer.contract import VERSIONS, Fingerprints, Output, Stage, version_folder
+from finetune_trainer.store import Folder
+from finetune_trainer.store.marker import MANIFEST, STAGES, marker_path, stage_folder, stays_below
+from finetune_trainer.store.versions import (
+    FIRST_MANIFEST,
+    Version,
+    current,
+    find_version,
+    list_versions,
+    make_current,
+)
+
+_VERSION = re.compile(r"[0-9a-f]{12}")  # other folders are not the trainer's
+
+log = logging.getLogger(__name__)
+
+
+def settle(output: Folder, settings: Output, present: Fingerprints) -> Version | None:
+    """Make the version of the `present` run current, and keep as many as the settings say.
+
+    Returns it; None where it isn't there as a whole.
+    """
+    version = find_version(output, present.export)
+    if version is None:
+        return None
+    if make_current(output, version) is version and settings.keep_versions:
+        prune(output, settings.keep_versions, present)
+    return version
+
+
+def prune(output: Folder, keep: int, present: Fingerprints) -> None:
+    """Delete all versions but `keep`, and the stages' results that no kept version was made of.
+
+    The current version is kept, then the newest ones without rejected files, then the others. What
+    belongs to the `present` run stays. To be called when the run's version is current.
+    """
+    now = current(output)
+    if now is None:
+        return
+    found = sorted(list_versions(output), key=lambda version: _rank(version, now))
+    for version in reversed(found[keep:]):
+        log.info("Deleting %s", version.described)
+        _delete_version(output, version)
+    discard_unfinished(output)
+    _prune_stages(output, found[:keep], present)
+
+
+def discard_unfinished(output: Folder) -> None:
+    """Delete what exports left that never came to a manifest, and versions that are half deleted.
+
+    To be called while no export is at work.
+    """
+    files: dict[str, list[str]] = {}
+    for info in output.list(f"{VERSIONS}/"):
+        _, name, file = info.path.split("/", 2) if info.path.count("/") > 1 else ("", "", "")
+        files.setdefault(name, []).append(file)
+    for name, paths in files.items():
+        if _VERSION.fullmatch(name) and MANIFEST not in paths:
+            output.delete(f"{version_folder(name)}/{path}" for path in paths)
+    output.abandon(f"{VERSIONS}/")
+
+
+def _rank(version: Version, now: Version) -> tuple[bool, bool]:
+    """The smaller, the sooner it is kept; versions of the same rank keep their order."""
+    return version.name != now.name, version.rejected
+
+
+def _delete_version(output: Folder, version: Version) -> None:
+    if version.name:
+        output.delete([version.path(MANIFEST)])
+        output.delete(info.path for info in output.list(f"{version.folder}/"))
+        return
+    output.delete([FIRST_MANIFEST])
+    output.delete(item.path for item in version.marker.files if _is_artifact(item.path))
+
+
+def _is_artifact(path: str) -> bool:
+    """Whether a path that 0.1.0 listed is that of an artifact, and not of something else's."""
+    top = PurePosixPath(path).parts[:1]
+    return stays_below(path) and top not in ((STAGES,), (VERSIONS,), (MANIFEST,))
+
+
+def _prune_stages(output: Folder, kept: Sequence[Version], present: Fingerprints) -> None:
+    """Delete stages' results that neither a kept version nor the present run is made of."""
+    lineages = [version.marker.lineage for version in kept]
+    if not all(lineages):
+        log.warning("A version doesn't say what it was made of, so all stages' results are kept")
+        return
+    prints = [present, *(lineage.fingerprints for lineage in lineages if lineage)]
+    for stage in Stage:
+        wanted = {getattr(each, stage) for each in prints}
+        for fingerprint in sorted(_stage_results(output, stage) - wanted):
+            _delete_stage(output, stage, fingerprint)
+
+
+def _stage_results(output: Folder, stage: Stage) -> set[str]:
+    """Fingerprints of which a stage has left something."""
+    base = f"{STAGES}/{stage}/"
+    found = {info.path.removeprefix(base).split("/") for info in output.list(base)}
+    return {parts[0] for parts in found if len(parts) > 1}
+
+
+def _delete_stage(output: Folder, stage: Stage, fingerprint: str) -> None:
+    log.info("Deleting the result of %s %s", stage, fingerprint)
+    output.delete([marker_path(stage, fingerprint)])
+    base = f"{stage_folder(stage, fingerprint)}/"
+    output.abandon(base)
+    output.delete(info.path for info in output.list(base))
