@@ -55,7 +55,7 @@ def claim(output: Folder, settings: Output, job: JobReference | None) -> None:
             output.write(OWNER, _encoded(job))
             log.warning("%s was %s's and now belongs to this job", output.uri, owner.job)
             return
-        raise _in_use(output, owner, settings)
+        raise _in_use(output, owner, settings, job)
     raise StageError(
         Reason.STORAGE_UNAVAILABLE,
         f"{output.uri_of(OWNER)} comes and goes: see who else writes to the folder.",
@@ -66,7 +66,7 @@ def check_owner(output: Folder, settings: Output, job: JobReference | None) -> N
     """Make sure that the folder still belongs to this FineTuneJob. Raises StageError."""
     owner = read_owner(output)
     if owner is not None and not _is(owner, job):
-        raise _in_use(output, owner, settings)
+        raise _in_use(output, owner, settings, job)
 
 
 def read_owner(output: Folder) -> Owner | None:
@@ -94,12 +94,15 @@ def _encoded(job: JobReference) -> bytes:
     return owner.model_dump_json(indent=2).encode() + b"\n"
 
 
-def _in_use(output: Folder, owner: Owner, settings: Output) -> StageError:
-    wrong = settings.take_over_from
-    hint = f" (spec.output.takeOverFrom names {wrong}, which it doesn't belong to)" if wrong else ""
-    return StageError(
-        Reason.OUTPUT_IN_USE,
-        f"{output.uri} belongs to the FineTuneJob {owner.job} since {owner.since}{hint}: give each "
-        f"its own spec.output.uri, or take the folder over with spec.output.takeOverFrom: "
-        f"{owner.job}.",
-    )
+def _in_use(output: Folder, owner: Owner, settings: Output, job: JobReference | None) -> StageError:
+    belongs = f"{output.uri} belongs to the FineTuneJob {owner.job} since {owner.since}"
+    if job is None:
+        remedy = "a run without a FineTuneJob may not write to it; name another output.uri"
+    else:
+        remedy = (
+            "give each its own spec.output.uri, or take the folder over with "
+            f"spec.output.takeOverFrom: {owner.job}"
+        )
+        if settings.take_over_from:
+            belongs += f"; spec.output.takeOverFrom names {settings.take_over_from}"
+    return StageError(Reason.OUTPUT_IN_USE, f"{belongs}: {remedy}.")

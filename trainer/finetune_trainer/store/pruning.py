@@ -1,6 +1,6 @@
 """What goes when `output.keepVersions` says how many versions to keep.
 
-A manifest or marker goes before the files that it lists. So what is half deleted is nothing, and
+The manifest or marker of a folder goes before its files. So what is half deleted is nothing, and
 the next pruning deletes the rest.
 """
 
@@ -11,9 +11,10 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from finetune_trainer.contract import VERSIONS, Fingerprints, Output, Stage, version_folder
+from finetune_trainer.contract import VERSIONS, Fingerprints, Output, Stage
 from finetune_trainer.store import Folder
 from finetune_trainer.store.marker import MANIFEST, STAGES, marker_path, stage_folder, stays_below
+from finetune_trainer.store.owner import OWNER
 from finetune_trainer.store.versions import (
     FIRST_MANIFEST,
     Version,
@@ -23,7 +24,7 @@ from finetune_trainer.store.versions import (
     make_current,
 )
 
-_VERSION = re.compile(r"[0-9a-f]{12}")  # other folders are not the trainer's
+_IN_VERSION = re.compile(rf"{VERSIONS}/[0-9a-f]{{12}}(?=/)")  # other folders are not the trainer's
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +66,11 @@ def discard_unfinished(output: Folder) -> None:
     """
     files: dict[str, list[str]] = {}
     for info in output.list(f"{VERSIONS}/"):
-        _, name, file = info.path.split("/", 2) if info.path.count("/") > 1 else ("", "", "")
-        files.setdefault(name, []).append(file)
-    for name, paths in files.items():
-        if _VERSION.fullmatch(name) and MANIFEST not in paths:
-            output.delete(f"{version_folder(name)}/{path}" for path in paths)
+        if found := _IN_VERSION.match(info.path):
+            files.setdefault(found[0], []).append(info.path)
+    for folder, paths in files.items():
+        if f"{folder}/{MANIFEST}" not in paths:
+            output.delete(paths)
     output.abandon(f"{VERSIONS}/")
 
 
@@ -83,14 +84,16 @@ def _delete_version(output: Folder, version: Version) -> None:
         output.delete([version.path(MANIFEST)])
         output.delete(info.path for info in output.list(f"{version.folder}/"))
         return
-    output.delete([FIRST_MANIFEST])
+    # Nothing but this manifest tells which files are its own, so it goes last. Without one of them
+    # it is no version either.
     output.delete(item.path for item in version.marker.files if _is_artifact(item.path))
+    output.delete([FIRST_MANIFEST])
 
 
 def _is_artifact(path: str) -> bool:
     """Whether a path that 0.1.0 listed is that of an artifact, and not of something else's."""
     top = PurePosixPath(path).parts[:1]
-    return stays_below(path) and top not in ((STAGES,), (VERSIONS,), (MANIFEST,))
+    return stays_below(path) and top not in ((STAGES,), (VERSIONS,), (MANIFEST,), (OWNER,))
 
 
 def _prune_stages(output: Folder, kept: Sequence[Version], present: Fingerprints) -> None:
@@ -109,8 +112,8 @@ def _prune_stages(output: Folder, kept: Sequence[Version], present: Fingerprints
 def _stage_results(output: Folder, stage: Stage) -> set[str]:
     """Fingerprints of which a stage has left something."""
     base = f"{STAGES}/{stage}/"
-    found = {info.path.removeprefix(base).split("/") for info in output.list(base)}
-    return {parts[0] for parts in found if len(parts) > 1}
+    paths = [info.path.removeprefix(base) for info in output.list(base)]
+    return {path.partition("/")[0] for path in paths if "/" in path}
 
 
 def _delete_stage(output: Folder, stage: Stage, fingerprint: str) -> None:

@@ -130,8 +130,7 @@ def find_version(output: Folder, fingerprint: str) -> Version | None:
         if not (lost := missing(output, version)):
             return version
         log.warning(
-            "%s is missing or has another size, though its manifest lists it: the export runs "
-            "again",
+            "%s is missing or has another size, though a manifest lists it: the export runs again",
             output.uri_of(lost[0]),
         )
     return None
