@@ -235,7 +235,7 @@ def _halt_running_stages(draft: Draft) -> None:
 
 
 def _finish(draft: Draft) -> Plan:
-    folder, manifest = draft.spec.output.uri, draft.found.manifest_uri
+    folder, manifest = results.artifacts_folder(draft), draft.found.manifest_uri
     message = f"The artifacts are in {folder}; {manifest} lists them."
     message += warnings_hint(draft.found.notices) + quality_hint(draft.found.artifacts)
     draft.add_event(Reason.SUCCEEDED, message)

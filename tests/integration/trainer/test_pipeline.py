@@ -15,8 +15,13 @@ class Output:
     """A folder in the bucket."""
 
     def __init__(self, moto: Credentials, uri: str) -> None:
+        self._moto = moto
         self.client = moto.client()
         self.bucket, _, self.prefix = uri.removeprefix("s3://").partition("/")
+
+    def version(self, name: str | None) -> Output:
+        """The folder of a version."""
+        return Output(self._moto, f"s3://{self.bucket}/{self.prefix}/versions/{name}")
 
     def files(self) -> dict[str, int]:
         """Size by path, without the stages' own folders."""
@@ -73,7 +78,7 @@ def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
     assert version == prepared.result.resolved.fingerprints.export[:12]
     uri = f"{run_config['output']['uri']}/versions/{version}"
     assert exported.result.manifest_uri == f"{uri}/manifest.json"
-    output = Output(moto, uri)
+    output = whole.version(version)
     assert whole.read("manifest.json") == output.read("manifest.json")
     manifest = json.loads(output.read("manifest.json"))
     assert manifest["version"] == version
@@ -132,7 +137,7 @@ def edit_and_go_back(
     assert edited.code == 0, edited.output
     assert "Training examples" not in edited.output
     assert edited.result is not None
-    newer = Output(moto, f"{config['output']['uri']}/versions/{edited.result.version}")
+    newer = whole.version(edited.result.version)
     assert whole.read("manifest.json") == newer.read("manifest.json")
     assert output.files() == files, "the former version stays as it was"
     now = newer.files()
@@ -170,7 +175,7 @@ def test_a_missing_file_makes_its_stage_run_again(
     assert first.code == 0, first.output
     assert trainer("run", run_config).output.count("already there: prepare, train, export") == 1
     assert first.result is not None
-    output = Output(moto, f"{run_config['output']['uri']}/versions/{first.result.version}")
+    output = Output(moto, run_config["output"]["uri"]).version(first.result.version)
     output.client.delete_object(
         Bucket=output.bucket, Key=f"{output.prefix}/adapter/adapter_model.safetensors"
     )
