@@ -56,7 +56,8 @@ def test_a_refused_file_is_published_apart_and_the_export_is_not_complete(
     assert again.complete == (Stage.PREPARE, Stage.TRAIN)
     resolved = again.resolved and again.resolved.model_dump(mode="json")
     remembered = trainer("export", {**run_config, "export": export, "resolved": resolved})
-    assert ended(remembered, code=15) == result
+    refusal = ended(remembered, code=15)
+    assert refusal == result
     assert "llama.cpp" not in remembered.output, "nothing is computed again"
     assert in_bucket(moto, uri)[0] == held
 
@@ -84,8 +85,8 @@ def test_a_refused_file_is_published_apart_and_the_export_is_not_complete(
     export["verify"] = "fail"
     back = ended(trainer("run", {**run_config, "export": export}), code=15)
     assert (back.version, back.artifacts) == (
-        remembered.result.version,
-        remembered.result.artifacts,
+        refusal.version,
+        refusal.artifacts,
     )
     assert f"goes on naming version {result.version}" in back.message
     assert current(moto, run_config["output"]["uri"]) == manifest

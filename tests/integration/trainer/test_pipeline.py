@@ -185,4 +185,6 @@ def test_a_missing_file_makes_its_stage_run_again(
     assert again.result.complete == (Stage.PREPARE, Stage.TRAIN)
     assert "is missing or has another size" in again.output
     assert trainer("run", run_config).code == 0
-    assert trainer("prepare", run_config).result.complete == (*again.result.complete, Stage.EXPORT)
+    repaired = trainer("prepare", run_config).result
+    assert repaired is not None
+    assert repaired.complete == (Stage.PREPARE, Stage.TRAIN, Stage.EXPORT)

@@ -213,6 +213,8 @@ def test_the_manifest_of_0_1_0_gets_today_s_fingerprints_and_stays_pushed(
         was["lineage"]["fingerprints"] = prints("today").model_dump()
         assert fields == was, "the rest stays as it was"
     assert not adopted
+    version = find_version(output, digest("today"))
+    assert version is not None
     where = FIRST_MANIFEST if now == "replaced" else MANIFEST
     assert output.read(where) == version.data
     assert {path: output.read(path) for path in FILES} == FILES
