@@ -30,7 +30,7 @@ from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import compute_dtype
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.train.link.work import TrainingWork
+from finetune_trainer.train.link import TrainingWork
 from finetune_trainer.train.recipe import sft
 
 WORDS = "the kettle whistles when the water boils and stops when it is lifted "

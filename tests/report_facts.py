@@ -61,7 +61,8 @@ def lineage(**changes: Any) -> Lineage:
         dataset_rows=429,
         columns={"instruction": "question", "response": "reply"},
         model="meta-llama/Llama-3.2-1B-Instruct",
-        model_revision="9213176726f574b556790deb65791e0c5aa438b6",
+        model_revision="sha256:" + "5a" * 32,
+        model_commit="9213176726f574b556790deb65791e0c5aa438b6",
         hyperparameters={},
         fingerprints=Fingerprints(
             prepare=digest("prepare"), train=digest("train"), export=digest("export")

@@ -50,11 +50,15 @@ class ConflictError(ClusterError):
 
 
 class InvalidError(ClusterError):
-    """The API server calls the object invalid, so a retry can't help."""
+    """The API server calls a field of the object invalid, so a retry can't help."""
 
 
-class ForbiddenError(ClusterError):
-    """RBAC, a quota or an admission rule refused the request."""
+class DeniedError(ClusterError):
+    """A webhook or an admission policy refused the request; it may be mended."""
+
+
+class ForbiddenError(DeniedError):
+    """RBAC, a quota or an admission plugin refused the request; it may be mended."""
 
 
 class UnavailableError(ClusterError):
@@ -80,12 +84,14 @@ PAGE = 500
 NODES_SECONDS = 60.0  # node labels are cached for this long
 
 ERROR_BY_STATUS: dict[int, type[ClusterError]] = {
-    400: InvalidError,
+    400: DeniedError,
     403: ForbiddenError,
     404: NotFoundError,
     409: ConflictError,
-    422: InvalidError,
+    422: DeniedError,
 }
+# How the API server says that a value can't be decoded, e.g. "cpu: lots".
+UNDECODABLE = "cannot be handled as a"
 
 
 @dataclass(frozen=True)
@@ -132,9 +138,14 @@ class Cluster:
             insecure=not self._configuration.verify_ssl,
         )
 
-    async def create(self, body: JsonObject) -> JsonObject:
-        """Create an object; raises AlreadyExistsError if one of its name exists."""
-        return await self._request("POST", _path(body["kind"], body["metadata"]), body=body)
+    async def create(self, body: JsonObject, *, dry_run: bool = False) -> JsonObject:
+        """Create an object; raises AlreadyExistsError if one of its name exists.
+
+        With `dry_run` the API server only says whether it would.
+        """
+        path = _path(body["kind"], body["metadata"])
+        query = {"dryRun": "All"} if dry_run else None
+        return await self._request("POST", path, body=body, query=query)
 
     async def get(self, kind: str, namespace: str, name: str) -> JsonObject:
         """Read an object; raises NotFoundError."""
@@ -288,7 +299,21 @@ def _convert(error: client.ApiException, what: str) -> ClusterError:
     kind = ERROR_BY_STATUS.get(error.status, UnavailableError)
     if error.status == 409 and status.get("reason") == "AlreadyExists":
         kind = AlreadyExistsError
+    if error.status in {400, 422} and _names_a_field(status, detail):
+        kind = InvalidError
     return kind(f"{what}: {detail}", detail)
+
+
+def _names_a_field(status: Mapping[str, Any], detail: str) -> bool:
+    """Whether the API server itself finds fault with a field.
+
+    Policies and webhooks deny with the same codes (422 and 400), but name no field: they are set up
+    by somebody else than who wrote the spec.
+    """
+    if detail.startswith("admission webhook"):
+        return False
+    causes = (status.get("details") or {}).get("causes") or []
+    return UNDECODABLE in detail or any(cause.get("field") for cause in causes)
 
 
 def _status(body: str | bytes | None) -> Mapping[str, Any]:

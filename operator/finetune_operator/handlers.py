@@ -16,13 +16,14 @@ from finetune_operator.api.base import (
     CHILDREN_SELECTOR,
     FINETUNEJOB_NAME_ANNOTATION,
     FINETUNEJOB_UID_LABEL,
+    KIND,
     MANAGED_BY_LABEL,
     OPERATOR,
     JsonObject,
 )
 from finetune_operator.cluster import Cluster, ClusterError
 from finetune_operator.observe import controller_uid
-from finetune_operator.reconcile import Snapshot
+from finetune_operator.reconcile import WATCH_SILENCE_SECONDS, Snapshot
 from finetune_trainer.contract import GROUP, PLURAL, VERSION
 
 FINETUNEJOBS = (GROUP, VERSION, PLURAL)
@@ -57,10 +58,11 @@ class Watches:
         # While an object of the same name is being replaced, the index may hold both.
         newest = max(found, key=lambda raw: str(raw["metadata"]["creationTimestamp"]))
         uid = newest["metadata"]["uid"]
+        mine = by_uid(newest["metadata"]["namespace"], uid)
         return Snapshot(
             finetunejob=newest,
-            jobs=tuple(self._present(self._jobs, uid)),
-            pods=tuple(self._present(self._pods, uid)),
+            jobs=tuple(self._present(self._jobs, mine)),
+            pods=tuple(self._present(self._pods, mine)),
             earlier_pods=tuple(
                 pod for pod in self._present(self._pods, key) if _owner_uid(pod) != uid
             ),
@@ -151,8 +153,7 @@ def kopf_settings(settings: kopf.OperatorSettings, request_seconds: float) -> No
     settings.networking.connect_timeout = min(10.0, request_seconds)
     # Short pauses, so that watching resumes soon after an outage of the API server.
     settings.networking.error_backoffs = (1, 1, 2, 3, 5, 5, 5, 5, 5, 5, 5, 5)
-    # The API server sends a bookmark every minute, so a watch that is silent for longer is dead.
-    settings.watching.inactivity_timeout = 90.0
+    settings.watching.inactivity_timeout = WATCH_SILENCE_SECONDS
     settings.watching.label_selectors[JOBS] = CHILDREN_SELECTOR
     settings.watching.label_selectors[PODS] = CHILDREN_SELECTOR
 
@@ -163,8 +164,14 @@ async def _index_finetunejob(
     return {f"{namespace}/{name}": dict(body)}
 
 
-async def _index_job(body: kopf.Body, **_: Any) -> dict[str, JsonObject]:
-    return {controller_uid(body): dict(body)}
+def by_uid(namespace: str | None, uid: str) -> str:
+    """The key of the children of a FineTuneJob. Only those in its own namespace are its children:
+    in another one, somebody else may write the same uid."""
+    return f"uid/{namespace}/{uid}"
+
+
+async def _index_job(namespace: str | None, body: kopf.Body, **_: Any) -> dict[str, JsonObject]:
+    return {by_uid(namespace, controller_uid(body, KIND)): dict(body)}
 
 
 async def _index_pod(namespace: str | None, body: kopf.Body, **_: Any) -> dict[str, JsonObject]:
@@ -172,7 +179,7 @@ async def _index_pod(namespace: str | None, body: kopf.Body, **_: Any) -> dict[s
     raw = dict(body)
     name = (body["metadata"].get("annotations") or {}).get(FINETUNEJOB_NAME_ANNOTATION)
     by_name = {f"{namespace}/{name}": raw} if name else {}
-    return {_owner_uid(raw): raw, **by_name}
+    return {by_uid(namespace, _owner_uid(raw)): raw, **by_name}
 
 
 def _owner_uid(pod: JsonObject) -> str:

@@ -13,8 +13,7 @@ import kopf
 
 from finetune_operator.cluster import Cluster, ClusterError, NotFoundError, OperatorError
 from finetune_operator.handlers import Watches, kopf_settings
-from finetune_operator.logs import configure_logging
-from finetune_operator.monitoring import Metrics, Probes
+from finetune_operator.monitoring import Metrics, Probes, configure_logging
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import PREFIX, Settings, SettingsError
 from finetune_operator.workqueue import WorkQueue

@@ -17,14 +17,22 @@ from pydantic import ValidationError
 
 from finetune_operator.api.base import (
     ATTEMPT_LABEL,
+    KIND,
     POD_SETTINGS_ANNOTATION,
     STAGE_KEY_ANNOTATION,
     STAGE_LABEL,
     TRAINER_CONTAINER,
     JsonObject,
 )
-from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
-from finetune_trainer.contract import Notice, Stage, StageResult, describe
+from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus, StageState
+from finetune_trainer.contract import (
+    Notice,
+    Stage,
+    StageResult,
+    describe,
+    read_known,
+    read_readable,
+)
 
 # Reasons in a pod's status for which the container is not to blame: the node or the control plane
 # removed the pod or did not admit it. `OutOf<resource>` is another, for any resource.
@@ -42,6 +50,7 @@ DISRUPTIONS = {
 # The kubelet also evicts a pod that exceeds its own limits, and then the pod is to blame.
 OVERGROWN = re.compile(r"exceeds the (total )?limit|exceeded its local ephemeral storage limit")
 ENDED = {"Succeeded", "Failed"}  # phases of a pod
+KNOWN_STATES = {*StageState, None}
 LOG_LINE_LIMIT = 300  # characters of a log line that is quoted to the user
 
 
@@ -89,6 +98,12 @@ class ObservedPod:
     def at_work(self) -> bool:
         """Whether its trainer still runs, maybe in the grace period of a deleted pod."""
         return self.started and self.exit_code is None and self.phase not in ENDED
+
+    @property
+    def may_work(self) -> bool:
+        """Whether its trainer runs or may yet be started; a deleted pod is not started any more."""
+        begins = not self.started and not self.deleting and self.phase not in ENDED
+        return self.at_work or begins
 
 
 def observe_pod(raw: JsonObject) -> ObservedPod:
@@ -257,18 +272,30 @@ class ObservedFineTuneJob:
     status: FineTuneJobStatus
     """Without `progress`, which belongs to the trainer."""
 
+    not_understood: tuple[str, ...] = ()
+    """Fields of spec and status that come from another version, and are left out of account."""
+
     reported: ReportedProgress = ReportedProgress()
     deleting: bool = False
 
 
 def observe_finetunejob(raw: JsonObject) -> ObservedFineTuneJob:
-    """Parse a FineTuneJob; an invalid spec, which an older CRD may admit, becomes `spec_error`."""
+    """Parse a FineTuneJob, which another version may have written.
+
+    An invalid spec, which an older or newer CRD may admit, becomes `spec_error`.
+    """
     meta = raw["metadata"]
     spec, error = None, None
+    not_understood: list[str] = []
     try:
-        spec = FineTuneJobSpec.model_validate(raw.get("spec") or {})
+        known = read_known(FineTuneJobSpec, raw.get("spec") or {})
     except ValidationError as problem:
         error = describe(problem, prefix="spec.")
+    else:
+        spec = known.value
+        not_understood += (f"spec.{path}" for path in known.unknown)
+    status, unreadable = _status(raw)
+    not_understood += (f"status.{path}" for path in unreadable)
     return ObservedFineTuneJob(
         name=meta["name"],
         namespace=meta["namespace"],
@@ -277,68 +304,94 @@ def observe_finetunejob(raw: JsonObject) -> ObservedFineTuneJob:
         resource_version=meta["resourceVersion"],
         spec=spec,
         spec_error=error,
-        status=_status(raw),
+        status=status,
+        not_understood=tuple(not_understood),
         reported=_reported(raw),
         deleting="deletionTimestamp" in meta,
     )
 
 
 def observe_jobs(
-    owner: str, jobs: Iterable[JsonObject], pods: Iterable[JsonObject]
+    owner: ObservedFineTuneJob, jobs: Iterable[JsonObject], pods: Iterable[JsonObject]
 ) -> tuple[ObservedJob, ...]:
-    """The stage Jobs of the FineTuneJob with the uid `owner`, oldest first, each with its pods."""
+    """The stage Jobs of a FineTuneJob, oldest first, each with its pods.
+
+    Uids alone prove nothing: whoever may create pods in another namespace could write them there.
+    """
     of_job: dict[str, list[JsonObject]] = {}
     for pod in sorted(pods, key=created_at):
-        of_job.setdefault(controller_uid(pod), []).append(pod)
+        if pod["metadata"]["namespace"] == owner.namespace:
+            of_job.setdefault(controller_uid(pod, "Job"), []).append(pod)
     found = [
         _job(job, of_job.get(job["metadata"]["uid"], []))
         for job in jobs
-        if controller_uid(job) == owner and _is_stage_job(job)
+        if is_controlled_by(job, owner) and _is_stage_job(job)
     ]
     return tuple(sorted(found, key=lambda job: (job.created, job.name)))
 
 
+def pods_without_job(
+    jobs: Iterable[ObservedJob], pods: Iterable[JsonObject]
+) -> tuple[JsonObject, ...]:
+    """The pods of no Job: one that was deleted is gone before its pod has stopped."""
+    known = {job.uid for job in jobs}
+    return tuple(pod for pod in pods if controller_uid(pod, "Job") not in known)
+
+
 def stages_at_work(pods: Iterable[JsonObject]) -> frozenset[Stage]:
-    """The stages that one of these pods still runs."""
+    """The stages that one of these pods runs, or may yet begin to run."""
     known = [(pod["metadata"].get("labels") or {}, pod) for pod in pods]
     return frozenset(
         Stage(bears[STAGE_LABEL])
         for bears, pod in known
-        if bears.get(STAGE_LABEL) in set(Stage) and observe_pod(pod).at_work
+        if bears.get(STAGE_LABEL) in set(Stage) and observe_pod(pod).may_work
     )
 
 
-def controller_uid(raw: Mapping[str, Any]) -> str:
-    """The uid of the object's controller, or an empty string."""
+def is_controlled_by(raw: Mapping[str, Any], owner: ObservedFineTuneJob) -> bool:
+    """Whether an object belongs to a FineTuneJob: in its namespace, and by its uid."""
+    here = raw["metadata"].get("namespace") == owner.namespace
+    return here and controller_uid(raw, KIND) == owner.uid
+
+
+def controller_uid(raw: Mapping[str, Any], kind: str) -> str:
+    """The uid of the object's controller if it is of this kind, or an empty string."""
     for owner in raw["metadata"].get("ownerReferences") or []:
-        if owner.get("controller"):
+        if owner.get("controller") and owner.get("kind") == kind:
             return str(owner["uid"])
     return ""
 
 
-def _status(raw: JsonObject) -> FineTuneJobStatus:
-    # A status that can't be parsed (a newer operator wrote it) counts as none: `prepare` looks at
-    # everything again, and results that the object store holds are not computed again.
-    fields = {key: value for key, value in (raw.get("status") or {}).items() if key != "progress"}
-    try:
-        return FineTuneJobStatus.model_validate(fields)
-    except ValidationError:
-        return FineTuneJobStatus()
+def _status(raw: JsonObject) -> tuple[FineTuneJobStatus, tuple[str, ...]]:
+    """The status, and the paths of values in it that only another version understands."""
+    written = raw.get("status") or {}
+    fields = {key: value for key, value in written.items() if key != "progress"}
+    states = [each.get("state") for each in fields.get("stages") or []]
+    if any(state not in KNOWN_STATES for state in states):
+        fields["stages"] = [_with_known_state(each) for each in fields["stages"]]
+    read = read_readable(FineTuneJobStatus, fields)
+    if read is None:  # nothing in it is required
+        return FineTuneJobStatus(), ("stages",)
+    unknown = (f"stages.{n}.state" for n, each in enumerate(states) if each not in KNOWN_STATES)
+    return read.value, (*read.unreadable, *unknown)
+
+
+def _with_known_state(stage: JsonObject) -> JsonObject:
+    """A stage in a state of a newer operator's: if it has begun and not ended, its Job will tell
+    how it is."""
+    if stage.get("state") in KNOWN_STATES:
+        return stage
+    at_work = stage.get("attempt") and not stage.get("completionTime")
+    return {**stage, "state": StageState.RUNNING if at_work else StageState.PENDING}
 
 
 def _reported(raw: JsonObject) -> ReportedProgress:
     progress = (raw.get("status") or {}).get("progress") or {}
-    notices = (_notice(each) for each in progress.get("notices") or [])
+    # What is left out of a newer trainer's notices is in progress and log.
+    notices = (read_readable(Notice, each) for each in progress.get("notices") or [])
     return ReportedProgress(
-        progress.get("job"), tuple(each for each in notices if each is not None)
+        progress.get("job"), tuple(each.value for each in notices if each is not None)
     )
-
-
-def _notice(raw: JsonObject) -> Notice | None:
-    try:
-        return Notice.model_validate(raw)
-    except ValidationError:
-        return None  # from a newer trainer; progress and log have it
 
 
 def _is_stage_job(raw: JsonObject) -> bool:

@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
-from finetune_operator.api.base import JsonObject
+from finetune_operator.api.base import KIND, JsonObject
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.cluster import (
     AlreadyExistsError,
     Cluster,
     ClusterError,
     ConflictError,
+    DeniedError,
     ForbiddenError,
     InvalidError,
     NotFoundError,
@@ -30,9 +32,10 @@ from finetune_operator.monitoring import Metrics
 from finetune_operator.observe import (
     ObservedFineTuneJob,
     ObservedJob,
-    controller_uid,
+    is_controlled_by,
     observe_finetunejob,
     observe_jobs,
+    pods_without_job,
     stages_at_work,
 )
 from finetune_operator.plan import Event, Plan, Policy, StartStage, StopJob, plan, refuse
@@ -43,7 +46,12 @@ from finetune_trainer.contract import Reason, Stage
 logger = logging.getLogger(__name__)
 
 STALE_RETRY_SECONDS = 1.0  # until the next pass, if the object changed during this one
-OWN_WRITES_SECONDS = 60.0  # after this time the watches are expected to show an own write
+STALE_RETRY_CAP_SECONDS = 30.0  # the pause doubles as long as it goes on changing, up to this
+# The API server sends a bookmark every minute, so a watch that is silent for longer is dead. Its
+# cache reaches back 75 seconds, and a watch that resumes within them misses nothing.
+WATCH_SILENCE_SECONDS = 70.0
+# After this time the watches show an own write: a dead one was noticed and began anew.
+OWN_WRITES_SECONDS = 2 * WATCH_SILENCE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,14 @@ class _OwnWrites:
 
     until: float = 0.0
     """When to forget them, on the monotonic clock."""
+
+    stale: int = 0
+    """Passes in a row that found the object changed."""
+
+    def pause(self) -> float:
+        """How long to wait after a pass that found the object changed."""
+        self.stale += 1
+        return min(STALE_RETRY_SECONDS * 2.0 ** min(self.stale - 1, 16), STALE_RETRY_CAP_SECONDS)
 
 
 Lookup = Callable[[str], Snapshot | None]
@@ -106,23 +122,27 @@ class Reconciler:
         finetunejob = observe_finetunejob(snapshot.finetunejob)
         own_writes = self._own_writes_of(key, finetunejob)
         if own_writes.outdated == finetunejob.resource_version:
-            return "stale", STALE_RETRY_SECONDS  # the watch doesn't show our last write yet
-        jobs = observe_jobs(finetunejob.uid, _jobs(snapshot, own_writes), snapshot.pods)
+            return "stale", own_writes.pause()  # the watch doesn't show our last write yet
+        jobs = observe_jobs(finetunejob, _jobs(snapshot, own_writes), snapshot.pods)
+        others = (*snapshot.earlier_pods, *pods_without_job(jobs, snapshot.pods))
         self._metrics.in_phase(key, finetunejob.status.phase)
-        decided = self._plan(finetunejob, jobs, stages_at_work(snapshot.earlier_pods))
+        decide = partial(self._plan, finetunejob, jobs, stages_at_work(others))
         try:
-            return await self._carry_out(key, finetunejob, jobs, decided, own_writes)
+            result = await self._carry_out(key, finetunejob, decide, own_writes)
         except ConflictError:
-            return "stale", STALE_RETRY_SECONDS
+            return "stale", own_writes.pause()
         except NotFoundError:
             self._forget(key)
             return "gone", None
+        own_writes.stale = 0
+        return result
 
     def _plan(
         self,
         finetunejob: ObservedFineTuneJob,
         jobs: tuple[ObservedJob, ...],
         stages_with_old_pods: frozenset[Stage],
+        denial: str | None = None,
     ) -> Plan:
         spec = finetunejob.spec
         digests = (
@@ -137,50 +157,80 @@ class Reconciler:
             self._policy,
             datetime.now(UTC),
             stages_with_old_pods=stages_with_old_pods,
+            denial=denial,
         )
 
     async def _carry_out(
         self,
         key: str,
         finetunejob: ObservedFineTuneJob,
-        jobs: tuple[ObservedJob, ...],
-        decided: Plan,
+        decide: Callable[..., Plan],
         own_writes: _OwnWrites,
     ) -> tuple[str, float | None]:
+        """Write the status that explains the actions, and act only once it stands.
+
+        So no action rests on a status that was out of date, and of several operators at most one
+        acts. A crash in between costs nothing: the status says what is missing.
+        """
+        decided: Plan = decide()
+        job, denied = None, None
         try:
-            await self._apply(finetunejob, decided, own_writes)
+            job = await self._rehearse(finetunejob, decided)
         except InvalidError as error:
             # E.g. a malformed quantity, which only the API server detects.
-            decided = refuse(
-                finetunejob, jobs, Reason.INVALID_SPEC, error.detail, datetime.now(UTC)
-            )
-            await self._apply(finetunejob, decided, own_writes)
-        except ForbiddenError as error:
-            # E.g. a quota. It may be raised, so tell the user and let the queue try again.
-            await self._record(key, finetunejob, (Event("Warning", "Forbidden", error.detail),))
-            raise
+            decided = refuse(finetunejob, Reason.INVALID_SPEC, error.detail, datetime.now(UTC))
+        except DeniedError as error:
+            # E.g. a quota or a policy. It may be mended, so tell the user and let the queue try
+            # again.
+            decided, denied = decide(denial=error.detail), error
         # Post notices before the status that says so: after a crash in between they are posted
         # again, and the same name makes it the same Event.
         await self._record(key, finetunejob, decided.notices)
         changed = await self._write_status(key, finetunejob, decided, own_writes)
+        if decided.actions and not changed:
+            await self._make_sure_of(finetunejob)
+        await self._act(finetunejob, decided, job, own_writes)
         await self._record(key, finetunejob, decided.events)
+        if denied is not None:
+            raise denied
         result = "changed" if changed or decided.actions else "unchanged"
         return result, decided.requeue_after
 
-    async def _apply(
-        self, finetunejob: ObservedFineTuneJob, decided: Plan, own_writes: _OwnWrites
+    async def _rehearse(self, finetunejob: ObservedFineTuneJob, decided: Plan) -> JsonObject | None:
+        """Create what the Job of a stage to start needs; return the Job, which the API server
+        would accept."""
+        for action in decided.actions:
+            if isinstance(action, StartStage):
+                objects = await self._objects(finetunejob, action)
+                for body in (*objects.access, objects.config_map):
+                    await self._ensure(finetunejob, body)
+                await self._ensure(finetunejob, objects.job, dry_run=True)
+                return objects.job
+        return None
+
+    async def _make_sure_of(self, finetunejob: ObservedFineTuneJob) -> None:
+        """Raise ConflictError unless the API server still holds what the watch shows."""
+        found = await self._cluster.get(KIND, finetunejob.namespace, finetunejob.name)
+        if found["metadata"]["resourceVersion"] != finetunejob.resource_version:
+            raise ConflictError(f"{finetunejob.namespace}/{finetunejob.name} has changed")
+
+    async def _act(
+        self,
+        finetunejob: ObservedFineTuneJob,
+        decided: Plan,
+        job: JsonObject | None,
+        own_writes: _OwnWrites,
     ) -> None:
         for action in decided.actions:
-            match action:
-                case StopJob():
-                    await self._cluster.delete_job(finetunejob.namespace, action.name, action.uid)
-                    own_writes.created.pop(action.name, None)
-                case StartStage():
-                    await self._start(finetunejob, action, own_writes)
+            if isinstance(action, StopJob):
+                await self._cluster.delete_job(finetunejob.namespace, action.name, action.uid)
+                own_writes.created.pop(action.name, None)
+            elif job is not None:
+                made = await self._ensure(finetunejob, job)
+                own_writes.created[made["metadata"]["name"]] = made
+                own_writes.until = time.monotonic() + OWN_WRITES_SECONDS
 
-    async def _start(
-        self, finetunejob: ObservedFineTuneJob, action: StartStage, own_writes: _OwnWrites
-    ) -> None:
+    async def _objects(self, finetunejob: ObservedFineTuneJob, action: StartStage) -> StageObjects:
         if finetunejob.spec is None:
             raise ValueError("a stage can't be started without a spec")
         nodes = (
@@ -188,7 +238,7 @@ class Reconciler:
             if action.stage is Stage.PREPARE
             else ()
         )
-        objects: StageObjects = stage_objects(
+        return stage_objects(
             finetunejob,
             finetunejob.spec,
             self._settings,
@@ -198,11 +248,6 @@ class Reconciler:
             resolved=action.resolved,
             hardware=training_hardware(finetunejob.spec, nodes),
         )
-        made: JsonObject = {}
-        for body in objects:
-            made = await self._ensure(finetunejob, body)
-        own_writes.created[made["metadata"]["name"]] = made
-        own_writes.until = time.monotonic() + OWN_WRITES_SECONDS
 
     async def _gpu_nodes(
         self, finetunejob: ObservedFineTuneJob, spec: FineTuneJobSpec
@@ -219,14 +264,16 @@ class Reconciler:
             logger.info("No right to read the nodes' GPU memory.", extra={"finetunejob": key})
             return ()
 
-    async def _ensure(self, finetunejob: ObservedFineTuneJob, body: JsonObject) -> JsonObject:
+    async def _ensure(
+        self, finetunejob: ObservedFineTuneJob, body: JsonObject, *, dry_run: bool = False
+    ) -> JsonObject:
         """Create an object, or return the existing one if this FineTuneJob owns it."""
         try:
-            return await self._cluster.create(body)
+            return await self._cluster.create(body, dry_run=dry_run)
         except AlreadyExistsError:
             meta = body["metadata"]
             found = await self._cluster.get(body["kind"], meta["namespace"], meta["name"])
-            if controller_uid(found) != finetunejob.uid:
+            if not is_controlled_by(found, finetunejob):
                 message = f"{body['kind']} {meta['name']} exists and belongs to someone else"
                 raise ForbiddenError(message) from None
             return found
@@ -270,8 +317,11 @@ class Reconciler:
         """The own writes about this object; none if there were none, or if they have expired."""
         own_writes = self._own_writes.get(key)
         expired = own_writes is not None and own_writes.until < time.monotonic()
-        if own_writes is None or own_writes.uid != finetunejob.uid or expired:
+        if own_writes is None or own_writes.uid != finetunejob.uid:
             own_writes = self._own_writes[key] = _OwnWrites(finetunejob.uid)
+        elif expired:
+            stale = own_writes.stale
+            own_writes = self._own_writes[key] = _OwnWrites(finetunejob.uid, stale=stale)
         return own_writes
 
     def _forget(self, key: str) -> None:

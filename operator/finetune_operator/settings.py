@@ -56,7 +56,7 @@ class Settings(BaseModel):
     """Seconds between two looks at every FineTuneJob, whether or not something happened."""
 
     secret_grace_seconds: Annotated[float, Field(ge=0)] = 30
-    """Seconds that a Secret may be missing while its pod waits, before the FineTuneJob fails."""
+    """Seconds that a Secret may be missing while its pod waits, before that is called Degraded."""
 
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 30
     """Seconds that one request to the API server may take."""

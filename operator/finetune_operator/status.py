@@ -30,6 +30,11 @@ PHASES = {
 AS_EXPECTED = "AsExpected"
 ALL_WELL = "Nothing needs attention."
 RETRYING = "Retrying"
+VERSION_SKEW = "VersionSkew"
+SKEW_WORDS = (
+    "This operator doesn't know {}, and leaves it out of account. Upgrade the operator to the "
+    "version of the CustomResourceDefinition."
+)
 MESSAGE_LIMIT = 1024  # characters of a message in a condition, an event or a stage
 
 
@@ -112,15 +117,24 @@ def succeeded_summary(message: str) -> Summary:
 
 
 def conditions(
-    previous: Iterable[Condition], summary: Summary, generation: int, now: datetime
+    previous: Iterable[Condition],
+    summary: Summary,
+    generation: int,
+    now: datetime,
+    not_understood: Iterable[str] = (),
 ) -> tuple[Condition, ...]:
-    """The three conditions; one whose status is unchanged keeps its transition time."""
+    """The three conditions, and VersionSkew where fields were not understood.
+
+    One whose status is unchanged keeps its transition time.
+    """
     before = {condition.type: condition for condition in previous}
     claims = {
         "Ready": summary.ready,
         "Progressing": summary.progressing,
         "Degraded": summary.degraded,
     }
+    if fields := ", ".join(not_understood):
+        claims[VERSION_SKEW] = ConditionValue(True, "NotUnderstood", SKEW_WORDS.format(fields))
     return tuple(
         _condition(kind, claim, before.get(kind), generation, now) for kind, claim in claims.items()
     )

@@ -18,10 +18,10 @@ from finetune_trainer.contract import (
     Stage,
     StageError,
     StageResult,
+    Tolerated,
     read_run_config,
 )
 from finetune_trainer.local import commands
-from finetune_trainer.local.quality_table import show_quality
 from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.logs import FORMAT_VARIABLE, LogFormat, set_up_libraries
 from finetune_trainer.runtime.reporter import Reporter, reporter_for
@@ -125,16 +125,19 @@ def _run_stages(
     workspace = workspace.absolute()
     current = [stages[0]]
 
-    config = _read(config_file)
-    if isinstance(config, StageError):
-        log.error("%s: %s", config.reason, config.message)
-        _finish(as_result(stages[0], config), termination_log)
+    read = _read(config_file)
+    if isinstance(read, StageError):
+        log.error("%s: %s", read.reason, read.message)
+        _finish(as_result(stages[0], read), termination_log)
+    ignored = _say_what_is_ignored(read)
+    config = read.value
     reporter = reporter_for(config.job)
     stop_on_signal(lambda: current[0], termination_log, reporter)
     with reporter:
         result = _chain(stages, current, config, workspace, reporter)
+    result = result.model_copy(update={"message": result.message + ignored})
     if sys.stdout.isatty():
-        show_quality(result.artifacts)
+        commands.show_quality(result.artifacts)
     _finish(result, termination_log)
 
 
@@ -160,7 +163,16 @@ def _chain(
     return result
 
 
-def _read(path: Path) -> RunConfig | StageError:
+def _say_what_is_ignored(read: Tolerated[RunConfig]) -> str:
+    """Warn of fields from a newer operator; return what to add to the result's message."""
+    if not read.unknown:
+        return ""
+    words = f"this trainer image is older than the operator and ignores {', '.join(read.unknown)}"
+    log.warning("run.json: %s", words)
+    return f" ({words})"
+
+
+def _read(path: Path) -> Tolerated[RunConfig] | StageError:
     try:
         return read_run_config(path)
     except ValidationError as error:

@@ -153,7 +153,7 @@ class Condition(Base):
     """The standard condition (meta/v1 Condition)."""
 
     type: str
-    """Ready, Progressing or Degraded."""
+    """Ready, Progressing or Degraded; VersionSkew where it holds."""
 
     status: Literal["True", "False", "Unknown"]
     """Whether it holds."""

@@ -250,7 +250,10 @@ class Lineage(Base):
     """Examples held out."""
 
     model_revision: str | None = None
-    """Commit or digest of the base model."""
+    """A digest over the base model's files that are used."""
+
+    model_commit: str | None = None
+    """Commit of a Hub model."""
 
     image: str | None = None
     """Trainer image that exported."""
@@ -278,7 +281,8 @@ class FineTuneJobStatus(Base):
         ),
     ] = ()
     """Ready (the artifacts are there), Progressing (a stage is at work) and Degraded (it failed,
-    or something needs attention)."""
+    or something needs attention). VersionSkew is there only while the operator doesn't understand
+    all of spec and status."""
 
     stages: Annotated[
         tuple[StageStatus, ...],

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
-from finetune_operator.api.finetunejob import Phase, StageState, StageStatus
+from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan import results
-from finetune_operator.plan.draft import Draft, Event, Plan, Policy, StartStage, StopJob
+from finetune_operator.plan.draft import Draft, Event, Plan, Policy, StartStage
 from finetune_operator.plan.verdict import Done, Failure, Pending, judge
 from finetune_operator.status import (
     PendingReason,
@@ -35,17 +35,19 @@ def plan(
     now: datetime,
     *,
     stages_with_old_pods: frozenset[Stage] = frozenset(),
+    denial: str | None = None,
 ) -> Plan:
     """Decide what to do next to get the artifacts that the spec asks for.
 
     `jobs` are the attempts so far. `pod_settings` maps each stage to the digest of the settings
-    that its pods would get now. In `stages_with_old_pods`, a pod of an earlier FineTuneJob of the
-    same name still runs.
+    that its pods would get now. Of `stages_with_old_pods`, a pod still runs whose Job is gone, or
+    one of an earlier FineTuneJob of the same name. `denial` is what the API server said when a
+    stage was about to be started.
     """
     if finetunejob.deleting or _is_settled(finetunejob):
         return Plan(finetunejob.status)
     if finetunejob.spec is None:
-        return refuse(finetunejob, jobs, Reason.INVALID_SPEC, finetunejob.spec_error or "", now)
+        return refuse(finetunejob, Reason.INVALID_SPEC, finetunejob.spec_error or "", now)
     draft = Draft(
         finetunejob,
         finetunejob.spec,
@@ -54,6 +56,7 @@ def plan(
         policy=policy,
         now=now,
         stages_with_old_pods=stages_with_old_pods,
+        denial=denial,
     )
     for stage in Stage:
         _follow_stage(draft, stage)
@@ -62,8 +65,19 @@ def plan(
 
 
 def _is_settled(finetunejob: ObservedFineTuneJob) -> bool:
+    """Whether there is nothing left to do, or to follow, for this generation."""
     status = finetunejob.status
-    return status.observed_generation == finetunejob.generation and status.phase in TERMINAL
+    if status.observed_generation != finetunejob.generation:
+        return False
+    if any(stage.state is StageState.RUNNING for stage in status.stages):
+        return False
+    claims = {each.type: each for each in status.conditions}
+    if status.phase is None:  # or in a phase that only a newer operator knows
+        return "Progressing" in claims and claims["Progressing"].status == "False"
+    if "Degraded" in claims and claims["Degraded"].reason == Reason.INVALID_SPEC:
+        # Another version of the operator may have refused what this one can read.
+        return finetunejob.spec is None
+    return status.phase in TERMINAL
 
 
 def _follow_stage(draft: Draft, stage: Stage) -> None:
@@ -92,6 +106,8 @@ def _follow_stage(draft: Draft, stage: Stage) -> None:
         case Failure():
             results.record_published_files(draft, job, verdict)
             _record_failure(draft, stage, verdict)
+            if _newer_jobs(draft, stage):
+                _follow_stage(draft, stage)  # the next attempt was started without a word in status
 
 
 def _remember_disruption(draft: Draft, stage: Stage, disruption: Failure) -> None:
@@ -104,25 +120,32 @@ def _current_job(draft: Draft, stage: Stage) -> ObservedJob | None:
     status, jobs = draft.stages[stage], draft.jobs_of(stage)
     if status.state is StageState.RUNNING:
         mine = [job for job in jobs if job.attempt == status.attempt]
-        if not mine:
-            # Somebody deleted the Job, or its TTL did while the operator was down. Start the same
-            # attempt again. If the watch just doesn't show the Job yet, its name prevents a second.
-            _undo_start(draft, stage)
-        return min(mine, key=lambda job: job.deleting, default=None)
+        if mine:
+            return min(mine, key=lambda job: job.deleting)
+        if _newer_jobs(draft, stage):
+            return _adopt(draft, stage)
+        # Somebody deleted the Job, or its TTL did while the operator was down, or the operator died
+        # before it made it. Start the same attempt again. If the watch just doesn't show the Job
+        # yet, its name prevents a second.
+        _undo_start(draft, stage)
+        return None
     if status.state is StageState.PENDING:
-        return _adopt(draft, stage, jobs)
+        return _adopt(draft, stage)
     return None
 
 
-def _adopt(draft: Draft, stage: Stage, jobs: Sequence[ObservedJob]) -> ObservedJob | None:
-    """Find a Job that was started although status doesn't say so, and record it as running."""
+def _newer_jobs(draft: Draft, stage: Stage) -> list[ObservedJob]:
+    """Jobs that were started although status doesn't say so, whether or not they have ended."""
     attempt = draft.stages[stage].attempt
-    newer = [job for job in jobs if job.attempt > attempt and not job.deleting]
-    newer = [job for job in newer if not _has_outdated_settings(draft, job)]
-    if not newer:
-        return None
-    job = max(newer, key=lambda job: job.attempt)
-    _mark_running(draft, stage, job.attempt, job.created)
+    newer = [job for job in draft.jobs_of(stage) if job.attempt > attempt and not job.deleting]
+    return [job for job in newer if not _has_outdated_settings(draft, job)]
+
+
+def _adopt(draft: Draft, stage: Stage) -> ObservedJob | None:
+    """Record the next of them as running; when it has ended, the one after it follows."""
+    job = min(_newer_jobs(draft, stage), key=lambda job: job.attempt, default=None)
+    if job is not None:
+        _mark_running(draft, stage, job.attempt, job.created)
     return job
 
 
@@ -210,6 +233,9 @@ def _start(draft: Draft, stage: Stage) -> None:
             "Stopping", f"{stage} starts when its earlier pod has stopped."
         )
         return
+    if draft.denial is not None:
+        _wait_for_admission(draft, stage, draft.denial)
+        return
     if key is None:
         raise ValueError(f"{stage} has no fingerprint though prepare succeeded")
     attempt = status.attempt + 1
@@ -217,6 +243,13 @@ def _start(draft: Draft, stage: Stage) -> None:
     draft.add_action(StartStage(stage, key, attempt, resolved))
     draft.add_event("StageStarted", f"Started {stage}, attempt {attempt}.")
     _mark_running(draft, stage, attempt, draft.now)
+
+
+def _wait_for_admission(draft: Draft, stage: Stage, words: str) -> None:
+    message = f"The API server denies the Job of {stage}; it is tried again. It says: {words}"
+    draft.pending_reasons[stage] = PendingReason(Reason.REQUEST_DENIED, message, degraded=True)
+    if shorten(message) not in {each.message for each in draft.finetunejob.status.conditions}:
+        draft.add_warning(Reason.REQUEST_DENIED, message)
 
 
 def _retry_delay(status: StageStatus, policy: Policy, now: datetime) -> timedelta:
@@ -242,32 +275,32 @@ def _finish(draft: Draft) -> Plan:
     return draft.finish(Stage.EXPORT, succeeded_summary(message))
 
 
-def refuse(
-    finetunejob: ObservedFineTuneJob,
-    jobs: Sequence[ObservedJob],
-    reason: Reason,
-    message: str,
-    now: datetime,
-) -> Plan:
-    """Fail for good, and stop all Jobs of an earlier spec."""
+def refuse(finetunejob: ObservedFineTuneJob, reason: Reason, message: str, now: datetime) -> Plan:
+    """Fail for good, since nothing can be made of this spec.
+
+    What runs goes on: it is of an earlier spec, or of this one as another version read it.
+    """
     message = shorten(message)
     known = {stage.name: stage for stage in finetunejob.status.stages}
     summary = refused_summary(reason, message)
-    status = finetunejob.status.model_copy(
+    before, generation = finetunejob.status, finetunejob.generation
+    status = before.model_copy(
         update={
-            "observed_generation": finetunejob.generation,
+            "observed_generation": generation,
             "phase": summary.phase,
-            "stages": tuple(_halted(known.get(name, StageStatus(name=name))) for name in Stage),
+            "stages": tuple(known.get(name, StageStatus(name=name)) for name in Stage),
             "conditions": conditions(
-                finetunejob.status.conditions, summary, finetunejob.generation, now
+                before.conditions, summary, generation, now, finetunejob.not_understood
             ),
         }
     )
-    stops = tuple(StopJob(job.name, job.uid) for job in jobs if job.active and not job.deleting)
-    return Plan(status, actions=stops, events=(Event("Warning", reason, message),))
+    is_news = _degraded_words(before) != _degraded_words(status)
+    return Plan(status, events=(Event("Warning", reason, message),) if is_news else ())
 
 
-def _halted(stage: StageStatus) -> StageStatus:
-    if stage.state is not StageState.RUNNING:
-        return stage
-    return stage.model_copy(update={"state": StageState.PENDING, "start_time": None})
+def _degraded_words(status: FineTuneJobStatus) -> list[tuple[str, int]]:
+    return [
+        (each.message, each.observed_generation)
+        for each in status.conditions
+        if each.type == "Degraded"
+    ]

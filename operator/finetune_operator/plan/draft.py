@@ -71,7 +71,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Policy:
-    """How long to wait before a failure is declared, and between attempts."""
+    """How long to wait before something is said to be wrong, and between attempts."""
 
     secret_grace: timedelta = timedelta(seconds=30)
     """A Secret may be created a little later than the FineTuneJob that names it."""
@@ -140,6 +140,7 @@ class Draft:
         policy: Policy,
         now: datetime,
         stages_with_old_pods: frozenset[Stage],
+        denial: str | None,
     ) -> None:
         self.finetunejob = finetunejob
         self.spec = spec
@@ -148,6 +149,7 @@ class Draft:
         self.policy = policy
         self.now = now
         self.stages_with_old_pods = stages_with_old_pods
+        self.denial = denial
         self.stages = _stages(finetunejob)
         self.found = StageResults.in_status(finetunejob.status)
         self.pending_reasons: dict[Stage, PendingReason] = {}
@@ -205,7 +207,13 @@ class Draft:
             observed_generation=generation,
             phase=summary.phase,
             stage=stage,
-            conditions=conditions(previous.conditions, summary, generation, self.now),
+            conditions=conditions(
+                previous.conditions,
+                summary,
+                generation,
+                self.now,
+                self.finetunejob.not_understood,
+            ),
             stages=tuple(self.stages.values()),
             version=self.found.version,
             artifacts=self.found.artifacts,
@@ -225,8 +233,9 @@ class Draft:
         )
 
     def _is_current(self, job: ObservedJob) -> bool:
+        """Whether it is the attempt at work, or one after it, which takes its place in time."""
         stage = self.stages[job.stage]
-        current = job.stage_key == self.stage_key(job.stage) and job.attempt == stage.attempt
+        current = job.stage_key == self.stage_key(job.stage) and job.attempt >= stage.attempt
         return stage.state is StageState.RUNNING and current
 
 

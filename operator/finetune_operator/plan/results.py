@@ -38,7 +38,7 @@ def record_success(draft: Draft, job: ObservedJob, done: Done) -> None:
         draft.found.metrics = dict(result.metrics)
     match stage:
         case Stage.PREPARE if result is not None and result.resolved is not None:
-            _record_resolved(draft, result, result.resolved)
+            _record_resolved(draft, job, result, result.resolved)
         case Stage.EXPORT:
             _record_artifacts(draft, result, job.image)
             warn_of_failed_files(draft, result, OVER_LIMIT)
@@ -67,7 +67,9 @@ def record_dataset(draft: Draft, job: ObservedJob) -> None:
     draft.found.dataset = result.dataset if result is not None and mine else None
 
 
-def _record_resolved(draft: Draft, result: StageResult, resolved: Resolved) -> None:
+def _record_resolved(
+    draft: Draft, job: ObservedJob, result: StageResult, resolved: Resolved
+) -> None:
     """Compare the fingerprints that `prepare` computed with those in status, stage by stage."""
     complete = set(result.complete)
     if Stage.EXPORT in complete:
@@ -75,7 +77,7 @@ def _record_resolved(draft: Draft, result: StageResult, resolved: Resolved) -> N
     draft.found.resolved = resolved
     draft.change(Stage.PREPARE, fingerprint=resolved.fingerprints.prepare)
     kept = {
-        stage: _resolve_stage(draft, stage, resolved, cached=stage in complete)
+        stage: _resolve_stage(draft, stage, resolved, job, cached=stage in complete)
         for stage in (Stage.TRAIN, Stage.EXPORT)
     }
     if not kept[Stage.TRAIN] and not result.metrics:
@@ -84,7 +86,9 @@ def _record_resolved(draft: Draft, result: StageResult, resolved: Resolved) -> N
         _record_artifacts(draft, result, image=None)
 
 
-def _resolve_stage(draft: Draft, stage: Stage, resolved: Resolved, *, cached: bool) -> bool:
+def _resolve_stage(
+    draft: Draft, stage: Stage, resolved: Resolved, prepare: ObservedJob, *, cached: bool
+) -> bool:
     """Update one stage; return whether its status stayed as it was."""
     before = draft.stages[stage]
     fingerprint: str = getattr(resolved.fingerprints, stage)
@@ -105,9 +109,14 @@ def _resolve_stage(draft: Draft, stage: Stage, resolved: Resolved, *, cached: bo
         draft.add_event("StageCached", f"The object store already holds the result of {stage}.")
     else:
         draft.stages[stage] = StageStatus(name=stage, fingerprint=fingerprint)
-        # The number of an attempt is part of its Job's name, so skip those of ended Jobs. An active
-        # Job is the next attempt itself: it was started before status could be written.
-        used = [job.attempt for job in draft.jobs_of(stage) if job.finished or job.deleting]
+        # The number of an attempt is part of its Job's name, so skip those of ended Jobs from
+        # before `prepare`. Any other Job is the next attempt itself: it was started, and has maybe
+        # ended, before status could be written. (The API server dates both.)
+        used = [
+            job.attempt
+            for job in draft.jobs_of(stage)
+            if job.deleting or (job.finished and job.created < prepare.created)
+        ]
         draft.change(stage, attempt=max([before.attempt if same else 0, *used]))
     return False
 
@@ -150,6 +159,7 @@ def _lineage(resolved: Resolved, image: str | None) -> Lineage:
         dataset_rows=resolved.dataset_rows,
         eval_rows=resolved.eval_rows,
         model_revision=resolved.model_revision,
+        model_commit=resolved.model_commit,
         image=image,
     )
 

@@ -113,6 +113,10 @@ def _failure(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
     result = pod.result
     if result is not None and result.reason is Reason.SUCCEEDED:
         result = None  # the exit code contradicts it
+    elif result is not None and result.reason is Reason.INTERNAL_ERROR:
+        # A reason that only a newer trainer knows is read as this one, but has its own exit code.
+        reason = _reason_of(pod.exit_code) or result.reason
+        result = result.model_copy(update={"reason": reason})
     if result is not None and not result.reason.retryable:
         # True whether or not the pod was disrupted as well.
         return Failure(result.reason, result.message, at, result=result)
@@ -143,11 +147,14 @@ def _without_result(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
     if code is None:
         return Failure(Reason.INTERNAL_ERROR, f"The pod of {stage} failed before it ran.", at)
     words = f": {pod.last_log_line}" if pod.last_log_line else "; its log may say why."
-    known = {int(each) for each in ExitCode}
-    reason = REASONS.get(ExitCode(code), Reason.INTERNAL_ERROR) if code in known else None
+    reason = _reason_of(code) or Reason.INTERNAL_ERROR
     message = f"{stage} ended with exit code {code}{words}"
-    free = reason is Reason.STOPPED
-    return Failure(reason or Reason.INTERNAL_ERROR, message, at, free=free)
+    return Failure(reason, message, at, free=reason is Reason.STOPPED)
+
+
+def _reason_of(code: int | None) -> Reason | None:
+    """The reason that an exit code stands for, if it stands for one."""
+    return REASONS.get(ExitCode(code)) if code in {int(each) for each in ExitCode} else None
 
 
 def _disrupted(stage: Stage, why: str, at: datetime) -> Failure:
@@ -262,9 +269,9 @@ def _missing_secret(stage: Stage, waiting: Waiting) -> str | None:
 
 
 def _secret_missing(missing: str, pod: ObservedPod, policy: Policy, now: datetime) -> Verdict:
+    """The kubelet goes on trying, so the stage starts as soon as the Secret is there."""
+    message = f"{missing}. Create it; the pod then starts by itself."
     left = policy.secret_grace - (now - pod.since)
-    if left > timedelta():
-        reason = PendingReason(Reason.SECRET_NOT_FOUND, f"{missing}. Create it.", degraded=True)
-        return Pending(reason, requeue_after=left.total_seconds())
-    message = f"{missing}. Create it, then delete this FineTuneJob and apply it again."
-    return Failure(Reason.SECRET_NOT_FOUND, message, now)
+    late = left <= timedelta()
+    reason = PendingReason(Reason.SECRET_NOT_FOUND, message, degraded=late)
+    return Pending(reason, requeue_after=None if late else left.total_seconds())

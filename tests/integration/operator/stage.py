@@ -95,6 +95,10 @@ class Namespace:
         status: Raw = found.get("status") or {}
         return {**status, "generation": found["metadata"]["generation"]}
 
+    def spec(self) -> Raw:
+        found: Raw = self._get(self._path("finetunejobs", "support"))["spec"]
+        return found
+
     def stage(self, stage: Stage) -> Raw:
         """What status says of a stage."""
         stages: list[Raw] = self.status().get("stages") or [{}, {}, {}]

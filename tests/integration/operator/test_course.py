@@ -86,13 +86,21 @@ def test_a_finished_job_does_not_need_its_jobs(here: Namespace) -> None:
     assert here.status() == before
 
 
-def test_a_training_whose_job_was_deleted_by_hand_starts_again(here: Namespace) -> None:
+def test_a_training_whose_job_was_deleted_by_hand_starts_again_when_its_pod_has_stopped(
+    here: Namespace,
+) -> None:
     here.apply()
     here.succeed(prepared())
-    first = here.start_pod(TRAIN)["metadata"]["uid"]
+    pod = here.pod(TRAIN)
+    here.bind(pod, "a-node")  # from now on it has its grace period
+    here.start_pod(TRAIN)
+    here.wait("train", lambda: here.stage(TRAIN).get("state") == "Running")
     here.plane.kubectl("delete", "jobs", "-n", here.name, "-l", "finetune.dev/stage=train")
-    # The garbage collector takes its time with the old pod.
-    here.wait("a new pod", lambda: here.pod(TRAIN)["metadata"]["uid"] != first)
+    # The Job is gone at once, its pod is not: it saves its last checkpoint.
+    here.wait("the operator to wait", lambda: here.condition("Progressing")[1] == "Stopping")
+    assert here.jobs() == [("prepare", 1)]
+    here.remove_pod(pod)
+    here.wait("a new pod", lambda: here.pod(TRAIN)["metadata"]["uid"] != pod["metadata"]["uid"])
     assert here.stage(TRAIN).get("failures", 0) == 0
 
 

@@ -31,15 +31,18 @@ def test_bad_input_fails_before_a_training_exists(
     assert ("Warning", reason) in here.events()
 
 
-def test_a_missing_secret_fails_by_name_and_is_not_waited_for(here: Namespace) -> None:
+def test_a_missing_secret_is_named_and_waited_for(here: Namespace) -> None:
     here.apply(storage={"secretRef": {"name": "bucket"}})
     waiting = {"reason": "CreateContainerConfigError", "message": 'secret "bucket" not found'}
     here.set_pod(here.pod(PREPARE), "Pending", {"waiting": waiting})
-    here.wait_phase("Failed")
-    _, reason, message = here.condition("Ready")
-    assert reason == "SecretNotFound"
+    here.wait("Degraded", lambda: here.condition("Degraded")[1] == "SecretNotFound")
+    message = here.condition("Degraded")[2]
     assert "The Secret bucket doesn't exist in this namespace" in message
-    here.wait("the Job to be stopped", lambda: not here.children("jobs"))
+    assert here.status()["phase"] == "Preparing"
+    here.start_pod(PREPARE)  # as the kubelet does when the Secret is there
+    here.wait("no trouble", lambda: here.condition("Degraded")[0] == "False")
+    here.succeed(prepared())
+    here.wait_phase("Training")
 
 
 def test_an_image_that_cannot_be_pulled_is_trouble_but_not_the_end(here: Namespace) -> None:

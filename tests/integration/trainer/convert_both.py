@@ -16,8 +16,7 @@ sys.path[:0] = [str(llama_folder()), str(llama_folder() / "gguf-py")]
 
 import convert_hf_to_gguf  # type: ignore[import-not-found] # noqa: E402 - from there
 
-from finetune_trainer.export.gguf import convert_worker  # noqa: E402 - imports it as well
-from finetune_trainer.export.gguf.requests import ConvertRequest  # noqa: E402
+from finetune_trainer.export.gguf import ConvertRequest, convert_worker  # noqa: E402
 
 
 def plainly(folder: str, target: str, kind: str, name: str) -> None:

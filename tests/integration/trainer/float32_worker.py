@@ -76,7 +76,7 @@ def _let_accelerate_shard_on_a_cpu() -> None:
     AcceleratorState.__init__ = make
 
 
-def main(request: Path) -> int:
+def main(request: Path, parent: int) -> int:
     """Train; bfloat16 would hide the differences that the tests look for."""
     loading.compute_dtype = lambda: torch.float32
     gathered, guard = processes.gathered_state, reporting.guard_trackers
@@ -98,8 +98,8 @@ def main(request: Path) -> int:
 
     processes.gathered_state, reporting.guard_trackers = noting, guarding
     _let_accelerate_shard_on_a_cpu()
-    return train_worker.main(request)
+    return train_worker.main(request, parent)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -34,14 +34,14 @@ NO_MOUNT = 77  # this machine lets nobody mount a disk
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000  # <linux/sched.h>
 REQUEST_BYTES = 1 << 20
 COMMAND = "finetune_trainer"
-DIE_WITH_PARENT = "finetune_trainer.runtime.die_with_parent"
 # What takes seconds to import.
 MODULES = (
     "finetune_trainer.__main__",
     "finetune_trainer.prepare.stage",
     "finetune_trainer.train.stage",
     "finetune_trainer.train.recipe.train_worker",
-    "finetune_trainer.train.recipe.torchrun",
+    "finetune_trainer.train.recipe.processes",
+    "torch.distributed.run",
     "finetune_trainer.export.stage",
     "finetune_trainer.export.reference.float32",
     "finetune_trainer.store.s3",
@@ -115,14 +115,11 @@ class ForkedWorker(subprocess.Popen[bytes]):
     """What the stage starts as its worker: a fork of the stage itself, which dies with it."""
 
     def _execute_child(self, args: list[str], *_: Any) -> None:
-        # python -m finetune_trainer.runtime.die_with_parent <parent> python -m <module> <request>
-        parent, module, request = int(args[3]), args[-2], Path(args[-1])
+        # python -m <module> <request> <parent>
+        module, request, parent = args[2], Path(args[-2]), int(args[-1])
 
         def work() -> int:
-            from finetune_trainer.runtime.die_with_parent import die_with_parent
-
-            die_with_parent(parent)
-            status: int = importlib.import_module(module).main(request)
+            status: int = importlib.import_module(module).main(request, parent)
             return status
 
         self.pid = _fork(work, new_session=True)
@@ -310,8 +307,6 @@ def _run(request: dict[str, Any]) -> int:
     if disk := request["smallDisk"]:
         _mount(*disk)
     module, *arguments = request["command"]
-    if module == DIE_WITH_PARENT:  # it does not: its parent is the server
-        module, *arguments = arguments[3:]
     if module != COMMAND:
         for name in [name for name in sys.modules if name.partition(".")[0] == "gguf"]:
             del sys.modules[name]  # llama.cpp's converter brings its own
@@ -329,6 +324,13 @@ def _let_children_fork() -> None:
     from finetune_trainer.runtime import child
     from finetune_trainer.train.supervisor import training_session
 
+    die_with_parent = child.die_with_parent
+
+    def die_with_server(parent: int) -> None:
+        del parent  # who asked for this process; its parent is the server
+        die_with_parent(os.getppid())
+
+    child.die_with_parent = die_with_server
     popen = type("Popen", (Forked,), {"address": sys.argv[1]})
     child.subprocess = with_popen(popen)  # type: ignore[attr-defined]
     training_session.subprocess = with_popen(ForkedWorker)  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """Memory that runs out when it is told to: torch's own error, raised inside the real training.
 
-As a worker:  python -m tests.integration.trainer.full_memory worker work.json
+As a worker:  python -m tests.integration.trainer.full_memory worker work.json <pid>
 As the CLI, whose workers are these:  python -m tests.integration.trainer.full_memory train …
 """
 
@@ -146,7 +146,7 @@ def rows_of(inputs: dict[str, Any]) -> list[tuple[int, ...]]:
     return [tuple(row[:n].tolist()) for row, n in zip(ids, lengths, strict=True)]
 
 
-def worker(request: Path) -> int:
+def worker(request: Path, parent: int) -> int:
     """The real worker, on a machine whose memory is full."""
     from finetune_trainer.train.recipe import sft, train_worker
 
@@ -154,7 +154,7 @@ def worker(request: Path) -> int:
         Fault.model_validate_json(os.environ[VARIABLE]), request.parent / "memory-ran-out"
     )
     sft.build_trainer = full.wrap(sft.build_trainer)
-    return train_worker.main(request)
+    return train_worker.main(request, parent)
 
 
 class FullMemoryWorker(training_session.WorkerProcess):
@@ -178,5 +178,5 @@ def command() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "worker":
-        sys.exit(worker(Path(sys.argv[2])))
+        sys.exit(worker(Path(sys.argv[2]), int(sys.argv[3])))
     command()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from finetune_trainer.contract import Example, RunConfig
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import load_tokenizer
-from finetune_trainer.train.link.work import TrainingWork, default_plan
+from finetune_trainer.train.link import TrainingWork, default_plan
 from finetune_trainer.train.recipe import sft
 from finetune_trainer.train.recipe.data import TokenizedRows, tokenize
 from finetune_trainer.train.recipe.packing import prepare_packing

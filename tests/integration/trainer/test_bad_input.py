@@ -269,7 +269,7 @@ def test_a_public_hub_model_is_pinned_to_its_commit(
     again = trainer("prepare", run_config)
     assert again.result is not None
     assert again.result.resolved is not None
-    assert again.result.resolved.model_revision == COMMIT
+    assert again.result.resolved.model_commit == COMMIT
     assert len(again.result.complete) == 3
 
 

@@ -18,7 +18,7 @@ from finetune_trainer.contract import Notice, NoticeCode, Reason, StageError, Tr
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import encode, load_tokenizer, message_pair
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.train.link.work import Trained
+from finetune_trainer.train.link import Trained
 from finetune_trainer.train.recipe import sft
 from tests.integration.trainer.conftest import ATTENTION, MLP, ROWS, Trainer
 from tests.integration.trainer.recipe import Conversations, make_work

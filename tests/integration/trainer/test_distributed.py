@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from finetune_trainer.contract import Example, Notice, Reason, StageError
+from finetune_trainer.train.link import Failed, Trained, TrainingWork
 from finetune_trainer.train.link.channel import WorkerMessage, listening
-from finetune_trainer.train.link.work import Failed, Trained, TrainingWork
 from finetune_trainer.train.supervisor.ladder import descend, step_of
 from finetune_trainer.train.supervisor.setup import divide_step
 from finetune_trainer.train.supervisor.training_session import WorkerProcess

@@ -16,7 +16,7 @@ from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import load_model
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import load_tokenizer, message_pair
-from finetune_trainer.train.link.work import TrainingWork
+from finetune_trainer.train.link import TrainingWork
 from finetune_trainer.train.recipe import saving, sft
 from finetune_trainer.train.recipe.lora import count_trainable_parameters
 from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData

@@ -15,7 +15,7 @@ from finetune_trainer.contract import Notice, NoticeCode, Reason, RunConfig, Sta
 from finetune_trainer.model.tokenizer import IGNORED, message_pair
 from finetune_trainer.prepare.stage import check_held_out
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.train.link.work import Trained, TrainingWork
+from finetune_trainer.train.link import Trained, TrainingWork
 from finetune_trainer.train.recipe import sft
 from finetune_trainer.train.recipe.watch import BEST_ADAPTER, BestAdapter
 from tests.integration.trainer.conftest import ROWS

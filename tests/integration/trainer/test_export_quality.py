@@ -80,16 +80,15 @@ def test_a_refused_file_is_published_apart_and_the_export_is_not_complete(
     assert cached.complete == (Stage.PREPARE, Stage.TRAIN, Stage.EXPORT)
     assert figures(cached) == figures(result)
     assert (cached.version, cached.manifest_uri) == (result.version, result.manifest_uri)
-
-    # Back to what was refused: that is still known, and the good version stays current.
-    export["verify"] = "fail"
-    back = ended(trainer("run", {**run_config, "export": export}), code=15)
-    assert (back.version, back.artifacts) == (
-        refusal.version,
-        refusal.artifacts,
-    )
-    assert f"goes on naming version {result.version}" in back.message
+    goes_back_to(refusal, trainer, {**run_config, "export": {**export, "verify": "fail"}})
     assert current(moto, run_config["output"]["uri"]) == manifest
+
+
+def goes_back_to(refusal: StageResult, trainer: Trainer, config: dict[str, Any]) -> None:
+    """What was refused is still known, and the good version stays current."""
+    back = ended(trainer("run", config), code=15)
+    assert (back.version, back.artifacts) == (refusal.version, refusal.artifacts)
+    assert "goes on naming version " in back.message
 
 
 def current(moto: Credentials, uri: str) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
-from finetune_trainer.contract import Fingerprints, Hub, Reason, RunConfig, Stage, StageError
+from finetune_trainer.contract import Hub, Reason, Stage, StageError
 from finetune_trainer.export.publish.hub_push import TOKEN_VARIABLE, check_token, push
-from finetune_trainer.prepare.stage import complete_stages
+from finetune_trainer.prepare.stored import without_push
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder
-from finetune_trainer.store.marker import MANIFEST, PUSHED
+from finetune_trainer.store.marker import MANIFEST, PUSHED, find_complete
 from finetune_trainer.store.versions import Version, current, find_pushed
 from tests.integration.trainer.hub_push_server import TOKEN, PushHub, push_hub
 from tests.publishing import fingerprint, publish
@@ -176,14 +176,11 @@ def test_prepare_asks_for_an_export_until_the_push_is_done(
 ) -> None:
     files = {path: data for path, data in FILES.items() if not path.startswith("rejected/")}
     publish(output, tmp_path / "room", "fp", files)
-    prints = Fingerprints(prepare="p", train="t", export=fingerprint("fp"))
+    marker = find_complete(output, Stage.EXPORT, fingerprint("fp"))
+    assert marker is not None
 
     def held(target: Hub | None) -> set[Stage]:
-        asked = {"uri": str(output.root), "hub": target}
-        config = RunConfig.model_validate(
-            {"model": {"source": "a/b"}, "dataset": {"source": "/d.csv"}, "output": asked}
-        )
-        return set(complete_stages(config, output, prints))
+        return set(without_push({Stage.EXPORT: marker}, output, target))
 
     assert held(None) == {Stage.EXPORT}
     assert held(HUB) == {Stage.TRAIN}

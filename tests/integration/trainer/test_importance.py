@@ -12,10 +12,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from finetune_trainer.contract import Example
-from finetune_trainer.export.gguf import importance
+from finetune_trainer.export.gguf import INPUT_COUNTS, INPUT_SUMS, importance
 from finetune_trainer.export.gguf.files import GgufSource
 from finetune_trainer.export.gguf.importance import chunks, write_importance
-from finetune_trainer.export.gguf.requests import INPUT_COUNTS, INPUT_SUMS
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import load_tokenizer
 from finetune_trainer.runtime.reporter import Reporter

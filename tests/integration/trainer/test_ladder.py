@@ -16,8 +16,8 @@ from finetune_trainer.contract import Notice, NoticeCode, Reason, StageResult
 from finetune_trainer.model.tokenizer import message_pair
 from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.reporter import Reporter
+from finetune_trainer.train.link import Failed, Trained, TrainingWork, as_failed
 from finetune_trainer.train.link.channel import listening
-from finetune_trainer.train.link.work import Failed, Trained, TrainingWork, as_failed
 from finetune_trainer.train.recipe import sft
 from finetune_trainer.train.supervisor import training_session
 from finetune_trainer.train.supervisor.ladder import descend, step_of

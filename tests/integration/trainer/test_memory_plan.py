@@ -10,7 +10,7 @@ import pytest
 from finetune_trainer.contract import PreparedRunConfig, Reason, StageError, TrainingPlan
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train import stage
-from finetune_trainer.train.link.work import Failed, TrainingWork
+from finetune_trainer.train.link import Failed, TrainingWork
 from finetune_trainer.train.supervisor import setup, training_session
 from finetune_trainer.train.supervisor.setup import Gpu
 from tests.integration.trainer.conftest import Trainer

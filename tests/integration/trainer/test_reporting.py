@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from finetune_trainer.contract import JobReference, Reason, StageError, Tracker
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.train.link.work import Trained, TrainingWork
+from finetune_trainer.train.link import Trained, TrainingWork
 from finetune_trainer.train.recipe import reporting, sft
 from finetune_trainer.train.supervisor import setup
 from tests.integration.trainer.recipe import make_work

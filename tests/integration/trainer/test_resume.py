@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 from finetune_trainer.contract import RunConfig
-from finetune_trainer.contract.fingerprint import fingerprints
+from finetune_trainer.contract.fingerprint import digest
 from hack.object_store import Credentials
 from tests.integration.trainer.conftest import Processes, Trainer, write_csv
 from tests.integration.trainer.fork_server import NO_MOUNT, ForkServer
@@ -95,8 +95,7 @@ class Trainings:
         )
         resolved = config.resolved
         assert resolved is not None
-        prints = fingerprints(config, resolved.dataset_etag, resolved.model_revision)
-        assert prints.prepare == resolved.fingerprints.prepare
+        prints = resolved.fingerprints.model_copy(update={"train": digest(training)})
         resolved = resolved.model_copy(update={"fingerprints": prints})
         config = config.model_copy(update={"resolved": resolved})
         self._copy_prepared(config.output.uri)

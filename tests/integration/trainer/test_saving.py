@@ -17,8 +17,7 @@ from transformers.trainer_callback import ExportableState
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import load_tokenizer, message_pair
-from finetune_trainer.train.link import upload_lag
-from finetune_trainer.train.link.work import InterruptedTrainingError, TrainingWork
+from finetune_trainer.train.link import InterruptedTrainingError, TrainingWork, upload_lag
 from finetune_trainer.train.recipe import saving, sft
 from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData
 from tests.integration.trainer.recipe import make_work

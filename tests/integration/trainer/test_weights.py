@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finetune_trainer.contract import StageError
-from finetune_trainer.export.merge import MergedWeights, merged
+from finetune_trainer.export import merge
+from finetune_trainer.export.merge import MergedWeights
 from finetune_trainer.export.merge.deltas import Delta, read_adapter
 from finetune_trainer.export.merge.model_folder import write_merged
 from tests.integration.trainer.adapters import (
@@ -113,7 +114,7 @@ def test_a_block_of_rows_with_dora_has_the_bits_of_the_whole() -> None:
 def test_rows_are_those_of_the_whole_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merged, "SPAN_BYTES", 1)  # several spans also for tiny tensors
+    monkeypatch.setattr(merge, "SPAN_BYTES", 1)  # several spans also for tiny tensors
     base = save_base(tmp_path / "base")
     weights = MergedWeights.open(base, save_adapter(base, tmp_path / "adapter"))
     theirs = load_file(merge_in_memory(base, tmp_path / "adapter", tmp_path / "theirs") / SINGLE)

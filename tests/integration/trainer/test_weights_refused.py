@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from finetune_trainer.contract import Reason, StageError
-from finetune_trainer.export.merge import MergedWeights, merged
+from finetune_trainer.export import merge
+from finetune_trainer.export.merge import MergedWeights
 from finetune_trainer.export.merge.model_folder import write_merged
 from tests.integration.trainer.adapters import (
     INDEX,
@@ -126,7 +127,7 @@ def test_an_adapter_that_is_not_finite(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, value: float
 ) -> None:
     """Also in rows that nobody has to look at to see that the module changes."""
-    monkeypatch.setattr(merged, "SPAN_BYTES", 1)
+    monkeypatch.setattr(merge, "SPAN_BYTES", 1)
     adapter = save_adapter(base, tmp_path / "adapter", target_modules=["gate_proj"])
     name = f"base_model.model.model.layers.0.mlp.gate_proj.lora_{part}.weight"
     change(adapter / WEIGHTS, lambda tensors: tensors[name].view(-1)[-1].fill_(value))

@@ -7,6 +7,7 @@ from typing import Any
 
 from finetune_operator.observe import ObservedJob, ObservedPod, observe_jobs
 from finetune_trainer.contract import Reason, Stage, StageResult
+from tests.unit.operator.build import finetunejob
 
 OWNER = {"kind": "FineTuneJob", "name": "support", "uid": "uid-1", "controller": True}
 FINGERPRINT = "f" * 64
@@ -41,6 +42,7 @@ def raw_pod(name: str = "pod-1", created: str = "12:00:01", **status: Any) -> di
         "kind": "Pod",
         "metadata": {
             "name": name,
+            "namespace": "ml",
             "uid": f"uid-{name}",
             "creationTimestamp": f"2026-11-24T{created}Z",
             "ownerReferences": [{"kind": "Job", "uid": "job-uid", "controller": True}],
@@ -75,7 +77,7 @@ FAILED = [{"type": "Failed", "status": "True", "lastTransitionTime": "2026-11-24
 
 
 def observed(*pods: dict[str, Any], **status: Any) -> ObservedJob:
-    (job,) = observe_jobs("uid-1", [raw_job(**status)], pods)
+    (job,) = observe_jobs(finetunejob(), [raw_job(**status)], pods)
     return job
 
 

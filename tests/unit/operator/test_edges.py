@@ -11,7 +11,7 @@ import pytest
 from kubernetes.aio import client
 
 from finetune_operator import cluster
-from finetune_operator.logs import HumanLine, JsonLine
+from finetune_operator.monitoring import HumanLine, JsonLine
 
 
 def refusal(status: int, **body: Any) -> client.ApiException:
@@ -23,12 +23,12 @@ def refusal(status: int, **body: Any) -> client.ApiException:
 @pytest.mark.parametrize(
     ("status", "reason", "expected"),
     [
-        (400, "BadRequest", cluster.InvalidError),
+        (400, "BadRequest", cluster.DeniedError),
         (403, "Forbidden", cluster.ForbiddenError),
         (404, "NotFound", cluster.NotFoundError),
         (409, "AlreadyExists", cluster.AlreadyExistsError),
         (409, "Conflict", cluster.ConflictError),
-        (422, "Invalid", cluster.InvalidError),
+        (422, "Invalid", cluster.DeniedError),
         (429, "TooManyRequests", cluster.UnavailableError),
         (500, "InternalError", cluster.UnavailableError),
     ],
@@ -41,6 +41,34 @@ def test_a_refusal_becomes_an_error_of_our_own(
     assert type(error) is expected
     assert str(error) == "GET /x: no such luck"
     assert error.detail == "no such luck"
+
+
+FIELD = {"reason": "FieldValueInvalid", "field": "spec.template", "message": "must be"}
+UNDECODABLE = 'Job in version "v1" cannot be handled as a Job: quantities must match'
+WEBHOOK = 'admission webhook "images.example.org" denied the request: no'
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "causes", "expected"),
+    [
+        pytest.param(422, 'Job "x" is invalid', [FIELD], cluster.InvalidError, id="a field"),
+        pytest.param(400, UNDECODABLE, [], cluster.InvalidError, id="a value of the wrong form"),
+        pytest.param(400, WEBHOOK, [], cluster.DeniedError, id="a webhook"),
+        pytest.param(422, WEBHOOK, [FIELD], cluster.DeniedError, id="a webhook that names a field"),
+        pytest.param(
+            422,
+            "jobs \"x\" is forbidden: ValidatingAdmissionPolicy 'images' denied request: no",
+            [{"message": "no"}],
+            cluster.DeniedError,
+            id="a policy",
+        ),
+    ],
+)
+def test_only_a_fault_in_a_field_is_the_specs(
+    status: int, message: str, causes: list[Any], expected: type[cluster.ClusterError]
+) -> None:
+    refused = refusal(status, message=message, details={"causes": causes})
+    assert type(cluster._convert(refused, "POST /x")) is expected
 
 
 async def test_nodes_are_not_listed_again_within_a_minute(

@@ -7,14 +7,15 @@ from typing import Any, cast
 import kopf
 
 from finetune_operator.cluster import Cluster, Credentials
-from finetune_operator.handlers import Watches, _index_pod, kopf_settings
+from finetune_operator.handlers import Watches, _index_job, _index_pod, kopf_settings
 from finetune_operator.reconcile import Snapshot
 
 KEY = "ml/support"
+MINE = "uid/ml/uid-1"
 
 
 def raw(uid: str, created: str = "2026-11-24T12:00:00Z") -> dict[str, Any]:
-    return {"metadata": {"uid": uid, "creationTimestamp": created}}
+    return {"metadata": {"namespace": "ml", "uid": uid, "creationTimestamp": created}}
 
 
 class FakeCluster:
@@ -48,8 +49,8 @@ async def test_a_snapshot_holds_the_children_of_that_very_object() -> None:
     world = World()
     await world.shows(
         [raw("uid-1")],
-        jobs={"uid-1": [raw("job-1")], "uid-2": [raw("job-2")]},
-        pods={"uid-1": [raw("pod-1")]},
+        jobs={MINE: [raw("job-1")], "uid/ml/uid-2": [raw("job-2")]},
+        pods={MINE: [raw("pod-1")]},
     )
     expected = Snapshot(raw("uid-1"), (raw("job-1"),), (raw("pod-1"),))
     assert world.watches.snapshot(KEY) == expected
@@ -60,7 +61,7 @@ async def test_pods_of_an_earlier_object_of_that_name_are_told_apart() -> None:
     mine, old = raw("pod-1"), raw("pod-2")
     mine["metadata"]["labels"] = {"finetune.dev/job-uid": "uid-1"}
     old["metadata"]["labels"] = {"finetune.dev/job-uid": "uid-0"}
-    await world.shows([raw("uid-1")], pods={"uid-1": [mine], "uid-0": [old], KEY: [mine, old]})
+    await world.shows([raw("uid-1")], pods={MINE: [mine], "uid/ml/uid-0": [old], KEY: [mine, old]})
     snapshot = world.watches.snapshot(KEY)
     assert snapshot is not None
     assert (snapshot.pods, snapshot.earlier_pods) == ((mine,), (old,))
@@ -69,9 +70,24 @@ async def test_pods_of_an_earlier_object_of_that_name_are_told_apart() -> None:
 async def test_a_pod_is_found_by_its_owners_uid_and_by_its_name() -> None:
     pod = raw("pod-1")
     pod["metadata"]["labels"] = {"finetune.dev/job-uid": "uid-1"}
-    assert await _index_pod("ml", cast(kopf.Body, pod)) == {"uid-1": pod}
+    assert await _index_pod("ml", cast(kopf.Body, pod)) == {MINE: pod}
     pod["metadata"]["annotations"] = {"finetune.dev/job-name": "support"}
-    assert await _index_pod("ml", cast(kopf.Body, pod)) == {"uid-1": pod, KEY: pod}
+    assert await _index_pod("ml", cast(kopf.Body, pod)) == {MINE: pod, KEY: pod}
+
+
+async def test_children_in_another_namespace_are_not_ours() -> None:
+    """Whoever may create pods there could write our uid on one, with a result of his own."""
+    world = World()
+    forged_pod, forged_job = raw("pod-1"), raw("job-1")
+    forged_pod["metadata"]["labels"] = {"finetune.dev/job-uid": "uid-1"}
+    owner = {"kind": "FineTuneJob", "uid": "uid-1", "controller": True}
+    forged_job["metadata"]["ownerReferences"] = [owner]
+    await world.shows(
+        [raw("uid-1")],
+        jobs={k: [v] for k, v in (await _index_job("theirs", cast(kopf.Body, forged_job))).items()},
+        pods={k: [v] for k, v in (await _index_pod("theirs", cast(kopf.Body, forged_pod))).items()},
+    )
+    assert world.watches.snapshot(KEY) == Snapshot(raw("uid-1"), (), ())
 
 
 async def test_what_is_not_watched_is_gone() -> None:
@@ -91,7 +107,7 @@ async def test_while_an_object_is_replaced_the_newer_one_counts() -> None:
 
 async def test_a_resync_drops_what_vanished_unseen_and_looks_at_all() -> None:
     world = World("uid-1", "job-1")
-    await world.shows([raw("uid-1")], jobs={"uid-1": [raw("job-1"), raw("ghost")]})
+    await world.shows([raw("uid-1")], jobs={MINE: [raw("job-1"), raw("ghost")]})
     await world.watches.resync(())
     snapshot = world.watches.snapshot(KEY)
     assert snapshot is not None

@@ -14,14 +14,16 @@ from finetune_operator.observe import (
     ReportedProgress,
     observe_finetunejob,
     observe_jobs,
+    pods_without_job,
     stages_at_work,
 )
 from finetune_trainer.contract import Notice, NoticeCode, Stage
-from tests.unit.operator.build import SPEC
+from tests.unit.operator.build import SPEC, finetunejob
 from tests.unit.operator.raw import (
     FAILED,
     FINGERPRINT,
     OWNER,
+    RESULT,
     RUNS,
     container,
     moment,
@@ -116,12 +118,50 @@ def test_stages_of_pods_that_still_run() -> None:
     assert stages_at_work(pods) == {Stage.TRAIN}
 
 
+@pytest.mark.parametrize(
+    ("deleting", "may_work"),
+    [pytest.param(False, True, id="may yet start"), pytest.param(True, False, id="never starts")],
+)
+def test_a_pod_that_has_not_started_may_yet(deleting: bool, may_work: bool) -> None:
+    pod = raw_pod(phase="Pending")
+    pod["metadata"]["labels"] = {"finetune.dev/stage": "train"}
+    if deleting:
+        pod["metadata"]["deletionTimestamp"] = "2026-11-24T12:02:00Z"
+    assert (stages_at_work([pod]) == {Stage.TRAIN}) is may_work
+
+
+def test_a_pod_whose_job_is_gone_is_told_apart() -> None:
+    mine, orphan = raw_pod("mine"), raw_pod("orphan")
+    orphan["metadata"]["ownerReferences"] = [{"kind": "Job", "uid": "gone", "controller": True}]
+    jobs = observe_jobs(finetunejob(), [raw_job()], [mine, orphan])
+    assert pods_without_job(jobs, [mine, orphan]) == (orphan,)
+
+
+def test_pods_and_jobs_of_another_namespace_prove_nothing() -> None:
+    """Somebody there wrote our uids, and a result of his own."""
+    forged = raw_pod(phase="Succeeded", **terminated(0, RESULT.to_message().decode()))
+    forged["metadata"]["namespace"] = "theirs"
+    assert observed(forged).pod is None
+    job = raw_job()
+    job["metadata"]["namespace"] = "theirs"
+    assert observe_jobs(finetunejob(), [job], []) == ()
+
+
+def test_only_a_finetunejob_owns_a_stages_job_and_only_a_job_its_pod() -> None:
+    job = raw_job()
+    job["metadata"]["ownerReferences"] = [{**OWNER, "kind": "CronJob"}]
+    assert observe_jobs(finetunejob(), [job], []) == ()
+    pod = raw_pod()
+    pod["metadata"]["ownerReferences"][0]["kind"] = "ReplicaSet"
+    assert observed(pod).pod is None
+
+
 def test_jobs_of_others_are_not_looked_at() -> None:
     foreign = raw_job()
     foreign["metadata"]["ownerReferences"] = [{**OWNER, "uid": "uid-2"}]
     unmarked = raw_job()
     unmarked["metadata"]["labels"] = {}
-    assert observe_jobs("uid-1", [foreign, unmarked], []) == ()
+    assert observe_jobs(finetunejob(), [foreign, unmarked], []) == ()
 
 
 def test_jobs_come_oldest_first() -> None:
@@ -131,7 +171,7 @@ def test_jobs_come_oldest_first() -> None:
         "name": "old",
         "creationTimestamp": "2026-11-23T12:00:00Z",
     }
-    assert [job.name for job in observe_jobs("uid-1", [young, old], [])] == [
+    assert [job.name for job in observe_jobs(finetunejob(), [young, old], [])] == [
         "old",
         "support-train-0123456789",
     ]
@@ -227,11 +267,6 @@ def test_progress_is_not_read_since_another_trainer_may_write_it() -> None:
     assert observe_finetunejob(raw_finetunejob(status=status)).status == FineTuneJobStatus(
         phase=Phase.TRAINING
     )
-
-
-def test_a_status_that_cannot_be_read_is_like_none() -> None:
-    status = {"phase": "Training", "fieldOfTheFuture": 1}
-    assert observe_finetunejob(raw_finetunejob(status=status)).status == FineTuneJobStatus()
 
 
 def test_a_finetunejob_that_is_being_deleted() -> None:

@@ -225,7 +225,7 @@ CASES = [
         ),
         [
             answer([PREPARE]),
-            job(TRAIN, 3, **ended(0, said(TRAIN))),
+            job(TRAIN, 3, **ended(0, said(TRAIN)), created=at(-600)),
             job(TRAIN, key="train-b", name="train-b-1", deleting=True),
         ],
         Plan(

@@ -39,7 +39,7 @@ PREPARING = status(Phase.PREPARING, PREPARE, running(PREPARE, since=-60), *NOTHI
 CONFIG_ERROR = "CreateContainerConfigError"
 NO_SECRET = Waiting(CONFIG_ERROR, 'secret "bucket" not found')
 NO_KEY = Waiting(CONFIG_ERROR, "couldn't find key AWS_ACCESS_KEY_ID in Secret ml/bucket")
-AGAIN = "Create it, then delete this FineTuneJob and apply it again."
+CREATE = "Create it; the pod then starts by itself."
 MISSING = "The Secret bucket doesn't exist in this namespace, and the pod of prepare needs it."
 NO_NODE = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
 
@@ -100,25 +100,26 @@ CASES = [
         unchanged(PREPARING),
     ),
     Case(
-        "a Secret that is missing for a moment is trouble, and is waited for",
+        "a Secret that is missing for a moment is waited for, and is no trouble",
         finetunejob(PREPARING),
         [waits(NO_SECRET, since=at(-10))],
-        says("SecretNotFound", f"{MISSING} Create it.", degraded=True, requeue_after=20),
+        says("SecretNotFound", f"{MISSING} {CREATE}", degraded=False, requeue_after=20),
     ),
     Case(
-        "a Secret that stays missing fails the job, by name and with the remedy",
+        "a Secret that stays missing is trouble, by name and with the remedy, but not the end",
         finetunejob(PREPARING),
         [waits(NO_SECRET, since=at(-30))],
-        fails(Reason.SECRET_NOT_FOUND, f"{MISSING} {AGAIN}"),
+        says("SecretNotFound", f"{MISSING} {CREATE}", degraded=True),
     ),
     Case(
         "a key that is missing in a Secret is named",
         finetunejob(PREPARING),
         [waits(NO_KEY, since=at(-31))],
-        fails(
-            Reason.SECRET_NOT_FOUND,
+        says(
+            "SecretNotFound",
             "The Secret bucket has no key AWS_ACCESS_KEY_ID, and the pod of prepare needs it. "
-            + AGAIN,
+            + CREATE,
+            degraded=True,
         ),
     ),
     Case(

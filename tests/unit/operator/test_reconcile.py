@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, cast
 
+import kopf
 import pytest
 
 from finetune_operator.cluster import (
@@ -12,13 +14,21 @@ from finetune_operator.cluster import (
     Cluster,
     ClusterError,
     ConflictError,
+    DeniedError,
     ForbiddenError,
     InvalidError,
     NotFoundError,
     UnavailableError,
 )
+from finetune_operator.handlers import kopf_settings
 from finetune_operator.monitoring import Metrics
-from finetune_operator.reconcile import STALE_RETRY_SECONDS, Reconciler, Snapshot
+from finetune_operator.reconcile import (
+    OWN_WRITES_SECONDS,
+    STALE_RETRY_SECONDS,
+    WATCH_SILENCE_SECONDS,
+    Reconciler,
+    Snapshot,
+)
 from finetune_operator.settings import Settings
 from finetune_operator.status import timestamp
 from finetune_trainer.contract import Hardware, RunConfig
@@ -39,14 +49,17 @@ class FakeCluster:
         self.made: list[dict[str, Any]] = []
         self.said: list[tuple[str, str]] = []
         self.version = 7
+        self.live_version = "7"
 
     def _call(self, verb: str, what: str) -> None:
         self.calls.append((verb, what))
         if (verb, what) in self.failures:
             raise self.failures[verb, what]
 
-    async def create(self, body: dict[str, Any]) -> dict[str, Any]:
-        self._call("create", body["kind"])
+    async def create(self, body: dict[str, Any], *, dry_run: bool = False) -> dict[str, Any]:
+        self._call("rehearse" if dry_run else "create", body["kind"])
+        if dry_run:
+            return body
         self.made.append(body)
         # Now, as a server would: a Job that is long without a pod is worth a note in status.
         stamped = {"uid": f"uid-{body['kind']}", "creationTimestamp": timestamp(datetime.now(UTC))}
@@ -54,6 +67,8 @@ class FakeCluster:
 
     async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
         self._call("get", kind)
+        if kind == "FineTuneJob":
+            return {"metadata": {"resourceVersion": self.live_version}}
         found: dict[str, Any] = self.existing[kind]
         return {**found, "metadata": {**found["metadata"], "name": name, "namespace": namespace}}
 
@@ -133,11 +148,13 @@ def world() -> World:
     return world
 
 
-async def test_a_new_job_gets_its_children_then_its_status_then_its_events(world: World) -> None:
+async def test_a_job_starts_only_once_status_says_so(world: World) -> None:
     assert await world.reconcile(KEY) is None
     assert world.cluster.calls == [
-        *(("create", kind) for kind in MADE),
+        *(("create", kind) for kind in MADE[:-1]),
+        ("rehearse", "Job"),
         ("patch", "ml/support@7"),
+        ("create", "Job"),
         ("event", "Normal StageStarted"),
     ]
     assert world.cluster.patches[0]["phase"] == "Preparing"
@@ -170,7 +187,12 @@ async def test_a_patch_that_changed_nothing_is_not_waited_for(world: World) -> N
 
 
 async def test_what_is_there_already_and_ours_is_fine(world: World) -> None:
-    ours = {"metadata": {"ownerReferences": [{"uid": "uid-1", "controller": True}]}}
+    ours = {
+        "metadata": {
+            "namespace": "ml",
+            "ownerReferences": [{"kind": "FineTuneJob", "uid": "uid-1", "controller": True}],
+        }
+    }
     for kind in MADE[:-1]:
         world.cluster.failures["create", kind] = AlreadyExistsError("there")
         world.cluster.existing[kind] = ours
@@ -185,12 +207,12 @@ async def test_what_is_there_already_and_not_ours_is_not_used(world: World) -> N
     with pytest.raises(ForbiddenError, match="belongs to someone else"):
         await world.reconcile(KEY)
     assert "Job" not in world.calls("create")
-    assert world.calls("event") == ["Warning Forbidden"]
+    assert world.calls("event") == ["Warning RequestDenied"]
 
 
 async def test_a_job_that_the_server_calls_invalid_fails_with_its_words(world: World) -> None:
     refusal = InvalidError("POST …: cpu: lots", "cpu: lots is no quantity")
-    world.cluster.failures["create", "Job"] = refusal
+    world.cluster.failures["rehearse", "Job"] = refusal
     await world.reconcile(KEY)
     patch = world.cluster.patches[0]
     assert patch["phase"] == "Failed"
@@ -199,18 +221,69 @@ async def test_a_job_that_the_server_calls_invalid_fails_with_its_words(world: W
     assert world.calls("event") == ["Warning InvalidSpec"]
 
 
-async def test_a_quota_is_told_to_the_user_and_tried_again(world: World) -> None:
-    world.cluster.failures["create", "Job"] = ForbiddenError("exceeded quota")
-    with pytest.raises(ForbiddenError):
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        ForbiddenError("POST …", "exceeded quota: gpus"),
+        DeniedError("POST …", 'admission webhook "images" denied the request'),
+    ],
+)
+async def test_a_denial_is_told_to_the_user_and_tried_again(
+    world: World, refusal: ClusterError
+) -> None:
+    world.cluster.failures["rehearse", "Job"] = refusal
+    with pytest.raises(type(refusal)):
         await world.reconcile(KEY)
-    assert world.calls("event") == ["Warning Forbidden"]
+    patch = world.cluster.patches[0]
+    assert (patch["phase"], patch["stages"][0]["state"]) == ("Pending", "Pending")
+    assert {each["reason"] for each in patch["conditions"][1:]} == {"RequestDenied"}
+    assert refusal.detail in patch["conditions"][2]["message"]
+    assert world.calls("event") == ["Warning RequestDenied"]
     assert world.passes("error") == 1
 
+    world.shows("8", status=patch)
+    with pytest.raises(type(refusal)):
+        await world.reconcile(KEY)
+    assert len(world.cluster.patches) == 1, "said once"
 
-async def test_a_status_that_changed_meanwhile_is_looked_at_again(world: World) -> None:
+    world.cluster.failures.clear()
+    await world.reconcile(KEY)
+    assert world.calls("create")[-1] == "Job"
+    assert world.cluster.patches[-1]["phase"] == "Preparing"
+
+
+async def test_a_denial_of_the_next_stage_leaves_the_running_one_alone(world: World) -> None:
+    training(world)
+    assert world.snapshot is not None
+    world.snapshot.finetunejob["metadata"]["generation"] = 2  # prepare looks at the new spec
+    world.cluster.failures["rehearse", "Job"] = ForbiddenError("POST …", "exceeded quota")
+    with pytest.raises(ForbiddenError):
+        await world.reconcile(KEY)
+    assert world.calls("delete") == []
+    assert world.cluster.patches[0]["stages"][1]["state"] == "Running"
+
+
+async def test_nothing_is_started_on_a_status_that_has_changed(world: World) -> None:
     world.cluster.failures["patch", "ml/support@7"] = ConflictError("changed")
     assert await world.reconcile(KEY) == STALE_RETRY_SECONDS
+    assert "Job" not in world.calls("create")
     assert world.calls("event") == []
+
+
+async def test_conflicts_in_a_row_are_waited_out_ever_longer(world: World) -> None:
+    world.cluster.failures["patch", "ml/support@7"] = ConflictError("changed")
+    pauses = [await world.reconcile(KEY) for _ in range(7)]
+    assert pauses == [1, 2, 4, 8, 16, 30, 30]
+    world.cluster.failures.clear()
+    await world.reconcile(KEY)  # this one holds
+    assert await world.reconcile(KEY) == STALE_RETRY_SECONDS
+
+
+def test_own_writes_are_remembered_for_longer_than_a_dead_watch_goes_unnoticed() -> None:
+    assert OWN_WRITES_SECONDS > WATCH_SILENCE_SECONDS
+    settings = kopf.OperatorSettings()
+    kopf_settings(settings, 30.0)
+    assert settings.watching.inactivity_timeout == WATCH_SILENCE_SECONDS
 
 
 async def test_an_object_that_vanished_meanwhile_is_forgotten(world: World) -> None:
@@ -241,17 +314,18 @@ def training(world: World, **status: Any) -> None:
     ]
     meta = {
         "name": "support-train-1",
+        "namespace": "ml",
         "uid": "job-uid",
         "creationTimestamp": "2026-11-24T12:00:00Z",
-        "ownerReferences": [{"uid": "uid-1", "controller": True}],
+        "ownerReferences": [{"kind": "FineTuneJob", "uid": "uid-1", "controller": True}],
         "labels": {"finetune.dev/stage": "train", "finetune.dev/attempt": "1"},
         "annotations": {"finetune.dev/key": "train-a"},
     }
     template = {"spec": {"containers": [{"name": "trainer", "image": "trainer:1"}]}}
     job = {"metadata": meta, "spec": {"template": template}}
-    owner = [{"uid": "job-uid", "controller": True}]
+    owner = [{"kind": "Job", "uid": "job-uid", "controller": True}]
     pod = {
-        "metadata": {"name": "pod", "uid": "pod-uid", "ownerReferences": owner},
+        "metadata": {"name": "pod", "namespace": "ml", "uid": "pod-uid", "ownerReferences": owner},
         **template,
         "status": {
             "phase": "Running",
@@ -347,9 +421,10 @@ async def test_a_job_of_an_earlier_spec_is_deleted_by_uid(world: World) -> None:
     job = {
         "metadata": {
             "name": "old",
+            "namespace": "ml",
             "uid": "job-uid",
             "creationTimestamp": "2026-11-24T12:00:00Z",
-            "ownerReferences": [{"uid": "uid-1", "controller": True}],
+            "ownerReferences": [{"kind": "FineTuneJob", "uid": "uid-1", "controller": True}],
             "labels": {"finetune.dev/stage": "prepare", "finetune.dev/attempt": "1"},
             "annotations": {"finetune.dev/key": "1"},
         },
@@ -359,3 +434,26 @@ async def test_a_job_of_an_earlier_spec_is_deleted_by_uid(world: World) -> None:
     await world.reconcile(KEY)
     assert world.calls("delete") == ["ml/old/job-uid"]
     assert world.calls("create") == []
+
+    # The same again, when only the Job is left to do: no write proves that the status is current.
+    world.shows(jobs=[job], generation=2, version="8", status=world.cluster.patches[0])
+    for live, deleted in (("9", 1), ("8", 2)):
+        world.cluster.live_version = live
+        await world.reconcile(KEY)
+        assert len(world.calls("delete")) == deleted
+
+
+async def test_a_pod_whose_job_was_deleted_keeps_the_next_from_starting(world: World) -> None:
+    training(world)
+    assert world.snapshot is not None
+    (pod,) = world.snapshot.pods
+    pod["metadata"]["labels"] = {"finetune.dev/stage": "train"}
+    world.snapshot = replace(world.snapshot, jobs=())
+    await world.reconcile(KEY)
+    assert world.calls("create") == []
+    reasons = [each["reason"] for each in world.cluster.patches[0]["conditions"]]
+    assert reasons[1] == "Stopping"
+    pod["status"] = {"phase": "Failed"}
+    world.shows("9", status=world.snapshot.finetunejob["status"], pods=[pod])
+    await world.reconcile(KEY)
+    assert "Job" in world.calls("create")

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from finetune_trainer.contract import Reason, RunConfig, StageError, TrainingPlan
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.store import LocalFolder
-from finetune_trainer.train.link.work import TrainingWork
+from finetune_trainer.train.link import TrainingWork
 from finetune_trainer.train.supervisor.checkpoints import (
     CheckpointMarker,
     CheckpointStore,
@@ -221,7 +222,7 @@ def test_a_resumed_work_keeps_what_the_ladder_has_changed(tmp_path: Path) -> Non
         engine="transformers",
         examples=tmp_path,
         held_out=None,
-        model=tmp_path,
+        model=ModelFolder(tmp_path),
         workdir=tmp_path,
     )
     halved = PLAN.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 8})

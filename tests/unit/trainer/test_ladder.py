@@ -20,8 +20,9 @@ from finetune_trainer.contract import (
     TrainingPlan,
 )
 from finetune_trainer.memory.remedies import with_remedy
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.runtime.failures import explain
-from finetune_trainer.train.link.work import (
+from finetune_trainer.train.link import (
     Failed,
     Trained,
     TrainingWork,
@@ -75,7 +76,7 @@ def work(folder: Path = Path("/workdir"), **training: Any) -> TrainingWork:
         engine="transformers",
         examples=folder / "examples.jsonl",
         held_out=None,
-        model=folder / "model",
+        model=ModelFolder(folder / "model"),
         workdir=folder,
     )
 

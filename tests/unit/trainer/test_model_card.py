@@ -9,8 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from finetune_trainer.contract import GateReport
-from finetune_trainer.export.report import license_of, write_model_card
-from finetune_trainer.export.report.documents import plain, render_card
+from finetune_trainer.export.report import license_of, plain, render_card, write_model_card
 from tests.report_facts import artifacts, config, facts, gate, lineage, name, trained
 
 

@@ -15,9 +15,8 @@ import pytest
 from finetune_trainer.contract import Artifact, FileVerdict, GateReport, Quantization, Sample
 from finetune_trainer.contract.verdict_words import Tone
 from finetune_trainer.export.gguf.files import preferred
-from finetune_trainer.export.report import Facts, tables, write_report
+from finetune_trainer.export.report import Facts, render_report, tables, visible, write_report
 from finetune_trainer.export.report.charts import MOST_POINTS, NARROW, WIDE, loss_chart, thin
-from finetune_trainer.export.report.documents import render_report, visible
 from finetune_trainer.export.report.facts import LossPoint
 from finetune_trainer.export.report.summary import (
     loading_commands,
@@ -204,7 +203,7 @@ def test_dataset_settings_files_and_lineage_are_told() -> None:
         assert file.sha256 in text
     for part in (
         given.lineage.dataset_etag,
-        given.lineage.model_revision,
+        str(given.lineage.model_commit),
         given.lineage.fingerprints.export,
         "torch 2.13.0+cpu",
         "instruction: question, response: reply",

@@ -75,9 +75,10 @@ def test_sizes(count: int, text: str) -> None:
     assert size(count) == text
 
 
-def test_prepare_loads_neither_torch_nor_transformers_before_its_first_checks() -> None:
+@pytest.mark.parametrize("module", ["__main__", "prepare.stage", "train.stage"])
+def test_command_and_stages_start_without_the_seconds_of_torch(module: str) -> None:
     code = (
-        "import sys, finetune_trainer.prepare.stage; "
+        f"import sys, finetune_trainer.{module}; "
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -237,6 +237,6 @@ def test_one_process_is_started_directly_and_several_through_torchrun() -> None:
     several = worker_command("worker", Path("/work.json"), 4, 24.0)
 
     assert one[1:] == ["-m", "worker", "/work.json"]
-    assert several[2] == "finetune_trainer.train.recipe.torchrun"
+    assert several[2] == "finetune_trainer.train.recipe.processes"
     assert {"--nproc-per-node=4", "--shutdown-timeout=24"} <= set(several)
     assert several[-3:] == ["--module", "worker", "/work.json"]

@@ -10,9 +10,25 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.contract import Fingerprints, Hub, Output, Reason, Stage, StageError, digest
+from finetune_trainer.contract import (
+    Artifact,
+    Fingerprints,
+    Hub,
+    Output,
+    Reason,
+    Stage,
+    StageError,
+    digest,
+)
 from finetune_trainer.store import LocalFolder
-from finetune_trainer.store.marker import MANIFEST, PUSHED, Pushed, find_complete
+from finetune_trainer.store.marker import (
+    MANIFEST,
+    PUSHED,
+    Marker,
+    Pushed,
+    find_complete,
+    write_marker,
+)
 from finetune_trainer.store.pruning import prune, settle
 from finetune_trainer.store.versions import (
     FIRST_MANIFEST,
@@ -137,6 +153,14 @@ def test_two_fingerprints_that_begin_alike_share_no_folder(output: LocalFolder) 
     assert find_version(output, digest("one")) is not None
 
 
+def test_a_manifest_of_a_later_release_is_read(output: LocalFolder) -> None:
+    fields = json.loads(written(output, "one", "2026-01-01").data)
+    fields["signedBy"], fields["files"][0]["tensors"] = "x", 12
+    name = version_name(digest("one"))
+    output.write(f"versions/{name}/{MANIFEST}", json.dumps(fields).encode())
+    assert find_version(output, digest("one")) is not None
+
+
 # --- What 0.1.0 left
 
 
@@ -207,7 +231,6 @@ def test_the_manifest_of_0_1_0_gets_today_s_fingerprints_and_stays_pushed(
         assert version.name == ""
         assert find_pushed(output, hub, version)
         fields = json.loads(version.data)
-        assert fields.pop("version") == ""
         was = json.loads(data)
         was |= {"fingerprint": digest("today")}
         was["lineage"]["fingerprints"] = prints("today").model_dump()
@@ -303,6 +326,24 @@ def test_the_present_run_s_stages_stay(output: LocalFolder) -> None:
     assert f"train {digest('p')[:6]}" in stages(output)
     prune(output, 1, prints("a"))
     assert f"train {digest('p')[:6]}" not in stages(output)
+
+
+def test_a_stage_s_files_stay_where_its_marker_names_another_folder(output: LocalFolder) -> None:
+    """As it does for what 0.1.0 left, which is known by another fingerprint now."""
+    make_current(output, written(output, "a", "2026-01-01"))
+    output.write("stages/train/of-0-1-0/adapter/weights", b"w")
+    sha256 = hashlib.sha256(b"w").hexdigest()
+    marker = Marker(
+        stage=Stage.TRAIN,
+        fingerprint=digest("a"),
+        files=(Artifact(path="adapter/weights", bytes=1, sha256=sha256),),
+        folder="stages/train/of-0-1-0",
+    )
+    write_marker(output, marker)
+    output.write("stages/train/other/complete.json", b"{}")
+    prune(output, 1, prints("a"))
+    assert output.read("stages/train/of-0-1-0/adapter/weights") == b"w"
+    assert output.read("stages/train/other/complete.json") is None
 
 
 def test_where_a_kept_version_does_not_say_what_it_is_made_of_all_stages_stay(

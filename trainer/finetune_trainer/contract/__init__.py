@@ -1,11 +1,11 @@
 """The contract between the operator and the trainer, and between the trainer's stages.
 
 base            what all its types have in common
-model, dataset, training, output, storage  the spec's parts; each field is described once
+model, dataset, training, output, storage  the parts of the spec; each field is bounded once
 run             run.json as a whole, and what `prepare` adds to it
+tolerant        reading what another version wrote
 outcome         reasons, exit codes, and the termination message
-notices         what a training says about itself
-progress        status.progress, and where it is written
+progress        status.progress, with what a training says about itself
 dataset_report  what `prepare` found in the dataset
 training_record metrics.json
 artifacts       the files that come out, and manifest.json
@@ -58,9 +58,13 @@ from finetune_trainer.contract.dataset_report import (
     ListedRows,
     Split,
 )
-from finetune_trainer.contract.fingerprint import digest, fingerprints
-from finetune_trainer.contract.model import Model
-from finetune_trainer.contract.notices import NEWS, Notice, NoticeCode
+from finetune_trainer.contract.fingerprint import (
+    ExampleContents,
+    digest,
+    later_fingerprints,
+    prepare_fingerprint,
+)
+from finetune_trainer.contract.model import Model, display_name
 from finetune_trainer.contract.outcome import ExitCode, Reason, StageError, StageResult
 from finetune_trainer.contract.output import (
     UNQUANTIZED,
@@ -71,7 +75,7 @@ from finetune_trainer.contract.output import (
     Quantization,
     Signing,
 )
-from finetune_trainer.contract.progress import Progress, status_path
+from finetune_trainer.contract.progress import NEWS, Notice, NoticeCode, Progress, status_path
 from finetune_trainer.contract.quality import FileVerdict, GateReport, Quality, Sample
 from finetune_trainer.contract.run import (
     Fingerprints,
@@ -84,6 +88,7 @@ from finetune_trainer.contract.run import (
     read_run_config,
 )
 from finetune_trainer.contract.storage import Storage
+from finetune_trainer.contract.tolerant import Tolerated, read_known, read_readable
 from finetune_trainer.contract.training import EarlyStopping, Lora, TargetModule, Tracker, Training
 from finetune_trainer.contract.training_record import LogEntry, TrainingMetrics, TrainingRecord
 
@@ -110,6 +115,7 @@ __all__ = [
     "DetectedFile",
     "EarlyStopping",
     "Example",
+    "ExampleContents",
     "ExitCode",
     "Export",
     "FileReport",
@@ -147,6 +153,7 @@ __all__ = [
     "StageResult",
     "Storage",
     "TargetModule",
+    "Tolerated",
     "Tracker",
     "Training",
     "TrainingMetrics",
@@ -156,7 +163,11 @@ __all__ = [
     "cel",
     "describe",
     "digest",
-    "fingerprints",
+    "display_name",
+    "later_fingerprints",
+    "prepare_fingerprint",
+    "read_known",
+    "read_readable",
     "read_run_config",
     "status_path",
     "version_folder",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field, JsonValue
+from pydantic import Field, JsonValue
 
 from finetune_trainer.contract.base import Base, Stage
 from finetune_trainer.contract.quality import GateReport, Quality
@@ -76,6 +76,11 @@ class Lineage(Base):
     columns: dict[str, str]
     model: str
     model_revision: str
+    """A digest over the base model's files; in a manifest of 0.1.0 a Hub model's commit."""
+
+    model_commit: str | None = None
+    """Commit of a Hub model."""
+
     hyperparameters: dict[str, JsonValue]
     """As they were applied."""
 
@@ -89,8 +94,6 @@ class Manifest(Base):
     In a version's folder it is written last, so that nobody takes half of a version for a whole.
     The same bytes in the output folder itself say which version is current.
     """
-
-    model_config = ConfigDict(extra="ignore")
 
     stage: Literal[Stage.EXPORT] = Stage.EXPORT
     fingerprint: str

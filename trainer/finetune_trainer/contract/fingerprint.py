@@ -1,18 +1,22 @@
 """Fingerprints: SHA-256 over what can change a stage's result, and nothing else.
 
-Each stage's fingerprint contains the one of the stage before, so a change upstream reaches
-everything downstream. Images, resources, names, credentials and logging are left out: an upgrade
-retrains nothing.
+`prepare`'s says which request its examples answer. `train`'s goes by what `prepare` wrote, and not
+by how the rows were asked for: another file with the same rows, or a better reader, trains nothing
+anew. `export`'s contains `train`'s. Images, resources, names, credentials and logging are left out:
+an upgrade retrains nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from finetune_trainer.contract.base import Stage
+from finetune_trainer.contract.model import display_name
 from finetune_trainer.contract.run import Fingerprints, RunConfig
+from finetune_trainer.contract.training import TargetModule
 
 RECIPE = {Stage.PREPARE: 1, Stage.TRAIN: 1, Stage.EXPORT: 2}
 """Versions of the stages' code. Raise one by hand when the same inputs would give another result;
@@ -37,53 +41,132 @@ UNCHANGING = {
     "gpu_memory",
     "gradient_checkpointing",
     "logging_steps",
+    "packing",
     "parallelism",
     "report_to",
 }
-"""Fields of spec.training that decide on how the work is done and not on what comes out."""
+"""Fields of spec.training that decide on how the work is done and not on what comes out. (Packing
+is proven on the loaded model before it is used.)"""
+
+CONDITIONAL = {
+    "batch_size",
+    "gradient_accumulation_steps",
+    "max_sequence_length",
+    "min_sequence_length",
+    "eval_steps",
+}
+"""Fields of spec.training that count only in some cases: see _changing."""
 
 
-def fingerprints(
+@dataclass(frozen=True)
+class ExampleContents:
+    """What `prepare` wrote, as far as a training's result depends on it."""
+
+    examples: str
+    """SHA-256 of examples.jsonl."""
+
+    held_out: str | None
+    """SHA-256 of eval.jsonl; None where no row is held out."""
+
+    cut: bool
+    """Whether maxSequenceLength cuts any of them."""
+
+    longest: int
+    """Tokens of the longest example, as it is trained on."""
+
+
+def prepare_fingerprint(
     config: RunConfig, dataset_etag: str, model_revision: str, eval_etag: str | None = None
-) -> Fingerprints:
-    """The fingerprints of the three stages of a run.
+) -> str:
+    """The fingerprint of `prepare`: which rows, asked for how, for which tokenizer.
 
     Fields that have their default are left out: a release that adds a field changes no
     fingerprint, and one that changes a default raises the stage's recipe version.
     """
-    prepare = digest(
+    return digest(
         {
             "recipe": RECIPE[Stage.PREPARE],
-            "dataset": config.dataset.model_dump(mode="json", exclude_defaults=True),
+            "dataset": config.dataset.model_dump(
+                mode="json", exclude={"storage"}, exclude_defaults=True
+            ),
             "datasetETag": dataset_etag,
             "evalETag": eval_etag,
             "splitSeed": config.training.seed if config.dataset.splits else None,
-            # A branch name stands for nothing: the commit that it led to does.
+            # A branch name stands for nothing: what it led to does.
             "model": config.model.model_dump(
-                mode="json", exclude={"revision"}, exclude_defaults=True
+                mode="json", exclude={"revision", "storage"}, exclude_defaults=True
             ),
             "modelRevision": model_revision,
             "maxSequenceLength": config.training.max_sequence_length,
         }
     )
-    train = digest(
+
+
+def train_fingerprint(config: RunConfig, contents: ExampleContents, model_revision: str) -> str:
+    """The fingerprint of `train`: examples, base model and hyperparameters."""
+    return digest(
         {
             "recipe": RECIPE[Stage.TRAIN],
-            "prepare": prepare,
-            "training": config.training.model_dump(
-                mode="json", exclude=UNCHANGING, exclude_defaults=True
-            ),
+            "examples": contents.examples,
+            "heldOut": contents.held_out,
+            "modelRevision": model_revision,
+            "trustRemoteCode": config.model.trust_remote_code,
+            "training": _changing(config, contents),
         }
     )
-    export = digest(
+
+
+def export_fingerprint(config: RunConfig, train: str) -> str:
+    """The fingerprint of `export`: the adapter, and what is to be made of it.
+
+    What report and card say of the dataset is no part of it. They keep naming the file that was
+    trained on, where another one has the same rows.
+    """
+    export = config.export
+    limits = [each.model_dump(mode="json") for each in export.quality_limits]
+    return digest(
         {
             "recipe": RECIPE[Stage.EXPORT],
             "train": train,
-            "merged": config.export.merged,
-            "gguf": sorted(config.export.gguf),
-            **config.export.model_dump(
-                mode="json", exclude={"merged", "gguf"}, exclude_defaults=True
+            # The names of GGUF files, and what the Modelfile says.
+            "name": display_name(config.model.source),
+            "systemPrompt": config.dataset.system_prompt,
+            "maxSequenceLength": config.training.max_sequence_length,
+            "merged": export.merged,
+            "gguf": sorted(export.gguf),
+            "qualityLimits": sorted(limits, key=canonical),
+            **export.model_dump(
+                mode="json", exclude={"merged", "gguf", "quality_limits"}, exclude_defaults=True
             ),
         }
     )
-    return Fingerprints(prepare=prepare, train=train, export=export)
+
+
+def later_fingerprints(
+    config: RunConfig, prepare: str, contents: ExampleContents, model_revision: str
+) -> Fingerprints:
+    """All three, once the result of `prepare` is known."""
+    train = train_fingerprint(config, contents, model_revision)
+    return Fingerprints(prepare=prepare, train=train, export=export_fingerprint(config, train))
+
+
+def _changing(config: RunConfig, contents: ExampleContents) -> dict[str, Any]:
+    """What of spec.training can change the result, in one spelling; defaults are left out."""
+    training = config.training
+    in_order = tuple(each for each in TargetModule if each in training.lora.target_modules)
+    lora = training.lora.model_copy(update={"target_modules": in_order})
+    found: dict[str, Any] = training.model_copy(update={"lora": lora}).model_dump(
+        mode="json", exclude=UNCHANGING | CONDITIONAL, exclude_defaults=True
+    )
+    # How a step is split into passes follows from the memory.
+    found["effectiveBatch"] = training.batch_size * training.gradient_accumulation_steps
+    if contents.cut:
+        found["maxSequenceLength"] = training.max_sequence_length
+    if training.early_stopping is not None:
+        found["evalSteps"] = training.eval_steps  # the best of these is kept
+    shortest = training.min_sequence_length
+    if shortest is not None and shortest < contents.longest:
+        # How far rows may be shortened when memory runs out, and how many of them.
+        found["minSequenceLength"] = shortest
+        found["maxTruncatedRows"] = config.dataset.max_truncated_rows
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Annotated
 
 from pydantic import Field
@@ -30,7 +31,14 @@ class Model(Base):
 
     revision: Annotated[str, Field(min_length=1, max_length=256)] = "main"
     """Branch, tag or commit of a Hub model. It is resolved to a commit, which status.lineage
-    names; a moving branch retrains when the spec changes next, never by itself."""
+    names. A moving branch retrains when the spec changes next, never by itself, and only where
+    files that are used have changed."""
 
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
+
+
+def display_name(source: str) -> str:
+    """The model's short name, for file names: the last part of its source."""
+    name = PurePosixPath(source.removeprefix("s3://").rstrip("/")).name
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name) or "model"

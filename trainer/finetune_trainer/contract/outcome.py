@@ -7,16 +7,16 @@ one table explains every reason that a user can meet.
 
 from __future__ import annotations
 
+import json
 from enum import IntEnum, StrEnum
 from typing import Any, Self
-
-from pydantic import ValidationError
 
 from finetune_trainer.contract.artifacts import Artifact
 from finetune_trainer.contract.base import Base, Stage
 from finetune_trainer.contract.dataset_report import DatasetSummary
-from finetune_trainer.contract.notices import Notice
+from finetune_trainer.contract.progress import Notice
 from finetune_trainer.contract.run import Resolved
+from finetune_trainer.contract.tolerant import read_readable
 
 TERMINATION_MESSAGE_LIMIT = 4096  # bytes that the kubelet keeps of a termination message
 LONG, SHORT = 1000, 300  # characters of a message: may be cut early, and is cut late
@@ -64,11 +64,13 @@ class Reason(StrEnum):
     QUALITY_GATE_FAILED = "QualityGateFailed"
     TRAINING_DIVERGED = "TrainingDiverged"
     STORAGE_UNAVAILABLE = "StorageUnavailable"
+    STORED_FILE_CHANGED = "StoredFileChanged"
     MODEL_HUB_UNAVAILABLE = "ModelHubUnavailable"
     INTERNAL_ERROR = "InternalError"
 
     # Seen by the operator alone.
     INVALID_SPEC = "InvalidSpec"
+    REQUEST_DENIED = "RequestDenied"
     SECRET_NOT_FOUND = "SecretNotFound"  # noqa: S105 - a reason, not a secret
     IMAGE_NOT_PULLED = "ImageNotPulled"
     POD_DISRUPTED = "PodDisrupted"
@@ -98,6 +100,7 @@ _EXIT_CODES = {
     Reason.STORAGE_ACCESS_DENIED: ExitCode.BAD_CONFIG,
     Reason.BUCKET_NOT_FOUND: ExitCode.BAD_CONFIG,
     Reason.OUTPUT_IN_USE: ExitCode.BAD_CONFIG,
+    Reason.STORED_FILE_CHANGED: ExitCode.BAD_CONFIG,
     Reason.MODEL_NOT_FOUND: ExitCode.BAD_CONFIG,
     Reason.MODEL_ACCESS_DENIED: ExitCode.BAD_CONFIG,
     Reason.MODEL_UNSUPPORTED: ExitCode.BAD_CONFIG,
@@ -214,8 +217,20 @@ class StageResult(Base):
 
     @classmethod
     def from_message(cls, text: str) -> Self | None:
-        """Parse a termination message; None when it is not one (the container was killed)."""
+        """Parse a termination message; None when it is not one (the container was killed).
+
+        A newer trainer may have written it. A reason that only that one knows becomes
+        INTERNAL_ERROR, with the reason's name in the message.
+        """
         try:
-            return cls.model_validate_json(text)
-        except ValidationError:
+            data = json.loads(text)
+        except ValueError:
             return None
+        if not isinstance(data, dict):
+            return None
+        reason = data.get("reason")
+        if isinstance(reason, str) and reason not in set(Reason):
+            message = f"{reason}: {data.get('message', '')}"
+            data = {**data, "reason": Reason.INTERNAL_ERROR, "message": message}
+        read = read_readable(cls, data)
+        return read.value if read is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from finetune_trainer.contract.dataset import Dataset
 from finetune_trainer.contract.model import Model
 from finetune_trainer.contract.output import Export, Output
 from finetune_trainer.contract.storage import Storage
+from finetune_trainer.contract.tolerant import Tolerated, read_known
 from finetune_trainer.contract.training import Training
 
 
@@ -84,7 +86,10 @@ class Resolved(Base):
     """How the training is split into passes; None when nothing is known of the hardware."""
 
     model_revision: str
-    """Commit of a Hub model, or a digest over a folder's file names, sizes and ETags."""
+    """A digest over the base model's files that are used. (0.1.0 wrote a Hub model's commit.)"""
+
+    model_commit: str | None = None
+    """Commit of a Hub model, which `train` and `export` download."""
 
 
 class JobReference(Base):
@@ -119,6 +124,14 @@ class PreparedRunConfig(RunConfig):
     resolved: Resolved
 
 
-def read_run_config(path: Path) -> RunConfig:
-    """Read ``run.json``; raises OSError and pydantic's ValidationError."""
-    return RunConfig.model_validate_json(path.read_bytes())
+def read_run_config(path: Path) -> Tolerated[RunConfig]:
+    """Read ``run.json``, which a newer operator may have written.
+
+    Raises OSError and pydantic's ValidationError.
+    """
+    text = path.read_bytes()
+    try:
+        data = json.loads(text)
+    except ValueError:
+        return Tolerated(RunConfig.model_validate_json(text))  # raises, and says where
+    return read_known(RunConfig, data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from finetune_trainer.contract.base import Base
-from finetune_trainer.contract.notices import Notice
+from finetune_trainer.contract.progress import Notice
 
 
 class TrainingMetrics(Base):

@@ -23,7 +23,14 @@ from finetune_trainer.memory.machine import free_memory
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.runtime.units import GIB, binary
 from finetune_trainer.store import Folder
-from finetune_trainer.store.marker import DATASET_REPORT, EXAMPLES, HELD_OUT, METRICS, stage_folder
+from finetune_trainer.store.marker import (
+    DATASET_REPORT,
+    EXAMPLES,
+    HELD_OUT,
+    METRICS,
+    StageFiles,
+    open_stage,
+)
 
 MOST_ROWS = 5000
 """Examples in memory, more than the gate or an importance matrix measures on."""
@@ -60,30 +67,32 @@ class ExportInputs:
 
 
 def fetch_inputs(config: PreparedRunConfig, output: Folder, workspace: Path) -> ExportInputs:
-    """Bring what the stages before left to the folder `workspace`."""
+    """Bring what the stages before left to the folder `workspace`; StageError if it changed."""
     prints = config.resolved.fingerprints
-    trained = stage_folder(Stage.TRAIN, prints.train)
-    output.download_tree(f"{trained}/adapter", workspace / "adapter")
-    output.download(f"{trained}/{METRICS}", workspace / METRICS)
-    report = workspace / DATASET_REPORT
-    output.download(f"{stage_folder(Stage.PREPARE, prints.prepare)}/{DATASET_REPORT}", report)
+    trained = open_stage(output, Stage.TRAIN, prints.train)
+    prepared = open_stage(output, Stage.PREPARE, prints.prepare)
     return ExportInputs(
-        adapter=workspace / "adapter",
-        examples=fetch_examples(config, output, workspace),
-        training=TrainingRecord.model_validate_json((workspace / METRICS).read_bytes()),
-        dataset_report=report,
+        adapter=trained.fetch_folder("adapter", workspace / "adapter"),
+        examples=_fetch_examples(config, prepared, workspace),
+        training=TrainingRecord.model_validate_json(trained.read(METRICS)),
+        dataset_report=prepared.fetch(DATASET_REPORT, workspace / DATASET_REPORT),
     )
 
 
 def fetch_examples(config: PreparedRunConfig, output: Folder, workspace: Path) -> ExampleFiles:
-    """Bring the examples to the folder `workspace`."""
-    resolved = config.resolved
-    prepared = stage_folder(Stage.PREPARE, resolved.fingerprints.prepare)
-    names = (EXAMPLES, *([HELD_OUT] if resolved.eval_rows else []))
-    for name in names:
-        output.download(f"{prepared}/{name}", workspace / name)
-    held_out = workspace / HELD_OUT if HELD_OUT in names else None
-    return ExampleFiles(workspace / EXAMPLES, held_out)
+    """Bring the examples to the folder `workspace`; StageError if they changed."""
+    prepared = open_stage(output, Stage.PREPARE, config.resolved.fingerprints.prepare)
+    return _fetch_examples(config, prepared, workspace)
+
+
+def _fetch_examples(
+    config: PreparedRunConfig, prepared: StageFiles, workspace: Path
+) -> ExampleFiles:
+    trained = prepared.fetch(EXAMPLES, workspace / EXAMPLES)
+    held_out = None
+    if config.resolved.eval_rows:
+        held_out = prepared.fetch(HELD_OUT, workspace / HELD_OUT)
+    return ExampleFiles(trained, held_out)
 
 
 def read_examples(file: Path, most: int = MOST_ROWS) -> list[Example]:

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Message, Quantization, RunConfig
 from finetune_trainer.export import llama
-from finetune_trainer.export.gguf.files import MODELFILE, preferred
+from finetune_trainer.export.gguf import MODELFILE
+from finetune_trainer.export.gguf.files import preferred
 from finetune_trainer.export.llama import Reading, TokenizeRequest
 from finetune_trainer.model.tokenizer import end_of_turn_ids, render
 

@@ -26,6 +26,7 @@ from finetune_trainer.contract import (
     RunConfig,
     Sample,
     StageError,
+    display_name,
 )
 from finetune_trainer.export.gate.gates import DerivedGate, SourceGate, rejects
 from finetune_trainer.export.gguf.files import (
@@ -44,7 +45,7 @@ from finetune_trainer.export.merge.model_folder import (
     write_merged,
 )
 from finetune_trainer.export.ollama import write_modelfile
-from finetune_trainer.model import ModelFolder, base_model
+from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import use_available_cpus
 from finetune_trainer.model.tokenizer import begins_with_bos, load_tokenizer
 from finetune_trainer.runtime.reporter import Reporter
@@ -91,7 +92,7 @@ def open_tuned_model(
         base=base,
         adapter=adapter,
         folder=finished,
-        name=base_model.display_name(config.model.source),
+        name=display_name(config.model.source),
         own_type=Quantization.BF16 if weights.dtype is torch.bfloat16 else Quantization.F16,
         begins_with_bos=begins_with_bos(tokenizer),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from finetune_trainer.contract import (
     Stage,
     StageResult,
     TrainingRecord,
+    display_name,
+    read_known,
 )
 from finetune_trainer.contract.verdict_words import explain_failures
 from finetune_trainer.export.inputs import (
@@ -80,7 +83,7 @@ def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> Stage
     Raises StageError; a push that failed is all that the next attempt has to do.
     """
     reporter.begin(Stage.EXPORT, "Fetching the adapter")
-    sign = signer_for(config.export, base_model.display_name(config.model.source))
+    sign = signer_for(config.export, display_name(config.model.source))
     check_token(config.output.hub)
     output = open_folder(config.output.folder, config.storage)
     check_owner(output, config.output, config.job)
@@ -205,6 +208,7 @@ def lineage_of(config: PreparedRunConfig, trained: TrainingRecord) -> Lineage:
         columns=config.dataset.columns.model_dump(exclude_none=True),
         model=config.model.source,
         model_revision=resolved.model_revision,
+        model_commit=resolved.model_commit,
         hyperparameters=trained.hyperparameters,
         fingerprints=resolved.fingerprints,
         versions=package_versions(),
@@ -251,7 +255,7 @@ def result_of(config: PreparedRunConfig, output: Folder, published: Published) -
 def explain(config: PreparedRunConfig, version: Version) -> str:
     """What the quality gate found fault with, as the version's manifest says."""
     try:
-        manifest = Manifest.model_validate_json(version.data)
+        manifest = read_known(Manifest, json.loads(version.data)).value
     except ValidationError:  # of another release
         return ""
     return explain_failures(manifest.gate, manifest.files, config.export)

@@ -7,11 +7,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
 
 from finetune_trainer.contract import (
     REJECTED,
@@ -25,22 +28,25 @@ from finetune_trainer.contract import (
     StageError,
     StageResult,
 )
-from finetune_trainer.contract.verdict_words import explain_failures
-from finetune_trainer.export.gguf.files import MODELFILE
+from finetune_trainer.contract.verdict_words import Statement, Tone, explain_failures, word_for
+from finetune_trainer.export.gguf import MODELFILE
 from finetune_trainer.local.fields import apply_settings, settable_fields
-from finetune_trainer.local.quality_table import show_quality
 from finetune_trainer.memory.machine import this_machine
 from finetune_trainer.model import base_model
 from finetune_trainer.runtime.logs import set_up_libraries
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.stage_runner import as_prepared, guarded, perform, stop_on_signal
 from finetune_trainer.store import LocalFolder
-from finetune_trainer.store.marker import describe_file, stage_folder
+from finetune_trainer.store.marker import describe_file, open_stage
 
 # In a checkout, the examples are the defaults.
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 SAMPLE = EXAMPLES / "data" / "lumora-nest.csv"
 SAMPLE_EVAL = EXAMPLES / "data" / "lumora-nest-eval.csv"
+
+TITLE = "GGUF files against what they were made of"
+WIDTH = 120  # of a log, which has none of its own
+_MARKS = {Tone.GOOD: ("✓ ", "green"), Tone.BAD: ("✗ ", "red")}
 
 log = logging.getLogger(__name__)
 
@@ -139,8 +145,9 @@ def train_adapter(settings: Sequence[str], folder: Path, reporter: Reporter) -> 
     _run_file(folder).write_text(config.model_dump_json(indent=2))
     adapter = folder / "lora_adapter"
     shutil.rmtree(adapter, ignore_errors=True)
-    trained = stage_folder(Stage.TRAIN, config.resolved.fingerprints.train)
-    LocalFolder(_store_folder(folder)).download_tree(f"{trained}/adapter", adapter)
+    store = LocalFolder(_store_folder(folder))
+    trained = open_stage(store, Stage.TRAIN, config.resolved.fingerprints.train)
+    trained.fetch_folder("adapter", adapter)
     return _done(Stage.TRAIN, f"the adapter is in {adapter}")
 
 
@@ -262,3 +269,42 @@ def _last_run(folder: Path) -> PreparedRunConfig:
 
 def _done(stage: Stage, message: str) -> StageResult:
     return StageResult(stage=stage, reason=Reason.SUCCEEDED, message=message)
+
+
+def show_quality(artifacts: Sequence[Artifact]) -> None:
+    """Print the table, where there is something to show."""
+    table = quality_table(artifacts)
+    if table is not None:
+        Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
+
+
+def quality_table(artifacts: Sequence[Artifact]) -> Table | None:
+    """One row for each GGUF file, the largest first; None where there is none."""
+    files = [each for each in artifacts if each.path.endswith(".gguf")]
+    if not files:
+        return None
+    table = Table(title=TITLE, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("File", overflow="fold")
+    for heading in ("Size", "KL (limit)", "Same top token", "Perplexity"):
+        table.add_column(heading, justify="right")
+    table.add_column("Verdict")
+    for file in sorted(files, key=lambda each: -each.bytes):
+        name = PurePosixPath(file.path).name
+        table.add_row(name, decimal(file.bytes), *_figures(file.quality), _marked(word_for(file)))
+    return table
+
+
+def _figures(quality: Quality | None) -> tuple[str, str, str]:
+    if quality is None:
+        return "", "", ""
+    limit = quality.max_kl_divergence
+    return (
+        f"{quality.kl_divergence:.3g} ({'none' if limit is None else f'{limit:.3g}'})",
+        f"{quality.same_top_token:.1%}",
+        f"{quality.perplexity:.4g}",
+    )
+
+
+def _marked(verdict: Statement) -> str:
+    mark, colour = _MARKS.get(verdict.tone, ("", "none"))
+    return f"[{colour}]{mark}{verdict.text}[/]"

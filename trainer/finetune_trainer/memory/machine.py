@@ -1,26 +1,40 @@
-"""What the machine at hand has, for runs without a cluster that would tell."""
+"""What the machine at hand has, where no cluster tells.
+
+As a program it prints the GPUs that torch sees, as a line of JSON, for a process without torch.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from finetune_trainer.contract import Hardware
 
 
 def this_machine(workspace: Path) -> Hardware:
     """GPUs, memory that is free now, and free disk below `workspace`."""
-    import torch  # noqa: PLC0415 - the rest of this package needs none
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(gpus)]
+    gpus = find_gpus()
     disk = os.statvfs(_existing(workspace))
     return Hardware(
-        gpus=gpus,
-        gpu_memory_bytes=min(sizes, default=None),
+        gpus=len(gpus),
+        gpu_memory_bytes=min((gpu["memory_bytes"] for gpu in gpus), default=None),
         memory_bytes=free_memory(),
         ephemeral_storage_bytes=disk.f_bavail * disk.f_frsize,
     )
+
+
+def find_gpus() -> list[dict[str, Any]]:
+    """Name, memory and compute capability of each GPU that torch sees."""
+    import torch  # noqa: PLC0415 - the rest of this package needs none
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = [torch.cuda.get_device_properties(index) for index in range(count)]
+    return [
+        {"name": p.name, "memory_bytes": p.total_memory, "capability": (p.major, p.minor)}
+        for p in found
+    ]
 
 
 def free_memory() -> int:
@@ -42,3 +56,7 @@ def _lines(file: str) -> list[str]:
 
 def _existing(folder: Path) -> Path:
     return folder if folder.exists() else _existing(folder.parent)
+
+
+if __name__ == "__main__":
+    print(json.dumps(find_gpus()))  # noqa: T201 - the answer

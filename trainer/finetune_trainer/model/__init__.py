@@ -5,7 +5,7 @@ shape       widths, parameter counts and the layers that get an adapter, from co
 tokenizer   loading it, and how a conversation becomes tokens and labels
 loading     the model in memory, and the machine that it is in
 converter   llama.cpp's converter to GGUF
-rehearsal   the conversion, tried before any weights are fetched (and its worker)
+rehearsal   the conversion, tried before any weights are fetched
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from the environment.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -37,16 +38,20 @@ from finetune_trainer.contract import (
     digest,
 )
 from finetune_trainer.model import ModelFolder
+from finetune_trainer.model.former_revision import former_folder_revision
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder, OnBytes, open_folder
 
 CARD = "README.md"
 """Names the license. It changes no result, so it is no part of a folder's revision."""
 
-_SMALL_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
-_SAMPLES = 16
-_SAMPLE_BYTES = 1 << 16
+_SMALL_FILES = {".json", ".jinja", ".model", ".tiktoken"}
+# What tokenizers read beside them (merges.txt, vocab.txt); a licence's text changes no result.
+_TOKENIZER_TEXT = re.compile(r"(bpe|dict|merges|token|vocab)[^/]*\.txt$", re.IGNORECASE)
 LIST_SECONDS = 20.0
+HASHED_BYTES = 64 << 20
+"""Mounted files up to this size are hashed whole. Larger ones, shards of hundreds of gigabytes
+altogether, count by size and time of their last change."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,13 @@ class BaseModelFiles:
 
     model: Model
     revision: str
-    """Commit of a Hub model, or a digest over a folder's file names, sizes and ETags."""
+    """A digest over names, sizes and contents of the files that a result depends on."""
 
     sizes: dict[str, int]
     """Bytes of each file, by name."""
+
+    commit: str | None = None
+    """Commit of a Hub model, to download just these files."""
 
     def weights(self) -> list[str]:
         """The safetensors files."""
@@ -74,12 +82,6 @@ def is_hub(source: str) -> bool:
     return not source.startswith(("s3://", "/"))
 
 
-def display_name(source: str) -> str:
-    """The model's short name, for file names: the last part of its source."""
-    name = PurePosixPath(source.removeprefix("s3://").rstrip("/")).name
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name) or "model"
-
-
 def find(model: Model, storage: Storage) -> BaseModelFiles:
     """Resolve the revision and list the files; reads no weights.
 
@@ -87,27 +89,28 @@ def find(model: Model, storage: Storage) -> BaseModelFiles:
     ModelHubUnavailable, or the store's reasons.
     """
     if is_hub(model.source):
-        revision, sizes = _list_repository(model.source, model.revision)
+        listing = _list_repository(model.source, model.revision)
     else:
-        revision, sizes = _list_folder(model, storage)
+        listing = _list_folder(model, storage)
+    sizes = listing.sizes
     wanted = {name: size for name, size in sorted(sizes.items()) if _wanted(name, model)}
     if any(name.startswith("model") and name.endswith(".safetensors") for name in wanted):
         # Mistral's repositories hold the weights a second time, in another layout.
         wanted = {k: v for k, v in wanted.items() if not k.startswith("consolidated")}
-    files = BaseModelFiles(model, revision, wanted)
     if "config.json" not in wanted:
         raise StageError(
             Reason.MODEL_NOT_FOUND if not sizes else Reason.MODEL_UNSUPPORTED,
             f"{model.source} holds no config.json, so it is not a transformers model: give "
             "org/name on the Hub, or the folder that save_pretrained wrote.",
         )
-    if not files.weights():
+    if not any(name.endswith(".safetensors") for name in wanted):
         raise StageError(
             Reason.MODEL_UNSUPPORTED,
             f"{model.source} holds no safetensors weights (pickled .bin files are not loaded, for "
             "safety): convert it with save_pretrained, or choose a revision that has them.",
         )
-    return files
+    used = [[name, size, listing.mark(name)] for name, size in wanted.items() if name != CARD]
+    return BaseModelFiles(model, f"sha256:{digest(used)}", wanted, listing.commit)
 
 
 def fetch(
@@ -126,7 +129,7 @@ def fetch(
         f"Fetching {'' if weights else 'the tokenizer of '}{model.source}", total
     )
     if is_hub(model.source):
-        target = _download(model.source, files.revision, names, moved)
+        target = _download(model.source, files.commit or model.revision, names, moved)
         return ModelFolder(target, model.trust_remote_code)
     folder = open_folder(model.source, storage)
     for name in names:
@@ -136,21 +139,41 @@ def fetch(
 
 def fetch_resolved(config: PreparedRunConfig, target: Path, reporter: Reporter) -> ModelFolder:
     """Bring the whole model to disk, in just the revision that `prepare` saw."""
-    wanted = config.resolved.model_revision
-    model = config.model
+    resolved, model = config.resolved, config.model
     if is_hub(model.source):
-        model = model.model_copy(update={"revision": wanted})
+        commit = resolved.model_commit or resolved.model_revision  # as 0.1.0 resolved it
+        model = model.model_copy(update={"revision": commit})
     files = find(model, config.storage)
-    if files.revision != wanted:
+    wanted = resolved.model_revision
+    if files.revision != wanted and former_revision(files, config.storage) != wanted:
         raise StageError(
             Reason.MODEL_NOT_FOUND,
             f"The files in {model.source} are not those that `prepare` checked: somebody replaced "
-            "them meanwhile. Change the spec, or create the job anew, to start from the new ones.",
+            "them meanwhile, or the volume gives them another time of change at each mount. Change "
+            "the spec, or create the job anew, to start from the new ones.",
         )
     return fetch(files, config.storage, target, reporter, weights=True)
 
 
-def _list_folder(model: Model, storage: Storage) -> tuple[str, dict[str, int]]:
+def former_revision(files: BaseModelFiles, storage: Storage) -> str:
+    """The revision that 0.1.0 gave these files."""
+    return files.commit or former_folder_revision(files.model, storage)
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What lies where a model is."""
+
+    sizes: dict[str, int]
+    """Bytes of each file, by name."""
+
+    mark: Callable[[str], str]
+    """What changes with the content of a file."""
+
+    commit: str | None = None
+
+
+def _list_folder(model: Model, storage: Storage) -> _Listing:
     folder = open_folder(model.source, storage)
     if isinstance(folder, LocalFolder) and not folder.root.is_dir():
         raise StageError(
@@ -165,12 +188,11 @@ def _list_folder(model: Model, storage: Storage) -> tuple[str, dict[str, int]]:
             f"There is no model in {model.source}: upload config.json, tokenizer and safetensors "
             "there, or correct spec.model.source.",
         )
+    sizes = {info.path: info.size for info in found}
     if isinstance(folder, LocalFolder):
-        etags = {info.path: _sampled_digest(folder.root / info.path) for info in infos}
-    else:
-        etags = {info.path: info.etag for info in infos}
-    listing = [[info.path, info.size, etags[info.path]] for info in infos]
-    return f"sha256:{digest(listing)}", {info.path: info.size for info in found}
+        root = folder.root
+        return _Listing(sizes, lambda name: _mark_of_mounted(root / name))
+    return _Listing(sizes, {info.path: info.etag for info in found}.__getitem__)
 
 
 def _wanted(name: str, model: Model) -> bool:
@@ -179,32 +201,37 @@ def _wanted(name: str, model: Model) -> bool:
         return False
     if path.suffix == ".py":
         return model.trust_remote_code
+    if path.suffix == ".txt":  # the code that comes with a model may read any
+        return model.trust_remote_code or _TOKENIZER_TEXT.search(name) is not None
     return path.suffix in _SMALL_FILES or path.suffix == ".safetensors" or name == CARD
 
 
-def _sampled_digest(file: Path) -> str:
-    """SHA-256 of a small file; of blocks spread over a large one, where any training shows."""
-    size = file.stat().st_size
-    sha256 = hashlib.sha256()
+def _mark_of_mounted(file: Path) -> str:
+    """SHA-256 of a file, or the nanosecond of a large one's last change."""
+    status = file.stat()
+    if status.st_size > HASHED_BYTES:
+        return f"changed:{status.st_mtime_ns}"
     with file.open("rb") as stream:
-        if size <= 2 * _SAMPLES * _SAMPLE_BYTES:
-            sha256.update(stream.read())
-        else:
-            for number in range(_SAMPLES):
-                stream.seek(number * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-                sha256.update(stream.read(_SAMPLE_BYTES))
-    return sha256.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _list_repository(repository: str, revision: str) -> tuple[str, dict[str, int]]:
-    """The commit that a branch, tag or commit stands for, and the size of each file."""
+def _list_repository(repository: str, revision: str) -> _Listing:
+    """The files at the commit that a branch, tag or commit stands for."""
     with _hub_errors(repository, revision):
         info = HfApi().model_info(
             repository, revision=revision, files_metadata=True, timeout=LIST_SECONDS
         )
-    if info.sha is None:
+    commit = info.sha
+    if commit is None:
         raise _not_found(repository, revision)
-    return info.sha, {file.rfilename: file.size or 0 for file in info.siblings or []}
+    files = {file.rfilename: file for file in info.siblings or []}
+
+    def mark(name: str) -> str:
+        file = files[name]
+        # A mirror may not tell; then each commit counts as another version.
+        return (file.lfs.sha256 if file.lfs else file.blob_id) or commit
+
+    return _Listing({name: file.size or 0 for name, file in files.items()}, mark, commit)
 
 
 def _download(repository: str, commit: str, names: list[str], on_bytes: OnBytes) -> Path:

@@ -4,28 +4,32 @@ A safetensors file begins with the names, types and shapes of its tensors. This 
 a hole of the right size, stands in for the file: llama.cpp's converter reads values only to write
 them, and a dry run writes nothing. So whatever it doesn't know shows within seconds, be it the
 architecture, the tokenizer or a tensor. Then llama.cpp splits texts with the converted vocabulary.
+
+That happens in a process of its own, this module as a program: a RehearsalRequest comes as JSON on
+standard input, and a RehearsalAnswer goes to standard output.
 """
 
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from finetune_trainer.contract import Reason, StageError, Storage
+from finetune_trainer.contract import Base, Reason, StageError, Storage
 from finetune_trainer.model import ModelFolder, converter
 from finetune_trainer.model.base_model import BaseModelFiles, is_hub, read_hub_header
-from finetune_trainer.model.converter import gguf_name
-from finetune_trainer.model.rehearsal_worker import RehearsalAnswer, RehearsalRequest
+from finetune_trainer.model.converter import SCRIPT, gguf_name
 from finetune_trainer.store import Folder, open_folder
 
-WORKER = "finetune_trainer.model.rehearsal_worker"
+WORKER = "finetune_trainer.model.rehearsal"  # this module as a program
 LENGTH_BYTES = 8  # the header's length comes first, little-endian
 FIRST_BYTES = 1 << 18  # holds the header of most files
 MAX_HEADER = 100_000_000  # safetensors' own limit
@@ -48,6 +52,29 @@ _HEADER = TypeAdapter(Header)
 
 Headers = dict[str, Header]
 """Headers by file."""
+
+
+class RehearsalRequest(Base):
+    """What to convert, and what to tokenize with the result."""
+
+    llama: Path
+    """Folder of llama.cpp's converter."""
+
+    model: Path
+    """The model as the converter may see it."""
+
+    name: str
+    target: Path
+    """A GGUF file for configuration and vocabulary."""
+
+    texts: tuple[str, ...]
+    """Special tokens are written out in them."""
+
+
+class RehearsalAnswer(Base):
+    """How llama.cpp splits the texts."""
+
+    tokens: tuple[list[int], ...]
 
 
 def rehearse(model: ModelFolder, name: str, target: Path, texts: Sequence[str]) -> list[list[int]]:
@@ -111,7 +138,7 @@ def _header(files: BaseModelFiles, storage: Storage, name: str) -> Header:
     source = files.model.source
     try:
         if is_hub(source):
-            found = read_hub_header(source, files.revision, name)
+            found = read_hub_header(source, files.commit or files.model.revision, name)
         else:
             found = _read_header(open_folder(source, storage), name)
         found.pop("__metadata__", None)
@@ -133,3 +160,40 @@ def _read_header(folder: Folder, name: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{name} begins with no header")  # noqa: TRY004 - the file is wrong
     return found
+
+
+def main() -> None:
+    request = RehearsalRequest.model_validate_json(sys.stdin.read())
+    with redirect_stdout(sys.stderr):
+        # Its own gguf-py goes before the package of that name, which may be of another version.
+        sys.path[:0] = [str(request.llama), str(request.llama / "gguf-py")]
+        for mode in ("--dry-run", "--vocab-only"):
+            convert(request, mode)
+        tokens = tokenize(request.target, request.texts)
+    sys.stdout.write(RehearsalAnswer(tokens=tokens).model_dump_json())
+
+
+def convert(request: RehearsalRequest, mode: str) -> None:
+    """Run the converter; where it can't convert, it ends this process with a status above 0."""
+    script = str(request.llama / SCRIPT)
+    named = ["--outfile", str(request.target), "--model-name", request.name]
+    sys.argv = [script, str(request.model), *named, mode]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def tokenize(file: Path, texts: tuple[str, ...]) -> tuple[list[int], ...]:
+    import llama_cpp  # noqa: PLC0415 - native code, which only this needs
+
+    model = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+    try:
+        return tuple(list(model.tokenize(t.encode(), add_bos=False, special=True)) for t in texts)
+    finally:
+        model.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -20,9 +20,10 @@ from finetune_trainer.contract import (
     Reason,
     RunConfig,
     StageError,
+    display_name,
 )
 from finetune_trainer.model import ModelFolder, rehearsal
-from finetune_trainer.model.base_model import BaseModelFiles, display_name
+from finetune_trainer.model.base_model import BaseModelFiles
 from finetune_trainer.model.shape import Shape, resolve_targets
 from finetune_trainer.model.tokenizer import (
     BEGIN_OF_TEXT,

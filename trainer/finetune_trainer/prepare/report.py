@@ -29,7 +29,6 @@ from finetune_trainer.store.marker import DATASET_REPORT
 if TYPE_CHECKING:  # it imports transformers, which takes seconds
     from finetune_trainer.prepare.examples import EncodedRows
 
-SUMMARY = "summary.json"
 FIRST_INVALID = 10  # bad rows in status
 
 

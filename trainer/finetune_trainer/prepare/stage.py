@@ -1,9 +1,11 @@
 """prepare: the cheap checks first, so that a mistake shows within seconds; then the examples.
 
-configuration -> dataset there, output writable -> base model's files -> fingerprints -> what the
-  store already holds -> every row read -> tokenizer and chat template -> the model has the layers
-  that get an adapter, and llama.cpp can convert it -> examples.jsonl, eval.jsonl,
-  dataset-report.json, complete.json -> a plan for the training that fits its hardware
+configuration -> dataset there, output writable -> base model's files -> fingerprint of `prepare`
+  -> unless the store holds its examples: every row read -> tokenizer and chat template -> the model
+  has the layers that get an adapter, and llama.cpp can convert it -> examples.jsonl, eval.jsonl,
+  dataset-report.json, complete.json
+-> fingerprints of `train` and `export`, which go by those examples -> what the store already holds
+-> a plan for the training that fits its hardware
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from uuid import uuid4
 import numpy as np
 
 from finetune_trainer.contract import (
-    Fingerprints,
     Message,
     Reason,
     Resolved,
@@ -27,7 +28,6 @@ from finetune_trainer.contract import (
     StageError,
     StageResult,
     TrainingPlan,
-    fingerprints,
 )
 from finetune_trainer.memory.disk import check_disk, downloaded, training_disk
 from finetune_trainer.memory.plan import Lengths, describe, plan
@@ -35,29 +35,26 @@ from finetune_trainer.model import ModelFolder, base_model
 from finetune_trainer.model.base_model import BaseModelFiles
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_data_files
-from finetune_trainer.prepare.reading.conversation import check_columns
-from finetune_trainer.prepare.report import SUMMARY, Findings, Prepared
+from finetune_trainer.prepare.reading.layout import check_columns
+from finetune_trainer.prepare.report import Findings, Prepared
 from finetune_trainer.prepare.split import hold_out
+from finetune_trainer.prepare.stored import CompleteStages, StoredRun, read_prepared, stored_run
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import (
     DATASET_REPORT,
+    SUMMARY,
     Marker,
-    find_complete,
     save_stage,
     stage_folder,
 )
 from finetune_trainer.store.owner import claim
 from finetune_trainer.store.pruning import settle
-from finetune_trainer.store.versions import find_pushed, find_version
 
 ROWS_READ_BY_LLAMA_CPP = 16  # before the training; the export compares held-out rows as well
 ATTEMPTS = 3  # to read one version of a file that somebody is writing
 
 log = logging.getLogger(__name__)
-
-CompleteStages = dict[Stage, Marker]
-"""Stages whose result for their fingerprint the store holds."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +63,9 @@ class PrepareInputs:
 
     files: DataFiles
     model: BaseModelFiles
-    prints: Fingerprints
-    complete: CompleteStages
+    stored: StoredRun
+    prepared: Marker | None
+    """The examples, where the store holds them already."""
 
 
 def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
@@ -79,15 +77,18 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
     find_data_files(config.dataset, config.storage)
     check_writable(output)
     inputs = fetch_inputs(config, output, workdir, reporter)
-    prints, complete = inputs.prints, inputs.complete
     base: ModelFolder | None = None
-    if Stage.PREPARE not in complete:
-        base = write_prepared(config, inputs, output, workdir, reporter)
-    elif Stage.EXPORT not in complete:
+    marker = inputs.prepared
+    if marker is None:
+        base, marker = write_prepared(config, inputs, output, workdir, reporter)
+    prepared = read_prepared(output, marker)
+    check_held_out(config, prepared.dataset.eval_examples)
+    prints, complete = inputs.stored.find_later(marker, prepared)
+    if inputs.prepared:
+        complete = {Stage.PREPARE: marker, **complete}
+    if base is None and Stage.EXPORT not in complete:
         base = fetch_model(config, inputs.model, workdir, reporter)
         check_model(config, inputs.model, base, workdir, reporter)
-    prepared = read_prepared(output, prints.prepare)
-    check_held_out(config, prepared.dataset.eval_examples)
     training_plan = None
     if base and not {Stage.TRAIN, Stage.EXPORT}.intersection(complete):
         training_plan = plan_training(config, inputs.model, base, prepared.tokens.max)
@@ -98,6 +99,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         eval_rows=prepared.dataset.eval_examples,
         plan=training_plan,
         model_revision=inputs.model.revision,
+        model_commit=inputs.model.commit,
     )
     exported = settle(output, config.output, prints) if Stage.EXPORT in complete else None
     return StageResult(
@@ -152,19 +154,18 @@ def check_writable(output: Folder) -> None:
 def fetch_inputs(
     config: RunConfig, output: Folder, workdir: Path, reporter: Reporter
 ) -> PrepareInputs:
-    """Work out the fingerprints, and bring the dataset to disk unless its examples are there."""
+    """Look for the examples, and bring the dataset to disk unless they are there."""
     model = base_model.find(config.model, config.storage)
     for _ in range(ATTEMPTS):
         files = find_data_files(config.dataset, config.storage)
-        eval_etag = files.held_out.info.etag if files.held_out else None
-        prints = fingerprints(config, files.rows.info.etag, model.revision, eval_etag)
-        complete = complete_stages(config, output, prints)
-        unchanged = Stage.PREPARE in complete or (
+        stored = stored_run(config, output, files, model)
+        prepared = stored.find_prepared()
+        unchanged = prepared is not None or (
             files.rows.fetch(workdir / "dataset", reporter)
             and (not files.held_out or files.held_out.fetch(workdir / "evaluation", reporter))
         )
         if unchanged:
-            return PrepareInputs(files, model, prints, complete)
+            return PrepareInputs(files, model, stored, prepared)
     raise StageError(
         Reason.DATASET_UNREADABLE,
         f"{config.dataset.source} or spec.dataset.evalSource changes while it is read: apply the "
@@ -172,21 +173,10 @@ def fetch_inputs(
     )
 
 
-def complete_stages(config: RunConfig, output: Folder, prints: Fingerprints) -> CompleteStages:
-    """The stages that need not run again."""
-    markers = {stage: find_complete(output, stage, getattr(prints, stage)) for stage in Stage}
-    complete = {stage: marker for stage, marker in markers.items() if marker}
-    hub, version = config.output.hub, find_version(output, prints.export)
-    if hub and version and Stage.EXPORT in complete and not find_pushed(output, hub, version):
-        # The export has only to push. It needs no training, even where the store holds none.
-        complete[Stage.TRAIN] = complete.pop(Stage.EXPORT)
-    return complete
-
-
 def write_prepared(
     config: RunConfig, inputs: PrepareInputs, output: Folder, workdir: Path, reporter: Reporter
-) -> ModelFolder:
-    """Read the rows and leave the examples in the store; returns the base model's folder.
+) -> tuple[ModelFolder, Marker]:
+    """Read the rows and leave the examples in the store; returns the base model's folder as well.
 
     When rows make it fail, the error carries what is known, and the store gets the report.
     """
@@ -205,15 +195,14 @@ def write_prepared(
         if error.reason not in (Reason.INVALID_ROWS, Reason.EXAMPLES_TOO_LONG):
             raise
         findings.write(folder)
-        report = f"{stage_folder(Stage.PREPARE, inputs.prints.prepare)}/{DATASET_REPORT}"
+        report = f"{stage_folder(Stage.PREPARE, inputs.stored.fingerprint)}/{DATASET_REPORT}"
         output.upload(folder / DATASET_REPORT, report)
         message = f"{error.message} {output.uri_of(report)} lists all rows concerned."
         summary = findings.summary() if findings.rows.total else error.dataset
         raise StageError(error.reason, message, dataset=summary) from error
     findings.write(folder)
     (folder / SUMMARY).write_text(findings.prepared().model_dump_json(indent=2), encoding="utf-8")
-    save_stage(output, Stage.PREPARE, inputs.prints.prepare, folder)
-    return base
+    return base, save_stage(output, Stage.PREPARE, inputs.stored.fingerprint, folder)
 
 
 def encode_rows(
@@ -267,14 +256,6 @@ def check_model(
     from finetune_trainer.prepare import checks  # noqa: PLC0415 - imports transformers
 
     checks.check_model(config, model, base, workdir, reporter, rows=rows)
-
-
-def read_prepared(output: Folder, fingerprint: str) -> Prepared:
-    path = f"{stage_folder(Stage.PREPARE, fingerprint)}/{SUMMARY}"
-    data = output.read(path)
-    if data is None:
-        raise FileNotFoundError(f"{output.uri_of(path)} is missing")
-    return Prepared.model_validate_json(data)
 
 
 def plan_training(

@@ -6,6 +6,7 @@ say why it failed. So its native code runs in a child, which also gives all memo
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -26,6 +27,8 @@ OnProgress = Callable[[int, int], None]
 
 _PROGRESS = "progress:"
 _SAID = re.compile(rf"{_PROGRESS} (\d+) (\d+)\n")
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 _running: set[subprocess.Popen[str]] = set()
 
@@ -94,6 +97,18 @@ def run(
             Reason.OOM_KILLED, "A process of the stage was killed, most likely for want of memory."
         )
     return Finished(process.returncode, output, "".join(errors))
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed when the parent ends; end now if it is gone already. Only Linux can do that.
+
+    A training whose stage was killed would otherwise go on, unheard, and hold its GPU.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(128 + signal.SIGKILL)
 
 
 def say_progress(done: int, total: int) -> None:

@@ -2,18 +2,20 @@
 
 `stages/<stage>/<fingerprint>/complete.json` marks prepare and train; the manifest.json of a version
 marks export (finetune_trainer.store.versions). Each lists its files with size and SHA-256, and
-counts only while all of them are there.
+counts only while all of them are there. What a later stage reads is compared with that.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import AfterValidator, ConfigDict, ValidationError
 
-from finetune_trainer.contract import Artifact, Base, Stage
+from finetune_trainer.contract import Artifact, Base, Reason, Stage, StageError
 from finetune_trainer.store import Folder
 
 MANIFEST = "manifest.json"
@@ -21,9 +23,16 @@ STAGES = "stages"  # folder of the output for what the stages keep for themselve
 PUSHED = f"{STAGES}/hub.json"  # what was pushed to the Hub last: a Pushed
 # What `prepare` leaves.
 EXAMPLES, HELD_OUT, DATASET_REPORT = "examples.jsonl", "eval.jsonl", "dataset-report.json"
+SUMMARY = "summary.json"
 METRICS = "metrics.json"  # what `train` leaves beside the adapter
 
 log = logging.getLogger(__name__)
+
+
+def _check_folder(folder: str | None) -> str | None:
+    if folder is not None and not stays_below(folder):
+        raise ValueError(f"{folder!r} leaves the output folder")
+    return folder
 
 
 class Marker(Base):
@@ -34,7 +43,22 @@ class Marker(Base):
     stage: Stage
     fingerprint: str
     files: tuple[Artifact, ...]
-    """Paths below the folder that the marker lies in."""
+    """Paths below `base`."""
+
+    folder: Annotated[str | None, AfterValidator(_check_folder)] = None
+    """Where the files are, below spec.output.uri; absent where they lie beside the marker. So a
+    result is known by another fingerprint without a copy of it."""
+
+    @property
+    def base(self) -> str:
+        """The folder of the files, below spec.output.uri; empty for that folder itself."""
+        if self.folder is not None:
+            return self.folder
+        return marker_path(self.stage, self.fingerprint).rpartition("/")[0]
+
+    def sha256_of(self, path: str) -> str | None:
+        """SHA-256 of a file that the marker lists, else None."""
+        return next((item.sha256 for item in self.files if item.path == path), None)
 
 
 class Pushed(Base):
@@ -74,15 +98,23 @@ def describe_file(file: Path, path: str) -> Artifact:
     return Artifact(path=path, bytes=file.stat().st_size, sha256=sha256)
 
 
-def save_stage(output: Folder, stage: Stage, fingerprint: str, folder: Path) -> None:
+def save_stage(output: Folder, stage: Stage, fingerprint: str, folder: Path) -> Marker:
     """Upload what a stage made, the marker last."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = tuple(describe_file(path, path.relative_to(folder).as_posix()) for path in paths)
     base = stage_folder(stage, fingerprint)
+    output.delete([marker_path(stage, fingerprint)])  # of an earlier attempt, which is incomplete
     for item in files:
         output.upload(folder / item.path, f"{base}/{item.path}", sha256=item.sha256)
     marker = Marker(stage=stage, fingerprint=fingerprint, files=files)
-    output.write(marker_path(stage, fingerprint), marker.model_dump_json(indent=2).encode())
+    write_marker(output, marker)
+    return marker
+
+
+def write_marker(output: Folder, marker: Marker) -> None:
+    """Say that a stage's result is complete."""
+    data = marker.model_dump_json(indent=2, exclude_none=True).encode()
+    output.write(marker_path(marker.stage, marker.fingerprint), data)
 
 
 def find_complete(output: Folder, stage: Stage, fingerprint: str) -> Marker | None:
@@ -106,7 +138,7 @@ def find_complete(output: Folder, stage: Stage, fingerprint: str) -> Marker | No
         return None
     if (marker.stage, marker.fingerprint) != (stage, fingerprint):
         return None
-    missing = missing_files(output, marker, path.rpartition("/")[0])
+    missing = missing_files(output, marker, marker.base)
     if missing:
         log.warning(
             "%s lists files that are missing or have another size, e.g. %s; the stage runs again",
@@ -124,3 +156,76 @@ def missing_files(output: Folder, marker: Marker, base: str) -> list[str]:
     tops = {item.path.partition("/")[0] for item in marker.files}
     sizes = {info.path: info.size for top in sorted(tops) for info in output.list(f"{prefix}{top}")}
     return [item.path for item in marker.files if sizes.get(prefix + item.path) != item.bytes]
+
+
+@dataclass(frozen=True)
+class StageFiles:
+    """The files that a stage left. Each is compared with the marker when it is read.
+
+    Methods raise StageError (StoredFileChanged where a file is gone, or is another one).
+    """
+
+    output: Folder
+    marker: Marker
+
+    def read(self, name: str) -> bytes:
+        """The content of a small file."""
+        listed = self._listed(name)
+        data = self.output.read(self._path(name))
+        found = None if data is None else (len(data), hashlib.sha256(data).hexdigest())
+        if data is None or found != (listed.bytes, listed.sha256):
+            raise self._changed(name)
+        return data
+
+    def fetch(self, name: str, target: Path) -> Path:
+        """Bring a file to disk; returns `target`."""
+        listed = self._listed(name)
+        try:
+            self.output.download(self._path(name), target)
+        except FileNotFoundError as error:
+            raise self._changed(name) from error
+        found = describe_file(target, name)
+        if (found.bytes, found.sha256) != (listed.bytes, listed.sha256):
+            target.unlink()
+            raise self._changed(name)
+        return target
+
+    def fetch_folder(self, name: str, target: Path) -> Path:
+        """Bring all files below the folder `name` to the folder `target`, which is returned."""
+        for item in self.marker.files:
+            if item.path.startswith(f"{name}/"):
+                self.fetch(item.path, target / item.path.removeprefix(f"{name}/"))
+        return target
+
+    def _path(self, name: str) -> str:
+        return f"{self.marker.base}/{name}"
+
+    def _listed(self, name: str) -> Artifact:
+        for item in self.marker.files:
+            if item.path == name and stays_below(name):
+                return item
+        raise self._changed(name)
+
+    def _changed(self, name: str) -> StageError:
+        marker = self.output.uri_of(marker_path(self.marker.stage, self.marker.fingerprint))
+        return StageError(
+            Reason.STORED_FILE_CHANGED,
+            f"{self.output.uri_of(self._path(name))} is not the file that {marker} lists: somebody "
+            "has deleted or replaced it, or the store has damaged it. Delete that marker, and "
+            "change the spec or create the job anew: what belongs to it is then made again.",
+        )
+
+
+def open_stage(output: Folder, stage: Stage, fingerprint: str) -> StageFiles:
+    """What a stage before left for this fingerprint; StageError where its marker is gone."""
+    path = marker_path(stage, fingerprint)
+    try:
+        marker = Marker.model_validate_json(output.read(path) or b"")
+    except ValidationError as error:
+        raise StageError(
+            Reason.STORED_FILE_CHANGED,
+            f"{output.uri_of(path)}, which says that {stage} is complete, is gone or is no marker: "
+            "somebody has deleted or replaced it. Change the spec or create the job anew: the "
+            "stage runs again.",
+        ) from error
+    return StageFiles(output, marker)

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 
 from finetune_trainer.contract import VERSIONS, Fingerprints, Output, Stage
 from finetune_trainer.store import Folder
-from finetune_trainer.store.marker import MANIFEST, STAGES, marker_path, stage_folder, stays_below
+from finetune_trainer.store.marker import MANIFEST, STAGES, find_complete, stage_folder, stays_below
 from finetune_trainer.store.owner import OWNER
 from finetune_trainer.store.versions import (
     FIRST_MANIFEST,
@@ -24,6 +24,7 @@ from finetune_trainer.store.versions import (
     make_current,
 )
 
+_MARKER = "/complete.json"
 _IN_VERSION = re.compile(rf"{VERSIONS}/[0-9a-f]{{12}}(?=/)")  # other folders are not the trainer's
 
 log = logging.getLogger(__name__)
@@ -104,21 +105,29 @@ def _prune_stages(output: Folder, kept: Sequence[Version], present: Fingerprints
         return
     prints = [present, *(lineage.fingerprints for lineage in lineages if lineage)]
     for stage in Stage:
-        wanted = {getattr(each, stage) for each in prints}
-        for fingerprint in sorted(_stage_results(output, stage) - wanted):
-            _delete_stage(output, stage, fingerprint)
+        wanted = set[str]()
+        for fingerprint in {getattr(each, stage) for each in prints}:
+            wanted |= _folders_of(output, stage, fingerprint)
+        for folder in sorted(_stage_folders(output, stage) - wanted):
+            _delete_stage(output, folder)
 
 
-def _stage_results(output: Folder, stage: Stage) -> set[str]:
-    """Fingerprints of which a stage has left something."""
+def _folders_of(output: Folder, stage: Stage, fingerprint: str) -> set[str]:
+    """A stage's folder, and the one that its marker says its files are in."""
+    marker = find_complete(output, stage, fingerprint)
+    return {stage_folder(stage, fingerprint), *([marker.base] if marker else [])}
+
+
+def _stage_folders(output: Folder, stage: Stage) -> set[str]:
+    """Folders of a stage's results."""
     base = f"{STAGES}/{stage}/"
     paths = [info.path.removeprefix(base) for info in output.list(base)]
-    return {path.partition("/")[0] for path in paths if "/" in path}
+    return {base + path.partition("/")[0] for path in paths if "/" in path}
 
 
-def _delete_stage(output: Folder, stage: Stage, fingerprint: str) -> None:
-    log.info("Deleting the result of %s %s", stage, fingerprint)
-    output.delete([marker_path(stage, fingerprint)])
-    base = f"{stage_folder(stage, fingerprint)}/"
-    output.abandon(base)
-    output.delete(info.path for info in output.list(base))
+def _delete_stage(output: Folder, folder: str) -> None:
+    log.info("Deleting %s", output.uri_of(folder))
+    paths = [info.path for info in output.list(f"{folder}/")]
+    output.delete(path for path in paths if path.endswith(_MARKER))  # checkpoints' as well
+    output.abandon(f"{folder}/")
+    output.delete(path for path in paths if not path.endswith(_MARKER))

@@ -28,6 +28,7 @@ from finetune_trainer.contract import (
     Reason,
     Stage,
     StageError,
+    read_known,
     version_folder,
 )
 from finetune_trainer.store import Folder
@@ -56,6 +57,11 @@ class VersionMarker(Marker):
     version: str = ""
     created: str = ""
     lineage: VersionLineage | None = None
+
+    @property
+    def base(self) -> str:
+        """The version's folder, below spec.output.uri."""
+        return version_folder(self.version)
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,7 @@ def adopt_first_manifest(output: Folder, old: str, new: Fingerprints) -> bool:
     if old == new.export:
         return True
     fields = json.loads(version.data)
-    fields |= {"fingerprint": new.export, "version": ""}
+    fields["fingerprint"] = new.export
     if isinstance(fields.get("lineage"), dict):
         fields["lineage"]["fingerprints"] = new.model_dump(mode="json")
     data = json.dumps(fields, indent=2, ensure_ascii=False).encode() + b"\n"
@@ -252,8 +258,8 @@ def _parse(data: bytes | None, name: str | None = None) -> Version | None:
     if data is None:
         return None
     try:
-        marker = VersionMarker.model_validate_json(data)
-    except ValidationError:
+        marker = read_known(VersionMarker, json.loads(data)).value
+    except ValueError:
         return None
     name = marker.version if name is None else name
     if marker.stage is not Stage.EXPORT or marker.version != name or not _NAME.fullmatch(name):

@@ -5,24 +5,36 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from finetune_trainer.contract import (
     PreparedRunConfig,
     Reason,
     Stage,
     StageError,
     StageResult,
+    TrainingMetrics,
     TrainingRecord,
 )
 from finetune_trainer.model import base_model
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.runtime.units import duration
 from finetune_trainer.store import Folder, open_folder
-from finetune_trainer.store.marker import EXAMPLES, HELD_OUT, METRICS, save_stage, stage_folder
+from finetune_trainer.store.marker import (
+    EXAMPLES,
+    HELD_OUT,
+    METRICS,
+    SUMMARY,
+    StageFiles,
+    find_complete,
+    open_stage,
+    save_stage,
+)
 from finetune_trainer.store.owner import check_owner
-from finetune_trainer.train.link.work import Failed, Trained, TrainingWork, default_plan
+from finetune_trainer.train.link import Failed, Trained, TrainingWork, default_plan
 from finetune_trainer.train.supervisor.checkpoints import CheckpointStore
 from finetune_trainer.train.supervisor.ladder import descend
-from finetune_trainer.train.supervisor.setup import MemoryNeeds, adapt_to_machine, read_needs
+from finetune_trainer.train.supervisor.setup import adapt_to_machine, read_needs
 from finetune_trainer.train.supervisor.training_session import TrainingSession
 
 log = logging.getLogger(__name__)
@@ -34,8 +46,12 @@ def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> Stage
     prints = config.resolved.fingerprints
     output = open_folder(config.output.folder, config.storage)
     check_owner(output, config.output, config.job)
-    work = fetch_work(config, output, workspace, reporter)
-    work, notices = adapt_to_machine(work, fetch_needs(config, work, output))
+    if done := find_trained(output, prints.train):
+        return done
+    prepared = open_stage(output, Stage.PREPARE, prints.prepare)
+    work = fetch_work(config, prepared, workspace, reporter)
+    needs = read_needs(work.model.path, prepared.read(SUMMARY))
+    work, notices = adapt_to_machine(work, needs)
     session = TrainingSession(CheckpointStore(output, prints.train), reporter)
     for notice in notices:
         session.notice(notice)
@@ -66,15 +82,38 @@ def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> Stage
     )
 
 
+def find_trained(output: Folder, fingerprint: str) -> StageResult | None:
+    """The result of this very training if the store holds it, whoever trained it; else None.
+
+    A stage may be started again after it has ended, e.g. when its pod vanished with its last word.
+    Its checkpoints are gone by then, so it would train from the start.
+    """
+    marker = find_complete(output, Stage.TRAIN, fingerprint)
+    if marker is None:
+        return None
+    try:
+        data = StageFiles(output, marker).read(METRICS)
+        record = TrainingRecord.model_validate_json(data)
+    except ValidationError:
+        log.warning("%s is no record of this version; figures are missing", METRICS)
+        record = TrainingRecord(metrics=TrainingMetrics(), hyperparameters={})
+    return StageResult(
+        stage=Stage.TRAIN,
+        reason=Reason.SUCCEEDED,
+        message=f"the store already holds the adapter: {output.uri_of(marker.base)}",
+        metrics=record.metrics.named(),
+        notices=record.notices,
+    )
+
+
 def fetch_work(
-    config: PreparedRunConfig, output: Folder, workspace: Path, reporter: Reporter
+    config: PreparedRunConfig, prepared: StageFiles, workspace: Path, reporter: Reporter
 ) -> TrainingWork:
-    """Download everything that the worker needs."""
-    prepared = stage_folder(Stage.PREPARE, config.resolved.fingerprints.prepare)
-    examples, held_out = workspace / EXAMPLES, workspace / HELD_OUT
-    output.download(f"{prepared}/{EXAMPLES}", examples)
+    """Download everything that the worker needs; `prepared` is what `prepare` left."""
+    examples = prepared.fetch(EXAMPLES, workspace / EXAMPLES)
+    held_out = None
     if config.resolved.eval_rows:
-        output.download(f"{prepared}/{HELD_OUT}", held_out)
+        held_out = prepared.fetch(HELD_OUT, workspace / HELD_OUT)
     model = base_model.fetch_resolved(config, workspace / "model", reporter)
     workdir = workspace / "training"
     workdir.mkdir()
@@ -84,19 +123,10 @@ def fetch_work(
         max_sequence_length=config.training.max_sequence_length,
         engine="transformers",
         examples=examples,
-        held_out=held_out if held_out.exists() else None,
+        held_out=held_out,
         model=model,
         workdir=workdir,
     )
-
-
-def fetch_needs(config: PreparedRunConfig, work: TrainingWork, output: Folder) -> MemoryNeeds:
-    """What the model and the examples need of memory."""
-    prepared = stage_folder(Stage.PREPARE, config.resolved.fingerprints.prepare)
-    summary = output.read(f"{prepared}/summary.json")
-    if summary is None:
-        raise FileNotFoundError(f"{output.uri_of(prepared)}/summary.json is missing")
-    return read_needs(work.model.path, summary)
 
 
 def train(work: TrainingWork, session: TrainingSession) -> Trained:

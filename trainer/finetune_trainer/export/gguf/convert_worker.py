@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.contract import Reason, StageError
-from finetune_trainer.export.gguf.requests import ConvertRequest
+from finetune_trainer.export.gguf import ConvertRequest
 from finetune_trainer.model import converter
 from finetune_trainer.runtime import child
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_trainer.contract import Quantization, Reason, StageError
-from finetune_trainer.export.gguf.requests import ConvertRequest, QuantizeRequest
+from finetune_trainer.export.gguf import ConvertRequest, QuantizeRequest
 from finetune_trainer.model import ModelFolder, converter
 from finetune_trainer.model.loading import available_cpus
 from finetune_trainer.runtime import child
@@ -52,9 +52,6 @@ IMPORTANCE_TYPES = (
 )
 """Types whose blocks llama.cpp fits with an importance matrix, the more so the fewer bits they have
 (ggml-quants.c; its Q8_0 ignores one). None of them needs it."""
-
-
-MODELFILE = "Modelfile"  # names the preferred file
 
 SMALL = 2_000_000_000  # parameters; below, four bits cost much quality
 _LARGE_FIRST = (Quantization.Q4_K_M, Quantization.Q5_K_M, Quantization.Q6_K, Quantization.Q8_0)

@@ -22,9 +22,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Example, Reason, StageError
+from finetune_trainer.export.gguf import INPUT_COUNTS, INPUT_SUMS, ImportanceRequest
 from finetune_trainer.export.gguf.files import GgufSource
 from finetune_trainer.export.gguf.header import Header
-from finetune_trainer.export.gguf.requests import INPUT_COUNTS, INPUT_SUMS, ImportanceRequest
 from finetune_trainer.export.reference.float32 import load_streamed
 from finetune_trainer.model.loading import use_available_cpus
 from finetune_trainer.model.tokenizer import encode_batch, load_tokenizer

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_trainer.contract import Quantization
-from finetune_trainer.export.gguf.requests import INPUT_COUNTS, INPUT_SUMS, QuantizeRequest
+from finetune_trainer.export.gguf import INPUT_COUNTS, INPUT_SUMS, QuantizeRequest
 from finetune_trainer.runtime import child
 
 _ERROR = 4  # ggml_log_level

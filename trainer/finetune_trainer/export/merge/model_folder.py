@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from finetune_trainer.export.merge import MergedWeights
 from finetune_trainer.export.merge.checkpoint import (
     CONFIG,
     INDEX,
@@ -25,7 +26,6 @@ from finetune_trainer.export.merge.checkpoint import (
     TensorInfo,
     read_config,
 )
-from finetune_trainer.export.merge.merged import MergedWeights
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import use_available_cpus
 from finetune_trainer.model.tokenizer import end_of_turn_ids, load_tokenizer, save_tokenizer

@@ -16,8 +16,8 @@ from finetune_trainer.contract import (
     RunConfig,
     TrainingMetrics,
     TrainingRecord,
+    display_name,
 )
-from finetune_trainer.model.base_model import display_name
 from finetune_trainer.runtime.units import perplexity
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from finetune_trainer.contract.verdict_words import Statement, Tone, summary_of
-from finetune_trainer.export.gguf.files import MODELFILE, preferred
+from finetune_trainer.export.gguf import MODELFILE
+from finetune_trainer.export.gguf.files import preferred
 from finetune_trainer.export.report import tables
 from finetune_trainer.export.report.facts import Facts
 from finetune_trainer.model.base_model import is_hub

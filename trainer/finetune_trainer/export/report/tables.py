@@ -194,7 +194,7 @@ def lineage_rows(facts: Facts) -> tuple[TableRow, ...]:
         TableRow("Dataset's ETag", made.dataset_etag, code=True),
         TableRow("Columns", columns or NOTHING),
         TableRow("Base model", made.model),
-        TableRow("Base model's revision", made.model_revision, code=True),
+        TableRow("Base model's revision", made.model_commit or made.model_revision, code=True),
         TableRow("Fingerprint of prepare", prints.prepare, code=True),
         TableRow("Fingerprint of train", prints.train, code=True),
         TableRow("Fingerprint of export", prints.export, code=True),

@@ -1,19 +1,11 @@
-"""Which columns (or JSON keys) make up an example, and the conversation that a row becomes."""
+"""The messages of a row: each checked, and what they make together."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from finetune_trainer.contract import Columns, Message, Reason, StageError
-from finetune_trainer.prepare.reading.json_records import NotJsonError, parse
+from finetune_trainer.contract import Message
 from finetune_trainer.prepare.reading.record import clip, name_of, names
-
-INSTRUCTION, PROMPT, MESSAGES = "instruction", "prompt-completion", "messages"
-
-_WHOLE_LAYOUT = 1000  # outweighs any number of single names
 
 Conversation = tuple[Message, ...]
 
@@ -30,188 +22,11 @@ _TYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Layout:
-    """One of the three layouts, with the column that holds each part."""
-
-    kind: str
-    columns: dict[str, str]
-
-
-def find_layout(fields: Sequence[str], columns: Columns) -> Layout | None:
-    """The layout of a file with these columns; None where it lacks one that is needed."""
-    if columns.messages:
-        found = columns.messages in fields
-        return Layout(MESSAGES, {"messages": columns.messages}) if found else None
-    mapped = _mapped(columns)
-    if not any(name in fields for name in mapped.values()):
-        if "messages" in fields:
-            return Layout(MESSAGES, {"messages": "messages"})
-        if "prompt" in fields and "completion" in fields:
-            return Layout(PROMPT, {"prompt": "prompt", "completion": "completion"})
-    if not all(name in fields for name in mapped.values()):
-        return None
-    if columns.input is None and "input" in fields and "input" not in mapped.values():
-        mapped["input"] = "input"
-    return Layout(INSTRUCTION, mapped)
-
-
-def _mapped(columns: Columns) -> dict[str, str]:
-    found = {
-        "instruction": columns.instruction,
-        "input": columns.input,
-        "system": columns.system,
-        "response": columns.response,
-    }
-    return {part: name for part, name in found.items() if name is not None}
-
-
-def default_layout(columns: Columns) -> Layout:
-    """The layout of a file without a single readable object: each row says why it is none."""
-    if columns.messages:
-        return Layout(MESSAGES, {"messages": columns.messages})
-    return Layout(INSTRUCTION, _mapped(columns))
-
-
-def check_columns(columns: Columns) -> None:
-    """One column can't be two things; raises StageError (InvalidConfig)."""
-    seen: dict[str, str] = {}
-    for part, name in _mapped(columns).items():
-        if name in seen:
-            raise StageError(
-                Reason.INVALID_CONFIG,
-                f"spec.dataset.columns: {seen[name]} and {part} are both {name!r}; "
-                "name two columns.",
-            )
-        seen[name] = part
-
-
-def fit(fields: Sequence[str], columns: Columns) -> int:
-    """How well a header suits: a whole layout is best, then as many wanted names as possible."""
-    complete = _WHOLE_LAYOUT if find_layout(fields, columns) else 0
-    wanted = _wanted(columns)
-    lowered = {field.strip().lower() for field in fields}
-    exact = sum(name in fields for name in wanted)
-    return complete + 2 * exact + sum(name.strip().lower() in lowered for name in wanted)
-
-
-def _wanted(columns: Columns) -> list[str]:
-    if columns.messages:
-        return [columns.messages]
-    return [*_mapped(columns).values(), "messages", "prompt", "completion"]
-
-
-def missing_column(
-    fields: Sequence[str], columns: Columns, uri: str, *, what: str = "column"
-) -> StageError:
-    """The error for a file that lacks a column, with what it has and a hint."""
-    wanted = [columns.messages] if columns.messages else list(_mapped(columns).values())
-    name = next(name for name in wanted if name not in fields)
-    lowered = {known.strip().lower(): known for known in reversed(fields)}
-    close = difflib.get_close_matches(name.strip().lower(), lowered, n=1)
-    hint = f" Did you mean {name_of(lowered[close[0]])}?" if close else ""
-    if not hint and what == "column":
-        hint = " Is its first row the header?"
-    return StageError(
-        Reason.COLUMN_NOT_FOUND,
-        f"{uri} has no {what} {name_of(name)}; it has {names(fields)}.{hint} Map the columns in "
-        "spec.dataset.columns, or rename them in the file.",
-    )
-
-
-def check_unique(fields: Sequence[str], layout: Layout, uri: str) -> None:
-    """A column that is used must be there once; raises StageError (ColumnNotFound)."""
-    for name in layout.columns.values():
-        if (count := list(fields).count(name)) > 1:
-            raise StageError(
-                Reason.COLUMN_NOT_FOUND,
-                f"The header of {uri} has the column {name_of(name)} {count} times: rename one.",
-            )
-
-
 class InvalidError(Exception):
     """The row can't be used; the text says why."""
 
 
-Builder = Callable[[Sequence[Any]], Conversation]
-"""Takes the values of the layout's columns, in their order; raises InvalidError."""
-
-
-def builder(layout: Layout, system_prompt: str | None) -> Builder:
-    """Makes conversations of rows; `system_prompt` is for rows without one of their own."""
-    fallback = _message("system", system_prompt) if (system_prompt or "").strip() else None
-    if layout.kind == INSTRUCTION:
-        return _instruction(layout.columns, fallback)
-    if layout.kind == PROMPT:
-        return _prompt_completion(layout.columns, fallback)
-    return _messages(layout.columns["messages"], fallback)
-
-
-def _instruction(columns: dict[str, str], fallback: Message | None) -> Builder:
-    parts = list(columns)
-    first, last = parts.index("instruction"), parts.index("response")
-    further = parts.index("input") if "input" in parts else None
-    own = parts.index("system") if "system" in parts else None
-    labels = list(columns.values())
-
-    def build(values: Sequence[Any]) -> Conversation:
-        texts = [_text(value, label) for value, label in zip(values, labels, strict=True)]
-        blank = [labels[index] for index in (first, last) if not texts[index]]
-        if blank:
-            raise InvalidError(f"{names(blank)} {'is' if len(blank) == 1 else 'are'} blank")
-        asked = texts[first]
-        if further is not None and texts[further]:
-            asked = f"{asked}\n\n{texts[further]}"
-        turns = _message("user", asked), _message("assistant", texts[last])
-        if own is not None and texts[own]:
-            return _message("system", texts[own]), *turns
-        return (fallback, *turns) if fallback else turns
-
-    return build
-
-
-def _prompt_completion(columns: dict[str, str], fallback: Message | None) -> Builder:
-    labels = columns["prompt"], columns["completion"]
-
-    def build(values: Sequence[Any]) -> Conversation:
-        sides: list[list[Any]] = []
-        for value, label, role in zip(values, labels, ("user", "assistant"), strict=True):
-            if isinstance(value, list) and value:
-                sides.append(value)
-            elif value != [] and (text := _text(value, label)):
-                sides.append([_message(role, text)])
-            else:
-                raise InvalidError(f"{name_of(label)} is blank")
-        if sides[1] and isinstance(sides[1][0], dict) and sides[1][0].get("role") != "assistant":
-            raise InvalidError(f"{name_of(labels[1])} does not begin with an assistant's message")
-        return _checked([*sides[0], *sides[1]], fallback)
-
-    return build
-
-
-def _messages(label: str, fallback: Message | None) -> Builder:
-    def build(values: Sequence[Any]) -> Conversation:
-        value = values[0]
-        if isinstance(value, str) and value.strip():
-            value = _from_json(value, label)
-        if value is None or value == [] or (isinstance(value, str) and not value.strip()):
-            raise InvalidError(f"{name_of(label)} is blank")
-        if not isinstance(value, list):
-            raise InvalidError(f"{name_of(label)} is {_kind(value)}, not a list of messages")
-        return _checked(value, fallback)
-
-    return build
-
-
-def _from_json(text: str, label: str) -> Any:
-    try:
-        return parse(text)
-    except NotJsonError as error:
-        hint = " (JSON has double quotes; is it Python's own notation?)" if "'" in text[:9] else ""
-        raise InvalidError(f"{name_of(label)} is no JSON: {error}{hint}") from error
-
-
-def _checked(items: list[Any], fallback: Message | None) -> Conversation:
+def checked(items: list[Any], fallback: Message | None) -> Conversation:
     """Messages in turn, the assistant last; raises InvalidError."""
     messages = [_read(item, place) for place, item in enumerate(items, start=1)]
     if messages[0]["role"] == "system" and not messages[0]["content"]:
@@ -230,7 +45,9 @@ def _checked(items: list[Any], fallback: Message | None) -> Conversation:
 
 def _read(item: Any, place: int) -> Message:
     if not isinstance(item, dict):
-        raise InvalidError(f"message {place} is {_kind(item)}, not an object with role and content")
+        raise InvalidError(
+            f"message {place} is {kind_of(item)}, not an object with role and content"
+        )
     if missing := [key for key in ("role", "content") if key not in item]:
         has = f"; it has {names(item)}" if item else ""
         raise InvalidError(f"message {place} has no {names(missing)}{has}")
@@ -242,15 +59,15 @@ def _read(item: Any, place: int) -> Message:
     for key in _MEANINGFUL:
         if item.get(key) not in (None, [], {}):
             raise InvalidError(f"message {place} has {key!r}, which can't be learnt from here")
-    return _message(role, _text(item["content"], "content", f"message {place}: "))
+    return message_of(role, text_of(item["content"], "content", f"message {place}: "))
 
 
-def _text(value: Any, label: str, where: str = "") -> str:
+def text_of(value: Any, label: str, where: str = "") -> str:
     """The value as it is, or "" where it is blank; what is no text raises InvalidError."""
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise InvalidError(f"{where}{name_of(label)} is {_kind(value)}, not text")
+        raise InvalidError(f"{where}{name_of(label)} is {kind_of(value)}, not text")
     if not value.isascii():
         try:
             value.encode()
@@ -261,11 +78,11 @@ def _text(value: Any, label: str, where: str = "") -> str:
     return value if value.strip() else ""
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     if value is None:
         return "null"
     return _TYPES.get(type(value), "text" if isinstance(value, str) else type(value).__name__)
 
 
-def _message(role: str, content: str | None) -> Message:
+def message_of(role: str, content: str | None) -> Message:
     return {"role": role, "content": content or ""}

@@ -16,9 +16,10 @@ from finetune_trainer.contract import (
     allowed,
 )
 from finetune_trainer.prepare.reading.content import GZIP, PARQUET, Content, foreign, unreadable
-from finetune_trainer.prepare.reading.conversation import (
-    Conversation,
-    InvalidError,
+from finetune_trainer.prepare.reading.conversation import Conversation, InvalidError
+from finetune_trainer.prepare.reading.encoding import Text, read_as_text
+from finetune_trainer.prepare.reading.json_records import JsonArray, JsonLines
+from finetune_trainer.prepare.reading.layout import (
     Layout,
     builder,
     check_columns,
@@ -28,8 +29,6 @@ from finetune_trainer.prepare.reading.conversation import (
     fit,
     missing_column,
 )
-from finetune_trainer.prepare.reading.encoding import Text, read_as_text
-from finetune_trainer.prepare.reading.json_records import JsonArray, JsonLines
 from finetune_trainer.prepare.reading.parquet import Parquet
 from finetune_trainer.prepare.reading.record import (
     UNUSED_SHOWN,

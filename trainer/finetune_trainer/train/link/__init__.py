@@ -1,6 +1,167 @@
 """What passes between the supervisor and the worker.
 
-work        the request, and what the worker leaves: JSON files
+Below is what the supervisor asks for, and what the worker leaves: JSON files in the workdir.
+
 channel     progress, notices and checkpoints on their way up: JSON lines through a FIFO
 upload_lag  how far a training may run ahead of its checkpoints in the store
 """
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from pydantic import JsonValue
+
+from finetune_trainer.contract import (
+    Base,
+    LogEntry,
+    Notice,
+    NoticeCode,
+    Reason,
+    RunConfig,
+    StageError,
+    TrainingMetrics,
+    TrainingPlan,
+)
+from finetune_trainer.model import ModelFolder
+
+Engine = Literal["transformers", "unsloth"]
+
+LENGTHS = "lengths.json"
+TRAINED, FAILED = "trained.json", "failed.json"
+
+
+class TrainingWork(Base):
+    """One run of the worker. A further one, e.g. after memory ran out, gets a changed copy."""
+
+    config: RunConfig
+    plan: TrainingPlan
+    """How a step is split into passes."""
+
+    processes: int = 1
+    """How many processes train together, each with a device of its own."""
+
+    max_sequence_length: int
+    """Tokens; at most what the spec says."""
+
+    engine: Engine
+    examples: Path
+    """examples.jsonl, as `prepare` left it."""
+
+    held_out: Path | None
+    """eval.jsonl, or None when no row is held out."""
+
+    model: ModelFolder
+    """The base model."""
+
+    workdir: Path
+    """Folder for everything that the worker writes."""
+
+    resume_from: Path | None = None
+    """Folder of the checkpoint to go on from."""
+
+    @property
+    def adapter(self) -> Path:
+        """Where the adapter and the tokenizer go."""
+        return self.workdir / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the Trainer writes its checkpoints."""
+        return self.workdir / "trainer"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Where TensorBoard's files go."""
+        return self.workdir / "tensorboard"
+
+
+class Trained(Base):
+    """What came out, beside the files of the adapter."""
+
+    metrics: TrainingMetrics
+    hyperparameters: dict[str, JsonValue]
+    """The hyperparameters as they were applied, e.g. with the epochs that `auto` stood for."""
+
+    history: tuple[LogEntry, ...] = ()
+    """What the Trainer logged, step by step, for curves."""
+
+
+class Failed(Base):
+    """Why the worker gave up."""
+
+    reason: Reason
+    message: str
+    step: int | None = None
+    """Optimizer steps that were complete."""
+
+    checkpoint: Path | None = None
+    """A checkpoint of that step, where it could still be written."""
+
+
+class InterruptedTrainingError(StageError):
+    """The training ended in between, and can go on from a checkpoint on disk if there is one."""
+
+    def __init__(self, cause: StageError, step: int, checkpoint: Path | None) -> None:
+        super().__init__(cause.reason, cause.message)
+        self.step = step
+        self.checkpoint = checkpoint
+
+
+def as_failed(error: StageError) -> Failed:
+    failed = Failed(reason=error.reason, message=error.message)
+    if isinstance(error, InterruptedTrainingError):
+        return failed.model_copy(update={"step": error.step, "checkpoint": error.checkpoint})
+    return failed
+
+
+def default_plan(config: RunConfig) -> TrainingPlan:
+    """The plan of `prepare`, or what the spec says where there is none."""
+    if config.resolved is not None and config.resolved.plan is not None:
+        return config.resolved.plan
+    training = config.training
+    wish = training.gradient_checkpointing
+    # On a GPU of unknown memory it is more often short than not.
+    gpu = config.hardware.gpus > 0 if config.hardware else any(Path("/dev").glob("nvidia[0-9]*"))
+    return TrainingPlan(
+        batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        gradient_checkpointing=wish == "always" or (wish == "auto" and gpu),
+    )
+
+
+def write_failure(workdir: Path, error: StageError) -> None:
+    """Leave why the worker failed. Of several processes, the first to fail gives the reason."""
+    own = workdir / f"{FAILED}.{os.getpid()}"
+    own.write_text(as_failed(error).model_dump_json(), encoding="utf-8")
+    with suppress(FileExistsError):
+        os.link(own, workdir / FAILED)  # atomic, and refused where another was first
+    own.unlink()
+
+
+def write_lengths(workdir: Path, lengths: Iterable[int]) -> None:
+    """Leave how many examples have how many tokens, for the memory ladder."""
+    counts = sorted(Counter(int(length) for length in lengths).items())
+    (workdir / LENGTHS).write_text(json.dumps(counts), encoding="utf-8")
+
+
+def read_lengths(workdir: Path) -> dict[int, int]:
+    """Length -> examples of it. Empty when the worker did not get so far."""
+    file = workdir / LENGTHS
+    return dict(json.loads(file.read_bytes())) if file.exists() else {}
+
+
+def fallback_notice(evidence: str) -> Notice:
+    """The transformers engine trains where the spec asks for Unsloth."""
+    return Notice(
+        code=NoticeCode.ENGINE_FALLBACK,
+        evidence=f"{evidence:.300}",
+        remedy="The transformers engine trains instead, with the same result. "
+        "Set training.engine to transformers to silence this.",
+    )

@@ -11,8 +11,6 @@ watch           trouble while it trains, early stopping, answers that don't foll
 diagnosis       what curves say about a training; pure
 training_log    the Trainer's log as curves, metrics and history
 reporting       progress, and experiment trackers
-processes       several processes that train together
+processes       several processes that train together, and the program that starts them
 unsloth_engine  the other engine
-torchrun        a program: starts several workers
-gpu_probe       a program: prints the GPUs
 """

@@ -1,17 +1,24 @@
-"""Several processes that train together: which one this is, joining, and sharing the model.
+"""Several processes that train together: starting them, which one this is, and sharing the model.
 
-The worker asks before it loads torch, so the functions that need torch import it themselves.
+    python -m finetune_trainer.train.recipe.processes [torchrun's arguments] <pid of the stage>
+
+is torchrun, whose exit status is here that of the worker that failed first. The worker asks before
+it loads torch, so the functions that need torch import it themselves.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 
 from finetune_trainer.contract import TrainingPlan
+from finetune_trainer.runtime import child
+from finetune_trainer.runtime.logs import set_up_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -99,3 +106,30 @@ def gathered_state(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
         return None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     return cast("dict[str, torch.Tensor]", get_model_state_dict(model, options=options))
+
+
+def main(arguments: list[str], parent: int) -> int:
+    """Run with torchrun's own arguments. A worker killed by a signal gives 128 + its number."""
+    child.die_with_parent(parent)
+    set_up_libraries()
+    from torch.distributed.elastic.multiprocessing import SignalException  # noqa: PLC0415
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
+    from torch.distributed.run import parse_args, run  # noqa: PLC0415
+
+    # The worker logs why it failed. torchrun would add a page.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        run(parse_args([*arguments, str(os.getpid())]))  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        # A killed worker takes the others with it, maybe before torchrun looks.
+        statuses = [failure.exitcode for failure in error.failures.values()]
+        status = next((status for status in statuses if status < 0), first.exitcode)
+        return status if status >= 0 else 128 - status
+    except SignalException as stop:
+        return 128 + int(stop.sigval)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:-1], int(sys.argv[-1])))

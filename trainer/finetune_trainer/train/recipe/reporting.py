@@ -27,7 +27,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from finetune_trainer.contract import RunConfig, Tracker
 from finetune_trainer.runtime.logs import redact
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.train.link.work import TrainingWork
+from finetune_trainer.train.link import TrainingWork
 
 PROJECT = "finetune-operator"  # where the tracker's own variable names none
 

@@ -38,8 +38,8 @@ from finetune_trainer.model.loading import (
 )
 from finetune_trainer.model.tokenizer import load_tokenizer
 from finetune_trainer.runtime.reporter import Reporter
+from finetune_trainer.train.link import Trained, TrainingWork, write_lengths
 from finetune_trainer.train.link.channel import Channel
-from finetune_trainer.train.link.work import Trained, TrainingWork, write_lengths
 from finetune_trainer.train.recipe import processes, reporting, unsloth_engine
 from finetune_trainer.train.recipe.data import TokenizedRows, check_rows, tokenize
 from finetune_trainer.train.recipe.lora import (

@@ -1,4 +1,6 @@
-"""The process that trains: `python -m finetune_trainer.train.recipe.train_worker work.json`.
+"""The process that trains.
+
+    python -m finetune_trainer.train.recipe.train_worker work.json <pid of the parent>
 
 It has torch and the model. The stage that starts it has the store, the status and the decisions.
 So the stage can still report when memory runs out, native code crashes or a stop comes.
@@ -12,12 +14,12 @@ import sys
 from pathlib import Path
 
 from finetune_trainer.contract import ExitCode, Reason
-from finetune_trainer.runtime.die_with_parent import die_with_parent
+from finetune_trainer.runtime import child
 from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.logs import set_up_libraries
 from finetune_trainer.runtime.reporter import Reporter
+from finetune_trainer.train.link import TRAINED, TrainingWork, write_failure
 from finetune_trainer.train.link.channel import Channel
-from finetune_trainer.train.link.work import TRAINED, TrainingWork, write_failure
 from finetune_trainer.train.recipe import unsloth_engine
 from finetune_trainer.train.recipe.processes import is_first, is_lost_peer, joined
 
@@ -26,9 +28,9 @@ INTERVAL_SECONDS = 0.2  # between two lines to the stage, which speaks to the AP
 log = logging.getLogger(__name__)
 
 
-def main(request: Path) -> int:
+def main(request: Path, parent: int) -> int:
     """Train. The exit status is that of the reason."""
-    die_with_parent(os.getppid())
+    child.die_with_parent(parent)
     set_up_libraries()
     work = TrainingWork.model_validate_json(request.read_bytes())
     channel = Channel(work.workdir) if is_first() else None
@@ -60,7 +62,7 @@ def main(request: Path) -> int:
 
 
 if __name__ == "__main__":
-    exit_status = main(Path(sys.argv[1]))
+    exit_status = main(Path(sys.argv[1]), int(sys.argv[2]))
     if exit_status == ExitCode.STOPPED:
         # The libraries take seconds to unload, and the grace period is for the upload.
         sys.stdout.flush()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.contract import Reason
 from finetune_trainer.runtime.failures import explain
-from finetune_trainer.train.link.work import TrainingWork, fallback_notice
+from finetune_trainer.train.link import TrainingWork, fallback_notice
 
 if TYPE_CHECKING:
     import torch

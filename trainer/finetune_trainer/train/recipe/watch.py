@@ -33,7 +33,7 @@ from finetune_trainer.contract import (
     Training,
 )
 from finetune_trainer.model.tokenizer import IGNORED, encode_batch
-from finetune_trainer.train.link.work import TrainingWork
+from finetune_trainer.train.link import TrainingWork
 from finetune_trainer.train.recipe.diagnosis import FLAT_ABOVE, diagnose, not_finite_notice
 from finetune_trainer.train.recipe.trainer import RecipeTrainer
 from finetune_trainer.train.recipe.training_log import evaluations_of, is_finite, log_points

@@ -33,7 +33,7 @@ from finetune_trainer.memory.remedies import (
     GENERAL_REMEDIES,
     remedies_after_ladder,
 )
-from finetune_trainer.train.link.work import Failed, Trained, TrainingWork, read_lengths
+from finetune_trainer.train.link import Failed, Trained, TrainingWork, read_lengths
 
 WORTH_IT = 0.9  # of the longest row; cutting less frees next to nothing
 

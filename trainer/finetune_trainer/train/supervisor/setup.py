@@ -30,7 +30,7 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.memory.plan import Lengths, describe, effective_batch, plan
 from finetune_trainer.model.shape import Shape
-from finetune_trainer.train.link.work import Engine, TrainingWork, fallback_notice
+from finetune_trainer.train.link import Engine, TrainingWork, fallback_notice
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def adapt_to_machine(work: TrainingWork, needs: MemoryNeeds) -> tuple[TrainingWo
 
 # --- Devices -----------------------------------------------------------------------------------
 
-GPU_PROBE = "finetune_trainer.train.recipe.gpu_probe"
+GPU_PROBE = "finetune_trainer.memory.machine"  # a program
 PROBE_SECONDS = 120.0  # a cold CUDA driver takes up to half a minute
 PROCESSES_VARIABLE = "FINETUNE_PROCESSES"  # processes on a machine without a GPU; for tests
 

@@ -17,9 +17,9 @@ from finetune_trainer.contract import Notice, NoticeCode, Reason, StageError, Tr
 from finetune_trainer.runtime import stopping
 from finetune_trainer.runtime.failures import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter
+from finetune_trainer.train.link import FAILED, TRAINED, Failed, Trained, TrainingWork
 from finetune_trainer.train.link.channel import WorkerMessage, listening
 from finetune_trainer.train.link.upload_lag import write_stored_step
-from finetune_trainer.train.link.work import FAILED, TRAINED, Failed, Trained, TrainingWork
 from finetune_trainer.train.supervisor.checkpoints import (
     CheckpointMarker,
     CheckpointStore,
@@ -29,8 +29,7 @@ from finetune_trainer.train.supervisor.checkpoints import (
 
 # Programs. The names are text, because the stage imports nothing of the recipe.
 TRAIN_WORKER = "finetune_trainer.train.recipe.train_worker"
-TORCHRUN = "finetune_trainer.train.recipe.torchrun"
-DIE_WITH_PARENT = "finetune_trainer.runtime.die_with_parent"
+SEVERAL_WORKERS = "finetune_trainer.train.recipe.processes"
 
 REQUEST = "work.json"
 VMSTAT = Path("/proc/vmstat")
@@ -205,14 +204,7 @@ class WorkerProcess:
         kills = count_oom_kills()
         # A session of its own: Ctrl-C is for the stage, which then tells the worker to save.
         with subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                DIE_WITH_PARENT,
-                str(os.getpid()),
-                *self._command(work, request),
-            ],
-            start_new_session=True,
+            [*self._command(work, request), str(os.getpid())], start_new_session=True
         ) as process:
             self._process = process
             status = process.wait()
@@ -240,7 +232,7 @@ class WorkerProcess:
 def worker_command(
     module: str, request: Path, processes: int, shutdown_seconds: float
 ) -> list[str]:
-    """Start one worker, or torchrun with one for each process.
+    """Start one worker, or torchrun with one for each process. The stage's pid has to follow.
 
     On a stop the workers have `shutdown_seconds` to save before torchrun kills them.
     """
@@ -249,7 +241,7 @@ def worker_command(
     return [
         sys.executable,
         "-m",
-        TORCHRUN,
+        SEVERAL_WORKERS,
         "--standalone",
         "--local-addr=127.0.0.1",  # a pod's own name need not resolve
         f"--nproc-per-node={processes}",

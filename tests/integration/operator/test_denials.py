@@ -1,0 +1,132 @@
+"""What others than the spec's author deny is waited out, and goes on when it is mended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from finetune_trainer.contract import Stage
+from hack.cluster.control_plane import ControlPlane
+from tests.integration.operator.stage import Namespace, prepared, trained
+
+PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN
+POLICIES_SINCE = 30  # ValidatingAdmissionPolicy, GA
+
+
+def quota(here: Namespace, jobs: int) -> str:
+    """A quota that admits so many Jobs; returns its name."""
+    body = {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": "jobs", "namespace": here.name},
+        "spec": {"hard": {"count/jobs.batch": str(jobs)}},
+    }
+    here.plane.kubectl("apply", "-f", "-", input=json.dumps(body))
+    found = ("get", "quota", "jobs", "-n", here.name, "-o", "jsonpath={.status.hard}")
+    here.wait("the quota", lambda: here.plane.kubectl(*found))
+    return "quota/jobs"
+
+
+def denied(here: Namespace) -> str:
+    """What Degraded says of a denial."""
+    return str(here.wait("the denial", lambda: _words(here)))
+
+
+def _words(here: Namespace) -> str:
+    _, reason, message = here.condition("Degraded")
+    return message if reason == "RequestDenied" else ""
+
+
+def test_a_quota_is_told_and_waited_out(here: Namespace) -> None:
+    name = quota(here, jobs=0)
+    here.apply()
+    assert "exceeded quota: jobs" in denied(here)
+    assert here.status()["phase"] == "Pending"
+    assert here.jobs() == []
+    here.plane.kubectl("delete", name, "-n", here.name)
+    here.succeed(prepared())
+    here.wait_phase("Training")
+    assert here.condition("Degraded")[0] == "False"
+
+
+def test_a_quota_leaves_a_running_training_alone(here: Namespace) -> None:
+    here.apply()
+    here.succeed(prepared())
+    pod = here.start_pod(TRAIN)["metadata"]["uid"]
+    here.wait_phase("Training")
+    name = quota(here, jobs=2)
+    here.apply(training={"seed": 3})  # prepare has to look at it
+    assert "exceeded quota: jobs" in denied(here)
+    assert here.pod(TRAIN)["metadata"]["uid"] == pod
+    here.plane.kubectl("delete", name, "-n", here.name)
+    here.succeed(prepared(PREPARE))
+    here.wait_phase("Training")
+    assert here.pod(TRAIN)["metadata"]["uid"] == pod
+    here.succeed(trained())
+    here.wait_phase("Exporting")
+
+
+@pytest.fixture
+def policy(installed: ControlPlane, here: Namespace) -> Iterator[str]:
+    """A policy of the platform's that lets no Job into the namespace; the binding's name."""
+    if installed.minor_version < POLICIES_SINCE:
+        pytest.skip(f"Kubernetes 1.{installed.minor_version} has no admission policies")
+    name = f"no-jobs-{uuid4().hex[:8]}"
+    kind: dict[str, Any] = {"apiVersion": "admissionregistration.k8s.io/v1"}
+    rule = {
+        "apiGroups": ["batch"],
+        "apiVersions": ["v1"],
+        "operations": ["CREATE"],
+        "resources": ["jobs"],
+    }
+    expression = {"expression": "false", "message": "jobs need an owner"}
+    constraints = {"resourceRules": [rule]}
+    where = {"matchLabels": {"kubernetes.io/metadata.name": here.name}}
+    bodies = [
+        {
+            **kind,
+            "kind": "ValidatingAdmissionPolicy",
+            "metadata": {"name": name},
+            "spec": {"matchConstraints": constraints, "validations": [expression]},
+        },
+        {
+            **kind,
+            "kind": "ValidatingAdmissionPolicyBinding",
+            "metadata": {"name": name},
+            "spec": {
+                "policyName": name,
+                "validationActions": ["Deny"],
+                "matchResources": {"namespaceSelector": where},
+            },
+        },
+    ]
+    for body in bodies:
+        installed.kubectl("apply", "-f", "-", input=json.dumps(body))
+    probe = ("create", "job", "probe", "--image=x", "-n", here.name, "--dry-run=server")
+    here.wait("the policy", lambda: not succeeds(installed, *probe))
+    yield f"validatingadmissionpolicybinding/{name}"
+    for each in ("validatingadmissionpolicybinding", "validatingadmissionpolicy"):
+        installed.kubectl("delete", each, name, "--ignore-not-found")
+
+
+def succeeds(plane: ControlPlane, *command: str) -> bool:
+    from hack.process import CommandFailed
+
+    try:
+        plane.kubectl(*command)
+    except CommandFailed:
+        return False
+    return True
+
+
+def test_a_policy_is_not_the_specs_fault(here: Namespace, policy: str) -> None:
+    here.apply()
+    assert "jobs need an owner" in denied(here)
+    assert here.status()["phase"] == "Pending"
+    here.plane.kubectl("delete", policy)
+    here.succeed(prepared())
+    here.wait_phase("Training")
