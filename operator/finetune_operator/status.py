@@ -31,6 +31,8 @@ AS_EXPECTED = "AsExpected"
 ALL_WELL = "Nothing needs attention."
 RETRYING = "Retrying"
 VERSION_SKEW = "VersionSkew"
+# Flux and other tools that read conditions by kstatus go by these two.
+RECONCILING, STALLED = "Reconciling", "Stalled"
 SKEW_WORDS = (
     "This operator doesn't know {}, and leaves it out of account. Upgrade the operator to the "
     "version of the CustomResourceDefinition."
@@ -88,10 +90,12 @@ def working_summary(
     )
 
 
-def failed_summary(phase_stage: StageStatus) -> Summary:
-    """A stage failed for good, and with it the FineTuneJob."""
+def failed_summary(phase_stage: StageStatus, stays: str = "") -> Summary:
+    """A stage failed for good, and with it the FineTuneJob; `stays` says what it leaves alone."""
     reason = phase_stage.reason or Reason.INTERNAL_ERROR
     message = phase_stage.message or ""
+    if stays:
+        message = f"The new spec can't be reached: {message} {stays}"
     return refused_summary(reason, message)
 
 
@@ -122,10 +126,13 @@ def conditions(
     generation: int,
     now: datetime,
     not_understood: Iterable[str] = (),
+    *,
+    former_stands: bool = True,
 ) -> tuple[Condition, ...]:
-    """The three conditions, and VersionSkew where fields were not understood.
+    """The three conditions, and those that are there only while they hold.
 
-    One whose status is unchanged keeps its transition time.
+    One whose status is unchanged keeps its transition time. Artifacts of an earlier spec stay Ready
+    while `former_stands`: Ready then goes on to say of which generation they are.
     """
     before = {condition.type: condition for condition in previous}
     claims = {
@@ -135,9 +142,18 @@ def conditions(
     }
     if fields := ", ".join(not_understood):
         claims[VERSION_SKEW] = ConditionValue(True, "NotUnderstood", SKEW_WORDS.format(fields))
-    return tuple(
-        _condition(kind, claim, before.get(kind), generation, now) for kind, claim in claims.items()
-    )
+    if summary.progressing.holds:
+        claims[RECONCILING] = summary.progressing
+    elif summary.phase is Phase.FAILED:
+        claims[STALLED] = summary.degraded
+    made = {
+        kind: _condition(kind, claim, before.get(kind), generation, now)
+        for kind, claim in claims.items()
+    }
+    ready = before.get("Ready")
+    if former_stands and ready is not None and ready.status == "True" and not summary.ready.holds:
+        made["Ready"] = ready
+    return tuple(made.values())
 
 
 def status_patch(old: FineTuneJobStatus, new: FineTuneJobStatus) -> dict[str, Any]:
@@ -184,7 +200,8 @@ def _progressing(
     if note is not None:
         return ConditionValue(True, note.reason, note.message)
     if stage.state is StageState.RUNNING:
-        hint = warnings_hint(notices) if stage.name is Stage.TRAIN else ""
+        hint = _lost_pods_hint(stage)
+        hint += warnings_hint(notices) if stage.name is Stage.TRAIN else ""
         return ConditionValue(
             True, phase, f"{stage.name} is at work, attempt {stage.attempt}.{hint}"
         )
@@ -192,6 +209,13 @@ def _progressing(
         upcoming = f"Attempt {stage.attempt + 1} of {stage.name} follows."
         return ConditionValue(True, RETRYING, f"{upcoming} The last one ended: {stage.message}")
     return ConditionValue(True, phase, f"{stage.name} is about to start.")
+
+
+def _lost_pods_hint(stage: StageStatus) -> str:
+    if not stage.disruptions:
+        return ""
+    times = "once" if stage.disruptions == 1 else f"{stage.disruptions} times"
+    return f" It lost its pod {times}."
 
 
 def _degraded(stage: StageStatus, note: PendingReason | None) -> ConditionValue:

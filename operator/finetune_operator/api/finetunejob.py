@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from finetune_operator.api.base import (
+    CaBundle,
     Condition,
     EnvVar,
     Name,
@@ -23,21 +24,52 @@ from finetune_trainer import contract
 from finetune_trainer.contract import Base, DatasetSummary, Notice, Progress, Quality, Stage
 
 
-class ModelSpec(contract.Model):
-    """The base model to fine-tune."""
-
-    token_secret_ref: SecretKeyReference | None = None
-    """Secret with a Hugging Face token, for gated or private models."""
-
-
-class StorageSpec(contract.Storage):
-    """How to reach the object store of every `s3://` URI in the spec."""
+class StorageReferences(Base):
+    """What a store's part of the spec refers to. The operator passes it on and reads none of it."""
 
     secret_ref: SecretReference | None = None
     """Secret with the keys AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if need be,
     AWS_SESSION_TOKEN and AWS_ENDPOINT_URL_S3 (used where endpoint is left out). Leave it out with
     workload identity (serviceAccountName). The operator passes it on by reference and may not read
     it."""
+
+    ca_bundle: CaBundle | None = None
+    """Certificates to trust beside the public ones, where a CA of your own signed the store's. They
+    are trusted for every connection of the pods, to the Hub as well."""
+
+
+class StorageSpec(contract.Storage, StorageReferences):
+    """How to reach the object store of every `s3://` URI in the spec."""
+
+
+class DatasetStorageSpec(contract.DatasetStorage, StorageReferences):
+    """How to reach the object store of dataset.source and dataset.evalSource."""
+
+
+class ModelStorageSpec(contract.ModelStorage, StorageReferences):
+    """How to reach the object store of model.source."""
+
+
+AnyStorageSpec = StorageSpec | DatasetStorageSpec | ModelStorageSpec
+
+
+class ModelSpec(contract.Model):
+    """The base model to fine-tune."""
+
+    token_secret_ref: SecretKeyReference | None = None
+    """Secret with a Hugging Face token, for gated or private models."""
+
+    storage: ModelStorageSpec | None = None
+    """How to reach the object store of source, where it is another than the one of spec.storage.
+    Nothing of spec.storage holds for it then."""
+
+
+class DatasetSpec(contract.Dataset):
+    """The examples to learn from."""
+
+    storage: DatasetStorageSpec | None = None
+    """How to reach the object store of source and evalSource, where it is another than the one of
+    spec.storage. Nothing of spec.storage holds for it then."""
 
 
 class SigningSpec(contract.Signing):
@@ -125,7 +157,7 @@ class FineTuneJobSpec(Base):
     """The model that should be in the bucket. Editing it reruns only what the edit touches."""
 
     model: ModelSpec
-    dataset: contract.Dataset
+    dataset: DatasetSpec
     training: contract.Training = contract.Training()
     export: ExportSpec = ExportSpec()
     output: OutputSpec
@@ -145,6 +177,23 @@ class FineTuneJobSpec(Base):
     """Seconds that finished pods and their logs are kept. The result in the object store and in
     status does not depend on them."""
 
+    def stores(self, stage: Stage) -> tuple[AnyStorageSpec, ...]:
+        """The stores that a stage's pod needs access to: only `prepare` reads the dataset's."""
+        own = [self.model.storage, self.dataset.storage if stage is Stage.PREPARE else None]
+        return (self.storage, *(each for each in own if each is not None))
+
+    @property
+    def inputs_digest(self) -> str:
+        """Digest of the parts that a fingerprint may depend on."""
+        nobody = contract.JobReference(name="", namespace="")
+        config = self.run_config(nobody, None)
+        return _short_digest(config.model_dump(mode="json", exclude={"job"}, exclude_defaults=True))
+
+    @property
+    def hardware_digest(self) -> str:
+        """Digest of what the training is split by."""
+        return _short_digest(self.stages.train.resources.model_dump(mode="json"))
+
     def run_config(
         self,
         reference: contract.JobReference,
@@ -152,19 +201,25 @@ class FineTuneJobSpec(Base):
         hardware: contract.Hardware | None = None,
     ) -> contract.RunConfig:
         """The part of the spec that the trainer is told: no Secret names, no pod settings."""
+        references = dict.fromkeys(StorageReferences.model_fields, True)
         fields = contract.RunConfig.model_fields.keys() & type(self).model_fields.keys()
         data = self.model_dump(
             by_alias=False,
             include=fields,
             exclude={
-                "model": {"token_secret_ref"},
-                "storage": {"secret_ref"},
-                "export": {"signing": {"key_secret_ref"}},
-                "output": {"hub": {"token_secret_ref"}},
+                "model": {"token_secret_ref": True, "storage": references},
+                "dataset": {"storage": references},
+                "storage": references,
+                "export": {"signing": {"key_secret_ref": True}},
+                "output": {"hub": {"token_secret_ref": True}},
             },
         )
         known = {"job": reference, "resolved": resolved, "hardware": hardware}
         return contract.RunConfig.model_validate({**data, **known})
+
+
+def _short_digest(value: Any) -> str:
+    return contract.digest(value)[:12]
 
 
 class Phase(StrEnum):
@@ -207,6 +262,12 @@ class StageStatus(Base):
 
     failures: int = 0
     """Failed attempts that count against backoffLimit."""
+
+    disruptions: int = 0
+    """Pods that it lost without its doing: evicted, preempted, deleted, or with a lost node."""
+
+    lost_pod: str | None = None
+    """The pod that it lost last."""
 
     reason: str | None = None
     """Why it is in this state, why the last attempt failed, or why the current one lost a pod."""
@@ -259,6 +320,20 @@ class Lineage(Base):
     """Trainer image that exported."""
 
 
+class PlannedStatus(Base):
+    """The spec that `prepare` planned the stages for."""
+
+    generation: int
+    """The metadata.generation at which `prepare` was last asked. Edits after it touched nothing
+    that a stage depends on."""
+
+    inputs: str
+    """Digest of model, dataset, training, export, output and storage."""
+
+    hardware: str
+    """Digest of the resources of the training's pod."""
+
+
 class FineTuneJobStatus(Base):
     """The observed state. `progress` is the trainer's, everything else is the operator's."""
 
@@ -280,9 +355,10 @@ class FineTuneJobStatus(Base):
             }
         ),
     ] = ()
-    """Ready (the artifacts are there), Progressing (a stage is at work) and Degraded (it failed,
-    or something needs attention). VersionSkew is there only while the operator doesn't understand
-    all of spec and status."""
+    """Ready (artifacts are there; observedGeneration says of which spec), Progressing (a stage is
+    at work) and Degraded (it failed, or something needs attention). While they hold, Reconciling
+    and Stalled say the same in the words of kstatus, and VersionSkew that the operator doesn't
+    understand all of spec and status."""
 
     stages: Annotated[
         tuple[StageStatus, ...],
@@ -326,6 +402,9 @@ class FineTuneJobStatus(Base):
 
     resolved: contract.Resolved | None = None
     """What `prepare` found out about the present spec; the stages after it rely on it."""
+
+    planned: PlannedStatus | None = None
+    """What the present stages were planned for. An edit that leaves it as it is reruns nothing."""
 
 
 class FineTuneJob(Base):

@@ -12,12 +12,13 @@ from finetune_operator.api.finetunejob import (
     FineTuneJobSpec,
     FineTuneJobStatus,
     Lineage,
+    PlannedStatus,
     StageState,
     StageStatus,
 )
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.status import PendingReason, Summary, conditions, shorten
-from finetune_trainer.contract import DatasetSummary, Notice, Resolved, Stage
+from finetune_trainer.contract import DatasetSummary, Notice, Reason, Resolved, Stage
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,21 @@ class Policy:
     secret_grace: timedelta = timedelta(seconds=30)
     """A Secret may be created a little later than the FineTuneJob that names it."""
 
-    report_grace: timedelta = timedelta(seconds=30)
-    """The end of a Job may be seen before the end of its pod, since they are watched separately."""
+    report_grace: timedelta = timedelta(seconds=90)
+    """The end of a Job may be seen before the end of its pod, since they are watched separately.
+    `clock_skew` is in it."""
 
     pod_grace: timedelta = timedelta(seconds=30)
     """A Job without a pod is reported after this time."""
+
+    clock_skew: timedelta = timedelta(seconds=60)
+    """By how much the clocks of nodes, control plane and operator may differ."""
+
+    disruption_limit: int = 50
+    """Pods that a stage may lose before it fails."""
+
+    sidecar_grace: timedelta = timedelta(seconds=60)
+    """A pod whose trainer has ended may go on for this time, e.g. to send its last logs."""
 
     retry_base: timedelta = timedelta(seconds=10)
     retry_cap: timedelta = timedelta(minutes=5)
@@ -94,6 +105,8 @@ class StageFields(TypedDict, total=False):
     fingerprint: str
     attempt: int
     failures: int
+    disruptions: int
+    lost_pod: str | None
     reason: str | None
     message: str | None
     start_time: str | None
@@ -150,8 +163,12 @@ class Draft:
         self.now = now
         self.stages_with_old_pods = stages_with_old_pods
         self.denial = denial
-        self.stages = _stages(finetunejob)
+        self.planned = _planned(finetunejob, spec)
+        self.stages = _stages(finetunejob, anew=self.planned != finetunejob.status.planned)
         self.found = StageResults.in_status(finetunejob.status)
+        self.former_stands = True
+        """Whether artifacts that were there before this pass still are."""
+
         self.pending_reasons: dict[Stage, PendingReason] = {}
         self._actions: list[Action] = []
         self._events: list[Event] = []
@@ -161,7 +178,7 @@ class Draft:
     def stage_key(self, stage: Stage) -> str | None:
         """The key by which the Jobs of this spec are known: fingerprint, or generation."""
         if stage is Stage.PREPARE:
-            return str(self.finetunejob.generation)
+            return str(self.planned.generation)
         return self.stages[stage].fingerprint
 
     def jobs_of(self, stage: Stage) -> list[ObservedJob]:
@@ -172,6 +189,14 @@ class Draft:
     def change(self, stage: Stage, **fields: Unpack[StageFields]) -> None:
         self.stages[stage] = StageStatus.model_validate({**dict(self.stages[stage]), **fields})
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether artifacts were there before this pass, of this spec or an earlier one."""
+        return any(
+            each.type == "Ready" and each.status == "True"
+            for each in self.finetunejob.status.conditions
+        )
+
     def add_action(self, action: Action) -> None:
         self._actions.append(action)
 
@@ -179,7 +204,9 @@ class Draft:
         self._events.append(Event("Normal", str(reason), shorten(message)))
 
     def add_warning(self, reason: str, message: str) -> None:
-        self._events.append(Event("Warning", str(reason), shorten(message)))
+        event = Event("Warning", str(reason), shorten(message))
+        if event not in self._events:
+            self._events.append(event)
 
     def add_notice(self, notice: Notice, scope: str) -> None:
         kind: Literal["Normal", "Warning"] = "Warning" if notice.warning else "Normal"
@@ -200,6 +227,14 @@ class Draft:
             if job.active and not job.deleting and not self._is_current(job):
                 self.add_action(StopJob(job.name, job.uid))
                 self.add_event("StageStopped", f"Stopped {job.stage} (Job {job.name}).")
+        told = [job for job in self.jobs if not self._is_current(job)]
+        self.add(stop_what_outlives_trainers(told, self.policy, self.now))
+
+    def add(self, other: Plan) -> None:
+        """Take over what another plan does."""
+        self._actions += other.actions
+        self._events += other.events
+        self.requeue_after(other.requeue_after)
 
     def finish(self, stage: Stage, summary: Summary) -> Plan:
         previous, generation = self.finetunejob.status, self.finetunejob.generation
@@ -213,6 +248,7 @@ class Draft:
                 generation,
                 self.now,
                 self.finetunejob.not_understood,
+                former_stands=self.former_stands,
             ),
             stages=tuple(self.stages.values()),
             version=self.found.version,
@@ -223,6 +259,7 @@ class Draft:
             notices=self.found.notices,
             lineage=self.found.lineage,
             resolved=self.found.resolved,
+            planned=self.planned,
         )
         return Plan(
             status=status,
@@ -239,10 +276,57 @@ class Draft:
         return stage.state is StageState.RUNNING and current
 
 
-def _stages(finetunejob: ObservedFineTuneJob) -> dict[Stage, StageStatus]:
-    """The stages as status remembers them; a new generation starts again with `prepare`."""
+def stop_what_outlives_trainers(jobs: Sequence[ObservedJob], policy: Policy, now: datetime) -> Plan:
+    """Stop the Jobs, of stages that are over, whose pods go on beside an ended trainer.
+
+    The plan has the present status, which knows their results.
+    """
+    actions: list[Action] = []
+    events: list[Event] = []
+    delays: list[float] = []
+    for job in jobs:
+        if not job.outlives_trainer or job.pod is None:
+            continue
+        # The end is dated by the node's clock, which may be fast.
+        left = policy.sidecar_grace - (now - (job.pod.finished_at or now))
+        if left > timedelta():
+            delays.append(min(left, policy.sidecar_grace).total_seconds())
+            continue
+        actions.append(StopJob(job.name, job.uid))
+        words = f"Stopped what went on beside {job.stage} after its end (pod {job.pod.name})."
+        events.append(Event("Normal", "SidecarStopped", words))
+    return Plan(FineTuneJobStatus(), tuple(actions), tuple(events), min(delays, default=None))
+
+
+def was_refused(status: FineTuneJobStatus) -> bool:
+    """Whether nothing could be made of the spec. Another version of the operator may be able to."""
+    return any(
+        each.type == "Degraded" and each.reason == Reason.INVALID_SPEC for each in status.conditions
+    )
+
+
+def _planned(finetunejob: ObservedFineTuneJob, spec: FineTuneJobSpec) -> PlannedStatus:
+    """What the stages are planned for: as before, unless an edit touches what they depend on."""
+    status, generation = finetunejob.status, finetunejob.generation
+    before = status.planned
+    now = PlannedStatus(
+        generation=generation, inputs=spec.inputs_digest, hardware=spec.hardware_digest
+    )
+    if status.observed_generation == generation and not was_refused(status):
+        return before or now
+    states = {stage.name: stage.state for stage in status.stages}
+    if before is None or before.inputs != now.inputs or StageState.FAILED in states.values():
+        return now
+    # How a training is split that has ended doesn't matter any more.
+    trained = states.get(Stage.TRAIN) is StageState.SUCCEEDED
+    return before if trained or before.hardware == now.hardware else now
+
+
+def _stages(finetunejob: ObservedFineTuneJob, *, anew: bool) -> dict[Stage, StageStatus]:
+    """The stages as status remembers them; `prepare` looks again at what an edit has touched."""
     known = {stage.name: stage for stage in finetunejob.status.stages}
     stages = {name: known.get(name, StageStatus(name=name)) for name in Stage}
-    if finetunejob.status.observed_generation != finetunejob.generation:
+    seen = finetunejob.status.observed_generation == finetunejob.generation
+    if anew and (not seen or was_refused(finetunejob.status)):
         stages[Stage.PREPARE] = StageStatus(name=Stage.PREPARE)
     return stages

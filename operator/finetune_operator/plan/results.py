@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from finetune_operator.api.finetunejob import ArtifactStatus, Lineage, StageState, StageStatus
 from finetune_operator.observe import ObservedJob
@@ -49,6 +49,7 @@ def record_published_files(draft: Draft, job: ObservedJob, failure: Failure) -> 
     gate, and those below `rejected/`."""
     result = failure.result
     if job.stage is Stage.EXPORT and result is not None and result.manifest_uri is not None:
+        draft.former_stands = False  # these took its place
         _record_artifacts(draft, result, job.image)
 
 
@@ -97,6 +98,8 @@ def _resolve_stage(
         draft.found.notices = ()  # they are about another training
     if same and _still_holds(draft, before, cached=cached):
         return True
+    if same and stage is Stage.EXPORT and before.state is StageState.SUCCEEDED:
+        draft.former_stands = False  # the store doesn't hold it any more
     if cached:
         draft.stages[stage] = StageStatus(
             name=stage,
@@ -127,13 +130,15 @@ def _still_holds(draft: Draft, stage: StageStatus, *, cached: bool) -> bool:
     if stage.state is not StageState.SUCCEEDED:
         return False
     # The store decides, except about a result that was written after `prepare` looked.
-    return cached or _is_later(stage.completion_time, draft.stages[Stage.PREPARE].start_time)
+    skew = draft.policy.clock_skew  # a node dates the one, the operator the other
+    return cached or _is_later(stage.completion_time, draft.stages[Stage.PREPARE].start_time, skew)
 
 
-def _is_later(one: str | None, other: str | None) -> bool:
+def _is_later(one: str | None, other: str | None, skew: timedelta) -> bool:
+    """Whether it may be later, for all that the clocks say."""
     if one is None or other is None:
         return False
-    return datetime.fromisoformat(one) >= datetime.fromisoformat(other)
+    return datetime.fromisoformat(one) + skew >= datetime.fromisoformat(other)
 
 
 def _record_artifacts(draft: Draft, result: StageResult | None, image: str | None) -> None:

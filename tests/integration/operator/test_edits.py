@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from finetune_trainer.contract import Reason, Stage
+from hack.process import CommandFailed
 from tests.integration.operator.stage import Namespace, exported, prepared, resolved, trained
 
 PREPARE, TRAIN, EXPORT = Stage.PREPARE, Stage.TRAIN, Stage.EXPORT
@@ -31,7 +34,12 @@ def test_another_quantization_runs_prepare_and_export(here: Namespace) -> None:
     trainings = children(here, TRAIN)
     here.apply(export={"gguf": ["F16", "Q8_0"]})
     here.wait_phase("Preparing")
-    assert here.condition("Ready")[0] == "False"
+    # The former version stays Ready, and says of which generation it is.
+    ready = here.status()["conditions"][0]
+    assert (ready["type"], ready["status"], ready["observedGeneration"]) == ("Ready", "True", 1)
+    wait = ("wait", "--for=condition=Ready", "ftj/support", "-n", here.name, "--timeout=2s")
+    with pytest.raises(CommandFailed, match="timed out"):
+        here.plane.kubectl(*wait)
     assert here.status()["artifacts"]
     here.succeed(prepared(PREPARE, TRAIN, found=NEW_EXPORT))
     here.wait_phase("Exporting")
@@ -102,15 +110,42 @@ def test_an_edit_during_prepare_starts_prepare_anew(here: Namespace) -> None:
     here.wait_phase("Training")
 
 
-def test_bad_data_in_the_new_spec_stops_the_old_training(here: Namespace) -> None:
+def test_bad_data_in_the_new_spec_leaves_the_old_training_alone(here: Namespace) -> None:
     here.apply()
     here.succeed(prepared())
-    here.start_pod(TRAIN)
+    pod = here.start_pod(TRAIN)["metadata"]["uid"]
     here.wait_phase("Training")
     here.apply(dataset={"source": "s3://data/gone.csv"})
     here.fail(PREPARE, Reason.DATASET_NOT_FOUND, "There is no s3://data/gone.csv.")
     here.wait_phase("Failed")
-    here.wait("the training to be gone", lambda: not children(here, TRAIN))
+    assert "The new spec can't be reached" in here.condition("Degraded")[2]
+    assert here.condition("Stalled")[0] == "True"
+    assert here.pod(TRAIN)["metadata"]["uid"] == pod
+    here.succeed(trained())
+    here.wait("its end", lambda: here.stage(TRAIN)["state"] == "Succeeded")
+    here.apply()  # the former spec again
+    here.succeed(prepared(PREPARE, TRAIN))
+    here.wait_phase("Exporting")
+    assert len(children(here, TRAIN)) == 1
+
+
+def test_a_spec_that_cannot_be_reached_leaves_the_finished_model_current(here: Namespace) -> None:
+    before = here.run_all()
+    here.apply(dataset={"source": "s3://data/gone.csv"})
+    here.fail(PREPARE, Reason.DATASET_NOT_FOUND, "There is no s3://data/gone.csv.")
+    status = here.wait_phase("Failed")
+    assert status["conditions"][0] == before["conditions"][0]
+    assert status["artifacts"] == before["artifacts"]
+    assert "The former version stays current" in here.condition("Degraded")[2]
+
+
+def test_an_edit_that_no_stage_depends_on_reruns_nothing(here: Namespace) -> None:
+    before = here.run_all()
+    here.apply(ttlSecondsAfterFinished=4000, stages={"train": {"image": "trainer:next"}})
+    after = here.wait_phase("Succeeded")
+    assert after["conditions"][0]["observedGeneration"] == 2
+    assert after["stages"] == before["stages"]
+    assert here.jobs() == [("prepare", 1), ("train", 1), ("export", 1)]
 
 
 def test_a_mended_spec_goes_on_after_a_failure(here: Namespace) -> None:

@@ -16,6 +16,7 @@ from finetune_operator.api.finetunejob import (
     FineTuneJobStatus,
     Lineage,
     Phase,
+    PlannedStatus,
     StageState,
     StageStatus,
 )
@@ -47,6 +48,19 @@ def stamp(seconds: float) -> str:
 
 def spec(**fields: Any) -> FineTuneJobSpec:
     return FineTuneJobSpec.model_validate({**SPEC, **fields})
+
+
+def spec_of(generation: int) -> FineTuneJobSpec:
+    """The spec of a generation: each edit touches the training."""
+    return spec() if generation == 1 else spec(training={"seed": generation})
+
+
+def planned(generation: int) -> PlannedStatus:
+    """What the stages of a generation are planned for."""
+    given = spec_of(generation)
+    return PlannedStatus(
+        generation=generation, inputs=given.inputs_digest, hardware=given.hardware_digest
+    )
 
 
 def resolved(train: str = "train-a", export: str = "export-a") -> Resolved:
@@ -112,6 +126,10 @@ def failing(stage: Stage, reason: Reason, message: str, **fields: Any) -> StageS
     )
 
 
+LOST: dict[str, Any] = {"disruptions": 1, "lost_pod": "pod"}
+"""Fields of a stage that lost its first pod."""
+
+
 # Conditions and status
 
 Claim = tuple[bool, str, str]
@@ -121,16 +139,25 @@ EARLIER = "The artifacts in status are those of an earlier spec."
 
 
 def conditions(
-    ready: Claim, progressing: Claim, degraded: Claim, generation: int = 1
+    ready: Claim,
+    progressing: Claim,
+    degraded: Claim,
+    generation: int = 1,
+    ready_since: int | None = None,
 ) -> tuple[Condition, ...]:
+    """With `ready_since`, the artifacts are those of that generation."""
     claims = {"Ready": ready, "Progressing": progressing, "Degraded": degraded}
+    if progressing[0]:
+        claims["Reconciling"] = progressing
+    elif degraded[0]:
+        claims["Stalled"] = degraded
     return tuple(
         Condition(
             type=kind,
             status="True" if holds else "False",
             reason=reason,
             message=message,
-            observed_generation=generation,
+            observed_generation=ready_since or generation if kind == "Ready" else generation,
             last_transition_time=stamp(0),
         )
         for kind, (holds, reason, message) in claims.items()
@@ -141,13 +168,15 @@ def status(phase: Phase, stage: Stage | None, *stages: StageStatus, **fields: An
     """A status whose conditions are the given ones, or those of a stage at work."""
     generation = fields.pop("generation", 1)
     if "conditions" not in fields and stage is not None:
-        attempt = {each.name: each for each in stages}[stage].attempt
+        shown = {each.name: each for each in stages}[stage]
+        lost = " It lost its pod once." if shown.disruptions == 1 else ""
         fields["conditions"] = conditions(
             ready=(False, phase, EARLIER if fields.get("artifacts") else NOT_YET),
-            progressing=(True, phase, f"{stage} is at work, attempt {attempt}."),
+            progressing=(True, phase, f"{stage} is at work, attempt {shown.attempt}.{lost}"),
             degraded=FINE,
             generation=generation,
         )
+    fields = {"planned": planned(generation), **fields}
     return FineTuneJobStatus(
         observed_generation=generation, phase=phase, stage=stage, stages=stages, **fields
     )
@@ -235,7 +264,7 @@ def finetunejob(
         "uid": "uid-1",
         "generation": generation,
         "resource_version": "7",
-        "spec": spec(),
+        "spec": spec_of(generation),
         "spec_error": None,
         "status": status or FineTuneJobStatus(),
         **fields,

@@ -8,7 +8,6 @@ from finetune_operator.api.finetunejob import Phase
 from finetune_operator.plan import Plan
 from tests.unit.operator.build import (
     DONE_MESSAGE,
-    EARLIER,
     EXPORT,
     FINE,
     FINISHED,
@@ -54,7 +53,7 @@ from tests.unit.operator.expect import (
 
 CASES = [
     Case(
-        "a changed spec runs prepare first, and keeps the artifacts in sight",
+        "a changed spec runs prepare first, and the former version stays Ready",
         finetunejob(finished_status(succeeded(PREPARE), TRAINED, EXPORTED), generation=2),
         [],
         Plan(
@@ -65,10 +64,11 @@ CASES = [
                 TRAINED,
                 EXPORTED,
                 conditions=conditions(
-                    ready=(False, "Preparing", EARLIER),
+                    ready=(True, "Succeeded", DONE_MESSAGE),
                     progressing=(True, "Preparing", "prepare is at work, attempt 1."),
                     degraded=FINE,
                     generation=2,
+                    ready_since=1,
                 ),
                 **FINISHED,
             ),

@@ -17,7 +17,7 @@ from tests.unit.operator.build import (
     failing,
     finetunejob,
     job,
-    pending,
+    planned,
     pod,
     prepared,
     resolved,
@@ -42,10 +42,18 @@ from tests.unit.operator.endings import (
 from tests.unit.operator.expect import (
     Case,
     decide,
-    stop,
-    stopped,
     unchanged,
     warning,
+)
+
+FAILING_EDIT = status(
+    Phase.PREPARING,
+    PREPARE,
+    running(PREPARE, since=-60),
+    running(TRAIN, fingerprint="train-a", since=-60),
+    LAST,
+    generation=2,
+    resolved=resolved(),
 )
 
 CASES = [
@@ -154,25 +162,10 @@ CASES = [
         train_fails(Reason.OUT_OF_DISK, FULL_MESSAGE),
     ),
     Case(
-        "a prepare that fails stops what the earlier spec has running",
-        finetunejob(
-            status(
-                Phase.PREPARING,
-                PREPARE,
-                running(PREPARE, since=-60),
-                running(TRAIN, fingerprint="train-a"),
-                LAST,
-                generation=2,
-                resolved=resolved(),
-            ),
-            generation=2,
-        ),
+        "a prepare that fails leaves what the earlier spec has running alone",
+        finetunejob(FAILING_EDIT, generation=2),
         [
-            job(
-                PREPARE,
-                key="2",
-                **ended(10, said(PREPARE, Reason.DATASET_EMPTY, message=EMPTY)),
-            ),
+            job(PREPARE, key="2", **ended(10, said(PREPARE, Reason.DATASET_EMPTY, message=EMPTY))),
             job(TRAIN),
         ],
         Plan(
@@ -180,14 +173,17 @@ CASES = [
                 Phase.FAILED,
                 PREPARE,
                 failing(PREPARE, Reason.DATASET_EMPTY, EMPTY),
-                pending(TRAIN, fingerprint="train-a", attempt=1),
+                running(TRAIN, fingerprint="train-a", since=-60),
                 LAST,
                 generation=2,
                 resolved=resolved(),
-                conditions=dead(Reason.DATASET_EMPTY, EMPTY, generation=2),
+                conditions=dead(
+                    Reason.DATASET_EMPTY,
+                    f"The new spec can't be reached: {EMPTY} The train of the former spec goes on.",
+                    generation=2,
+                ),
             ),
-            (stop(TRAIN),),
-            (warning("DatasetEmpty", EMPTY), stopped(TRAIN)),
+            events=(warning("DatasetEmpty", EMPTY),),
         ),
     ),
     Case(
@@ -205,6 +201,7 @@ CASES = [
                 LAST,
                 generation=2,
                 resolved=resolved(),
+                planned=planned(1),
                 conditions=dead("InvalidSpec", "spec.training.epochs: too many", generation=2),
             ),
             events=(warning("InvalidSpec", "spec.training.epochs: too many"),),

@@ -41,7 +41,7 @@ def the_three(
 
 def test_all_three_conditions_are_always_there_with_the_generation() -> None:
     made = the_three(running(TRAIN))
-    assert list(made) == ["Ready", "Progressing", "Degraded"]
+    assert list(made) == ["Ready", "Progressing", "Degraded", "Reconciling"]
     assert {condition.observed_generation for condition in made.values()} == {3}
 
 

@@ -5,6 +5,7 @@ model, dataset, training, output, storage  the parts of the spec; each field is 
 run             run.json as a whole, and what `prepare` adds to it
 tolerant        reading what another version wrote
 outcome         reasons, exit codes, and the termination message
+redaction       credentials are blacked out in what leaves a process
 progress        status.progress, with what a training says about itself
 dataset_report  what `prepare` found in the dataset
 training_record metrics.json
@@ -38,13 +39,19 @@ from finetune_trainer.contract.base import (
     describe,
 )
 from finetune_trainer.contract.dataset import (
+    HUB_DATASETS,
     Columns,
     CountOrShare,
+    Csv,
     DataFormat,
     Dataset,
     Example,
+    FunctionCall,
     Message,
+    Tool,
+    ToolCall,
     allowed,
+    as_example,
 )
 from finetune_trainer.contract.dataset_report import (
     BadRow,
@@ -56,6 +63,7 @@ from finetune_trainer.contract.dataset_report import (
     FileReport,
     LengthSpread,
     ListedRows,
+    ShardReport,
     Split,
 )
 from finetune_trainer.contract.fingerprint import (
@@ -87,13 +95,14 @@ from finetune_trainer.contract.run import (
     TrainingPlan,
     read_run_config,
 )
-from finetune_trainer.contract.storage import Storage
+from finetune_trainer.contract.storage import DatasetStorage, Encryption, ModelStorage, Storage
 from finetune_trainer.contract.tolerant import Tolerated, read_known, read_readable
 from finetune_trainer.contract.training import EarlyStopping, Lora, TargetModule, Tracker, Training
 from finetune_trainer.contract.training_record import LogEntry, TrainingMetrics, TrainingRecord
 
 __all__ = [
     "GROUP",
+    "HUB_DATASETS",
     "LOCATION_RULE",
     "NEWS",
     "PLURAL",
@@ -108,12 +117,15 @@ __all__ = [
     "Columns",
     "Conversations",
     "CountOrShare",
+    "Csv",
     "DataFormat",
     "Dataset",
     "DatasetReport",
+    "DatasetStorage",
     "DatasetSummary",
     "DetectedFile",
     "EarlyStopping",
+    "Encryption",
     "Example",
     "ExampleContents",
     "ExitCode",
@@ -121,6 +133,7 @@ __all__ = [
     "FileReport",
     "FileVerdict",
     "Fingerprints",
+    "FunctionCall",
     "GateReport",
     "Hardware",
     "Hub",
@@ -134,6 +147,7 @@ __all__ = [
     "Manifest",
     "Message",
     "Model",
+    "ModelStorage",
     "Notice",
     "NoticeCode",
     "Output",
@@ -146,6 +160,7 @@ __all__ = [
     "Resolved",
     "RunConfig",
     "Sample",
+    "ShardReport",
     "Signing",
     "Split",
     "Stage",
@@ -154,12 +169,15 @@ __all__ = [
     "Storage",
     "TargetModule",
     "Tolerated",
+    "Tool",
+    "ToolCall",
     "Tracker",
     "Training",
     "TrainingMetrics",
     "TrainingPlan",
     "TrainingRecord",
     "allowed",
+    "as_example",
     "cel",
     "describe",
     "digest",

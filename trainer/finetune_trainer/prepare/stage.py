@@ -11,7 +11,7 @@ configuration -> dataset there, output writable -> base model's files -> fingerp
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from uuid import uuid4
 import numpy as np
 
 from finetune_trainer.contract import (
-    Message,
+    Example,
     Reason,
     Resolved,
     RunConfig,
@@ -38,7 +38,13 @@ from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_
 from finetune_trainer.prepare.reading.layout import check_columns
 from finetune_trainer.prepare.report import Findings, Prepared
 from finetune_trainer.prepare.split import hold_out
-from finetune_trainer.prepare.stored import CompleteStages, StoredRun, read_prepared, stored_run
+from finetune_trainer.prepare.stored import (
+    CompleteStages,
+    StoredRun,
+    metrics_of,
+    read_prepared,
+    stored_run,
+)
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import (
@@ -74,7 +80,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
     check_config(config)
     output = open_folder(config.output.folder, config.storage)
     claim(output, config.output, config.job)
-    find_data_files(config.dataset, config.storage)
+    find_data_files(config.dataset, config.dataset_storage)
     check_writable(output)
     inputs = fetch_inputs(config, output, workdir, reporter)
     base: ModelFolder | None = None
@@ -111,6 +117,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         artifacts=exported.marker.files if exported else (),
         version=exported.name or None if exported else None,
         manifest_uri=output.uri_of(exported.manifest_path) if exported else None,
+        metrics=metrics_of(output, complete),
         dataset=prepared.dataset,
     )
 
@@ -155,9 +162,9 @@ def fetch_inputs(
     config: RunConfig, output: Folder, workdir: Path, reporter: Reporter
 ) -> PrepareInputs:
     """Look for the examples, and bring the dataset to disk unless they are there."""
-    model = base_model.find(config.model, config.storage)
+    model = base_model.find(config.model, config.model_storage)
     for _ in range(ATTEMPTS):
-        files = find_data_files(config.dataset, config.storage)
+        files = find_data_files(config.dataset, config.dataset_storage)
         stored = stored_run(config, output, files, model)
         prepared = stored.find_prepared()
         unchanged = prepared is not None or (
@@ -222,7 +229,7 @@ def encode_rows(
     tokenizer = load_tokenizer(base)
     check_template(tokenizer, system=any(each.has_system for each in findings.all_rows()))
     findings.template = describe_template(tokenizer)
-    first = islice(rows.messages(), ROWS_READ_BY_LLAMA_CPP)
+    first = islice(rows.examples(), ROWS_READ_BY_LLAMA_CPP)
     check_model(config, model, base, workdir, reporter, rows=first)
 
     reporter.message(f"Applying the chat template to {rows.total} rows")
@@ -240,7 +247,9 @@ def fetch_model(
     config: RunConfig, model: BaseModelFiles, workdir: Path, reporter: Reporter
 ) -> ModelFolder:
     """Fetch what is small of the base model; returns the folder that it is in."""
-    return base_model.fetch(model, config.storage, workdir / "tokenizer", reporter, weights=False)
+    return base_model.fetch(
+        model, config.model_storage, workdir / "tokenizer", reporter, weights=False
+    )
 
 
 def check_model(
@@ -250,7 +259,7 @@ def check_model(
     workdir: Path,
     reporter: Reporter,
     *,
-    rows: Iterable[Sequence[Message]] = (),
+    rows: Iterable[Example] = (),
 ) -> None:
     """Make sure that the model can be trained and exported as asked."""
     from finetune_trainer.prepare import checks  # noqa: PLC0415 - imports transformers

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, ValidationError
 
 from finetune_trainer.contract import Artifact, Base, Reason, Stage, StageError
-from finetune_trainer.store import Folder
+from finetune_trainer.store import Folder, stays_below
 
 MANIFEST = "manifest.json"
 STAGES = "stages"  # folder of the output for what the stages keep for themselves
@@ -83,12 +83,6 @@ def stage_folder(stage: Stage, fingerprint: str) -> str:
 def marker_path(stage: Stage, fingerprint: str) -> str:
     """Where the marker of `prepare` or `train` is, below spec.output.uri."""
     return f"{stage_folder(stage, fingerprint)}/complete.json"
-
-
-def stays_below(path: str) -> bool:
-    """Whether the path of a file that somebody listed stays in the folder that it is below."""
-    listed = PurePosixPath(path)
-    return not listed.is_absolute() and ".." not in listed.parts
 
 
 def describe_file(file: Path, path: str) -> Artifact:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from finetune_trainer.contract import VERSIONS, Fingerprints, Output, Stage
-from finetune_trainer.store import Folder
-from finetune_trainer.store.marker import MANIFEST, STAGES, find_complete, stage_folder, stays_below
+from finetune_trainer.store import Folder, stays_below
+from finetune_trainer.store.marker import MANIFEST, STAGES, find_complete, stage_folder
 from finetune_trainer.store.owner import OWNER
 from finetune_trainer.store.versions import (
     FIRST_MANIFEST,

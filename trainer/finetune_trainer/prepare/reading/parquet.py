@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune_trainer.contract import StageError
 from finetune_trainer.prepare.reading.content import BOMB_RATIO, Content, expands_to, unreadable
-from finetune_trainer.prepare.reading.record import Row, clip, name_of
+from finetune_trainer.prepare.reading.record import Oddities, Row, clip, name_of
 
 BATCH, BATCH_BYTES = 64, 16 << 20  # what is in memory at once, as Python objects
 BUFFER = 1 << 20  # bytes read ahead of each column
@@ -26,6 +27,7 @@ class Parquet:
 
     def __init__(self, content: Content) -> None:
         self.content = content
+        self.oddities = Oddities()
         with self._open() as parquet:
             self.schema: pa.Schema = parquet.schema_arrow
             self.fields = list(self.schema.names)
@@ -43,24 +45,28 @@ class Parquet:
         return "has columns and no rows: write examples into it"
 
     def check_types(self, wanted: dict[str, str]) -> None:
-        """Text, or lists of messages where they may be; raises StageError."""
+        """Text, whole numbers and truth values, or lists of messages where they may be."""
         for part, name in wanted.items():
             kind = self.schema.field(name).type
-            lists = part in ("messages", "prompt", "completion")
-            if not (_is_text(kind) or (lists and _is_messages(kind))):
-                due = "text or a list of messages" if lists else "text"
-                raise unreadable(
-                    self.content.uri,
-                    f"has the column {name_of(name)} of type {clip(str(kind), 80)}, not {due}: "
-                    "convert it, or map another column in spec.dataset.columns.",
-                )
+            lists = part in ("messages", "prompt", "completion", "tools", "functions")
+            whole = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+            if _is_text(kind) or (lists and _is_messages(kind)):
+                continue
+            if whole and part not in ("messages", "tools", "functions"):
+                continue
+            due = "text or a list of objects" if lists else "text"
+            raise unreadable(
+                self.content.uri,
+                f"has the column {name_of(name)} of type {clip(str(kind), 80)}, not {due}: "
+                "convert it, or map another column in spec.dataset.columns.",
+            )
 
-    def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
+    def rows(self, wanted: Sequence[str], optional: Collection[str] = ()) -> Iterator[Row]:  # noqa: ARG002 - may be null
         """The wanted values of each row; raises StageError (DatasetUnreadable)."""
         number = 0
         with self._open() as parquet:
             for batch in parquet.iter_batches(self.batch, columns=list(wanted), use_threads=False):
-                columns = [batch.column(name).to_pylist() for name in wanted]
+                columns = [_values(batch.column(name)) for name in wanted]
                 for values in zip(*columns, strict=True):
                     number += 1
                     yield number, number, values
@@ -100,6 +106,23 @@ def _batch(metadata: pq.FileMetaData) -> int:
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     largest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=1)
     return int(max(1, min(BATCH, BATCH_BYTES // max(largest, 1))))
+
+
+def _values(column: pa.Array) -> list[Any]:
+    values: list[Any] = column.to_pylist()
+    if not _is_messages(column.type):
+        return values
+    return [
+        value and [item and {k: _filled(v) for k, v in item.items()} for item in value]
+        for value in values
+    ]
+
+
+def _filled(value: Any) -> Any:
+    """The value without the nulls that a struct has for keys which other rows have."""
+    if isinstance(value, dict):
+        return {key: _filled(item) for key, item in value.items() if item is not None}
+    return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_text(kind: pa.DataType) -> bool:
