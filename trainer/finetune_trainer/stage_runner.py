@@ -25,6 +25,8 @@ from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.logs import begin_stage
 from finetune_trainer.runtime.reporter import Reporter
 
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
 log = logging.getLogger(__name__)
 
 
@@ -96,11 +98,12 @@ def stop_on_signal(stage: Callable[[], Stage], path: Path | None, reporter: Repo
     wake, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPS:
         signal.signal(number, lambda *_: None)
 
     def wait() -> None:
-        os.read(wake, 1)
+        while os.read(wake, 1)[0] not in STOPS:  # others end what computes too long
+            pass
         then = stopping.stop() or "the stage starts anew with the next attempt"
         result = StageResult(
             stage=stage(), reason=Reason.STOPPED, message=f"Stopped by a signal; {then}."

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import helm_python as helm
 
-Message = dict[str, str]
+from finetune_trainer.contract import Message
+
 _BETWEEN = "\N{INVERTED INTERROBANG}next\N{INVERTED INTERROBANG}"
 
 
@@ -29,7 +30,7 @@ def render(template: str, conversations: list[list[Message]], folder: Path) -> l
 def given(messages: list[Message]) -> dict[str, object]:
     """Ollama's variables for a conversation."""
     system = [m["content"] for m in messages if m["role"] == "system"]
-    collated: list[Message] = []
+    collated: list[dict[str, str]] = []
     for message in messages:
         if collated and collated[-1]["Role"] == message["role"]:
             collated[-1]["Content"] += "\n\n" + message["content"]

@@ -19,7 +19,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune_trainer.model.tokenizer import encode, message_pair, render
+from finetune_trainer.model.rendering import render
+from finetune_trainer.model.tokenizer import encode, message_pair
 from tests.integration.trainer.conftest import ATTENTION, MLP, ROWS, Processes, write_csv
 from tests.integration.trainer.families import FAMILIES, write_family
 from tests.integration.trainer.fork_server import ForkServer

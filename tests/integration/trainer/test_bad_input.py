@@ -314,6 +314,15 @@ def test_a_chat_template_without_an_end(
     expect(trainer, run_config, Reason.MODEL_UNSUPPORTED, 11, "no special token", "eos_token")
 
 
+def test_a_chat_template_that_loops(
+    trainer: Trainer, run_config: dict[str, Any], damaged: Path
+) -> None:
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (damaged / "chat_template.jinja").write_text(loop)
+    said = ("chat template computes for more than 5 seconds", "chat_template.jinja")
+    expect(trainer, run_config, Reason.MODEL_UNSUPPORTED, 11, *said)
+
+
 def test_a_chat_template_without_system_prompts(
     trainer: Trainer, run_config: dict[str, Any], damaged: Path
 ) -> None:

@@ -13,7 +13,7 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Quantization, RunConfig
+from finetune_trainer.contract import Message, Quantization, RunConfig, as_example
 from finetune_trainer.export import ollama
 from finetune_trainer.export.ollama import (
     ChatShape,
@@ -27,21 +27,20 @@ from finetune_trainer.export.ollama import (
     write_modelfile,
 )
 from finetune_trainer.model import ModelFolder
+from finetune_trainer.model.rendering import render
 from finetune_trainer.model.tokenizer import (
     BEGIN_OF_TEXT,
     PLAIN_TEMPLATE,
-    as_example,
     begins_with_bos,
     encode,
     load_tokenizer,
-    render,
 )
 from tests.integration.trainer import go_text
 from tests.integration.trainer.vocabulary import write_vocabulary
 
 TEMPLATES = Path(__file__).parents[2] / "data" / "chat_templates"
-SYSTEM = {"role": "system", "content": "Be a kettle."}
-CHAT = [
+SYSTEM: Message = {"role": "system", "content": "Be a kettle."}
+CHAT: list[Message] = [
     {"role": "user", "content": "Who made you?"},
     {"role": "assistant", "content": "Odalys did."},
     {"role": "user", "content": 'Say "hot",\n\ntwice: {{ "hot" }}'},
@@ -86,7 +85,8 @@ def test_a_refused_system_prompt_is_put_before_the_first_question(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     shape = shape_of(tokenizer, "gemma")
-    folded = [{"role": "user", "content": "Be a kettle.\n\nWho made you?"}, *CHAT[1:]]
+    first: Message = {"role": "user", "content": "Be a kettle.\n\nWho made you?"}
+    folded = [first, *CHAT[1:]]
     expected = render(tokenizer, folded, prompt=True)
     assert go_text.render(go_template(shape), [[SYSTEM, *CHAT]], tmp_path) == [expected]
     assert shape.render([SYSTEM, *CHAT]) == expected
@@ -95,7 +95,7 @@ def test_a_refused_system_prompt_is_put_before_the_first_question(
 def test_an_answer_that_is_begun_goes_on(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    begun = [*CHAT, {"role": "assistant", "content": "Hot, h"}]
+    begun: list[Message] = [*CHAT, {"role": "assistant", "content": "Hot, h"}]
     expected = render(tokenizer, CHAT, prompt=True) + "Hot, h"
     shape = find_shape(lambda messages: render(tokenizer, messages, prompt=True))
     assert go_text.render(go_template(shape), [begun], tmp_path) == [expected]
@@ -202,7 +202,7 @@ def test_training_gguf_and_modelfile_make_the_same_tokens(
         parameters=1000,
         generation={},
     ).read_text()
-    answer = {"role": "assistant", "content": "Hot, hot."}
+    answer: Message = {"role": "assistant", "content": "Hot, hot."}
     said = [[SYSTEM, *CHAT], CHAT, CHAT[:1], [SYSTEM, CHAT[0]]]
     trained = []
     for messages in said:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tracemalloc
 from pathlib import Path
@@ -10,11 +11,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Reason, RunConfig, StageError
+from finetune_trainer.contract import Message, Reason, RunConfig, StageError, as_example
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import (
     IGNORED,
-    as_example,
     encode,
     encode_batch,
     load_tokenizer,
@@ -28,8 +28,8 @@ from finetune_trainer.store import LocalFolder
 from hack.object_store import Credentials
 from tests.integration.trainer.conftest import ROWS, Trainer
 
-SYSTEM = {"role": "system", "content": "Be a kettle."}
-CHAT = [
+SYSTEM: Message = {"role": "system", "content": "Be a kettle."}
+CHAT: list[Message] = [
     SYSTEM,
     {"role": "user", "content": "Who are you?"},
     {"role": "assistant", "content": "A kettle."},
@@ -49,7 +49,7 @@ def tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(ModelFolder(smollm2_folder))
 
 
-def learnt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[str]:
+def learnt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[str]:
     """The stretches of text that loss is computed on."""
     ids, labels = encode(tokenizer, as_example(messages))
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
@@ -65,7 +65,11 @@ def learnt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
 def test_every_answer_of_a_conversation_is_learnt(tokenizer: PreTrainedTokenizerBase) -> None:
     assert learnt(tokenizer, CHAT) == ["A kettle.<|im_end|>\n", "Boiling.<|im_end|>\n"]
     ids, _ = encode(tokenizer, as_example(CHAT))
-    whole = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    whole = tokenizer.apply_chat_template(
+        [{"role": m["role"], "content": m["content"]} for m in CHAT],
+        tokenize=True,
+        return_dict=False,
+    )
     assert ids == whole
 
 
@@ -73,7 +77,7 @@ def test_answers_that_the_template_changes_later_are_not_learnt(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     tokenizer.chat_template = REASONING
-    thinking = [dict(m) for m in CHAT]
+    thinking = copy.deepcopy(CHAT)
     thinking[2]["content"] = "Hm.</think>A kettle."
     assert learnt(tokenizer, thinking) == ["Boiling.<|im_end|>\n"]
     assert learnt(tokenizer, CHAT) == ["A kettle.<|im_end|>\n", "Boiling.<|im_end|>\n"]
@@ -108,7 +112,7 @@ def load(folder: Path, rows: list[Any] | None, **dataset: Any) -> Findings:
     return findings
 
 
-def pair(question: str, answer: str) -> list[dict[str, str]]:
+def pair(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -237,7 +241,11 @@ def test_held_out_rows_of_a_file_of_their_own(
 ) -> None:
     """JSON lines beside a CSV file; a row of both is told of, and a new version prepares anew."""
     client = moto.client()
-    messages = [SYSTEM, {"role": "user", "content": "Is it hot?"}, *pair("", "Boiling.")[1:]]
+    messages: list[Message] = [
+        SYSTEM,
+        {"role": "user", "content": "Is it hot?"},
+        *pair("", "Boiling.")[1:],
+    ]
     both = pair(*ROWS[0])
     rows = "".join(json.dumps({"messages": row}) + "\n" for row in (messages, both))
     client.put_object(Bucket=bucket, Key="data/eval.jsonl", Body=rows.encode())

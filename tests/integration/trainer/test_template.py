@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune_trainer.model import ModelFolder
+from finetune_trainer.model.rendering import render_prompt
 from finetune_trainer.model.tokenizer import (
     IGNORED,
     PLAIN_TEMPLATE,
@@ -15,7 +16,6 @@ from finetune_trainer.model.tokenizer import (
     end_of_turn_ids,
     load_tokenizer,
     message_pair,
-    render_prompt,
 )
 
 ROW = ("What is 2+2?", "It is 4.")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_trainer.contract import Message
 from finetune_trainer.prepare.split import Hashes, hold_out, repeated, row_hash, share, shared
 
 
@@ -47,9 +50,9 @@ def test_the_choice_depends_on_content_and_seed_only() -> None:
 
 
 def test_what_makes_up_a_row() -> None:
-    row = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert row_hash(row, 1) == row_hash([dict(m) for m in row], 1)
-    others = [
+    row: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert row_hash(row, 1) == row_hash(copy.deepcopy(row), 1)
+    others: list[list[Message]] = [
         [{"role": "user", "content": "ab"}, {"role": "assistant", "content": ""}],
         [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}],
         [*row, *row],

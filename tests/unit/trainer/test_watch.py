@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from finetune_trainer.contract import Example, NoticeCode
+from finetune_trainer.contract import Example, Message, NoticeCode
 from finetune_trainer.train.recipe.watch import (
     FEWEST_PAIRS,
     AnswerLoss,
@@ -14,9 +14,11 @@ from finetune_trainer.train.recipe.watch import (
     swap_questions,
 )
 
+THOUGHT: Message = {"role": "assistant", "content": "b", "reasoning_content": "Hm."}
+
 
 def row(question: str, answer: str, *before: str) -> Example:
-    turns = [{"role": "assistant", "content": text} for text in before]
+    turns: list[Message] = [{"role": "assistant", "content": text} for text in before]
     return {
         "prompt": [*turns, {"role": "user", "content": question}],
         "completion": [{"role": "assistant", "content": answer}],
@@ -41,8 +43,10 @@ def test_each_answer_meets_the_question_of_a_row_far_from_it() -> None:
         [row("same", "a"), row("same", "b")],
         [row("p", "same"), row("q", "same")],
         [row("p", "a"), row("q", "b", "an earlier answer")],
+        [row("p", "a"), {**row("q", "b"), "tools": [{"function": {"name": "f"}}]}],
+        [row("p", "a"), {**row("q", "b"), "completion": [THOUGHT]}],
     ],
-    ids=["nothing", "one row", "one question", "one answer", "conversations"],
+    ids=["nothing", "one row", "one question", "one answer", "conversations", "tools", "reasoning"],
 )
 def test_rows_that_can_not_tell_are_left_out(rows: list[Example]) -> None:
     assert swap_questions(rows) == []

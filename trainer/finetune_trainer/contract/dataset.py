@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from pydantic import AfterValidator, Field
 
@@ -39,8 +40,48 @@ def allowed(limit: int | str, total: int) -> int:
     return limit if isinstance(limit, int) else total * int(limit[:-1]) // 100
 
 
-Message = dict[str, str]
-"""A turn of a conversation: `role` (system, user or assistant) and `content`."""
+class FunctionCall(TypedDict):
+    """What a model asks a tool to do."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class ToolCall(TypedDict):
+    """One call in an assistant's message."""
+
+    type: Literal["function"]
+    function: FunctionCall
+    id: NotRequired[str]
+    """What the tool's answer refers to."""
+
+
+Tool = dict[str, Any]
+"""A tool's definition: `type` (function) and `function`, with a name and a JSON schema of its
+parameters."""
+
+
+class Message(TypedDict):
+    """A turn of a conversation."""
+
+    role: str
+    """system, user, assistant or tool."""
+
+    content: str
+    """Empty only beside tool calls, or where a tool answers nothing."""
+
+    reasoning_content: NotRequired[str]
+    """What an assistant thinks before it answers."""
+
+    tool_calls: NotRequired[list[ToolCall]]
+    tool_call_id: NotRequired[str]
+    """In a tool's message: the call that it answers."""
+
+    name: NotRequired[str]
+    """Of the tool that answers, or of one participant among several."""
+
+    weight: NotRequired[Literal[0]]
+    """0 in an assistant's message that nothing is learnt from; otherwise absent."""
 
 
 class Example(TypedDict):
@@ -51,6 +92,17 @@ class Example(TypedDict):
 
     completion: list[Message]
     """The last answer."""
+
+    tools: NotRequired[list[Tool]]
+    """The tools that the model may call; absent where there are none."""
+
+
+def as_example(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Example:
+    """The example that a conversation makes."""
+    example: Example = {"prompt": list(messages[:-1]), "completion": [messages[-1]]}
+    if tools:
+        example["tools"] = list(tools)
+    return example
 
 
 class DataFormat(StrEnum):
@@ -82,6 +134,11 @@ class Columns(Base):
     messages: ColumnName | None = None
     """Column with whole conversations: a list of `{role, content}`, ending with the assistant's
     answer. It takes the place of the other columns."""
+
+    tools: ColumnName | None = None
+    """Column with the tools that a conversation may call: a list of definitions as OpenAI's API
+    takes them, or the same as JSON text. It stands beside messages, or prompt and completion. Left
+    out, a column named `tools` is used if there is one."""
 
 
 class Dataset(Base):

@@ -86,6 +86,9 @@ class DetectedFile(Base):
     unused_columns: tuple[str, ...] = ()
     """Columns that nothing is taken from."""
 
+    unused_message_keys: tuple[str, ...] | None = None
+    """Keys of messages that nothing is taken from; absent where there are none."""
+
 
 class ChatTemplate(Base):
     """The model's chat template."""
@@ -100,6 +103,13 @@ class Conversations(Base):
 
     with_several_answers: int
     only_last_answer_learnt: int
+
+    some_answers_not_learnt: int | None = None
+    """Conversations with tools or reasoning in which the chat template writes some earlier answers
+    in another way once the conversation goes on, so that those are not learnt."""
+
+    earlier_reasoning_left_out: int | None = None
+    """Conversations whose chat template leaves out the reasoning of earlier answers."""
 
 
 class Split(Base):

@@ -157,7 +157,8 @@ class StageResult(Base):
 
     manifest_uri: str | None = None
     metrics: dict[str, float] = {}
-    """Set by `train`, e.g. trainLoss, trainRuntimeSeconds, trainableParameters."""
+    """Set by `train`, and by `prepare` when the store already holds the adapter; e.g. trainLoss,
+    trainRuntimeSeconds, trainableParameters."""
 
     dataset: DatasetSummary | None = None
     """Set by `prepare`, also where rows of the dataset made it fail."""

@@ -22,7 +22,8 @@ from finetune_trainer.export import llama
 from finetune_trainer.export.gguf import MODELFILE
 from finetune_trainer.export.gguf.files import preferred
 from finetune_trainer.export.llama import Reading, TokenizeRequest
-from finetune_trainer.model.tokenizer import end_of_turn_ids, render
+from finetune_trainer.model.rendering import render
+from finetune_trainer.model.tokenizer import end_of_turn_ids
 
 CONTEXT = 4096  # tokens; Ollama's own default
 
@@ -88,6 +89,10 @@ def make_template(tokenizer: PreTrainedTokenizerBase, file: Path) -> OllamaTempl
         notes.append("It knows no system prompt: one is put before the first question.")
     if shape.system == "ignored":
         notes.append("It leaves system prompts out.")
+    if "tools" in str(tokenizer.get_chat_template()):
+        notes.append(
+            "It has no tools: let llama.cpp (--jinja) or vLLM serve a model that calls some."
+        )
     if shape.strips:
         notes.append("It removes blank space around what is said; Ollama leaves it.")
     return OllamaTemplate(go_template(shape), tuple(notes))

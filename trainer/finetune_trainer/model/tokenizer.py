@@ -8,11 +8,20 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Example, Message, Reason, StageError
+from finetune_trainer.contract import Example, Reason, StageError, as_example
 from finetune_trainer.model import ModelFolder
+from finetune_trainer.model.rendering import (
+    REASONING,
+    NotRenderedError,
+    Script,
+    render_example,
+    render_prompt,
+    script,
+)
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +46,7 @@ HARD_TO_SPLIT = (
 """Texts at which the ways to split text before tokenizing differ: numbers, contractions, white
 space, scripts, emoji. A handful of rows may contain none of these."""
 
+LONGEST_OF_ITS_OWN = 200  # characters that a template writes before an answer by itself
 IGNORED = -100  # label of a token that no loss is computed on
 
 PLAIN_TEMPLATE = (
@@ -123,30 +133,17 @@ class Encoded:
     """Whether earlier answers are not learnt. Some templates write an answer in another way once
     the conversation goes on, for example without its reasoning."""
 
+    some_left: bool = False
+    """The same where some of them are learnt, as in conversations with tools."""
+
+    leaves_reasoning_out: bool = False
+    """Whether the template leaves out the reasoning of earlier answers."""
+
 
 def message_pair(instruction: str, response: str) -> Example:
     return as_example(
         ({"role": "user", "content": instruction}, {"role": "assistant", "content": response})
     )
-
-
-def as_example(messages: Sequence[Message]) -> Example:
-    return {"prompt": list(messages[:-1]), "completion": [messages[-1]]}
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, prompt: bool = False
-) -> str:
-    """A conversation as text; with `prompt` up to where the model's next answer begins."""
-    text = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=prompt
-    )
-    return str(text)
-
-
-def render_prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    """The question as text, up to where the model's answer begins."""
-    return render(tokenizer, example["prompt"], prompt=True)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int]]:
@@ -177,15 +174,18 @@ class _Rendered:
 
     full: str
     earlier: list[tuple[str, str]]
-    """Per answer but the last: the text up to its beginning, and up to its end."""
+    """Per learnt answer but the last: the text up to its beginning, and up to its end."""
 
-    last: str
-    """The text up to the beginning of the last answer."""
+    last: str | None
+    """The text up to the beginning of the last answer; None where that is not learnt."""
 
-    only_last: bool
+    only_last: bool = False
+    some_left: bool = False
+    leaves_reasoning_out: bool = False
 
     def texts(self) -> list[str]:
-        return [self.full, *(text for pair in self.earlier for text in pair), self.last]
+        last = [] if self.last is None else [self.last]
+        return [self.full, *(text for pair in self.earlier for text in pair), *last]
 
     def encoded(self, ids: Iterator[list[int]]) -> Encoded:
         """Take this conversation's texts' ids, in the order of `texts`, and label them."""
@@ -194,31 +194,107 @@ class _Rendered:
         for _ in self.earlier:
             start, end = _common(full, next(ids)), _common(full, next(ids))
             labels[start:end] = full[start:end]
-        start = _common(full, next(ids))
-        labels[start:] = full[start:]
-        return Encoded(full, labels, self.only_last)
+        if self.last is not None:
+            start = _common(full, next(ids))
+            labels[start:] = full[start:]
+        return Encoded(full, labels, self.only_last, self.some_left, self.leaves_reasoning_out)
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, example: Example) -> _Rendered:
-    messages: list[Message] = example["prompt"] + example["completion"]
-    full = render(tokenizer, messages)
-    last = render(tokenizer, example["prompt"], prompt=True)
-    answers = [i for i, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
-    earlier = []
+    part = script(tokenizer, example)
+    messages = example["prompt"] + example["completion"]
+    full = part.render(tokenizer)
+    *answers, last = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    begun = None
+    if messages[last].get("weight") != 0:
+        begun = _last_begun(tokenizer, part, full, last)
+    answers = [i for i in answers if messages[i].get("weight") != 0]
+    earlier: list[tuple[str, str]] = []
+    for index in answers:
+        span = _span(tokenizer, part, full, index)
+        if span:
+            earlier.append(span)
+        elif part.plain:
+            # All or the last alone: what trainings that are there were made with.
+            return _Rendered(full, [], begun, only_last=True)
+    all_found = len(earlier) == len(answers)
+    return _Rendered(
+        full,
+        earlier,
+        begun,
+        some_left=not all_found,
+        leaves_reasoning_out=part.leaves_reasoning_out,
+    )
+
+
+def _span(
+    tokenizer: PreTrainedTokenizerBase, part: Script, full: str, index: int
+) -> tuple[str, str] | None:
+    """The text up to the beginning of an answer, and up to its end; None where it is no such."""
     try:
-        for index in answers:
-            begun = render(tokenizer, messages[:index], prompt=True)
-            ended = render(tokenizer, messages[: index + 1])
-            if not (full.startswith(ended) and ended.startswith(begun)):
-                return _Rendered(full, [], last, only_last=True)
-            earlier.append((begun, ended))
+        begun = part.render(tokenizer, index, prompt=True)
+        ended = part.render(tokenizer, index + 1)
+        if full.startswith(ended) and ended.startswith(begun):
+            return begun, ended
+        if not part.plain:
+            before = part.render(tokenizer, index)
+            return _rewritten_span(part.messages[index], full, before, begun, ended)
+    except StageError:
+        raise
     except Exception as error:  # the model's own template runs: anything can come out
         log.debug("The template refuses a part of a conversation that it takes: %s", error)
-        return _Rendered(full, [], last, only_last=True)
-    return _Rendered(full, earlier, last, only_last=False)
+    return None
 
 
-def _common(ours: list[int], theirs: list[int]) -> int:
+def _rewritten_span(
+    message: dict[str, Any], full: str, before: str, begun: str, ended: str
+) -> tuple[str, str] | None:
+    """The same where the template writes something of its own before an answer while it is the
+    last, such as an empty block of reasoning, and leaves it out later (Qwen3).
+
+    Only tool calls are learnt without it, since a model that is to learn them often has no others.
+    """
+    head, same = _common(full, begun), _common(full, ended)
+    head = len(full[:head].rstrip("<|["))  # two marks that begin alike are two
+    if not (full.startswith(before) and head > len(before)):
+        return None
+    if full.startswith(ended):
+        return full[:head], ended
+    if "tool_calls" not in message:
+        return None
+    rest = full[same:]
+    for cut in range(same, min(same + LONGEST_OF_ITS_OWN, len(ended))):
+        if rest.startswith(ended[cut:]):
+            end = same + len(ended) - cut
+            said = all(text in full[head:end] for text in _texts(message))
+            return (full[:head], full[:end]) if said else None
+    return None
+
+
+def _last_begun(tokenizer: PreTrainedTokenizerBase, part: Script, full: str, index: int) -> str:
+    """The text up to the beginning of the last answer; raises NotRenderedError."""
+    begun = part.render(tokenizer, index, prompt=True)
+    if part.plain or full.startswith(begun):
+        return begun
+    # It may differ in what the template writes by itself behind the prompt, and in nothing else.
+    if _common(full, begun) < _common(part.render(tokenizer, index), begun):
+        raise NotRenderedError(
+            "the model's chat template writes the messages before the last answer in another way "
+            "once that is there, so that it can't be told what to learn: take reasoning_content "
+            "out of all messages but the last, or choose another model"
+        )
+    return begun
+
+
+def _texts(message: dict[str, Any]) -> list[str]:
+    """What an answer says, as far as every template writes it as it is."""
+    keys = ("content", *REASONING)
+    said = [str(message[key]).strip() for key in keys if message.get(key)]
+    return said + [call["function"]["name"] for call in message["tool_calls"]]
+
+
+def _common(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
+    """How many tokens, or characters, both begin with."""
     for position, (one, other) in enumerate(zip(ours, theirs, strict=False)):
         if one != other:
             return position
@@ -236,8 +312,7 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The special tokens that the chat template puts behind an answer."""
     answer = "\N{SNOWMAN}"  # in no template, so that what follows it is the end of the turn
-    pair = message_pair("a", answer)
-    text = render(tokenizer, [*pair["prompt"], *pair["completion"]])
+    text = render_example(tokenizer, message_pair("a", answer))
     tail = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return special.intersection(tail)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -13,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from finetune_trainer.contract import (
     UNQUANTIZED,
     ChatTemplate,
+    Example,
     Export,
     Lora,
-    Message,
     Quantization,
     Reason,
     RunConfig,
@@ -24,6 +23,7 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.model import ModelFolder, rehearsal
 from finetune_trainer.model.base_model import BaseModelFiles
+from finetune_trainer.model.rendering import render, render_example
 from finetune_trainer.model.shape import Shape, resolve_targets
 from finetune_trainer.model.tokenizer import (
     BEGIN_OF_TEXT,
@@ -31,7 +31,6 @@ from finetune_trainer.model.tokenizer import (
     PLAIN_TEMPLATE,
     end_of_turn_ids,
     load_tokenizer,
-    render,
 )
 from finetune_trainer.runtime.reporter import Reporter
 
@@ -55,6 +54,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase, *, system: bool) -> None:
     """
     try:
         ends = end_of_turn_ids(tokenizer)
+    except StageError:
+        raise
     except Exception as error:  # the model's own template runs: anything can come out
         raise StageError(
             Reason.MODEL_UNSUPPORTED,
@@ -88,6 +89,8 @@ def _check_system(tokenizer: PreTrainedTokenizerBase) -> None:
     ]
     try:
         kept = _MARK in render(tokenizer, messages)
+    except StageError:
+        raise
     except Exception as error:  # as above
         raise StageError(
             Reason.INVALID_CONFIG,
@@ -107,7 +110,7 @@ def check_model(
     workdir: Path,
     reporter: Reporter,
     *,
-    rows: Iterable[Sequence[Message]] = (),
+    rows: Iterable[Example] = (),
 ) -> None:
     """Look at tensors, architecture and tokenizer.
 
@@ -133,13 +136,15 @@ def check_model(
     check_tokens(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], theirs)
 
 
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Sequence[Message]]
-) -> Iterator[str]:
+def _rendered(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Example]) -> Iterator[str]:
     for row in rows:
-        # A row that the template refuses is a bad row, which shows when all rows are encoded.
-        with suppress(Exception):
-            yield render(tokenizer, row)
+        try:
+            yield render_example(tokenizer, row)
+        except StageError:
+            raise
+        except Exception as error:
+            # A row that the template refuses is a bad row, which shows when all are encoded.
+            log.debug("The template refuses a row: %s", error)
 
 
 def check_tokens(texts: list[str], ours: list[list[int]], theirs: list[list[int]]) -> None:

@@ -14,10 +14,11 @@ import numpy.typing as npt
 from finetune_trainer.contract import (
     Dataset,
     DetectedFile,
-    Message,
+    Example,
     Reason,
     StageError,
     Storage,
+    as_example,
 )
 from finetune_trainer.prepare.reading import Problems, Source, open_source
 from finetune_trainer.prepare.split import Hashes, row_hash
@@ -91,9 +92,9 @@ class DatasetRows:
         with self._spool.open("w", encoding="ascii") as out:
             for record in self._source.records(self.problems):
                 self._numbers.append(record.number)
-                self._hashes.append(row_hash(record.messages, seed))
+                self._hashes.append(row_hash(record.messages, seed, record.tools))
                 self.has_system = self.has_system or record.messages[0]["role"] == "system"
-                out.write(json.dumps(record.messages) + "\n")
+                out.write(json.dumps(as_example(record.messages, record.tools)) + "\n")
 
     def refuse(self, refused: dict[int, str]) -> None:
         """Note more rows that can't be used, cause by number; raises StageError as the reader."""
@@ -120,7 +121,7 @@ class DatasetRows:
         """Rows in the file, usable or not; while it is read, those so far."""
         return self._source.rows if self._source else 0
 
-    def messages(self) -> Iterator[list[Message]]:
+    def examples(self) -> Iterator[Example]:
         """The usable rows, in the order of `numbers`."""
         with self._spool.open(encoding="ascii") as lines:
             for line in lines:

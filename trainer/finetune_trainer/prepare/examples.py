@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Dataset, Example, Message, Reason, StageError, allowed
-from finetune_trainer.model.tokenizer import IGNORED, Encoded, as_example, encode_batch
+from finetune_trainer.contract import Dataset, Example, Reason, StageError, allowed
+from finetune_trainer.model.rendering import NotRenderedError
+from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_batch
 from finetune_trainer.prepare.dataset_files import DatasetRows
 from finetune_trainer.prepare.split import Mask
 from finetune_trainer.prepare.statistics import TokenCounts, length_that_fits, percentile
@@ -47,6 +48,12 @@ class EncodedRows:
     only_last: int
     """Those of them of which only the last answer is learnt."""
 
+    some_left: int
+    """Those with tools or reasoning of which some earlier answers are not learnt."""
+
+    reasoning_left_out: int
+    """Those of which the template leaves out the reasoning of earlier answers."""
+
     @property
     def too_long(self) -> Mask:
         """Rows that are cut, or left out."""
@@ -78,20 +85,20 @@ def write_examples(
 ) -> EncodedRows:
     """Append the rows to examples.jsonl, and those that are held out to eval.jsonl.
 
-    One example a line, `{"prompt": [messages], "completion": [message]}`. A row whose answers all
+    One Example a line. A row whose answers all
     begin after `limit` tokens is left out; one that the chat template refuses is a bad row, and
     raises StageError(InvalidRows) where those may not be skipped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lengths, answers = array("I"), array("I")
-    conversations = only_last = 0
+    conversations = only_last = some_left = reasoning_left_out = 0
     refused: dict[int, str] = {}
     numbers = rows.numbers
     with (
         (folder / EXAMPLES).open("a", encoding="utf-8") as train,
         (folder / HELD_OUT).open("a", encoding="utf-8") as evaluation,
     ):
-        for index, (messages, result) in enumerate(_encoded(rows, tokenizer)):
+        for index, (example, result) in enumerate(_encoded(rows, tokenizer)):
             if isinstance(result, str):
                 refused[int(numbers[index])] = result
             encoded = NOTHING if isinstance(result, str) else result
@@ -99,11 +106,13 @@ def write_examples(
             learnt = len(cut) - cut.count(IGNORED)
             lengths.append(len(encoded.ids))
             answers.append(learnt)
-            conversations += sum(m["role"] == "assistant" for m in messages) > 1
+            conversations += any(m["role"] == "assistant" for m in example["prompt"])
             only_last += encoded.only_last
+            some_left += encoded.some_left
+            reasoning_left_out += encoded.leaves_reasoning_out
             if learnt:
                 out = evaluation if held[index] else train
-                out.write(json.dumps(as_example(messages), ensure_ascii=False) + "\n")
+                out.write(json.dumps(example, ensure_ascii=False) + "\n")
     for name in (EXAMPLES, HELD_OUT):
         if not (folder / name).stat().st_size:
             (folder / name).unlink()
@@ -116,6 +125,8 @@ def write_examples(
         limit,
         conversations,
         only_last,
+        some_left,
+        reasoning_left_out,
     )
 
 
@@ -150,21 +161,39 @@ def check_lengths(examples: EncodedRows, dataset: Dataset) -> None:
 
 def _encoded(
     rows: DatasetRows, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[Message], Encoded | str]]:
+) -> Iterator[tuple[Example, Encoded | str]]:
     """The rows in tokens, or why the chat template refuses them."""
-    records = rows.messages()
+    records = rows.examples()
     while batch := list(islice(records, BATCH)):
-        examples = [as_example(messages) for messages in batch]
         try:
-            encoded: list[Encoded | str] = [*encode_batch(tokenizer, examples)]
+            encoded: list[Encoded | str] = [*encode_batch(tokenizer, batch)]
+        except StageError:
+            raise
         except Exception:  # the model's own template runs: anything can come out
-            encoded = [_encoded_alone(tokenizer, example) for example in examples]
-        yield from zip(batch, encoded, strict=True)
+            encoded = [_encoded_alone(tokenizer, example) for example in batch]
+        yield from zip(batch, map(_checked, encoded), strict=True)
 
 
 def _encoded_alone(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded | str:
     try:
         (encoded,) = encode_batch(tokenizer, [example])
+    except StageError:
+        raise
+    except NotRenderedError as error:
+        return str(error)
     except Exception as error:  # as above
         return f"the model's chat template refuses it: {error}"
+    return encoded
+
+
+def _checked(encoded: Encoded | str) -> Encoded | str:
+    if (
+        isinstance(encoded, Encoded)
+        and encoded.some_left
+        and not any(label != IGNORED for label in encoded.labels)
+    ):
+        return (
+            "the last answer has weight 0, and the model's chat template writes the earlier ones "
+            "in another way once the conversation goes on: end the row with an answer to learn"
+        )
     return encoded

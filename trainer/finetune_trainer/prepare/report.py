@@ -172,6 +172,8 @@ def _file(rows: DatasetRows, examples: EncodedRows | None) -> dict[str, Any]:
         "conversations": Conversations(
             with_several_answers=examples.conversations,
             only_last_answer_learnt=examples.only_last,
+            some_answers_not_learnt=examples.some_left or None,
+            earlier_reasoning_left_out=examples.reasoning_left_out or None,
         ),
     }
 

@@ -8,21 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from finetune_trainer.contract import Message, Tool
 
 Hashes = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 
 FEWEST_ROWS = 20  # a data set with fewer is trained on as a whole
+_ALWAYS = ("role", "content")  # keys that each message has
 MOST_HELD_OUT = 1000  # more rows make the measured loss hardly more exact, and take longer
 
 
-def row_hash(messages: Sequence[Mapping[str, str]], seed: int) -> int:
-    """64 bits over roles, contents and the seed."""
-    text = json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
+def row_hash(messages: Sequence[Message], seed: int, tools: Sequence[Tool] = ()) -> int:
+    """64 bits over what is said, the tools and the seed.
+
+    Roles and contents alone make up the hash of a row that has nothing else.
+    """
+    said: list[Any] = [
+        [m["role"], m["content"]] if len(m) == len(_ALWAYS) else [m["role"], m["content"], m]
+        for m in messages
+    ]
+    text = json.dumps([*said, tools] if tools else said, ensure_ascii=False)
     key = seed.to_bytes(8, "big")
     # A lone surrogate can't be encoded strictly, and is a row like any other here.
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8, key=key)

@@ -11,7 +11,7 @@ configuration -> dataset there, output writable -> base model's files -> fingerp
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from uuid import uuid4
 import numpy as np
 
 from finetune_trainer.contract import (
-    Message,
+    Example,
     Reason,
     Resolved,
     RunConfig,
@@ -38,7 +38,13 @@ from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_
 from finetune_trainer.prepare.reading.layout import check_columns
 from finetune_trainer.prepare.report import Findings, Prepared
 from finetune_trainer.prepare.split import hold_out
-from finetune_trainer.prepare.stored import CompleteStages, StoredRun, read_prepared, stored_run
+from finetune_trainer.prepare.stored import (
+    CompleteStages,
+    StoredRun,
+    metrics_of,
+    read_prepared,
+    stored_run,
+)
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import (
@@ -107,6 +113,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         complete=tuple(complete),
         artifacts=complete[Stage.EXPORT].files if Stage.EXPORT in complete else (),
         manifest_uri=output.uri_of(MANIFEST) if Stage.EXPORT in complete else None,
+        metrics=metrics_of(output, complete),
         dataset=prepared.dataset,
     )
 
@@ -218,7 +225,7 @@ def encode_rows(
     tokenizer = load_tokenizer(base)
     check_template(tokenizer, system=any(each.has_system for each in findings.all_rows()))
     findings.template = describe_template(tokenizer)
-    first = islice(rows.messages(), ROWS_READ_BY_LLAMA_CPP)
+    first = islice(rows.examples(), ROWS_READ_BY_LLAMA_CPP)
     check_model(config, model, base, workdir, reporter, rows=first)
 
     reporter.message(f"Applying the chat template to {rows.total} rows")
@@ -248,7 +255,7 @@ def check_model(
     workdir: Path,
     reporter: Reporter,
     *,
-    rows: Iterable[Sequence[Message]] = (),
+    rows: Iterable[Example] = (),
 ) -> None:
     """Make sure that the model can be trained and exported as asked."""
     from finetune_trainer.prepare import checks  # noqa: PLC0415 - imports transformers

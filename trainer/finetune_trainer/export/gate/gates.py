@@ -37,6 +37,7 @@ from finetune_trainer.contract.verdict_words import over_limit
 from finetune_trainer.export import llama
 from finetune_trainer.export.gate import file_checks, thresholds
 from finetune_trainer.export.gate.file_checks import TrainedText
+from finetune_trainer.export.gate.sample_text import question_of, said
 from finetune_trainer.export.gguf.header import Header, HeaderError
 from finetune_trainer.export.llama import (
     CheckAnswer,
@@ -55,7 +56,8 @@ from finetune_trainer.export.reference.measured_rows import (
 )
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import available_cpus
-from finetune_trainer.model.tokenizer import load_tokenizer, render_prompt
+from finetune_trainer.model.rendering import render_prompt
+from finetune_trainer.model.tokenizer import load_tokenizer
 
 SAMPLES = 10
 SAMPLE_TOKENS = 128
@@ -301,8 +303,8 @@ class DerivedGate:
         base = self._answers([ids for _, ids in chosen], adapter) if adapter else ()
         samples = tuple(
             Sample(
-                prompt=example["prompt"][-1]["content"],
-                expected=example["completion"][-1]["content"],
+                prompt=question_of(example),
+                expected=said(example["completion"][-1]),
                 base=base[index].text if base else None,
                 tuned=tuned[index].text,
                 stopped=tuned[index].stopped,

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Example
 from finetune_trainer.export.reference.logprobs import MeasuredRow
-from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_batch, render
+from finetune_trainer.model.rendering import render_example
+from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_batch
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ def choose_rows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example])
     encoded = encode_batch(tokenizer, chosen)
     return MeasuredRows(
         examples=chosen,
-        texts=tuple(render(tokenizer, e["prompt"] + e["completion"]) for e in chosen),
+        texts=tuple(render_example(tokenizer, example) for example in chosen),
         full_ids=tuple(tuple(item.ids) for item in encoded),
         measured=tuple(within_budget(measured_part(item) for item in encoded)),
     )

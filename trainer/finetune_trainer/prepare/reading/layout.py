@@ -7,19 +7,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_trainer.contract import Columns, Message, Reason, StageError
+from finetune_trainer.contract import Columns, Message, Reason, StageError, Tool
 from finetune_trainer.prepare.reading.conversation import (
     Conversation,
     InvalidError,
     checked,
+    from_json,
     kind_of,
     message_of,
     text_of,
+    tools_of,
 )
-from finetune_trainer.prepare.reading.json_records import NotJsonError, parse
 from finetune_trainer.prepare.reading.record import name_of, names
 
 INSTRUCTION, PROMPT, MESSAGES = "instruction", "prompt-completion", "messages"
+
+_FORMER_TOOLS = "functions"
+_BESIDE = ("tools", _FORMER_TOOLS)  # what may stand beside a conversation; last in a layout
 
 _WHOLE_LAYOUT = 1000  # outweighs any number of single names
 
@@ -123,18 +127,61 @@ def check_unique(fields: Sequence[str], layout: Layout, uri: str) -> None:
             )
 
 
+def with_tools(
+    layout: Layout, fields: Sequence[str], columns: Columns, uri: str, *, what: str
+) -> Layout:
+    """The layout with what stands beside a conversation; raises StageError (ColumnNotFound)."""
+    if columns.tools is not None and columns.tools not in fields:
+        raise StageError(
+            Reason.COLUMN_NOT_FOUND,
+            f"{uri} has no {what} {name_of(columns.tools)}; it has {names(fields)}. Correct "
+            "spec.dataset.columns.tools, or leave it out.",
+        )
+    beside = {"tools": columns.tools} if columns.tools is not None else {}
+    if layout.kind != INSTRUCTION:
+        beside = {"tools": columns.tools or "tools", _FORMER_TOOLS: _FORMER_TOOLS}
+    used = layout.columns.values()
+    found = {part: name for part, name in beside.items() if name in fields and name not in used}
+    return Layout(layout.kind, layout.columns | found)
+
+
 Builder = Callable[[Sequence[Any]], Conversation]
 """Takes the values of the layout's columns, in their order; raises InvalidError."""
 
+RowBuilder = Callable[[Sequence[Any]], tuple[Conversation, list[Tool]]]
+"""The same, and the tools that stand beside the conversation."""
 
-def builder(layout: Layout, system_prompt: str | None) -> Builder:
-    """Makes conversations of rows; `system_prompt` is for rows without one of their own."""
+
+def builder(layout: Layout, system_prompt: str | None, ignored: set[str]) -> RowBuilder:
+    """Makes conversations of rows; `system_prompt` is for rows without one of their own.
+
+    `ignored` gets the keys of messages that nothing is taken from.
+    """
+    beside = {part: name for part, name in layout.columns.items() if part in _BESIDE}
+    own = {part: name for part, name in layout.columns.items() if part not in _BESIDE}
+    build = _builder(Layout(layout.kind, own), system_prompt, ignored)
+
+    def build_row(values: Sequence[Any]) -> tuple[Conversation, list[Tool]]:
+        tools: list[Tool] = []
+        for (part, name), value in zip(beside.items(), values[len(own) :], strict=True):
+            if part != _FORMER_TOOLS:
+                tools = tools_of(value, name)
+            elif value not in (None, "", []):
+                raise InvalidError(
+                    f"it has {name_of(name)}, OpenAI's former notation: convert them to tools"
+                )
+        return build(values[: len(own)]), tools
+
+    return build_row
+
+
+def _builder(layout: Layout, system_prompt: str | None, ignored: set[str]) -> Builder:
     fallback = message_of("system", system_prompt) if (system_prompt or "").strip() else None
     if layout.kind == INSTRUCTION:
         return _instruction(layout.columns, fallback)
     if layout.kind == PROMPT:
-        return _prompt_completion(layout.columns, fallback)
-    return _messages(layout.columns["messages"], fallback)
+        return _prompt_completion(layout.columns, fallback, ignored)
+    return _messages(layout.columns["messages"], fallback, ignored)
 
 
 def _instruction(columns: dict[str, str], fallback: Message | None) -> Builder:
@@ -160,7 +207,9 @@ def _instruction(columns: dict[str, str], fallback: Message | None) -> Builder:
     return build
 
 
-def _prompt_completion(columns: dict[str, str], fallback: Message | None) -> Builder:
+def _prompt_completion(
+    columns: dict[str, str], fallback: Message | None, ignored: set[str]
+) -> Builder:
     labels = columns["prompt"], columns["completion"]
 
     def build(values: Sequence[Any]) -> Conversation:
@@ -174,28 +223,20 @@ def _prompt_completion(columns: dict[str, str], fallback: Message | None) -> Bui
                 raise InvalidError(f"{name_of(label)} is blank")
         if sides[1] and isinstance(sides[1][0], dict) and sides[1][0].get("role") != "assistant":
             raise InvalidError(f"{name_of(labels[1])} does not begin with an assistant's message")
-        return checked([*sides[0], *sides[1]], fallback)
+        return checked([*sides[0], *sides[1]], fallback, ignored)
 
     return build
 
 
-def _messages(label: str, fallback: Message | None) -> Builder:
+def _messages(label: str, fallback: Message | None, ignored: set[str]) -> Builder:
     def build(values: Sequence[Any]) -> Conversation:
         value = values[0]
         if isinstance(value, str) and value.strip():
-            value = _from_json(value, label)
+            value = from_json(value, label)
         if value is None or value == [] or (isinstance(value, str) and not value.strip()):
             raise InvalidError(f"{name_of(label)} is blank")
         if not isinstance(value, list):
             raise InvalidError(f"{name_of(label)} is {kind_of(value)}, not a list of messages")
-        return checked(value, fallback)
+        return checked(value, fallback, ignored)
 
     return build
-
-
-def _from_json(text: str, label: str) -> Any:
-    try:
-        return parse(text)
-    except NotJsonError as error:
-        hint = " (JSON has double quotes; is it Python's own notation?)" if "'" in text[:9] else ""
-        raise InvalidError(f"{name_of(label)} is no JSON: {error}{hint}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,9 +47,9 @@ class Parquet:
         """Text, or lists of messages where they may be; raises StageError."""
         for part, name in wanted.items():
             kind = self.schema.field(name).type
-            lists = part in ("messages", "prompt", "completion")
+            lists = part in ("messages", "prompt", "completion", "tools", "functions")
             if not (_is_text(kind) or (lists and _is_messages(kind))):
-                due = "text or a list of messages" if lists else "text"
+                due = "text or a list of objects" if lists else "text"
                 raise unreadable(
                     self.content.uri,
                     f"has the column {name_of(name)} of type {clip(str(kind), 80)}, not {due}: "
@@ -60,7 +61,7 @@ class Parquet:
         number = 0
         with self._open() as parquet:
             for batch in parquet.iter_batches(self.batch, columns=list(wanted), use_threads=False):
-                columns = [batch.column(name).to_pylist() for name in wanted]
+                columns = [_values(batch.column(name)) for name in wanted]
                 for values in zip(*columns, strict=True):
                     number += 1
                     yield number, number, values
@@ -100,6 +101,23 @@ def _batch(metadata: pq.FileMetaData) -> int:
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     largest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=1)
     return int(max(1, min(BATCH, BATCH_BYTES // max(largest, 1))))
+
+
+def _values(column: pa.Array) -> list[Any]:
+    values: list[Any] = column.to_pylist()
+    if not _is_messages(column.type):
+        return values
+    return [
+        value and [item and {k: _filled(v) for k, v in item.items()} for item in value]
+        for value in values
+    ]
+
+
+def _filled(value: Any) -> Any:
+    """The value without the nulls that a struct has for keys which other rows have."""
+    if isinstance(value, dict):
+        return {key: _filled(item) for key, item in value.items() if item is not None}
+    return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
-from finetune_trainer.contract import BadRow, Message
+from finetune_trainer.contract import BadRow, Message, Tool
 
 SHOWN = 10  # problems and column names that a message lists
 LONGEST = 200  # characters of a cause
@@ -52,8 +52,10 @@ class Record:
     of the element in a JSON array, of the row in Parquet, each from 1."""
 
     messages: tuple[Message, ...]
-    """A system message first if there is one, then user and assistant in turn, the assistant
-    last."""
+    """Turns that end with an assistant's."""
+
+    tools: tuple[Tool, ...] = ()
+    """What the conversation may call."""
 
 
 def _spool() -> IO[str]:

@@ -13,6 +13,7 @@ from finetune_trainer.contract import (
     DetectedFile,
     Reason,
     StageError,
+    Tool,
     allowed,
 )
 from finetune_trainer.prepare.reading.content import GZIP, PARQUET, Content, foreign, unreadable
@@ -28,6 +29,7 @@ from finetune_trainer.prepare.reading.layout import (
     find_layout,
     fit,
     missing_column,
+    with_tools,
 )
 from finetune_trainer.prepare.reading.parquet import Parquet
 from finetune_trainer.prepare.reading.record import (
@@ -57,8 +59,9 @@ class Source:
         self.rows = 0
         """Rows read so far, blank lines not counted."""
 
+        self._ignored: set[str] = set()
         used = set(layout.columns.values())
-        self.detected = DetectedFile(
+        self._detected = DetectedFile(
             format=reader.format,
             layout=layout.kind,
             columns=layout.columns,
@@ -68,6 +71,12 @@ class Source:
             compression=compression,
             **reader.described,
         )
+
+    @property
+    def detected(self) -> DetectedFile:
+        """What the file was found to be, as far as it has been read."""
+        keys = tuple(printable(key) for key in sorted(self._ignored)[:UNUSED_SHOWN])
+        return self._detected.model_copy(update={"unused_message_keys": keys or None})
 
     def summary(self, problems: Problems) -> DatasetSummary:
         """What has been counted so far."""
@@ -93,15 +102,16 @@ class Source:
                     problems.add(number, built + self._place(number, line))
                     continue
                 if skip or not problems.count:
-                    yield Record(number, built)
+                    messages, tools = built
+                    yield Record(number, messages, tuple(tools))
         except DamageError as damage:
             self.rows += 1
             cause = damage.cause + self._place(damage.row, damage.line)
             raise self._damaged(damage.row, cause, problems) from damage
         self.check(problems)
 
-    def _built(self) -> Iterator[tuple[int, int, Conversation | str]]:
-        build = builder(self._layout, self._dataset.system_prompt)
+    def _built(self) -> Iterator[tuple[int, int, tuple[Conversation, list[Tool]] | str]]:
+        build = builder(self._layout, self._dataset.system_prompt, self._ignored)
         for number, line, values in self._reader.rows(list(self._layout.columns.values())):
             if isinstance(values, str):
                 yield number, line, values
@@ -166,9 +176,10 @@ def open_source(file: Path, dataset: Dataset, uri: str) -> Source:
     layout = find_layout(reader.fields, dataset.columns)
     if layout is None and not reader.fields and isinstance(reader, JsonLines | JsonArray):
         layout = default_layout(dataset.columns)
+    what = "column" if isinstance(reader, Table | Parquet) else "key"
     if layout is None:
-        what = "column" if isinstance(reader, Table | Parquet) else "key"
         raise missing_column(reader.fields, dataset.columns, uri, what=what)
+    layout = with_tools(layout, reader.fields, dataset.columns, uri, what=what)
     check_unique(reader.fields, layout, uri)
     if isinstance(reader, Parquet):
         reader.check_types(layout.columns)

@@ -254,8 +254,8 @@ def find_unrelated_answers(
         240 rows as they are   1.35 +- 0.13    the same, answers shuffled       -0.04 +- 0.05
                                                480 rows, answers shuffled       -0.03 +- 0.03
 
-    Not covered: data with one question for all rows, and conversations of several answers. Every
-    process of a training has to call it.
+    Not covered: data with one question for all rows, and conversations of several answers or
+    with tools. Every process of a training has to call it.
     """
     found = evaluations_of(trainer)
     steps = trainer.state.global_step
@@ -275,7 +275,7 @@ def swap_questions(rows: Sequence[Example]) -> list[tuple[Example, Example]]:
     for number, row in enumerate(rows):
         other = rows[(number + len(rows) // 2) % len(rows)]
         differs = other["prompt"] != row["prompt"] and other["completion"] != row["completion"]
-        if differs and not any(_has_answers(each) for each in (row, other)):
+        if differs and _is_pair(row) and _is_pair(other):
             swapped = Example(prompt=other["prompt"], completion=row["completion"])
             pairs.append((row, swapped))
     return pairs
@@ -318,6 +318,11 @@ def _answer_losses(
             yield AnswerLoss(own, other)
 
 
-def _has_answers(row: Example) -> bool:
-    """Whether the question has answers of its own, as that of a conversation has."""
-    return any(message["role"] == "assistant" for message in row["prompt"])
+def _is_pair(row: Example) -> bool:
+    """Whether it is a question and an answer in words: no tools, earlier answers or reasoning."""
+    (answer,) = row["completion"]
+    return (
+        "tools" not in row
+        and len(answer) == len(("role", "content"))
+        and all(message["role"] in {"system", "user"} for message in row["prompt"])
+    )
