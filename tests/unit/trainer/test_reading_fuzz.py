@@ -15,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.contract import Columns, Dataset, Reason, StageError
+from finetune_trainer.contract import Columns, Dataset, Reason, StageError, as_example
 from finetune_trainer.prepare.reading import Problems, Record, open_source
+from finetune_trainer.prepare.split import row_hash
 
 CORPUS = Path(__file__).parents[2] / "data" / "corpus"
 URI = "s3://data/train.csv"
@@ -86,13 +87,14 @@ def check_error(error: StageError, problems: Problems) -> None:
 
 def check_record(record: Record) -> None:
     roles = [message["role"] for message in record.messages]
-    turns = roles[1:] if roles[0] == "system" else roles
-    assert turns == ["user", "assistant"] * (len(turns) // 2)
-    assert turns
+    assert record.number >= 1
+    assert {*roles} <= {"system", "user", "assistant", "tool"}
+    assert len(roles) > 1
+    assert roles[-1] == "assistant"
     for message in record.messages:
-        assert set(message) == {"role", "content"}
-        assert message["content"].strip()
-        message["content"].encode()
+        assert message["content"].strip() or message["role"] == "tool" or message["tool_calls"]
+    json.dumps(as_example(record.messages, record.tools), ensure_ascii=False).encode()
+    row_hash(record.messages, 1, record.tools)
 
 
 PREFIXES = [
@@ -285,19 +287,33 @@ JSON = st.recursive(
     ),
     max_leaves=6,
 )
+FUNCTION = st.fixed_dictionaries(
+    {"name": st.sampled_from(["f", ""])},
+    optional={"arguments": JSON | st.sampled_from(["{}", '{"a": 1}', "["]), "parameters": JSON},
+)
+CALLED = st.fixed_dictionaries({"function": FUNCTION | JSON}, optional={"id": JSON, "type": JSON})
+TEXT = st.text(max_size=4)
 MESSAGE = st.fixed_dictionaries(
     {
-        "role": st.sampled_from(["system", "user", "assistant", "tool"]),
-        "content": st.text(max_size=4),
-    }
+        "role": st.sampled_from(["system", "developer", "user", "assistant", "assistant", "tool"]),
+        "content": TEXT
+        | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXT}), max_size=2),
+    },
+    optional={
+        "tool_calls": st.lists(CALLED | JSON, max_size=2),
+        "tool_call_id": JSON,
+        "reasoning_content": st.none() | TEXT,
+        "weight": st.sampled_from([None, 0, 1, 2]),
+    },
 )
-VALUE = JSON | st.lists(MESSAGE | JSON, max_size=4)
-KEYS = ["instruction", "input", "response", "system", "prompt", "completion", "messages"]
+TOOLS = st.lists(CALLED, max_size=2)
+VALUE = JSON | st.lists(MESSAGE | JSON, max_size=4) | st.lists(MESSAGE, min_size=1, max_size=4)
+KEYS = ["instruction", "input", "response", "system", "prompt", "completion", "messages", "tools"]
 
 
 @fuzz(200)
 @given(
-    st.lists(JSON | st.dictionaries(st.sampled_from(KEYS), VALUE), min_size=1, max_size=6),
+    st.lists(JSON | st.dictionaries(st.sampled_from(KEYS), VALUE | TOOLS), min_size=1, max_size=6),
     st.sampled_from([Columns(), Columns(system="system"), Columns(messages="messages")]),
     st.booleans(),
 )
