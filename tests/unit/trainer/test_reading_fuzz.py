@@ -287,33 +287,49 @@ JSON = st.recursive(
     ),
     max_leaves=6,
 )
+TEXT = st.text(max_size=4) | st.just("a")
 FUNCTION = st.fixed_dictionaries(
-    {"name": st.sampled_from(["f", ""])},
-    optional={"arguments": JSON | st.sampled_from(["{}", '{"a": 1}', "["]), "parameters": JSON},
+    {"name": st.just("f") | TEXT},
+    optional={"arguments": st.sampled_from(["{}", '{"a": 1}', "["]) | JSON, "parameters": JSON},
 )
-CALLED = st.fixed_dictionaries({"function": FUNCTION | JSON}, optional={"id": JSON, "type": JSON})
-TEXT = st.text(max_size=4)
+CALLED = st.fixed_dictionaries(
+    {"function": FUNCTION},
+    optional={"id": st.sampled_from(["1", "2", None]), "type": st.just("function") | JSON},
+)
+PARTS = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXT}), max_size=2)
+TURNS = [
+    st.fixed_dictionaries({"role": st.just(role), "content": TEXT | PARTS}, optional=further)
+    for role, further in {
+        "developer": {},
+        "user": {"name": TEXT},
+        "assistant": {
+            "tool_calls": st.lists(CALLED, max_size=2),
+            "reasoning_content": st.none() | TEXT,
+            "weight": st.sampled_from([None, 0, 1, 1.0, 2]),
+        },
+        "tool": {"tool_call_id": st.sampled_from(["1", "2"])},
+    }.items()
+]
+CHAT = st.tuples(st.lists(st.one_of(*TURNS), min_size=1, max_size=4), TURNS[2]).map(
+    lambda parts: [*parts[0], parts[1]]
+)
 MESSAGE = st.fixed_dictionaries(
     {
-        "role": st.sampled_from(["system", "developer", "user", "assistant", "assistant", "tool"]),
-        "content": TEXT
-        | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXT}), max_size=2),
-    },
-    optional={
-        "tool_calls": st.lists(CALLED | JSON, max_size=2),
-        "tool_call_id": JSON,
-        "reasoning_content": st.none() | TEXT,
-        "weight": st.sampled_from([None, 0, 1, 2]),
-    },
+        "role": st.sampled_from(["system", "user", "assistant", "tool"]),
+        "content": st.text(max_size=4),
+    }
 )
-TOOLS = st.lists(CALLED, max_size=2)
-VALUE = JSON | st.lists(MESSAGE | JSON, max_size=4) | st.lists(MESSAGE, min_size=1, max_size=4)
+VALUE = JSON | st.lists(MESSAGE | JSON, max_size=4) | CHAT | st.lists(CALLED, max_size=2)
 KEYS = ["instruction", "input", "response", "system", "prompt", "completion", "messages", "tools"]
 
 
 @fuzz(200)
 @given(
-    st.lists(JSON | st.dictionaries(st.sampled_from(KEYS), VALUE | TOOLS), min_size=1, max_size=6),
+    st.lists(
+        JSON | st.dictionaries(st.sampled_from(KEYS), VALUE),
+        min_size=1,
+        max_size=6,
+    ),
     st.sampled_from([Columns(), Columns(system="system"), Columns(messages="messages")]),
     st.booleans(),
 )
@@ -321,6 +337,20 @@ def test_any_json_is_mapped_or_refused(items: list[Any], columns: Columns, array
     lines = [json.dumps(item) for item in items]
     text = f"[{','.join(lines)}]" if array else "".join(f"{line}\n" for line in lines)
     read(text.encode(), SKIP.model_copy(update={"columns": columns}))
+
+
+@fuzz(200)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"messages": CHAT}, optional={"tools": st.lists(CALLED, max_size=2) | JSON}
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_any_conversation_is_read_or_refused(items: list[Any]) -> None:
+    read("".join(f"{json.dumps(item)}\n" for item in items).encode(), SKIP)
 
 
 @pytest.mark.parametrize("opening", [b"[", b'{"a":', b'"', b"'", b"(", b"\\"])
