@@ -24,6 +24,12 @@ VARIABLE = "VERSITYGW"
 ADDRESS = "127.0.0.1"
 
 
+def wanted() -> bool:
+    """Whether it is here, or has to be."""
+    found = shutil.which(os.environ.get(VARIABLE) or "versitygw")
+    return found is not None or os.environ.get("CI") == "true"
+
+
 def program() -> str:
     """The program; raises Unavailable where there is none."""
     named = os.environ.get(VARIABLE) or "versitygw"

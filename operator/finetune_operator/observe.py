@@ -238,6 +238,16 @@ class ObservedJob:
         return self.finished is None and not ended
 
     @property
+    def outlives_trainer(self) -> bool:
+        """Whether something goes on beside a trainer that has ended, e.g. a service mesh's sidecar.
+
+        The pod then keeps its resources, and the Job doesn't end.
+        """
+        pod = self.pod
+        going = self.finished is None and not self.deleting
+        return going and pod is not None and pod.exit_code is not None and pod.phase not in ENDED
+
+    @property
     def may_have_pod_at_work(self) -> bool:
         """Whether one of its pods may be running: in a failed Job, the pod may still write a
         checkpoint during its grace period."""

@@ -22,6 +22,7 @@ from finetune_trainer.contract import (
     read_run_config,
 )
 from finetune_trainer.local import commands
+from finetune_trainer.runtime.certificates import trust_given_authorities
 from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.logs import FORMAT_VARIABLE, LogFormat, set_up_libraries
 from finetune_trainer.runtime.reporter import Reporter, reporter_for
@@ -125,7 +126,7 @@ def _run_stages(
     workspace = workspace.absolute()
     current = [stages[0]]
 
-    read = _read(config_file)
+    read = _read(config_file, workspace)
     if isinstance(read, StageError):
         log.error("%s: %s", read.reason, read.message)
         _finish(as_result(stages[0], read), termination_log)
@@ -172,9 +173,13 @@ def _say_what_is_ignored(read: Tolerated[RunConfig]) -> str:
     return f" ({words})"
 
 
-def _read(path: Path) -> Tolerated[RunConfig] | StageError:
+def _read(path: Path, workspace: Path) -> Tolerated[RunConfig] | StageError:
+    """Read run.json, and what has to be there before the first connection."""
     try:
+        trust_given_authorities(workspace)
         return read_run_config(path)
+    except StageError as error:
+        return error
     except ValidationError as error:
         return explain(error)
     except OSError as error:

@@ -31,6 +31,7 @@ API_VERSION = f"{GROUP}/{VERSION}"
 JsonObject = dict[str, Any]  # a Kubernetes object, or a part of one, as the API server writes it
 
 Name = Annotated[str, Field(min_length=1, max_length=253)]
+FileName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 Quantity = Annotated[int | str, Field(json_schema_extra={"x-kubernetes-int-or-string": True})]
 Preserved = Annotated[
     dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
@@ -59,6 +60,39 @@ class PrivateKeyReference(SecretKeyReference):
 
     key: Name = "private-key.pem"
     """Key within the Secret."""
+
+
+class CertificatesReference(Base):
+    """One key of a ConfigMap or Secret in the FineTuneJob's namespace, with PEM certificates."""
+
+    name: Name
+    """Name of the ConfigMap or Secret."""
+
+    key: FileName = "ca.crt"
+    """Key within it."""
+
+
+ONE_SOURCE = "must have exactly one of configMapRef and secretRef"
+
+
+class CaBundle(Base):
+    """Certificates to trust beside the public ones."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel("has(self.configMapRef) != has(self.secretRef)", ONE_SOURCE)
+    )
+
+    config_map_ref: CertificatesReference | None = None
+    """A ConfigMap with the certificates."""
+
+    secret_ref: CertificatesReference | None = None
+    """A Secret with the certificates."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.config_map_ref is None) == (self.secret_ref is None):
+            raise ValueError(ONE_SOURCE)
+        return self
 
 
 class SecretKeySelector(Base):

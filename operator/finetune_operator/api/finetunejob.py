@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from finetune_operator.api.base import (
+    CaBundle,
     Condition,
     EnvVar,
     Name,
@@ -23,21 +24,52 @@ from finetune_trainer import contract
 from finetune_trainer.contract import Base, DatasetSummary, Notice, Progress, Quality, Stage
 
 
-class ModelSpec(contract.Model):
-    """The base model to fine-tune."""
-
-    token_secret_ref: SecretKeyReference | None = None
-    """Secret with a Hugging Face token, for gated or private models."""
-
-
-class StorageSpec(contract.Storage):
-    """How to reach the object store of every `s3://` URI in the spec."""
+class StorageReferences(Base):
+    """What a store's part of the spec refers to. The operator passes it on and reads none of it."""
 
     secret_ref: SecretReference | None = None
     """Secret with the keys AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if need be,
     AWS_SESSION_TOKEN and AWS_ENDPOINT_URL_S3 (used where endpoint is left out). Leave it out with
     workload identity (serviceAccountName). The operator passes it on by reference and may not read
     it."""
+
+    ca_bundle: CaBundle | None = None
+    """Certificates to trust beside the public ones, where a CA of your own signed the store's. They
+    are trusted for every connection of the pods, to the Hub as well."""
+
+
+class StorageSpec(contract.Storage, StorageReferences):
+    """How to reach the object store of every `s3://` URI in the spec."""
+
+
+class DatasetStorageSpec(contract.DatasetStorage, StorageReferences):
+    """How to reach the object store of dataset.source and dataset.evalSource."""
+
+
+class ModelStorageSpec(contract.ModelStorage, StorageReferences):
+    """How to reach the object store of model.source."""
+
+
+AnyStorageSpec = StorageSpec | DatasetStorageSpec | ModelStorageSpec
+
+
+class ModelSpec(contract.Model):
+    """The base model to fine-tune."""
+
+    token_secret_ref: SecretKeyReference | None = None
+    """Secret with a Hugging Face token, for gated or private models."""
+
+    storage: ModelStorageSpec | None = None
+    """How to reach the object store of source, where it is another than the one of spec.storage.
+    Nothing of spec.storage holds for it then."""
+
+
+class DatasetSpec(contract.Dataset):
+    """The examples to learn from."""
+
+    storage: DatasetStorageSpec | None = None
+    """How to reach the object store of source and evalSource, where it is another than the one of
+    spec.storage. Nothing of spec.storage holds for it then."""
 
 
 class SigningSpec(contract.Signing):
@@ -125,7 +157,7 @@ class FineTuneJobSpec(Base):
     """The model that should be in the bucket. Editing it reruns only what the edit touches."""
 
     model: ModelSpec
-    dataset: contract.Dataset
+    dataset: DatasetSpec
     training: contract.Training = contract.Training()
     export: ExportSpec = ExportSpec()
     output: OutputSpec
@@ -144,6 +176,11 @@ class FineTuneJobSpec(Base):
     ttl_seconds_after_finished: Annotated[int, Field(ge=0)] = 86400
     """Seconds that finished pods and their logs are kept. The result in the object store and in
     status does not depend on them."""
+
+    def stores(self, stage: Stage) -> tuple[AnyStorageSpec, ...]:
+        """The stores that a stage's pod needs access to: only `prepare` reads the dataset's."""
+        own = [self.model.storage, self.dataset.storage if stage is Stage.PREPARE else None]
+        return (self.storage, *(each for each in own if each is not None))
 
     @property
     def inputs_digest(self) -> str:
@@ -164,15 +201,17 @@ class FineTuneJobSpec(Base):
         hardware: contract.Hardware | None = None,
     ) -> contract.RunConfig:
         """The part of the spec that the trainer is told: no Secret names, no pod settings."""
+        references = dict.fromkeys(StorageReferences.model_fields, True)
         fields = contract.RunConfig.model_fields.keys() & type(self).model_fields.keys()
         data = self.model_dump(
             by_alias=False,
             include=fields,
             exclude={
-                "model": {"token_secret_ref"},
-                "storage": {"secret_ref"},
-                "export": {"signing": {"key_secret_ref"}},
-                "output": {"hub": {"token_secret_ref"}},
+                "model": {"token_secret_ref": True, "storage": references},
+                "dataset": {"storage": references},
+                "storage": references,
+                "export": {"signing": {"key_secret_ref": True}},
+                "output": {"hub": {"token_secret_ref": True}},
             },
         )
         known = {"job": reference, "resolved": resolved, "hardware": hardware}

@@ -20,6 +20,13 @@ from finetune_operator.manifests.children import (
     service_account_name,
     stage_labels,
 )
+from finetune_operator.manifests.stores import (
+    certificate_mounts,
+    certificate_volumes,
+    from_secret,
+    store_references,
+    store_variables,
+)
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
 from finetune_trainer.contract import Base, ExitCode, Hardware, Stage
@@ -102,6 +109,7 @@ def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings)
         _dump(spec.storage.secret_ref),
         _dump(spec.model.token_secret_ref),
         *_publishing(spec, stage),
+        *store_references(spec, stage),
     )
 
 
@@ -170,7 +178,10 @@ def _pod_template(
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
             "containers": [_container(spec, attempt.stage, settings, name, shared_memory)],
-            "volumes": volumes(pod, attempt.config_map, shared_memory),
+            "volumes": [
+                *volumes(pod, attempt.config_map, shared_memory),
+                *certificate_volumes(spec, attempt.stage),
+            ],
             **_pull_secrets(settings),
             **_placement(pod),
         },
@@ -200,7 +211,7 @@ def _container(
         "args": [str(stage), "--config", config, "--workspace", WORKSPACE],
         "workingDir": WORKSPACE,
         "env": environment(spec, stage, pod, settings, fixed),
-        "volumeMounts": mounts(pod, shared_memory),
+        "volumeMounts": [*mounts(pod, shared_memory), *certificate_mounts(spec, stage)],
         # If a container ends without a StageResult, the end of its log helps a person.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
@@ -245,7 +256,7 @@ def environment(
 ) -> list[JsonObject]:
     """The user's variables, those in `fixed`, and the credentials by reference."""
     own = [{"name": name, "value": value} for name, value in fixed.items()]
-    own += _credentials(spec)
+    own += _credentials(spec, stage)
     own += _credentials_of_export(spec) if stage is Stage.EXPORT else []
     # The user can't override the operator's own variables: they are part of the contract between
     # operator and trainer.
@@ -261,21 +272,11 @@ def _defaults(settings: Settings, users: list[JsonObject]) -> list[JsonObject]:
     return [{"name": name, "value": text} for name, text in defaults.items() if name not in given]
 
 
-def _credentials(spec: FineTuneJobSpec) -> list[JsonObject]:
-    found: list[JsonObject] = []
-    if spec.storage.secret_ref is not None:
-        secret = spec.storage.secret_ref.name
-        found += [
-            _from_secret("AWS_ACCESS_KEY_ID", secret, "AWS_ACCESS_KEY_ID"),
-            _from_secret("AWS_SECRET_ACCESS_KEY", secret, "AWS_SECRET_ACCESS_KEY"),
-            _from_secret("AWS_SESSION_TOKEN", secret, "AWS_SESSION_TOKEN", optional=True),
-            # boto3 reads it if spec.storage.endpoint is left out, so that the same manifest works
-            # in every cluster.
-            _from_secret("AWS_ENDPOINT_URL_S3", secret, "AWS_ENDPOINT_URL_S3", optional=True),
-        ]
+def _credentials(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
+    found = store_variables(spec, stage)
     if spec.model.token_secret_ref is not None:
         token = spec.model.token_secret_ref
-        found.append(_from_secret("HF_TOKEN", token.name, token.key))
+        found.append(from_secret("HF_TOKEN", token.name, token.key))
     return found
 
 
@@ -283,10 +284,10 @@ def _credentials_of_export(spec: FineTuneJobSpec) -> list[JsonObject]:
     found: list[JsonObject] = []
     if spec.export.signing is not None:
         key = spec.export.signing.key_secret_ref
-        found.append(_from_secret("FINETUNE_SIGNING_KEY", key.name, key.key))
+        found.append(from_secret("FINETUNE_SIGNING_KEY", key.name, key.key))
     if spec.output.hub is not None:
         token = spec.output.hub.token_secret_ref
-        found.append(_from_secret("FINETUNE_HUB_TOKEN", token.name, token.key))
+        found.append(from_secret("FINETUNE_HUB_TOKEN", token.name, token.key))
     return found
 
 
@@ -294,14 +295,7 @@ def _variable(given: EnvVar) -> JsonObject:
     if given.value_from is None:
         return {"name": given.name, "value": given.value}
     secret = given.value_from.secret_key_ref
-    return _from_secret(given.name, secret.name, secret.key, optional=secret.optional)
-
-
-def _from_secret(name: str, secret: str, key: str, *, optional: bool = False) -> JsonObject:
-    reference: JsonObject = {"name": secret, "key": key}
-    if optional:
-        reference["optional"] = True
-    return {"name": name, "valueFrom": {"secretKeyRef": reference}}
+    return from_secret(given.name, secret.name, secret.key, optional=secret.optional)
 
 
 def mounts(pod: PodSettings, shared_memory: int | None) -> list[JsonObject]:

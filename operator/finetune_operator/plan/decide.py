@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan import results
-from finetune_operator.plan.draft import Draft, Event, Plan, Policy, StartStage, was_refused
+from finetune_operator.plan.draft import (
+    Draft,
+    Event,
+    Plan,
+    Policy,
+    StartStage,
+    stop_what_outlives_trainers,
+    was_refused,
+)
 from finetune_operator.plan.verdict import Done, Failure, Pending, judge
 from finetune_operator.status import (
     PendingReason,
@@ -44,8 +53,11 @@ def plan(
     one of an earlier FineTuneJob of the same name. `denial` is what the API server said when a
     stage was about to be started.
     """
-    if finetunejob.deleting or _is_settled(finetunejob):
+    if finetunejob.deleting:
         return Plan(finetunejob.status)
+    if _is_settled(finetunejob):
+        held = stop_what_outlives_trainers(jobs, policy, now)
+        return replace(held, status=finetunejob.status)
     if finetunejob.spec is None:
         return refuse(finetunejob, Reason.INVALID_SPEC, finetunejob.spec_error or "", now)
     draft = Draft(

@@ -83,6 +83,9 @@ class Policy:
     pod_grace: timedelta = timedelta(seconds=30)
     """A Job without a pod is reported after this time."""
 
+    sidecar_grace: timedelta = timedelta(seconds=60)
+    """A pod whose trainer has ended may go on for this time, e.g. to send its last logs."""
+
     retry_base: timedelta = timedelta(seconds=10)
     retry_cap: timedelta = timedelta(minutes=5)
     """The pause before an attempt: retry_base, doubled each time up to retry_cap."""
@@ -211,6 +214,14 @@ class Draft:
             if job.active and not job.deleting and not self._is_current(job):
                 self.add_action(StopJob(job.name, job.uid))
                 self.add_event("StageStopped", f"Stopped {job.stage} (Job {job.name}).")
+        told = [job for job in self.jobs if not self._is_current(job)]
+        self.add(stop_what_outlives_trainers(told, self.policy, self.now))
+
+    def add(self, other: Plan) -> None:
+        """Take over what another plan does."""
+        self._actions += other.actions
+        self._events += other.events
+        self.requeue_after(other.requeue_after)
 
     def finish(self, stage: Stage, summary: Summary) -> Plan:
         previous, generation = self.finetunejob.status, self.finetunejob.generation
@@ -249,6 +260,28 @@ class Draft:
         stage = self.stages[job.stage]
         current = job.stage_key == self.stage_key(job.stage) and job.attempt >= stage.attempt
         return stage.state is StageState.RUNNING and current
+
+
+def stop_what_outlives_trainers(jobs: Sequence[ObservedJob], policy: Policy, now: datetime) -> Plan:
+    """Stop the Jobs, of stages that are over, whose pods go on beside an ended trainer.
+
+    The plan has the present status, which knows their results.
+    """
+    actions: list[Action] = []
+    events: list[Event] = []
+    delays: list[float] = []
+    for job in jobs:
+        if not job.outlives_trainer or job.pod is None:
+            continue
+        # The end is dated by the node's clock, which may be fast.
+        left = policy.sidecar_grace - (now - (job.pod.finished_at or now))
+        if left > timedelta():
+            delays.append(min(left, policy.sidecar_grace).total_seconds())
+            continue
+        actions.append(StopJob(job.name, job.uid))
+        words = f"Stopped what went on beside {job.stage} after its end (pod {job.pod.name})."
+        events.append(Event("Normal", "SidecarStopped", words))
+    return Plan(FineTuneJobStatus(), tuple(actions), tuple(events), min(delays, default=None))
 
 
 def was_refused(status: FineTuneJobStatus) -> bool:

@@ -83,7 +83,7 @@ def judge(job: ObservedJob, stage: StageStatus, policy: Policy, now: datetime) -
     if pod is None:
         return _without_pod(job, stage, policy, now)
     if pod.exit_code is not None or pod.phase == "Failed":
-        return _ended(job, pod, now)
+        return _ended(job, pod, policy, now)
     if job.finished is not None:
         return _without_pod_report(job, policy, now)
     return _not_started(job.stage, pod, policy, now)
@@ -99,14 +99,21 @@ def _succeeded(stage: Stage, pod: ObservedPod, now: datetime) -> Verdict:
     return Done(result, at)
 
 
-def _ended(job: ObservedJob, pod: ObservedPod, now: datetime) -> Verdict:
+def _ended(job: ObservedJob, pod: ObservedPod, policy: Policy, now: datetime) -> Verdict:
     failure = _failure(job.stage, pod, pod.finished_at or now)
-    if failure.free and job.finished is None:
-        # The Job may create another pod within the same attempt: after a disruption that its
-        # podFailurePolicy ignores, and on old servers after each deletion. Today's servers let the
-        # Job fail after a deletion, but only when the pod is gone. So wait for the Job.
-        return Pending(disruption=failure)
-    return failure
+    if not failure.free or job.finished is not None:
+        return failure
+    # The Job may create another pod within the same attempt: after a disruption that its
+    # podFailurePolicy ignores, and on old servers after each deletion. Today's servers let the Job
+    # fail after a deletion, but only when the pod is gone. So wait for the Job, unless a sidecar
+    # keeps the pod, and so the Job, from ending at all.
+    if job.outlives_trainer and not pod.deleting:
+        left = policy.sidecar_grace - (now - failure.at)
+        if left <= timedelta():
+            return failure
+        delay = min(left, policy.sidecar_grace).total_seconds()
+        return Pending(disruption=failure, requeue_after=delay)
+    return Pending(disruption=failure)
 
 
 def _failure(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:

@@ -15,6 +15,7 @@ from tests.integration.operator.stage import (
 )
 
 PREPARE, TRAIN, EXPORT = Stage.PREPARE, Stage.TRAIN, Stage.EXPORT
+LONG_AGO = "2026-01-01T00:00:00Z"
 
 
 def test_a_job_runs_its_three_stages_in_order_and_shows_its_artifacts(here: Namespace) -> None:
@@ -130,3 +131,21 @@ def test_metrics_count_the_jobs_by_phase(here: Namespace, operator: Operator) ->
     text = operator.get("/metrics").text
     assert 'finetune_jobs{phase="Failed"}' in text
     assert 'finetune_reconciles_total{result="changed"}' in text
+
+
+def test_a_sidecar_that_goes_on_does_not_keep_the_pod(here: Namespace) -> None:
+    here.apply()
+    here.succeed(prepared())
+    pod = here.pod(TRAIN)
+    ended = {"exitCode": 0, "message": trained().to_message().decode(), "finishedAt": LONG_AGO}
+    here.set_pod(pod, "Running", {"terminated": {**ended, "startedAt": LONG_AGO}})
+    here.wait_phase("Exporting")
+    here.wait("the pod to go", lambda: pod["metadata"]["uid"] not in uids(here))
+    assert ("Normal", "SidecarStopped") in here.events()
+    here.succeed(exported())
+    here.wait_phase("Succeeded")
+
+
+def uids(here: Namespace) -> set[str]:
+    pods = (each["metadata"] for each in here.children("pods"))
+    return {meta["uid"] for meta in pods if "deletionTimestamp" not in meta}

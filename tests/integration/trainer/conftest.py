@@ -111,15 +111,20 @@ def keys_of(request: pytest.FixtureRequest, store: str) -> Credentials:
 
 @pytest.fixture(scope="session")
 def bucket(moto: Credentials, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A bucket with the data at data/train.csv and the tiny model at models/tiny/."""
-    client = moto.client()
+    """A bucket with the data at data/train.csv and the tiny model at models/tiny/, in moto."""
+    fill_bucket(moto, tiny_model, tmp_path_factory.mktemp("data"))
+    return "trainer"
+
+
+def fill_bucket(store: Credentials, model: Path, folder: Path) -> None:
+    """Make that bucket in a store."""
+    client = store.client()
     client.create_bucket(Bucket="trainer")
-    file = tmp_path_factory.mktemp("data") / "train.csv"
+    file = folder / "train.csv"
     write_csv(file)
     client.upload_file(str(file), "trainer", "data/train.csv")
-    for part in tiny_model.iterdir():
+    for part in model.iterdir():
         client.upload_file(str(part), "trainer", f"models/tiny/{part.name}")
-    return "trainer"
 
 
 class Processes:

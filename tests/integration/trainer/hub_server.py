@@ -28,7 +28,19 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-def answer(public: Path, path: str) -> Answer:
+def describe(file: Path) -> dict[str, Any]:
+    """A file as the Hub lists it: weights go by LFS, whatever they hold."""
+    content = file.read_bytes()
+    size = len(content)
+    blob = hashlib.sha1(b"blob %d\0" % size + content, usedforsecurity=False).hexdigest()
+    found = {"rfilename": file.name, "size": size, "blobId": blob}
+    if file.suffix == ".safetensors":
+        sha256 = hashlib.sha256(content).hexdigest()
+        found["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 134}
+    return found
+
+
+def answer(public: Path, path: str, commit: str = COMMIT) -> Answer:
     """What the Hub says to a request; `gated/tiny` wants a licence, `broken/tiny` is down."""
     match = INFO.fullmatch(path) or FILE.fullmatch(path)
     repository, revision = (match[1], match[2]) if match else ("", "")
@@ -36,12 +48,12 @@ def answer(public: Path, path: str) -> Answer:
         return Answer(503, b"down for maintenance")
     if repository not in ("public/tiny", "gated/tiny"):
         return Answer(404, b'{"error":"Repository not found"}', {"X-Error-Code": "RepoNotFound"})
-    if revision not in ("main", COMMIT):
+    if revision not in ("main", commit):
         return Answer(404, b'{"error":"Invalid rev id"}', {"X-Error-Code": "RevisionNotFound"})
     if INFO.fullmatch(path):
-        files = [{"rfilename": p.name, "size": p.stat().st_size} for p in public.iterdir()]
+        files = [describe(file) for file in public.iterdir()]
         return Answer(
-            200, json.dumps({"id": repository, "sha": COMMIT, "siblings": files}).encode()
+            200, json.dumps({"id": repository, "sha": commit, "siblings": files}).encode()
         )
     if repository == "gated/tiny":
         return Answer(
@@ -49,7 +61,7 @@ def answer(public: Path, path: str) -> Answer:
         )
     content = (public / path.rpartition("/")[2]).read_bytes()
     etag = hashlib.sha256(content).hexdigest()
-    return Answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+    return Answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": commit})
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -57,8 +69,8 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, *args: Any, public: Path, **kwargs: Any) -> None:
-        self.public = public
+    def __init__(self, *args: Any, public: Path, commit: str, **kwargs: Any) -> None:
+        self.public, self.commit = public, commit
         super().__init__(*args, **kwargs)
 
     def do_GET(self) -> None:
@@ -68,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         self._head()
 
     def _head(self) -> bytes:
-        reply = answer(self.public, self.path.partition("?")[0])
+        reply = answer(self.public, self.path.partition("?")[0], self.commit)
         self.send_response(reply.status)
         for name, value in {"Content-Length": str(len(reply.content)), **reply.headers}.items():
             self.send_header(name, value)
@@ -80,9 +92,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def hub_server(public: Path) -> Iterator[str]:
-    """Serve the folder as `public/tiny`, on a free port."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, public=public))
+def hub_server(public: Path, commit: str = COMMIT) -> Iterator[str]:
+    """Serve the folder as `public/tiny` at this commit, on a free port."""
+    handler = partial(Handler, public=public, commit=commit)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 CHUNK = 64 << 10
 
@@ -26,8 +26,28 @@ class Request:
     size: int
     """Bytes of the body."""
 
-    checked: bool = False
-    """Whether the server is told the MD5 of the body."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """By name in small letters."""
+
+    @property
+    def checked(self) -> bool:
+        """Whether the server is told the MD5 of the body."""
+        return "content-md5" in self.headers
+
+    @property
+    def operation(self) -> str:
+        """Its name in S3, of those that bring something."""
+        if self.method == "POST":
+            return (
+                "CompleteMultipartUpload"
+                if "uploadId" in self.query
+                else ("DeleteObjects" if "delete" in self.query else "CreateMultipartUpload")
+            )
+        if self.method != "PUT":
+            return self.method
+        if self.part is not None:
+            return "UploadPart"
+        return "CopyObject" if "x-amz-copy-source" in self.headers else "PutObject"
 
     @property
     def part(self) -> int | None:
@@ -53,8 +73,18 @@ class Fault:
     lose_answer: bool = False
     """The server does as it is told, and the client's connection is cut instead of its answer."""
 
+    refuse: tuple[int, str] | None = None
+    """The proxy answers itself, with this status and this code of S3."""
+
     wait: Callable[[], object] | None = None
     """Called before anything of the body is read; it may take its time."""
+
+
+def wants_md5(request: Request) -> Fault | None:
+    """A store that takes no body without its Content-MD5."""
+    if request.operation in ("PutObject", "UploadPart", "DeleteObjects") and not request.checked:
+        return Fault(refuse=(400, "MissingContentMD5"))
+    return None
 
 
 Choose = Callable[[Request], Fault | None]
@@ -100,20 +130,25 @@ class Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def _pass_on(self) -> None:
+        # A client that takes this for its HTTP proxy names the whole URL.
         parts = urlsplit(self.path)
+        target = urlunsplit(("", "", parts.path, parts.query, ""))
         size = int(self.headers.get("Content-Length", 0))
         query = parse_qs(parts.query, keep_blank_values=True)
-        checked = "Content-MD5" in self.headers
-        request = Request(self.command, parts.path, query, size, checked)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        request = Request(self.command, parts.path, query, size, headers)
         with self.proxy.lock:
             self.proxy.requests.append(request)
             fault = self.proxy.choose(request) or Fault()
             self.proxy.faults += fault != Fault()
         if fault.wait:
             fault.wait()
+        if fault.refuse:
+            self._refuse(size, *fault.refuse)
+            return
         server = http.client.HTTPConnection(self.upstream, timeout=60)
         try:
-            server.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            server.putrequest(self.command, target, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 if name.lower() != "expect":  # answered here already
                     server.putheader(name, value)
@@ -157,6 +192,15 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         length = answer.headers.get("Content-Length", "0") if self.command == "HEAD" else ""
         self.send_header("Content-Length", length or str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def _refuse(self, size: int, status: int, code: str) -> None:
+        while size > 0 and (data := self.rfile.read(min(CHUNK, size))):
+            size -= len(data)
+        content = f"<Error><Code>{code}</Code><Message>Refused</Message></Error>".encode()
+        self.send_response_only(status)
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
 

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from finetune_trainer.contract import Reason, StageResult
-from hack.object_store import Credentials, ObjectStore, object_store
+from hack.object_store import Credentials, ObjectStore
 from tests.integration.trainer.conftest import Trainer
 from tests.integration.trainer.hub_server import COMMIT, hub_server
 
@@ -189,25 +189,24 @@ def test_a_store_that_is_not_there(trainer: Trainer, run_config: dict[str, Any])
 
 
 @pytest.fixture(scope="module")
-def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    """A store that checks keys."""
-    with object_store(tmp_path_factory.mktemp("seaweedfs")) as store:
-        store.create_bucket("private")
-        store.client().put_object(Bucket="private", Key="train.csv", Body=b"instruction,response\n")
-        yield store
+def private(seaweed: ObjectStore) -> ObjectStore:
+    """A store that checks keys, with a dataset."""
+    seaweed.create_bucket("private")
+    seaweed.client().put_object(Bucket="private", Key="train.csv", Body=b"instruction,response\n")
+    return seaweed
 
 
 @pytest.mark.parametrize("wrong", ["key", "secret"])
 def test_refused_credentials(
-    trainer: Trainer, run_config: dict[str, Any], seaweed: ObjectStore, wrong: str
+    trainer: Trainer, run_config: dict[str, Any], private: ObjectStore, wrong: str
 ) -> None:
-    secret = "never-to-be-shown" if wrong == "secret" else seaweed.secret_key
+    secret = "never-to-be-shown" if wrong == "secret" else private.secret_key
     trainer.environment = {
-        "AWS_ACCESS_KEY_ID": "unknown" if wrong == "key" else seaweed.access_key,
+        "AWS_ACCESS_KEY_ID": "unknown" if wrong == "key" else private.access_key,
         "AWS_SECRET_ACCESS_KEY": secret,
     }
     run_config["dataset"] = {"source": "s3://private/train.csv"}
-    run_config["storage"] = {"endpoint": seaweed.endpoint}
+    run_config["storage"] = {"endpoint": private.endpoint}
     expect(
         trainer,
         run_config,

@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from finetune_trainer.contract import Reason, Stage
 from hack.object_store import Credentials
-from tests.integration.trainer.conftest import ROWS, Trainer
+from tests.integration.trainer.conftest import ROWS, Trainer, fill_bucket, keys_of
+from tests.versitygw import wanted
+
+
+@pytest.fixture
+def store(
+    request: pytest.FixtureRequest,
+    trainer: Trainer,
+    run_config: dict[str, Any],
+    tiny_model: Path,
+    tmp_path: Path,
+) -> Credentials:
+    """A real store, in which the whole run takes place."""
+    found = keys_of(request, request.param)
+    fill_bucket(found, tiny_model, tmp_path)
+    trainer.environment = {
+        "AWS_ACCESS_KEY_ID": found.access_key,
+        "AWS_SECRET_ACCESS_KEY": found.secret_key,
+    }
+    run_config["storage"] = {"endpoint": found.endpoint}
+    return found
 
 
 class Output:
     """The run's output folder in the bucket."""
 
-    def __init__(self, moto: Credentials, uri: str) -> None:
-        self.client = moto.client()
+    def __init__(self, store: Credentials, uri: str) -> None:
+        self.client = store.client()
         self.bucket, _, self.prefix = uri.removeprefix("s3://").partition("/")
 
     def files(self) -> dict[str, int]:
@@ -45,10 +68,11 @@ def all_passed(gate: dict[str, Any]) -> None:
     assert sample["base"] != sample["tuned"]
 
 
+@pytest.mark.parametrize("store", ["seaweed"], indirect=True)
 def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
-    trainer: Trainer, run_config: dict[str, Any], moto: Credentials
+    trainer: Trainer, run_config: dict[str, Any], store: Credentials
 ) -> None:
-    output = Output(moto, run_config["output"]["uri"])
+    output = Output(store, run_config["output"]["uri"])
 
     prepared = trainer("prepare", run_config)
     assert prepared.code == 0, prepared.output
@@ -129,14 +153,15 @@ def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
     assert b"quantize.imatrix" not in output.read("gguf/tiny-Q8_0.gguf")
 
 
+@pytest.mark.parametrize("store", ["versity" if wanted() else "moto"], indirect=True)
 def test_a_missing_file_makes_its_stage_run_again(
-    trainer: Trainer, run_config: dict[str, Any], moto: Credentials
+    trainer: Trainer, run_config: dict[str, Any], store: Credentials
 ) -> None:
     run_config["export"] = {"merged": False, "gguf": []}
     first = trainer("run", run_config)
     assert first.code == 0, first.output
     assert trainer("run", run_config).output.count("already there: prepare, train, export") == 1
-    output = Output(moto, run_config["output"]["uri"])
+    output = Output(store, run_config["output"]["uri"])
     output.client.delete_object(
         Bucket=output.bucket, Key=f"{output.prefix}/adapter/adapter_model.safetensors"
     )

@@ -82,6 +82,7 @@ def test_nothing_is_done_again(prepare: Prepare, moto: Credentials) -> None:
     assert {item.path for item in first.artifacts} == {
         item["path"] for item in json.loads((TREE / MANIFEST).read_text())["files"]
     }
+    assert first.metrics == json.loads((TREE / MANIFEST).read_text())["metrics"]
     now = prints(first)
     assert not set(now.values()) & set(FORMER.values())
     after = first_release.keys(moto)

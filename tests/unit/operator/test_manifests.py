@@ -12,13 +12,14 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.hardware import training_hardware
 from finetune_operator.manifests import pod_settings_digest, stage_objects
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
-from finetune_trainer.contract import Hardware, RunConfig, Stage
+from finetune_trainer.contract import Hardware, RunConfig, Stage, describe
 from tests.unit.operator.build import EXPORT, PREPARE, SPEC, TRAIN, finetunejob, resolved
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -77,6 +78,28 @@ PUBLISHING: dict[str, Any] = {
         "hub": {"repo": "org/tuned", "tokenSecretRef": {"name": "pusher", "key": "write"}},
     },
 }
+STORES: dict[str, Any] = {
+    **SPEC,
+    "model": {
+        "source": "s3://models/base",
+        "storage": {"secretRef": {"name": "models"}, "region": "eu-central-1"},
+    },
+    "dataset": {
+        **SPEC["dataset"],
+        "storage": {
+            "endpoint": "https://data.example",
+            "secretRef": {"name": "data"},
+            "caBundle": {"secretRef": {"name": "data-ca", "key": "root.pem"}},
+        },
+    },
+    "storage": {
+        "endpoint": "https://store.example",
+        "pathStyle": True,
+        "encryption": {"algorithm": "aws:kms", "kmsKeyId": "alias/models"},
+        "secretRef": {"name": "bucket"},
+        "caBundle": {"configMapRef": {"name": "company-ca"}},
+    },
+}
 WITH_SECRETS = Settings(
     trainer_image="trainer:1",
     image_pull_policy="Never",
@@ -90,6 +113,8 @@ CASES = {
     "train-everything": (finetunejob(), EVERYTHING, WITH_SECRETS, TRAIN),
     "export-long-name": (finetunejob(name=LONG_NAME), SPEC, SETTINGS, EXPORT),
     "export-published": (finetunejob(), PUBLISHING, SETTINGS, EXPORT),
+    "prepare-stores": (finetunejob(), STORES, SETTINGS, PREPARE),
+    "train-stores": (finetunejob(), STORES, SETTINGS, TRAIN),
 }
 
 
@@ -201,6 +226,72 @@ def test_another_key_or_repository_is_another_job_of_export_alone(part: str) -> 
             before, stage, SETTINGS
         )
         assert same == (stage is not EXPORT)
+
+
+def variables(spec: dict[str, Any], stage: Stage) -> set[str]:
+    return {each["name"] for each in pod_of(spec, stage)["containers"][0]["env"]}
+
+
+def test_only_prepare_gets_the_keys_and_certificates_of_the_datasets_store() -> None:
+    for stage in Stage:
+        found = {name for name in variables(STORES, stage) if "_AWS_" in name}
+        kinds = {name.partition("_AWS_")[0] for name in found}
+        assert kinds == {"FINETUNE_MODEL", *(["FINETUNE_DATASET"] if stage is PREPARE else [])}
+        mounted = [
+            each["mountPath"] for each in pod_of(STORES, stage)["containers"][0]["volumeMounts"]
+        ]
+        assert "/etc/finetune-ca/storage" in mounted
+        assert ("/etc/finetune-ca/dataset-storage" in mounted) == (stage is PREPARE)
+
+
+def test_no_secret_or_config_map_of_a_store_is_named_in_the_configuration() -> None:
+    config_map = next(o for o in objects(*CASES["prepare-stores"]) if o["kind"] == "ConfigMap")
+    text = config_map["data"]["run.json"]
+    assert not any(f'"{name}"' in text for name in ("bucket", "data", "data-ca", "company-ca"))
+    told = RunConfig.model_validate_json(text)
+    assert told.storage.path_style
+    assert told.dataset_storage.endpoint == "https://data.example"
+    assert told.model_storage.endpoint is None, "nothing of spec.storage holds for it"
+    assert told.model_storage.region == "eu-central-1"
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        ({"storage": {"caBundle": {"configMapRef": {"name": "ca"}}}}, set(Stage)),
+        ({"dataset": {**SPEC["dataset"], "storage": {"secretRef": {"name": "a"}}}}, {PREPARE}),
+        ({"model": {**SPEC["model"], "storage": {"secretRef": {"name": "a"}}}}, set(Stage)),
+        ({"model": {**SPEC["model"], "storage": {"region": "eu-central-1"}}}, set()),
+    ],
+)
+def test_another_reference_of_a_store_is_another_job_where_it_is_used(
+    change: dict[str, Any], stages: set[Stage]
+) -> None:
+    spec = FineTuneJobSpec.model_validate({**SPEC, **change})
+    before = FineTuneJobSpec.model_validate(SPEC)
+    changed = {
+        stage
+        for stage in Stage
+        if pod_settings_digest(spec, stage, SETTINGS)
+        != pod_settings_digest(before, stage, SETTINGS)
+    }
+    assert changed == stages
+
+
+@pytest.mark.parametrize(
+    ("storage", "said"),
+    [
+        ({"caBundle": {}}, "spec.storage.caBundle: must have exactly one of configMapRef and"),
+        (
+            {"encryption": {"algorithm": "AES256", "kmsKeyId": "a"}},
+            "spec.storage.encryption: must have kmsKeyId only with algorithm aws:kms",
+        ),
+    ],
+)
+def test_a_store_that_makes_no_sense_is_refused(storage: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        FineTuneJobSpec.model_validate({**SPEC, "storage": storage})
+    assert describe(refused.value, prefix="spec.").startswith(said)
 
 
 def names(spec: dict[str, Any], settings: Settings = SETTINGS, **fields: Any) -> dict[str, str]:

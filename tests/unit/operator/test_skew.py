@@ -17,18 +17,24 @@ from finetune_operator.plan import Plan, Policy, plan
 from finetune_trainer.contract import RunConfig, StageResult, Tolerated, read_known
 from tests.unit.operator.build import (
     ALL_DONE,
+    EXPORT,
     NOW,
     PREPARE,
     SETTINGS,
     SPEC,
     TRAIN,
     ended,
+    finetunejob,
     finished_status,
     job,
     prepared,
+    resolved,
+    running,
     said,
+    succeeded,
 )
-from tests.unit.operator.endings import training
+from tests.unit.operator.edits import answer, preparing
+from tests.unit.operator.endings import LAST, training
 
 NEWER_SPEC: dict[str, Any] = {
     **SPEC,
@@ -109,6 +115,41 @@ def test_the_newer_operator_goes_on_where_the_older_one_gave_up() -> None:
 def test_an_older_definition_that_lacks_fields_means_their_defaults() -> None:
     older = {name: value for name, value in SPEC.items() if name != "stages"}
     assert read(training(), older).spec == read(training()).spec
+
+
+def test_a_training_that_0_1_0_began_goes_on() -> None:
+    """Its fingerprint is of the former formula, and status knows no commit of its model."""
+    raw = written(training())
+    raw["resolved"].pop("modelCommit", None)
+    assert decided(read(raw), job(TRAIN)) == Plan(training())
+
+
+def test_prepare_that_keeps_the_fingerprint_of_0_1_0_leaves_its_training_alone() -> None:
+    """An edit makes `prepare` run: it finds checkpoints of then, and today's export to be made."""
+    found = resolved(export="export-of-today").model_copy(
+        update={"model_revision": "sha256:today", "model_commit": "abc"}
+    )
+    given = finetunejob(preparing(running(TRAIN, fingerprint="train-a"), LAST), generation=2)
+    made = decided(given, answer([PREPARE], found), job(TRAIN))
+    assert made.actions == ()
+    assert made.status.stages[1] == running(TRAIN, fingerprint="train-a")
+    assert made.status.resolved == found
+
+
+def test_a_finished_job_that_0_1_0_made_reruns_nothing_under_todays_fingerprints() -> None:
+    found = resolved("train-of-today", "export-of-today")
+    given = finetunejob(
+        preparing(
+            succeeded(TRAIN, fingerprint="train-a"), succeeded(EXPORT, fingerprint="export-a")
+        ),
+        generation=2,
+    )
+    said_by_prepare = answer([PREPARE, TRAIN, EXPORT], found, metrics={"evalLoss": 1.5})
+    made = decided(given, said_by_prepare)
+    assert made.actions == ()
+    assert made.status.phase is Phase.SUCCEEDED
+    assert made.status.metrics == {"evalLoss": 1.5}
+    assert [stage.cached for stage in made.status.stages] == [False, True, True]
 
 
 def newer_status(before: FineTuneJobStatus, **fields: Any) -> dict[str, Any]:

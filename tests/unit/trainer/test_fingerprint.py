@@ -80,6 +80,16 @@ ALL, LATER = {"prepare", "train", "export"}, {"train", "export"}
         ),
         ("where it goes", {"output": {"uri": "s3://elsewhere/run"}}, set()),
         ("the store's address", {"storage": {"endpoint": "http://store:9000"}}, set()),
+        (
+            "the dataset's store",
+            {"dataset": {"source": "s3://data/train.csv", "storage": {"region": "eu-west-1"}}},
+            set(),
+        ),
+        (
+            "the model's store",
+            {"model": {"source": "org/name", "storage": {"endpoint": "http://store:9000"}}},
+            set(),
+        ),
         ("the job's name", {"job": {"name": "a", "namespace": "b"}}, set()),
     ],
 )

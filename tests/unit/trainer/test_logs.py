@@ -12,7 +12,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from finetune_trainer.runtime.logs import JsonLine, redact
+from finetune_trainer.contract.redaction import redact
+from finetune_trainer.runtime.logs import JsonLine
 from finetune_trainer.runtime.reporter import Reporter
 
 PROGRAM = """
@@ -130,6 +131,12 @@ def test_lines_for_people_are_the_time_and_the_message(name: str) -> None:
         ("MLFLOW_TRACKING_PASSWORD", "opensesame", True),
         ("MLFLOW_TRACKING_PASSWORD", "step", False),  # would black out half of the log
         ("TOKENIZERS_PARALLELISM", "falsefalse", False),
+        ("FINETUNE_SIGNING_KEY", "0123456789abcdef", True),
+        ("FINETUNE_HUB_TOKEN", "hf_abcdefghij", True),
+        ("FINETUNE_MODEL_AWS_SESSION_TOKEN", "abcdefghij", True),
+        ("STORE_CREDENTIALS", "abcdefghij", True),
+        ("CLIENT_SECRET", "abcdefghij", True),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/token", False),
         ("WANDB_PROJECT", "my-project", False),
     ],
 )
@@ -143,5 +150,7 @@ def test_values_of_credentials_are_blacked_out(
 
 def test_a_user_in_an_url_is_blacked_out() -> None:
     text = redact("MLFLOW_TRACKING_URI=https://me:secret@host:5000/x and http://host:5000/a@b")
+    assert redact("https://token@host, s3://a/b@c") == "https://***@host, s3://a/b@c"
+    assert redact("https://me:p@ss@host") == "https://***@host"
 
     assert text == "MLFLOW_TRACKING_URI=https://***@host:5000/x and http://host:5000/a@b"

@@ -42,6 +42,30 @@ def test_a_message_comes_back_as_it_was() -> None:
     assert StageResult.from_message(sent.to_message().decode()) == sent
 
 
+def test_no_credential_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMGByqGSM49\n-----END PRIVATE KEY-----"
+    monkeypatch.setenv("FINETUNE_SIGNING_KEY", key)
+    monkeypatch.setenv("FINETUNE_DATASET_AWS_SECRET_ACCESS_KEY", 'quo"ted-secret')
+    secrets = ("opensesame", "MIGHAgEAMBMGByqGSM49", "ted-secret")
+    said = (
+        "The store at https://me:opensesame@store.example:9000/a refused: "
+        f'MIGHAgEAMBMGByqGSM49, quo"ted-secret, {key}'
+    )
+    sent = StageResult(
+        stage=Stage.PREPARE,
+        reason=Reason.STORAGE_UNAVAILABLE,
+        message=said,
+        dataset=DatasetSummary(rows=1, first_invalid=(BadRow(row=2, cause=said),)),
+        notices=(Notice(code=NoticeCode.LOSS_FLAT, evidence=said, remedy=said),),
+    ).to_message()
+    assert not [secret for secret in secrets if secret in sent.decode()]
+    read = StageResult.from_message(sent.decode())
+    assert read is not None
+    assert read.message.startswith("The store at https://***@store.example:9000/a refused: ***")
+    assert read.dataset is not None
+    assert read.dataset.first_invalid[0].cause == read.message
+
+
 def test_what_prepare_found_out_comes_back_as_it_was() -> None:
     sent = StageResult(
         stage=Stage.PREPARE,

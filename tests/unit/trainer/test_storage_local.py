@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune_trainer.contract import Reason, StageError, Storage
-from finetune_trainer.store import Folder, open_folder, split
+from finetune_trainer.store import FileInfo, Folder, LocalFolder, open_folder, split
 from finetune_trainer.store.local import PARTIAL
 
 
@@ -133,3 +133,78 @@ def test_partial_files_of_a_killed_process_can_be_dropped(folder: Folder, tmp_pa
     folder.abandon("stages/")
     left = [p.relative_to(tmp_path / "store") for p in (tmp_path / "store").rglob("*")]
     assert [path.as_posix() for path in sorted(left)] == ["other", f"other/{PARTIAL}0-a"]
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked of the kernel, in order.
+
+    Whether bytes survive a crash can't be seen without one, and no tracer is at hand. So the two
+    calls are noted here, and still made.
+    """
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        kind = "folder" if path.is_dir() else "bytes"
+        name = path.name.partition("-")[0] if path.name.startswith(PARTIAL) else path.name
+        calls.append(f"{kind} of {name}")
+        fsync(descriptor)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        calls.append(f"rename to {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    return calls
+
+
+def test_a_file_is_on_the_disk_before_the_marker_that_lists_it(
+    folder: Folder, tmp_path: Path, on_disk: list[str]
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"12345")
+    folder.write("first", b"makes the folder")
+    on_disk.clear()
+    folder.upload(source, "adapter/weights")
+    folder.write("complete.json", b"{}")
+    folder.copy("adapter/weights", "copy")
+    assert folder.create("owner", b"me")
+    partial = PARTIAL.rstrip("-")
+    assert on_disk == [
+        "folder of store",  # that has the name of adapter/
+        f"bytes of {partial}",
+        "rename to weights",
+        "folder of adapter",
+        f"bytes of {partial}",
+        "rename to complete.json",
+        "folder of store",
+        f"bytes of {partial}",
+        "rename to copy",
+        "folder of store",
+        f"bytes of {partial}",
+        "folder of store",
+    ]
+
+
+def test_what_is_downloaded_to_work_with_waits_for_no_disk(
+    folder: Folder, tmp_path: Path, on_disk: list[str]
+) -> None:
+    folder.write("a", b"1")
+    on_disk.clear()
+    folder.download("a", tmp_path / "work" / "a")
+    assert on_disk == ["folder of " + tmp_path.name, "rename to a"]
+
+
+def test_a_file_that_leads_out_is_not_downloaded(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder on disk has no such names, but a store may list them."""
+    folder.write("adapter/good", b"1")
+    bad = FileInfo("adapter/../../evil", 1, "")
+    monkeypatch.setattr(LocalFolder, "list", lambda *_: [FileInfo("adapter/good", 1, ""), bad])
+    with pytest.raises(StageError, match=r"adapter/\.\./\.\./evil has a name that leads out"):
+        folder.download_tree("adapter", tmp_path / "target")
+    assert not (tmp_path / "target").exists()

@@ -5,6 +5,7 @@ model, dataset, training, output, storage  the parts of the spec; each field is 
 run             run.json as a whole, and what `prepare` adds to it
 tolerant        reading what another version wrote
 outcome         reasons, exit codes, and the termination message
+redaction       credentials are blacked out in what leaves a process
 progress        status.progress, with what a training says about itself
 dataset_report  what `prepare` found in the dataset
 training_record metrics.json
@@ -84,7 +85,7 @@ from finetune_trainer.contract.run import (
     TrainingPlan,
     read_run_config,
 )
-from finetune_trainer.contract.storage import Storage
+from finetune_trainer.contract.storage import DatasetStorage, Encryption, ModelStorage, Storage
 from finetune_trainer.contract.tolerant import Tolerated, read_known, read_readable
 from finetune_trainer.contract.training import EarlyStopping, Lora, TargetModule, Tracker, Training
 from finetune_trainer.contract.training_record import LogEntry, TrainingMetrics, TrainingRecord
@@ -107,9 +108,11 @@ __all__ = [
     "DataFormat",
     "Dataset",
     "DatasetReport",
+    "DatasetStorage",
     "DatasetSummary",
     "DetectedFile",
     "EarlyStopping",
+    "Encryption",
     "Example",
     "ExampleContents",
     "ExitCode",
@@ -131,6 +134,7 @@ __all__ = [
     "Manifest",
     "Message",
     "Model",
+    "ModelStorage",
     "Notice",
     "NoticeCode",
     "Output",

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
+from finetune_trainer.contract.redaction import redact
+
 GROUP, VERSION, PLURAL = "finetune.dev", "v1alpha1", "finetunejobs"  # the API's address
 
 
@@ -26,9 +28,10 @@ class Base(BaseModel):
     )
 
 
-def cel(rule: str, message: str) -> dict[str, Any]:
-    """A rule that the API server evaluates (CEL), with the message that a person reads."""
-    return {"x-kubernetes-validations": [{"rule": rule, "message": message}]}
+def cel(rule: str, message: str, *more: tuple[str, str]) -> dict[str, Any]:
+    """Rules that the API server evaluates (CEL), each with the message that a person reads."""
+    rules = [{"rule": rule, "message": text} for rule, text in ((rule, message), *more)]
+    return {"x-kubernetes-validations": rules}
 
 
 LOCATION_RULE = cel(
@@ -52,6 +55,6 @@ def describe(error: ValidationError, prefix: str = "") -> str:
     for item in error.errors(include_url=False):
         path = ".".join(to_camel(p) if isinstance(p, str) else str(p) for p in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
-        given = "" if item["type"] == "missing" else f" (got {item['input']!r:.60})"
+        given = "" if item["type"] == "missing" else f" (got {redact(repr(item['input'])):.60})"
         lines.append(f"{prefix}{path}: {message}{given}")
     return "; ".join(dict.fromkeys(lines))

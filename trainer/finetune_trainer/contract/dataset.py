@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from pydantic import AfterValidator, Field
 
 from finetune_trainer.contract.base import LOCATION_RULE, Base, Location, cel
+from finetune_trainer.contract.storage import DatasetStorage
 
 ColumnName = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -179,6 +180,10 @@ class Dataset(Base):
     eval_source: Annotated[Location, Field(json_schema_extra=LOCATION_RULE)] | None = None
     """A file of its own with held-out rows, in the same format and with the same columns.
     evalFraction then has no effect."""
+
+    storage: DatasetStorage | None = None
+    """How to reach the object store of source and evalSource, where it is another than the one of
+    spec.storage. Nothing of spec.storage holds for it then."""
 
     @property
     def splits(self) -> bool:

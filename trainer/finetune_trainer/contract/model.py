@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_trainer.contract.base import Base, cel
+from finetune_trainer.contract.storage import ModelStorage
 
 
 class Model(Base):
@@ -36,6 +37,10 @@ class Model(Base):
 
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
+
+    storage: ModelStorage | None = None
+    """How to reach the object store of source, where it is another than the one of spec.storage.
+    Nothing of spec.storage holds for it then."""
 
 
 def display_name(source: str) -> str:

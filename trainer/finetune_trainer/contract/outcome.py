@@ -15,6 +15,7 @@ from finetune_trainer.contract.artifacts import Artifact
 from finetune_trainer.contract.base import Base, Stage
 from finetune_trainer.contract.dataset_report import DatasetSummary
 from finetune_trainer.contract.progress import Notice
+from finetune_trainer.contract.redaction import redact
 from finetune_trainer.contract.run import Resolved
 from finetune_trainer.contract.tolerant import read_readable
 
@@ -156,7 +157,8 @@ class StageResult(Base):
 
     manifest_uri: str | None = None
     metrics: dict[str, float] = {}
-    """Set by `train`, e.g. trainLoss, trainRuntimeSeconds, trainableParameters."""
+    """Set by `train`, and by `prepare` when the store already holds the adapter; e.g. trainLoss,
+    trainRuntimeSeconds, trainableParameters."""
 
     dataset: DatasetSummary | None = None
     """Set by `prepare`, also where rows of the dataset made it fail."""
@@ -169,14 +171,27 @@ class StageResult(Base):
 
         What doesn't fit goes in this order: files other than GGUF (those of the merged model
         first), long text, examples of bad rows, notices, more text, and GGUF files last of all,
-        those that failed the quality gate after the others.
+        those that failed the quality gate after the others. Credentials are blacked out.
         """
-        data = self.model_copy(update={"artifacts": tuple(each.brief() for each in self.artifacts)})
+        brief = tuple(each.brief() for each in self.artifacts)
+        data = self.model_copy(update={**self._redacted(), "artifacts": brief})
         while True:
             encoded = data.model_dump_json(exclude_none=True, exclude_defaults=True).encode()
             if len(encoded) <= TERMINATION_MESSAGE_LIMIT:
                 return encoded
             data = data._shorter()
+
+    def _redacted(self) -> dict[str, Any]:
+        """What people wrote, or programs about them, without credentials."""
+        found: dict[str, Any] = {"message": redact(self.message)}
+        if self.dataset:
+            rows = tuple(
+                row.model_copy(update={"cause": redact(row.cause)})
+                for row in self.dataset.first_invalid
+            )
+            found["dataset"] = self.dataset.model_copy(update={"first_invalid": rows})
+        found["notices"] = tuple(each.redacted() for each in self.notices)
+        return found
 
     def _shorter(self) -> Self:
         """The same with a little less of what can best be done without."""

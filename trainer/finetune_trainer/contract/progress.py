@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field
 
 from finetune_trainer.contract.base import GROUP, PLURAL, VERSION, Base, Stage
+from finetune_trainer.contract.redaction import redact
 from finetune_trainer.contract.run import JobReference
 
 
@@ -50,6 +51,11 @@ class Notice(Base):
 
     remedy: Annotated[str, Field(max_length=300)]
     """What to do, or what was done."""
+
+    def redacted(self) -> Self:
+        """The same without credentials."""
+        said = {"evidence": redact(self.evidence), "remedy": redact(self.remedy)}
+        return self.model_copy(update=said)
 
     @property
     def warning(self) -> bool:

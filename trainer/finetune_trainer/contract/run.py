@@ -117,6 +117,16 @@ class RunConfig(Base):
     resolved: Resolved | None = None
     """Absent for `prepare`, which finds it out; `train` and `export` need it."""
 
+    @property
+    def dataset_storage(self) -> Storage:
+        """How to reach dataset.source and dataset.evalSource."""
+        return self.dataset.storage or self.storage
+
+    @property
+    def model_storage(self) -> Storage:
+        """How to reach model.source."""
+        return self.model.storage or self.storage
+
 
 class PreparedRunConfig(RunConfig):
     """What `train` and `export` get: run.json with what `prepare` found out."""

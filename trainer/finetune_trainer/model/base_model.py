@@ -143,16 +143,16 @@ def fetch_resolved(config: PreparedRunConfig, target: Path, reporter: Reporter) 
     if is_hub(model.source):
         commit = resolved.model_commit or resolved.model_revision  # as 0.1.0 resolved it
         model = model.model_copy(update={"revision": commit})
-    files = find(model, config.storage)
+    files = find(model, config.model_storage)
     wanted = resolved.model_revision
-    if files.revision != wanted and former_revision(files, config.storage) != wanted:
+    if files.revision != wanted and former_revision(files, config.model_storage) != wanted:
         raise StageError(
             Reason.MODEL_NOT_FOUND,
             f"The files in {model.source} are not those that `prepare` checked: somebody replaced "
             "them meanwhile, or the volume gives them another time of change at each mount. Change "
             "the spec, or create the job anew, to start from the new ones.",
         )
-    return fetch(files, config.storage, target, reporter, weights=True)
+    return fetch(files, config.model_storage, target, reporter, weights=True)
 
 
 def former_revision(files: BaseModelFiles, storage: Storage) -> str:

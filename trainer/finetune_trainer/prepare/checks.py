@@ -119,7 +119,7 @@ def check_model(
     the model lacks a target module, ModelUnsupported where llama.cpp can't do what
     spec.export.gguf asks for.
     """
-    headers = rehearsal.read_headers(model, config.storage)
+    headers = rehearsal.read_headers(model, config.model_storage)
     check_targets(config.training.lora, rehearsal.tensor_names(headers))
     if not config.export.gguf:
         return

@@ -38,7 +38,13 @@ from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_
 from finetune_trainer.prepare.reading.layout import check_columns
 from finetune_trainer.prepare.report import Findings, Prepared
 from finetune_trainer.prepare.split import hold_out
-from finetune_trainer.prepare.stored import CompleteStages, StoredRun, read_prepared, stored_run
+from finetune_trainer.prepare.stored import (
+    CompleteStages,
+    StoredRun,
+    metrics_of,
+    read_prepared,
+    stored_run,
+)
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import (
@@ -72,7 +78,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
     reporter.begin(Stage.PREPARE, "Checking access to dataset and output")
     check_config(config)
     output = open_folder(config.output.uri, config.storage)
-    find_data_files(config.dataset, config.storage)
+    find_data_files(config.dataset, config.dataset_storage)
     check_writable(output)
     inputs = fetch_inputs(config, output, workdir, reporter)
     base: ModelFolder | None = None
@@ -107,6 +113,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         complete=tuple(complete),
         artifacts=complete[Stage.EXPORT].files if Stage.EXPORT in complete else (),
         manifest_uri=output.uri_of(MANIFEST) if Stage.EXPORT in complete else None,
+        metrics=metrics_of(output, complete),
         dataset=prepared.dataset,
     )
 
@@ -151,9 +158,9 @@ def fetch_inputs(
     config: RunConfig, output: Folder, workdir: Path, reporter: Reporter
 ) -> PrepareInputs:
     """Look for the examples, and bring the dataset to disk unless they are there."""
-    model = base_model.find(config.model, config.storage)
+    model = base_model.find(config.model, config.model_storage)
     for _ in range(ATTEMPTS):
-        files = find_data_files(config.dataset, config.storage)
+        files = find_data_files(config.dataset, config.dataset_storage)
         stored = stored_run(config, output, files, model)
         prepared = stored.find_prepared()
         unchanged = prepared is not None or (
@@ -236,7 +243,9 @@ def fetch_model(
     config: RunConfig, model: BaseModelFiles, workdir: Path, reporter: Reporter
 ) -> ModelFolder:
     """Fetch what is small of the base model; returns the folder that it is in."""
-    return base_model.fetch(model, config.storage, workdir / "tokenizer", reporter, weights=False)
+    return base_model.fetch(
+        model, config.model_storage, workdir / "tokenizer", reporter, weights=False
+    )
 
 
 def check_model(

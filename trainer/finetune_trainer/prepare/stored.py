@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+
+from pydantic import ValidationError
 
 from finetune_trainer.contract import (
     ExampleContents,
@@ -10,6 +13,8 @@ from finetune_trainer.contract import (
     Hub,
     RunConfig,
     Stage,
+    StageError,
+    TrainingRecord,
     later_fingerprints,
     prepare_fingerprint,
 )
@@ -21,12 +26,15 @@ from finetune_trainer.store import Folder
 from finetune_trainer.store.marker import (
     EXAMPLES,
     HELD_OUT,
+    METRICS,
     SUMMARY,
     Marker,
     StageFiles,
     find_complete,
     find_pushed,
 )
+
+log = logging.getLogger(__name__)
 
 CompleteStages = dict[Stage, Marker]
 """Stages whose result for their fingerprint the store holds."""
@@ -95,6 +103,19 @@ def without_push(complete: CompleteStages, output: Folder, hub: Hub | None) -> C
 def read_prepared(output: Folder, marker: Marker) -> Prepared:
     """What is known of the examples; StageError where summary.json is not the one listed."""
     return Prepared.model_validate_json(StageFiles(output, marker).read(SUMMARY))
+
+
+def metrics_of(output: Folder, complete: CompleteStages) -> dict[str, float]:
+    """The figures of a training that the store holds, for status; none where they can't be read."""
+    marker = complete.get(Stage.TRAIN)
+    if marker is None or marker.stage is not Stage.TRAIN:
+        return {}
+    try:
+        data = StageFiles(output, marker).read(METRICS)
+        return TrainingRecord.model_validate_json(data).metrics.named()
+    except (StageError, ValidationError) as error:
+        log.warning("The figures of the training that is there can't be read: %s", error)
+        return {}
 
 
 def contents_of(marker: Marker, summary: Prepared) -> ExampleContents:

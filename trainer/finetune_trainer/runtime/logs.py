@@ -6,15 +6,15 @@ if it has any, and a traceback as `exception`. Values of credentials are blacked
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import sys
 from enum import StrEnum
 from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
+
+from finetune_trainer.contract.redaction import redact
 
 FORMAT_VARIABLE = "FINETUNE_LOG_FORMAT"
 STAGE_VARIABLE = "FINETUNE_STAGE"  # inherited by the processes that a stage starts
@@ -38,9 +38,6 @@ _ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-_SECRET_NAME = re.compile(r"SECRET|TOKEN$|PASSWORD|API_KEY|ACCESS_KEY")
-_SECRET_LENGTH = 8  # characters; anything shorter would black out ordinary words
-_USER_IN_URL = re.compile(r"(?<=://)[^\s/@:]+:[^\s/@]+(?=@)")
 
 
 class LogFormat(StrEnum):
@@ -70,15 +67,6 @@ def set_up_libraries() -> None:
 def begin_stage(stage: str) -> None:
     """Name the stage in each JSON line, also in processes that start from now on."""
     os.environ[STAGE_VARIABLE] = stage
-
-
-def redact(text: str) -> str:
-    """Black out the values of credentials in the environment, and of users in URLs."""
-    for name, value in os.environ.items():
-        if len(value) >= _SECRET_LENGTH and _SECRET_NAME.search(name):
-            # As it is, and as JSON writes it.
-            text = text.replace(value, "***").replace(json.dumps(value)[1:-1], "***")
-    return _USER_IN_URL.sub("***", text)
 
 
 class HumanLine(logging.Formatter):

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from finetune_trainer.contract import JobReference, Notice, Progress, Stage, status_path
+from finetune_trainer.contract.redaction import redact
 from finetune_trainer.runtime.units import duration, perplexity, size
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ class Reporter:
             return
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
-            self._publisher.publish(changes.updated(Progress(last_update_time=now)))
+            self._publisher.publish(_redacted(changes).updated(Progress(last_update_time=now)))
         except (OSError, ValueError) as error:
             with self._lock:  # try again, with what came in since
                 self._changes = changes.updated(self._changes)
@@ -294,6 +295,15 @@ def reporter_for(job: JobReference | None, account: Path = SERVICE_ACCOUNT) -> R
     if job is None or not host or not (account / "token").exists():
         return Reporter()
     return Reporter(ApiServer(job, host, port, account))
+
+
+def _redacted(changes: Progress) -> Progress:
+    if changes.message:
+        changes = changes.updated(Progress(message=redact(changes.message)))
+    if changes.notices:
+        notices = tuple(each.redacted() for each in changes.notices)
+        changes = changes.updated(Progress(notices=notices))
+    return changes
 
 
 def _figure(value: float, digits: int) -> float | None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune_trainer.contract import Reason, StageError, Storage
-from finetune_trainer.store.folder import FileInfo, Folder, OnBytes
+from finetune_trainer.store.folder import FileInfo, Folder, OnBytes, stays_below
 from finetune_trainer.store.local import LocalFolder
 
-__all__ = ["FileInfo", "Folder", "LocalFolder", "OnBytes", "open_folder", "split"]
+__all__ = ["FileInfo", "Folder", "LocalFolder", "OnBytes", "open_folder", "split", "stays_below"]
 
 
 def open_folder(uri: str, settings: Storage) -> Folder:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from finetune_trainer.contract import Reason, StageError
 
 OnBytes = Callable[[int], None]
 """Called with the number of bytes moved since the last call, from any thread."""
@@ -100,7 +102,26 @@ class Folder(ABC):
         """Delete files; one that is not there is no error."""
 
     def download_tree(self, prefix: str, target: Path, on_bytes: OnBytes | None = None) -> Path:
-        """Copy every file below the folder `prefix` to `target`."""
-        for info in self.list(f"{prefix}/"):
-            self.download(info.path, target / info.path.removeprefix(f"{prefix}/"), on_bytes)
+        """Copy every file below the folder `prefix` to `target`.
+
+        Raises StageError, before anything is copied, where a file's name leads out of `target`.
+        """
+        files = {
+            info.path: info.path.removeprefix(f"{prefix}/") for info in self.list(f"{prefix}/")
+        }
+        for path, below in files.items():
+            if not stays_below(below):
+                raise StageError(
+                    Reason.INVALID_CONFIG,
+                    f"{self.uri_of(path)} has a name that leads out of its folder, so nothing of "
+                    f"{self.uri_of(prefix)} is downloaded: delete it, and look at who wrote it.",
+                )
+        for path, below in files.items():
+            self.download(path, target / below, on_bytes)
         return target
+
+
+def stays_below(path: str) -> bool:
+    """Whether the path of a file that somebody listed stays in the folder that it is below."""
+    listed = PurePosixPath(path)
+    return not listed.is_absolute() and ".." not in listed.parts

@@ -11,13 +11,15 @@ from pathlib import Path
 from uuid import uuid4
 
 from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.store.changed_file import check_sha256
 from finetune_trainer.store.folder import FileInfo, Folder, OnBytes
-from finetune_trainer.store.parts import check_sha256
 
 PARTIAL = ".partial-"  # begins the name of a file that is still being written
 _CHUNK = 4 << 20
 # What a file system says that has no hard links, or no more of them for this file.
 _NO_LINKS = {errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}
+# What a file system says that can't sync, for example a folder of a network share.
+_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
 _DENIED = {
     errno.EACCES,
     errno.EEXIST,
@@ -31,7 +33,7 @@ _DENIED = {
 @contextmanager
 def partial_file(target: Path) -> Iterator[Path]:
     """A path beside `target` to write to, gone in the end."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     partial = target.with_name(f"{PARTIAL}{uuid4().hex[:8]}-{target.name}"[:255])
     try:
         yield partial
@@ -39,12 +41,41 @@ def partial_file(target: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each name on the disk."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync(folder.parent)
+
+
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write to; it takes the target's place when all went well."""
+def replacing(target: Path, *, lasting: bool = False) -> Iterator[Path]:
+    """A path beside `target` to write to; it takes the target's place when all went well.
+
+    Where it is `lasting`, bytes and name are on the disk in the end: what is written later, such as
+    a marker, outlives no file that it speaks of, also where the machine itself fails.
+    """
     with partial_file(target) as partial:
         yield partial
+        if lasting:
+            sync(partial)
         os.replace(partial, target)  # noqa: PTH105 - says that it overwrites
+        if lasting:
+            sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 class LocalFolder(Folder):
@@ -88,7 +119,7 @@ class LocalFolder(Folder):
 
     def write(self, path: str, data: bytes) -> None:
         """Write beside the target and rename."""
-        with self._errors(path), replacing(self.root / path) as partial:
+        with self._errors(path), replacing(self.root / path, lasting=True) as partial:
             partial.write_bytes(data)
 
     def create(self, path: str, data: bytes) -> bool:
@@ -96,8 +127,10 @@ class LocalFolder(Folder):
         target = self.root / path
         with self._errors(path), partial_file(target) as partial:
             partial.write_bytes(data)
+            sync(partial)
             try:
                 target.hardlink_to(partial)
+                sync(target.parent)
             except FileExistsError:
                 return False
             except OSError as error:
@@ -119,18 +152,18 @@ class LocalFolder(Folder):
         sha256: str | None = None,
     ) -> None:
         with self._errors(path):
-            _copy(source, self.root / path, on_bytes, sha256)
+            _copy(source, self.root / path, on_bytes, sha256, lasting=True)
 
     def copy(self, source: str, target: str) -> None:
         """A second name for the same bytes; a copy where the file system has no hard links."""
         with self._errors(target):
             try:
-                with replacing(self.root / target) as partial:
+                with replacing(self.root / target, lasting=True) as partial:
                     partial.hardlink_to(self.root / source)
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
-                _copy(self.root / source, self.root / target, None)
+                _copy(self.root / source, self.root / target, None, lasting=True)
 
     def abandon(self, prefix: str) -> None:
         base = self.root / prefix.rpartition("/")[0]
@@ -177,17 +210,27 @@ def _create_in_place(target: Path, data: bytes) -> bool:
             write.write(data)
     except FileExistsError:
         return False
+    sync(target)
+    sync(target.parent)
     return True
 
 
-def _copy(source: Path, target: Path, on_bytes: OnBytes | None, sha256: str | None = None) -> None:
+def _copy(
+    source: Path,
+    target: Path,
+    on_bytes: OnBytes | None,
+    sha256: str | None = None,
+    *,
+    lasting: bool = False,
+) -> None:
     digest = hashlib.sha256()
-    with source.open("rb") as read, replacing(target) as partial, partial.open("wb") as write:
-        while chunk := read.read(_CHUNK):
-            write.write(chunk)
-            if sha256:
-                digest.update(chunk)
-            if on_bytes:
-                on_bytes(len(chunk))
+    with source.open("rb") as read, replacing(target, lasting=lasting) as partial:
+        with partial.open("wb") as write:
+            while chunk := read.read(_CHUNK):
+                write.write(chunk)
+                if sha256:
+                    digest.update(chunk)
+                if on_bytes:
+                    on_bytes(len(chunk))
         if sha256:
             check_sha256(source, digest.hexdigest(), sha256)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, ValidationError
 
 from finetune_trainer.contract import Artifact, Base, Hub, Reason, Stage, StageError
-from finetune_trainer.store import Folder
+from finetune_trainer.store import Folder, stays_below
 
 MANIFEST = "manifest.json"
 STAGES = "stages"  # folder of the output for what the stages keep for themselves
@@ -85,12 +85,6 @@ def marker_path(stage: Stage, fingerprint: str) -> str:
     if stage is Stage.EXPORT:
         return MANIFEST
     return f"{stage_folder(stage, fingerprint)}/complete.json"
-
-
-def stays_below(path: str) -> bool:
-    """Whether the path of a file that somebody listed stays in the folder that it is below."""
-    listed = PurePosixPath(path)
-    return not listed.is_absolute() and ".." not in listed.parts
 
 
 def describe_file(file: Path, path: str) -> Artifact:

@@ -5,23 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import boto3
 from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from finetune_trainer.contract import Reason, StageError, Storage
+from finetune_trainer.contract import Storage
 from finetune_trainer.store import s3_upload
 from finetune_trainer.store.folder import FileInfo, Folder, OnBytes
 from finetune_trainer.store.local import replacing
-from finetune_trainer.store.s3_errors import DamagedError, endpoint_of, error_code, stage_error
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+from finetune_trainer.store.s3_client import client, find_address
+from finetune_trainer.store.s3_errors import error_code, stage_error, token_error
 
 # A store copies so much within the read timeout, and one request may copy 5 GiB at most.
 COPYING = TransferConfig(
@@ -35,31 +30,6 @@ _UNKNOWN_HEADER = {"501", "NotImplemented"}
 _DELETE_AT_ONCE = 1000  # the most keys that one DeleteObjects takes
 
 
-@lru_cache(maxsize=8)
-def client(endpoint: str | None, region: str) -> S3Client:
-    """One client per store, for all threads; credentials come from the environment."""
-    own_store = endpoint is not None
-    config = Config(
-        connect_timeout=5,
-        read_timeout=60,
-        retries={"mode": "standard", "max_attempts": 5},
-        max_pool_connections=16,
-        # Other stores often have no DNS name per bucket and no support for the checksums that
-        # Amazon S3 introduced in 2025. Uploads carry Content-MD5, which all of them check, Amazon
-        # too: a second checksum would cost another pass over the bytes.
-        s3={"addressing_style": "path" if own_store else "auto"},
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required" if own_store else "when_supported",
-    )
-    try:
-        return boto3.client("s3", endpoint_url=endpoint, region_name=region, config=config)
-    except ValueError as error:
-        raise StageError(
-            Reason.INVALID_CONFIG,
-            f"storage.endpoint {endpoint!r} is not a URL: write http(s)://host:port.",
-        ) from error
-
-
 class S3Folder(Folder):
     """A prefix of a bucket."""
 
@@ -67,8 +37,9 @@ class S3Folder(Folder):
         self.bucket = bucket
         self.prefix = prefix
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._settings = settings
-        self._s3 = client(endpoint_of(settings), settings.region)
+        self._address = find_address(settings)
+        with self._errors(""):
+            self._s3 = client(self._address)
 
     def stat(self, path: str) -> FileInfo | None:
         """HEAD. Its answer has no body when it fails, so a listing then says what is wrong."""
@@ -120,7 +91,7 @@ class S3Folder(Folder):
 
     def write(self, path: str, data: bytes) -> None:
         with self._errors(path):
-            s3_upload.put(self._object(path), data)
+            self._s3.put_object(Bucket=self.bucket, Key=self._key(path), Body=data)
 
     def create(self, path: str, data: bytes) -> bool:
         """PUT with If-None-Match, where nothing was read before.
@@ -174,9 +145,10 @@ class S3Folder(Folder):
         *,
         sha256: str | None = None,
     ) -> None:
-        """PUT, in parallel parts when it is large; continues what an earlier attempt left."""
+        """PUT, in parallel parts when it is large."""
         with self._errors(path):
-            s3_upload.upload(self._object(path), source, on_bytes, sha256)
+            target = s3_upload.S3Object(self._s3, self.bucket, self._key(path))
+            s3_upload.upload(target, source, on_bytes, sha256)
 
     def copy(self, source: str, target: str) -> None:
         """CopyObject, in parallel parts when it is large."""
@@ -195,7 +167,7 @@ class S3Folder(Folder):
 
     def abandon(self, prefix: str) -> None:
         with self._errors(prefix):
-            s3_upload.abort_all(self._s3, self.bucket, self._key(prefix))
+            s3_upload.abort(self._s3, self.bucket, self._key(prefix))
 
     def delete(self, paths: Iterable[str]) -> None:
         """DeleteObjects, a thousand at a time."""
@@ -211,14 +183,11 @@ class S3Folder(Folder):
                 raise stage_error(
                     failed.get("Code", ""),
                     f"s3://{self.bucket}/{failed.get('Key')}",
-                    self._settings,
+                    self._address,
                 )
 
     def _key(self, path: str) -> str:
         return f"{self.prefix}/{path}" if self.prefix else path
-
-    def _object(self, path: str) -> s3_upload.S3Object:
-        return s3_upload.S3Object(self._s3, self.bucket, self._key(path))
 
     def _probe(self, path: str) -> None:
         """Raise the error that a request with a body in its answer gets, if any."""
@@ -228,10 +197,10 @@ class S3Folder(Folder):
     def _errors(self, path: str) -> Iterator[None]:
         try:
             yield
-        except (
-            ClientError,
-            BotoCoreError,
-            boto3.exceptions.Boto3Error,
-            DamagedError,
-        ) as error:
-            raise stage_error(error, self.uri_of(path), self._settings) from error
+        except (ClientError, BotoCoreError, boto3.exceptions.Boto3Error) as error:
+            raise stage_error(error, self.uri_of(path), self._address) from error
+        except OSError as error:
+            denied = token_error(error, self.uri_of(path), self._address)
+            if denied is None:
+                raise
+            raise denied from error

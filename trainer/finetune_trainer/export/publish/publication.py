@@ -20,7 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from finetune_trainer.contract import Artifact, Base, Quality, Reason, Stage, StageError
 from finetune_trainer.runtime.reporter import Reporter, Transfer
 from finetune_trainer.runtime.units import size
-from finetune_trainer.store import FileInfo, Folder
+from finetune_trainer.store import FileInfo, Folder, stays_below
 from finetune_trainer.store.marker import (
     MANIFEST,
     STAGES,
@@ -29,7 +29,6 @@ from finetune_trainer.store.marker import (
     find_complete,
     missing_files,
     stage_folder,
-    stays_below,
 )
 
 SHA256SUMS = "SHA256SUMS"

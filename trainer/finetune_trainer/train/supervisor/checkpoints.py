@@ -24,8 +24,8 @@ from typing import Annotated
 from pydantic import AfterValidator, ConfigDict, ValidationError
 
 from finetune_trainer.contract import Artifact, Base, Reason, Stage, StageError, TrainingPlan
-from finetune_trainer.store import Folder
-from finetune_trainer.store.marker import describe_file, stage_folder, stays_below
+from finetune_trainer.store import Folder, stays_below
+from finetune_trainer.store.marker import describe_file, stage_folder
 
 COMPLETE = "complete.json"
 KEPT = 2  # checkpoints in the store: the newest, and one more in case that it is damaged
