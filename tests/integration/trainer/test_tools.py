@@ -363,7 +363,7 @@ def test_what_comes_before_the_last_answer_must_stay_the_same(
     """gpt-oss drops the reasoning before a call once an answer follows: what the tool said would be
     taken for a part of the answer."""
     use(tokenizer, "gptoss")
-    call_and_answer = [*CHAT[:2], {**CHAT[2]}, *CHAT[3:5]]
+    call_and_answer = copy.deepcopy(CHAT[:5])
     encode(tokenizer, as_example(call_and_answer, [WEATHER]))
     call_and_answer[2]["reasoning_content"] = "A window."
     with pytest.raises(NotRenderedError, match="before the last answer in another way"):

@@ -297,22 +297,23 @@ CALLED = st.fixed_dictionaries(
     optional={"id": st.sampled_from(["1", "2", None]), "type": st.just("function") | JSON},
 )
 PARTS = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXT}), max_size=2)
-TURNS = [
-    st.fixed_dictionaries({"role": st.just(role), "content": TEXT | PARTS}, optional=further)
-    for role, further in {
-        "developer": {},
-        "user": {"name": TEXT},
-        "assistant": {
-            "tool_calls": st.lists(CALLED, max_size=2),
-            "reasoning_content": st.none() | TEXT,
-            "weight": st.sampled_from([None, 0, 1, 1.0, 2]),
-        },
-        "tool": {"tool_call_id": st.sampled_from(["1", "2"])},
-    }.items()
-]
-CHAT = st.tuples(st.lists(st.one_of(*TURNS), min_size=1, max_size=4), TURNS[2]).map(
-    lambda parts: [*parts[0], parts[1]]
-)
+FURTHER: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "developer": {},
+    "user": {"name": TEXT},
+    "assistant": {
+        "tool_calls": st.lists(CALLED, max_size=2),
+        "reasoning_content": st.none() | TEXT,
+        "weight": st.sampled_from([None, 0, 1, 1.0, 2]),
+    },
+    "tool": {"tool_call_id": st.sampled_from(["1", "2"])},
+}
+TURNS = {
+    role: st.fixed_dictionaries({"role": st.just(role), "content": TEXT | PARTS}, optional=further)
+    for role, further in FURTHER.items()
+}
+CHAT = st.tuples(
+    st.lists(st.one_of(*TURNS.values()), min_size=1, max_size=4), TURNS["assistant"]
+).map(lambda parts: [*parts[0], parts[1]])
 MESSAGE = st.fixed_dictionaries(
     {
         "role": st.sampled_from(["system", "user", "assistant", "tool"]),
