@@ -12,10 +12,14 @@ import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from finetune_trainer.contract import Dataset, EarlyStopping, Lora, NoticeCode, Training
+from finetune_trainer.contract import Csv, Dataset, EarlyStopping, Lora, NoticeCode, Training
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-NESTED = {"columns": Dataset.model_fields["columns"].default.__class__, "lora": Lora}
+NESTED = {
+    "columns": Dataset.model_fields["columns"].default.__class__,
+    "csv": Csv,
+    "lora": Lora,
+}
 
 
 def fields(kind: type[BaseModel], prefix: str) -> dict[str, Any]:

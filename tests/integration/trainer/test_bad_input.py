@@ -65,7 +65,7 @@ def half_a_parquet_file() -> bytes:
         (
             "other-header.csv",
             b"Instruction,Answer\nWho?,Me\n",
-            (Reason.COLUMN_NOT_FOUND, "Did you mean 'Instruction'?"),
+            (Reason.COLUMN_NOT_FOUND, "no column 'response'; it has 'Instruction', 'Answer'"),
         ),
         (
             "blank-cells.csv",

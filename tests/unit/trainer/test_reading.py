@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import yaml
 
-from finetune_trainer.contract import Dataset, StageError
+from finetune_trainer.contract import Dataset, Reason, StageError
 from finetune_trainer.prepare.reading import Problems, Record, open_source, read_records
+from finetune_trainer.prepare.reading.record import Oddities
 from finetune_trainer.prepare.split import repeated, row_hash
 
 DATA = Path(__file__).parents[2] / "data"
@@ -59,6 +61,9 @@ def test_a_file_of_the_corpus(case: dict[str, Any], tmp_path: Path) -> None:
         assert found | case.get("detected", {}) == found
         assert len(records) + problems.count == summary.rows == case.get("rows", summary.rows)
         hashes = np.array([row_hash(record.messages, 0) for record in records], dtype=np.uint64)
+        oddities = {key: n for key, n in vars(source.oddities or Oddities()).items() if n}
+        if "oddities" in case:
+            assert oddities == case["oddities"]
         if "duplicates" in case:
             assert int(np.count_nonzero(repeated(hashes))) == case["duplicates"]
     check_bad_rows(case, problems)
@@ -108,3 +113,34 @@ def test_a_long_cell_is_no_error(tmp_path: Path) -> None:
     file.write_text(f'instruction,response\nWho?,"{text}"\n', encoding="utf-8")
     (record,) = read_records(file, dataset(), URI, Problems())
     assert record.messages[1]["content"] == text
+
+
+def test_an_object_of_many_keys_takes_no_longer_than_reading_it(tmp_path: Path) -> None:
+    """One of them stands twice. Looking each key up among all would take minutes."""
+    file = tmp_path / "wide.jsonl"
+    keys = "".join(f'"key {number}": {number}, ' for number in range(200_000))
+    file.write_text(
+        f'{{{keys}"key 7": 0, "instruction": "Who?", "response": "Me"}}\n'
+        f'{{{keys}"instruction": "Who?", "instruction": "What?", "response": "Me"}}\n'
+    )
+    began = time.process_time()
+    problems = Problems()
+    mapped = dataset(onInvalidRow="skip", maxInvalidRows=1)
+    (record,) = read_records(file, mapped, URI, problems)
+    assert time.process_time() - began < 30
+    assert as_pairs(record) == [("user", "Who?"), ("assistant", "Me")]
+    assert [bad.cause for bad in problems] == ["the key 'instruction' occurs twice"]
+
+
+def test_objects_of_two_layouts_are_not_mixed(tmp_path: Path) -> None:
+    """One line may not decide on how the others are read."""
+    file = tmp_path / "mixed.jsonl"
+    alpaca = '{"instruction": "Who?", "output": "Me"}\n'
+    file.write_text(alpaca * 3 + '{"instruction": "Who?", "output": "Me", "response": "You"}\n')
+    with pytest.raises(
+        StageError, match="objects with 'instruction', 'output' and others"
+    ) as caught:
+        open_source(file, dataset(), URI)
+    assert caught.value.reason is Reason.DATASET_UNREADABLE
+    records = list(read_records(file, dataset(columns={"response": "output"}), URI, Problems()))
+    assert [as_pairs(record)[1][1] for record in records] == ["Me"] * 4

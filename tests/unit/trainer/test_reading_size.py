@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import subprocess
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,7 +60,7 @@ def read_in_child(file: Path) -> dict[str, Any]:
 
 
 def write_csv(file: Path, rows: int) -> None:
-    """Rows with quotes, line ends and backslashes, so that the dialect has to be looked for."""
+    """Rows with quotes, line ends and backslashes, so that each is looked at closely."""
     with file.open("w", encoding="utf-8", newline="") as out:
         writer = csv.writer(out)
         writer.writerow(["id", "instruction", "response"])
@@ -102,9 +106,9 @@ def write_parquet(file: Path, rows: int) -> None:
 @pytest.mark.parametrize(
     ("write", "rows", "mebibytes", "seconds"),
     [
-        (write_csv, 1_000_000, 100, 40),
-        (write_jsonl, 200_000, 60, 30),
-        (write_array, 50_000, 60, 30),
+        (write_csv, 1_000_000, 64, 40),
+        (write_jsonl, 200_000, 64, 30),
+        (write_array, 50_000, 64, 30),
         (write_parquet, 200_000, 150, 30),
     ],
     ids=["a million rows of CSV", "JSON lines", "a JSON array", "Parquet"],
@@ -168,6 +172,40 @@ def test_a_bomb_is_refused_in_bounded_memory(
     assert found["records"] == 0
     assert found["mebibytes"] < 200
     assert found["seconds"] < 60
+
+
+@pytest.mark.parametrize("compression", ["bz2", "xz", "zstd", "zip"])
+def test_a_bomb_of_another_kind_is_refused_in_bounded_memory(
+    tmp_path: Path, compression: str
+) -> None:
+    file, text = tmp_path / f"bomb.{compression}", HEADER.encode() + 70 * (b"a" * (1 << 20) + b"\n")
+    match compression:
+        case "bz2":
+            file.write_bytes(bz2.compress(text))
+        case "xz":
+            file.write_bytes(lzma.compress(text, preset=0))
+        case "zstd":
+            with pa.output_stream(file, compression="zstd") as out:
+                out.write(text)
+        case _:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+                archive.writestr("train.csv", text)
+    found = read_in_child(file)
+    assert "more than 200 times its size" in found["message"]
+    assert found["records"] == 0
+    assert found["mebibytes"] < 64
+
+
+def test_xz_that_takes_much_memory_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "wide.xz"
+    data = bytearray(lzma.compress(HEADER.encode() * 1000))
+    block = slice(12, 12 + 4 * data[12])  # the block's header, without its checksum
+    data[16] = 36  # the dictionary's size: 1 GiB
+    data[block.stop : block.stop + 4] = zlib.crc32(data[block]).to_bytes(4, "little")
+    file.write_bytes(data)
+    found = read_in_child(file)
+    assert "Memory usage limit exceeded" in found["message"]
+    assert found["mebibytes"] < 64
 
 
 def write_repeated(file: Path, rows: int, *, dictionary: bool) -> None:

@@ -32,8 +32,10 @@ from finetune_trainer.contract.base import (
     describe,
 )
 from finetune_trainer.contract.dataset import (
+    HUB_DATASETS,
     Columns,
     CountOrShare,
+    Csv,
     DataFormat,
     Dataset,
     Example,
@@ -54,6 +56,7 @@ from finetune_trainer.contract.dataset_report import (
     FileReport,
     LengthSpread,
     ListedRows,
+    ShardReport,
     Split,
 )
 from finetune_trainer.contract.fingerprint import (
@@ -92,6 +95,7 @@ from finetune_trainer.contract.training_record import LogEntry, TrainingMetrics,
 
 __all__ = [
     "GROUP",
+    "HUB_DATASETS",
     "LOCATION_RULE",
     "NEWS",
     "PLURAL",
@@ -105,6 +109,7 @@ __all__ = [
     "Columns",
     "Conversations",
     "CountOrShare",
+    "Csv",
     "DataFormat",
     "Dataset",
     "DatasetReport",
@@ -147,6 +152,7 @@ __all__ = [
     "Resolved",
     "RunConfig",
     "Sample",
+    "ShardReport",
     "Signing",
     "Split",
     "Stage",

@@ -5,14 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, Self, TypedDict
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from finetune_trainer.contract.base import LOCATION_RULE, Base, Location, cel
+from finetune_trainer.contract.base import Base, Location, cel
 from finetune_trainer.contract.storage import DatasetStorage
 
+HUB_DATASETS = "hf://datasets/"
+
+DATASET_RULE = cel(
+    "self.startsWith('s3://') || self.startsWith('hf://datasets/') || self.startsWith('/')",
+    "must be an s3://bucket/key URI, hf://datasets/org/name or the absolute path of a mounted file",
+)
+
 ColumnName = Annotated[str, Field(min_length=1, max_length=256)]
+Character = Annotated[str, Field(min_length=1, max_length=1, pattern=r"^[^\r\n]$")]
+EncodingName = Annotated[str, Field(max_length=40, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
 
 COUNT_OR_SHARE: dict[str, Any] = {
     "x-kubernetes-int-or-string": True,
@@ -106,7 +115,7 @@ def as_example(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Examp
 
 
 class DataFormat(StrEnum):
-    """File formats of a dataset; each may be gzipped."""
+    """File formats of a dataset; each may be compressed."""
 
     AUTO = "auto"
     CSV = "csv"
@@ -115,8 +124,10 @@ class DataFormat(StrEnum):
 
 
 class Columns(Base):
-    """Which columns (or JSON keys) of the dataset hold what. Where the file has none of the
-    columns named here but `messages`, or `prompt` and `completion`, those are used."""
+    """Which columns (or JSON keys) of the dataset hold what. Without it, the usual ones are found:
+    instruction and response (or output), messages, conversations, prompt and completion (or
+    response), question and answer. Case, and white space around a name, don't matter where only
+    one column fits."""
 
     instruction: ColumnName = "instruction"
     """Column with what the user says."""
@@ -132,8 +143,8 @@ class Columns(Base):
     """Column with a system prompt per row; an empty cell means spec.dataset.systemPrompt."""
 
     messages: ColumnName | None = None
-    """Column with whole conversations: a list of `{role, content}`, ending with the assistant's
-    answer. It takes the place of the other columns."""
+    """Column with whole conversations: a list of `{role, content}`, or of `{from, value}`, ending
+    with the assistant's answer. It takes the place of the other columns."""
 
     tools: ColumnName | None = None
     """Column with the tools that a conversation may call: a list of definitions as OpenAI's API
@@ -141,20 +152,63 @@ class Columns(Base):
     out, a column named `tools` is used if there is one."""
 
 
+_QUOTE = "(has(self.quote) ? self.quote : '\"')"
+_DIFFERENT = (
+    f"(!has(self.delimiter) || self.delimiter != {_QUOTE}) && "
+    f"(!has(self.escape) || self.escape != {_QUOTE}) && "
+    "(!has(self.delimiter) || !has(self.escape) || self.delimiter != self.escape)"
+)
+_DIFFERENT_SAID = "must have three different characters for delimiter, quote and escape"
+
+
+class Csv(Base):
+    """How a CSV file separates and quotes its cells, where that is not the usual way."""
+
+    model_config = ConfigDict(json_schema_extra=cel(_DIFFERENT, _DIFFERENT_SAID))
+
+    delimiter: Character | None = None
+    """The character between cells; a tab is `"\\t"`, in double quotes. Left out, it is a comma,
+    semicolon, tab or bar: the one that makes the best header, or what the first line names
+    (`sep=;`)."""
+
+    quote: Annotated[str, Field(max_length=1, pattern=r"^[^\r\n]?$")] = '"'
+    """The character around a text that has delimiters, quotes or line breaks in it; twice inside
+    one, it stands for itself. Empty (`""`) where quotes are characters like any other."""
+
+    escape: Character | None = None
+    """The character that makes text of a quote, delimiter, line end or itself behind it, usually a
+    backslash. Left out, there is none."""
+
+    @model_validator(mode="after")
+    def _check_characters(self) -> Self:
+        given = [mark for mark in (self.delimiter, self.quote, self.escape) if mark]
+        if len(set(given)) != len(given):
+            raise ValueError(_DIFFERENT_SAID)
+        return self
+
+
 class Dataset(Base):
     """The examples to learn from."""
 
-    source: Annotated[Location, Field(json_schema_extra=LOCATION_RULE)]
-    """A table with a header: `s3://bucket/key.csv`, or the absolute path of a mounted file; CSV,
-    JSON lines or Parquet, gzipped or not. Cells are text: `NA`, `null` and `0012` stay what they
-    are."""
+    source: Annotated[Location, Field(json_schema_extra=DATASET_RULE)]
+    """A table with a header: `s3://bucket/key.csv`, the absolute path of a mounted file, or
+    `hf://datasets/org/name`, with `@revision` and `/path` if wanted. CSV, JSON lines or Parquet,
+    compressed or not. A folder with a slash at its end, or a pattern such as
+    `s3://bucket/data/*.parquet`, is read in the order of the names as one dataset. Cells are text:
+    `NA`, `null` and `0012` stay what they are."""
 
     format: DataFormat = DataFormat.AUTO
-    """`auto` looks at the content, or name it: csv, jsonl or parquet. The delimiter, quoting and
-    encoding of a CSV file are detected and named in dataset-report.json."""
+    """`auto` looks at the content, or name it: csv, jsonl or parquet."""
+
+    encoding: EncodingName | None = None
+    """The encoding of a text file by its IANA name, e.g. windows-1252. Left out, it is UTF-8, or
+    UTF-16 or UTF-32 with a byte order mark; a file that is neither is refused."""
+
+    csv: Csv = Csv()
+    """How a CSV file separates and quotes its cells; needed only where that is unusual."""
 
     columns: Columns = Columns()
-    """Maps the columns of the file; needed only where they are not `instruction` and `response`."""
+    """Maps the columns of the file; needed only where their names are not the usual ones."""
 
     system_prompt: Annotated[str, Field(max_length=16384)] | None = None
     """System prompt of every example. Left out, there is none, except what the model's chat
@@ -177,9 +231,9 @@ class Dataset(Base):
     0 to 0.5; at least one row from 20 rows on, none below, and never more than 1,000. The choice
     depends on the rows and training.seed only."""
 
-    eval_source: Annotated[Location, Field(json_schema_extra=LOCATION_RULE)] | None = None
-    """A file of its own with held-out rows, in the same format and with the same columns.
-    evalFraction then has no effect."""
+    eval_source: Annotated[Location, Field(json_schema_extra=DATASET_RULE)] | None = None
+    """Held-out rows of their own, in the same format and with the same columns, wherever `source`
+    may lie. evalFraction then has no effect."""
 
     storage: DatasetStorage | None = None
     """How to reach the object store of source and evalSource, where it is another than the one of

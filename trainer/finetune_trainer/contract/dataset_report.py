@@ -10,6 +10,9 @@ from finetune_trainer.contract.base import Base
 class BadRow(Base):
     """A row of the dataset that can't be used."""
 
+    file: str | None = None
+    """The file it is in, where the dataset is several."""
+
     row: int
     """Number of the row or line, as a spreadsheet or editor counts: the header is 1."""
 
@@ -49,7 +52,11 @@ class ListedRows(Base):
     """Rows that have something in common, by their numbers in the file."""
 
     count: int
-    rows: list[int] = []
+    rows: list[int] | None = None
+    """Left out where the dataset is several files."""
+
+    files: dict[str, list[int]] | None = None
+    """Where the dataset is several files: the rows of each that has any."""
 
 
 class LengthSpread(Base):
@@ -75,13 +82,17 @@ class DetectedFile(Base):
     """The quote character; empty where quotes have no meaning."""
 
     escape: str | None = None
-    """How a quote stands inside quotes: `doubled` or `backslash`."""
+    """How a quote stands inside quotes: `doubled`, or behind this character."""
 
     layout: str
     """instruction, prompt-completion or messages."""
 
     columns: dict[str, str]
     """Which column (or key) is used as what."""
+
+    loosely_matched: tuple[str, ...] = ()
+    """Those of them whose names differ from the ones that were looked for in case, or in white
+    space and invisible characters around them."""
 
     unused_columns: tuple[str, ...] = ()
     """Columns that nothing is taken from."""
@@ -142,14 +153,42 @@ class LengthReport(Base):
     conversations: Conversations | None = None
 
 
+class ShardReport(Base):
+    """One of several files that are read as one dataset."""
+
+    uri: str
+    """With the commit where it lies on the Hub."""
+
+    etag: str
+    """Changes with the content: the object's ETag, `sha256:…` of a file on disk, or the Hub's id of
+    the content."""
+
+    rows: int | None = None
+
+
 class FileReport(LengthReport):
-    """One file of examples."""
+    """One file of examples, or several that are read as one."""
 
     source: str | None = None
     etag: str | None = None
+    """Of several files, a digest over the ETags of all."""
+
+    shards: tuple[ShardReport, ...] | None = None
+    """The files, where they are several or lie on the Hub."""
+
     detected: DetectedFile | None = None
+    """Of several files, the first."""
+
     rows: int | None = None
     invalid: int | None = None
+    blank_rows: int | None = None
+    """Rows of a table with nothing but white space and delimiters; they count as blank lines."""
+
+    short_rows: int | None = None
+    """Rows that lack cells at the end which are not needed."""
+
+    long_rows: int | None = None
+    """Rows with empty cells behind the last column."""
 
 
 class DatasetReport(FileReport):

@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import shutil
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import BinaryIO
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Protocol
+
+import pyarrow as pa
 
 from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.prepare.reading.record import names, plural
 
 CHUNK = 1 << 20  # bytes
 START = 1 << 16  # bytes that tell what a file is
 
 BOMB_RATIO = 200  # text shrinks to a fifth or a tenth; deflate can do up to 1,032
 BOMB_FLOOR = 64 << 20  # bytes that may come out of any file
+XZ_MEMORY = 128 << 20  # bytes; `xz -9` needs 65 MiB to unpack
 
-GZIP = b"\x1f\x8b"
 PARQUET = b"PAR1"
+ZIP = "zip"
+COMPRESSIONS: tuple[tuple[bytes, str], ...] = (
+    (b"\x1f\x8b", "gzip"),
+    (b"BZh", "bzip2"),
+    (b"\xfd7zXZ\x00", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"PK\x03\x04", ZIP),
+)
+_BZIP2_BLOCK = b"1AY&SY"  # behind the magic and a digit
 
 _EXPORT = "export it as CSV"
 _UNPACK = "unpack it, or compress it with gzip"
 
 FOREIGN: tuple[tuple[bytes, str, str], ...] = (
-    (b"PK\x03\x04", "a spreadsheet or zip archive", f"{_EXPORT} or unpack it"),
     (b"PK\x05\x06", "an empty zip archive", "upload the table itself"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel workbook (.xls)", _EXPORT),
     (b"%PDF", "a PDF document", "write the examples into a CSV file"),
     (b"{\\rtf", "a rich text document", "write the examples into a CSV file"),
-    (b"BZh91AY&SY", "a bzip2 archive", _UNPACK),
-    (b"\xfd7zXZ\x00", "an xz archive", _UNPACK),
-    (b"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (b"Rar!\x1a\x07", "a RAR archive", _UNPACK),
     (b"ARROW1\x00\x00", "an Arrow file", "write it as Parquet"),
@@ -55,6 +66,9 @@ FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     ),
 )
 _MARKUP = (b"<!doctype html", b"<html", b"<?xml")
+# Folders and files by which zip archives of office programs are known.
+_OFFICE = {"xl": "an Excel workbook", "word": "a Word document", "ppt": "a presentation"}
+_OPEN_DOCUMENT = "META-INF"
 
 
 def expands_to(size: int) -> int:
@@ -87,48 +101,130 @@ def foreign(start: bytes, uri: str) -> StageError | None:
     return None
 
 
+def compression_of(start: bytes) -> str | None:
+    """How a file that begins like this is compressed."""
+    for magic, name in COMPRESSIONS:
+        if start.startswith(magic) and (name != "bzip2" or start[4:10] == _BZIP2_BLOCK):
+            return name
+    return None
+
+
 class Content:
-    """The bytes of a file, unzipped on the way; never more than a chunk of them in memory."""
+    """The bytes of a file, unpacked on the way; never more than a chunk of them in memory."""
 
     def __init__(self, file: Path, uri: str) -> None:
         self.file = file
         self.uri = uri
         with file.open("rb") as stream:
-            magic = stream.read(2)
-        self.compression = "gzip" if magic == GZIP else None
+            self.compression = compression_of(stream.read(16))
         self.size = file.stat().st_size
         with self.open() as stream:
             self.start = stream.read(START)
+        inner = compression_of(self.start)
+        if self.compression and inner:
+            raise unreadable(
+                uri, f"is compressed twice ({self.compression}, {inner}): compress it once."
+            )
 
     def open(self) -> BinaryIO:
-        """A stream of the unzipped bytes; reading it raises StageError where they are damaged."""
-        plain = self.file.open("rb")
+        """A stream of the unpacked bytes; reading it raises StageError where they are damaged."""
         if not self.compression:
-            return plain
-        return io.BufferedReader(_Unzipped(plain, self.size, self.uri), CHUNK)
+            return self.file.open("rb")
+        with ExitStack() as stack:
+            try:
+                stream = _unpacking(self.file, self.compression, self.uri, stack)
+            except _DAMAGES as error:
+                raise _damaged(self.uri, self.compression, error) from error
+            unpacked = _Unpacked(stream, stack.pop_all(), self)
+        return io.BufferedReader(unpacked, CHUNK)
 
     @contextmanager
     def seekable(self) -> Iterator[BinaryIO]:
-        """A stream of the unzipped bytes for a format that needs to jump around in them."""
+        """A stream of the unpacked bytes for a format that needs to jump around in them."""
         if not self.compression:
             with self.file.open("rb") as plain:
                 yield plain
             return
-        with self.open() as stream, tempfile.TemporaryFile() as unzipped:
-            shutil.copyfileobj(stream, unzipped, CHUNK)
-            unzipped.seek(0)
-            yield unzipped
+        with self.open() as stream, tempfile.TemporaryFile() as unpacked:
+            shutil.copyfileobj(stream, unpacked, CHUNK)
+            unpacked.seek(0)
+            yield unpacked
 
 
-class _Unzipped(io.RawIOBase):
-    """A gzip stream with errors for people, and an end to what a small file may expand to."""
+_DAMAGES = (
+    EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, pa.ArrowException,
+    NotImplementedError,
+)  # fmt: skip
 
-    def __init__(self, plain: BinaryIO, size: int, uri: str) -> None:
-        self._plain = plain
-        self._gzip = gzip.GzipFile(fileobj=plain, mode="rb")
-        self._size = size
-        self._limit = expands_to(size)
-        self._uri = uri
+
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+def _damaged(uri: str, compression: str, error: Exception) -> StageError:
+    if isinstance(error, NotImplementedError):  # a method that zipfile does not know
+        return unreadable(uri, f"can't be unpacked ({error}): {_UNPACK}.")
+    return unreadable(
+        uri, f"is damaged: its {compression} data can't be read ({error}). Upload it again."
+    )
+
+
+def _unpacking(file: Path, compression: str, uri: str, stack: ExitStack) -> _Readable:
+    if compression == ZIP:
+        archive = stack.enter_context(zipfile.ZipFile(file))
+        return stack.enter_context(archive.open(_only_member(archive, uri)))
+    plain = stack.enter_context(file.open("rb"))
+    if compression == "gzip":
+        return stack.enter_context(gzip.GzipFile(fileobj=plain, mode="rb"))
+    if compression == "bzip2":
+        return stack.enter_context(bz2.BZ2File(plain))
+    if compression == "xz":
+        _check_xz_memory(plain)
+        return stack.enter_context(lzma.LZMAFile(plain))
+    unpacked: _Readable = stack.enter_context(pa.CompressedInputStream(plain, "zstd"))
+    return unpacked
+
+
+def _check_xz_memory(plain: BinaryIO) -> None:
+    """Raise LZMAError when unpacking would take too much memory; it is for the writer to choose."""
+    lzma.LZMADecompressor(memlimit=XZ_MEMORY).decompress(plain.read(1 << 12), max_length=1)
+    plain.seek(0)
+
+
+def _only_member(archive: zipfile.ZipFile, uri: str) -> zipfile.ZipInfo:
+    """The file in a zip archive, as Kaggle packs it; raises StageError where there are more."""
+    paths = [PurePosixPath(info.filename) for info in archive.infolist()]
+    tops = {path.parts[0] for path in paths if path.parts}
+    for folder, what in _OFFICE.items():
+        if folder in tops:
+            raise unreadable(uri, f"is {what}, not CSV, JSON lines or Parquet: {_EXPORT}.")
+    if _OPEN_DOCUMENT in tops and PurePosixPath("mimetype") in paths:
+        raise unreadable(uri, f"is an OpenDocument file (.ods): {_EXPORT}.")
+    members = [
+        info
+        for info, path in zip(archive.infolist(), paths, strict=True)
+        if not info.is_dir() and path.parts[0] != "__MACOSX" and not path.name.startswith(".")
+    ]
+    if len(members) != 1:
+        found = f" ({names(info.filename for info in members)})" if members else ""
+        raise unreadable(
+            uri,
+            f"is a zip archive of {plural(len(members), 'file')}{found}: unpack it and name the "
+            "folder, or pack one file alone.",
+        )
+    if members[0].flag_bits & 1:
+        raise unreadable(uri, "is a zip archive with a password: pack it without.")
+    return members[0]
+
+
+class _Unpacked(io.RawIOBase):
+    """An unpacked stream with errors for people, and an end to what a file may expand to."""
+
+    def __init__(self, stream: _Readable, stack: ExitStack, content: Content) -> None:
+        self._stream = stream
+        self._stack = stack
+        self._content = content
+        self._limit = expands_to(content.size)
         self._done = 0
 
     def readable(self) -> bool:
@@ -141,28 +237,25 @@ class _Unzipped(io.RawIOBase):
         self._done += len(data)
         if self._done > self._limit:
             raise unreadable(
-                self._uri,
+                self._content.uri,
                 f"expands to over {self._limit >> 20:,} MiB, more than {BOMB_RATIO} times its "
                 "size: upload it without compression if that is right.",
             )
         return len(data)
 
     def _read(self, size: int) -> bytes:
+        uri, compression = self._content.uri, str(self._content.compression)
         try:
-            return self._gzip.read(size)
-        except EOFError as error:
-            raise unreadable(
-                self._uri,
-                f"is cut off: after {self._size:,} bytes it ends within its gzip data. "
-                "Upload it again.",
-            ) from error
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise unreadable(
-                self._uri,
-                f"is damaged: its gzip data can't be read ({error}). Upload it again.",
-            ) from error
+            return self._stream.read(size)
+        except _DAMAGES as error:
+            if isinstance(error, EOFError) or "Truncated" in str(error):
+                raise unreadable(
+                    uri,
+                    f"is cut off: after {self._content.size:,} bytes it ends within its "
+                    f"{compression} data. Upload it again.",
+                ) from error
+            raise _damaged(uri, compression, error) from error
 
     def close(self) -> None:
-        self._gzip.close()
-        self._plain.close()
+        self._stack.close()
         super().close()

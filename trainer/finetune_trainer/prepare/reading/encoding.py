@@ -1,23 +1,27 @@
-"""A file as text: its encoding, found in one pass over the whole file, and its lines.
+"""A file as text: its encoding, and its lines.
 
-UTF-8 is taken for granted until a byte contradicts it. Then the text has to look like a Western
-language in Latin-1 or Windows-1252; what looks like anything else is refused.
+UTF-8, and UTF-16 and UTF-32 by their marks or zeros; anything else has to be named in
+spec.dataset.encoding. What can't be decoded ends the reading with the position of the byte and
+what the encoding may be: a guess is shown to a person and never acted on.
 """
 
 from __future__ import annotations
 
 import codecs
 import io
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from charset_normalizer import from_bytes
 
+from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.prepare.reading.content import CHUNK, Content, unreadable
 
 MAX_LINE = 16 << 20  # characters: more than any model's context holds
+SAMPLE = 1 << 14  # bytes of lines with letters outside ASCII that a guess is made from
+GUESSES = 2  # encodings that a message names: several fit a short text
+BEGINNING = 1 << 10  # characters that tell JSON from a table
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -33,239 +37,194 @@ _ZEROS = {
     (False, True, False, True): "utf-16-le",
     (True, False, True, False): "utf-16-be",
 }
-_REMEDY = "Save it as UTF-8."
-_SINGLE = re.compile("(?:^|[\r\n,;\t|])'")
-_SPACED = re.compile('[,;\t|] "')
-
-SAMPLE = 1 << 18  # bytes of lines with letters outside ASCII
-GUESSED = 1 << 14  # bytes of them that charset-normalizer looks at
-
-_HIGH = re.compile(rb"[\x80-\xff]")
-_LINES = re.compile(rb"[^\r\n]*[\x80-\xff][^\r\n]*")
-_C1 = bytes(range(0x80, 0xA0))
-_UNDEFINED = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")
-_UTF8 = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
-_CUT = re.compile(rb"([\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z")
-
-_LETTERS = "À-ÖØ-öø-ÿŠšŽžŒœŸ"
-# Signs that do stand inside a word: apostrophe, dashes, dots, accent, soft hyphen, hard space.
-_JOINTS = "\u2019\u2013\u2014\u2026\xb7\xb4\xad\xa0"
-_RUN = re.compile(f"[{_LETTERS}]{{3,}}")
-_INSIDE = re.compile(f"(?<=[A-Za-z{_LETTERS}])[^\x00-\x7f{_LETTERS}{_JOINTS}](?=[a-zß-öø-ÿ])")
-# Other encodings that use the same bytes. In Portuguese õ stands before e; Hungarian has ő for it,
-# beside accents that Estonian does not know. ISO-8859-15 has the euro and œ for ¤ and ½.
-_HUNGARIAN = re.compile("[õÕ](?![eE])")
-_ACCENTS = re.compile("[áíóúÁÍÓÚ]")
-_LATIN_9 = re.compile(f"\xa4|[\xa6\xa8\xb8\xbc-\xbe](?=[A-Za-z{_LETTERS}])")
-# Signs that don't stand behind an accented letter: macron, not, broken bar, diaeresis, currency,
-# cedilla, circumflex, tilde, the Spanish openings, florin, cent, yen, per mille, double dagger.
-_SIGNS = "\xaf\xac\xa6\xa8\xa4\xb8\u02c6\u02dc\xa1\xbf\u0192\xa2\xa5\u2030\u2021"
-_BEHIND = re.compile(f"[{_LETTERS}][{_SIGNS}]")
-
-# Languages that are written in these encodings, as charset-normalizer names them.
-_LANGUAGES = {
-    "Danish", "Dutch", "English", "Finnish", "French", "German", "Indonesian", "Italian",
-    "Norwegian", "Portuguese", "Spanish", "Swedish", "Unknown",
-}  # fmt: skip
-
-_SURE = 0.1  # coherence from which charset-normalizer's language is taken for granted
+# Encodings in which spreadsheets and editors have saved files, as Python names them.
+_USUAL = [
+    "cp1250", "cp1251", "cp1252", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258",
+    "iso8859_2", "iso8859_15", "mac_roman", "cp437", "cp850", "cp866", "cp874", "koi8_r", "koi8_u",
+    "shift_jis", "euc_jp", "gb18030", "big5", "cp949",
+]  # fmt: skip
+_EXCEL = "cp1252"  # what Excel writes in most of Europe and the Americas
+# Python's own codecs that stand for no encoding of files.
+_NO_CHARSETS = {"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape"}
 
 
 @dataclass(frozen=True)
 class Text:
-    """How the content is read as text, and what stands in it."""
+    """How the content is read as text."""
 
     encoding: str
-    mark: int
+    mark: int = 0
     """Bytes of the byte order mark."""
 
-    blank: bool
-    """Whether there is nothing but white space."""
-
-    backslash: bool
-    """Whether there is a backslash anywhere."""
-
-    single: bool
-    """Whether anywhere a cell begins with a single quote."""
-
-    spaced: bool
-    """Whether anywhere a double quote follows a delimiter and a space."""
+    named: bool = False
+    """Whether the user named the encoding."""
 
 
-def read_as_text(content: Content) -> Text:
-    """Find the encoding and decode everything once; raises StageError (DatasetUnreadable)."""
-    encoding, mark = _declared(content.start)
-    if encoding:
-        return _survey(content, encoding, mark)
+def check_encoding(name: str | None) -> None:
+    """Raise StageError(InvalidConfig) when Python knows no such text encoding."""
+    if name is None:
+        return
     try:
-        return _survey(content, "utf-8", 0)
-    except _BadByteError as error:
-        encoding, doubt = _western_encoding(content)
-        if encoding is None:
-            raise unreadable(content.uri, f"{error.message} {doubt} {_REMEDY}") from error
-        return _survey(content, encoding, 0)
+        known = codecs.lookup(name).name.replace("_", "-") not in _NO_CHARSETS
+        "".encode(name)  # of those that turn bytes into bytes, e.g. base64, it knows nothing
+    except (LookupError, ValueError):
+        known = False
+    if not known:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"spec.dataset.encoding: {name!r} is no encoding of text that is known here; write "
+            "its IANA name, e.g. windows-1252 or shift_jis, or leave it out for UTF-8.",
+        )
 
 
-def _declared(start: bytes) -> tuple[str | None, int]:
+def find_encoding(content: Content, named: str | None) -> Text:
+    """The encoding by its mark, or as named; raises StageError where these contradict."""
+    check_encoding(named)
     for bom, encoding in _MARKS:
-        if start.startswith(bom):
-            return encoding, len(bom)
-    zeros = tuple(byte == 0 for byte in start[:4])
-    return _ZEROS.get(zeros), 0  # type: ignore[arg-type]
-
-
-class _BadByteError(Exception):
-    """A byte that UTF-8 does not have."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
-
-
-def _survey(content: Content, encoding: str, mark: int) -> Text:
-    blank, backslash, single, spaced = True, False, False, False
-    last = "\n"
-    for text in _decoded(content, encoding, mark):
-        piece = last + text
-        last = text[-2:] or last
-        blank = blank and not text.strip()
-        backslash = backslash or "\\" in text
-        single = single or ("'" in text and bool(_SINGLE.search(piece)))
-        spaced = spaced or ('"' in text and bool(_SPACED.search(piece)))
-    return Text(encoding, mark, blank, backslash, single, spaced)
-
-
-def _decoded(content: Content, encoding: str, mark: int) -> Iterator[str]:
-    """The text in chunks; what can't be read raises StageError with its position."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    with content.open() as stream:
-        position = len(stream.read(mark))
-        while True:
-            chunk = stream.read(CHUNK)
-            waiting = len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                byte = error.object[error.start]
-                at = position - waiting + error.start
-                raise _bad(content, at, byte, encoding, mark) from None
-            if "\0" in text:
-                before = text[: text.index("\0")].encode(encoding)
+        if content.start.startswith(bom):
+            if named and not _same(named, encoding):
                 raise unreadable(
                     content.uri,
-                    f"is no text: byte {position - waiting + len(before)} (0x00) can't be in one. "
-                    "Export it as CSV in UTF-8.",
+                    f"begins with the mark of {encoding.upper()}, but spec.dataset.encoding is "
+                    f"{named}: leave it out.",
                 )
-            if text:
-                yield text
-            if not chunk:
-                return
-            position += len(chunk)
+            return Text(encoding, len(bom))
+    if named:
+        return Text(named, named=True)
+    zeros = tuple(byte == 0 for byte in content.start[:4])
+    return Text(_ZEROS.get(zeros, "utf-8"))  # type: ignore[arg-type]
 
 
-def _bad(content: Content, position: int, byte: int, encoding: str, mark: int) -> Exception:
-    text = f"is not {encoding.upper()} text: byte {position} (0x{byte:02x}) can't be read."
-    if encoding == "utf-8" and not mark:
-        return _BadByteError(text)
-    return unreadable(content.uri, f"{text} {_REMEDY}")
+def _same(named: str, encoding: str) -> bool:
+    """Whether a name such as UTF-16 stands for an encoding such as utf-16-le."""
+    plain = codecs.lookup(named).name.replace("_", "-").removesuffix("-sig")
+    return encoding in (plain, f"{plain}-le", f"{plain}-be")
+
+
+def beginning(content: Content, text: Text) -> str:
+    """The first characters from the first one on that is no white space; "" where there is none."""
+    with open_text(content, text) as stream:
+        while piece := stream.read(CHUNK):
+            if found := piece.lstrip():
+                return found[:BEGINNING]
+    return ""
 
 
 class LongLineError(Exception):
     """A line is longer than MAX_LINE."""
 
 
+class _NulError(Exception):
+    """A NUL character, which no text has."""
+
+
+class TextStream:
+    """The decoded text, with its line ends as they are."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self._stream = stream
+
+    def read(self, size: int) -> str:
+        """Up to `size` characters; "" at the end."""
+        text = self._stream.read(size)
+        if "\0" in text:
+            raise _NulError
+        return text
+
+    def lines(self) -> Iterator[str]:
+        """Lines with their ends, which may be \\n, \\r\\n or \\r; raises LongLineError."""
+        read = self._stream.readline
+        while line := read(MAX_LINE + 1):
+            if len(line) > MAX_LINE:
+                raise LongLineError
+            if "\0" in line:
+                raise _NulError
+            yield line
+
+
 @contextmanager
-def open_text(content: Content, text: Text) -> Iterator[io.TextIOWrapper]:
-    """The decoded text, without its byte order mark and with its line ends as they are."""
+def open_text(content: Content, text: Text) -> Iterator[TextStream]:
+    """The text behind its mark; reading it raises StageError where it can't be decoded."""
     with content.open() as plain:
         plain.read(text.mark)
         with io.TextIOWrapper(plain, encoding=text.encoding, newline="") as stream:
-            yield stream
+            try:
+                yield TextStream(stream)
+            except (UnicodeDecodeError, _NulError) as error:
+                raise _explained(content, text) from error
 
 
 @contextmanager
 def open_lines(content: Content, text: Text) -> Iterator[Iterator[str]]:
-    """Lines with their ends, which may be \\n, \\r\\n or \\r; iterating raises LongLineError."""
+    """The lines of the text; iterating raises LongLineError, and StageError as open_text."""
     with open_text(content, text) as stream:
-        yield _lines(stream)
+        yield stream.lines()
 
 
-def _lines(stream: io.TextIOWrapper) -> Iterator[str]:
-    read = stream.readline
-    while line := read(MAX_LINE + 1):
-        if len(line) > MAX_LINE:
-            raise LongLineError
-        yield line
-
-
-@dataclass(frozen=True)
-class _HighBytes:
-    """What is outside ASCII in the file."""
-
-    sample: bytes
-    """Lines with such bytes."""
-
-    windows: bool
-    """Whether bytes from 0x80 to 0x9f occur, which Latin-1 has no letters for."""
-
-    undefined: int | None
-    """Position of the first byte that Windows-1252 does not have."""
-
-    cut: bool
-    """Whether the file ends within what would be a letter of UTF-8."""
-
-
-def _western_encoding(content: Content) -> tuple[str | None, str]:
-    """The encoding, or None and why it is none of these."""
-    seen = _sample_high_bytes(content)
-    if doubt := _doubt(seen):
-        return None, doubt
-    return ("cp1252" if seen.windows else "iso-8859-1"), ""
-
-
-def _sample_high_bytes(content: Content) -> _HighBytes:
-    sample = bytearray()
-    windows, undefined, position, end = False, None, 0, b""
+def _explained(content: Content, text: Text) -> StageError:
+    """Where the first byte is that can't be read, and what to do; reads from the start again."""
+    decoder = codecs.getincrementaldecoder(text.encoding)()
     with content.open() as stream:
+        position = len(stream.read(text.mark))
         while chunk := stream.read(CHUNK):
-            windows = windows or len(chunk.translate(None, _C1)) < len(chunk)
-            if undefined is None and (gap := _UNDEFINED.search(chunk)):
-                undefined = position + gap.start()
-            if len(sample) < SAMPLE:
-                sample += b"\n".join(_LINES.findall(chunk))[:SAMPLE] + b"\n"
+            waiting = len(decoder.getstate()[0])
+            try:
+                found = decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                byte = error.object[error.start]
+                return _undecodable(content, text, position - waiting + error.start, byte)
+            if "\0" in found:
+                before = len(found[: found.index("\0")].encode(text.encoding))
+                return unreadable(
+                    content.uri,
+                    f"is no text: byte {position - waiting + before} (0x00) can't be in one. "
+                    "Export it as CSV in UTF-8.",
+                )
             position += len(chunk)
-            end = (end + chunk)[-3:]
-    return _HighBytes(bytes(sample), windows, undefined, bool(_CUT.search(end)))
+    rest = decoder.getstate()[0]
+    return _undecodable(content, text, position - len(rest), rest[0] if rest else 0, cut=True)
 
 
-def _doubt(seen: _HighBytes) -> str | None:
-    """Why the text is not Western, if it is not."""
-    high = len(_HIGH.findall(seen.sample))
-    utf8 = sum(len(found) for found in _UTF8.findall(seen.sample))
-    if utf8 * 2 >= high or (seen.cut and high - utf8 <= 3):
-        return "The rest of it is UTF-8, so that place is damaged."
-    if seen.undefined is not None:
-        return f"Nor is it Windows-1252 (byte {seen.undefined})."
-    text = seen.sample.decode("cp1252", "replace")
-    odd = sum(len(run) for run in _RUN.findall(text))
-    odd += len(_INSIDE.findall(text)) + 2 * len(_BEHIND.findall(text))
-    if odd * 10 > high:
-        return "Nor does it look like Latin-1 or Windows-1252."
-    if utf8 * 20 > high:
-        return "It mixes encodings."
-    return _other_language(seen.sample[:GUESSED]) or _other_letters(text)
+def _undecodable(
+    content: Content, text: Text, position: int, byte: int, *, cut: bool = False
+) -> StageError:
+    found = f"is not {text.encoding.upper()} text: byte {position} (0x{byte:02x}) can't be read"
+    if cut:
+        found += ", since the file ends within a letter"
+    if text.named:
+        remedy = "Correct spec.dataset.encoding, or save the file as UTF-8."
+    elif cut:
+        remedy = "Is it cut off? Upload it again."
+    elif text.mark or text.encoding != "utf-8":
+        remedy = "Save it as UTF-8."
+    else:
+        remedy = _guess(content)
+    return unreadable(content.uri, f"{found}. {remedy}")
 
 
-def _other_language(sample: bytes) -> str | None:
-    best = from_bytes(sample).best()
-    if best is None or best.language in _LANGUAGES or best.coherence < _SURE:
-        return None
-    if str(best) == sample.decode("cp1252", "replace"):
-        return None
-    return f"It looks like {best.encoding} ({best.language})."
+def _guess(content: Content) -> str:
+    """What the encoding may be instead of UTF-8, and the remedy."""
+    sample = _foreign_lines(content)
+    text = sample.decode("utf-8", "replace")
+    damaged = text.count("\ufffd")
+    if sum(not letter.isascii() for letter in text) > 2 * damaged:
+        return "Most of it is UTF-8, so that place is damaged: correct it."
+    guesses = [match.encoding for match in from_bytes(sample, cp_isolation=_USUAL)][:GUESSES]
+    if _EXCEL not in guesses and "\ufffd" not in sample.decode(_EXCEL, "replace"):
+        guesses.append(_EXCEL)
+    shown = " or ".join(name.replace("cp125", "windows-125") for name in guesses)
+    guess = f"It may be {shown}. " if shown else ""
+    return (
+        f'{guess}Save it as UTF-8 (Excel: "CSV UTF-8"), or name its encoding in '
+        "spec.dataset.encoding."
+    )
 
 
-def _other_letters(text: str) -> str | None:
-    if _HUNGARIAN.search(text) and _ACCENTS.search(text):
-        return "It looks like ISO-8859-2 or Windows-1250 (Hungarian)."
-    return "It looks like ISO-8859-15." if _LATIN_9.search(text) else None
+def _foreign_lines(content: Content) -> bytes:
+    """Lines with bytes outside ASCII."""
+    sample = bytearray()
+    with content.open() as stream:
+        while (line := stream.readline(1 << 12)) and len(sample) < SAMPLE:
+            if not line.isascii():
+                sample += line
+    return bytes(sample)

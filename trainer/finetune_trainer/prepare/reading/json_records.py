@@ -1,12 +1,17 @@
-"""JSON lines and JSON arrays of objects, read object by object."""
+"""JSON lines and JSON arrays of objects, read object by object.
+
+NaN, and keys that stand twice in an object, are a fault only in what is used of it.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from itertools import chain, islice
+from typing import Any
 
 from finetune_trainer.prepare.reading.content import Content, unreadable
 from finetune_trainer.prepare.reading.encoding import (
@@ -16,10 +21,10 @@ from finetune_trainer.prepare.reading.encoding import (
     open_lines,
     open_text,
 )
-from finetune_trainer.prepare.reading.record import DamageError, Row
+from finetune_trainer.prepare.reading.record import DamageError, Oddities, Row, name_of
 
 KEYS_FROM = 100  # objects whose keys together are the columns
-KEYS_SIZE = 1 << 20  # characters of keys; with more, no further keys are looked for
+KEYS_SIZE = 1 << 16  # characters of keys; an object with more tells nothing
 _PIECE = 1 << 20  # characters
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -31,32 +36,80 @@ class NotJsonError(Exception):
     """The text is no JSON; the message says why and where."""
 
 
-def _constant(name: str) -> NoReturn:
-    raise NotJsonError(f"{name} is no JSON value")
+class _Repeated(dict[str, Any]):
+    """An object in which keys stand twice; the last value of each counts."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.twice = {key for key, count in Counter(k for k, _ in pairs).items() if count > 1}
 
 
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise NotJsonError(f"the key {twice[:60]!r} occurs twice")
-    return found
+class _Decoder:
+    """JSON as Python reads it, which remembers whether keys stood twice in the latest value."""
+
+    def __init__(self) -> None:
+        self._repeats = False
+        self._json = json.JSONDecoder(object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) == len(pairs):
+            return found
+        self._repeats = True
+        return _Repeated(pairs)
+
+    def parse(self, text: str) -> Any:
+        """The value of a whole text; raises NotJsonError."""
+        self._repeats = False
+        try:
+            return self._json.decode(text)
+        except json.JSONDecodeError as error:
+            raise NotJsonError(f"{error.msg} at character {error.pos + 1}") from error
+        except (RecursionError, ValueError) as error:
+            raise NotJsonError(_why(error)) from None
+
+    def parse_at(self, text: str, position: int) -> tuple[Any, int]:
+        """The value that begins there, and its end; raises what json raises."""
+        self._repeats = False
+        return self._json.raw_decode(text, position)
+
+    def repeated(self, value: Any, wanted: Collection[str] | None = None) -> str | None:
+        """A key that stands twice in the latest value: one of those wanted, or below them."""
+        return _repeated(value, wanted) if self._repeats else None
 
 
-DECODER = json.JSONDecoder(parse_constant=_constant, object_pairs_hook=_pairs)
+def _why(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return "a number in it has thousands of digits"  # Python's limit for an integer
+
+
+def _repeated(value: Any, wanted: Collection[str] | None) -> str | None:
+    waiting: list[tuple[Any, Collection[str] | None]] = [(value, wanted)]
+    while waiting:
+        value, wanted = waiting.pop()
+        if isinstance(value, _Repeated):
+            for key in value.twice:
+                if wanted is None or key in wanted:
+                    return key
+        if isinstance(value, dict):
+            waiting += [(part, None) for key, part in value.items() if not wanted or key in wanted]
+        elif isinstance(value, list):
+            waiting += [(part, None) for part in value]
+    return None
 
 
 def parse(text: str) -> Any:
-    """The value of a whole text; raises NotJsonError."""
-    try:
-        return DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise NotJsonError(f"{error.msg} at character {error.pos + 1}") from error
-    except RecursionError:
-        raise NotJsonError("it is nested too deeply") from None
-    except ValueError:  # Python's limit for the digits of an integer
-        raise NotJsonError("a number in it has thousands of digits") from None
+    """The value of a whole text, in which no key stands twice; raises NotJsonError."""
+    decoder = _Decoder()
+    value = decoder.parse(text)
+    if (key := decoder.repeated(value)) is not None:
+        raise NotJsonError(_twice(key))
+    return value
+
+
+def _twice(key: str) -> str:
+    return f"the key {name_of(key)} occurs twice"
 
 
 class JsonLines:
@@ -68,7 +121,10 @@ class JsonLines:
     def __init__(self, content: Content, text: Text) -> None:
         self.content = content
         self.text = text
-        self.fields = _keys(self.items())
+        self.oddities = Oddities()
+        self._decoder = _Decoder()
+        self.shapes = _shapes(self.items())
+        self.fields = _union(self.shapes)
         if not self.fields and self._spread():
             raise unreadable(
                 content.uri,
@@ -93,9 +149,9 @@ class JsonLines:
         """What to say when there are no rows."""
         return "has no lines: write an object into each"
 
-    def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
+    def rows(self, wanted: Sequence[str], optional: Collection[str] = ()) -> Iterator[Row]:  # noqa: ARG002 - may be null
         """The lines that are not blank."""
-        return _values(self.items(), wanted)
+        return _values(self.items(), wanted, self._decoder)
 
     def items(self) -> Iterator[Item]:
         """Number and value of each line; raises DamageError."""
@@ -104,17 +160,16 @@ class JsonLines:
             try:
                 for number, line in enumerate(lines, start=1):
                     if line.strip(" \t\r\n"):
-                        yield number, _value(line)
+                        yield number, self._value(line)
             except LongLineError:
                 cause = f"it has over {MAX_LINE:,} characters"
                 raise DamageError(number + 1, number + 1, cause) from None
 
-
-def _value(line: str) -> Any:
-    try:
-        return parse(line)
-    except NotJsonError as error:
-        return error
+    def _value(self, line: str) -> Any:
+        try:
+            return self._decoder.parse(line)
+        except NotJsonError as error:
+            return error
 
 
 class JsonArray:
@@ -126,7 +181,10 @@ class JsonArray:
     def __init__(self, content: Content, text: Text) -> None:
         self.content = content
         self.text = text
-        self.fields = _keys(self.items())
+        self.oddities = Oddities()
+        self._decoder = _Decoder()
+        self.shapes = _shapes(self.items())
+        self.fields = _union(self.shapes)
 
     @property
     def described(self) -> dict[str, str | None]:
@@ -138,14 +196,14 @@ class JsonArray:
         """What to say when there are no rows."""
         return "is an empty array: write objects into it"
 
-    def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
+    def rows(self, wanted: Sequence[str], optional: Collection[str] = ()) -> Iterator[Row]:  # noqa: ARG002 - may be null
         """The elements; raises DamageError."""
-        return _values(self.items(), wanted)
+        return _values(self.items(), wanted, self._decoder)
 
     def items(self) -> Iterator[Item]:
         """Number and value of each element; raises DamageError."""
         with open_text(self.content, self.text) as stream:
-            window = _Window(stream.read)
+            window = _Window(stream.read, self._decoder)
             window.expect("[", 1)
             number = 1
             if window.next() == "]":
@@ -162,8 +220,9 @@ class JsonArray:
 class _Window:
     """The part of the text in which the next element lies."""
 
-    def __init__(self, read: Callable[[int], str]) -> None:
+    def __init__(self, read: Callable[[int], str], decoder: _Decoder) -> None:
         self._read = read
+        self._decoder = decoder
         self._text = ""
         self._ended = False
         self.position = 0
@@ -199,16 +258,15 @@ class _Window:
         return found
 
     def value(self, number: int) -> object:
-        """Take the next element; what is wrong in it alone is returned as NotJsonError."""
+        """Take the next element; raises DamageError where it can't be told where it ends."""
         self.next()
         while True:
             try:
-                value, end = DECODER.raw_decode(self._text, self.position)
+                value, end = self._decoder.parse_at(self._text, self.position)
             except json.JSONDecodeError as error:
                 cause = f"it is no JSON: {error.msg}"
-            except (NotJsonError, RecursionError, ValueError) as error:
-                why = "it is nested too deeply" if isinstance(error, RecursionError) else error
-                raise DamageError(number, number, f"it is no JSON: {why}") from None
+            except (RecursionError, ValueError) as error:
+                raise DamageError(number, number, f"it is no JSON: {_why(error)}") from None
             else:
                 if end < len(self._text) or self._ended:  # else a number may go on
                     self.position = end
@@ -221,27 +279,29 @@ class _Window:
                 raise DamageError(number, number, cause)
 
 
-def _keys(items: Iterator[Item]) -> list[str]:
-    """The keys of the first objects, in the order in which they come."""
-    found: dict[str, None] = {}
-    seen = 0
-    try:
-        for _, value in items:
-            if isinstance(value, dict):
-                found.update(dict.fromkeys(value))
-                seen += 1
-                if seen == KEYS_FROM or sum(map(len, found)) > KEYS_SIZE:
-                    break
-    except DamageError:
-        pass  # it is reported where rows are read
+def _shapes(items: Iterator[Item]) -> list[tuple[str, ...]]:
+    """The different keys of the first objects, in the order in which they come."""
+    found: dict[tuple[str, ...], None] = {}
+    with suppress(DamageError):  # it is reported where rows are read
+        objects = (value for _, value in items if isinstance(value, dict))
+        for value in islice(objects, KEYS_FROM):
+            if sum(map(len, value)) <= KEYS_SIZE:
+                found[tuple(value)] = None
     return list(found)
 
 
-def _values(items: Iterator[Item], wanted: Sequence[str]) -> Iterator[Row]:
-    """The wanted values of each object."""
+def _union(shapes: list[tuple[str, ...]]) -> list[str]:
+    return list(dict.fromkeys(chain.from_iterable(shapes)))
+
+
+def _values(items: Iterator[Item], wanted: Sequence[str], decoder: _Decoder) -> Iterator[Row]:
+    """The wanted values of each object, which the decoder has just read."""
     for number, value in items:
         if isinstance(value, dict):
-            yield number, number, [value.get(key) for key in wanted]
+            if (key := decoder.repeated(value, wanted)) is not None:
+                yield number, number, _twice(key)
+            else:
+                yield number, number, [value.get(key) for key in wanted]
         elif isinstance(value, NotJsonError):
             yield number, number, f"it is no JSON: {value}"
         else:

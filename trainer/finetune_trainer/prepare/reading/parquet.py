@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from finetune_trainer.contract import StageError
 from finetune_trainer.prepare.reading.content import BOMB_RATIO, Content, expands_to, unreadable
-from finetune_trainer.prepare.reading.record import Row, clip, name_of
+from finetune_trainer.prepare.reading.record import Oddities, Row, clip, name_of
 
 BATCH, BATCH_BYTES = 64, 16 << 20  # what is in memory at once, as Python objects
 BUFFER = 1 << 20  # bytes read ahead of each column
@@ -27,6 +27,7 @@ class Parquet:
 
     def __init__(self, content: Content) -> None:
         self.content = content
+        self.oddities = Oddities()
         with self._open() as parquet:
             self.schema: pa.Schema = parquet.schema_arrow
             self.fields = list(self.schema.names)
@@ -44,19 +45,23 @@ class Parquet:
         return "has columns and no rows: write examples into it"
 
     def check_types(self, wanted: dict[str, str]) -> None:
-        """Text, or lists of messages where they may be; raises StageError."""
+        """Text, whole numbers and truth values, or lists of messages where they may be."""
         for part, name in wanted.items():
             kind = self.schema.field(name).type
             lists = part in ("messages", "prompt", "completion", "tools", "functions")
-            if not (_is_text(kind) or (lists and _is_messages(kind))):
-                due = "text or a list of objects" if lists else "text"
-                raise unreadable(
-                    self.content.uri,
-                    f"has the column {name_of(name)} of type {clip(str(kind), 80)}, not {due}: "
-                    "convert it, or map another column in spec.dataset.columns.",
-                )
+            whole = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+            if _is_text(kind) or (lists and _is_messages(kind)):
+                continue
+            if whole and part not in ("messages", "tools", "functions"):
+                continue
+            due = "text or a list of objects" if lists else "text"
+            raise unreadable(
+                self.content.uri,
+                f"has the column {name_of(name)} of type {clip(str(kind), 80)}, not {due}: "
+                "convert it, or map another column in spec.dataset.columns.",
+            )
 
-    def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
+    def rows(self, wanted: Sequence[str], optional: Collection[str] = ()) -> Iterator[Row]:  # noqa: ARG002 - may be null
         """The wanted values of each row; raises StageError (DatasetUnreadable)."""
         number = 0
         with self._open() as parquet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
@@ -20,6 +20,18 @@ IN_MEMORY = 1 << 20  # bytes of bad rows that are kept in memory; more go to a t
 Row = tuple[int, int, Sequence[Any] | str]
 """Number and line of a row, and the values of the wanted columns or the cause why it has none."""
 
+SHARD_SHIFT = 32
+
+
+def place_of(shard: int, row: int) -> int:
+    """One number for a row of a shard, the first being 0: in a single file the row's own."""
+    return (shard << SHARD_SHIFT) | row
+
+
+def shard_and_row(place: int) -> tuple[int, int]:
+    """What place_of was made of."""
+    return place >> SHARD_SHIFT, place & ((1 << SHARD_SHIFT) - 1)
+
 
 class Reader(Protocol):
     """One format: its columns, and its rows from the first on, as often as asked for."""
@@ -31,6 +43,9 @@ class Reader(Protocol):
     fields: list[str]
     """The columns, or keys."""
 
+    oddities: Oddities
+    """What was passed over by the latest reading of all rows."""
+
     @property
     def described(self) -> dict[str, str | None]:
         """What is special about the format, for Detected."""
@@ -39,8 +54,25 @@ class Reader(Protocol):
     def empty(self) -> str:
         """What to say when there are no rows."""
 
-    def rows(self, wanted: Sequence[str]) -> Iterator[Row]:
-        """The rows with the values of these columns; raises DamageError or StageError."""
+    def rows(self, wanted: Sequence[str], optional: Collection[str] = ()) -> Iterator[Row]:
+        """The rows with the values of these columns; raises DamageError or StageError.
+
+        A column that is optional may be missing in a row.
+        """
+
+
+@dataclass
+class Oddities:
+    """What a spreadsheet leaves behind and a reader passes over, counted in rows."""
+
+    blank: int = 0
+    """Nothing in them but white space, and delimiters."""
+
+    short: int = 0
+    """Cells missing at the end that are not needed."""
+
+    long: int = 0
+    """Empty cells behind the last column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +81,8 @@ class Record:
 
     number: int
     """Of the row in a table, blank rows included, the header being 1; of the line in JSON lines,
-    of the element in a JSON array, of the row in Parquet, each from 1."""
+    of the element in a JSON array, of the row in Parquet, each from 1. With the number of the
+    shard in it (`shard_and_row`)."""
 
     messages: tuple[Message, ...]
     """Turns that end with an assistant's."""
@@ -68,30 +101,39 @@ class Problems:
 
     count: int = 0
     first: list[BadRow] = field(default_factory=list)
+    shards: Sequence[str] = ()
+    """Names of the shards; empty for a dataset of one file."""
+
     _all: IO[str] = field(default_factory=_spool, repr=False)
 
     def __post_init__(self) -> None:
         weakref.finalize(self, self._all.close)
 
-    def add(self, row: int, cause: str) -> None:
-        """Note a row; a long cause is cut."""
+    def add(self, place: int, cause: str) -> None:
+        """Note a row by its Record.number; a long cause is cut."""
         cause = clip(cause)
         self.count += 1
         if len(self.first) < SHOWN:
-            self.first.append(BadRow(row=row, cause=cause))
-        self._all.write(json.dumps([row, cause]) + "\n")
+            self.first.append(self._bad_row(place, cause))
+        self._all.write(json.dumps([place, cause]) + "\n")
 
     def __iter__(self) -> Iterator[BadRow]:
         """All of them, in the order of the file; not while rows are being added."""
         self._all.seek(0)
         for line in self._all:
-            row, cause = json.loads(line)
-            yield BadRow(row=row, cause=cause)
+            yield self._bad_row(*json.loads(line))
+
+    def _bad_row(self, place: int, cause: str) -> BadRow:
+        shard, row = shard_and_row(place)
+        return BadRow(file=self.shards[shard] if self.shards else None, row=row, cause=cause)
 
     def describe(self, unit: str) -> str:
         """`2 bad rows. row 3: …; row 5: …`."""
         more = self.count - len(self.first)
-        listed = "; ".join(f"{unit} {bad.row}: {bad.cause}" for bad in self.first)
+        listed = "; ".join(
+            f"{f'{name_of(bad.file)} ' if bad.file else ''}{unit} {bad.row}: {bad.cause}"
+            for bad in self.first
+        )
         return f"{plural(self.count, f'bad {unit}')}. {listed}" + (
             f"; and {more:,} more" if more else ""
         )

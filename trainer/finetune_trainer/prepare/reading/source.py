@@ -1,9 +1,10 @@
-"""A dataset file: finding out what it is, and its records."""
+"""A dataset as its files are: what each of them is, and its records."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finetune_trainer.contract import (
@@ -16,28 +17,34 @@ from finetune_trainer.contract import (
     Tool,
     allowed,
 )
-from finetune_trainer.prepare.reading.content import GZIP, PARQUET, Content, foreign, unreadable
+from finetune_trainer.prepare.reading.content import PARQUET, Content, foreign, unreadable
 from finetune_trainer.prepare.reading.conversation import Conversation, InvalidError
-from finetune_trainer.prepare.reading.encoding import Text, read_as_text
+from finetune_trainer.prepare.reading.encoding import Text, beginning, check_encoding, find_encoding
 from finetune_trainer.prepare.reading.json_records import JsonArray, JsonLines
 from finetune_trainer.prepare.reading.layout import (
+    OPTIONAL,
     Layout,
     builder,
     check_columns,
     check_unique,
     default_layout,
+    find_json_layout,
     find_layout,
     fit,
     missing_column,
+    plain,
     with_tools,
 )
 from finetune_trainer.prepare.reading.parquet import Parquet
 from finetune_trainer.prepare.reading.record import (
     UNUSED_SHOWN,
     DamageError,
+    Oddities,
     Problems,
     Reader,
     Record,
+    names,
+    place_of,
     printable,
 )
 from finetune_trainer.prepare.reading.table import Table
@@ -46,37 +53,86 @@ _JSON_BEGINS = re.compile(r'\{\s*"|\[\s*[\[{]')
 """How JSON begins, where a CSV file is expected."""
 
 
-class Source:
-    """An opened dataset; after the last record, what was counted on the way."""
+Built = tuple[Conversation, Sequence[Tool]] | str
+"""A conversation with its tools, or why there is none."""
 
-    def __init__(
-        self, reader: Reader, layout: Layout, dataset: Dataset, uri: str, compression: str | None
-    ) -> None:
-        self._reader = reader
-        self._layout = layout
-        self._dataset = dataset
-        self._uri = uri
-        self.rows = 0
-        """Rows read so far, blank lines not counted."""
 
-        self._ignored: set[str] = set()
-        used = set(layout.columns.values())
-        self._detected = DetectedFile(
-            format=reader.format,
-            layout=layout.kind,
-            columns=layout.columns,
-            unused_columns=tuple(printable(name) for name in reader.fields if name not in used)[
-                :UNUSED_SHOWN
-            ],
-            compression=compression,
-            **reader.described,
-        )
+@dataclass(frozen=True)
+class Shard:
+    """A file of which reader and layout are known."""
+
+    index: int
+    """Its place among the files, empty ones included."""
+
+    reader: Reader
+    layout: Layout
+    uri: str
+    compression: str | None
+    ignored: set[str] = field(default_factory=set)
+    """Keys of messages that nothing was taken from, as far as it has been read."""
 
     @property
     def detected(self) -> DetectedFile:
-        """What the file was found to be, as far as it has been read."""
-        keys = tuple(printable(key) for key in sorted(self._ignored)[:UNUSED_SHOWN])
-        return self._detected.model_copy(update={"unused_message_keys": keys or None})
+        """What it was found to be, as far as it has been read."""
+        used = set(self.layout.columns.values())
+        unused = [printable(name) for name in self.reader.fields if name not in used]
+        return DetectedFile(
+            format=self.reader.format,
+            layout=self.layout.kind,
+            columns=self.layout.columns,
+            loosely_matched=self.layout.loosely_matched,
+            unused_columns=tuple(unused[:UNUSED_SHOWN]),
+            unused_message_keys=tuple(map(printable, sorted(self.ignored)[:UNUSED_SHOWN])) or None,
+            compression=self.compression,
+            **self.reader.described,
+        )
+
+    def built(self, system_prompt: str | None) -> Iterator[tuple[int, int, Built]]:
+        """Number and line of each row, and its conversation or why it has none."""
+        build = builder(self.layout, system_prompt, self.ignored)
+        wanted = list(self.layout.columns.values())
+        for number, line, values in self.reader.rows(wanted, self.layout.optional):
+            if isinstance(values, str):
+                yield number, line, values
+                continue
+            try:
+                yield number, line, build(values)
+            except InvalidError as error:
+                yield number, line, str(error)
+
+
+class Source:
+    """An opened dataset; after the last record, what was counted on the way."""
+
+    def __init__(self, shards: Sequence[Shard], count: int, dataset: Dataset, uri: str) -> None:
+        self._shards = shards
+        self._dataset = dataset
+        self._uri = uri
+        self.rows_of_shards = [0] * count
+        """Rows read so far of each file, blank lines not counted."""
+
+    @property
+    def detected(self) -> DetectedFile:
+        """What the first file was found to be, with what was ignored in any."""
+        every = set().union(*(shard.ignored for shard in self._shards))
+        return replace(self._shards[0], ignored=every).detected
+
+    @property
+    def rows(self) -> int:
+        """Rows read so far of all files."""
+        return sum(self.rows_of_shards)
+
+    @property
+    def oddities(self) -> Oddities | None:
+        """What was passed over in the rows of a table; None for other formats."""
+        if self.detected.format != Table.format:
+            return None
+        every = [shard.reader.oddities for shard in self._shards]
+        return Oddities(
+            blank=sum(each.blank for each in every),
+            short=sum(each.short for each in every),
+            long=sum(each.long for each in every),
+        )
 
     def summary(self, problems: Problems) -> DatasetSummary:
         """What has been counted so far."""
@@ -87,52 +143,43 @@ class Source:
         )
 
     def records(self, problems: Problems) -> Iterator[Record]:
-        """The usable rows in the order of the file; the others go to `problems`.
+        """The usable rows in the order of the files; the others go to `problems`.
 
         With onInvalidRow `fail` no record follows a problem, but reading goes on to the end.
         Raises StageError, in part after the last record: DatasetEmpty; InvalidRows, with the
-        summary; DatasetUnreadable for damaged Parquet.
+        summary; DatasetUnreadable for text that can't be decoded and damaged archives.
         """
-        self.rows = 0
-        skip = self._dataset.on_invalid_row == "skip"
-        try:
-            for number, line, built in self._built():
-                self.rows += 1
-                if isinstance(built, str):
-                    problems.add(number, built + self._place(number, line))
-                    continue
-                if skip or not problems.count:
-                    messages, tools = built
-                    yield Record(number, messages, tuple(tools))
-        except DamageError as damage:
-            self.rows += 1
-            cause = damage.cause + self._place(damage.row, damage.line)
-            raise self._damaged(damage.row, cause, problems) from damage
+        self.rows_of_shards = [0] * len(self.rows_of_shards)
+        for shard in self._shards:
+            yield from self._records_of(shard, problems)
         self.check(problems)
 
-    def _built(self) -> Iterator[tuple[int, int, tuple[Conversation, list[Tool]] | str]]:
-        build = builder(self._layout, self._dataset.system_prompt, self._ignored)
-        for number, line, values in self._reader.rows(list(self._layout.columns.values())):
-            if isinstance(values, str):
-                yield number, line, values
-                continue
-            try:
-                yield number, line, build(values)
-            except InvalidError as error:
-                yield number, line, str(error)
-
-    def _place(self, number: int, line: int) -> str:
-        return "" if line == number else f" (line {line} of the file)"
+    def _records_of(self, shard: Shard, problems: Problems) -> Iterator[Record]:
+        skip = self._dataset.on_invalid_row == "skip"
+        counted, index, first = self.rows_of_shards, shard.index, place_of(shard.index, 0)
+        try:
+            for number, line, built in shard.built(self._dataset.system_prompt):
+                counted[index] += 1
+                if isinstance(built, str):
+                    problems.add(first + number, built + _line(number, line))
+                elif skip or not problems.count:
+                    messages, tools = built
+                    yield Record(first + number, messages, tuple(tools))
+        except DamageError as damage:
+            counted[index] += 1
+            cause = damage.cause + _line(damage.row, damage.line)
+            raise self._damaged(shard, damage.row, cause, problems) from damage
 
     def check(self, problems: Problems) -> None:
         """Raise StageError when no row was read, or more are bad than may be."""
-        unit = self._reader.unit
+        reader = self._shards[0].reader
+        unit = reader.unit
         if not self.rows:
-            raise StageError(Reason.DATASET_EMPTY, f"{self._uri} {self._reader.empty}.")
+            raise StageError(Reason.DATASET_EMPTY, f"{self._uri} {reader.empty}.")
         if not problems.count:
             return
         found = f"{self._uri} has {problems.describe(unit)}."
-        header = "The header is row 1. " if isinstance(self._reader, Table) else ""
+        header = "The header is row 1. " if isinstance(reader, Table) else ""
         limit = self._dataset.max_invalid_rows
         if self._dataset.on_invalid_row == "fail":
             remedy = "Correct or remove them, or set spec.dataset.onInvalidRow: skip."
@@ -148,16 +195,21 @@ class Source:
         text = f"{found} {header}{remedy}"
         raise StageError(Reason.INVALID_ROWS, text, dataset=self.summary(problems))
 
-    def _damaged(self, row: int, cause: str, problems: Problems) -> StageError:
-        problems.add(row, cause)
-        unit = self._reader.unit
+    def _damaged(self, shard: Shard, row: int, cause: str, problems: Problems) -> StageError:
+        problems.add(place_of(shard.index, row), cause)
+        unit = shard.reader.unit
+        where = f" of {shard.uri}" if len(self.rows_of_shards) > 1 else ""
         text = (
-            f"{self._uri} has {problems.describe(unit)}. From {unit} {row} on it can't be told "
-            f"where {unit}s begin, so none can be skipped: correct it."
+            f"{self._uri} has {problems.describe(unit)}. From {unit} {row}{where} on it can't be "
+            f"told where {unit}s begin, so none can be skipped: correct it."
         )
         if problems.count > len(problems.first):
             text += f" There: {cause}."
         return StageError(Reason.INVALID_ROWS, text, dataset=self.summary(problems))
+
+
+def _line(number: int, line: int) -> str:
+    return "" if line == number else f" (line {line} of the file)"
 
 
 def read_records(file: Path, dataset: Dataset, uri: str, problems: Problems) -> Iterator[Record]:
@@ -166,16 +218,40 @@ def read_records(file: Path, dataset: Dataset, uri: str, problems: Problems) -> 
 
 
 def open_source(file: Path, dataset: Dataset, uri: str) -> Source:
-    """Find out what the file is. Its text is read through once, so what can't be read shows here.
+    """A dataset of one file; raises as open_shards."""
+    return open_shards([(file, uri)], dataset, uri)
+
+
+def open_shards(files: Sequence[tuple[Path, str]], dataset: Dataset, uri: str) -> Source:
+    """Find out what the files of a dataset are, each with its URI.
 
     Raises StageError: DatasetEmpty, DatasetUnreadable, ColumnNotFound, InvalidConfig, InvalidRows.
     """
     check_columns(dataset.columns)
+    check_encoding(dataset.encoding)
+    opened = [_open(index, *file, dataset) for index, file in enumerate(files)]
+    shards = [shard for shard in opened if shard]
+    if not shards:
+        raise StageError(
+            Reason.DATASET_EMPTY, f"{uri} is empty: write a header row and examples into it."
+        )
+    for shard in shards[1:]:
+        _check_same(shards[0], shard)
+    return Source(shards, len(files), dataset, uri)
+
+
+def _open(index: int, file: Path, uri: str, dataset: Dataset) -> Shard | None:
+    """The file with its reader and layout; None where there is nothing in it."""
     content = Content(file, uri)
     reader = _reader(content, dataset)
-    layout = find_layout(reader.fields, dataset.columns)
-    if layout is None and not reader.fields and isinstance(reader, JsonLines | JsonArray):
-        layout = default_layout(dataset.columns)
+    if reader is None:
+        return None
+    if isinstance(reader, JsonLines | JsonArray):
+        layout = find_json_layout(reader.shapes, dataset.columns, uri)
+        if layout is None and not reader.fields:
+            layout = default_layout(dataset.columns)
+    else:
+        layout = find_layout(reader.fields, dataset.columns)
     what = "column" if isinstance(reader, Table | Parquet) else "key"
     if layout is None:
         raise missing_column(reader.fields, dataset.columns, uri, what=what)
@@ -183,29 +259,46 @@ def open_source(file: Path, dataset: Dataset, uri: str) -> Source:
     check_unique(reader.fields, layout, uri)
     if isinstance(reader, Parquet):
         reader.check_types(layout.columns)
-    return Source(reader, layout, dataset, uri, content.compression)
+    return Shard(index, reader, layout, uri, content.compression)
 
 
-def _reader(content: Content, dataset: Dataset) -> Reader:
+def _check_same(first: Shard, other: Shard) -> None:
+    """Raise StageError(DatasetUnreadable) when two files are no parts of one table."""
+    if first.reader.format != other.reader.format:
+        here, there = other.reader.format, first.reader.format
+    else:
+        here, there = _described(other), _described(first)
+    if here == there:
+        return
+    raise unreadable(
+        other.uri,
+        f"has {here} where {first.uri} has {there}: files that are read as one dataset must have "
+        "the same format and the same columns. Name those that belong together by a pattern, or "
+        "convert them.",
+    )
+
+
+def _described(shard: Shard) -> str:
+    """The columns that are used, as a message names them and as two files are compared by."""
+    # What may be blank may also be missing in all of the objects that were looked at.
+    lacking = OPTIONAL if isinstance(shard.reader, JsonLines | JsonArray) else ()
+    asked = shard.layout.asked
+    return f"the columns {names(plain(asked[part]) for part in asked if part not in lacking)}"
+
+
+def _reader(content: Content, dataset: Dataset) -> Reader | None:
     start = content.start
     if start.startswith(PARQUET):
         _check_format(dataset.format, "Parquet", DataFormat.PARQUET, content.uri)
         return Parquet(content)
-    if content.compression and start.startswith(GZIP):
-        raise unreadable(content.uri, "is gzipped twice: compress it once.")
     if error := foreign(start, content.uri):
         raise error
-    text = read_as_text(content)
-    if text.blank:
-        raise StageError(
-            Reason.DATASET_EMPTY,
-            f"{content.uri} is empty: write a header row and examples into it.",
-        )
-    return _text_reader(content, text, dataset)
+    text = find_encoding(content, dataset.encoding)
+    begin = beginning(content, text)
+    return _text_reader(content, text, begin, dataset) if begin else None
 
 
-def _text_reader(content: Content, text: Text, dataset: Dataset) -> Reader:
-    begin = content.start[text.mark :].decode(text.encoding, "ignore").lstrip()
+def _text_reader(content: Content, text: Text, begin: str, dataset: Dataset) -> Reader:
     if dataset.format is DataFormat.CSV and not _JSON_BEGINS.match(begin):
         return _table(content, text, dataset)
     if begin.startswith("{"):
@@ -219,7 +312,7 @@ def _text_reader(content: Content, text: Text, dataset: Dataset) -> Reader:
 
 
 def _table(content: Content, text: Text, dataset: Dataset) -> Table:
-    return Table(content, text, lambda header: fit(header, dataset.columns))
+    return Table(content, text, dataset.csv, lambda header: fit(header, dataset.columns))
 
 
 def _check_format(given: DataFormat, found: str, fits: DataFormat, uri: str) -> None:
