@@ -187,5 +187,5 @@ def _write_invalid(out: TextIO, key: str, rows: DatasetRows) -> None:
     out.write(f"  {json.dumps(key)}: [")
     for index, bad in enumerate(rows.problems):
         out.write(",\n    " if index else "\n    ")
-        out.write(json.dumps(bad.model_dump(), ensure_ascii=False))
+        out.write(json.dumps(bad.model_dump(exclude_none=True), ensure_ascii=False))
     out.write("\n  ]" if rows.problems.count else "]")
