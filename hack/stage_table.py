@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import textwrap
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -29,9 +30,10 @@ from finetune_trainer.contract import (
 
 BEGIN, END = "<!-- written by `make generate` -->", "<!-- until here -->"
 YES, NO = "yes", "no"
+NOTHING = "These rerun nothing, nor does what is below them:"
 POD_SETTINGS = "stages"
 """Its many fields are one row: they are about pods alone."""
-REFERENCE = ("ecretRef", "onfigMapRef")
+REFERENCE = ("ecretRef", "onfigMapRef", "aBundle")
 """How fields that name a Secret or a ConfigMap end. Each of them is one row as well."""
 
 Spec = dict[str, Any]
@@ -40,11 +42,6 @@ LEAST: Spec = {
     "dataset": {"source": "s3://data/rows.csv"},
     "output": {"uri": "s3://models/name"},
 }
-NEEDED: dict[str, Spec] = {
-    "output.hub": {"repo": "org/tuned", "tokenSecretRef": {"name": "token"}},
-    "export.signing": {"keySecretRef": {"name": "key"}},
-}
-"""What parts that are left out by default need, beside those that take {}."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,7 @@ VALUES: tuple[Any, ...] = (
     *(True, False, 1, 3, 17, 64, 1024, 0.25, 0.01, "20%", "100%"),
     *("other", "s3://other/place", "/other/place", "org/other", "https://other", "24Gi"),
     *(";", "latin-1", "0.5", {"name": "other"}, {"name": "other", "key": "other"}),
+    {"secretRef": {"name": "other"}},
     [{"quantization": "Q8_0", "maxKLDivergence": 1}],
     {"train": {"nodeSelector": {"disk": "fast"}}},
 )
@@ -94,7 +92,8 @@ class SpecField:
 
     def values(self) -> list[Any]:
         """Values that its type takes."""
-        tried = (*_members(self.info.annotation), *VALUES, NEEDED.get(self.path, {}))
+        least = map(least_of, _models(self.info.annotation))
+        tried = (*_members(self.info.annotation), *VALUES, *least)
         return [value for value in tried if self._takes(value)]
 
     def _takes(self, value: Any) -> bool:
@@ -120,13 +119,21 @@ def spec_fields(model: type[BaseModel] = FineTuneJobSpec, prefix: str = "") -> I
             yield from spec_fields(kind, f"{path}.")
 
 
+def least_of(model: type[BaseModel]) -> Spec:
+    """What a part that is left out by default needs, so that a field below it can be changed."""
+    needed = {}
+    for name, info in model.model_fields.items():
+        if info.is_required():
+            key = info.alias or name
+            needed[key] = SpecField(key, model, info).values()[-1]
+    return needed
+
+
 def reruns(field: SpecField, value: Any, case: Case) -> set[Stage] | None:
     """The stages that run again when the field gets this value; None where it had it, or where the
     spec is refused."""
     before = _merged(LEAST, case.spec)
-    parents = field.path.split(".")[:-1]
-    for path in itertools.accumulate(parents, "{}.{}".format):
-        _set_default(before, path)
+    _make_room(before, field.path)
     after = deepcopy(before)
     _put(after, field.path, value)
     try:
@@ -155,17 +162,15 @@ def row(field: SpecField) -> dict[Stage, str]:
 
 
 def table() -> str:
-    """Rows of Markdown for all fields; those that rerun nothing share one."""
+    """Rows of Markdown for all fields; those that rerun nothing are named below."""
     lines = ["| field of `spec` | `prepare` | `train` | `export` |", "| --- | --- | --- | --- |"]
-    nothing = []
-    for field in spec_fields():
-        cells = row(field)
-        if set(cells.values()) == {NO}:
-            nothing.append(f"`{field.path}`")
-        else:
-            lines.append(f"| `{field.path}` | {' | '.join(cells[stage] for stage in Stage)} |")
-    lines.append(f"| {', '.join(nothing)} | {NO} | {NO} | {NO} |")
-    return "\n".join(lines)
+    rows = {field.path: row(field) for field in spec_fields()}
+    counting = [path for path, cells in rows.items() if set(cells.values()) != {NO}]
+    for path in counting:
+        lines.append(f"| `{path}` | {' | '.join(rows[path][stage] for stage in Stage)} |")
+    others = {_shortest(path, counting): None for path in rows if path not in counting}
+    named = textwrap.fill(", ".join(f"`{path}`" for path in others), 100, break_on_hyphens=False)
+    return "\n".join([*lines, "", f"{NOTHING}", "", f"{named}."])
 
 
 def write_into(page: Path) -> None:
@@ -175,6 +180,14 @@ def write_into(page: Path) -> None:
     if not (begin and end):
         raise ValueError(f"{page} has no {BEGIN} … {END}")
     page.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}", encoding="utf-8")
+
+
+def _shortest(path: str, counting: list[str]) -> str:
+    """The first part of a path below which nothing counts."""
+    for part in itertools.accumulate(path.split("."), "{}.{}".format):
+        if not any(f"{each}.".startswith(f"{part}.") for each in counting):
+            return part
+    return path
 
 
 def _words(field: SpecField, stage: Stage, usual: set[Stage], cases: dict[str, set[Stage]]) -> str:
@@ -223,11 +236,13 @@ def _merged(spec: Spec, other: Spec) -> Spec:
     return found
 
 
-def _set_default(spec: Spec, path: str) -> None:
-    *parents, key = path.split(".")
-    for parent in parents:
-        spec = spec[parent]
-    spec.setdefault(key, deepcopy(NEEDED.get(path, {})))
+def _make_room(spec: Spec, path: str) -> None:
+    """Fill in the parts that a field is below."""
+    model: type[BaseModel] = FineTuneJobSpec
+    for key in path.split(".")[:-1]:
+        fields = {info.alias or name: info for name, info in model.model_fields.items()}
+        (model,) = _models(fields[key].annotation)
+        spec = spec.setdefault(key, least_of(model))
 
 
 def _put(spec: Spec, path: str, value: Any) -> None:

@@ -208,14 +208,15 @@ class Cluster:
             self._nodes[label] = (time.monotonic(), known)
         return known
 
-    async def watched_uids(self, namespaces: tuple[str, ...]) -> set[str]:
-        """The uids of all objects that the operator watches, read from the API server."""
-        uids: set[str] = set()
+    async def watched_versions(self, namespaces: tuple[str, ...]) -> dict[str, str]:
+        """The resourceVersion by uid of all objects that the operator watches, read from the API
+        server."""
+        versions: dict[str, str] = {}
         for kind, selector in WATCHED.items():
             for namespace in namespaces or ("",):
                 async for item in self._list(kind, namespace, selector):
-                    uids.add(item["metadata"]["uid"])
-        return uids
+                    versions[item["metadata"]["uid"]] = item["metadata"]["resourceVersion"]
+        return versions
 
     async def any_finetunejob(self, namespaces: tuple[str, ...]) -> bool:
         """Whether there is a FineTuneJob; raises where the API server doesn't serve the Kind."""

@@ -7,7 +7,10 @@ drift.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import kopf
@@ -21,7 +24,7 @@ from finetune_operator.api.base import (
     OPERATOR,
     JsonObject,
 )
-from finetune_operator.cluster import Cluster, ClusterError
+from finetune_operator.cluster import Cluster, ClusterError, OperatorError
 from finetune_operator.observe import controller_uid
 from finetune_operator.reconcile import WATCH_SILENCE_SECONDS, Snapshot
 from finetune_trainer.contract import GROUP, PLURAL, VERSION
@@ -32,6 +35,26 @@ PODS = ("", "v1", "pods")
 OURS = {MANAGED_BY_LABEL: OPERATOR}
 
 Index = Mapping[str, Iterable[JsonObject]]
+
+RESTART_SECONDS = 5.0  # before watches that have failed begin anew
+
+logger = logging.getLogger(__name__)
+
+
+class WatchesError(OperatorError):
+    """The watches begin anew, and don't show yet what is there."""
+
+
+class Endlessly(Iterable[float]):
+    """Pauses between tries, without an end: no outage of the API server ends the process."""
+
+    def __init__(self, *pauses: float) -> None:
+        self._pauses = pauses
+
+    def __iter__(self) -> Iterator[float]:
+        yield from self._pauses
+        while True:
+            yield self._pauses[-1]
 
 
 class Watches:
@@ -45,13 +68,21 @@ class Watches:
         self._cluster = cluster
         self._add = add
         self._gone: set[str] = set()
+        self._behind: dict[str, str | None] = {}
+        self._dead = ""
+        self._begins_anew = False
         self._finetunejobs: Index = {}
         self._jobs: Index = {}
         self._pods: Index = {}
         self._register()
 
     def snapshot(self, key: str) -> Snapshot | None:
-        """What the watches show of one FineTuneJob and its children; None if it is gone."""
+        """What the watches show of one FineTuneJob and its children; None if it is gone.
+
+        Raises WatchesError while they begin anew: half of the children would look like none.
+        """
+        if self._begins_anew:
+            raise WatchesError("the watches begin anew")
         found = self._present(self._finetunejobs, key)
         if not found:
             return None
@@ -87,15 +118,62 @@ class Watches:
         If a watch was broken for long, Kopf lists everything again, but its indexes keep objects
         that were deleted in the meantime.
         """
-        known = {
-            raw["metadata"]["uid"]
+        before = self._shown()
+        live = await self._cluster.watched_versions(namespaces)
+        self._gone = before.keys() - live.keys()
+        self._look_for_dead_watches(live)
+        for key in self.keys():
+            self._add(key)
+
+    @property
+    def dead(self) -> str:
+        """Why only a new process can help; empty if none is needed."""
+        return self._dead
+
+    def _shown(self) -> dict[str, str]:
+        """The resourceVersion of each object in the indexes, by uid."""
+        return {
+            raw["metadata"]["uid"]: raw["metadata"].get("resourceVersion", "")
             for index in (self._finetunejobs, self._jobs, self._pods)
             for key in list(index)
             for raw in index[key]
         }
-        self._gone = known - await self._cluster.watched_uids(namespaces)
-        for key in self.keys():
-            self._add(key)
+
+    def _look_for_dead_watches(self, live: Mapping[str, str]) -> None:
+        """A watch is dead if it shows an object as it was though it had changed long before: at
+        the last look, which is one resync ago."""
+        shown = self._shown()
+        behind = {uid: shown.get(uid) for uid in live if shown.get(uid) != live[uid]}
+        dead = [uid for uid in behind if uid in self._behind and self._behind[uid] == behind[uid]]
+        self._behind = behind
+        self._dead = ""
+        if dead:
+            self._dead = f"the watches don't show changes of {len(dead)} objects since long"
+            logger.error("Not alive: %s", self._dead)
+
+    async def keep_watching(
+        self, watch: Callable[[], Awaitable[None]], failed: Callable[[], None]
+    ) -> None:
+        """Run Kopf until it is told to stop; whenever it fails, begin anew."""
+        stop = asyncio.Event()
+        while not stop.is_set():
+            try:
+                await watch()
+            except Exception as error:  # whatever it is, a new start is the remedy
+                logger.exception("The watches have failed, and begin anew: %s", error)  # noqa: TRY401
+            else:
+                return
+            failed()
+            self._begins_anew = True
+            self.synced = False
+            # Kopf's own handlers are of the run that failed.
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, stop.set)
+            try:
+                await asyncio.wait_for(stop.wait(), RESTART_SECONDS)
+            except TimeoutError:
+                continue
 
     def _present(self, index: Index, key: str) -> list[JsonObject]:
         found = index.get(key, ())
@@ -120,6 +198,11 @@ class Watches:
         self._jobs = known["jobs"]
         self._pods = known["pods"]
 
+    def _is_synced(self) -> None:
+        # Kopf calls no handler before all indexes are filled.
+        self.synced = True
+        self._begins_anew = False
+
     async def _login(self, **_: Any) -> kopf.ConnectionInfo:
         credentials = await self._cluster.credentials()
         return kopf.ConnectionInfo(
@@ -133,13 +216,13 @@ class Watches:
         )
 
     async def _finetunejob_event(self, namespace: str | None, name: str, **_: Any) -> None:
-        self.synced = True
+        self._is_synced()
         self._add(f"{namespace}/{name}")
 
     async def _child_event(
         self, namespace: str | None, annotations: Mapping[str, str], **_: Any
     ) -> None:
-        self.synced = True
+        self._is_synced()
         if FINETUNEJOB_NAME_ANNOTATION in annotations:
             self._add(f"{namespace}/{annotations[FINETUNEJOB_NAME_ANNOTATION]}")
 
@@ -152,7 +235,9 @@ def kopf_settings(settings: kopf.OperatorSettings, request_seconds: float) -> No
     settings.networking.request_timeout = request_seconds
     settings.networking.connect_timeout = min(10.0, request_seconds)
     # Short pauses, so that watching resumes soon after an outage of the API server.
-    settings.networking.error_backoffs = (1, 1, 2, 3, 5, 5, 5, 5, 5, 5, 5, 5)
+    settings.networking.error_backoffs = Endlessly(1, 1, 2, 3, 5)
+    # A run that fails is followed by another one in this process.
+    settings.process.ultimate_exiting_timeout = None
     settings.watching.inactivity_timeout = WATCH_SILENCE_SECONDS
     settings.watching.label_selectors[JOBS] = CHILDREN_SELECTOR
     settings.watching.label_selectors[PODS] = CHILDREN_SELECTOR

@@ -63,34 +63,41 @@ class _Operator:
     def __init__(self, cluster: Cluster, settings: Settings, metrics: Metrics) -> None:
         self._cluster = cluster
         self._settings = settings
+        self._metrics = metrics
         self._watches = Watches(cluster, self._add)
         reconciler = Reconciler(cluster, self._watches.snapshot, settings, metrics)
         self._queue = WorkQueue(reconciler, expected=(OperatorError,))
         self.probes = Probes(
-            settings.health_port, metrics, partial(self._watches.problem, settings.namespaces)
+            settings.health_port,
+            metrics,
+            partial(self._watches.problem, settings.namespaces),
+            lambda: self._watches.dead,
         )
 
     async def work(self) -> None:
-        """Run Kopf, the workers and the resync; if one of them fails, all end."""
-        namespaces = self._settings.namespaces
-        config = kopf.OperatorSettings()
-        kopf_settings(config, self._settings.request_timeout_seconds)
+        """Run Kopf, the workers and the resync; if the workers or the resync fail, all end."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._queue.run(self._settings.workers))
             resync = group.create_task(self._resync())
             # Kopf cancels all tasks that start after it, so let these two start first.
             await asyncio.sleep(0)
             try:
-                await kopf.operator(
-                    registry=self._watches.registry,
-                    settings=config,
-                    clusterwide=not namespaces,
-                    namespaces=namespaces,
-                )
+                await self._watches.keep_watching(self._watch, self._metrics.watches_failed)
             finally:
                 resync.cancel()
                 self._queue.stop()
         logger.info("Stopped.")
+
+    async def _watch(self) -> None:
+        namespaces = self._settings.namespaces
+        config = kopf.OperatorSettings()
+        kopf_settings(config, self._settings.request_timeout_seconds)
+        await kopf.operator(
+            registry=self._watches.registry,
+            settings=config,
+            clusterwide=not namespaces,
+            namespaces=namespaces,
+        )
 
     def _add(self, key: str) -> None:
         self._queue.add(key)

@@ -100,6 +100,16 @@ class Metrics:
             "finetune_jobs", "FineTuneJobs, by phase", ["phase"], registry=self.registry
         )
 
+        self._watch_restarts = Counter(
+            "finetune_watch_restarts",
+            "Times that the watches failed and began anew",
+            registry=self.registry,
+        )
+
+    def watches_failed(self) -> None:
+        """Count that the watches begin anew."""
+        self._watch_restarts.inc()
+
     def reconciled(self, result: str, seconds: float) -> None:
         """Count one pass: `changed`, `unchanged`, `stale`, `gone` or `error`."""
         self._reconciles.labels(result).inc()
@@ -124,14 +134,22 @@ class Metrics:
 
 
 class Probes:
-    """Serves /healthz, /readyz and /metrics; `find_problem` says why the operator isn't ready."""
+    """Serves /healthz, /readyz and /metrics.
+
+    `find_problem` says why the operator isn't ready, `find_death` why it needs a new process.
+    """
 
     def __init__(
-        self, port: int, metrics: Metrics, find_problem: Callable[[], Awaitable[str]]
+        self,
+        port: int,
+        metrics: Metrics,
+        find_problem: Callable[[], Awaitable[str]],
+        find_death: Callable[[], str],
     ) -> None:
         self._port = port
         self._metrics = metrics
         self._find_problem = find_problem
+        self._find_death = find_death
         self._problem = ""
         self._looked_at: float | None = None
 
@@ -150,7 +168,9 @@ class Probes:
             await runner.cleanup()
 
     async def _healthz(self, _: web.Request) -> web.Response:
-        # An answer proves that the event loop works; a failure elsewhere ends the process.
+        # An answer proves that the event loop works; a failure of the workers ends the process.
+        if dead := self._find_death():
+            return web.Response(status=503, text=f"{dead}\n")
         return web.Response(text="ok\n")
 
     async def _readyz(self, _: web.Request) -> web.Response:

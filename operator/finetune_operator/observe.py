@@ -93,6 +93,15 @@ class ObservedPod:
     """The scheduler's message, while no node fits."""
 
     deleting: bool = False
+    delete_by: datetime | None = None
+    """When a pod that is being deleted should be gone, its grace period included."""
+
+    node: str | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its trainer has ended, or never ran and never will."""
+        return self.exit_code is not None or self.phase in ENDED
 
     @property
     def at_work(self) -> bool:
@@ -128,6 +137,8 @@ def observe_pod(raw: JsonObject) -> ObservedPod:
         disruption=_disruption(status),
         unschedulable=_unschedulable(status),
         deleting="deletionTimestamp" in meta,
+        delete_by=moment(meta.get("deletionTimestamp")),
+        node=raw["spec"].get("nodeName"),
     )
 
 
@@ -226,8 +237,13 @@ class ObservedJob:
 
     deleting: bool = False
     pod: ObservedPod | None = None
-    earlier_pod_at_work: bool = False
-    """Whether an earlier pod of it still runs."""
+    earlier_pods: tuple[ObservedPod, ...] = ()
+    """Those that `pod` took the place of, oldest first."""
+
+    @property
+    def earlier_pod_at_work(self) -> bool:
+        """Whether an earlier pod of it still runs."""
+        return any(pod.at_work for pod in self.earlier_pods)
 
     @property
     def active(self) -> bool:
@@ -432,5 +448,5 @@ def _job(raw: JsonObject, pods: list[JsonObject]) -> ObservedJob:
         failed_by_exit_code=ended is not None and ended.get("reason") == "PodFailurePolicy",
         deleting="deletionTimestamp" in meta,
         pod=observe_pod(pods[-1]) if pods else None,
-        earlier_pod_at_work=any(observe_pod(pod).at_work for pod in pods[:-1]),
+        earlier_pods=tuple(observe_pod(pod) for pod in pods[:-1]),
     )

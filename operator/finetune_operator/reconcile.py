@@ -101,7 +101,10 @@ class Reconciler:
         self._lookup = lookup
         self._settings = settings
         self._metrics = metrics
-        self._policy = Policy(secret_grace=timedelta(seconds=settings.secret_grace_seconds))
+        self._policy = Policy(
+            secret_grace=timedelta(seconds=settings.secret_grace_seconds),
+            disruption_limit=settings.disruption_limit,
+        )
         self._own_writes: dict[str, _OwnWrites] = {}
 
     async def __call__(self, key: str) -> float | None:

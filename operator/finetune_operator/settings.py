@@ -58,6 +58,9 @@ class Settings(BaseModel):
     secret_grace_seconds: Annotated[float, Field(ge=0)] = 30
     """Seconds that a Secret may be missing while its pod waits, before that is called Degraded."""
 
+    disruption_limit: Annotated[int, Field(ge=1, le=10000)] = 50
+    """Pods that one stage may lose (evicted, preempted, deleted, lost nodes) before it fails."""
+
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 30
     """Seconds that one request to the API server may take."""
 

@@ -200,7 +200,8 @@ def _progressing(
     if note is not None:
         return ConditionValue(True, note.reason, note.message)
     if stage.state is StageState.RUNNING:
-        hint = warnings_hint(notices) if stage.name is Stage.TRAIN else ""
+        hint = _lost_pods_hint(stage)
+        hint += warnings_hint(notices) if stage.name is Stage.TRAIN else ""
         return ConditionValue(
             True, phase, f"{stage.name} is at work, attempt {stage.attempt}.{hint}"
         )
@@ -208,6 +209,13 @@ def _progressing(
         upcoming = f"Attempt {stage.attempt + 1} of {stage.name} follows."
         return ConditionValue(True, RETRYING, f"{upcoming} The last one ended: {stage.message}")
     return ConditionValue(True, phase, f"{stage.name} is about to start.")
+
+
+def _lost_pods_hint(stage: StageStatus) -> str:
+    if not stage.disruptions:
+        return ""
+    times = "once" if stage.disruptions == 1 else f"{stage.disruptions} times"
+    return f" It lost its pod {times}."
 
 
 def _degraded(stage: StageStatus, note: PendingReason | None) -> ConditionValue:

@@ -14,6 +14,7 @@ from hack.stage_table import (
     END,
     INDIRECT,
     NO,
+    NOTHING,
     USUAL,
     YES,
     SpecField,
@@ -30,12 +31,15 @@ FIELDS = {field.path: field for field in spec_fields()}
 def rows() -> dict[str, dict[Stage, str]]:
     """What the page says of each stage, by field."""
     text = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    found = {}
-    for names, *cells in re.findall(r"^\| (`.+`) \| (.+) \| (.+) \| (.+) \|$", text, re.MULTILINE):
-        if names != "field of `spec`":
-            for name in re.findall(r"`([\w.]+)`", names):
-                found[name] = dict(zip(Stage, cells, strict=True))
-    found.pop("spec", None)
+    counting, _, others = text.partition(NOTHING)
+    line = re.compile(r"^\| `([\w.]+)` \| (.+) \| (.+) \| (.+) \|$", re.MULTILINE)
+    found = {path: dict(zip(Stage, cells, strict=True)) for path, *cells in line.findall(counting)}
+    for part in re.findall(r"`([\w.]+)`", others):
+        below = [path for path in FIELDS if f"{path}.".startswith(f"{part}.")]
+        assert below, f"there is no spec.{part}"
+        for path in below:
+            assert path not in found
+            found[path] = dict.fromkeys(Stage, NO)
     return found
 
 

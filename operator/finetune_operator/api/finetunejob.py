@@ -263,6 +263,12 @@ class StageStatus(Base):
     failures: int = 0
     """Failed attempts that count against backoffLimit."""
 
+    disruptions: int = 0
+    """Pods that it lost without its doing: evicted, preempted, deleted, or with a lost node."""
+
+    lost_pod: str | None = None
+    """The pod that it lost last."""
+
     reason: str | None = None
     """Why it is in this state, why the last attempt failed, or why the current one lost a pod."""
 

@@ -18,7 +18,7 @@ from finetune_operator.plan.draft import (
     stop_what_outlives_trainers,
     was_refused,
 )
-from finetune_operator.plan.verdict import Done, Failure, Pending, judge
+from finetune_operator.plan.verdict import Done, Failure, Pending, Verdict, judge, lost_pods
 from finetune_operator.status import (
     PendingReason,
     conditions,
@@ -103,7 +103,7 @@ def _follow_stage(draft: Draft, stage: Stage) -> None:
         )
         _undo_start(draft, stage)
         return
-    verdict = judge(job, draft.stages[stage], draft.policy, draft.now)
+    verdict = _judge(draft, job)
     if stage is Stage.PREPARE and not isinstance(verdict, Pending):
         results.record_dataset(draft, job)
     match verdict:
@@ -120,6 +120,45 @@ def _follow_stage(draft: Draft, stage: Stage) -> None:
             _record_failure(draft, stage, verdict)
             if _newer_jobs(draft, stage):
                 _follow_stage(draft, stage)  # the next attempt was started without a word in status
+
+
+def _judge(draft: Draft, job: ObservedJob) -> Verdict:
+    """Judge the attempt, after its lost pods were counted."""
+    _tell_of_lost_pods(draft, job)
+    verdict = judge(job, draft.stages[job.stage], draft.policy, draft.now)
+    match verdict:
+        case Failure(free=True) if job.pod is None and draft.stages[job.stage].reason is None:
+            # Nobody saw how its pod was lost.
+            disruptions = draft.stages[job.stage].disruptions + 1
+            draft.change(job.stage, disruptions=disruptions)
+            return _too_many(draft, job.stage, verdict) or verdict
+        case Failure(free=True) as lost:
+            return _too_many(draft, job.stage, lost) or lost
+        case Pending(disruption=Failure() as lost):
+            return _too_many(draft, job.stage, lost) or verdict
+    return verdict
+
+
+def _tell_of_lost_pods(draft: Draft, job: ObservedJob) -> None:
+    """Count and tell each pod once: the Job may make the next one before anybody looks."""
+    lost, told = lost_pods(job, draft.policy, draft.now), draft.stages[job.stage].lost_pod
+    names = [name for name, _ in lost]
+    for name, failure in lost[names.index(told) + 1 if told in names else 0 :]:
+        disruptions = draft.stages[job.stage].disruptions + 1
+        draft.change(job.stage, disruptions=disruptions, lost_pod=name)
+        draft.add_warning(failure.reason, failure.message)
+
+
+def _too_many(draft: Draft, stage: Stage, last: Failure) -> Failure | None:
+    """The end of a stage that loses one pod after the other."""
+    count, limit = draft.stages[stage].disruptions, draft.policy.disruption_limit
+    if count <= limit:
+        return None
+    message = (
+        f"{last.message} {stage} has lost {count} pods; the operator's limit is {limit}. See why "
+        f"they are taken away, e.g. for memory that it doesn't request, then change the spec."
+    )
+    return replace(last, reason=Reason.POD_DISRUPTED, message=message, free=False, final=True)
 
 
 def _remember_disruption(draft: Draft, stage: Stage, disruption: Failure) -> None:
@@ -190,11 +229,12 @@ def _undo_start(draft: Draft, stage: Stage) -> None:
 
 def _record_failure(draft: Draft, stage: Stage, failure: Failure) -> None:
     status = draft.stages[stage]
-    failures = status.failures if failure.free else status.failures + 1
+    failures = status.failures if failure.free or failure.final else status.failures + 1
     limit = draft.spec.backoff_limit
-    again = failure.free or (failure.reason.retryable and failures <= limit)
+    retryable = failure.reason.retryable and not failure.final
+    again = failure.free or (retryable and failures <= limit)
     message = failure.message
-    if failure.reason.retryable and not again:
+    if retryable and not again:
         times = "once" if failures == 1 else f"{failures} times"
         message = f"{message} It failed {times}; spec.backoffLimit is {limit}."
     draft.change(
@@ -271,9 +311,10 @@ def _retry_delay(status: StageStatus, policy: Policy, now: datetime) -> timedelt
     """How long the next attempt still has to wait."""
     if status.reason is None or status.completion_time is None:
         return timedelta()
-    pause = policy.retry_base * 2.0 ** min(status.attempt - 1, 16)
-    due = datetime.fromisoformat(status.completion_time) + min(pause, policy.retry_cap)
-    return max(timedelta(), due - now)
+    pause = min(policy.retry_base * 2.0 ** min(status.attempt - 1, 16), policy.retry_cap)
+    due = datetime.fromisoformat(status.completion_time) + pause
+    # The end may be dated by a node whose clock is fast.
+    return max(timedelta(), min(due - now, pause))
 
 
 def _halt_running_stages(draft: Draft) -> None:

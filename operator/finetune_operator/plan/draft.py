@@ -77,11 +77,18 @@ class Policy:
     secret_grace: timedelta = timedelta(seconds=30)
     """A Secret may be created a little later than the FineTuneJob that names it."""
 
-    report_grace: timedelta = timedelta(seconds=30)
-    """The end of a Job may be seen before the end of its pod, since they are watched separately."""
+    report_grace: timedelta = timedelta(seconds=90)
+    """The end of a Job may be seen before the end of its pod, since they are watched separately.
+    `clock_skew` is in it."""
 
     pod_grace: timedelta = timedelta(seconds=30)
     """A Job without a pod is reported after this time."""
+
+    clock_skew: timedelta = timedelta(seconds=60)
+    """By how much the clocks of nodes, control plane and operator may differ."""
+
+    disruption_limit: int = 50
+    """Pods that a stage may lose before it fails."""
 
     sidecar_grace: timedelta = timedelta(seconds=60)
     """A pod whose trainer has ended may go on for this time, e.g. to send its last logs."""
@@ -98,6 +105,8 @@ class StageFields(TypedDict, total=False):
     fingerprint: str
     attempt: int
     failures: int
+    disruptions: int
+    lost_pod: str | None
     reason: str | None
     message: str | None
     start_time: str | None
@@ -193,7 +202,9 @@ class Draft:
         self._events.append(Event("Normal", str(reason), shorten(message)))
 
     def add_warning(self, reason: str, message: str) -> None:
-        self._events.append(Event("Warning", str(reason), shorten(message)))
+        event = Event("Warning", str(reason), shorten(message))
+        if event not in self._events:
+            self._events.append(event)
 
     def add_notice(self, notice: Notice, scope: str) -> None:
         kind: Literal["Normal", "Warning"] = "Warning" if notice.warning else "Normal"

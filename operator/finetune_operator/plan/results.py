@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from finetune_operator.api.finetunejob import ArtifactStatus, Lineage, StageState, StageStatus
 from finetune_operator.observe import ObservedJob
@@ -123,13 +123,15 @@ def _still_holds(draft: Draft, stage: StageStatus, *, cached: bool) -> bool:
     if stage.state is not StageState.SUCCEEDED:
         return False
     # The store decides, except about a result that was written after `prepare` looked.
-    return cached or _is_later(stage.completion_time, draft.stages[Stage.PREPARE].start_time)
+    skew = draft.policy.clock_skew  # a node dates the one, the operator the other
+    return cached or _is_later(stage.completion_time, draft.stages[Stage.PREPARE].start_time, skew)
 
 
-def _is_later(one: str | None, other: str | None) -> bool:
+def _is_later(one: str | None, other: str | None, skew: timedelta) -> bool:
+    """Whether it may be later, for all that the clocks say."""
     if one is None or other is None:
         return False
-    return datetime.fromisoformat(one) >= datetime.fromisoformat(other)
+    return datetime.fromisoformat(one) + skew >= datetime.fromisoformat(other)
 
 
 def _record_artifacts(draft: Draft, result: StageResult | None, image: str | None) -> None:

@@ -66,6 +66,9 @@ class Failure:
     free: bool = False
     """Whether the attempt doesn't count against backoffLimit."""
 
+    final: bool = False
+    """Whether no further attempt is made, whatever the reason."""
+
     result: StageResult | None = None
     """The stage's own result, if no retry can change it."""
 
@@ -78,8 +81,8 @@ def judge(job: ObservedJob, stage: StageStatus, policy: Policy, now: datetime) -
     pod = job.pod
     if pod is not None and pod.exit_code == ExitCode.SUCCEEDED:
         return _succeeded(job.stage, pod, now)
-    if job.deleting:
-        return Pending()  # the Job is being deleted: wait until it is gone
+    if leaving := _leaving(job, policy, now):
+        return leaving
     if pod is None:
         return _without_pod(job, stage, policy, now)
     if pod.exit_code is not None or pod.phase == "Failed":
@@ -87,6 +90,20 @@ def judge(job: ObservedJob, stage: StageStatus, policy: Policy, now: datetime) -
     if job.finished is not None:
         return _without_pod_report(job, policy, now)
     return _not_started(job.stage, pod, policy, now)
+
+
+def _leaving(job: ObservedJob, policy: Policy, now: datetime) -> Pending | None:
+    """Wait for a pod that is on its way out, if there is one to wait for."""
+    pod = job.pod
+    if pod is not None and (overdue := lost_node(job.stage, pod, policy, now)):
+        return Pending(PendingReason(overdue.reason, overdue.message, degraded=True))
+    if job.deleting:
+        return Pending()  # until it is gone
+    if pod is None or pod.has_ended or pod.delete_by is None or job.finished is not None:
+        return None
+    left = pod.delete_by + policy.clock_skew - now
+    words = f"The pod {pod.name} of {job.stage} is being deleted."
+    return Pending(PendingReason("Stopping", words), requeue_after=left.total_seconds() + 1)
 
 
 def _succeeded(stage: Stage, pod: ObservedPod, now: datetime) -> Verdict:
@@ -221,6 +238,31 @@ def _without_pod_report(job: ObservedJob, policy: Policy, now: datetime) -> Verd
     # its end was never seen, somebody took it away.
     free = job.pod is None and not job.failed_by_exit_code
     return Failure(Reason.POD_DISRUPTED, message, at, free=free)
+
+
+def lost_pods(job: ObservedJob, policy: Policy, now: datetime) -> list[tuple[str, Failure]]:
+    """The pods that the attempt lost without its doing, by name, oldest first."""
+    found: list[tuple[str, Failure]] = []
+    for pod in (*job.earlier_pods, *((job.pod,) if job.pod is not None else ())):
+        failure = lost_node(job.stage, pod, policy, now)
+        if pod.has_ended and pod.exit_code != ExitCode.SUCCEEDED:
+            failure = _failure(job.stage, pod, pod.finished_at or now)
+        if failure is not None and failure.free:
+            found.append((pod.name, failure))
+    return found
+
+
+def lost_node(stage: Stage, pod: ObservedPod, policy: Policy, now: datetime) -> Failure | None:
+    """What to say of a pod that should have stopped long ago: only its node could tell."""
+    if pod.has_ended or pod.delete_by is None or now <= pod.delete_by + policy.clock_skew:
+        return None
+    message = (
+        f"The pod {pod.name} of {stage} should have stopped by now, and its node "
+        f"{pod.node or 'is unknown'} doesn't say that it has. When you know that the node is off: "
+        f"kubectl delete pod {pod.name} --force --grace-period=0. Two pods would write the same "
+        f"files."
+    )
+    return Failure(Reason.NODE_LOST, message, now, free=True)
 
 
 def _not_started(stage: Stage, pod: ObservedPod, policy: Policy, now: datetime) -> Verdict:

@@ -54,6 +54,15 @@ class Operator:
         }
         self._process: subprocess.Popen[bytes] | None = None
 
+    def reach_through(self, port: int) -> None:
+        """Reach the API server by another port of this machine."""
+        known = yaml.safe_load(Path(self._environment["KUBECONFIG"]).read_text())
+        for each in known["clusters"]:
+            each["cluster"]["server"] = f"https://127.0.0.1:{port}"
+        target = self.log.with_name("proxied.kubeconfig")
+        target.write_text(yaml.safe_dump(known))
+        self._environment = {**self._environment, "KUBECONFIG": str(target)}
+
     def start(self) -> None:
         """Start it, and wait until it is ready."""
         command = [sys.executable, "-W", "error", "-m", "finetune_operator.main"]

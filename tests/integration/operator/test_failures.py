@@ -104,6 +104,28 @@ def test_an_eviction_is_tried_again_free_of_charge(here: Namespace) -> None:
     assert here.stage(TRAIN)["failures"] == 0
 
 
+def test_a_pod_that_the_job_itself_replaces_is_told_and_counted(here: Namespace) -> None:
+    here.apply(backoffLimit=0)
+    here.succeed(prepared())
+    pod = here.start_pod(TRAIN)
+    here.wait("train", lambda: here.stage(TRAIN).get("state") == "Running")
+    target = {
+        "type": "DisruptionTarget",
+        "status": "True",
+        "reason": "PreemptionByScheduler",
+        "message": "preempted by a greater pod",
+        "lastTransitionTime": pod["metadata"]["creationTimestamp"],
+    }
+    here.set_pod(pod, "Failed", conditions=[target])
+    here.wait("the event", lambda: ("Warning", "PodDisrupted") in here.events())
+    another = here.another_pod(TRAIN, than=pod)
+    here.set_pod(another, "Running", {"running": {}})
+    here.wait("the counter", lambda: "lost its pod once" in here.condition("Progressing")[2])
+    train = here.stage(TRAIN)
+    assert (train["disruptions"], train["lostPod"]) == (1, pod["metadata"]["name"])
+    assert train.get("failures", 0) == 0
+
+
 def test_a_spec_that_the_server_cannot_make_pods_of_fails_with_its_words(here: Namespace) -> None:
     here.apply(stages={"prepare": {"resources": {"limits": {"cpu": "lots"}}}})
     here.wait_phase("Failed")

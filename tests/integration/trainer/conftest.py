@@ -22,6 +22,7 @@ from tests.fixtures import moto_server, start_or_leave_out
 from tests.integration.trainer.fork_server import ForkServer, fork_server, with_popen
 from tests.versitygw import versitygw
 
+REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 ROWS = [
@@ -240,6 +241,17 @@ def use_keys(server: Credentials, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret_key)
     monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # it remembers the keys of other tests
+
+
+@pytest.fixture
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process finds no store but the one that a test names, and waits for none."""
+    for name in (*REGIONS, "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "HTTP_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff._MAX_BACKOFF", 0.05)
 
 
 @pytest.fixture

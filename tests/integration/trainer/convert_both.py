@@ -30,4 +30,5 @@ for request in json.loads(sys.argv[1]):
     if "plain" in request:
         plainly(request["plain"], request["target"], request["type"], request["name"])
     else:
-        convert_worker.write(ConvertRequest.model_validate({**request, "threads": 1}))
+        ours = {**request, "llama": str(llama_folder()), "threads": 1}
+        convert_worker.write(ConvertRequest.model_validate(ours))

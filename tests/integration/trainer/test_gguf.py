@@ -116,6 +116,7 @@ def test_a_file_that_is_no_importance_matrix_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.real_processes
 def test_a_caller_who_wants_no_more_leaves_no_process_and_no_half_file(
     files: dict[str, Path], tmp_path: Path
 ) -> None:

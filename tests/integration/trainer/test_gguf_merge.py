@@ -229,6 +229,7 @@ def test_what_can_not_be_merged_is_refused_in_its_own_words(
     assert "The adapter does not belong to this base model" in caught.value.message
 
 
+@pytest.mark.real_processes
 def test_a_killed_conversion_is_out_of_memory_and_no_fault_of_the_model(
     converted: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -246,12 +247,14 @@ def test_a_killed_conversion_is_out_of_memory_and_no_fault_of_the_model(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.real_processes
 def test_an_interrupted_conversion_leaves_neither_file_nor_process(
     converted: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     def stop(_: str) -> None:
-        children.extend(set(psutil.Process().children()) - others)
-        _thread.interrupt_main()
+        if not children:  # a second one would come after this test
+            children.extend(set(psutil.Process().children()) - others)
+            _thread.interrupt_main()
 
     # In the background of a shell the interrupt is ignored, and nothing would be raised.
     former = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -17,26 +17,13 @@ from finetune_trainer.contract import (
     StageError,
     Storage,
 )
-from finetune_trainer.store import Folder, open_folder
+from finetune_trainer.store import open_folder
 from finetune_trainer.store.s3_client import client, find_address
 from hack.object_store import Credentials, ObjectStore
 from tests.integration.trainer.conftest import ROWS, Trainer, use_keys, write_csv
-from tests.integration.trainer.hub_server import hub_server
 from tests.integration.trainer.s3_proxy import Fault, Proxy, Request, s3_proxy
-from tests.integration.trainer.sts_server import Sts, sts_server
-from tests.integration.trainer.tls import Authority, https_front, make_authority
 
-REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
-
-
-@pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*REGIONS, "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "HTTP_PROXY", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff._MAX_BACKOFF", 0.05)
+pytestmark = pytest.mark.usefixtures("bare_environment")
 
 
 @pytest.fixture
@@ -264,161 +251,6 @@ def test_dataset_model_and_output_in_three_stores(
     assert (run.result.resolved.dataset_rows, run.result.resolved.eval_rows) == (4, 2)
     listed = versity.client().list_objects_v2(Bucket="outputs", Prefix="run/stages/prepare/")
     assert any(item["Key"].endswith("complete.json") for item in listed["Contents"])
-
-
-# Workload identity
-
-
-@pytest.fixture
-def sts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sts]:
-    """A pod's identity: a token that STS takes, or not."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    token = tmp_path / "token"
-    token.write_text("a token of the ServiceAccount")
-    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/models")
-    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
-    with sts_server() as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", running.endpoint)
-        client.cache_clear()
-        yield running
-    client.cache_clear()
-
-
-def bucket_folder(moto: Credentials, bucket: str) -> Folder:
-    return open_folder(f"s3://{bucket}/identity", Storage(endpoint=moto.endpoint))
-
-
-def test_a_token_of_the_service_account_gets_keys(sts: Sts, moto: Credentials, bucket: str) -> None:
-    folder = bucket_folder(moto, bucket)
-    folder.write("a", b"1")
-    assert folder.read("a") == b"1"
-    assert sts.requests == 1
-    assert sts.last["WebIdentityToken"] == ["a token of the ServiceAccount"]
-
-
-@pytest.mark.parametrize(
-    ("status", "code"),
-    [(403, "AccessDenied"), (400, "InvalidIdentityToken"), (400, "ExpiredTokenException")],
-)
-def test_a_refused_token_names_the_service_account(
-    sts: Sts, moto: Credentials, bucket: str, status: int, code: str
-) -> None:
-    sts.refuse = (status, code)
-    with pytest.raises(StageError, match=code) as said:
-        bucket_folder(moto, bucket).read("a")
-    assert said.value.reason is Reason.STORAGE_ACCESS_DENIED
-    assert "spec.serviceAccountName" in said.value.message
-    assert not said.value.reason.retryable
-    assert sts.requests == 1, "it is not asked again"
-
-
-def test_sts_that_is_down_is_no_denial(sts: Sts, moto: Credentials, bucket: str) -> None:
-    sts.refuse = (503, "ServiceUnavailable")
-    with pytest.raises(StageError, match="AssumeRoleWithWebIdentity") as said:
-        bucket_folder(moto, bucket).read("a")
-    assert said.value.reason is Reason.STORAGE_UNAVAILABLE
-
-
-def test_a_token_that_is_not_there_names_the_service_account(
-    sts: Sts, moto: Credentials, bucket: str, tmp_path: Path
-) -> None:
-    (tmp_path / "token").unlink()
-    with pytest.raises(StageError, match=r"No such file.*spec\.serviceAccountName") as said:
-        bucket_folder(moto, bucket).download("a", tmp_path / "a")
-    assert said.value.reason is Reason.STORAGE_ACCESS_DENIED
-    assert sts.requests == 0
-
-
-def test_a_program_for_credentials_that_fails_names_the_service_account(
-    moto: Credentials, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    config = tmp_path / "config"
-    config.write_text("[default]\ncredential_process = sh -c 'echo no such role >&2; exit 3'\n")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
-    client.cache_clear()
-    with pytest.raises(StageError, match=r"no such role.*spec\.serviceAccountName") as said:
-        bucket_folder(moto, bucket).read("a")
-    assert said.value.reason is Reason.STORAGE_ACCESS_DENIED
-    client.cache_clear()
-
-
-# A CA of one's own
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return make_authority(tmp_path_factory.mktemp("ca"))
-
-
-@pytest.fixture(scope="module")
-def https_store(moto: Credentials, authority: Authority) -> Iterator[str]:
-    with https_front(moto.endpoint, authority) as address:
-        yield address
-
-
-def test_a_certificate_of_a_ca_that_nobody_knows_is_named(
-    https_store: str, moto: Credentials, bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_keys(moto, monkeypatch)
-    folder = open_folder(f"s3://{bucket}/data", Storage(endpoint=https_store))
-    with pytest.raises(StageError) as said:
-        folder.read("train.csv")
-    assert said.value.reason is Reason.STORAGE_UNAVAILABLE
-    cause = "certificate verify failed: self-signed certificate in certificate chain"
-    assert f"({cause}): where a CA" in said.value.message
-    assert "spec.storage.caBundle" in said.value.message
-
-
-def test_a_given_ca_is_trusted_for_the_store_and_the_hub(
-    trainer: Trainer,
-    run_config: dict[str, Any],
-    https_store: str,
-    authority: Authority,
-    tiny_model: Path,
-) -> None:
-    run_config["storage"] = {"endpoint": https_store}
-    run_config["model"] = {"source": "public/tiny"}
-    run_config["export"] = {"gguf": []}
-    with hub_server(tiny_model) as plain, https_front(plain, authority) as hub:
-        trainer.environment |= {
-            "HF_ENDPOINT": hub,
-            "FINETUNE_CA_BUNDLES": f"spec.storage.caBundle={authority.bundle}",
-        }
-        run = trainer("prepare", run_config)
-    assert run.code == 0, run.output
-    merged = (trainer.folder / "workspace" / "ca-bundle.pem").read_text()
-    assert authority.bundle.read_text() in merged
-    assert merged.count("BEGIN CERTIFICATE") > 100, "beside the public ones"
-
-
-@pytest.mark.parametrize(
-    ("content", "reason", "said"),
-    [
-        (None, Reason.STORAGE_UNAVAILABLE, "No such file"),
-        ("not a certificate", Reason.INVALID_CONFIG, "holds no certificates"),
-        ("", Reason.INVALID_CONFIG, "holds no certificates"),
-    ],
-)
-def test_a_bundle_that_holds_nothing_is_named(
-    trainer: Trainer,
-    run_config: dict[str, Any],
-    content: str | None,
-    reason: Reason,
-    said: str,
-) -> None:
-    bundle = trainer.folder / "ca.crt"
-    if content is not None:
-        bundle.write_text(content)
-    trainer.environment["FINETUNE_CA_BUNDLES"] = f"spec.dataset.storage.caBundle={bundle}"
-    run = trainer("prepare", run_config)
-    assert run.result is not None
-    assert run.result.reason is reason
-    assert said in run.result.message
-    assert "spec.dataset.storage.caBundle" in run.result.message
-    assert "Traceback" not in run.output
 
 
 # Names that lead out

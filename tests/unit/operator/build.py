@@ -126,6 +126,10 @@ def failing(stage: Stage, reason: Reason, message: str, **fields: Any) -> StageS
     )
 
 
+LOST: dict[str, Any] = {"disruptions": 1, "lost_pod": "pod"}
+"""Fields of a stage that lost its first pod."""
+
+
 # Conditions and status
 
 Claim = tuple[bool, str, str]
@@ -164,10 +168,11 @@ def status(phase: Phase, stage: Stage | None, *stages: StageStatus, **fields: An
     """A status whose conditions are the given ones, or those of a stage at work."""
     generation = fields.pop("generation", 1)
     if "conditions" not in fields and stage is not None:
-        attempt = {each.name: each for each in stages}[stage].attempt
+        shown = {each.name: each for each in stages}[stage]
+        lost = " It lost its pod once." if shown.disruptions == 1 else ""
         fields["conditions"] = conditions(
             ready=(False, phase, EARLIER if fields.get("artifacts") else NOT_YET),
-            progressing=(True, phase, f"{stage} is at work, attempt {attempt}."),
+            progressing=(True, phase, f"{stage} is at work, attempt {shown.attempt}.{lost}"),
             degraded=FINE,
             generation=generation,
         )

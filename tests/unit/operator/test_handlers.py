@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+import os
+import signal
 from typing import Any, cast
 
 import kopf
+import pytest
 
+from finetune_operator import handlers
 from finetune_operator.cluster import Cluster, Credentials
-from finetune_operator.handlers import Watches, _index_job, _index_pod, kopf_settings
+from finetune_operator.handlers import (
+    Endlessly,
+    Watches,
+    WatchesError,
+    _index_job,
+    _index_pod,
+    kopf_settings,
+)
 from finetune_operator.reconcile import Snapshot
 
 KEY = "ml/support"
 MINE = "uid/ml/uid-1"
 
 
-def raw(uid: str, created: str = "2026-11-24T12:00:00Z") -> dict[str, Any]:
-    return {"metadata": {"namespace": "ml", "uid": uid, "creationTimestamp": created}}
+def raw(uid: str, created: str = "2026-11-24T12:00:00Z", version: str = "1") -> dict[str, Any]:
+    meta = {"namespace": "ml", "uid": uid, "creationTimestamp": created}
+    return {"metadata": {**meta, "resourceVersion": version}}
 
 
 class FakeCluster:
     def __init__(self, *live: str) -> None:
-        self.live = set(live)
+        self.live = dict.fromkeys(live, "1")
 
-    async def watched_uids(self, namespaces: tuple[str, ...]) -> set[str]:
+    async def watched_versions(self, namespaces: tuple[str, ...]) -> dict[str, str]:
         del namespaces
         return self.live
 
@@ -33,7 +47,8 @@ class FakeCluster:
 class World:
     def __init__(self, *live: str) -> None:
         self.added: list[str] = []
-        self.watches = Watches(cast(Cluster, FakeCluster(*live)), self.added.append)
+        self.cluster = FakeCluster(*live)
+        self.watches = Watches(cast(Cluster, self.cluster), self.added.append)
 
     async def shows(
         self,
@@ -120,6 +135,82 @@ async def test_a_resync_drops_a_finetunejob_that_vanished_unseen() -> None:
     await world.shows([raw("uid-1")])
     await world.watches.resync(())
     assert world.watches.snapshot(KEY) is None
+
+
+async def test_a_watch_that_shows_no_change_from_one_look_to_the_next_is_dead() -> None:
+    world = World("uid-1", "job-1")
+    await world.shows([raw("uid-1")], jobs={MINE: [raw("job-1")]})
+    await world.watches.resync(())
+    world.cluster.live["job-1"] = "2"  # it has changed, and the watch doesn't say so
+    await world.watches.resync(())
+    assert world.watches.dead == "", "the event may still be on its way"
+    await world.watches.resync(())
+    assert "don't show changes of 1 objects" in world.watches.dead
+    await world.shows([raw("uid-1")], jobs={MINE: [raw("job-1", version="2")]})
+    await world.watches.resync(())
+    assert world.watches.dead == ""
+
+
+async def test_a_watch_that_is_late_each_time_is_alive() -> None:
+    world = World("uid-1")
+    for version in ("1", "2", "3", "4"):
+        await world.shows([raw("uid-1", version=version)])
+        world.cluster.live["uid-1"] = str(int(version) + 1)
+        await world.watches.resync(())
+        assert world.watches.dead == ""
+
+
+async def test_a_watch_that_never_shows_a_new_object_is_dead() -> None:
+    world = World("uid-1", "new")
+    await world.shows([raw("uid-1")])
+    await world.watches.resync(())
+    await world.watches.resync(())
+    assert world.watches.dead
+
+
+async def test_watches_that_fail_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handlers, "RESTART_SECONDS", 0.01)
+    world = World()
+    await world.shows([raw("uid-1")])
+    failures: list[Exception] = [RuntimeError("500"), PermissionError("403")]
+    counted: list[str] = []
+
+    async def watch() -> None:
+        if failures:
+            raise failures.pop()
+        # Until Kopf has filled its indexes anew, half of the children would look like none.
+        with pytest.raises(WatchesError):
+            world.watches.snapshot(KEY)
+        assert not world.watches.synced
+        await world.watches._finetunejob_event("ml", "support")
+        assert world.watches.snapshot(KEY) is not None
+
+    await asyncio.wait_for(world.watches.keep_watching(watch, lambda: counted.append("")), 10)
+    assert (failures, len(counted)) == ([], 2)
+
+
+async def test_between_two_tries_it_can_be_stopped() -> None:
+    world = World()
+    tries: list[str] = []
+
+    async def watch() -> None:
+        tries.append("")
+        asyncio.get_running_loop().call_later(0.01, os.kill, os.getpid(), signal.SIGTERM)
+        raise RuntimeError("500")
+
+    await asyncio.wait_for(world.watches.keep_watching(watch, lambda: None), 10)
+    assert len(tries) == 1
+
+
+def test_no_outage_of_the_api_server_is_too_long() -> None:
+    settings = kopf.OperatorSettings()
+    kopf_settings(settings, 30.0)
+    pauses = settings.networking.error_backoffs
+    assert isinstance(pauses, Endlessly)
+    day = list(itertools.islice(pauses, 24 * 3600))
+    assert day[:6] == [1, 1, 2, 3, 5, 5]
+    assert set(day[6:]) == {5}
+    assert next(iter(pauses)) == 1, "from the start for each request"
 
 
 async def test_an_event_of_a_child_is_one_of_its_finetunejob() -> None:

@@ -243,18 +243,18 @@ CASES = [
         "a train whose Job is complete, but whose pod shows later, is waited for",
         finetunejob(TRAINING),
         [job(TRAIN, finished=Finish.COMPLETE, finished_at=at(-5))],
-        unchanged(TRAINING, requeue_after=25),
+        unchanged(TRAINING, requeue_after=85),
     ),
     Case(
         "a train whose Job is complete, and whose pod is gone for good, has succeeded",
         finetunejob(TRAINING),
-        [job(TRAIN, finished=Finish.COMPLETE, finished_at=at(-60), pod=None)],
+        [job(TRAIN, finished=Finish.COMPLETE, finished_at=at(-90), pod=None)],
         Plan(
             status(
                 Phase.EXPORTING,
                 EXPORT,
                 succeeded(PREPARE, since=0, fingerprint="prepare-a"),
-                succeeded(TRAIN, since=0, until=-60, fingerprint="train-a", message=None),
+                succeeded(TRAIN, since=0, until=-90, fingerprint="train-a", message=None),
                 running(EXPORT, fingerprint="export-a"),
                 resolved=resolved(),
             ),

@@ -9,6 +9,7 @@ from finetune_operator.observe import Finish, ObservedPod
 from finetune_operator.plan import Plan
 from finetune_trainer.contract import Reason
 from tests.unit.operator.build import (
+    LOST,
     PREPARE,
     TRAIN,
     at,
@@ -54,20 +55,20 @@ def deleted_pod() -> ObservedPod:
     return pod(phase="Failed", exit_code=137, finished_at=at(0), deleting=True)
 
 
-def started_anew(failures: int) -> Plan:
+def started_anew(failures: int, **lost: int) -> Plan:
     """The second attempt of `train` starts, since what the first said is lost."""
-    lost = "The Job train-1 ended, and its pod is gone with what it had to say."
+    words = "The Job train-1 ended, and its pod is gone with what it had to say."
     return Plan(
         status(
             Phase.TRAINING,
             TRAIN,
             DONE,
-            running(TRAIN, 2, fingerprint="train-a", failures=failures),
+            running(TRAIN, 2, fingerprint="train-a", failures=failures, **lost),
             LAST,
             resolved=resolved(),
         ),
         (start(TRAIN, 2),),
-        (warning("PodDisrupted", lost), started(TRAIN, 2)),
+        (warning("PodDisrupted", words), started(TRAIN, 2)),
     )
 
 
@@ -134,19 +135,25 @@ CASES = [
         "an eviction is tried again free of charge",
         finetunejob(training(), spec=spec(backoffLimit=0)),
         [job(TRAIN, finished=Finish.FAILED, finished_at=at(0), pod=evicted())],
-        train_retries(Reason.POD_DISRUPTED, EVICTED_MESSAGE, failures=0),
+        train_retries(Reason.POD_DISRUPTED, EVICTED_MESSAGE, failures=0, **LOST),
     ),
     Case(
         "an evicted pod of a Job that has not failed may be replaced by the Job itself",
         finetunejob(training()),
         [job(TRAIN, pod=evicted())],
-        unchanged(training(reason=Reason.POD_DISRUPTED, message=EVICTED_MESSAGE)),
+        Plan(
+            training(reason=Reason.POD_DISRUPTED, message=EVICTED_MESSAGE, **LOST),
+            events=(warning("PodDisrupted", EVICTED_MESSAGE),),
+        ),
     ),
     Case(
         "a pod that was deleted may be replaced by the Job itself",
         finetunejob(training()),
         [job(TRAIN, pod=deleted_pod())],
-        unchanged(training(reason=Reason.POD_DISRUPTED, message=DELETED_MESSAGE)),
+        Plan(
+            training(reason=Reason.POD_DISRUPTED, message=DELETED_MESSAGE, **LOST),
+            events=(warning("PodDisrupted", DELETED_MESSAGE),),
+        ),
     ),
     Case(
         "the pod that took its place is followed like the first",
@@ -173,7 +180,7 @@ CASES = [
         "a trainer that was stopped is tried again free of charge",
         finetunejob(training()),
         [job(TRAIN, **ended(14, said(TRAIN, Reason.STOPPED, message="stopped at step 5")))],
-        train_retries(Reason.STOPPED, "stopped at step 5", failures=0),
+        train_retries(Reason.STOPPED, "stopped at step 5", failures=0, **LOST),
     ),
     Case(
         "a killed container of a deleted pod is tried again free of charge",
@@ -183,6 +190,7 @@ CASES = [
             Reason.POD_DISRUPTED,
             DELETED_MESSAGE,
             failures=0,
+            **LOST,
         ),
     ),
     Case(
@@ -196,7 +204,7 @@ CASES = [
                 pod=pod(phase="Failed", started=False, deleting=True),
             )
         ],
-        train_retries(Reason.POD_DISRUPTED, DELETED_MESSAGE, failures=0),
+        train_retries(Reason.POD_DISRUPTED, DELETED_MESSAGE, failures=0, **LOST),
     ),
     Case(
         "a pod that the kernel killed for memory is tried again, and says which limit to raise",
@@ -226,8 +234,8 @@ CASES = [
     Case(
         "a failed Job whose pod nobody saw end is tried again free of charge",
         finetunejob(training(), spec=spec(backoffLimit=0)),
-        [job(TRAIN, finished=Finish.FAILED, finished_at=at(-31), pod=None)],
-        started_anew(failures=0),
+        [job(TRAIN, finished=Finish.FAILED, finished_at=at(-91), pod=None)],
+        started_anew(failures=0, disruptions=1),
     ),
     Case(
         "unless it failed because of its pod's exit code",
@@ -236,7 +244,7 @@ CASES = [
             job(
                 TRAIN,
                 finished=Finish.FAILED,
-                finished_at=at(-31),
+                finished_at=at(-91),
                 failed_by_exit_code=True,
                 pod=None,
             )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from finetune_operator.api.finetunejob import Phase
 from finetune_operator.observe import ObservedJob
-from finetune_operator.plan import Plan
+from finetune_operator.plan import Event, Plan
 from finetune_trainer.contract import Reason, Stage
 from tests.unit.operator.build import (
     ALL_DONE,
@@ -37,14 +39,14 @@ from tests.unit.operator.expect import (
 )
 
 
-def goes_on(stage: Stage, since: float, code: int = 0, **fields: object) -> ObservedJob:
+def goes_on(stage: Stage, since: float, code: int = 0, **fields: Any) -> ObservedJob:
     """A Job whose trainer has ended, beside a container that hasn't."""
     result = said(stage) if code == 0 else said(stage, Reason.STOPPED, message="stopped")
     alive = pod(exit_code=code, finished_at=at(since), result=result, **fields)
     return job(stage, pod=alive)
 
 
-def beside(stage: Stage) -> object:
+def beside(stage: Stage) -> Event:
     words = f"Stopped what went on beside {stage} after its end (pod pod)."
     return normal("SidecarStopped", words)
 

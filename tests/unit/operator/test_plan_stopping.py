@@ -11,6 +11,7 @@ from finetune_operator.observe import Finish
 from finetune_operator.plan import Plan, Policy, plan
 from finetune_trainer.contract import Reason
 from tests.unit.operator.build import (
+    LOST,
     NOW,
     PREPARE,
     SETTINGS,
@@ -29,7 +30,7 @@ from tests.unit.operator.build import (
     waiting_pod,
 )
 from tests.unit.operator.endings import DONE, LAST, train_fails, train_retries, training
-from tests.unit.operator.expect import Case, decide, start, started, unchanged
+from tests.unit.operator.expect import Case, decide, start, started, unchanged, warning
 
 STOPPED = said(TRAIN, Reason.STOPPED, message="Stopped by a signal; checkpoint of step 5.")
 DELETED = "The pod of train was disrupted (the pod was deleted)."
@@ -101,26 +102,32 @@ CASES = [
         "a stopped training is tried again free of charge, however often that was",
         finetunejob(training(attempt=7, failures=0), spec=spec(backoffLimit=0)),
         [job(TRAIN, 7, **ended(14, STOPPED))],
-        train_retries(Reason.STOPPED, STOPPED.message, after=300, attempt=7, failures=0),
+        train_retries(Reason.STOPPED, STOPPED.message, after=300, attempt=7, failures=0, **LOST),
     ),
     Case(
         "a stopped training on a drained node is a disruption, free of charge",
         finetunejob(training(), spec=spec(backoffLimit=0)),
         [job(TRAIN, **ended(14, STOPPED, disruption=EVICTION))],
         train_retries(
-            Reason.POD_DISRUPTED, f"The pod of train was disrupted ({EVICTION}).", failures=0
+            Reason.POD_DISRUPTED,
+            f"The pod of train was disrupted ({EVICTION}).",
+            failures=0,
+            **LOST,
         ),
     ),
     Case(
         "a stopped pod whose Job has not failed may be replaced by the Job itself",
         finetunejob(training()),
         [job(TRAIN, pod=pod(phase="Failed", exit_code=14, finished_at=NOW, result=STOPPED))],
-        unchanged(training(reason=STOPPED.reason, message=STOPPED.message)),
+        Plan(
+            training(reason=STOPPED.reason, message=STOPPED.message, **LOST),
+            events=(warning("Stopped", STOPPED.message),),
+        ),
     ),
     Case(
         "a replacement that the Job has made is the same attempt",
         finetunejob(training()),
-        [job(TRAIN, pod=waiting_pod(), earlier_pod_at_work=True)],
+        [job(TRAIN, pod=waiting_pod(), earlier_pods=(pod(name="earlier"),))],
         unchanged(training()),
     ),
     Case(
@@ -128,14 +135,17 @@ CASES = [
         finetunejob(training(), spec=spec(backoffLimit=0)),
         [job(TRAIN, **ended(14))],
         train_retries(
-            Reason.STOPPED, "train ended with exit code 14; its log may say why.", failures=0
+            Reason.STOPPED,
+            "train ended with exit code 14; its log may say why.",
+            failures=0,
+            **LOST,
         ),
     ),
     Case(
         "a pod that was killed after its grace period is tried again free of charge",
         finetunejob(training(), spec=spec(backoffLimit=0)),
         [job(TRAIN, **ended(137, deleting=True))],
-        train_retries(Reason.POD_DISRUPTED, DELETED, failures=0),
+        train_retries(Reason.POD_DISRUPTED, DELETED, failures=0, **LOST),
     ),
     Case(
         "the next attempt starts when the stopped pod has ended",
@@ -152,7 +162,7 @@ CASES = [
     Case(
         "the next attempt waits while an earlier pod of the Job still runs",
         finetunejob(is_due()),
-        [job(TRAIN, earlier_pod_at_work=True, **ended(14, STOPPED))],
+        [job(TRAIN, earlier_pods=(pod(name="earlier"),), **ended(14, STOPPED))],
         unchanged(is_due()),
     ),
     Case(

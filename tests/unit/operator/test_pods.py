@@ -146,5 +146,8 @@ def test_pods(status: dict[str, Any], expected: ObservedPod) -> None:
 
 def test_a_pod_that_is_being_deleted() -> None:
     pod = raw_pod(phase="Running")
+    pod["spec"]["nodeName"] = "node-1"
     pod["metadata"]["deletionTimestamp"] = "2026-11-24T12:02:00Z"
-    assert observed(pod).pod == expected_pod(phase="Running", deleting=True)
+    assert observed(pod).pod == expected_pod(
+        phase="Running", deleting=True, delete_by=moment("12:02:00"), node="node-1"
+    )

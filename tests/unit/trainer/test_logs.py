@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from finetune_trainer.contract import Notice, NoticeCode, Progress
 from finetune_trainer.contract.redaction import redact
 from finetune_trainer.runtime.logs import JsonLine
 from finetune_trainer.runtime.reporter import Reporter
@@ -109,6 +110,26 @@ def test_a_step_has_its_figures_as_fields() -> None:
     }
     assert figures.items() <= step.items()
     assert {"step": 10, "eval_loss": 1.25}.items() <= evaluation.items()
+
+
+def test_no_credential_is_in_the_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recording:
+        said: list[Progress] = []
+
+        def publish(self, changes: Progress) -> None:
+            self.said.append(changes)
+
+        def close(self) -> None:
+            """Nothing to close."""
+
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
+    with Reporter(Recording(), interval=0) as reporter:
+        reporter.message("Fetching from https://me:opensesame@store")
+        reporter.notice(Notice(code=NoticeCode.RESUMED, evidence="hf_abcdefghij", remedy="-"))
+    text = "".join(each.model_dump_json() for each in Recording.said)
+    assert "https://***@store" in text
+    assert "opensesame" not in text
+    assert "hf_abc" not in text
 
 
 @pytest.mark.parametrize("name", ["human", "", "nonsense"])

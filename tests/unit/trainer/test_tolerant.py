@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from finetune_trainer.__main__ import _say_what_is_ignored
 from finetune_trainer.contract import (
     Base,
     Reason,
+    RunConfig,
     StageResult,
     Tolerated,
     read_known,
@@ -138,3 +140,12 @@ def test_run_json_with_a_wrong_value_is_refused(tmp_path: Path, text: str) -> No
     file.write_text(text)
     with pytest.raises(ValidationError):
         read_run_config(file)
+
+
+def test_a_stage_says_what_its_older_image_ignores() -> None:
+    config = RunConfig.model_validate(RUN)
+    assert _say_what_is_ignored(Tolerated(config)) == ""
+    said = _say_what_is_ignored(Tolerated(config, unknown=("training.later", "hints")))
+    assert said == (
+        " (this trainer image is older than the operator and ignores training.later, hints)"
+    )

@@ -74,6 +74,7 @@ class Reason(StrEnum):
     SECRET_NOT_FOUND = "SecretNotFound"  # noqa: S105 - a reason, not a secret
     IMAGE_NOT_PULLED = "ImageNotPulled"
     POD_DISRUPTED = "PodDisrupted"
+    NODE_LOST = "NodeLost"
     UNSCHEDULABLE = "Unschedulable"
 
     @property

@@ -1,0 +1,64 @@
+"""What the API server refuses for a while ends no watch for good, and no process."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+
+from finetune_trainer.contract import Stage
+from hack.cluster.control_plane import ControlPlane
+from tests.integration.operator.process import Operator
+from tests.integration.operator.stage import Namespace, prepared
+from tests.integration.operator.tcp_proxy import TcpProxy
+
+PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN
+RIGHTS = "clusterrolebinding/finetune-operator"
+OUTAGE_SECONDS = 52  # a client that tries again for some time only has given up by then
+
+
+@pytest.fixture
+def here(installed: ControlPlane) -> Iterator[Namespace]:
+    """An empty namespace."""
+    name = f"test-{uuid4().hex[:8]}"
+    installed.kubectl("create", "namespace", name)
+    namespace = Namespace(installed, name)
+    yield namespace
+    namespace.close()
+    installed.kubectl("delete", "namespace", name, "--wait=false")
+
+
+def test_watches_that_are_forbidden_for_a_while_go_on_in_the_same_process(
+    installed: ControlPlane, here: Namespace, tmp_path: Path
+) -> None:
+    server = urlsplit(installed.server)
+    with TcpProxy(server.port or 443) as proxy:
+        operator = Operator(installed, tmp_path)
+        operator.reach_through(proxy.port)
+        operator.start()
+        try:
+            here.apply()
+            pod = here.start_pod(PREPARE)
+            here.wait_phase("Preparing")
+            rights = json.loads(installed.kubectl("get", RIGHTS, "-o", "json"))
+            del rights["metadata"]["resourceVersion"]
+            installed.kubectl("delete", RIGHTS)
+            proxy.cut()
+            until = time.monotonic() + OUTAGE_SECONDS
+            here.wait("what the probe says", lambda: not operator.ready())
+            here.succeed(prepared())  # nobody is told
+            while time.monotonic() < until:
+                operator.ready()  # raises when the process has ended
+                time.sleep(1)
+            installed.kubectl("create", "-f", "-", input=json.dumps(rights))
+            here.wait_phase("Training")
+            here.wait("readiness", operator.ready)
+            assert here.pod(TRAIN)["metadata"]["uid"] != pod["metadata"]["uid"]
+            assert operator.get("/healthz").text == "ok\n"
+        finally:
+            operator.stop()

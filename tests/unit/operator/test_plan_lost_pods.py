@@ -1,0 +1,165 @@
+"""The plan when pods are lost: each is told once, counted, and only so many may be."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from finetune_operator.api.finetunejob import FineTuneJobStatus, StageState, StageStatus
+from finetune_operator.observe import ObservedJob, ObservedPod
+from finetune_operator.plan import Plan, Policy, plan
+from finetune_trainer.contract import Reason
+from tests.unit.operator.build import (
+    ALL_DONE,
+    NOW,
+    PREPARE,
+    SETTINGS,
+    TRAIN,
+    at,
+    ended,
+    finetunejob,
+    finished_status,
+    job,
+    pod,
+    prepared,
+    said,
+    spec_of,
+    stamp,
+)
+from tests.unit.operator.endings import EVICTED, EVICTED_MESSAGE, training
+from tests.unit.operator.expect import warning
+
+POLICY = Policy(disruption_limit=3)
+
+
+def decided(status: FineTuneJobStatus, *jobs: ObservedJob) -> Plan:
+    return plan(finetunejob(status), jobs, SETTINGS, POLICY, NOW)
+
+
+def train_of(made: Plan) -> StageStatus:
+    return made.status.stages[1]
+
+
+def progressing(made: Plan) -> tuple[str, str]:
+    claims = {each.type: each for each in made.status.conditions}
+    return claims["Progressing"].reason, claims["Progressing"].message
+
+
+def evicted(name: str) -> ObservedPod:
+    return pod(name=name, phase="Failed", started=False, disruption=EVICTED)
+
+
+def test_a_pod_that_the_job_itself_replaced_unseen_is_told_and_counted() -> None:
+    """The operator sees only the second pod at work, and the first among those that ended."""
+    made = decided(training(), job(TRAIN, pod=pod(name="b"), earlier_pods=(evicted("a"),)))
+    assert made.events == (warning("PodDisrupted", EVICTED_MESSAGE),)
+    train = train_of(made)
+    assert (train.state, train.attempt, train.failures) == (StageState.RUNNING, 1, 0)
+    assert (train.disruptions, train.lost_pod) == (1, "a")
+    assert progressing(made)[1] == "train is at work, attempt 1. It lost its pod once."
+
+
+def test_each_is_told_once_whenever_it_is_seen() -> None:
+    first = decided(training(), job(TRAIN, pod=evicted("a")))
+    assert (len(first.events), train_of(first).disruptions) == (1, 1)
+    again = decided(first.status, job(TRAIN, pod=evicted("a")))
+    assert again == Plan(first.status)
+    replaced = decided(first.status, job(TRAIN, pod=pod(name="b"), earlier_pods=(evicted("a"),)))
+    assert (replaced.events, train_of(replaced).disruptions) == ((), 1)
+    two = (evicted("a"), evicted("b"))
+    second = decided(first.status, job(TRAIN, pod=pod(name="c"), earlier_pods=two))
+    assert (train_of(second).disruptions, train_of(second).lost_pod) == (2, "b")
+    assert progressing(second)[1].endswith("It lost its pod 2 times.")
+
+
+def test_a_stage_that_loses_one_pod_after_the_other_ends() -> None:
+    lost = tuple(evicted(name) for name in "abc")
+    made = decided(training(), job(TRAIN, pod=pod(name="d"), earlier_pods=lost))
+    assert train_of(made).state is StageState.RUNNING, "three may be"
+    over = decided(made.status, job(TRAIN, pod=evicted("d"), earlier_pods=lost))
+    train = train_of(over)
+    assert (train.state, train.reason, train.failures) == (StageState.FAILED, "PodDisrupted", 0)
+    assert "has lost 4 pods; the operator's limit is 3" in str(train.message)
+    assert [type(each).__name__ for each in over.actions] == ["StopJob"]
+    assert decided(over.status, job(TRAIN, deleting=True)) == Plan(over.status)
+
+
+def test_so_does_one_whose_jobs_fail_one_after_the_other() -> None:
+    before = training(attempt=4, disruptions=3, lost_pod="c")
+    made = decided(before, job(TRAIN, 4, **ended(14, said(TRAIN, Reason.STOPPED), name="d")))
+    assert train_of(made).state is StageState.FAILED
+
+
+def deleted(by: float, **fields: Any) -> ObservedPod:
+    return pod(name="a", deleting=True, delete_by=at(by), node="node-1", **fields)
+
+
+NODE_LOST = (
+    "The pod a of train should have stopped by now, and its node node-1 doesn't say that it has. "
+    "When you know that the node is off: kubectl delete pod a --force --grace-period=0. "
+    "Two pods would write the same files."
+)
+
+
+def test_a_pod_in_its_grace_period_is_said_to_be_stopping() -> None:
+    made = decided(training(), job(TRAIN, pod=deleted(30)))
+    assert progressing(made) == ("Stopping", "The pod a of train is being deleted.")
+    assert made.requeue_after == 91, "when its node should have told, all clocks allowed for"
+    assert made.events == ()
+
+
+@pytest.mark.parametrize("deleting", [False, True])
+def test_a_node_that_never_says_that_the_pod_has_stopped_is_told(deleting: bool) -> None:
+    made = decided(training(), job(TRAIN, pod=deleted(-61), deleting=deleting))
+    assert progressing(made) == ("NodeLost", NODE_LOST)
+    assert {each.type: each.status for each in made.status.conditions}["Degraded"] == "True"
+    assert made.events == (warning("NodeLost", NODE_LOST),)
+    assert train_of(made).disruptions == 1
+    assert made.actions == ()
+    again = decided(made.status, job(TRAIN, pod=deleted(-61), deleting=deleting))
+    assert again == Plan(made.status)
+
+
+def test_a_lost_node_that_comes_back_costs_one_disruption() -> None:
+    lost = decided(training(), job(TRAIN, pod=deleted(-61)))
+    back = decided(lost.status, job(TRAIN, **ended(137, name="a", deleting=True)))
+    assert (train_of(back).disruptions, train_of(back).failures) == (1, 0)
+
+
+# Clocks: each machine has its own.
+
+
+@pytest.mark.parametrize("behind", [0, 45, 59])
+def test_a_node_whose_clock_is_slow_does_not_make_a_finished_training_run_again(
+    behind: int,
+) -> None:
+    """It ended after prepare had looked, and dates that `behind` seconds too early."""
+    begun = [
+        each.model_copy(update={"start_time": stamp(-10), "completion_time": stamp(-10 - behind)})
+        for each in ALL_DONE
+    ]
+    before = finished_status(*begun, generation=2).model_copy(
+        update={
+            "phase": None,
+            "stages": (
+                StageStatus(
+                    name=PREPARE, state=StageState.RUNNING, attempt=1, start_time=stamp(-10)
+                ),
+                *begun[1:],
+            ),
+        }
+    )
+    answer = job(PREPARE, key="2", **ended(0, prepared([PREPARE])))
+    given = finetunejob(before, generation=2, spec=spec_of(2))
+    made = plan(given, [answer], SETTINGS, Policy(), NOW)
+    assert train_of(made).state is StageState.SUCCEEDED
+    assert made.actions == ()
+
+
+def test_a_node_whose_clock_is_fast_makes_no_pause_longer() -> None:
+    fast = ended(1, last_log_line="no luck")
+    fast["pod"] = pod(phase="Failed", exit_code=1, finished_at=NOW + timedelta(hours=3))
+    made = decided(training(), job(TRAIN, **fast))
+    assert made.requeue_after == 10
