@@ -247,11 +247,45 @@ def test_any_template_renders_all_or_the_row_is_refused(
         assert all(text in "".join(answers) for text in expected)
 
 
-def test_most_templates_that_know_tools_are_taken(tokenizer: PreTrainedTokenizerBase) -> None:
-    """The test above would pass if all were refused."""
-    for template in ("qwen2_5", "qwen3", "qwen3_6", "llama3_1", "llama3_2", "glm4moe", "gptoss"):
-        use(tokenizer, template)
-        encode(tokenizer, as_example(CHAT, [WEATHER]))
+KNOWN = {  # docs/data.md has this as a table: whether tools and reasoning are taken
+    "qwen2_5": (True, False),
+    "qwen3_instruct_2507": (True, False),
+    "llama3_1": (True, False),
+    "llama3_2": (True, False),
+    "lfm2_v2": (True, False),
+    "qwen3": (True, True),
+    "qwen3_5_think": (True, True),
+    "qwen3_6": (True, True),
+    "glm4moe": (True, True),
+    "lfm2_2_5": (True, True),
+    "nemotron_3_nano": (True, True),
+    "gptoss": (True, True),
+    "gemma4": (True, False),
+    "gemma4_v5": (True, True),
+    "deepseekv3": (False, False),
+    "gemma": (False, False),
+    "gemma3": (False, False),
+    "phi3": (False, False),
+    "llama3": (False, False),
+    "cohere": (False, False),
+}
+
+
+@pytest.mark.parametrize("template", KNOWN)
+def test_which_templates_know_tools_and_reasoning(
+    tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
+    use(tokenizer, template)
+    rows = as_example(CHAT[1:], [WEATHER]), as_example([user("1?"), assistant("2", "Hm.")])
+    assert tuple(is_taken(tokenizer, row) for row in rows) == KNOWN[template]
+
+
+def is_taken(tokenizer: PreTrainedTokenizerBase, row: Example) -> bool:
+    try:
+        encode(tokenizer, row)
+    except (NotRenderedError, jinja2.TemplateError, TypeError):
+        return False
+    return True
 
 
 REFUSED = [
@@ -260,6 +294,7 @@ REFUSED = [
     ("lfm2", [WEATHER], CHAT, "tool_calls"),
     ("qwen2_5", [], [user("1?"), assistant("2", "Hm.")], "reasoning_content"),
     ("qwen2_5", [], [user("1?"), assistant("2", "Hm."), user("3?"), assistant("4")], "reasoning"),
+    ("llama3_1", [WEATHER], [user("1?"), calling(call(city="A"), text="Let me look.")], "beside"),
     ("llama3_2", [WEATHER], [user("1?"), calling(call(city="A"), text="Let me look.")], "beside"),
     ("qwen2_5", [], [{**user("Hi"), "name": "Ada"}, assistant("Hello")], "name"),
 ]
@@ -313,6 +348,26 @@ def test_arguments_are_json_text_where_the_template_wants_that(
     assert first == '<call>weather_of{"city": "\\"Paris\\" ☕", "days": 2}</call><|im_end|>\n'
     with pytest.raises(NotRenderedError, match="leaves out tool_calls"):  # beside content
         encode(tokenizer, as_example([user("a"), calling(call(city="A"), text="Let me look.")]))
+
+
+def test_what_the_template_itself_says_is_the_cause(tokenizer: PreTrainedTokenizerBase) -> None:
+    use(tokenizer, "llama3_1")
+    two = [user("1?"), calling(call(city="A"), call("call00002", city="B"))]
+    with pytest.raises(jinja2.TemplateError, match="only supports single tool-calls"):
+        encode(tokenizer, as_example(two, [WEATHER]))
+
+
+def test_what_comes_before_the_last_answer_must_stay_the_same(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """gpt-oss drops the reasoning before a call once an answer follows: what the tool said would be
+    taken for a part of the answer."""
+    use(tokenizer, "gptoss")
+    call_and_answer = copy.deepcopy(CHAT[:5])
+    encode(tokenizer, as_example(call_and_answer, [WEATHER]))
+    call_and_answer[2]["reasoning_content"] = "A window."
+    with pytest.raises(NotRenderedError, match="before the last answer in another way"):
+        encode(tokenizer, as_example(call_and_answer, [WEATHER]))
 
 
 def test_reasoning_is_learnt_where_the_template_writes_it(

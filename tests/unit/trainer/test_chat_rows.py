@@ -109,6 +109,15 @@ def test_openais_format_with_tools() -> None:
     ]
 
 
+def test_answers_of_tools_stand_in_the_order_of_their_calls(tmp_path: Path) -> None:
+    """Qwen's template, for one, writes no tool_call_id: the place tells which call is answered."""
+    calls = calling(call({"city": "Paris"}, "c1"), call({"city": "Rom"}, "c2"))
+    answers = [answering("Rom: 28", "c2"), answering("Paris: 18", "c1")]
+    row = [user("Both?"), calls, *answers, assistant("28 and 18.")]
+    (record,) = read(written(tmp_path, {"messages": row}))
+    assert list(record.messages) == [*row[:2], *reversed(answers), row[4]]
+
+
 def test_nulls_of_parquet_are_no_arguments() -> None:
     first, second = read(CORPUS / "openai-tools.parquet")
     assert (list(first.messages), list(first.tools)) == (PARIS, [WEATHER])

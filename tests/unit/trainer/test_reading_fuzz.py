@@ -15,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.contract import Columns, Csv, Dataset, Reason, StageError
+from finetune_trainer.contract import Columns, Csv, Dataset, Reason, StageError, as_example
 from finetune_trainer.prepare.reading import Problems, Record, open_source
+from finetune_trainer.prepare.split import row_hash
 
 CORPUS = Path(__file__).parents[2] / "data" / "corpus"
 URI = "s3://data/train.csv"
@@ -86,13 +87,14 @@ def check_error(error: StageError, problems: Problems) -> None:
 
 def check_record(record: Record) -> None:
     roles = [message["role"] for message in record.messages]
-    turns = roles[1:] if roles[0] == "system" else roles
-    assert turns == ["user", "assistant"] * (len(turns) // 2)
-    assert turns
+    assert record.number >= 1
+    assert {*roles} <= {"system", "user", "assistant", "tool"}
+    assert len(roles) > 1
+    assert roles[-1] == "assistant"
     for message in record.messages:
-        assert set(message) == {"role", "content"}
-        assert message["content"].strip()
-        message["content"].encode()
+        assert message["content"].strip() or message["role"] == "tool" or message["tool_calls"]
+    json.dumps(as_example(record.messages, record.tools), ensure_ascii=False).encode()
+    row_hash(record.messages, 1, record.tools)
 
 
 PREFIXES = [
@@ -331,16 +333,42 @@ JSON = st.recursive(
     ),
     max_leaves=6,
 )
+TEXT = st.text(max_size=4) | st.just("a")
+FUNCTION = st.fixed_dictionaries(
+    {"name": st.just("f") | TEXT},
+    optional={"arguments": st.sampled_from(["{}", '{"a": 1}', "["]) | JSON, "parameters": JSON},
+)
+CALLED = st.fixed_dictionaries(
+    {"function": FUNCTION},
+    optional={"id": st.sampled_from(["1", "2", None]), "type": st.just("function") | JSON},
+)
+PARTS = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXT}), max_size=2)
+FURTHER: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "developer": {},
+    "user": {"name": TEXT},
+    "assistant": {
+        "tool_calls": st.lists(CALLED, max_size=2),
+        "reasoning_content": st.none() | TEXT,
+        "weight": st.sampled_from([None, 0, 1, 1.0, 2]),
+    },
+    "tool": {"tool_call_id": st.sampled_from(["1", "2"])},
+}
+TURNS = {
+    role: st.fixed_dictionaries({"role": st.just(role), "content": TEXT | PARTS}, optional=further)
+    for role, further in FURTHER.items()
+}
+BEFORE = st.lists(st.one_of(*TURNS.values()), min_size=1, max_size=4)
+CHAT = st.tuples(BEFORE, TURNS["assistant"]).map(lambda parts: [*parts[0], parts[1]])
 MESSAGE = st.fixed_dictionaries(
     {
         "role": st.sampled_from(["system", "user", "assistant", "tool"]),
         "content": st.text(max_size=4),
     }
 )
-VALUE = JSON | st.lists(MESSAGE | JSON, max_size=4)
+VALUE = JSON | st.lists(MESSAGE | JSON, max_size=4) | CHAT | st.lists(CALLED, max_size=2)
 KEYS = [
     "instruction", "input", "response", "system", "prompt", "completion", "messages",
-    "conversations",
+    "conversations", "tools",
 ]  # fmt: skip
 
 
@@ -377,7 +405,11 @@ def test_a_bad_line_leaves_the_good_ones_as_they_were(
 
 @fuzz(200)
 @given(
-    st.lists(JSON | st.dictionaries(st.sampled_from(KEYS), VALUE), min_size=1, max_size=6),
+    st.lists(
+        JSON | st.dictionaries(st.sampled_from(KEYS), VALUE),
+        min_size=1,
+        max_size=6,
+    ),
     st.sampled_from([Columns(), Columns(system="system"), Columns(messages="messages")]),
     st.booleans(),
 )
@@ -385,6 +417,20 @@ def test_any_json_is_mapped_or_refused(items: list[Any], columns: Columns, array
     lines = [json.dumps(item) for item in items]
     text = f"[{','.join(lines)}]" if array else "".join(f"{line}\n" for line in lines)
     read(text.encode(), SKIP.model_copy(update={"columns": columns}))
+
+
+@fuzz(200)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"messages": CHAT}, optional={"tools": st.lists(CALLED, max_size=2) | JSON}
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_any_conversation_is_read_or_refused(items: list[Any]) -> None:
+    read("".join(f"{json.dumps(item)}\n" for item in items).encode(), SKIP)
 
 
 @pytest.mark.parametrize("opening", [b"[", b'{"a":', b'"', b"'", b"(", b"\\"])

@@ -61,7 +61,9 @@ def checked(items: list[Any], fallback: Message | None, ignored: set[str]) -> Co
             raise InvalidError(f"message {place} ({message['role']}) is blank")
     if len(messages) == 1:
         raise InvalidError("it has an assistant's message alone: nothing asks for the answer")
-    _check_tools(read)
+    if any(message["role"] == "tool" for message in messages):
+        _check_tools(read)
+        messages = _in_the_order_of_calls(messages)
     if not any(is_learnt(message) for message in messages):
         raise InvalidError("every assistant's message has weight 0, so nothing is left to learn")
     own = messages[0]["role"] == "system"
@@ -87,6 +89,19 @@ def _check_tools(read: Iterable[tuple[int, Message]]) -> None:
                 f"message {place} has the tool_call_id {name_of(answered)}, which is none of the "
                 "calls before it"
             )
+
+
+def _in_the_order_of_calls(messages: list[Message]) -> list[Message]:
+    """Each call's answer in its place: templates that leave out tool_call_id tell them by that."""
+    turn, calls, keys = 0, dict[str | None, int](), []
+    for message in messages:
+        if message["role"] == "tool":
+            keys.append((turn, calls.get(message.get("tool_call_id"), len(calls))))
+            continue
+        turn += 1
+        calls = {call.get("id"): n for n, call in enumerate(message.get("tool_calls", []))}
+        keys.append((turn, -1))
+    return [messages[n] for n in sorted(range(len(messages)), key=keys.__getitem__)]
 
 
 def _read(item: Any, place: int, ignored: set[str]) -> Message:
