@@ -10,7 +10,14 @@ from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
 from finetune_operator.plan.verdict import Done, Failure
 from finetune_operator.status import timestamp
-from finetune_trainer.contract import Artifact, Notice, Resolved, Stage, StageResult
+from finetune_trainer.contract import (
+    Artifact,
+    Notice,
+    Resolved,
+    Stage,
+    StageResult,
+    version_folder,
+)
 from finetune_trainer.contract.verdict_words import quality_fault
 
 OVER_LIMIT = "QualityLimitExceeded"  # the event about a file that `verify: warn` lets pass
@@ -135,12 +142,20 @@ def _is_later(one: str | None, other: str | None, skew: timedelta) -> bool:
 
 
 def _record_artifacts(draft: Draft, result: StageResult | None, image: str | None) -> None:
-    folder = draft.spec.output.uri.rstrip("/")
+    draft.found.version = result.version if result else None
+    folder = artifacts_folder(draft)
     artifacts = result.artifacts if result else ()
     manifest = result.manifest_uri if result else None
     draft.found.artifacts = tuple(_artifact(folder, each) for each in artifacts)
-    draft.found.manifest_uri = manifest or f"{folder}/manifest.json"
+    # Where the result was lost, the output folder's own manifest names the version.
+    draft.found.manifest_uri = manifest or f"{draft.spec.output.folder}/manifest.json"
     draft.found.lineage = _lineage(draft.found.resolved, image) if draft.found.resolved else None
+
+
+def artifacts_folder(draft: Draft) -> str:
+    """Where the artifacts in status are."""
+    below = version_folder(draft.found.version)
+    return f"{draft.spec.output.folder}/{below}" if below else draft.spec.output.folder
 
 
 def _lineage(resolved: Resolved, image: str | None) -> Lineage:

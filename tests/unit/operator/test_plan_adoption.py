@@ -9,8 +9,8 @@ import pytest
 
 from finetune_operator.api.finetunejob import Phase, StageState
 from finetune_operator.plan import Plan
-from tests.unit.operator.build import EXPORT as EXPORTS
 from tests.unit.operator.build import (
+    DONE_MESSAGE,
     PREPARE,
     TRAIN,
     at,
@@ -27,6 +27,7 @@ from tests.unit.operator.build import (
     status,
     succeeded,
 )
+from tests.unit.operator.build import EXPORT as EXPORTS
 from tests.unit.operator.endings import CRASH, DONE, LAST, PREPARING, training
 from tests.unit.operator.expect import (
     Case,
@@ -139,11 +140,7 @@ CASES = [
             ),
             events=(
                 finished(EXPORTS),
-                normal(
-                    "Succeeded",
-                    "The artifacts are in s3://models/support; "
-                    "s3://models/support/manifest.json lists them.",
-                ),
+                normal("Succeeded", DONE_MESSAGE),
             ),
         ),
     ),

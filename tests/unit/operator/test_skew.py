@@ -200,11 +200,11 @@ def test_a_newer_trainers_result_is_taken_in() -> None:
 def test_a_newer_trainers_reason_counts_as_its_exit_code_says(
     code: int, reason: str, state: StageState
 ) -> None:
-    text = '{"stage": "train", "reason": "OutputInUse", "message": "It is taken."}'
+    text = '{"stage": "train", "reason": "OfALaterRelease", "message": "It is taken."}'
     made = decided(read(training()), job(TRAIN, **ended(code, StageResult.from_message(text))))
     stage = made.status.stages[1]
     assert (stage.state, stage.reason) == (state, reason)
-    assert "OutputInUse: It is taken." in str(stage.message)
+    assert "OfALaterRelease: It is taken." in str(stage.message)
 
 
 def test_an_older_trainers_result_lacks_nothing() -> None:

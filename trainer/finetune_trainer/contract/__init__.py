@@ -19,7 +19,14 @@ It is all that the operator knows of the trainer, and imports pydantic alone.
 
 from __future__ import annotations
 
-from finetune_trainer.contract.artifacts import REJECTED, Artifact, Lineage, Manifest
+from finetune_trainer.contract.artifacts import (
+    REJECTED,
+    VERSIONS,
+    Artifact,
+    Lineage,
+    Manifest,
+    version_folder,
+)
 from finetune_trainer.contract.base import (
     GROUP,
     LOCATION_RULE,
@@ -102,6 +109,7 @@ __all__ = [
     "REJECTED",
     "UNQUANTIZED",
     "VERSION",
+    "VERSIONS",
     "Artifact",
     "BadRow",
     "Base",
@@ -180,4 +188,5 @@ __all__ = [
     "read_readable",
     "read_run_config",
     "status_path",
+    "version_folder",
 ]

@@ -52,6 +52,7 @@ class Reason(StrEnum):
     INVALID_CONFIG = "InvalidConfig"
     STORAGE_ACCESS_DENIED = "StorageAccessDenied"
     BUCKET_NOT_FOUND = "BucketNotFound"
+    OUTPUT_IN_USE = "OutputInUse"
     MODEL_NOT_FOUND = "ModelNotFound"
     MODEL_ACCESS_DENIED = "ModelAccessDenied"
     MODEL_UNSUPPORTED = "ModelUnsupported"
@@ -100,6 +101,7 @@ _EXIT_CODES = {
     Reason.TRAINING_DIVERGED: ExitCode.BAD_CONFIG,
     Reason.STORAGE_ACCESS_DENIED: ExitCode.BAD_CONFIG,
     Reason.BUCKET_NOT_FOUND: ExitCode.BAD_CONFIG,
+    Reason.OUTPUT_IN_USE: ExitCode.BAD_CONFIG,
     Reason.STORED_FILE_CHANGED: ExitCode.BAD_CONFIG,
     Reason.MODEL_NOT_FOUND: ExitCode.BAD_CONFIG,
     Reason.MODEL_ACCESS_DENIED: ExitCode.BAD_CONFIG,
@@ -156,7 +158,13 @@ class StageResult(Base):
     """Set by `export`, and by `prepare` when the store already holds the export. Files that do
     not fit into the message are listed in the manifest only."""
 
+    version: str | None = None
+    """Name of the version that the artifacts are of, i.e. of the folder below versions/ that holds
+    them. None in the results of 0.1.0, and for what that left in the output folder itself."""
+
     manifest_uri: str | None = None
+    """The version's own manifest."""
+
     metrics: dict[str, float] = {}
     """Set by `train`, and by `prepare` when the store already holds the adapter; e.g. trainLoss,
     trainRuntimeSeconds, trainableParameters."""
