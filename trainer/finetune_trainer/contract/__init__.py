@@ -1,10 +1,9 @@
 """The contract between the operator and the trainer, and between the trainer's stages.
 
-base            what all its types have in common; reading what another version wrote
+base            what all its types have in common; reading what another version wrote; redaction
 training, dataset, output, storage  the parts of the spec; each field is bounded once
 run             run.json as a whole, and what `prepare` adds to it
 outcome         reasons, exit codes, and the termination message
-redaction       credentials are blacked out in what leaves a process
 progress        status.progress, with what a training says about itself; metrics.json
 dataset_report  what `prepare` found in the dataset
 artifacts       the files that come out, and manifest.json

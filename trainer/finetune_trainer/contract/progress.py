@@ -9,8 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from finetune_trainer.contract.base import GROUP, PLURAL, VERSION, Base, Stage
-from finetune_trainer.contract.redaction import redact
+from finetune_trainer.contract.base import GROUP, PLURAL, VERSION, Base, Stage, redact
 from finetune_trainer.contract.run import JobReference
 
 

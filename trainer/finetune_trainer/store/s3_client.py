@@ -27,7 +27,7 @@ from botocore.exceptions import (
 from botocore.utils import conditionally_calculate_md5
 
 from finetune_trainer.contract import Encryption, Reason, StageError, Storage
-from finetune_trainer.contract.redaction import names_user, redact
+from finetune_trainer.contract.base import names_user, redact
 from finetune_trainer.contract.storage import CREDENTIALS
 
 if TYPE_CHECKING:
