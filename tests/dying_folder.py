@@ -9,6 +9,8 @@ from pathlib import Path
 
 from finetune_trainer.store import FileInfo, Folder, OnBytes
 
+MANIFEST = "manifest.json"
+
 
 class KilledError(Exception):
     """Nothing reaches the folder any more."""
@@ -20,11 +22,15 @@ def contents(folder: Folder) -> dict[str, bytes]:
 
 
 class DyingFolder(Folder):
-    """Dies after so many changes; after each one a manifest must be true."""
+    """Dies after so many changes; after each one all manifests must be true.
+
+    Where manifest.json was there, it must be there at each moment.
+    """
 
     def __init__(self, inner: Folder, lives: int | None = None) -> None:
         self._inner = inner
         self._lives = lives
+        self._named = inner.read(MANIFEST) is not None
         self.uri = inner.uri
 
     def stat(self, path: str) -> FileInfo | None:
@@ -88,7 +94,20 @@ class DyingFolder(Folder):
         self._lives -= 1
 
     def _look(self) -> None:
-        data = self._inner.read("manifest.json")
-        for item in json.loads(data)["files"] if data else []:
-            found = hashlib.sha256(self._inner.read(item["path"]) or b"").hexdigest()
-            assert found == item["sha256"], f"manifest.json is wrong about {item['path']}"
+        manifests = [info.path for info in self._inner.list("versions/")]
+        manifests = [path for path in manifests if path.endswith(f"/{MANIFEST}")]
+        for path in manifests:
+            self._check(path, path.rpartition("/")[0])
+        data = self._inner.read(MANIFEST)
+        if data is None:
+            assert not self._named, "manifest.json is gone"
+            return
+        version = json.loads(data).get("version", "")
+        self._check(MANIFEST, f"versions/{version}" if version else "")
+
+    def _check(self, path: str, folder: str) -> None:
+        data = self._inner.read(path) or b""
+        for item in json.loads(data)["files"]:
+            file = f"{folder}/{item['path']}" if folder else item["path"]
+            found = hashlib.sha256(self._inner.read(file) or b"").hexdigest()
+            assert found == item["sha256"], f"{path} is wrong about {file}"

@@ -5,30 +5,45 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune_trainer.contract import Artifact, Stage
-from finetune_trainer.export.publish import Publication, finish_interrupted
+from finetune_trainer.contract import Artifact, Stage, digest
+from finetune_trainer.export.publish import Publication, finish
 from finetune_trainer.export.publish.publication import Sign
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder
-from finetune_trainer.store.marker import Marker
+from finetune_trainer.store.versions import VersionMarker, version_name
 
 Version = Mapping[str, bytes]
 """Contents by path."""
 
 
-def manifest(fingerprint: str, files: tuple[Artifact, ...]) -> bytes:
+def fingerprint(name: str) -> str:
+    """A fingerprint as exports have them."""
+    return digest(name)
+
+
+def folder(name: str) -> str:
+    """Where the version of that name lies."""
+    return f"versions/{version_name(fingerprint(name))}"
+
+
+def manifest(name: str, files: tuple[Artifact, ...]) -> bytes:
     """What is written last."""
-    marker = Marker(stage=Stage.EXPORT, fingerprint=fingerprint, files=files)
+    marker = VersionMarker(
+        stage=Stage.EXPORT,
+        fingerprint=fingerprint(name),
+        version=version_name(fingerprint(name)),
+        files=files,
+    )
     return marker.model_dump_json().encode()
 
 
 def publish(
     output: Folder, room: Path, name: str, version: Version, sign: Sign | None = None
 ) -> None:
-    """What a stage does: finish what was interrupted, else compute and publish."""
-    if finish_interrupted(output, name):
+    """What a stage does: publish what stands already, or else compute it."""
+    if finish(output, fingerprint(name)):
         return
-    with Publication(output, name, Reporter()) as publication:
+    with Publication(output, fingerprint(name), Reporter()) as publication:
         for path, data in version.items():
             file = room / path
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -94,7 +94,7 @@ def show_resource(env: Environment) -> None:
 
 def show_artifacts(job: dict[str, Any]) -> None:
     """Print the artifacts as the status lists them."""
-    folder = job["spec"]["output"]["uri"]
+    folder = models.version_folder(job)
     console.print(f"Artifacts in {folder}:", highlight=False)
     for artifact in job["status"]["artifacts"]:
         path = artifact["uri"].removeprefix(folder + "/")
@@ -105,8 +105,8 @@ def show_artifacts(job: dict[str, Any]) -> None:
 
 
 def files_of(job: dict[str, Any]) -> list[Artifact]:
-    """The artifacts of the status, with paths below the output folder."""
-    folder = job["spec"]["output"]["uri"]
+    """The artifacts of the status, with paths below the version's folder."""
+    folder = models.version_folder(job)
     listed = job["status"].get("artifacts", [])
     return [
         Artifact(

@@ -16,6 +16,11 @@ from hack.demo.environment import Environment
 QUESTIONS = REPOSITORY / "examples" / "data" / "lumora-questions.json"
 
 
+def version_folder(job: dict[str, Any]) -> str:
+    """URI of the folder that the artifacts are in."""
+    return f"{job['spec']['output']['uri']}/versions/{job['status'].get('version', '')}"
+
+
 def models_of(job: dict[str, Any]) -> list[dict[str, Any]]:
     """The artifacts that are whole models as GGUF: not the adapter, and none that was rejected."""
     artifacts: list[dict[str, Any]] = job["status"]["artifacts"]

@@ -21,7 +21,7 @@ from rich.console import Console
 from hack.demo import models
 from hack.demo.environment import EXAMPLE, Environment
 from hack.demo.follow import follow, poll, ready_message, stage_of
-from hack.demo.models import download, models_of, smallest_gguf
+from hack.demo.models import download, models_of, smallest_gguf, version_folder
 
 NAME = yaml.safe_load(EXAMPLE.read_text())["metadata"]["name"]
 CHILDREN = "jobs,pods,configmaps,serviceaccounts,roles,rolebindings"
@@ -92,8 +92,12 @@ def test_the_example_becomes_models_in_the_bucket(environment: Environment, fini
     assert job["status"]["phase"] == "Succeeded", ready_message(job)
 
     status, output = job["status"], job["spec"]["output"]["uri"]
-    held = keys(environment, output)
+    held = keys(environment, version_folder(job))
     manifest = read_json(environment, status["manifestUri"])
+    assert status["manifestUri"] == f"{version_folder(job)}/manifest.json"
+    assert read_json(environment, f"{output}/manifest.json") == manifest
+    owner = read_json(environment, f"{output}/owner.json")
+    assert (owner["namespace"], owner["name"]) == (job["metadata"]["namespace"], NAME)
     assert manifest["files"], "the manifest lists files"
     for artifact in manifest["files"]:
         assert held[artifact["path"]] == artifact["bytes"]
@@ -217,7 +221,7 @@ def test_another_quantization_runs_prepare_and_export(
     assert sorted(ran) == ["export", "prepare"]
     files = [a["uri"] for a in job["status"]["artifacts"] if a["uri"].endswith("Q6_K.gguf")]
     assert len(files) == 1
-    assert any(key.endswith("Q6_K.gguf") for key in keys(environment, job["spec"]["output"]["uri"]))
+    assert any(key.endswith("Q6_K.gguf") for key in keys(environment, version_folder(job)))
 
 
 def test_a_file_over_its_limit_is_kept_apart_and_the_others_go_out(
@@ -235,7 +239,7 @@ def test_a_file_over_its_limit_is_kept_apart_and_the_others_go_out(
         assert word in ready_message(job)
     ran = [stage for uid, stage in pod_uids(environment).items() if uid not in before]
     assert sorted(ran) == ["export", "prepare"]
-    held = keys(environment, job["spec"]["output"]["uri"])
+    held = keys(environment, version_folder(job))
     models = [key for key in held if key.endswith(".gguf") and "-LoRA-F32" not in key]
     assert sorted((key.partition("/")[0], key.rpartition("-")[2]) for key in models) == [
         ("gguf", "Q8_0.gguf"),

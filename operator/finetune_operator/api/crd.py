@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from finetune_operator.api.base import KIND
+from finetune_operator.api import KIND
 from finetune_operator.api.finetunejob import FineTuneJob
 from finetune_trainer.contract import GROUP, PLURAL, VERSION
 
@@ -30,6 +30,7 @@ PRINTER_COLUMNS = [
     ("Progress", "string", ".status.progress.percent", 0, "Share of the stage that is done"),
     ("Loss", "string", ".status.progress.loss", 0, "Training loss at the last logging step"),
     ("ETA", "string", ".status.progress.eta", 0, "Time left in this stage"),
+    ("Version", "string", ".status.version", 0, "The version that the artifacts are of"),
     ("Age", "date", ".metadata.creationTimestamp", 0, "Time since creation"),
     (
         "EvalLoss",

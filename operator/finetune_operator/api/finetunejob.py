@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from finetune_operator.api.base import (
+from finetune_operator.api import (
     CaBundle,
     Condition,
     EnvVar,
@@ -283,7 +283,7 @@ class StageStatus(Base):
 
 
 class ArtifactStatus(Base):
-    """A file in the output folder."""
+    """A file of the version."""
 
     uri: str
     """Where it is."""
@@ -374,12 +374,16 @@ class FineTuneJobStatus(Base):
     progress: Progress | None = None
     """Live progress of the running stage."""
 
+    version: str | None = None
+    """The version that the artifacts are of: they lie in versions/<version>/ of the output folder.
+    Absent for what version 0.1.0 of the trainer left in the folder itself."""
+
     artifacts: tuple[ArtifactStatus, ...] = ()
-    """Files in the output folder, those that the quality gate rejected included. All GGUF files
+    """Files of the version, those that the quality gate rejected included. All GGUF files
     are here; where there are too many files in all, the others are in the manifest only."""
 
     manifest_uri: str | None = None
-    """The manifest, which names every file with size and SHA-256."""
+    """The version's manifest, which names every file with size and SHA-256."""
 
     metrics: dict[str, float] = {}
     """Figures of the training, e.g. baseEvalLoss and basePerplexity (the base model on the held-out

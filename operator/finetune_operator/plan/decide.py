@@ -333,7 +333,7 @@ def _what_stays(draft: Draft) -> str:
 
 
 def _finish(draft: Draft) -> Plan:
-    folder, manifest = draft.spec.output.uri, draft.found.manifest_uri
+    folder, manifest = results.artifacts_folder(draft), draft.found.manifest_uri
     message = f"The artifacts are in {folder}; {manifest} lists them."
     message += warnings_hint(draft.found.notices) + quality_hint(draft.found.artifacts)
     if not draft.is_ready or draft.planned != draft.finetunejob.status.planned:

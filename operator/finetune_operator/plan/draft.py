@@ -117,6 +117,7 @@ class StageFields(TypedDict, total=False):
 class StageResults:
     """The part of status that holds the stages' results."""
 
+    version: str | None
     artifacts: tuple[ArtifactStatus, ...]
     manifest_uri: str | None
     metrics: dict[str, float]
@@ -128,6 +129,7 @@ class StageResults:
     @classmethod
     def in_status(cls, status: FineTuneJobStatus) -> Self:
         return cls(
+            version=status.version,
             artifacts=status.artifacts,
             manifest_uri=status.manifest_uri,
             metrics=status.metrics,
@@ -249,6 +251,7 @@ class Draft:
                 former_stands=self.former_stands,
             ),
             stages=tuple(self.stages.values()),
+            version=self.found.version,
             artifacts=self.found.artifacts,
             manifest_uri=self.found.manifest_uri,
             metrics=self.found.metrics,

@@ -10,7 +10,14 @@ from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
 from finetune_operator.plan.verdict import Done, Failure
 from finetune_operator.status import timestamp
-from finetune_trainer.contract import Artifact, Notice, Resolved, Stage, StageResult
+from finetune_trainer.contract import (
+    Artifact,
+    Notice,
+    Resolved,
+    Stage,
+    StageResult,
+    version_folder,
+)
 from finetune_trainer.contract.verdict_words import quality_fault
 
 OVER_LIMIT = "QualityLimitExceeded"  # the event about a file that `verify: warn` lets pass
@@ -107,11 +114,13 @@ def _resolve_stage(
         draft.stages[stage] = StageStatus(name=stage, fingerprint=fingerprint)
         # The number of an attempt is part of its Job's name, so skip those of ended Jobs from
         # before `prepare`. Any other Job is the next attempt itself: it was started, and has maybe
-        # ended, before status could be written. (The API server dates both.)
+        # ended, before status could be written. (The API server dates both.) One that is being
+        # deleted has its name for as long; with other pod settings, that is another name.
         used = [
             job.attempt
             for job in draft.jobs_of(stage)
-            if job.deleting or (job.finished and job.created < prepare.created)
+            if (job.deleting and job.pod_settings == draft.pod_settings[stage])
+            or (job.finished and job.created < prepare.created)
         ]
         draft.change(stage, attempt=max([before.attempt if same else 0, *used]))
     return False
@@ -135,12 +144,20 @@ def _is_later(one: str | None, other: str | None, skew: timedelta) -> bool:
 
 
 def _record_artifacts(draft: Draft, result: StageResult | None, image: str | None) -> None:
-    folder = draft.spec.output.uri.rstrip("/")
+    draft.found.version = result.version if result else None
+    folder = artifacts_folder(draft)
     artifacts = result.artifacts if result else ()
     manifest = result.manifest_uri if result else None
     draft.found.artifacts = tuple(_artifact(folder, each) for each in artifacts)
-    draft.found.manifest_uri = manifest or f"{folder}/manifest.json"
+    # Where the result was lost, the output folder's own manifest names the version.
+    draft.found.manifest_uri = manifest or f"{draft.spec.output.folder}/manifest.json"
     draft.found.lineage = _lineage(draft.found.resolved, image) if draft.found.resolved else None
+
+
+def artifacts_folder(draft: Draft) -> str:
+    """Where the artifacts in status are."""
+    below = version_folder(draft.found.version)
+    return f"{draft.spec.output.folder}/{below}" if below else draft.spec.output.folder
 
 
 def _lineage(resolved: Resolved, image: str | None) -> Lineage:

@@ -18,7 +18,9 @@ from hack.cluster.control_plane import ControlPlane
 # for new kinds every 30 seconds, and pauses meanwhile.
 SECONDS = 90
 FOLDER = "s3://models/support"
-MANIFEST_URI = f"{FOLDER}/manifest.json"
+EXPORTED_VERSION = "0123456789ab"
+VERSION_FOLDER = f"{FOLDER}/versions/{EXPORTED_VERSION}"
+MANIFEST_URI = f"{VERSION_FOLDER}/manifest.json"
 SPEC: dict[str, Any] = {
     "model": {"source": "org/base"},
     "dataset": {"source": "s3://data/faq.csv"},
@@ -331,6 +333,7 @@ def prepared(*complete: Stage, found: Resolved | None = None) -> StageResult:
         resolved=found or resolved(),
         complete=complete,
         artifacts=artifacts.artifacts if artifacts else (),
+        version=artifacts.version if artifacts else None,
         manifest_uri=artifacts.manifest_uri if artifacts else None,
     )
 
@@ -351,6 +354,7 @@ def exported() -> StageResult:
         reason=Reason.SUCCEEDED,
         message="1 file",
         artifacts=(Artifact(path="gguf/model-F16.gguf", bytes=10, sha256="aa"),),
+        version=EXPORTED_VERSION,
         manifest_uri=MANIFEST_URI,
     )
 

@@ -7,7 +7,8 @@ import pytest
 from finetune_trainer.contract import Reason, Stage
 from tests.integration.operator.process import Operator
 from tests.integration.operator.stage import (
-    FOLDER,
+    EXPORTED_VERSION,
+    VERSION_FOLDER,
     Namespace,
     exported,
     prepared,
@@ -32,9 +33,13 @@ def test_a_job_runs_its_three_stages_in_order_and_shows_its_artifacts(here: Name
 
     assert here.jobs() == [("prepare", 1), ("train", 1), ("export", 1)]
     assert status["artifacts"] == [
-        {"uri": f"{FOLDER}/gguf/model-F16.gguf", "bytes": 10, "sha256": "aa"}
+        {"uri": f"{VERSION_FOLDER}/gguf/model-F16.gguf", "bytes": 10, "sha256": "aa"}
     ]
-    assert status["manifestUri"] == f"{FOLDER}/manifest.json"
+    assert status["version"] == EXPORTED_VERSION
+    assert status["manifestUri"] == f"{VERSION_FOLDER}/manifest.json"
+    columns = here.plane.kubectl("get", "ftj/support", "-n", here.name).splitlines()
+    shown = columns[0].index("VERSION")
+    assert columns[1][shown:].split()[0] == EXPORTED_VERSION
     assert status["metrics"] == {"trainLoss": 0.5}
     assert status["lineage"] == {
         "datasetETag": "etag",
@@ -69,7 +74,8 @@ def test_a_job_created_anew_runs_prepare_only(here: Namespace) -> None:
     status = here.wait_phase("Succeeded")
     assert here.jobs() == [("prepare", 1)]
     assert [here.stage(stage).get("cached", False) for stage in Stage] == [False, True, True]
-    assert status["manifestUri"] == f"{FOLDER}/manifest.json"
+    assert status["version"] == EXPORTED_VERSION
+    assert status["manifestUri"] == f"{VERSION_FOLDER}/manifest.json"
 
 
 def test_a_finished_job_does_not_need_its_jobs(here: Namespace) -> None:
@@ -141,7 +147,7 @@ def test_a_sidecar_that_goes_on_does_not_keep_the_pod(here: Namespace) -> None:
     here.set_pod(pod, "Running", {"terminated": {**ended, "startedAt": LONG_AGO}})
     here.wait_phase("Exporting")
     here.wait("the pod to go", lambda: pod["metadata"]["uid"] not in uids(here))
-    assert ("Normal", "SidecarStopped") in here.events()
+    here.wait("the event", lambda: ("Normal", "SidecarStopped") in here.events())
     here.succeed(exported())
     here.wait_phase("Succeeded")
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from finetune_trainer.contract import Artifact, Quality, Quantization, Reason, Stage
 from tests.integration.operator.stage import (
-    FOLDER,
+    EXPORTED_VERSION,
     MANIFEST_URI,
+    VERSION_FOLDER,
     Namespace,
     exported,
     prepared,
@@ -31,7 +32,7 @@ def file(path: str, quality: Quality) -> Artifact:
 def figures(here: Namespace) -> dict[str, Any]:
     """What status says of each file's quality."""
     found = here.status().get("artifacts") or []
-    return {each["uri"].removeprefix(f"{FOLDER}/"): each.get("quality") for each in found}
+    return {each["uri"].removeprefix(f"{VERSION_FOLDER}/"): each.get("quality") for each in found}
 
 
 def messages(here: Namespace, reason: str) -> list[tuple[str, str]]:
@@ -48,7 +49,12 @@ def test_a_file_that_the_gate_refuses_is_named_and_a_new_limit_exports_alone(
     here.succeed(trained())
     files = (file("gguf/model-Q8_0.gguf", GOOD), file("rejected/model-Q4_K_M.gguf", BAD))
     here.fail(
-        EXPORT, Reason.QUALITY_GATE_FAILED, MESSAGE, artifacts=files, manifest_uri=MANIFEST_URI
+        EXPORT,
+        Reason.QUALITY_GATE_FAILED,
+        MESSAGE,
+        artifacts=files,
+        version=EXPORTED_VERSION,
+        manifest_uri=MANIFEST_URI,
     )
     status = here.wait_phase("Failed")
     assert here.condition("Ready") == ("False", "QualityGateFailed", MESSAGE)
@@ -99,7 +105,8 @@ def test_with_verify_warn_the_job_is_ready_and_says_which_file_is_over_its_limit
     assert "model-Q4_K_M.gguf: mean KL divergence 0.4123" in words
     assert "limit 0.08" in words
     assert "Q8_0" not in words
-    assert [kind for kind, _ in messages(here, "QualityLimitExceeded")] == ["Warning"]
+    said = here.wait("the event", lambda: messages(here, "QualityLimitExceeded"))
+    assert [kind for kind, _ in said] == ["Warning"]
 
 
 def test_all_types_of_a_large_model_arrive_with_their_figures(here: Namespace) -> None:

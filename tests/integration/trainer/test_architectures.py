@@ -37,6 +37,8 @@ class Finished:
 
     base: Path
     output: Path
+    """The only version's folder."""
+
     log: str
 
     @property
@@ -86,7 +88,8 @@ class Pipeline:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         assert status == 0, log.read_text()
-        return Finished(base, output, log.read_text())
+        (version,) = (output / "versions").iterdir()
+        return Finished(base, version, log.read_text())
 
 
 @pytest.fixture(scope="module")

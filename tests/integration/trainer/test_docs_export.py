@@ -43,11 +43,14 @@ def exported(
             "lora": {"r": 32, "dropout": 0, "targetModules": [*ATTENTION, *MLP]},
         },
         "export": {"gguf": ["Q8_0"]},
-        "output": {"uri": str(folder / "support-bot")},
+        "output": {"uri": str(folder / "output")},
     }
     (folder / "home").mkdir()
     done = Trainer(folder, processes)("run", config)
     assert done.code == 0, done.output
+    assert done.result is not None
+    # What `aws s3 sync` fetches.
+    shutil.copytree(folder / "output/versions" / str(done.result.version), folder / "support-bot")
     convert = Path(os.environ["LLAMA_CPP_DIR"]) / "convert_hf_to_gguf.py"
     command: list[str | Path] = [sys.executable, convert, tiny_model]
     command += ["--outtype=f16", "--outfile=base-F16.gguf"]

@@ -35,7 +35,10 @@ def test_a_refused_file_is_published_apart_and_the_export_is_not_complete(
     assert result.reason is Reason.QUALITY_GATE_FAILED
     for word in (BAD, "1e-09", "spec.export.qualityLimits", "rejected/"):
         assert word in result.message
-    assert result.manifest_uri == f"{run_config['output']['uri']}/manifest.json"
+    assert result.version is not None
+    uri = f"{run_config['output']['uri']}/versions/{result.version}"
+    assert result.manifest_uri == f"{uri}/manifest.json"
+    assert uri in result.message
     refused = figures(result)
     assert refused.keys() == {GOOD, f"rejected/{BAD}"}
     good, bad = refused[GOOD], refused[f"rejected/{BAD}"]
@@ -44,13 +47,19 @@ def test_a_refused_file_is_published_apart_and_the_export_is_not_complete(
     assert bad is not None
     assert (bad.passed, bad.over_limit, bad.max_kl_divergence) == (False, True, NO_FILE_KEEPS)
 
-    held, manifest, _ = in_bucket(moto, run_config["output"]["uri"])
+    held, manifest, _ = in_bucket(moto, uri)
     assert {GOOD, f"rejected/{BAD}"} <= held
     assert f"gguf/{BAD}" not in held
     assert {each["path"] for each in manifest["files"]} >= {GOOD, f"rejected/{BAD}"}
 
     again = ended(trainer("prepare", {**run_config, "export": export}), code=0)
     assert again.complete == (Stage.PREPARE, Stage.TRAIN)
+    resolved = again.resolved and again.resolved.model_dump(mode="json")
+    remembered = trainer("export", {**run_config, "export": export, "resolved": resolved})
+    refusal = ended(remembered, code=15)
+    assert refusal == result
+    assert "llama.cpp" not in remembered.output, "nothing is computed again"
+    assert in_bucket(moto, uri)[0] == held
 
     export["verify"] = "warn"
     warned = trainer("run", {**run_config, "export": export})
@@ -59,17 +68,38 @@ def test_a_refused_file_is_published_apart_and_the_export_is_not_complete(
     assert f"{BAD}: " in result.message
     passed = {path: quality and quality.passed for path, quality in figures(result).items()}
     assert passed == {GOOD: True, f"gguf/{BAD}": False}
-    held, _, modelfile = in_bucket(moto, run_config["output"]["uri"])
+    assert result.version is not None
+    assert result.version not in uri
+    uri = f"{run_config['output']['uri']}/versions/{result.version}"
+    held, manifest, modelfile = in_bucket(moto, uri)
+    assert current(moto, run_config["output"]["uri"]) == manifest
     assert not any(path.startswith("rejected/") for path in held)
     assert f"\nFROM ./{GOOD}\n" in modelfile, "though a small model had better be served as Q8_0"
 
     cached = ended(trainer("prepare", {**run_config, "export": export}), code=0)
     assert cached.complete == (Stage.PREPARE, Stage.TRAIN, Stage.EXPORT)
     assert figures(cached) == figures(result)
+    assert (cached.version, cached.manifest_uri) == (result.version, result.manifest_uri)
+    goes_back_to(refusal, trainer, {**run_config, "export": {**export, "verify": "fail"}})
+    assert current(moto, run_config["output"]["uri"]) == manifest
+
+
+def goes_back_to(refusal: StageResult, trainer: Trainer, config: dict[str, Any]) -> None:
+    """What was refused is still known, and the good version stays current."""
+    back = ended(trainer("run", config), code=15)
+    assert (back.version, back.artifacts) == (refusal.version, refusal.artifacts)
+    assert "goes on naming version " in back.message
+
+
+def current(moto: Credentials, uri: str) -> dict[str, Any]:
+    """The manifest.json of the output folder."""
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    body = moto.client().get_object(Bucket=bucket, Key=f"{prefix}/manifest.json")["Body"]
+    return dict(json.loads(body.read()))
 
 
 def in_bucket(moto: Credentials, uri: str) -> tuple[set[str], dict[str, Any], str]:
-    """The paths below the output folder, its manifest, and its Modelfile."""
+    """The paths below a version's folder, its manifest, and its Modelfile."""
     client = moto.client()
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     listed = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/")["Contents"]

@@ -14,9 +14,10 @@ from finetune_trainer.export.publish.hub_push import TOKEN_VARIABLE, check_token
 from finetune_trainer.prepare.stored import without_push
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder
-from finetune_trainer.store.marker import MANIFEST, PUSHED, Marker, find_complete, find_pushed
+from finetune_trainer.store.marker import MANIFEST, PUSHED, find_complete
+from finetune_trainer.store.versions import Version, current, find_pushed
 from tests.integration.trainer.hub_push_server import TOKEN, PushHub, push_hub
-from tests.publishing import publish
+from tests.publishing import fingerprint, publish
 
 # The Hub's client sends files by LFS in a way that httpx wants spelled otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -52,19 +53,32 @@ def run(output: LocalFolder, tmp_path: Path) -> Any:
 
     def push_now(target: Hub = HUB) -> str:
         workspace = tmp_path / f"workspace-{next(count)}"
-        return push(target, output, workspace, Reporter()).commit
+        return push(target, output, now(output), workspace, Reporter()).commit
 
     publish(output, tmp_path / "room", "fp", FILES)
     return push_now
 
 
+def now(output: LocalFolder) -> Version:
+    """The current version."""
+    version = current(output)
+    assert version is not None
+    return version
+
+
+def pushed(output: LocalFolder, hub: Hub = HUB) -> bool:
+    """Whether the current version is on the Hub."""
+    return find_pushed(output, hub, now(output)) is not None
+
+
 def test_all_files_but_the_rejected_are_on_the_hub(
     hub: PushHub, run: Any, output: LocalFolder, tmp_path: Path
 ) -> None:
-    assert find_pushed(output, HUB) is None
+    assert not pushed(output)
     assert run() == f"{hub.endpoint}/{REPO}/commit/0123456789abcdef0123456789abcdef01234567"
     found = hub.files(REPO)
-    expected = {path: output.read(path) for path in (*FILES, "SHA256SUMS", MANIFEST)}
+    paths = (*FILES, "SHA256SUMS", MANIFEST)
+    expected = {path: output.read(now(output).path(path)) for path in paths}
     del expected["rejected/tuned-Q3_K_M.gguf"]
     assert found == {**expected, ".gitattributes": b""}
     assert hub.private == {REPO: True}
@@ -81,13 +95,14 @@ def test_what_is_pushed_is_not_pushed_again_and_another_version_is(
     hub.files(REPO)["theirs.txt"] = b"somebody else's"
     hub.files(REPO)[".gitignore"] = b"*.gguf"
     publish(output, tmp_path / "room", "other", {"README.md": b"# new", "gguf/b.gguf": b"new"})
-    assert find_pushed(output, HUB) is None
+    assert not pushed(output)
     run()
     assert set(hub.files(REPO)) == {
         *(".gitattributes", ".gitignore", "theirs.txt"),
         *("README.md", "gguf/b.gguf", "SHA256SUMS", MANIFEST),
     }
-    assert find_pushed(output, HUB.model_copy(update={"repo": "org/other"})) is None
+    assert pushed(output)
+    assert not pushed(output, Hub(repo="org/other"))
 
 
 def test_another_branch_is_made(hub: PushHub, run: Any) -> None:
@@ -117,8 +132,7 @@ def test_a_failed_push_leaves_the_bucket_whole_and_the_next_one_only_pushes(
     assert caught.value.reason is reason
     assert TOKEN not in caught.value.message
     assert output.read(PUSHED) is None
-    marker = Marker.model_validate_json(output.read(MANIFEST) or b"")
-    assert all(output.read(f.path) == FILES.get(f.path, output.read(f.path)) for f in marker.files)
+    assert {path: output.read(now(output).path(path)) for path in FILES} == FILES
     hub.fail.clear()
     sent = list(hub.stored)
     run()
@@ -151,7 +165,7 @@ def test_without_a_token_it_fails_at_once() -> None:
 def test_a_file_that_is_not_what_the_manifest_says_is_not_pushed(
     hub: PushHub, run: Any, output: LocalFolder
 ) -> None:
-    output.write("gguf/tuned-Q8_0.gguf", b"GGUF" * 999 + b"GGUE")
+    output.write(now(output).path("gguf/tuned-Q8_0.gguf"), b"GGUF" * 999 + b"GGUE")
     with pytest.raises(StageError, match=r"is not what manifest\.json says"):
         run()
     assert hub.commits == 0
@@ -162,7 +176,7 @@ def test_prepare_asks_for_an_export_until_the_push_is_done(
 ) -> None:
     files = {path: data for path, data in FILES.items() if not path.startswith("rejected/")}
     publish(output, tmp_path / "room", "fp", files)
-    marker = find_complete(output, Stage.EXPORT, "fp")
+    marker = find_complete(output, Stage.EXPORT, fingerprint("fp"))
     assert marker is not None
 
     def held(target: Hub | None) -> set[Stage]:
@@ -170,7 +184,7 @@ def test_prepare_asks_for_an_export_until_the_push_is_done(
 
     assert held(None) == {Stage.EXPORT}
     assert held(HUB) == {Stage.TRAIN}
-    push(HUB, output, tmp_path / "workspace", Reporter())
+    push(HUB, output, now(output), tmp_path / "workspace", Reporter())
     assert held(HUB) == {Stage.EXPORT}
     assert held(Hub(repo="org/other")) == {Stage.TRAIN}
     assert hub.commits == 1

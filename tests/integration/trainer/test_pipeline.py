@@ -35,11 +35,16 @@ def store(
 
 
 class Output:
-    """The run's output folder in the bucket."""
+    """A folder in the bucket."""
 
     def __init__(self, store: Credentials, uri: str) -> None:
+        self._store = store
         self.client = store.client()
         self.bucket, _, self.prefix = uri.removeprefix("s3://").partition("/")
+
+    def version(self, name: str | None) -> Output:
+        """The folder of a version."""
+        return Output(self._store, f"s3://{self.bucket}/{self.prefix}/versions/{name}")
 
     def files(self) -> dict[str, int]:
         """Size by path, without the stages' own folders."""
@@ -72,7 +77,7 @@ def all_passed(gate: dict[str, Any]) -> None:
 def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
     trainer: Trainer, run_config: dict[str, Any], store: Credentials
 ) -> None:
-    output = Output(store, run_config["output"]["uri"])
+    whole = Output(store, run_config["output"]["uri"])
 
     prepared = trainer("prepare", run_config)
     assert prepared.code == 0, prepared.output
@@ -93,8 +98,14 @@ def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
     exported = trainer("export", run_config)
     assert exported.code == 0, exported.output
     assert exported.result is not None
-    assert exported.result.manifest_uri == f"{run_config['output']['uri']}/manifest.json"
+    version = exported.result.version
+    assert version == prepared.result.resolved.fingerprints.export[:12]
+    uri = f"{run_config['output']['uri']}/versions/{version}"
+    assert exported.result.manifest_uri == f"{uri}/manifest.json"
+    output = whole.version(version)
+    assert whole.read("manifest.json") == output.read("manifest.json")
     manifest = json.loads(output.read("manifest.json"))
+    assert manifest["version"] == version
     files = output.files()
     assert files.keys() == {item["path"] for item in manifest["files"]} | {"manifest.json"}
     assert b"FROM ./gguf/tiny-Q8_0.gguf\n" in output.read("Modelfile")
@@ -132,25 +143,52 @@ def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
     assert again.result.resolved == prepared.result.resolved
     assert {item.path for item in again.result.artifacts} == files.keys() - {"manifest.json"}
     assert again.result.manifest_uri == exported.result.manifest_uri
+    assert again.result.version == version
+    edit_and_go_back(trainer, run_config, whole, output)
 
-    run_config["export"] = {
+
+def edit_and_go_back(
+    trainer: Trainer, config: dict[str, Any], whole: Output, output: Output
+) -> None:
+    """Another export is another version; that of the first export is current again afterwards."""
+    files = output.files()
+    config["export"] = {
         "merged": False,
         "gguf": ["Q8_0", "Q4_K_M"],
         "importanceMatrix": True,
     }
-    edited = trainer("run", run_config)
+    edited = trainer("run", config)
     assert edited.code == 0, edited.output
     assert "Training examples" not in edited.output
-    now = output.files()
+    assert edited.result is not None
+    newer = whole.version(edited.result.version)
+    assert whole.read("manifest.json") == newer.read("manifest.json")
+    assert output.files() == files, "the former version stays as it was"
+    now = newer.files()
     assert [path for path in now if path.startswith(("gguf/", "merged/", "manifest"))] == [
         "gguf/tiny-LoRA-F32.gguf",
         "gguf/tiny-Q4_K_M.gguf",
         "gguf/tiny-Q8_0.gguf",
         "manifest.json",
     ]
-    assert b"# Also here: ./gguf/tiny-Q4_K_M.gguf\n" in output.read("Modelfile")
-    assert b"quantize.imatrix.entries_count" in output.read("gguf/tiny-Q4_K_M.gguf")
-    assert b"quantize.imatrix" not in output.read("gguf/tiny-Q8_0.gguf")
+    assert b"# Also here: ./gguf/tiny-Q4_K_M.gguf\n" in newer.read("Modelfile")
+    assert b"quantize.imatrix.entries_count" in newer.read("gguf/tiny-Q4_K_M.gguf")
+    assert b"quantize.imatrix" not in newer.read("gguf/tiny-Q8_0.gguf")
+
+    config["export"] = {"gguf": ["F16", "Q8_0"]}
+    goes_back(trainer, config, whole, output)
+    assert newer.files() == now
+    config["output"]["keepVersions"] = 1
+    goes_back(trainer, config, whole, output)
+    assert (output.files(), newer.files()) == (files, {})
+
+
+def goes_back(trainer: Trainer, config: dict[str, Any], whole: Output, version: Output) -> None:
+    """`prepare` makes a version current that the store still holds."""
+    back = trainer("prepare", config)
+    assert back.result is not None
+    assert (back.code, f"versions/{back.result.version}") == (0, version.prefix[-21:])
+    assert whole.read("manifest.json") == version.read("manifest.json")
 
 
 @pytest.mark.parametrize("store", ["versity" if wanted() else "moto"], indirect=True)
@@ -161,7 +199,8 @@ def test_a_missing_file_makes_its_stage_run_again(
     first = trainer("run", run_config)
     assert first.code == 0, first.output
     assert trainer("run", run_config).output.count("already there: prepare, train, export") == 1
-    output = Output(store, run_config["output"]["uri"])
+    assert first.result is not None
+    output = Output(store, run_config["output"]["uri"]).version(first.result.version)
     output.client.delete_object(
         Bucket=output.bucket, Key=f"{output.prefix}/adapter/adapter_model.safetensors"
     )
@@ -169,4 +208,8 @@ def test_a_missing_file_makes_its_stage_run_again(
     assert again.result is not None
     assert again.result.reason is Reason.SUCCEEDED
     assert again.result.complete == (Stage.PREPARE, Stage.TRAIN)
-    assert "missing or have another size" in again.output
+    assert "is missing or has another size" in again.output
+    assert trainer("run", run_config).code == 0
+    repaired = trainer("prepare", run_config).result
+    assert repaired is not None
+    assert repaired.complete == (Stage.PREPARE, Stage.TRAIN, Stage.EXPORT)

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 from finetune_trainer.contract import Export, Reason, Signing, StageError
 from finetune_trainer.export.publish.signing import KEY_VARIABLE, Signer, signer_for
 from finetune_trainer.store import LocalFolder
-from tests.publishing import publish
+from tests.publishing import folder, publish
 
 FILES = {
     "adapter/weights": b"weights",
@@ -52,15 +52,14 @@ def public(key: ec.EllipticCurvePrivateKey, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def downloaded(key: ec.EllipticCurvePrivateKey, tmp_path: Path) -> Path:
-    """A published and signed folder, with what other stages left in it."""
+    """The folder of a signed version."""
     output = LocalFolder(tmp_path / "tuned")
-    output.write("stages/train/abc/complete.json", b"{}")
     environment = {KEY_VARIABLE: pem(key)}
     signer = signer_for(SIGNED, "tuned", environment)
     assert environment == {}, "child processes get no key"
 
     publish(output, tmp_path / "room", "fp", FILES, signer)
-    return output.root
+    return output.root / folder("fp")
 
 
 def verify(folder: Path, public: Path) -> subprocess.CompletedProcess[str]:

@@ -23,8 +23,7 @@ from finetune_trainer.contract import (
     ToolCall,
     as_example,
 )
-from finetune_trainer.export.gate.sample_text import question_of, said
-from finetune_trainer.export.reference.measured_rows import choose_rows
+from finetune_trainer.export.gate.rows import choose_rows, question_of, said
 from finetune_trainer.model import ModelFolder, rendering
 from finetune_trainer.model.rendering import NotRenderedError, render_example, render_prompt
 from finetune_trainer.model.tokenizer import (

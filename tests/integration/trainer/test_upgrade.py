@@ -27,10 +27,10 @@ from finetune_trainer.store.marker import (
     MANIFEST,
     PUSHED,
     Pushed,
-    find_pushed,
     open_stage,
     stage_folder,
 )
+from finetune_trainer.store.versions import FIRST_MANIFEST, current, find_pushed
 from finetune_trainer.train.supervisor.checkpoints import CheckpointStore, LocalCheckpoint
 from hack.object_store import Credentials
 from tests.integration.trainer import first_release
@@ -133,7 +133,9 @@ def test_an_export_that_was_pushed_is_not_pushed_again(
     assert prepare(output=asked).complete == EVERY_STAGE
     hub = RunConfig.model_validate({**config, "output": asked}).output.hub
     assert hub is not None
-    assert find_pushed(output, hub)
+    version = current(output)
+    assert version is not None
+    assert find_pushed(output, hub, version)
 
 
 def test_the_stages_after_it_find_their_files(
@@ -234,11 +236,38 @@ def test_a_stage_that_0_1_0_planned_finds_its_model(config: dict[str, Any], tmp_
     assert caught.value.reason is Reason.MODEL_NOT_FOUND
 
 
-def test_only_the_export_runs_on_what_0_1_0_trained(
-    trainer: Trainer, config: dict[str, Any]
+def test_only_the_export_runs_and_what_0_1_0_left_stays_until_it_is_pruned(
+    trainer: Trainer, config: dict[str, Any], moto: Credentials, output: Folder, prepare: Prepare
 ) -> None:
+    artifacts = {
+        f"output/{item['path']}" for item in json.loads((TREE / MANIFEST).read_text())["files"]
+    }
+    before = first_release.keys(moto)
     changed = {**config, "export": {**config["export"], "verify": "warn"}}
     run = trainer("run", changed)
     assert run.code == 0, run.output
     assert "already there: prepare, train" in run.output
     assert "Training examples" not in run.output
+    assert run.result is not None
+    assert run.result.version
+    after = first_release.keys(moto)
+    assert {key: after[key] for key in artifacts} == {key: before[key] for key in artifacts}
+    former = output.read(FIRST_MANIFEST)
+    now = current(output)
+    assert now is not None
+    assert now.name == run.result.version
+
+    back = prepare()  # as the spec was
+    assert (back.complete, back.version) == (EVERY_STAGE, None)
+    assert {f"output/{item.path}" for item in back.artifacts} == artifacts
+    assert back.manifest_uri == output.uri_of(MANIFEST)
+    assert json.loads(former or b"")["files"] == json.loads(output.read(MANIFEST) or b"")["files"]
+
+    pruned = prepare(
+        export=changed["export"], output={"uri": config["output"]["uri"], "keepVersions": 1}
+    )
+    assert (pruned.complete, pruned.version) == (EVERY_STAGE, run.result.version)
+    left = first_release.keys(moto, "output/").keys()
+    assert not artifacts & left
+    assert f"output/{FIRST_MANIFEST}" not in left
+    assert prepare(export=changed["export"]).complete == EVERY_STAGE

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from finetune_operator.api.base import Condition
+from finetune_operator.api import Condition
 from finetune_operator.api.finetunejob import (
     ArtifactStatus,
     FineTuneJobSpec,
@@ -208,9 +208,14 @@ def dead(reason: str, message: str, generation: int = 1) -> tuple[Condition, ...
     )
 
 
+EXPORTED_VERSION = "0123456789ab"
+VERSION_FOLDER = f"{FOLDER}/versions/{EXPORTED_VERSION}"
 FINISHED: dict[str, Any] = {
-    "artifacts": (ArtifactStatus(uri=f"{FOLDER}/gguf/model-F16.gguf", bytes=10, sha256="aa"),),
-    "manifest_uri": f"{FOLDER}/manifest.json",
+    "version": EXPORTED_VERSION,
+    "artifacts": (
+        ArtifactStatus(uri=f"{VERSION_FOLDER}/gguf/model-F16.gguf", bytes=10, sha256="aa"),
+    ),
+    "manifest_uri": f"{VERSION_FOLDER}/manifest.json",
     "metrics": {"trainLoss": 0.5},
     "lineage": Lineage(
         dataset_etag="etag", dataset_rows=120, eval_rows=6, model_revision="abc", image="trainer:1"
@@ -218,10 +223,12 @@ FINISHED: dict[str, Any] = {
     "resolved": resolved(),
 }
 ARTIFACTS = (Artifact(path="gguf/model-F16.gguf", bytes=10, sha256="aa"),)
-DONE_MESSAGE = f"The artifacts are in {FOLDER}; {FOLDER}/manifest.json lists them."
+DONE_MESSAGE = f"The artifacts are in {VERSION_FOLDER}; {VERSION_FOLDER}/manifest.json lists them."
 
 
-def finished_status(*stages: StageStatus, generation: int = 1, **fields: Any) -> Any:
+def finished_status(
+    *stages: StageStatus, generation: int = 1, message: str = DONE_MESSAGE, **fields: Any
+) -> Any:
     """The status of a job whose artifacts are there."""
     return status(
         Phase.SUCCEEDED,
@@ -229,7 +236,7 @@ def finished_status(*stages: StageStatus, generation: int = 1, **fields: Any) ->
         *stages,
         generation=generation,
         conditions=conditions(
-            ready=(True, "Succeeded", DONE_MESSAGE),
+            ready=(True, "Succeeded", message),
             progressing=(False, "Succeeded", "There is nothing to do."),
             degraded=FINE,
             generation=generation,
@@ -328,4 +335,9 @@ def prepared(complete: Iterable[Stage] = (), found: Resolved | None = None, **fi
 
 
 def exported() -> StageResult:
-    return said(EXPORT, artifacts=ARTIFACTS, manifest_uri=f"{FOLDER}/manifest.json")
+    return said(
+        EXPORT,
+        artifacts=ARTIFACTS,
+        version=EXPORTED_VERSION,
+        manifest_uri=f"{VERSION_FOLDER}/manifest.json",
+    )

@@ -19,7 +19,7 @@ from finetune_operator.hardware import training_hardware
 from finetune_operator.manifests import pod_settings_digest, stage_objects
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
-from finetune_trainer.contract import Hardware, RunConfig, Stage, describe
+from finetune_trainer.contract import Hardware, JobReference, RunConfig, Stage, describe
 from tests.unit.operator.build import EXPORT, PREPARE, SPEC, TRAIN, finetunejob, resolved
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -215,6 +215,13 @@ def test_what_is_pushed_where_is_told_without_the_secrets() -> None:
     assert told.output.hub is not None
     assert told.output.hub.repo == "org/tuned"
     assert not any(f'"{name}"' in text for name in ("signer", "pusher"))
+
+
+def test_how_many_versions_are_kept_and_who_owned_the_folder_is_told() -> None:
+    output = {"uri": "s3://models/support", "keepVersions": 3, "takeOverFrom": "ml/former"}
+    spec = FineTuneJobSpec.model_validate({**SPEC, "output": output})
+    told = spec.run_config(JobReference(namespace="ml", name="support"), None).output
+    assert (told.keep_versions, told.take_over_from) == (3, "ml/former")
 
 
 @pytest.mark.parametrize("part", ["export", "output"])

@@ -9,8 +9,8 @@ import pytest
 
 from finetune_operator.api.finetunejob import Phase, StageState
 from finetune_operator.plan import Plan
-from tests.unit.operator.build import EXPORT as EXPORTS
 from tests.unit.operator.build import (
+    DONE_MESSAGE,
     PREPARE,
     TRAIN,
     at,
@@ -27,6 +27,7 @@ from tests.unit.operator.build import (
     status,
     succeeded,
 )
+from tests.unit.operator.build import EXPORT as EXPORTS
 from tests.unit.operator.endings import CRASH, DONE, LAST, PREPARING, training
 from tests.unit.operator.expect import (
     Case,
@@ -139,11 +140,7 @@ CASES = [
             ),
             events=(
                 finished(EXPORTS),
-                normal(
-                    "Succeeded",
-                    "The artifacts are in s3://models/support; "
-                    "s3://models/support/manifest.json lists them.",
-                ),
+                normal("Succeeded", DONE_MESSAGE),
             ),
         ),
     ),
@@ -183,3 +180,15 @@ def test_a_failure_that_was_lost_twice_is_counted_for_each_attempt() -> None:
     ]
     train = decide(Case("", finetunejob(training()), jobs, unchanged(training()))).status.stages[1]
     assert (train.state, train.attempt, train.failures) == (StageState.RUNNING, 3, 2)
+
+
+@pytest.mark.parametrize(("settings", "attempt"), [("settings-1", 1), ("older", 0)])
+def test_a_number_is_taken_while_its_job_is_being_deleted_unless_its_name_differs(
+    settings: str, attempt: int
+) -> None:
+    jobs = [
+        job(PREPARE, **ended(0, prepared([PREPARE])), created=at(-60)),
+        job(TRAIN, deleting=True, pod=None, pod_settings=settings),
+    ]
+    made = decide(Case("", finetunejob(PREPARING), jobs, unchanged(PREPARING)))
+    assert (made.status.stages[1].attempt, made.actions) == (attempt, ())

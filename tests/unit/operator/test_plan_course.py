@@ -12,6 +12,7 @@ from tests.unit.operator.build import (
     DONE_MESSAGE,
     EXPORT,
     FINISHED,
+    FOLDER,
     PREPARE,
     TRAIN,
     at,
@@ -58,6 +59,8 @@ TRAINED = (
 )
 FIGURES = {"trainLoss": 0.5}
 EXPORTING = status(Phase.EXPORTING, EXPORT, *TRAINED, resolved=resolved(), metrics=FIGURES)
+FIRST_MANIFEST = f"{FOLDER}/manifest.json"
+FIRST_DONE = f"The artifacts are in {FOLDER}; {FIRST_MANIFEST} lists them."
 ANEW = normal("StageRecreated", "The pod of train is made anew with its changed settings.")
 
 CASES = [
@@ -161,6 +164,7 @@ CASES = [
                     prepared(
                         [PREPARE, TRAIN, EXPORT],
                         artifacts=exported().artifacts,
+                        version=exported().version,
                         manifest_uri=exported().manifest_uri,
                     ),
                 ),
@@ -201,9 +205,9 @@ CASES = [
         ),
     ),
     Case(
-        "a store that holds the export needs no adapter",
+        "a store that holds the export needs no adapter; what 0.1.0 left has no version",
         finetunejob(PREPARING),
-        [job(PREPARE, **ended(0, prepared([EXPORT])))],
+        [job(PREPARE, **ended(0, prepared([EXPORT], manifest_uri=FIRST_MANIFEST)))],
         Plan(
             finished_status(
                 succeeded(PREPARE, since=0, fingerprint="prepare-a"),
@@ -211,13 +215,16 @@ CASES = [
                 cached(EXPORT, "export-a"),
                 metrics={},
                 artifacts=(),
+                version=None,
+                manifest_uri=FIRST_MANIFEST,
+                message=FIRST_DONE,
                 lineage=FINISHED["lineage"].model_copy(update={"image": None}),
             ),
             events=(
                 finished(PREPARE),
                 was_cached(TRAIN),
                 was_cached(EXPORT),
-                normal("Succeeded", DONE_MESSAGE),
+                normal("Succeeded", FIRST_DONE),
             ),
         ),
     ),

@@ -70,6 +70,12 @@ CASES = [
         prepare_fails(Reason.STORAGE_ACCESS_DENIED, "no"),
     ),
     Case(
+        "an output that belongs to another FineTuneJob fails at once",
+        finetunejob(PREPARING),
+        [job(PREPARE, **ended(11, said(PREPARE, Reason.OUTPUT_IN_USE, message="it is a/b's")))],
+        prepare_fails(Reason.OUTPUT_IN_USE, "it is a/b's"),
+    ),
+    Case(
         "bad data fails at once even in a pod that was evicted meanwhile",
         finetunejob(PREPARING),
         [

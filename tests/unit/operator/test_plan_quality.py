@@ -12,11 +12,12 @@ from finetune_trainer.contract import Artifact, Quality, Reason
 from tests.unit.operator.build import (
     DONE_MESSAGE,
     EXPORT,
+    EXPORTED_VERSION,
     FINE,
     FINISHED,
-    FOLDER,
     PREPARE,
     TRAIN,
+    VERSION_FOLDER,
     cached,
     conditions,
     dead,
@@ -60,7 +61,8 @@ def quality(kl: float, limit: float | None, *, passed: bool = True) -> Quality:
 GOOD = quality(0.002, 0.005)
 BAD = quality(0.412345, 0.08, passed=False)
 OTHERWISE = quality(0.01, 0.08, passed=False)
-MANIFEST = f"{FOLDER}/manifest.json"
+MANIFEST = f"{VERSION_FOLDER}/manifest.json"
+PUBLISHED: dict[str, Any] = {"version": EXPORTED_VERSION, "manifest_uri": MANIFEST}
 
 
 def file(path: str, measured: Quality | None = None) -> Artifact:
@@ -68,7 +70,7 @@ def file(path: str, measured: Quality | None = None) -> Artifact:
 
 
 def shown(path: str, measured: Quality | None = None) -> ArtifactStatus:
-    return ArtifactStatus(uri=f"{FOLDER}/{path}", bytes=10, sha256="aa", quality=measured)
+    return ArtifactStatus(uri=f"{VERSION_FOLDER}/{path}", bytes=10, sha256="aa", quality=measured)
 
 
 F16, Q4 = "gguf/model-F16.gguf", "rejected/model-Q4_K_M.gguf"
@@ -93,7 +95,7 @@ EXPORTING: FineTuneJobStatus = status(
 
 def exports(*files: Artifact) -> Any:
     """An export that ended well."""
-    return job(EXPORT, **ended(0, said(EXPORT, artifacts=files, manifest_uri=MANIFEST)))
+    return job(EXPORT, **ended(0, said(EXPORT, artifacts=files, **PUBLISHED)))
 
 
 def refused(*files: Artifact, manifest: str | None = MANIFEST) -> Any:
@@ -103,6 +105,7 @@ def refused(*files: Artifact, manifest: str | None = MANIFEST) -> Any:
         Reason.QUALITY_GATE_FAILED,
         message=MESSAGE,
         artifacts=files,
+        version=EXPORTED_VERSION,
         manifest_uri=manifest,
     )
     return job(EXPORT, **ended(15, words))
@@ -112,7 +115,7 @@ def failed(**fields: Any) -> FineTuneJobStatus:
     """`export` has failed for good; without `fields` it has published something."""
     published = {
         "artifacts": (shown(F16, GOOD), shown(Q4, BAD)),
-        "manifest_uri": MANIFEST,
+        **PUBLISHED,
         "lineage": FINISHED["lineage"],
     }
     given: FineTuneJobStatus = status(
@@ -169,7 +172,7 @@ CASES = [
         Plan(
             failed(
                 artifacts=(shown("rejected/a.gguf"), shown("rejected/b.gguf", OTHERWISE)),
-                manifest_uri=MANIFEST,
+                **PUBLISHED,
                 lineage=FINISHED["lineage"],
             ),
             events=tuple(
@@ -250,7 +253,7 @@ CASES = [
                     prepared(
                         [PREPARE, TRAIN, EXPORT],
                         artifacts=(file(F16, GOOD), file(PASSED_Q4, BAD)),
-                        manifest_uri=MANIFEST,
+                        **PUBLISHED,
                     ),
                 ),
             )

@@ -79,6 +79,11 @@ ALL, LATER = {"prepare", "train", "export"}, {"train", "export"}
             set(),
         ),
         ("where it goes", {"output": {"uri": "s3://elsewhere/run"}}, set()),
+        (
+            "how many versions are kept, and whose folder it was",
+            {"output": {"uri": "s3://models/run", "keepVersions": 1, "takeOverFrom": "a/b"}},
+            set(),
+        ),
         ("the store's address", {"storage": {"endpoint": "http://store:9000"}}, set()),
         (
             "the dataset's store",

@@ -147,3 +147,8 @@ def test_a_refused_file_is_listed_as_such() -> None:
     text = render_card(facts())
     assert "| Q3_K_M | refused |" in text
     assert f"`rejected/{name(gate().files[3].quantization)}`" in text
+
+
+def test_it_names_its_version() -> None:
+    given = facts()
+    assert f"Version `{given.lineage.fingerprints.export[:12]}`." in render_card(given)

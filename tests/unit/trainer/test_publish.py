@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from finetune_trainer.contract import Artifact, Quality, Reason, Stage, StageError
-from finetune_trainer.export.publish import Publication
+from finetune_trainer.export.publish import Publication, finish
 from finetune_trainer.export.publish.publication import SHA256SUMS, sha256sums
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder
-from finetune_trainer.store.marker import MANIFEST, Marker, find_complete
+from finetune_trainer.store.marker import MANIFEST, find_complete
+from finetune_trainer.store.versions import current
 from tests.dying_folder import DyingFolder, KilledError, contents
-from tests.publishing import Version, manifest, publish
+from tests.publishing import Version, fingerprint, folder, manifest, publish
 
 REPORTER = Reporter()
 OLD: Version = {
@@ -32,9 +33,9 @@ NEW: Version = {
     "adapter/weights": b"new adapter",
     "gguf/model-F16.gguf": b"new",
     "gguf/model-Q4_K_M.gguf": b"smaller",
-    "rejected/model-Q3_K_M.gguf": b"bad",
     "README.md": b"card",
 }
+BAD: Version = {"gguf/model-F16.gguf": b"new", "rejected/model-Q3_K_M.gguf": b"bad"}
 LATER: Version = {"adapter/weights": b"later adapter", "README.md": b"later"}
 
 
@@ -48,60 +49,134 @@ def output(tmp_path: Path) -> LocalFolder:
     return LocalFolder(tmp_path / "output")
 
 
-def test_the_new_version_replaces_the_former_one(output: LocalFolder, room: Path) -> None:
+def held(output: LocalFolder, name: str) -> dict[str, bytes]:
+    """The files of a version, by their paths in it."""
+    base = f"{folder(name)}/"
+    return {
+        path.removeprefix(base): data
+        for path, data in contents(output).items()
+        if path.startswith(base)
+    }
+
+
+def test_a_new_version_has_its_own_folder_and_becomes_current(
+    output: LocalFolder, room: Path
+) -> None:
     output.write("data/train.csv", b"not ours")
     publish(output, room, "old", OLD)
+    old = held(output, "old")
     publish(output, room, "new", NEW)
-    found = contents(output)
-    assert found.pop("data/train.csv") == b"not ours"
-    listed = json.loads(found.pop(MANIFEST))["files"]
+    assert held(output, "old") == old, "a version never changes"
+    new = held(output, "new")
+    assert output.read(MANIFEST) == new[MANIFEST]
+    listed = json.loads(new.pop(MANIFEST))["files"]
     assert [item["path"] for item in listed] == [*NEW, SHA256SUMS]
-    sums = found.pop(SHA256SUMS).decode().splitlines()
-    assert found == NEW
+    sums = new.pop(SHA256SUMS).decode().splitlines()
+    assert new == NEW
     assert sums[0] == f"{hashlib.sha256(b'card').hexdigest()}  README.md"
     assert [line[66:] for line in sums] == sorted(NEW)
+    others = {path for path in contents(output) if not path.startswith("versions/")}
+    assert others == {"data/train.csv", MANIFEST}, "nothing else is left"
 
 
 @pytest.mark.parametrize("then", ["the same again", "another version"])
-def test_a_death_at_any_moment_leaves_no_wrong_manifest_and_is_cleaned_up(
+def test_a_death_at_any_moment_leaves_the_former_version_whole_and_current(
     tmp_path: Path, then: str
 ) -> None:
     name, version = ("new", NEW) if then == "the same again" else ("later", LATER)
     clean = LocalFolder(tmp_path / "clean")
+    publish(clean, tmp_path / "room", "old", OLD)
     publish(clean, tmp_path / "room", name, version)
+    both = LocalFolder(tmp_path / "both")
+    publish(both, tmp_path / "room", "old", OLD)
+    publish(both, tmp_path / "room", "new", NEW)
+    publish(both, tmp_path / "room", name, version)
     moments = 0
     for moments in range(1000):
         output = LocalFolder(tmp_path / "output")
         publish(output, tmp_path / "room", "old", OLD)
+        old = held(output, "old")
         dying = DyingFolder(output, moments)
         try:
             publish(dying, tmp_path / "room", "new", NEW)
         except KilledError:
+            assert held(output, "old") == old
+            stands = find_complete(output, Stage.EXPORT, fingerprint("new"))
+            now = current(output)
+            assert now is not None
+            assert now.data == old[MANIFEST] or stands, "only a whole version is current"
             publish(DyingFolder(output), tmp_path / "room", name, version)
-            assert contents(output) == contents(clean), f"after {moments} operations"
+            expected = contents(both if stands else clean)
+            assert contents(output) == expected, f"after {moments} operations"
             shutil.rmtree(output.root)
         else:
             break
-    assert moments > 25
+    assert moments > 10
 
 
-def test_while_files_are_uploaded_the_former_version_is_whole(
+def test_while_files_are_uploaded_the_former_version_is_whole_and_current(
     output: LocalFolder, room: Path
 ) -> None:
     publish(output, room, "old", OLD)
-    with Publication(output, "new", REPORTER) as publication:
+    old = held(output, "old")
+    with Publication(output, fingerprint("new"), REPORTER) as publication:
         for path, data in NEW.items():
             (room / path).parent.mkdir(parents=True, exist_ok=True)
             (room / path).write_bytes(data)
             publication.add(room / path, path)
 
         def build(files: tuple[Artifact, ...]) -> bytes:
-            assert find_complete(output, Stage.EXPORT, "old")
-            assert {path: output.read(path) for path in OLD} == OLD
+            assert find_complete(output, Stage.EXPORT, fingerprint("old"))
+            assert held(output, "old") == old
+            assert output.read(MANIFEST) == old[MANIFEST]
             return manifest("new", files)
 
         publication.commit(build)
-    assert output.read("gguf/model-F16.gguf") == b"new"
+    assert output.read(MANIFEST) == held(output, "new")[MANIFEST]
+
+
+def test_going_back_to_a_former_version_is_one_write(output: LocalFolder, room: Path) -> None:
+    publish(output, room, "old", OLD)
+    publish(output, room, "new", NEW)
+    before = contents(output)
+    dying = DyingFolder(output, 1)
+    with pytest.raises(KilledError):  # on looking for what others left
+        publish(dying, room, "old", {})
+    assert contents(output) == {**before, MANIFEST: before[f"{folder('old')}/{MANIFEST}"]}
+
+
+def test_what_another_attempt_put_into_the_folder_goes_before_the_manifest_comes(
+    output: LocalFolder, room: Path
+) -> None:
+    """Such as a file that was refused there and not here."""
+    output.write(f"{folder('new')}/rejected/model-F16.gguf", b"from an earlier attempt")
+    publish(output, room, "new", NEW)
+    assert held(output, "new").keys() == {*NEW, SHA256SUMS, MANIFEST}
+
+
+def test_exports_that_were_given_up_are_cleaned_up_and_other_folders_stay(
+    output: LocalFolder, room: Path
+) -> None:
+    output.write(f"{folder('given up')}/gguf/model-F16.gguf", b"half")
+    output.write(f"stages/export/{fingerprint('given up')}/uploads.json", b"[]")
+    output.write("versions/notes/of-mine.txt", b"not ours")
+    publish(output, room, "new", NEW)
+    expected = {f"{folder('new')}/{path}" for path in (*NEW, SHA256SUMS, MANIFEST)}
+    assert contents(output).keys() == {*expected, MANIFEST, "versions/notes/of-mine.txt"}
+
+
+def test_a_version_that_lost_a_file_is_made_again(output: LocalFolder, room: Path) -> None:
+    publish(output, room, "old", OLD)
+    publish(output, room, "new", NEW)
+    output.delete([f"{folder('new')}/README.md"])
+    assert find_complete(output, Stage.EXPORT, fingerprint("new")) is None
+    with Publication(output, fingerprint("new"), REPORTER):
+        # Nothing is true of it any more.
+        assert MANIFEST not in held(output, "new")
+        assert output.read(MANIFEST) is None
+    publish(output, room, "new", NEW)
+    assert held(output, "new").keys() == {*NEW, SHA256SUMS, MANIFEST}
+    assert find_complete(output, Stage.EXPORT, fingerprint("new")) is not None
 
 
 class Counting(LocalFolder):
@@ -142,31 +217,31 @@ def test_an_interrupted_export_sends_no_finished_file_again(counting: Counting, 
     quality = Quality(kl_divergence=0.01, same_top_token=0.9, perplexity=3.0)
     one, two = files_of(room, "one", "two")
     counting.refuse = "two"
-    with Publication(counting, "fp", REPORTER) as publication:
+    with Publication(counting, fingerprint("fp"), REPORTER) as publication:
         publication.add(one, "one", quality)
         publication.add(two, "two")
         with pytest.raises(StageError, match="gone"):
             publication.commit(lambda files: manifest("fp", files))
     counting.refuse = ""
-    with Publication(counting, "fp", REPORTER) as publication:
+    with Publication(counting, fingerprint("fp"), REPORTER) as publication:
         assert publication.add(one, "one", quality).quality == quality
         publication.add(two, "two")
         publication.commit(lambda files: manifest("fp", files))
     assert counting.uploaded == ["one", "two"]
-    assert contents(counting)["one"] == one.read_bytes()
+    assert counting.read(f"{folder('fp')}/one") == one.read_bytes()
 
 
 def test_a_file_with_other_bytes_is_sent_again(counting: Counting, room: Path) -> None:
     for content in (b"first", b"other"):
         room.mkdir(exist_ok=True)
         (room / "one").write_bytes(content)
-        with Publication(counting, "fp", REPORTER) as publication:
+        with Publication(counting, fingerprint("fp"), REPORTER) as publication:
             publication.add(room / "one", "one")
             publication._finish_uploads()
     assert counting.uploaded == ["one", "one"]
-    # So is one that was altered where it waits.
-    counting.write("stages/export/fp/one", b"altered")
-    with Publication(counting, "fp", REPORTER) as publication:
+    # So is one that was altered in the store.
+    counting.write(f"{folder('fp')}/one", b"altered")
+    with Publication(counting, fingerprint("fp"), REPORTER) as publication:
         publication.add(room / "one", "one")
         publication._finish_uploads()
     assert counting.uploaded == ["one", "one", "one"]
@@ -175,7 +250,7 @@ def test_a_file_with_other_bytes_is_sent_again(counting: Counting, room: Path) -
 def test_computing_goes_on_while_files_are_uploaded(counting: Counting, room: Path) -> None:
     one, two = files_of(room, "one", "two")
     counting.gate.clear()
-    with Publication(counting, "fp", REPORTER) as publication:
+    with Publication(counting, fingerprint("fp"), REPORTER) as publication:
         publication.add(one, "one")
         publication.add(two, "two")
         assert counting.uploaded == []
@@ -188,7 +263,7 @@ def test_computing_goes_on_while_files_are_uploaded(counting: Counting, room: Pa
 def test_a_failed_upload_is_raised_by_the_next_call(counting: Counting, room: Path) -> None:
     one, two = files_of(room, "one", "two")
     counting.refuse = "one"
-    with Publication(counting, "fp", REPORTER) as publication:
+    with Publication(counting, fingerprint("fp"), REPORTER) as publication:
         publication.add(one, "one")
         publication._thread.join()
         with pytest.raises(StageError, match="gone"):
@@ -199,7 +274,7 @@ def test_a_failed_upload_is_raised_by_the_next_call(counting: Counting, room: Pa
 def test_closing_ends_an_upload_in_the_middle(counting: Counting, room: Path) -> None:
     one, two = files_of(room, "one", "two")
     counting.gate.clear()
-    publication = Publication(counting, "fp", REPORTER)
+    publication = Publication(counting, fingerprint("fp"), REPORTER)
     publication.add(one, "one")
     publication.add(two, "two")
     counting.begun.wait()
@@ -215,7 +290,7 @@ def test_a_file_that_changes_before_it_is_sent_is_not_published(
 ) -> None:
     (one,) = files_of(room, "one")
     counting.gate.clear()
-    with Publication(counting, "fp", REPORTER) as publication:
+    with Publication(counting, fingerprint("fp"), REPORTER) as publication:
         publication.add(one, "one")
         one.write_bytes(one.read_bytes()[:-1])
         counting.gate.set()
@@ -224,40 +299,38 @@ def test_a_file_that_changes_before_it_is_sent_is_not_published(
     assert counting.read(MANIFEST) is None
 
 
-def test_an_export_with_rejected_files_is_not_complete(output: LocalFolder, room: Path) -> None:
-    publish(output, room, "old", OLD)
-    assert find_complete(output, Stage.EXPORT, "old") is not None
-    publish(output, room, "new", NEW)
-    assert find_complete(output, Stage.EXPORT, "new") is None
-    marker = Marker.model_validate_json(output.read(MANIFEST) or b"")
-    assert [f.path for f in marker.files if f.rejected] == ["rejected/model-Q3_K_M.gguf"]
-
-
-def test_a_former_manifest_can_not_name_files_of_others(
-    output: LocalFolder, room: Path, tmp_path: Path
+def test_a_version_with_rejected_files_does_not_replace_a_good_one(
+    output: LocalFolder, room: Path
 ) -> None:
-    (tmp_path / "outside").write_bytes(b"1")
-    output.write("stages/train/x/complete.json", b"2")
-    names = ("../outside", "stages/train/x/complete.json")
-    listed = tuple(Artifact(path=name, bytes=1, sha256="") for name in names)
-    output.write(MANIFEST, manifest("old", listed))
-    publish(output, room, "new", NEW)
-    assert (tmp_path / "outside").exists()
-    assert output.read("stages/train/x/complete.json") == b"2"
+    publish(output, room, "bad", BAD)
+    assert find_complete(output, Stage.EXPORT, fingerprint("bad")) is None
+    assert output.read(MANIFEST) == held(output, "bad")[MANIFEST], "the first is better than none"
+    publish(output, room, "old", OLD)
+    old = held(output, "old")[MANIFEST]
+    assert output.read(MANIFEST) == old
+    publish(output, room, "worse", BAD)
+    published = finish(output, fingerprint("worse"))
+    assert published is not None
+    assert (published.version.rejected, published.current.data) == (True, old)
+    assert output.read(MANIFEST) == old
+    output.delete([f"{folder('old')}/README.md"])
+    publish(output, room, "worse", BAD)
+    assert output.read(MANIFEST) != old, "and better than one that is not whole"
 
 
 def test_sha256sum_reads_what_is_written_and_finds_a_flipped_bit(
     output: LocalFolder, room: Path
 ) -> None:
-    version = {**NEW, "gguf/a name with spaces and ü.gguf": b"x", "odd\\name": b"y"}
-    publish(output, room, "new", version)
+    files = {**NEW, "gguf/a name with spaces and ü.gguf": b"x", "odd\\name": b"y"}
+    publish(output, room, "new", files)
+    version = output.root / folder("new")
 
     def check() -> subprocess.CompletedProcess[str]:
         command = ["sha256sum", "--check", "--strict", SHA256SUMS]
-        return subprocess.run(command, cwd=output.root, capture_output=True, text=True, check=False)
+        return subprocess.run(command, cwd=version, capture_output=True, text=True, check=False)
 
     assert check().returncode == 0, check().stderr
-    file = output.root / "gguf" / "model-F16.gguf"
+    file = version / "gguf" / "model-F16.gguf"
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
     assert check().returncode == 1
     assert "gguf/model-F16.gguf: FAILED" in check().stdout

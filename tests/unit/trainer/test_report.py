@@ -205,6 +205,7 @@ def test_dataset_settings_files_and_lineage_are_told() -> None:
         given.lineage.dataset_etag,
         str(given.lineage.model_commit),
         given.lineage.fingerprints.export,
+        f"copied from {given.config.output.uri}/versions/{given.version}",
         "torch 2.13.0+cpu",
         "instruction: question, response: reply",
         "Rows that can't be used 3",

@@ -1,4 +1,8 @@
-"""The files that a job leaves in its output folder, and manifest.json, which lists them."""
+"""The files that a job leaves in its output folder, and manifest.json, which lists them.
+
+They lie in `versions/<version>/` and never change once that folder's manifest.json is there. The
+manifest.json of the output folder itself has the same bytes and names the current version.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,27 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue
 
 from finetune_trainer.contract.base import Base, Stage
+from finetune_trainer.contract.dataset_report import ShardReport
 from finetune_trainer.contract.quality import GateReport, Quality
 from finetune_trainer.contract.run import Fingerprints
 
-REJECTED = "rejected"  # folder of the output for files that the quality gate refuses
+VERSIONS = "versions"  # folder of the output with one folder for each version
+REJECTED = "rejected"  # folder of a version for files that the quality gate refuses
+
+
+def version_folder(version: str | None) -> str:
+    """Where a version's files lie, below spec.output.uri; "" is that folder itself.
+
+    There version 0.1.0, which knew no versions, left its only one.
+    """
+    return f"{VERSIONS}/{version}" if version else ""
 
 
 class Artifact(Base):
-    """One file that a job leaves in its output folder."""
+    """One file of a version."""
 
     path: str
-    """Path below spec.output.uri, e.g. gguf/model-Q4_K_M.gguf."""
+    """Path below the version's folder, e.g. gguf/model-Q4_K_M.gguf."""
 
     bytes: int
     sha256: str
@@ -55,10 +69,14 @@ class Lineage(Base):
 
     dataset: str
     dataset_etag: Annotated[str, Field(alias="datasetETag")]
+    dataset_files: tuple[ShardReport, ...] | None = None
+    """The files, where they are several or lie on the Hub."""
+
     dataset_rows: int
     eval_source: str | None = None
     """Where the held-out rows come from; None where they were split off."""
 
+    eval_files: tuple[ShardReport, ...] | None = None
     eval_rows: int = 0
     columns: dict[str, str]
     model: str
@@ -78,12 +96,19 @@ class Lineage(Base):
 class Manifest(Base):
     """The whole of manifest.json; its first fields are those of a Marker.
 
-    It is written last, so that nobody takes half of a version for a whole.
+    In a version's folder it is written last, so that nobody takes half of a version for a whole.
+    The same bytes in the output folder itself say which version is current.
     """
 
     stage: Literal[Stage.EXPORT] = Stage.EXPORT
     fingerprint: str
+    version: str = ""
+    """Name of its folder below versions/; empty in a manifest of 0.1.0, whose files lie in
+    the output folder itself."""
+
     files: tuple[Artifact, ...]
+    """Paths below the version's folder."""
+
     created: str
     """RFC 3339."""
 
@@ -91,3 +116,8 @@ class Manifest(Base):
     metrics: dict[str, float]
     gate: GateReport
     """What was measured on the GGUF files."""
+
+    @property
+    def folder(self) -> str:
+        """Where the files lie, below spec.output.uri."""
+        return version_folder(self.version)

@@ -12,12 +12,11 @@ from enum import IntEnum, StrEnum
 from typing import Any, Self
 
 from finetune_trainer.contract.artifacts import Artifact
-from finetune_trainer.contract.base import Base, Stage
+from finetune_trainer.contract.base import Base, Stage, read_readable
 from finetune_trainer.contract.dataset_report import DatasetSummary
 from finetune_trainer.contract.progress import Notice
 from finetune_trainer.contract.redaction import redact
 from finetune_trainer.contract.run import Resolved
-from finetune_trainer.contract.tolerant import read_readable
 
 TERMINATION_MESSAGE_LIMIT = 4096  # bytes that the kubelet keeps of a termination message
 LONG, SHORT = 1000, 300  # characters of a message: may be cut early, and is cut late
@@ -52,6 +51,7 @@ class Reason(StrEnum):
     INVALID_CONFIG = "InvalidConfig"
     STORAGE_ACCESS_DENIED = "StorageAccessDenied"
     BUCKET_NOT_FOUND = "BucketNotFound"
+    OUTPUT_IN_USE = "OutputInUse"
     MODEL_NOT_FOUND = "ModelNotFound"
     MODEL_ACCESS_DENIED = "ModelAccessDenied"
     MODEL_UNSUPPORTED = "ModelUnsupported"
@@ -100,6 +100,7 @@ _EXIT_CODES = {
     Reason.TRAINING_DIVERGED: ExitCode.BAD_CONFIG,
     Reason.STORAGE_ACCESS_DENIED: ExitCode.BAD_CONFIG,
     Reason.BUCKET_NOT_FOUND: ExitCode.BAD_CONFIG,
+    Reason.OUTPUT_IN_USE: ExitCode.BAD_CONFIG,
     Reason.STORED_FILE_CHANGED: ExitCode.BAD_CONFIG,
     Reason.MODEL_NOT_FOUND: ExitCode.BAD_CONFIG,
     Reason.MODEL_ACCESS_DENIED: ExitCode.BAD_CONFIG,
@@ -156,7 +157,13 @@ class StageResult(Base):
     """Set by `export`, and by `prepare` when the store already holds the export. Files that do
     not fit into the message are listed in the manifest only."""
 
+    version: str | None = None
+    """Name of the version that the artifacts are of, i.e. of the folder below versions/ that holds
+    them. None in the results of 0.1.0, and for what that left in the output folder itself."""
+
     manifest_uri: str | None = None
+    """The version's own manifest."""
+
     metrics: dict[str, float] = {}
     """Set by `train`, and by `prepare` when the store already holds the adapter; e.g. trainLoss,
     trainRuntimeSeconds, trainableParameters."""

@@ -117,7 +117,34 @@ class Output(Base):
 
     uri: Annotated[Location, Field(json_schema_extra=LOCATION_RULE)]
     """The folder for everything that the job writes: `s3://bucket/prefix` or an absolute path.
-    Give each FineTuneJob its own. manifest.json is written last: when it is there, all is there."""
+    Its manifest.json names the current version in versions/; status.artifacts has the files. It
+    belongs to the FineTuneJob that wrote to it first: give each its own."""
 
     hub: Hub | None = None
     """Push the artifacts to the Hugging Face Hub, once all of them are in the folder."""
+
+    keep_versions: Annotated[int, Field(ge=1)] | None = None
+    """How many versions to keep: the current one and the newest of the others. What is older, and
+    what only that was made from, is deleted when a new version is there and current. Left out, all
+    are kept, since somebody may be serving an old one."""
+
+    take_over_from: Annotated[
+        str | None,
+        Field(
+            max_length=317,
+            json_schema_extra=cel(
+                "self.matches('^[a-z0-9.-]+/[a-z0-9.-]+$')",
+                "must be namespace/name of the FineTuneJob that the folder belongs to",
+            ),
+        ),
+    ] = None
+    """Take the folder over from this FineTuneJob (`namespace/name`), which may then no longer write
+    to it. Without it a folder that belongs to another FineTuneJob is refused (OutputInUse)."""
+
+    @property
+    def folder(self) -> str:
+        """`uri` in one spelling: no slash at the end, and none that follows another."""
+        scheme, mark, path = self.uri.partition("://")
+        if not mark:
+            scheme, path = "/" if self.uri.startswith("/") else "", self.uri
+        return scheme + mark + "/".join(filter(None, path.split("/")))

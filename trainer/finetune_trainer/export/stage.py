@@ -1,8 +1,9 @@
-"""export: merge, convert, quantize, check each file, publish with the manifest last."""
+"""export: merge, convert, quantize, check each file, publish a new version by its manifest."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import tempfile
 from collections.abc import Sequence
@@ -10,8 +11,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from finetune_trainer.contract import (
     Artifact,
+    DatasetReport,
     GateReport,
     Lineage,
     Manifest,
@@ -21,6 +25,7 @@ from finetune_trainer.contract import (
     StageResult,
     TrainingRecord,
     display_name,
+    read_known,
 )
 from finetune_trainer.contract.verdict_words import explain_failures
 from finetune_trainer.export.inputs import (
@@ -39,7 +44,7 @@ from finetune_trainer.export.pipeline import (
     open_tuned_model,
     publish_folder,
 )
-from finetune_trainer.export.publish import Publication, finish_interrupted
+from finetune_trainer.export.publish import Publication, Published, finish
 from finetune_trainer.export.publish.hub_push import check_token, push
 from finetune_trainer.export.publish.publication import Sign
 from finetune_trainer.export.publish.signing import signer_for
@@ -48,6 +53,9 @@ from finetune_trainer.model import ModelFolder, base_model
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import MANIFEST
+from finetune_trainer.store.owner import check_owner
+from finetune_trainer.store.pruning import prune
+from finetune_trainer.store.versions import Version, version_name
 
 MODEL_CARD, REPORT = "README.md", "report.html"
 _PACKAGES = ("finetune-operator", "torch", "transformers", "trl", "peft", "llama-cpp-python")
@@ -70,22 +78,27 @@ class ExportRun:
 
 
 def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> StageResult:
-    """Make the artifacts for `config.resolved`, and push them where that is asked for.
+    """Make the version for `config.resolved`, and push it where that is asked for.
 
+    A version that stands is not made again, also if the quality gate refused one of its files.
     Raises StageError; a push that failed is all that the next attempt has to do.
     """
     reporter.begin(Stage.EXPORT, "Fetching the adapter")
     sign = signer_for(config.export, display_name(config.model.source))
     check_token(config.output.hub)
-    output = open_folder(config.output.uri, config.storage)
-    published = finish_interrupted(output, config.resolved.fingerprints.export)
-    if published:
-        manifest = Manifest.model_validate_json(published)
-    else:
-        manifest = make_and_publish(config, workspace, output, sign, reporter)
-    result = result_of(config, manifest)
-    if config.output.hub and result.reason is Reason.SUCCEEDED:
-        push(config.output.hub, output, workspace, reporter)
+    output = open_folder(config.output.folder, config.storage)
+    check_owner(output, config.output, config.job)
+    prints = config.resolved.fingerprints
+    published = finish(output, prints.export) or make_and_publish(
+        config, workspace, output, sign, reporter
+    )
+    result = result_of(config, output, published)
+    if result.reason is not Reason.SUCCEEDED:
+        return result
+    if config.output.hub:
+        push(config.output.hub, output, published.version, workspace, reporter)
+    if config.output.keep_versions:
+        prune(output, config.output.keep_versions, prints)
     return result
 
 
@@ -95,14 +108,14 @@ def make_and_publish(
     output: Folder,
     sign: Sign | None,
     reporter: Reporter,
-) -> Manifest:
-    """Make all files, and put them in the place of the former version."""
+) -> Published:
+    """Make all files, and let them be the current version."""
     inputs = fetch_inputs(config, output, workspace)
     fingerprint = config.resolved.fingerprints.export
     with Publication(output, fingerprint, reporter) as publication:
         manifest = make_all(ExportRun(config, inputs, workspace, publication, reporter))
-        files = publication.commit(lambda files: encoded(with_files(manifest, files)), sign)
-    return with_files(manifest, files)
+        check_owner(output, config.output, config.job)  # hours may have passed
+        return publication.commit(lambda files: encoded(with_files(manifest, files)), sign)
 
 
 def make_all(export: ExportRun) -> Manifest:
@@ -117,9 +130,10 @@ def make_all(export: ExportRun) -> Manifest:
         gate = make_models(export, base)
     manifest = Manifest(
         fingerprint=config.resolved.fingerprints.export,
+        version=version_name(config.resolved.fingerprints.export),
         files=(),
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        lineage=lineage_of(config, inputs.training),
+        lineage=lineage_of(config, inputs.training, inputs.dataset),
         metrics=inputs.training.metrics.named(),
         gate=gate,
     )
@@ -183,14 +197,16 @@ def describe(export: ExportRun, base: ModelFolder | None, manifest: Manifest) ->
         export.publication.add(export.result / name, name)
 
 
-def lineage_of(config: PreparedRunConfig, trained: TrainingRecord) -> Lineage:
+def lineage_of(config: PreparedRunConfig, trained: TrainingRecord, found: DatasetReport) -> Lineage:
     """What the files are made from."""
     resolved = config.resolved
     return Lineage(
         dataset=config.dataset.source,
         dataset_etag=resolved.dataset_etag,
+        dataset_files=found.shards,
         dataset_rows=resolved.dataset_rows,
         eval_source=config.dataset.eval_source,
+        eval_files=found.eval_source.shards if found.eval_source else None,
         eval_rows=resolved.eval_rows,
         columns=config.dataset.columns.model_dump(exclude_none=True),
         model=config.model.source,
@@ -198,11 +214,11 @@ def lineage_of(config: PreparedRunConfig, trained: TrainingRecord) -> Lineage:
         model_commit=resolved.model_commit,
         hyperparameters=trained.hyperparameters,
         fingerprints=resolved.fingerprints,
-        versions=versions(),
+        versions=package_versions(),
     )
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide on the result."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
@@ -222,17 +238,30 @@ def encoded(manifest: Manifest) -> bytes:
     return manifest.model_dump_json(indent=2, exclude_none=True).encode() + b"\n"
 
 
-def result_of(config: PreparedRunConfig, manifest: Manifest) -> StageResult:
+def result_of(config: PreparedRunConfig, output: Folder, published: Published) -> StageResult:
     """The stage's result. A rejected file fails it, though the others are published."""
-    folder = config.output.uri.rstrip("/")
-    said = explain_failures(manifest.gate, manifest.files, config.export)
+    version = published.version
+    files = version.marker.files
+    said = [f"{len(files)} files in {output.uri_of(version.folder)}.", explain(config, version)]
+    if published.current.name != version.name:
+        said.append(f"{output.uri_of(MANIFEST)} goes on naming {published.current.described}.")
     return StageResult(
         stage=Stage.EXPORT,
-        reason=reason_of(manifest.files),
-        message=" ".join(filter(None, [f"{len(manifest.files)} files in {folder}.", said])),
-        artifacts=manifest.files,
-        manifest_uri=f"{folder}/{MANIFEST}",
+        reason=reason_of(files),
+        message=" ".join(filter(None, said)),
+        artifacts=files,
+        version=version.name or None,
+        manifest_uri=output.uri_of(version.manifest_path),
     )
+
+
+def explain(config: PreparedRunConfig, version: Version) -> str:
+    """What the quality gate found fault with, as the version's manifest says."""
+    try:
+        manifest = read_known(Manifest, json.loads(version.data)).value
+    except ValidationError:  # of another release
+        return ""
+    return explain_failures(manifest.gate, manifest.files, config.export)
 
 
 def reason_of(files: Sequence[Artifact]) -> Reason:

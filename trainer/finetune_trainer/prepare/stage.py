@@ -35,6 +35,7 @@ from finetune_trainer.model import ModelFolder, base_model
 from finetune_trainer.model.base_model import BaseModelFiles
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_data_files
+from finetune_trainer.prepare.reading.encoding import check_encoding
 from finetune_trainer.prepare.reading.layout import check_columns
 from finetune_trainer.prepare.report import Findings, Prepared
 from finetune_trainer.prepare.split import hold_out
@@ -49,12 +50,13 @@ from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import (
     DATASET_REPORT,
-    MANIFEST,
     SUMMARY,
     Marker,
     save_stage,
     stage_folder,
 )
+from finetune_trainer.store.owner import claim
+from finetune_trainer.store.pruning import settle
 
 ROWS_READ_BY_LLAMA_CPP = 16  # before the training; the export compares held-out rows as well
 ATTEMPTS = 3  # to read one version of a file that somebody is writing
@@ -77,7 +79,8 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
     """Check the inputs and leave the examples in the store; raises StageError."""
     reporter.begin(Stage.PREPARE, "Checking access to dataset and output")
     check_config(config)
-    output = open_folder(config.output.uri, config.storage)
+    output = open_folder(config.output.folder, config.storage)
+    claim(output, config.output, config.job)
     find_data_files(config.dataset, config.dataset_storage)
     check_writable(output)
     inputs = fetch_inputs(config, output, workdir, reporter)
@@ -105,14 +108,16 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         model_revision=inputs.model.revision,
         model_commit=inputs.model.commit,
     )
+    exported = settle(output, config.output, prints) if Stage.EXPORT in complete else None
     return StageResult(
         stage=Stage.PREPARE,
         reason=Reason.SUCCEEDED,
         message=summary_line(prepared, complete),
         resolved=resolved,
         complete=tuple(complete),
-        artifacts=complete[Stage.EXPORT].files if Stage.EXPORT in complete else (),
-        manifest_uri=output.uri_of(MANIFEST) if Stage.EXPORT in complete else None,
+        artifacts=exported.marker.files if exported else (),
+        version=exported.name or None if exported else None,
+        manifest_uri=output.uri_of(exported.manifest_path) if exported else None,
         metrics=metrics_of(output, complete),
         dataset=prepared.dataset,
     )
@@ -122,6 +127,7 @@ def check_config(config: RunConfig) -> None:
     """Raise StageError(InvalidConfig) for fields that contradict each other."""
     dataset = config.dataset
     check_columns(dataset.columns)
+    check_encoding(dataset.encoding)
     if dataset.eval_source == dataset.source:
         raise StageError(
             Reason.INVALID_CONFIG,

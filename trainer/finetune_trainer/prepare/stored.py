@@ -31,8 +31,8 @@ from finetune_trainer.store.marker import (
     Marker,
     StageFiles,
     find_complete,
-    find_pushed,
 )
+from finetune_trainer.store.versions import find_pushed, find_version
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,10 @@ def stored_run(
 
 def without_push(complete: CompleteStages, output: Folder, hub: Hub | None) -> CompleteStages:
     """The same, but for an export that has still to push."""
-    if hub is None or Stage.EXPORT not in complete or find_pushed(output, hub):
+    if hub is None or Stage.EXPORT not in complete:
+        return complete
+    version = find_version(output, complete[Stage.EXPORT].fingerprint)
+    if version and find_pushed(output, hub, version):
         return complete
     # The export has only to push. It needs no training, even where the store holds none.
     return {Stage.TRAIN: complete[Stage.EXPORT]}

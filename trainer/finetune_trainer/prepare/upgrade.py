@@ -7,8 +7,6 @@ is frozen: it must stay as it was, with the defaults of then (a test holds those
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,14 +17,12 @@ from finetune_trainer.store import Folder
 from finetune_trainer.store.marker import (
     EXAMPLES,
     HELD_OUT,
-    MANIFEST,
-    PUSHED,
     Marker,
-    Pushed,
     find_complete,
     stage_folder,
     write_marker,
 )
+from finetune_trainer.store.versions import adopt_first_manifest
 
 _RECIPE = {Stage.PREPARE: 1, Stage.TRAIN: 1, Stage.EXPORT: 2}
 _UNCHANGING = {
@@ -116,7 +112,7 @@ class FormerRun:
             return None
         if find_complete(self.output, Stage.EXPORT, self.prints.export) is None:
             return None
-        _rewrite_manifest(self.output, prints)
+        adopt_first_manifest(self.output, self.prints.export, prints)
         return find_complete(self.output, Stage.EXPORT, prints.export)
 
     def unfinished_training(self, prepared: Marker) -> str | None:
@@ -148,20 +144,3 @@ class FormerRun:
         return former is None or all(
             former.sha256_of(name) == prepared.sha256_of(name) for name in names
         )
-
-
-def _rewrite_manifest(output: Folder, prints: Fingerprints) -> None:
-    """Give manifest.json today's fingerprints, and the note of its push the new manifest's hash."""
-    data = output.read(MANIFEST)
-    if data is None:
-        return
-    manifest = json.loads(data)
-    manifest["fingerprint"] = prints.export
-    manifest["lineage"]["fingerprints"] = prints.model_dump(mode="json")
-    rewritten = json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n"
-    output.write(MANIFEST, rewritten)
-    if note := output.read(PUSHED):
-        pushed = Pushed.model_validate_json(note)
-        if pushed.manifest_sha256 == hashlib.sha256(data).hexdigest():
-            update = {"manifest_sha256": hashlib.sha256(rewritten).hexdigest()}
-            output.write(PUSHED, pushed.model_copy(update=update).model_dump_json().encode())

@@ -1,8 +1,8 @@
 """Markers: a small JSON file that is written last and says that a stage's result is complete.
 
-`stages/<stage>/<fingerprint>/complete.json` marks prepare and train, `manifest.json` marks export.
-Each lists its files with size and SHA-256, and counts only while all of them are there. What a
-later stage reads is compared with that.
+`stages/<stage>/<fingerprint>/complete.json` marks prepare and train; the manifest.json of a version
+marks export (finetune_trainer.store.versions). Each lists its files with size and SHA-256, and
+counts only while all of them are there. What a later stage reads is compared with that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, ValidationError
 
-from finetune_trainer.contract import Artifact, Base, Hub, Reason, Stage, StageError
+from finetune_trainer.contract import Artifact, Base, Reason, Stage, StageError
 from finetune_trainer.store import Folder, stays_below
 
 MANIFEST = "manifest.json"
@@ -81,9 +81,7 @@ def stage_folder(stage: Stage, fingerprint: str) -> str:
 
 
 def marker_path(stage: Stage, fingerprint: str) -> str:
-    """Where a stage's marker is, below spec.output.uri."""
-    if stage is Stage.EXPORT:
-        return MANIFEST
+    """Where the marker of `prepare` or `train` is, below spec.output.uri."""
     return f"{stage_folder(stage, fingerprint)}/complete.json"
 
 
@@ -118,6 +116,11 @@ def find_complete(output: Folder, stage: Stage, fingerprint: str) -> Marker | No
 
     An export of which the quality gate rejected a file is published, but not complete.
     """
+    if stage is Stage.EXPORT:
+        from finetune_trainer.store.versions import find_version  # noqa: PLC0415 - imports this
+
+        version = find_version(output, fingerprint)
+        return None if version is None or version.rejected else version.marker
     path = marker_path(stage, fingerprint)
     data = output.read(path)
     if data is None:
@@ -128,9 +131,6 @@ def find_complete(output: Folder, stage: Stage, fingerprint: str) -> Marker | No
         log.warning("%s is no marker of this version; the stage runs again", output.uri_of(path))
         return None
     if (marker.stage, marker.fingerprint) != (stage, fingerprint):
-        return None
-    if rejected := [item.path for item in marker.files if item.rejected]:
-        log.warning("%s lists %s: the stage runs again", output.uri_of(path), rejected[0])
         return None
     missing = missing_files(output, marker, marker.base)
     if missing:
@@ -223,16 +223,3 @@ def open_stage(output: Folder, stage: Stage, fingerprint: str) -> StageFiles:
             "stage runs again.",
         ) from error
     return StageFiles(output, marker)
-
-
-def find_pushed(output: Folder, hub: Hub) -> Pushed | None:
-    """The push of what the output folder holds now to this repository and branch, if it was."""
-    manifest, data = output.read(MANIFEST), output.read(PUSHED)
-    if manifest is None or data is None:
-        return None
-    try:
-        pushed = Pushed.model_validate_json(data)
-    except ValidationError:
-        return None
-    here = (hub.repo, hub.revision, hashlib.sha256(manifest).hexdigest())
-    return pushed if (pushed.repo, pushed.revision, pushed.manifest_sha256) == here else None

@@ -30,6 +30,7 @@ from finetune_trainer.store.marker import (
     open_stage,
     save_stage,
 )
+from finetune_trainer.store.owner import check_owner
 from finetune_trainer.train.link import Failed, Trained, TrainingWork, default_plan
 from finetune_trainer.train.supervisor.checkpoints import CheckpointStore
 from finetune_trainer.train.supervisor.ladder import descend
@@ -43,7 +44,8 @@ def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> Stage
     """Train the adapter for `config.resolved`. Raises StageError."""
     reporter.begin(Stage.TRAIN, "Fetching the examples")
     prints = config.resolved.fingerprints
-    output = open_folder(config.output.uri, config.storage)
+    output = open_folder(config.output.folder, config.storage)
+    check_owner(output, config.output, config.job)
     if done := find_trained(output, prints.train):
         return done
     prepared = open_stage(output, Stage.PREPARE, prints.prepare)

@@ -1,7 +1,8 @@
-"""The push to the Hugging Face Hub: what manifest.json lists, in one commit.
+"""The push to the Hugging Face Hub: what a version's manifest.json lists, in one commit.
 
-All files go but those in rejected/, under the same paths, and manifest.json itself. Files of the
-last push that this version doesn't have are deleted; what others put into the repository stays.
+All files go but those in rejected/, under their paths in the version, and manifest.json itself.
+Files of the last push that this version doesn't have are deleted; what others put into the
+repository stays.
 The client resumes by itself: content that the Hub has is not sent again.
 """
 
@@ -26,14 +27,8 @@ from huggingface_hub.errors import (
 from finetune_trainer.contract import Artifact, Hub, Reason, StageError
 from finetune_trainer.runtime.reporter import Reporter, Transfer
 from finetune_trainer.store import Folder
-from finetune_trainer.store.marker import (
-    MANIFEST,
-    PUSHED,
-    Marker,
-    Pushed,
-    describe_file,
-    find_pushed,
-)
+from finetune_trainer.store.marker import MANIFEST, PUSHED, Marker, Pushed, describe_file
+from finetune_trainer.store.versions import Version, find_pushed
 
 TOKEN_VARIABLE = "FINETUNE_HUB_TOKEN"  # noqa: S105 - its name
 _PASSING = {408, 429}
@@ -51,24 +46,21 @@ def check_token(hub: Hub | None, environment: Mapping[str, str] = os.environ) ->
         )
 
 
-def push(hub: Hub, output: Folder, workspace: Path, reporter: Reporter) -> Pushed:
-    """Push what the output folder holds, unless that was done, and record it in the folder.
+def push(hub: Hub, output: Folder, version: Version, workspace: Path, reporter: Reporter) -> Pushed:
+    """Push a version, unless that was done, and record it in the output folder.
 
     Files are fetched one at a time, so at most one of them is on this disk. Raises StageError;
-    the output folder is complete in any case.
+    the version is complete in any case.
     """
-    if done := find_pushed(output, hub):
+    if done := find_pushed(output, hub, version):
         return done
     check_token(hub)
-    manifest = output.read(MANIFEST)
-    if manifest is None:
-        raise FileNotFoundError(f"{output.uri_of(MANIFEST)} is missing")
-    files = [f for f in Marker.model_validate_json(manifest).files if not f.rejected]
+    files = [item for item in version.marker.files if not item.rejected]
     total = sum(item.bytes for item in files)
     transfer = reporter.transfer(f"Pushing {len(files) + 1} files to {hub.repo}", total)
     with _errors(hub, output):
-        commit = _Push(hub, output, workspace).run(files, manifest, transfer)
-    sha256 = hashlib.sha256(manifest).hexdigest()
+        commit = _Push(hub, output, version, workspace).run(files, transfer)
+    sha256 = hashlib.sha256(version.data).hexdigest()
     pushed = Pushed(repo=hub.repo, revision=hub.revision, manifest_sha256=sha256, commit=commit)
     output.write(PUSHED, pushed.model_dump_json(indent=2).encode())
     log.info("Pushed to %s", commit)
@@ -78,14 +70,15 @@ def push(hub: Hub, output: Folder, workspace: Path, reporter: Reporter) -> Pushe
 class _Push:
     """One commit."""
 
-    def __init__(self, hub: Hub, output: Folder, workspace: Path) -> None:
+    def __init__(self, hub: Hub, output: Folder, version: Version, workspace: Path) -> None:
         self._hub = hub
         self._output = output
+        self._version = version
         self._workspace = workspace
         token = os.environ[TOKEN_VARIABLE]
         self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
 
-    def run(self, files: list[Artifact], manifest: bytes, transfer: Transfer) -> str:
+    def run(self, files: list[Artifact], transfer: Transfer) -> str:
         """Make the commit; returns its URL."""
         repo, revision = self._hub.repo, self._hub.revision
         self._api.create_repo(repo, private=self._hub.private, exist_ok=True)
@@ -93,7 +86,7 @@ class _Push:
             self._api.create_branch(repo, branch=revision, exist_ok=True)
         stale = self._stale({item.path for item in files})
         additions = [self._send(item, transfer) for item in files]
-        additions.append(CommitOperationAdd(MANIFEST, manifest))
+        additions.append(CommitOperationAdd(MANIFEST, self._version.data))
         self._preupload(additions[-1])
         commit = self._api.create_commit(
             repo,
@@ -105,12 +98,12 @@ class _Push:
 
     def _send(self, item: Artifact, transfer: Transfer) -> CommitOperationAdd:
         """Send a large file; a small one stays on the disk and goes with the commit."""
-        file = self._workspace / "hub" / item.path
-        self._output.download(item.path, file)
+        file, source = self._workspace / "hub" / item.path, self._version.path(item.path)
+        self._output.download(source, file)
         if describe_file(file, item.path).sha256 != item.sha256:
             raise StageError(
                 Reason.STORAGE_UNAVAILABLE,
-                f"{self._output.uri_of(item.path)} is not what manifest.json says: it is not "
+                f"{self._output.uri_of(source)} is not what manifest.json says: it is not "
                 "pushed. Find out who or what has changed it; the next attempt tries again.",
             )
         operation = CommitOperationAdd(item.path, file)

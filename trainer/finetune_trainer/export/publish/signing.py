@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.contract import REJECTED, Artifact, Export, Reason, StageError
-from finetune_trainer.store.marker import MANIFEST, STAGES
+from finetune_trainer.store.marker import MANIFEST
 
 if TYPE_CHECKING:
     from model_signing import signing
@@ -23,9 +23,9 @@ SIGNATURE = "model.sig"
 KEY_VARIABLE = "FINETUNE_SIGNING_KEY"
 """Environment variable with the private key: PEM, of curve P-256, P-384 or P-521."""
 
-# Beside the signed files in the output folder; verifiers pass over them. manifest.json lists the
+# Beside the signed files in the version's folder; verifiers pass over them. manifest.json lists the
 # signature and so can't be signed: provenance.json says the same and is.
-NOT_SIGNED = (SIGNATURE, MANIFEST, REJECTED, STAGES)
+NOT_SIGNED = (SIGNATURE, MANIFEST, REJECTED)
 
 
 class Signer:

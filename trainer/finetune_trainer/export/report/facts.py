@@ -17,8 +17,10 @@ from finetune_trainer.contract import (
     TrainingMetrics,
     TrainingRecord,
     display_name,
+    version_folder,
 )
 from finetune_trainer.runtime.units import perplexity
+from finetune_trainer.store.versions import version_name
 
 
 class LossPoint(NamedTuple):
@@ -109,6 +111,16 @@ class Facts:
     def name(self) -> str:
         """What the tuned model is called."""
         return self.config.job.name if self.config.job else f"{self.base_name}-tuned"
+
+    @property
+    def version(self) -> str:
+        """Name of the version that the files are of."""
+        return version_name(self.lineage.fingerprints.export)
+
+    @property
+    def folder(self) -> str:
+        """URI of the folder that the files are published in."""
+        return f"{self.config.output.folder}/{version_folder(self.version)}"
 
     @property
     def base_name(self) -> str:

@@ -1,0 +1,287 @@
+"""Versions of the artifacts, and the pointer to the current one.
+
+A version is complete when `versions/<version>/manifest.json` is there, and every file that it lists
+is there with its size. From then on nothing in that folder changes. `manifest.json` in the output
+folder itself has the same bytes and names the current version; one PUT makes another one current.
+
+0.1.0 left its files in the output folder itself, with a manifest.json that names no version. That
+is a version as well, with "" as its name. Its manifest moves to manifest.0.1.0.json when another
+version becomes current.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pydantic import ConfigDict, ValidationError
+
+from finetune_trainer.contract import (
+    VERSIONS,
+    Base,
+    Fingerprints,
+    Hub,
+    Reason,
+    Stage,
+    StageError,
+    read_known,
+    version_folder,
+)
+from finetune_trainer.store import Folder
+from finetune_trainer.store.marker import MANIFEST, PUSHED, Marker, Pushed, missing_files
+
+FIRST_MANIFEST = "manifest.0.1.0.json"
+"""The manifest of what 0.1.0 left, while another version is current."""
+
+_LENGTH = 12  # characters of the export's fingerprint in a version's name: 48 bits
+_NAME = re.compile(r"[0-9A-Za-z]{0,64}")
+
+log = logging.getLogger(__name__)
+
+
+class VersionLineage(Base):
+    """The part of a manifest's lineage that says which stages' results a version is made of."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    fingerprints: Fingerprints
+
+
+class VersionMarker(Marker):
+    """The part of manifest.json that versions are told apart by."""
+
+    version: str = ""
+    created: str = ""
+    lineage: VersionLineage | None = None
+
+    @property
+    def base(self) -> str:
+        """The version's folder, below spec.output.uri."""
+        return version_folder(self.version)
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version whose manifest is there. Its files may have been taken away since."""
+
+    name: str
+    """The folder's name below versions/; "" for what 0.1.0 left."""
+
+    data: bytes
+    """Of its manifest.json."""
+
+    marker: VersionMarker
+
+    @property
+    def folder(self) -> str:
+        """Where its files are, below the output folder; "" is that folder itself."""
+        return version_folder(self.name)
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the quality gate refused one of its files."""
+        return any(item.rejected for item in self.marker.files)
+
+    @property
+    def manifest_path(self) -> str:
+        """Where its own manifest is, below the output folder."""
+        return manifest_path(self.name)
+
+    @property
+    def described(self) -> str:
+        """Its name in a sentence."""
+        return f"version {self.name}" if self.name else "the version of 0.1.0"
+
+    def path(self, path: str) -> str:
+        """Where one of its files is, below the output folder."""
+        return f"{self.folder}/{path}" if self.folder else path
+
+
+def version_name(fingerprint: str) -> str:
+    """The name of the version that an export with this fingerprint makes."""
+    return fingerprint[:_LENGTH]
+
+
+def manifest_path(name: str) -> str:
+    """Where the manifest of a version is, below the output folder."""
+    return f"{version_folder(name)}/{MANIFEST}" if name else MANIFEST
+
+
+def new_version(fingerprint: str, manifest: bytes) -> Version:
+    """A version whose files are there, and whose manifest is still to be written."""
+    marker = VersionMarker.model_validate_json(manifest)
+    name = version_name(fingerprint)
+    if (marker.fingerprint, marker.version) != (fingerprint, name):
+        raise ValueError(f"the manifest is of {marker.fingerprint}, {marker.version!r}")
+    return Version(name, manifest, marker)
+
+
+def missing(output: Folder, version: Version) -> list[str]:
+    """Where files of a version should be, and are not or with another size."""
+    return [version.path(path) for path in missing_files(output, version.marker, version.folder)]
+
+
+def find_version(output: Folder, fingerprint: str) -> Version | None:
+    """The version of this fingerprint, if all its files are there with their size.
+
+    It may have files that the quality gate refused (`Version.rejected`).
+    """
+    for version in _candidates(output, fingerprint):
+        if (version.marker.stage, version.marker.fingerprint) != (Stage.EXPORT, fingerprint):
+            continue
+        if not (lost := missing(output, version)):
+            return version
+        log.warning(
+            "%s is missing or has another size, though a manifest lists it: the export runs again",
+            output.uri_of(lost[0]),
+        )
+    return None
+
+
+def current(output: Folder) -> Version | None:
+    """The version that manifest.json names; None where there is none, or one of another program.
+
+    Its files are not looked at.
+    """
+    return _parse(output.read(MANIFEST))
+
+
+def make_current(output: Folder, version: Version) -> Version:
+    """Let manifest.json name this version; returns the version that is current then.
+
+    A version with rejected files doesn't take the place of a whole one without any.
+    """
+    now = current(output)
+    if now is not None and now.data == version.data:
+        return version
+    if now is not None and version.rejected and _is_good(output, now):
+        return now
+    if now is not None and not now.name and output.read(FIRST_MANIFEST) != now.data:
+        output.write(FIRST_MANIFEST, now.data)
+    output.write(MANIFEST, version.data)
+    return version
+
+
+def withdraw(output: Folder, fingerprint: str) -> None:
+    """Let a version that is no longer whole be none, before its files are written again.
+
+    Raises StageError where the folder has the version of another fingerprint.
+    """
+    name = version_name(fingerprint)
+    stands = _parse(output.read(manifest_path(name)), name)
+    if stands is None:
+        return
+    if stands.marker.fingerprint != fingerprint:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"{output.uri_of(stands.folder)} holds a version of another fingerprint that begins "
+            "alike: move it away, or name another spec.output.uri.",
+        )
+    now = current(output)
+    if now is not None and now.name == name:
+        output.delete([MANIFEST])
+    output.delete([manifest_path(name)])
+
+
+def list_versions(output: Folder) -> list[Version]:
+    """All versions whose manifest is there, the newest first; what 0.1.0 left is the oldest."""
+    paths = {info.path for info in output.list(f"{VERSIONS}/")}
+    found = []
+    for path in sorted(paths):
+        _, _, rest = path.partition("/")
+        name, _, file = rest.partition("/")
+        if file == MANIFEST and (version := _parse(output.read(path), name)):
+            found.append(version)
+    found.sort(key=lambda version: version.marker.created, reverse=True)
+    first = _first(output)
+    return [*found, *([first] if first else [])]
+
+
+def adopt_first_manifest(output: Folder, old: str, new: Fingerprints) -> bool:
+    """Give what 0.1.0 exported under the fingerprint `old` the fingerprints of today.
+
+    Nothing is copied. What was pushed to the Hub stays pushed. Returns whether there was such a
+    version; may be repeated.
+    """
+    version = _first(output)
+    if version is None or version.marker.fingerprint != old:
+        return False
+    if old == new.export:
+        return True
+    fields = json.loads(version.data)
+    fields["fingerprint"] = new.export
+    if isinstance(fields.get("lineage"), dict):
+        fields["lineage"]["fingerprints"] = new.model_dump(mode="json")
+    data = json.dumps(fields, indent=2, ensure_ascii=False).encode() + b"\n"
+    _repush(output, version.data, data)
+    for path in (FIRST_MANIFEST, MANIFEST):
+        if output.read(path) == version.data:
+            output.write(path, data)
+    return True
+
+
+def find_pushed(output: Folder, hub: Hub, version: Version) -> Pushed | None:
+    """The last push to the Hub, if it brought this version to this repository and branch."""
+    pushed = _pushed(output)
+    if pushed is None:
+        return None
+    asked = (hub.repo, hub.revision, _sha256(version.data))
+    return pushed if (pushed.repo, pushed.revision, pushed.manifest_sha256) == asked else None
+
+
+def _candidates(output: Folder, fingerprint: str) -> Iterator[Version]:
+    name = version_name(fingerprint)
+    if name and (version := _parse(output.read(manifest_path(name)), name)):
+        yield version
+    if first := _first(output):
+        yield first
+
+
+def _first(output: Folder) -> Version | None:
+    """What 0.1.0 left, current or not."""
+    now = current(output)
+    if now is not None and not now.name:
+        return now
+    return _parse(output.read(FIRST_MANIFEST), "")
+
+
+def _is_good(output: Folder, version: Version) -> bool:
+    return not version.rejected and not missing(output, version)
+
+
+def _parse(data: bytes | None, name: str | None = None) -> Version | None:
+    """A manifest as a version; `name` is that of the folder that it lies in, where it is known."""
+    if data is None:
+        return None
+    try:
+        marker = read_known(VersionMarker, json.loads(data)).value
+    except ValueError:
+        return None
+    name = marker.version if name is None else name
+    if marker.stage is not Stage.EXPORT or marker.version != name or not _NAME.fullmatch(name):
+        return None
+    return Version(name, data, marker)
+
+
+def _repush(output: Folder, old: bytes, new: bytes) -> None:
+    """Let what was pushed with one manifest count as pushed with another."""
+    pushed = _pushed(output)
+    if pushed is not None and pushed.manifest_sha256 == _sha256(old):
+        again = pushed.model_copy(update={"manifest_sha256": _sha256(new)})
+        output.write(PUSHED, again.model_dump_json(indent=2).encode())
+
+
+def _pushed(output: Folder) -> Pushed | None:
+    data = output.read(PUSHED)
+    try:
+        return Pushed.model_validate_json(data) if data else None
+    except ValidationError:
+        return None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
