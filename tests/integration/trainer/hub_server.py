@@ -99,7 +99,7 @@ def hub_server(public: Path, commit: str = COMMIT) -> Iterator[str]:
     handler = partial(Handler, public=public, commit=commit)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
-    thread = Thread(target=server.serve_forever, daemon=True)
+    thread = Thread(target=server.serve_forever, args=(0.02,), daemon=True)  # poll often
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

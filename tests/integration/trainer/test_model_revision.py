@@ -12,6 +12,7 @@ import pytest
 from finetune_trainer.contract import Model, PreparedRunConfig, Reason, StageError, Storage
 from finetune_trainer.model import base_model
 from finetune_trainer.model.base_model import BaseModelFiles
+from finetune_trainer.model.former_revision import former_folder_revision
 from finetune_trainer.runtime.reporter import Reporter
 from hack.object_store import Credentials
 from tests.integration.trainer import first_release
@@ -91,13 +92,15 @@ def change_a_little(file: Path) -> None:
 
 
 def test_a_small_part_of_the_weights_counts(model: Path) -> None:
-    """Also where the file's time stays as it was."""
+    """Also where the file's time stays as it was. 0.1.0 took samples, and did not see it."""
     weights = model / "model.safetensors"
     times = weights.stat()
     first = find(model)
+    former = former_folder_revision(first.model, Storage())
     change_a_little(weights)
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert find(model).revision != first.revision
+    assert former_folder_revision(first.model, Storage()) == former
 
 
 def test_large_weights_count_by_size_and_time_of_change(

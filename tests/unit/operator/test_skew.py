@@ -137,7 +137,9 @@ def test_prepare_that_keeps_the_fingerprint_of_0_1_0_leaves_its_training_alone()
 
 
 def test_a_finished_job_that_0_1_0_made_reruns_nothing_under_todays_fingerprints() -> None:
-    found = resolved("train-of-today", "export-of-today")
+    found = resolved("train-of-today", "export-of-today").model_copy(
+        update={"model_revision": "sha256:today", "model_commit": "abc"}
+    )
     given = finetunejob(
         preparing(
             succeeded(TRAIN, fingerprint="train-a"), succeeded(EXPORT, fingerprint="export-a")
@@ -150,6 +152,9 @@ def test_a_finished_job_that_0_1_0_made_reruns_nothing_under_todays_fingerprints
     assert made.status.phase is Phase.SUCCEEDED
     assert made.status.metrics == {"evalLoss": 1.5}
     assert [stage.cached for stage in made.status.stages] == [False, True, True]
+    lineage = made.status.lineage
+    assert lineage is not None
+    assert (lineage.model_revision, lineage.model_commit) == ("sha256:today", "abc")
 
 
 def newer_status(before: FineTuneJobStatus, **fields: Any) -> dict[str, Any]:
