@@ -71,6 +71,8 @@ class StoredRun:
             or self.former.adopt_published(prepared, prints),
         }
         complete = {stage: marker for stage, marker in found.items() if marker}
+        if exported := complete.get(Stage.EXPORT):
+            prints = prints.model_copy(update={"export": exported.fingerprint})
         if not complete and (former := self.former.unfinished_training(prepared)):
             # It goes on from its checkpoints, and keeps its Job where that still runs.
             prints = prints.model_copy(update={"train": former})

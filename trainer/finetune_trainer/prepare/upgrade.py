@@ -107,13 +107,17 @@ class FormerRun:
         return self._adopt(Stage.TRAIN, self.prints.train, fingerprint)
 
     def adopt_published(self, prepared: Marker, prints: Fingerprints) -> Marker | None:
-        """Mark its artifacts with today's fingerprint, where they are there."""
+        """Mark its artifacts with today's fingerprint, where they are there.
+
+        A version that was made of it after the upgrade can't change: that keeps its fingerprint.
+        """
         if not self._same_examples(prepared):
             return None
-        if find_complete(self.output, Stage.EXPORT, self.prints.export) is None:
+        former = find_complete(self.output, Stage.EXPORT, self.prints.export)
+        if former is None:
             return None
         adopt_first_manifest(self.output, self.prints.export, prints)
-        return find_complete(self.output, Stage.EXPORT, prints.export)
+        return find_complete(self.output, Stage.EXPORT, prints.export) or former
 
     def unfinished_training(self, prepared: Marker) -> str | None:
         """The fingerprint of its training, where that has left checkpoints to go on from."""
