@@ -20,7 +20,7 @@ from typing import Any, Literal, Self, cast
 import aiohttp
 from kubernetes.aio import client, config
 
-from finetune_operator.api.base import API_VERSION, CHILDREN_SELECTOR, KIND, OPERATOR, JsonObject
+from finetune_operator.api import API_VERSION, CHILDREN_SELECTOR, KIND, OPERATOR, JsonObject
 from finetune_trainer.contract import GROUP, PLURAL, VERSION
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import kopf
 
-from finetune_operator.api.base import (
+from finetune_operator.api import (
     CHILDREN_SELECTOR,
     FINETUNEJOB_NAME_ANNOTATION,
     FINETUNEJOB_UID_LABEL,

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune_operator.api.base import (
+from finetune_operator.api import (
     ATTEMPT_LABEL,
     KIND,
     POD_SETTINGS_ANNOTATION,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-from finetune_operator.api.base import KIND, JsonObject
+from finetune_operator.api import KIND, JsonObject
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.cluster import (
     AlreadyExistsError,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from finetune_operator.api.base import Condition
+from finetune_operator.api import Condition
 from finetune_operator.api.finetunejob import (
     ArtifactStatus,
     FineTuneJobStatus,

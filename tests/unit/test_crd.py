@@ -12,8 +12,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from finetune_operator.api import crd
-from finetune_operator.api.base import EnvVar
+from finetune_operator.api import EnvVar, crd
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_trainer import contract
 

@@ -1,4 +1,4 @@
-"""docs/training.md keeps up with the API: every field with its default."""
+"""docs/training.md and docs/data.md keep up with the API: every field with its default."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from finetune_trainer.contract import Csv, Dataset, EarlyStopping, Lora, NoticeCode, Training
+from finetune_trainer.prepare.reading import Problems, read_records
 
-PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "training.md").read_text(encoding="utf-8")
+DATA = (DOCS / "data.md").read_text(encoding="utf-8")
 NESTED = {
     "columns": Dataset.model_fields["columns"].default.__class__,
     "csv": Csv,
@@ -57,14 +61,38 @@ def written(default: Any) -> str:
 
 @pytest.mark.parametrize("path", FIELDS)
 def test_every_field_is_explained_with_its_default(path: str) -> None:
-    rows = re.findall(rf"^\| `{re.escape(path)}` \| (.*?) ?\| (.+) \|$", PAGE, re.MULTILINE)
-    assert len(rows) == 1, f"{path} is not in a table of docs/training.md"
+    page, name = (DATA, "data.md") if path.startswith("dataset.") else (PAGE, "training.md")
+    rows = re.findall(rf"^\| `{re.escape(path)}` \| (.*?) ?\| (.+) \|$", page, re.MULTILINE)
+    assert len(rows) == 1, f"{path} is not in a table of docs/{name}"
     assert rows[0][0] == written(FIELDS[path])
 
 
-def test_the_page_names_no_field_that_is_not_there() -> None:
-    named = re.findall(r"^\| `((?:dataset|training)\.[\w.]+)` \|", PAGE, re.MULTILINE)
-    assert set(named) == set(FIELDS)
+def test_the_pages_name_no_field_that_is_not_there() -> None:
+    named = re.findall(r"^\| `((?:dataset|training)\.[\w.]+)` \|", PAGE + DATA, re.MULTILINE)
+    assert sorted(named) == sorted(FIELDS)
+
+
+SAMPLES = re.findall(r"^```(?:csv|json)\n(.+?)^```$", DATA, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample[:30])
+def test_each_sample_is_read_without_a_mapping(sample: str, tmp_path: Path) -> None:
+    if sample.startswith('{"tools"'):  # on several lines for the eye
+        sample = json.dumps(json.loads(sample))
+    file = tmp_path / "sample"
+    file.write_text(sample, encoding="utf-8")
+    records = list(read_records(file, Dataset(source=str(file)), str(file), Problems()))
+    assert records
+    assert all(record.messages[-1]["role"] == "assistant" for record in records)
+
+
+DATASETS = re.findall(r"^```yaml\n(.+?)^```$", DATA, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("sample", DATASETS)
+def test_each_dataset_is_a_valid_one(sample: str) -> None:
+    for part in re.split(r"^(?=dataset:)", sample, flags=re.MULTILINE)[1:]:
+        Dataset.model_validate(yaml.safe_load(part)["dataset"])
 
 
 @pytest.mark.parametrize("code", list(NoticeCode))

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from finetune_operator.api.base import KIND
+from finetune_operator.api import KIND
 from finetune_operator.api.finetunejob import FineTuneJob
 from finetune_trainer.contract import GROUP, PLURAL, VERSION
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from finetune_operator.api.base import (
+from finetune_operator.api import (
     CaBundle,
     Condition,
     EnvVar,

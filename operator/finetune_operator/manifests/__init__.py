@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from finetune_operator.api.base import JsonObject
+from finetune_operator.api import JsonObject
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.manifests.children import progress_access, run_config_map
 from finetune_operator.manifests.stage_job import Attempt, pod_settings_digest, stage_job

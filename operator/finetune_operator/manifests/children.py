@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from finetune_operator.api.base import (
+from finetune_operator.api import (
     API_VERSION,
     ATTEMPT_LABEL,
     FINETUNEJOB_LABEL,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune_operator.api.base import (
+from finetune_operator.api import (
     FINETUNEJOB_NAME_ANNOTATION,
     POD_SETTINGS_ANNOTATION,
     STAGE_KEY_ANNOTATION,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune_operator.api.base import CaBundle, JsonObject
+from finetune_operator.api import CaBundle, JsonObject
 from finetune_operator.api.finetunejob import AnyStorageSpec, FineTuneJobSpec
 from finetune_trainer.contract import Stage
 from finetune_trainer.contract.storage import CA_BUNDLES, CREDENTIALS

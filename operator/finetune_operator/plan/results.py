@@ -114,11 +114,13 @@ def _resolve_stage(
         draft.stages[stage] = StageStatus(name=stage, fingerprint=fingerprint)
         # The number of an attempt is part of its Job's name, so skip those of ended Jobs from
         # before `prepare`. Any other Job is the next attempt itself: it was started, and has maybe
-        # ended, before status could be written. (The API server dates both.)
+        # ended, before status could be written. (The API server dates both.) One that is being
+        # deleted has its name for as long; with other pod settings, that is another name.
         used = [
             job.attempt
             for job in draft.jobs_of(stage)
-            if job.deleting or (job.finished and job.created < prepare.created)
+            if (job.deleting and job.pod_settings == draft.pod_settings[stage])
+            or (job.finished and job.created < prepare.created)
         ]
         draft.change(stage, attempt=max([before.attempt if same else 0, *used]))
     return False

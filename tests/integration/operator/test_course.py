@@ -147,7 +147,7 @@ def test_a_sidecar_that_goes_on_does_not_keep_the_pod(here: Namespace) -> None:
     here.set_pod(pod, "Running", {"terminated": {**ended, "startedAt": LONG_AGO}})
     here.wait_phase("Exporting")
     here.wait("the pod to go", lambda: pod["metadata"]["uid"] not in uids(here))
-    assert ("Normal", "SidecarStopped") in here.events()
+    here.wait("the event", lambda: ("Normal", "SidecarStopped") in here.events())
     here.succeed(exported())
     here.wait_phase("Succeeded")
 

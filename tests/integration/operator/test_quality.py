@@ -105,7 +105,8 @@ def test_with_verify_warn_the_job_is_ready_and_says_which_file_is_over_its_limit
     assert "model-Q4_K_M.gguf: mean KL divergence 0.4123" in words
     assert "limit 0.08" in words
     assert "Q8_0" not in words
-    assert [kind for kind, _ in messages(here, "QualityLimitExceeded")] == ["Warning"]
+    said = here.wait("the event", lambda: messages(here, "QualityLimitExceeded"))
+    assert [kind for kind, _ in said] == ["Warning"]
 
 
 def test_all_types_of_a_large_model_arrive_with_their_figures(here: Namespace) -> None:

@@ -13,10 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-INFO = re.compile(r"/api/models/([^/]+/[^/]+)/revision/(.+)")
-FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+INFO = re.compile(r"/api/(models|datasets)/([^/]+)/([^/]+)/revision/(.+)")
+FILE = re.compile(r"/(datasets/)?([^/]+)/([^/]+)/resolve/([^/]+)/(.+)")
+NAMES = {"models": "tiny", "datasets": "rows"}
+LFS = (".parquet", ".safetensors")
 
 
 @dataclass
@@ -28,38 +31,37 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-def describe(file: Path) -> dict[str, Any]:
-    """A file as the Hub lists it: weights go by LFS, whatever they hold."""
+def describe(file: Path, folder: Path) -> dict[str, Any]:
+    """A file as the Hub lists it: weights and Parquet go by LFS, whatever they hold."""
     content = file.read_bytes()
     size = len(content)
     blob = hashlib.sha1(b"blob %d\0" % size + content, usedforsecurity=False).hexdigest()
-    found = {"rfilename": file.name, "size": size, "blobId": blob}
-    if file.suffix == ".safetensors":
+    found = {"rfilename": file.relative_to(folder).as_posix(), "size": size, "blobId": blob}
+    if file.suffix in LFS:
         sha256 = hashlib.sha256(content).hexdigest()
         found["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 134}
     return found
 
 
 def answer(public: Path, path: str, commit: str = COMMIT) -> Answer:
-    """What the Hub says to a request; `gated/tiny` wants a licence, `broken/tiny` is down."""
+    """What the Hub says to a request: `gated/…` wants a licence, `broken/…` is down."""
     match = INFO.fullmatch(path) or FILE.fullmatch(path)
-    repository, revision = (match[1], match[2]) if match else ("", "")
-    if repository == "broken/tiny":
+    kind, owner, name, revision = match.groups()[:4] if match else (None, "", "", "")
+    if owner == "broken":
         return Answer(503, b"down for maintenance")
-    if repository not in ("public/tiny", "gated/tiny"):
+    if owner not in ("public", "gated") or name != NAMES[(kind or "models").strip("/")]:
         return Answer(404, b'{"error":"Repository not found"}', {"X-Error-Code": "RepoNotFound"})
-    if revision not in ("main", commit):
+    if unquote(revision) not in ("main", "refs/convert/parquet", commit):
         return Answer(404, b'{"error":"Invalid rev id"}', {"X-Error-Code": "RevisionNotFound"})
     if INFO.fullmatch(path):
-        files = [describe(file) for file in public.iterdir()]
+        files = [describe(file, public) for file in sorted(public.rglob("*")) if file.is_file()]
+        found = {"id": f"{owner}/{name}", "sha": commit, "siblings": files}
+        return Answer(200, json.dumps(found).encode())
+    if owner == "gated":
         return Answer(
-            200, json.dumps({"id": repository, "sha": commit, "siblings": files}).encode()
+            403, b"Access to gated/%s is restricted" % name.encode(), {"X-Error-Code": "GatedRepo"}
         )
-    if repository == "gated/tiny":
-        return Answer(
-            403, b"Access to model gated/tiny is restricted", {"X-Error-Code": "GatedRepo"}
-        )
-    content = (public / path.rpartition("/")[2]).read_bytes()
+    content = (public / path.partition(f"/resolve/{revision}/")[2]).read_bytes()
     etag = hashlib.sha256(content).hexdigest()
     return Answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": commit})
 

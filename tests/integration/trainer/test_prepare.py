@@ -107,7 +107,7 @@ def load(folder: Path, rows: list[Any] | None, **dataset: Any) -> Findings:
     store = LocalFolder(folder)
     info = store.stat(local.name)
     assert info
-    findings = Findings(config, DatasetRows(DataFile(str(local), store, info), local))
+    findings = Findings(config, DatasetRows(DataFile(str(local), store, [info]), local))
     findings.rows.load(config.dataset, config.training.seed)
     return findings
 

@@ -23,8 +23,7 @@ from finetune_trainer.contract import (
     ToolCall,
     as_example,
 )
-from finetune_trainer.export.gate.sample_text import question_of, said
-from finetune_trainer.export.reference.measured_rows import choose_rows
+from finetune_trainer.export.gate.rows import choose_rows, question_of, said
 from finetune_trainer.model import ModelFolder, rendering
 from finetune_trainer.model.rendering import NotRenderedError, render_example, render_prompt
 from finetune_trainer.model.tokenizer import (
@@ -37,6 +36,7 @@ from finetune_trainer.model.tokenizer import (
 from finetune_trainer.prepare.checks import check_template
 from finetune_trainer.prepare.examples import write_examples
 from finetune_trainer.prepare.split import hold_out
+from finetune_trainer.train.recipe.data import tokenize
 from tests.integration.trainer.test_prepare import lines, load, write
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -466,6 +466,22 @@ def test_rows_that_a_template_takes_and_does_not(
         b'{"prompt": [{"role": "user", "content": "Hot?"}], '
         b'"completion": [{"role": "assistant", "content": "Yes."}]}'
     )
+
+
+def test_the_training_reads_conversations_with_tools(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    use(tokenizer, "qwen2_5")
+    weighed = copy.deepcopy(CHAT)
+    weighed[4]["weight"] = 0
+    rows = [as_example(weighed, [WEATHER]), as_example([user("Hot?"), assistant("Yes.")])]
+    file = tmp_path / "examples.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = tokenize(file, tokenizer, 4096, tmp_path / "cache")
+    expected = encode_batch(tokenizer, rows)
+    assert [row["input_ids"] for row in read.rows] == [row.ids for row in expected]
+    assert [row["labels"] for row in read.rows] == [row.labels for row in expected]
+    assert read.learns_end
 
 
 def test_the_export_reads_conversations_with_tools(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from finetune_operator.api.base import Condition
+from finetune_operator.api import Condition
 from finetune_operator.api.finetunejob import (
     ArtifactStatus,
     FineTuneJobSpec,

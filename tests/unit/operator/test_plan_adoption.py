@@ -180,3 +180,15 @@ def test_a_failure_that_was_lost_twice_is_counted_for_each_attempt() -> None:
     ]
     train = decide(Case("", finetunejob(training()), jobs, unchanged(training()))).status.stages[1]
     assert (train.state, train.attempt, train.failures) == (StageState.RUNNING, 3, 2)
+
+
+@pytest.mark.parametrize(("settings", "attempt"), [("settings-1", 1), ("older", 0)])
+def test_a_number_is_taken_while_its_job_is_being_deleted_unless_its_name_differs(
+    settings: str, attempt: int
+) -> None:
+    jobs = [
+        job(PREPARE, **ended(0, prepared([PREPARE])), created=at(-60)),
+        job(TRAIN, deleting=True, pod=None, pod_settings=settings),
+    ]
+    made = decide(Case("", finetunejob(PREPARING), jobs, unchanged(PREPARING)))
+    assert (made.status.stages[1].attempt, made.actions) == (attempt, ())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.api.base import Condition
+from finetune_operator.api import Condition
 from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, StageStatus
 from finetune_operator.status import (
     MESSAGE_LIMIT,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from finetune_trainer.export.reference.logprobs import MeasuredRow
-from finetune_trainer.export.reference.measured_rows import (
+from finetune_trainer.export.gate.rows import (
     MAX_ANSWER_TOKENS,
     MAX_ANSWER_TOKENS_OF_ROW,
     MAX_TOKENS,
@@ -12,6 +11,7 @@ from finetune_trainer.export.reference.measured_rows import (
     spread,
     within_budget,
 )
+from finetune_trainer.export.reference.logprobs import MeasuredRow
 from finetune_trainer.model.tokenizer import IGNORED, Encoded
 
 

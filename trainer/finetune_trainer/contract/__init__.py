@@ -1,9 +1,8 @@
 """The contract between the operator and the trainer, and between the trainer's stages.
 
-base            what all its types have in common
-model, dataset, training, output, storage  the parts of the spec; each field is bounded once
+base            what all its types have in common; reading what another version wrote
+training, dataset, output, storage  the parts of the spec; each field is bounded once
 run             run.json as a whole, and what `prepare` adds to it
-tolerant        reading what another version wrote
 outcome         reasons, exit codes, and the termination message
 redaction       credentials are blacked out in what leaves a process
 progress        status.progress, with what a training says about itself
@@ -35,8 +34,11 @@ from finetune_trainer.contract.base import (
     Base,
     Location,
     Stage,
+    Tolerated,
     cel,
     describe,
+    read_known,
+    read_readable,
 )
 from finetune_trainer.contract.dataset import (
     HUB_DATASETS,
@@ -72,7 +74,6 @@ from finetune_trainer.contract.fingerprint import (
     later_fingerprints,
     prepare_fingerprint,
 )
-from finetune_trainer.contract.model import Model, display_name
 from finetune_trainer.contract.outcome import ExitCode, Reason, StageError, StageResult
 from finetune_trainer.contract.output import (
     UNQUANTIZED,
@@ -96,8 +97,15 @@ from finetune_trainer.contract.run import (
     read_run_config,
 )
 from finetune_trainer.contract.storage import DatasetStorage, Encryption, ModelStorage, Storage
-from finetune_trainer.contract.tolerant import Tolerated, read_known, read_readable
-from finetune_trainer.contract.training import EarlyStopping, Lora, TargetModule, Tracker, Training
+from finetune_trainer.contract.training import (
+    EarlyStopping,
+    Lora,
+    Model,
+    TargetModule,
+    Tracker,
+    Training,
+    display_name,
+)
 from finetune_trainer.contract.training_record import LogEntry, TrainingMetrics, TrainingRecord
 
 __all__ = [

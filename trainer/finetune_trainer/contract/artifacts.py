@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue
 
 from finetune_trainer.contract.base import Base, Stage
+from finetune_trainer.contract.dataset_report import ShardReport
 from finetune_trainer.contract.quality import GateReport, Quality
 from finetune_trainer.contract.run import Fingerprints
 
@@ -68,10 +69,14 @@ class Lineage(Base):
 
     dataset: str
     dataset_etag: Annotated[str, Field(alias="datasetETag")]
+    dataset_files: tuple[ShardReport, ...] | None = None
+    """The files, where they are several or lie on the Hub."""
+
     dataset_rows: int
     eval_source: str | None = None
     """Where the held-out rows come from; None where they were split off."""
 
+    eval_files: tuple[ShardReport, ...] | None = None
     eval_rows: int = 0
     columns: dict[str, str]
     model: str

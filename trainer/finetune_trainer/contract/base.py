@@ -1,9 +1,15 @@
-"""What all types of run.json have in common."""
+"""What all types have in common, and how one that another version wrote is read.
+
+Operator, CRD and trainer image are upgraded at different moments. So whoever reads leaves out what
+it can't understand, and says so; whoever writes stays strict, since the types themselves are.
+"""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
@@ -58,3 +64,86 @@ def describe(error: ValidationError, prefix: str = "") -> str:
         given = "" if item["type"] == "missing" else f" (got {redact(repr(item['input'])):.60})"
         lines.append(f"{prefix}{path}: {message}{given}")
     return "; ".join(dict.fromkeys(lines))
+
+
+UNKNOWN_FIELD = "extra_forbidden"  # pydantic's type of that error
+Path = tuple[str | int, ...]
+T = TypeVar("T", bound=Base)
+
+
+@dataclass(frozen=True)
+class Tolerated(Generic[T]):
+    """What could be read, and what was left out of it."""
+
+    value: T
+    unknown: tuple[str, ...] = ()
+    """Paths of the fields that this version doesn't know, e.g. training.newField."""
+
+    unreadable: tuple[str, ...] = ()
+    """Paths of values that this version can't understand, e.g. a phase that came later."""
+
+
+def read_known(kind: type[T], data: Any) -> Tolerated[T]:
+    """Read the fields that are known. Raises ValidationError where the value of one is wrong."""
+    return _read(kind, data, {UNKNOWN_FIELD})
+
+
+def read_readable(kind: type[T], data: Any) -> Tolerated[T] | None:
+    """Read what can be understood; None where something is missing without which it is nothing.
+
+    Of a list, the items that can't be understood are left out.
+    """
+    try:
+        return _read(kind, data, None)
+    except ValidationError:
+        return None
+
+
+def _read(kind: type[T], data: Any, tolerated: set[str] | None) -> Tolerated[T]:
+    """Read without the parts at fault; `tolerated` are the types of error, None for all."""
+    unknown: dict[str, None] = {}
+    unreadable: dict[str, None] = {}
+    rest = data
+    while True:
+        try:
+            value = kind.model_validate(rest)
+        except ValidationError as error:
+            faults = {
+                _existing(rest, item["loc"]): item["type"]
+                for item in error.errors(include_url=False, include_context=False)
+                if tolerated is None or item["type"] in tolerated
+            }
+            if not faults or () in faults:
+                raise
+            for path, fault in faults.items():
+                (unknown if fault == UNKNOWN_FIELD else unreadable)[_words(path)] = None
+            rest = _without(rest, faults)
+        else:
+            return Tolerated(value, tuple(unknown), tuple(unreadable))
+
+
+def _existing(data: Any, location: Path) -> Path:
+    """The part of an error's location that is there: not a missing field, nor a union's member."""
+    found: list[str | int] = []
+    for part in location:
+        inside = isinstance(data, dict) and part in data
+        if inside or (isinstance(data, list) and isinstance(part, int) and part < len(data)):
+            found.append(part)
+            data = data[part]
+    return tuple(found)
+
+
+def _without(data: Any, paths: dict[Path, str]) -> Any:
+    rest = copy.deepcopy(data)
+    # The last items of a list first, since the others move up. A path below one that goes as well
+    # comes before it.
+    for path in sorted(paths, reverse=True):
+        parent = rest
+        for part in path[:-1]:
+            parent = parent[part]
+        del parent[path[-1]]
+    return rest
+
+
+def _words(path: Path) -> str:
+    return ".".join(to_camel(part) if isinstance(part, str) else str(part) for part in path)

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_trainer.contract.base import Stage
-from finetune_trainer.contract.model import display_name
 from finetune_trainer.contract.run import Fingerprints, RunConfig
-from finetune_trainer.contract.training import TargetModule
+from finetune_trainer.contract.training import TargetModule, display_name
 
-RECIPE = {Stage.PREPARE: 1, Stage.TRAIN: 1, Stage.EXPORT: 2}
+RECIPE = {Stage.PREPARE: 2, Stage.TRAIN: 1, Stage.EXPORT: 2}
 """Versions of the stages' code. Raise one by hand when the same inputs would give another result;
 everybody's next run with that stage then repeats it."""
 

@@ -8,13 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from finetune_trainer.contract.base import Base
+from finetune_trainer.contract.base import Base, Tolerated, read_known
 from finetune_trainer.contract.dataset import Dataset
-from finetune_trainer.contract.model import Model
 from finetune_trainer.contract.output import Export, Output
 from finetune_trainer.contract.storage import Storage
-from finetune_trainer.contract.tolerant import Tolerated, read_known
-from finetune_trainer.contract.training import Training
+from finetune_trainer.contract.training import Model, Training
 
 
 class Fingerprints(Base):

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from finetune_trainer.contract import (
     Artifact,
+    DatasetReport,
     GateReport,
     Lineage,
     Manifest,
@@ -132,7 +133,7 @@ def make_all(export: ExportRun) -> Manifest:
         version=version_name(config.resolved.fingerprints.export),
         files=(),
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        lineage=lineage_of(config, inputs.training),
+        lineage=lineage_of(config, inputs.training, inputs.dataset),
         metrics=inputs.training.metrics.named(),
         gate=gate,
     )
@@ -196,14 +197,16 @@ def describe(export: ExportRun, base: ModelFolder | None, manifest: Manifest) ->
         export.publication.add(export.result / name, name)
 
 
-def lineage_of(config: PreparedRunConfig, trained: TrainingRecord) -> Lineage:
+def lineage_of(config: PreparedRunConfig, trained: TrainingRecord, found: DatasetReport) -> Lineage:
     """What the files are made from."""
     resolved = config.resolved
     return Lineage(
         dataset=config.dataset.source,
         dataset_etag=resolved.dataset_etag,
+        dataset_files=found.shards,
         dataset_rows=resolved.dataset_rows,
         eval_source=config.dataset.eval_source,
+        eval_files=found.eval_source.shards if found.eval_source else None,
         eval_rows=resolved.eval_rows,
         columns=config.dataset.columns.model_dump(exclude_none=True),
         model=config.model.source,

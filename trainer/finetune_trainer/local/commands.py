@@ -17,6 +17,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from finetune_trainer.contract import (
+    HUB_DATASETS,
     REJECTED,
     Artifact,
     Export,
@@ -225,8 +226,8 @@ def run_config(settings: Sequence[str], folder: Path) -> RunConfig:
     elif Path(model["source"]).is_dir():
         model["source"] = str(Path(model["source"]).resolve())
     for key in ("source", "evalSource"):
-        if (path := dataset.get(key)) and not path.startswith("s3://"):
-            dataset[key] = str(Path(path).resolve())
+        if (path := dataset.get(key)) and not path.startswith(("s3://", HUB_DATASETS)):
+            dataset[key] = str(Path(path).resolve()) + ("/" if path.endswith("/") else "")
     fields.setdefault("hardware", this_machine(folder))
     return RunConfig.model_validate(fields)
 

@@ -4,44 +4,92 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from finetune_trainer.contract import (
+    HUB_DATASETS,
     Dataset,
     DetectedFile,
     Example,
+    ListedRows,
     Reason,
+    ShardReport,
     StageError,
     Storage,
     as_example,
+    digest,
 )
-from finetune_trainer.prepare.reading import Problems, Source, open_source
-from finetune_trainer.prepare.split import Hashes, row_hash
+from finetune_trainer.prepare.hub_dataset import find_hub_dataset
+from finetune_trainer.prepare.reading import Problems, Source, open_shards
+from finetune_trainer.prepare.reading.record import Oddities, shard_and_row
+from finetune_trainer.prepare.shards import find_shards, is_pattern
+from finetune_trainer.prepare.split import Hashes, Mask, row_hash
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.store import FileInfo, Folder, open_folder, split
+from finetune_trainer.store import FileInfo, OnBytes, open_folder, split
+
+
+class Files(Protocol):
+    """Where the files of a dataset are: a folder in a store, or a repository on the Hub."""
+
+    def uri_of(self, path: str) -> str:
+        """The full name of a file."""
+
+    def stat(self, path: str) -> FileInfo | None:
+        """Size and ETag; None when the file is not there."""
+
+    def download(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> None:
+        """Copy a file to disk; FileNotFoundError when it is missing."""
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of examples at one version."""
+    """What a source of examples names, at one version: a file, or several that are read as one."""
 
     uri: str
-    folder: Folder
-    info: FileInfo
+    folder: Files
+    infos: Sequence[FileInfo]
+    several: bool = False
+    """Whether messages and reports name the file with a row."""
+
+    @property
+    def info(self) -> FileInfo:
+        """The file; for several, their size and a digest over their ETags."""
+        if not self.several:
+            return self.infos[0]
+        etags = [[info.path, info.etag] for info in self.infos]
+        return FileInfo(self.uri, sum(i.size for i in self.infos), f"sha256:{digest(etags)}")
+
+    @property
+    def shards(self) -> Sequence[str]:
+        """Names of the files, where they are several."""
+        return [info.path for info in self.infos] if self.several else []
+
+    def locals(self, target: Path) -> list[tuple[Path, str]]:
+        """Where each file lies below `target` once it is fetched, and its URI."""
+        if not self.several:
+            return [(target, self.uri)]
+        return [
+            (target / f"{index:05d}", self.folder.uri_of(info.path))
+            for index, info in enumerate(self.infos)
+        ]
 
     def fetch(self, target: Path, reporter: Reporter) -> bool:
-        """Bring the file to disk; false when the version that was found is gone."""
+        """Bring the files to disk; false when the version that was found is gone."""
         on_bytes = reporter.transfer(f"Fetching {self.uri}", self.info.size)
-        try:
-            self.folder.download(self.info.path, target, on_bytes)
-        except FileNotFoundError:
-            return False
-        return self.folder.stat(self.info.path) == self.info
+        for info, (file, _) in zip(self.infos, self.locals(target), strict=True):
+            try:
+                self.folder.download(info.path, file, on_bytes)
+            except FileNotFoundError:
+                return False
+            if self.folder.stat(info.path) != info:
+                return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -53,7 +101,7 @@ class DataFiles:
 
 
 def find_data_files(dataset: Dataset, storage: Storage) -> DataFiles:
-    """Find the files; raises StageError(DatasetNotFound) and the store's reasons."""
+    """Find the files; raises StageError(DatasetNotFound) and the store's or Hub's reasons."""
     rows = _find(dataset.source, "spec.dataset.source", storage)
     held_out = None
     if dataset.eval_source is not None:
@@ -62,15 +110,23 @@ def find_data_files(dataset: Dataset, storage: Storage) -> DataFiles:
 
 
 def _find(uri: str, field: str, storage: Storage) -> DataFile:
+    if uri.startswith(HUB_DATASETS):
+        hub, found = find_hub_dataset(uri, field)
+        return DataFile(uri, hub, found, several=True)
     parent, name = split(uri)
     folder = open_folder(parent, storage)
-    info = folder.stat(name) if name else None
-    if info is None:
-        raise StageError(
-            Reason.DATASET_NOT_FOUND,
-            f"There is no dataset at {uri}: upload the file there, or correct {field}.",
-        )
-    return DataFile(uri, folder, info)
+    info = folder.stat(name) if name and not uri.endswith("/") else None
+    if info is not None:
+        return DataFile(uri, folder, [info])
+    if is_pattern(uri):
+        return DataFile(uri, *find_shards(uri, field, storage), several=True)
+    hint = ""
+    if name and folder.list(f"{name}/"):
+        hint = f" There is a folder of that name: write {uri}/ to read the files in it."
+    raise StageError(
+        Reason.DATASET_NOT_FOUND,
+        f"There is no dataset at {uri}: upload the file there, or correct {field}.{hint}",
+    )
 
 
 class DatasetRows:
@@ -78,17 +134,17 @@ class DatasetRows:
 
     def __init__(self, file: DataFile, local: Path) -> None:
         self.file = file
-        self.problems = Problems()
+        self.problems = Problems(shards=file.shards)
         self.has_system = False
         """Whether any row has a system prompt."""
         self._local = local
         self._spool = local.with_name(f"{local.name}.rows")
-        self._numbers, self._hashes = array("I"), array("Q")
+        self._numbers, self._hashes = array("Q"), array("Q")
         self._source: Source | None = None
 
     def load(self, dataset: Dataset, seed: int) -> None:
         """Read the file; raises StageError for what is wrong with it."""
-        self._source = open_source(self._local, dataset, self.file.uri)
+        self._source = open_shards(self.file.locals(self._local), dataset, self.file.uri)
         with self._spool.open("w", encoding="ascii") as out:
             for record in self._source.records(self.problems):
                 self._numbers.append(record.number)
@@ -108,9 +164,42 @@ class DatasetRows:
         return self._source.detected if self._source else None
 
     @property
-    def numbers(self) -> npt.NDArray[np.uint32]:
-        """Number of each usable row in its file, as the reader counts."""
-        return np.array(self._numbers, dtype=np.uint32)
+    def oddities(self) -> Oddities | None:
+        """What was passed over in the rows of a table."""
+        return self._source.oddities if self._source else None
+
+    @property
+    def shards(self) -> tuple[ShardReport, ...] | None:
+        """The files with their rows, where they are several."""
+        if not self.file.several:
+            return None
+        counted: Sequence[int | None] = [None] * len(self.file.infos)
+        if self._source:
+            counted = self._source.rows_of_shards
+        return tuple(
+            ShardReport(uri=self.file.folder.uri_of(info.path), etag=info.etag, rows=rows)
+            for info, rows in zip(self.file.infos, counted, strict=True)
+        )
+
+    @property
+    def numbers(self) -> npt.NDArray[np.uint64]:
+        """Number of each usable row, as the reader counts (`Record.number`)."""
+        return np.array(self._numbers, dtype=np.uint64)
+
+    def name_of(self, number: int) -> str:
+        """A row as a message names it."""
+        shard, row = shard_and_row(number)
+        return f"{self.file.shards[shard]}:{row}" if self.file.several else str(row)
+
+    def listed(self, mask: Mask) -> ListedRows:
+        """The usable rows of which the mask is true."""
+        numbers = self.numbers[mask].tolist()
+        if not self.file.several:
+            return ListedRows(count=len(numbers), rows=numbers)
+        found: dict[str, list[int]] = {}
+        for shard, row in map(shard_and_row, numbers):
+            found.setdefault(self.file.shards[shard], []).append(row)
+        return ListedRows(count=len(numbers), files=found)
 
     @property
     def hashes(self) -> Hashes:

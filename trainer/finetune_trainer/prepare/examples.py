@@ -139,7 +139,7 @@ def check_lengths(examples: EncodedRows, dataset: Dataset) -> None:
         return
     gone = int(np.count_nonzero(examples.left_out))
     first = ", ".join(
-        f"{number} ({length})"
+        f"{rows.name_of(number)} ({length})"
         for number, length in zip(
             rows.numbers[long][:SHOWN].tolist(),
             examples.lengths[long][:SHOWN].tolist(),

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from finetune_trainer.contract import (
-    BadRow,
     Base,
     ChatTemplate,
     Conversations,
     DatasetReport,
     DatasetSummary,
     FileReport,
-    ListedRows,
     RunConfig,
     Split,
 )
@@ -68,7 +66,7 @@ class Findings:
         first = list(self.rows.problems.first)
         if self.eval_rows:
             first += [
-                BadRow(row=bad.row, cause=f"evalSource: {bad.cause}")
+                bad.model_copy(update={"cause": f"evalSource: {bad.cause}"})
                 for bad in self.eval_rows.problems.first
             ]
         return DatasetSummary(
@@ -105,7 +103,7 @@ class Findings:
             **_file(self.rows, self.examples),
             examples=summary.examples,
             eval_examples=summary.eval_examples,
-            duplicates=_listed(self.rows, repeated(self.rows.hashes)),
+            duplicates=self.rows.listed(repeated(self.rows.hashes)),
             split=self._split() if self.examples else None,
             chat_template=self.template,
             eval_source=FileReport(**_file(self.eval_rows, self.eval_examples))
@@ -132,14 +130,14 @@ class Findings:
             return Split(
                 by="evalSource",
                 eval_source=dataset.eval_source,
-                also_trained_on=_listed(self.eval_rows, self._shared()),
+                also_trained_on=self.eval_rows.listed(self._shared()),
             )
         assert self.examples  # noqa: S101 - there is no split before
         return Split(
             by="evalFraction",
             eval_fraction=dataset.eval_fraction,
             seed=self.config.training.seed,
-            held_out=_listed(self.rows, self.examples.held & self.examples.used),
+            held_out=self.rows.listed(self.examples.held & self.examples.used),
         )
 
     def _shared(self) -> Mask:
@@ -153,18 +151,21 @@ def _file(rows: DatasetRows, examples: EncodedRows | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "source": rows.file.uri,
         "etag": rows.file.info.etag,
+        "shards": rows.shards,
         "detected": rows.detected,
         "rows": rows.total,
         "invalid": rows.problems.count,
     }
+    if (odd := rows.oddities) is not None:
+        found |= {"blank_rows": odd.blank, "short_rows": odd.short, "long_rows": odd.long}
     if examples is None:
         return found
     used = examples.used
     tokens = token_stats(examples.lengths[used], examples.limit)
     return found | {
         "max_sequence_length": examples.limit,
-        "truncated": _listed(examples.rows, examples.too_long & used),
-        "left_out": _listed(examples.rows, examples.left_out),
+        "truncated": examples.rows.listed(examples.too_long & used),
+        "left_out": examples.rows.listed(examples.left_out),
         "tokens": spread(examples.lengths[used]),
         "answer_tokens": spread(examples.answers[used]),
         "tokens_after_cutting": tokens.total,
@@ -176,11 +177,6 @@ def _file(rows: DatasetRows, examples: EncodedRows | None) -> dict[str, Any]:
             earlier_reasoning_left_out=examples.reasoning_left_out or None,
         ),
     }
-
-
-def _listed(rows: DatasetRows, mask: Mask) -> ListedRows:
-    numbers = rows.numbers[mask].tolist()
-    return ListedRows(count=len(numbers), rows=numbers)
 
 
 def _write_invalid(out: TextIO, key: str, rows: DatasetRows) -> None:

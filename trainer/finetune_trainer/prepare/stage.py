@@ -35,6 +35,7 @@ from finetune_trainer.model import ModelFolder, base_model
 from finetune_trainer.model.base_model import BaseModelFiles
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_data_files
+from finetune_trainer.prepare.reading.encoding import check_encoding
 from finetune_trainer.prepare.reading.layout import check_columns
 from finetune_trainer.prepare.report import Findings, Prepared
 from finetune_trainer.prepare.split import hold_out
@@ -126,6 +127,7 @@ def check_config(config: RunConfig) -> None:
     """Raise StageError(InvalidConfig) for fields that contradict each other."""
     dataset = config.dataset
     check_columns(dataset.columns)
+    check_encoding(dataset.encoding)
     if dataset.eval_source == dataset.source:
         raise StageError(
             Reason.INVALID_CONFIG,

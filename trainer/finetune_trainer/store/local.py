@@ -11,8 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from finetune_trainer.contract import Reason, StageError
-from finetune_trainer.store.changed_file import check_sha256
-from finetune_trainer.store.folder import FileInfo, Folder, OnBytes
+from finetune_trainer.store.folder import FileInfo, Folder, OnBytes, check_sha256
 
 PARTIAL = ".partial-"  # begins the name of a file that is still being written
 _CHUNK = 4 << 20

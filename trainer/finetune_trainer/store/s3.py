@@ -15,8 +15,13 @@ from finetune_trainer.contract import Storage
 from finetune_trainer.store import s3_upload
 from finetune_trainer.store.folder import FileInfo, Folder, OnBytes
 from finetune_trainer.store.local import replacing
-from finetune_trainer.store.s3_client import client, find_address
-from finetune_trainer.store.s3_errors import error_code, stage_error, token_error
+from finetune_trainer.store.s3_client import (
+    client,
+    error_code,
+    find_address,
+    stage_error,
+    token_error,
+)
 
 # A store copies so much within the read timeout, and one request may copy 5 GiB at most.
 COPYING = TransferConfig(

@@ -20,9 +20,8 @@ from botocore.exceptions import ClientError
 from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
 
-from finetune_trainer.store.changed_file import ChangedFileError, check_sha256
-from finetune_trainer.store.folder import OnBytes
-from finetune_trainer.store.s3_errors import error_code
+from finetune_trainer.store.folder import ChangedFileError, OnBytes, check_sha256
+from finetune_trainer.store.s3_client import error_code
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -16,9 +16,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Quantization
+from finetune_trainer.export.gate.rows import MeasuredRows
 from finetune_trainer.export.gguf.header import Header, Tensor
 from finetune_trainer.export.llama import Reading
-from finetune_trainer.export.reference.measured_rows import MeasuredRows
 from finetune_trainer.model.tokenizer import HARD_TO_SPLIT, begins_with_bos, end_of_turn_ids
 
 FILE_TYPES = {

@@ -37,7 +37,13 @@ from finetune_trainer.contract.verdict_words import over_limit
 from finetune_trainer.export import llama
 from finetune_trainer.export.gate import file_checks, thresholds
 from finetune_trainer.export.gate.file_checks import TrainedText
-from finetune_trainer.export.gate.sample_text import question_of, said
+from finetune_trainer.export.gate.rows import (
+    MeasuredRows,
+    choose_rows,
+    question_of,
+    said,
+    spread,
+)
 from finetune_trainer.export.gguf.header import Header, HeaderError
 from finetune_trainer.export.llama import (
     CheckAnswer,
@@ -49,11 +55,6 @@ from finetune_trainer.export.llama import (
 )
 from finetune_trainer.export.reference.float32 import Reference, compute_reference
 from finetune_trainer.export.reference.logprobs import Measurement
-from finetune_trainer.export.reference.measured_rows import (
-    MeasuredRows,
-    choose_rows,
-    spread,
-)
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import available_cpus
 from finetune_trainer.model.rendering import render_prompt

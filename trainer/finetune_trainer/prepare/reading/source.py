@@ -58,7 +58,7 @@ Built = tuple[Conversation, Sequence[Tool]] | str
 
 
 @dataclass(frozen=True)
-class Shard:
+class OpenedFile:
     """A file of which reader and layout are known."""
 
     index: int
@@ -104,7 +104,9 @@ class Shard:
 class Source:
     """An opened dataset; after the last record, what was counted on the way."""
 
-    def __init__(self, shards: Sequence[Shard], count: int, dataset: Dataset, uri: str) -> None:
+    def __init__(
+        self, shards: Sequence[OpenedFile], count: int, dataset: Dataset, uri: str
+    ) -> None:
         self._shards = shards
         self._dataset = dataset
         self._uri = uri
@@ -154,7 +156,7 @@ class Source:
             yield from self._records_of(shard, problems)
         self.check(problems)
 
-    def _records_of(self, shard: Shard, problems: Problems) -> Iterator[Record]:
+    def _records_of(self, shard: OpenedFile, problems: Problems) -> Iterator[Record]:
         skip = self._dataset.on_invalid_row == "skip"
         counted, index, first = self.rows_of_shards, shard.index, place_of(shard.index, 0)
         try:
@@ -195,7 +197,7 @@ class Source:
         text = f"{found} {header}{remedy}"
         raise StageError(Reason.INVALID_ROWS, text, dataset=self.summary(problems))
 
-    def _damaged(self, shard: Shard, row: int, cause: str, problems: Problems) -> StageError:
+    def _damaged(self, shard: OpenedFile, row: int, cause: str, problems: Problems) -> StageError:
         problems.add(place_of(shard.index, row), cause)
         unit = shard.reader.unit
         where = f" of {shard.uri}" if len(self.rows_of_shards) > 1 else ""
@@ -240,7 +242,7 @@ def open_shards(files: Sequence[tuple[Path, str]], dataset: Dataset, uri: str) -
     return Source(shards, len(files), dataset, uri)
 
 
-def _open(index: int, file: Path, uri: str, dataset: Dataset) -> Shard | None:
+def _open(index: int, file: Path, uri: str, dataset: Dataset) -> OpenedFile | None:
     """The file with its reader and layout; None where there is nothing in it."""
     content = Content(file, uri)
     reader = _reader(content, dataset)
@@ -259,10 +261,10 @@ def _open(index: int, file: Path, uri: str, dataset: Dataset) -> Shard | None:
     check_unique(reader.fields, layout, uri)
     if isinstance(reader, Parquet):
         reader.check_types(layout.columns)
-    return Shard(index, reader, layout, uri, content.compression)
+    return OpenedFile(index, reader, layout, uri, content.compression)
 
 
-def _check_same(first: Shard, other: Shard) -> None:
+def _check_same(first: OpenedFile, other: OpenedFile) -> None:
     """Raise StageError(DatasetUnreadable) when two files are no parts of one table."""
     if first.reader.format != other.reader.format:
         here, there = other.reader.format, first.reader.format
@@ -278,7 +280,7 @@ def _check_same(first: Shard, other: Shard) -> None:
     )
 
 
-def _described(shard: Shard) -> str:
+def _described(shard: OpenedFile) -> str:
     """The columns that are used, as a message names them and as two files are compared by."""
     # What may be blank may also be missing in all of the objects that were looked at.
     lacking = OPTIONAL if isinstance(shard.reader, JsonLines | JsonArray) else ()

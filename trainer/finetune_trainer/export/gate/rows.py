@@ -1,17 +1,19 @@
 """The rows that the gate measures on: few enough to compute, many enough to tell.
 
-The answers are measured, since they are what was trained. Prompts are context only.
+The answers are measured, since they are what was trained. Prompts are context only. Some rows
+become samples, which a person reads.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Example
+from finetune_trainer.contract import Example, Message
 from finetune_trainer.export.reference.logprobs import MeasuredRow
 from finetune_trainer.model.rendering import render_example
 from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_batch
@@ -91,3 +93,22 @@ def within_budget(rows: Iterable[MeasuredRow]) -> Iterable[MeasuredRow]:
         answers += len(measured)
         tokens += len(row.ids)
         yield MeasuredRow(ids=row.ids[: measured[-1] + 1], measured=measured)
+
+
+def question_of(example: Example) -> str:
+    """The last question, and what tools were asked and answered since."""
+    turns = example["prompt"]
+    asked = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
+    since = turns[asked[-1] :] if asked else turns[-1:]
+    return "\n\n".join(
+        f"{turn.get('name', 'tool')}: {turn['content']}" if turn["role"] == "tool" else said(turn)
+        for turn in since
+    )
+
+
+def said(message: Message) -> str:
+    """What a message says, with the tools that it calls."""
+    functions = [call["function"] for call in message.get("tool_calls", [])]
+    calls = [f"{f['name']}({json.dumps(f['arguments'], ensure_ascii=False)})" for f in functions]
+    parts = [message.get("reasoning_content", ""), message["content"], *calls]
+    return "\n\n".join(part for part in parts if part)
