@@ -297,6 +297,23 @@ def text_of(value: Any, label: str, where: str = "") -> str:
     return value if value.strip() else ""
 
 
+def cell_of(value: Any, label: str) -> str:
+    """The text of a cell: of whole numbers and truth values as JSON spells them.
+
+    A number with a decimal point has more than one spelling (1.10, 1.1), and the one that was
+    written is not known any more. Raises InvalidError.
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        raise InvalidError(
+            f"{name_of(label)} is a number that may be spelled in several ways: write it as text"
+        )
+    return text_of(value, label)
+
+
 def kind_of(value: object) -> str:
     if value is None:
         return "null"

@@ -13,6 +13,7 @@ from finetune_trainer.contract import Columns, Message, Reason, StageError, Tool
 from finetune_trainer.prepare.reading.conversation import (
     Conversation,
     InvalidError,
+    cell_of,
     checked,
     from_json,
     kind_of,
@@ -314,7 +315,7 @@ def _conversation(
     def build(values: Sequence[Any]) -> Conversation:
         row = dict(zip(parts, values, strict=True))
         items = turns(columns, row)
-        if "system" in row and (text := _cell(row["system"], columns["system"])):
+        if "system" in row and (text := cell_of(row["system"], columns["system"])):
             return checked(items, message_of("system", text), ignored)
         return checked(items, fallback, ignored)
 
@@ -330,7 +331,7 @@ def _instruction(columns: dict[str, str], fallback: Message | None) -> Builder:
 
     def build(values: Sequence[Any]) -> Conversation:
         texts = [
-            text_of(value, label) if isinstance(value, str) else _cell(value, label)
+            text_of(value, label) if isinstance(value, str) else cell_of(value, label)
             for value, label in zip(values, labels, strict=True)
         ]
         if not texts[first] or not texts[last]:
@@ -353,7 +354,7 @@ def _prompt_completion(columns: dict[str, str], row: dict[str, Any]) -> list[Any
         value, label = row[part], columns[part]
         if isinstance(value, list) and value:
             sides.append([_usual(item) for item in value])
-        elif value != [] and (text := _cell(value, label)):
+        elif value != [] and (text := cell_of(value, label)):
             sides.append([message_of(role, text)])
         else:
             raise InvalidError(f"{name_of(label)} is blank")
@@ -388,20 +389,3 @@ def _usual(item: Any) -> Any:
     if "value" in item:
         found["content"] = item["value"]
     return found
-
-
-def _cell(value: Any, label: str) -> str:
-    """The text of a cell: of whole numbers and truth values as JSON spells them.
-
-    A number with a decimal point has more than one spelling (1.10, 1.1), and the one that was
-    written is not known any more. Raises InvalidError.
-    """
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        raise InvalidError(
-            f"{name_of(label)} is a number that may be spelled in several ways: write it as text"
-        )
-    return text_of(value, label)
