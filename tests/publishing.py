@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from finetune_trainer.contract import Artifact, Stage, digest
-from finetune_trainer.export.publish import Publication, finish
-from finetune_trainer.export.publish.publication import Sign
+from finetune_trainer.export.publish import Publication, Sign, finish
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder
 from finetune_trainer.store.versions import VersionMarker, version_name

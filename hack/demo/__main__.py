@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune_trainer.contract import Artifact
-from finetune_trainer.local.commands import show_quality
+from finetune_trainer.local import show_quality
 from hack import REPOSITORY, cache_dir, state_dir
 from hack.cluster import provider
 from hack.demo import environment, models

@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 from pydantic import ValidationError
 
+from finetune_trainer import local
 from finetune_trainer.contract import (
     Reason,
     RunConfig,
@@ -21,7 +22,6 @@ from finetune_trainer.contract import (
     Tolerated,
     read_run_config,
 )
-from finetune_trainer.local import commands
 from finetune_trainer.runtime.certificates import trust_given_authorities
 from finetune_trainer.runtime.failures import explain
 from finetune_trainer.runtime.logs import FORMAT_VARIABLE, LogFormat, set_up_libraries
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-app.add_typer(commands.app, name="local")
+app.add_typer(local.app, name="local")
 
 ConfigOption = Annotated[
     Path, typer.Option("--config", help="The run.json, as the operator writes it.")
@@ -138,7 +138,7 @@ def _run_stages(
         result = _chain(stages, current, config, workspace, reporter)
     result = result.model_copy(update={"message": result.message + ignored})
     if sys.stdout.isatty():
-        commands.show_quality(result.artifacts)
+        local.show_quality(result.artifacts)
     _finish(result, termination_log)
 
 

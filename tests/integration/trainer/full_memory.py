@@ -146,7 +146,7 @@ def rows_of(inputs: dict[str, Any]) -> list[tuple[int, ...]]:
     return [tuple(row[:n].tolist()) for row, n in zip(ids, lengths, strict=True)]
 
 
-def worker(request: Path, parent: int) -> int:
+def main(request: Path, parent: int) -> int:
     """The real worker, on a machine whose memory is full."""
     from finetune_trainer.train.recipe import sft, train_worker
 
@@ -170,13 +170,13 @@ class FullMemoryWorker(training_session.WorkerProcess):
 
 def command() -> None:
     """The real command, whose train stage starts this worker."""
-    from finetune_trainer.__main__ import main
+    from finetune_trainer import __main__
 
     setattr(training_session, "WorkerProcess", FullMemoryWorker)  # noqa: B010 - mypy refuses the assignment
-    main()
+    __main__.main()
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "worker":
-        sys.exit(worker(Path(sys.argv[2]), int(sys.argv[3])))
+        sys.exit(main(Path(sys.argv[2]), int(sys.argv[3])))
     command()

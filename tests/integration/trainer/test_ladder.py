@@ -260,15 +260,16 @@ def test_the_end_of_the_ladder_is_the_end_of_the_job(
     command[2] = "tests.integration.trainer.full_memory"
     trainer.log.unlink()
     fault = Fault(step=3).model_dump_json()
-    ended = subprocess.run(
+    with trainer.processes.popen(
         command,
         env={**trainer.full_environment, VARIABLE: fault},
-        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ended.returncode == 12, ended.stdout + ended.stderr
+    ) as process:
+        output, errors = process.communicate(timeout=300)
+    assert process.returncode == 12, output + errors
     result = StageResult.from_message(trainer.log.read_text())
     assert result is not None
     assert result.reason is Reason.OUT_OF_GPU_MEMORY
@@ -279,6 +280,6 @@ def test_the_end_of_the_ladder_is_the_end_of_the_job(
         NoticeCode.BATCH_HALVED,
     ]
     assert {notice.step for notice in result.notices} == {2}
-    assert "BatchHalved: step 2: The GPU's memory is full" in ended.stdout
-    assert ended.stdout.count("The training goes on from step 2") == 2
-    assert "Traceback" not in ended.stdout + ended.stderr
+    assert "BatchHalved: step 2: The GPU's memory is full" in output
+    assert output.count("The training goes on from step 2") == 2
+    assert "Traceback" not in output + errors

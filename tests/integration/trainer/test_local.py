@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.local import commands
+from finetune_trainer.local import SAMPLE, SAMPLE_EVAL, run_config
 from tests.integration.trainer.conftest import ATTENTION, MLP, Trainer, write_csv
 
 
@@ -129,7 +129,7 @@ def test_bad_arguments(local: Local, arguments: list[str], code: int, said: str)
 
 def test_the_sample_dataset_is_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    sample = commands.run_config(["model.source=a/b"], tmp_path).dataset
+    sample = run_config(["model.source=a/b"], tmp_path).dataset
     assert Path(sample.source).name == "lumora-nest.csv"
     assert Path(sample.source).is_file()
     assert sample.eval_source is not None
@@ -137,15 +137,15 @@ def test_the_sample_dataset_is_the_default(monkeypatch: pytest.MonkeyPatch, tmp_
     assert Path(sample.eval_source).is_file()
 
     given = ["model.source=a/b", "dataset.source=my.csv"]
-    own = commands.run_config(given, tmp_path).dataset
+    own = run_config(given, tmp_path).dataset
     assert own.source == str(tmp_path / "my.csv")
     assert own.eval_source is None
-    both = commands.run_config([*given, "dataset.evalSource=other.csv"], tmp_path).dataset
+    both = run_config([*given, "dataset.evalSource=other.csv"], tmp_path).dataset
     assert both.eval_source == str(tmp_path / "other.csv")
 
 
 def test_the_samples_held_out_rows_ask_for_facts_that_are_trained_on() -> None:
-    with commands.SAMPLE_EVAL.open() as asked, commands.SAMPLE.open() as trained:
+    with SAMPLE_EVAL.open() as asked, SAMPLE.open() as trained:
         questions = {row["instruction"]: row["response"] for row in csv.DictReader(trained)}
         rows = list(csv.DictReader(asked))
     assert len(rows) == 8

@@ -11,8 +11,7 @@ import pytest
 
 from finetune_trainer.contract import Model, PreparedRunConfig, Reason, StageError, Storage
 from finetune_trainer.model import base_model
-from finetune_trainer.model.base_model import BaseModelFiles
-from finetune_trainer.model.former_revision import former_folder_revision
+from finetune_trainer.model.base_model import BaseModelFiles, former_folder_revision
 from finetune_trainer.runtime.reporter import Reporter
 from hack.object_store import Credentials
 from tests.integration.trainer import first_release

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from finetune_trainer.contract import Notice, NoticeCode, Progress
-from finetune_trainer.contract.redaction import redact
+from finetune_trainer.contract.base import redact
 from finetune_trainer.runtime.logs import JsonLine
 from finetune_trainer.runtime.reporter import Reporter
 

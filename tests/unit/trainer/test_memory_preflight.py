@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from finetune_trainer.contract import PreparedRunConfig, Reason, StageError
-from finetune_trainer.export import inputs
-from finetune_trainer.export.inputs import check_memory, check_space
+from finetune_trainer.export import pipeline
+from finetune_trainer.export.pipeline import check_memory, check_space
 from finetune_trainer.runtime.units import GIB
 from tests.unit.trainer.test_memory_shape import config
 
@@ -50,7 +50,7 @@ def test_a_model_whose_widths_are_not_known_is_left_to_try(tmp_path: Path) -> No
 
 
 def test_a_pod_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "free_memory", lambda: GIB)
+    monkeypatch.setattr(pipeline, "free_memory", lambda: GIB)
     with pytest.raises(StageError) as raised:
         check_memory()
     assert raised.value.reason is Reason.OUT_OF_MEMORY
@@ -61,5 +61,5 @@ def test_a_pod_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_pod_with_what_the_message_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "free_memory", lambda: 2 * GIB)
+    monkeypatch.setattr(pipeline, "free_memory", lambda: 2 * GIB)
     check_memory()

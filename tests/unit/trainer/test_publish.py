@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from finetune_trainer.contract import Artifact, Quality, Reason, Stage, StageError
-from finetune_trainer.export.publish import Publication, finish
-from finetune_trainer.export.publish.publication import SHA256SUMS, sha256sums
+from finetune_trainer.export.publish import SHA256SUMS, Publication, finish, sha256sums
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder
 from finetune_trainer.store.marker import MANIFEST, find_complete

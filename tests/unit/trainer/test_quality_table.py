@@ -7,7 +7,7 @@ import re
 from rich.console import Console
 
 from finetune_trainer.contract import Artifact, Quality
-from finetune_trainer.local.commands import quality_table
+from finetune_trainer.local import quality_table
 
 GOOD = Quality(
     kl_divergence=0.001234, same_top_token=0.97654, perplexity=5.4321, max_kl_divergence=0.005

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune_trainer.contract import Model, RunConfig, Storage
-from finetune_trainer.model.former_revision import former_folder_revision
-from finetune_trainer.prepare.upgrade import former_fingerprints
+from finetune_trainer.model.base_model import former_folder_revision
+from finetune_trainer.prepare.stored import former_fingerprints
 
 LEAST: dict[str, Any] = {
     "model": {"source": "org/name"},

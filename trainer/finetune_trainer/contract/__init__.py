@@ -1,13 +1,11 @@
 """The contract between the operator and the trainer, and between the trainer's stages.
 
-base            what all its types have in common; reading what another version wrote
+base            what all its types have in common; reading what another version wrote; redaction
 training, dataset, output, storage  the parts of the spec; each field is bounded once
 run             run.json as a whole, and what `prepare` adds to it
 outcome         reasons, exit codes, and the termination message
-redaction       credentials are blacked out in what leaves a process
-progress        status.progress, with what a training says about itself
+progress        status.progress, with what a training says about itself; metrics.json
 dataset_report  what `prepare` found in the dataset
-training_record metrics.json
 artifacts       the files that come out, and manifest.json
 quality         what was measured on a GGUF file, and the gate's verdict on it
 verdict_words   that verdict in words, for status, the report and a terminal
@@ -84,7 +82,16 @@ from finetune_trainer.contract.output import (
     Quantization,
     Signing,
 )
-from finetune_trainer.contract.progress import NEWS, Notice, NoticeCode, Progress, status_path
+from finetune_trainer.contract.progress import (
+    NEWS,
+    LogEntry,
+    Notice,
+    NoticeCode,
+    Progress,
+    TrainingMetrics,
+    TrainingRecord,
+    status_path,
+)
 from finetune_trainer.contract.quality import FileVerdict, GateReport, Quality, Sample
 from finetune_trainer.contract.run import (
     Fingerprints,
@@ -106,7 +113,6 @@ from finetune_trainer.contract.training import (
     Training,
     display_name,
 )
-from finetune_trainer.contract.training_record import LogEntry, TrainingMetrics, TrainingRecord
 
 __all__ = [
     "GROUP",

@@ -12,10 +12,9 @@ from enum import IntEnum, StrEnum
 from typing import Any, Self
 
 from finetune_trainer.contract.artifacts import Artifact
-from finetune_trainer.contract.base import Base, Stage, read_readable
+from finetune_trainer.contract.base import Base, Stage, read_readable, redact
 from finetune_trainer.contract.dataset_report import DatasetSummary
 from finetune_trainer.contract.progress import Notice
-from finetune_trainer.contract.redaction import redact
 from finetune_trainer.contract.run import Resolved
 
 TERMINATION_MESSAGE_LIMIT = 4096  # bytes that the kubelet keeps of a termination message

@@ -28,25 +28,22 @@ from finetune_trainer.contract import (
     read_known,
 )
 from finetune_trainer.contract.verdict_words import explain_failures
-from finetune_trainer.export.inputs import (
+from finetune_trainer.export.pipeline import (
+    MERGED,
+    AddFile,
+    ExportContext,
     ExportInputs,
     check_memory,
     check_space,
     fetch_examples,
     fetch_inputs,
-)
-from finetune_trainer.export.pipeline import (
-    MERGED,
-    AddFile,
-    ExportContext,
     make_gguf,
     make_merged,
     open_tuned_model,
     publish_folder,
 )
-from finetune_trainer.export.publish import Publication, Published, finish
+from finetune_trainer.export.publish import Publication, Published, Sign, finish
 from finetune_trainer.export.publish.hub_push import check_token, push
-from finetune_trainer.export.publish.publication import Sign
 from finetune_trainer.export.publish.signing import signer_for
 from finetune_trainer.export.report import Facts, license_of, write_model_card, write_report
 from finetune_trainer.model import ModelFolder, base_model

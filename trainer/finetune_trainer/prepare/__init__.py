@@ -1,11 +1,13 @@
 """Prepare: check everything that can be checked without a GPU, and write the examples.
 
-stage       the order of the checks, and the result
-rows        the files of examples at one version; the first pass: every row read and hashed
-reading     CSV, JSON lines and Parquet, row by row
-split       which rows are held out, which are there twice
-examples    the second pass: the chat template and the tokenizer
-checks      the chat template, the model, and the plan for the hardware
-statistics  lengths in tokens
-report      dataset-report.json, and the summary in status
+stage          the order of the checks, and the result
+shards         which files a dataset consists of, also on the Hub
+dataset_files  those files at one version; the first pass: every row read and hashed
+stored         what the store already holds for a run
+reading        CSV, JSON lines and Parquet, row by row
+split          which rows are held out, which are there twice
+examples       the second pass: the chat template and the tokenizer
+checks         the chat template, the model, and the plan for the hardware
+statistics     lengths in tokens
+report         dataset-report.json, and the summary in status
 """

@@ -25,10 +25,9 @@ from finetune_trainer.contract import (
     as_example,
     digest,
 )
-from finetune_trainer.prepare.hub_dataset import find_hub_dataset
 from finetune_trainer.prepare.reading import Problems, Source, open_shards
 from finetune_trainer.prepare.reading.record import Oddities, shard_and_row
-from finetune_trainer.prepare.shards import find_shards, is_pattern
+from finetune_trainer.prepare.shards import find_hub_dataset, find_shards, is_pattern
 from finetune_trainer.prepare.split import Hashes, Mask, row_hash
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import FileInfo, OnBytes, open_folder, split

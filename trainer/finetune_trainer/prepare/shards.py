@@ -1,15 +1,37 @@
-"""Which files a dataset consists of: one, those of a folder, or those that fit a pattern."""
+"""Which files a dataset consists of: one, those of a folder or a pattern, or those of the Hub.
+
+A dataset on the Hugging Face Hub is pinned to a commit. The Hub's client reads HF_TOKEN and
+HF_ENDPOINT from the environment. A file's ETag is the Hub's id of its content, so that a commit
+that changes the README alone changes nothing.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
-from finetune_trainer.contract import Reason, StageError, Storage
+import httpx
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from finetune_trainer.contract import HUB_DATASETS, Reason, StageError, Storage
 from finetune_trainer.prepare.reading.record import names
-from finetune_trainer.store import FileInfo, Folder, open_folder, split
+from finetune_trainer.store import FileInfo, Folder, OnBytes, open_folder, split
 
 MOST = 10_000  # files that are read as one dataset
 _WILD = re.compile(r"[*?\[]")
@@ -82,4 +104,174 @@ def _nothing(uri: str, field: str, others: Iterable[str]) -> StageError:
         Reason.DATASET_NOT_FOUND,
         f"There are no CSV, JSON lines or Parquet files at {uri}{there}. Upload them there, or "
         f"correct {field} (a pattern such as **/*.parquet looks into folders below).",
+    )
+
+
+LIST_SECONDS = 20.0
+
+_SOURCE = re.compile(
+    r"hf://datasets/(?P<repository>[^/@]+/[^/@]+)"
+    r"(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(?P<path>.*))?"
+)
+_WORD = r"(?:^|[/._ -])(?:{})(?=$|[/._ -]|\d)"
+_TRAIN = re.compile(_WORD.format("train|training"), re.IGNORECASE)
+_OTHER_SPLITS = re.compile(
+    _WORD.format("test|testing|validation|valid|val|dev|eval|evaluation"), re.IGNORECASE
+)
+_SHARD = re.compile(r"[-_.]?\d+(?:-of-\d+)?(?:-[0-9a-f]{8,})?(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """Files of a dataset's repository at one commit."""
+
+    repository: str
+    commit: str
+    infos: dict[str, FileInfo]
+
+    def uri_of(self, path: str) -> str:
+        """The full name of a file, with the commit."""
+        return f"{HUB_DATASETS}{self.repository}@{self.commit}/{path}"
+
+    def stat(self, path: str) -> FileInfo | None:
+        """Size and ETag, which stay as they are at a commit."""
+        return self.infos.get(path)
+
+    def download(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> None:
+        """Copy a file to disk, as a whole or not at all."""
+        beside = target.with_name(f"{target.name}.hub")
+        with _hub_errors(self.repository, self.commit):
+            file = hf_hub_download(
+                self.repository, path, repo_type="dataset", revision=self.commit, local_dir=beside
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Path(file).replace(target)
+        shutil.rmtree(beside)
+        if on_bytes:
+            on_bytes(target.stat().st_size)
+
+
+def find_hub_dataset(uri: str, field: str) -> tuple[HubDataset, list[FileInfo]]:
+    """The files that a URI of a Hub's dataset names, in the order of their names.
+
+    Raises StageError: InvalidConfig, DatasetNotFound, StorageAccessDenied, ModelHubUnavailable.
+    """
+    match = _SOURCE.fullmatch(uri)
+    if match is None:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"{field}: {uri!r} is no dataset on the Hub: write hf://datasets/org/name, with "
+            "@revision and /path if wanted.",
+        )
+    revision = unquote(match["revision"] or "main")
+    hub = _list(match["repository"], revision)
+    paths = _chosen(sorted(hub.infos), match["path"] or "", uri, field)
+    return hub, [hub.infos[path] for path in paths]
+
+
+def _list(repository: str, revision: str) -> HubDataset:
+    with _hub_errors(repository, revision):
+        info = HfApi().dataset_info(
+            repository, revision=revision, files_metadata=True, timeout=LIST_SECONDS
+        )
+    commit = str(info.sha)
+    found = {}
+    for file in info.siblings or []:
+        etag = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id or commit}"
+        found[file.rfilename] = FileInfo(file.rfilename, file.size or 0, etag)
+    return HubDataset(repository, commit, found)
+
+
+def _chosen(paths: list[str], wanted: str, uri: str, field: str) -> list[str]:
+    """The files that a path in the repository names: a file, a pattern, or the rows of a folder."""
+    if wanted in paths:
+        return [wanted]
+    if wanted and is_pattern(wanted) and not wanted.endswith("/"):
+        chosen = [path for path in paths if fits(path, wanted)]
+    else:
+        folder = f"{wanted.rstrip('/')}/" if wanted else ""
+        chosen = _train_split([p for p in paths if p.startswith(folder)], uri, field)
+    if not chosen:
+        data = [path for path in paths if is_data(path)]
+        there = f"it has {names(data)}" if data else "it has no CSV, JSON lines or Parquet files"
+        raise StageError(
+            Reason.DATASET_NOT_FOUND, f"There is no such file at {uri}; {there}. Correct {field}."
+        )
+    return chosen
+
+
+def _train_split(paths: list[str], uri: str, field: str) -> list[str]:
+    """The files to train on, by the names that datasets on the Hub have."""
+    data = [path for path in paths if is_data(path)]
+    chosen = [path for path in data if _TRAIN.search(path)]
+    if not chosen and any(_OTHER_SPLITS.search(path) for path in data):
+        raise _ambiguous(uri, field, "has no split that is named train", data)
+    chosen = chosen or data
+    kinds = {_kind(path): path for path in reversed(chosen)}
+    if len(kinds) > 1:
+        raise _ambiguous(uri, field, "could mean several sets of files", list(kinds.values()))
+    return chosen
+
+
+def _kind(path: str) -> tuple[str, str]:
+    """Folder and name without a shard's number: what files that belong together share."""
+    file = PurePosixPath(path)
+    return str(file.parent), _SHARD.sub("", file.name, count=1)
+
+
+def _ambiguous(uri: str, field: str, why: str, files: Sequence[str]) -> StageError:
+    return StageError(
+        Reason.DATASET_NOT_FOUND,
+        f"{uri} {why}: {names(sorted(files))}. Name the one in {field}, as "
+        "hf://datasets/org/name/folder/file.parquet or with a pattern.",
+    )
+
+
+@contextmanager
+def _hub_errors(repository: str, revision: str) -> Iterator[None]:
+    try:
+        yield
+    except GatedRepoError as error:
+        raise StageError(
+            Reason.STORAGE_ACCESS_DENIED,
+            f"The dataset {repository} is gated: accept its terms on its page on the Hub, and name "
+            "a Secret with that account's token in spec.model.tokenSecretRef.",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise StageError(
+            Reason.DATASET_NOT_FOUND,
+            f"The dataset {repository} has no revision {revision!r}: correct what follows the @.",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise StageError(
+            Reason.DATASET_NOT_FOUND,
+            f"The dataset {repository} does not exist on the Hub, or it is private: correct its "
+            "name, or name a Secret with a token that may read it in spec.model.tokenSecretRef.",
+        ) from error
+    except HFValidationError as error:
+        raise StageError(
+            Reason.INVALID_CONFIG, f"{repository!r} is no name of a Hub repository: write org/name."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError) as error:
+        raise _unavailable(repository, type(error).__name__) from error
+    except EntryNotFoundError as error:
+        raise StageError(
+            Reason.DATASET_NOT_FOUND, f"A file of {repository} is missing at {revision}: {error}"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise StageError(
+                Reason.STORAGE_ACCESS_DENIED,
+                f"The Hub refuses the dataset {repository} (HTTP {status}): check the token in the "
+                "Secret of spec.model.tokenSecretRef, and that its account may read it.",
+            ) from error
+        raise _unavailable(repository, f"HTTP {status}") from error
+
+
+def _unavailable(repository: str, cause: str) -> StageError:
+    return StageError(
+        Reason.MODEL_HUB_UNAVAILABLE,
+        f"The Hub can't be reached for the dataset {repository} ({cause}): check the network and "
+        "HF_ENDPOINT, or put the files into a bucket and name that in spec.dataset.source.",
     )

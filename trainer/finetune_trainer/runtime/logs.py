@@ -14,7 +14,7 @@ from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
 
-from finetune_trainer.contract.redaction import redact
+from finetune_trainer.contract.base import redact
 
 FORMAT_VARIABLE = "FINETUNE_LOG_FORMAT"
 STAGE_VARIABLE = "FINETUNE_STAGE"  # inherited by the processes that a stage starts

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from finetune_trainer.contract import JobReference, Notice, Progress, Stage, status_path
-from finetune_trainer.contract.redaction import redact
+from finetune_trainer.contract.base import redact
 from finetune_trainer.runtime.units import duration, perplexity, size
 
 if TYPE_CHECKING:

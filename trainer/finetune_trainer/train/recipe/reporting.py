@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from finetune_trainer.contract import RunConfig, Tracker
-from finetune_trainer.contract.redaction import redact
+from finetune_trainer.contract.base import redact
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link import TrainingWork
 
