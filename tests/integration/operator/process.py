@@ -21,6 +21,7 @@ NAMESPACE = "finetune-system"
 RELEASE = "finetune-operator"
 CHART = Path(__file__).parents[3] / "charts" / "finetune-operator"
 READY_SECONDS = 30
+SECRET_GRACE_SECONDS = 2
 
 
 def install(plane: ControlPlane) -> None:
@@ -48,7 +49,7 @@ class Operator:
             "KUBECONFIG": str(kubeconfig),
             "FINETUNE_TRAINER_IMAGE": "trainer:test",
             "FINETUNE_HEALTH_PORT": str(self.port),
-            "FINETUNE_SECRET_GRACE_SECONDS": "2",
+            "FINETUNE_SECRET_GRACE_SECONDS": str(SECRET_GRACE_SECONDS),
             "FINETUNE_LOG_FORMAT": "human",
             **settings,
         }

@@ -25,7 +25,7 @@ def test_a_job_runs_its_three_stages_in_order_and_shows_its_artifacts(here: Name
     here.start_pod(PREPARE)
     here.succeed(prepared())
     here.wait_phase("Training")
-    assert here.jobs() == [("prepare", 1), ("train", 1)]
+    here.wait("its Job", lambda: here.jobs() == [("prepare", 1), ("train", 1)])
     here.succeed(trained())
     here.wait_phase("Exporting")
     here.succeed(exported())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from finetune_trainer.contract import Reason, Stage
+from tests.integration.operator.process import SECRET_GRACE_SECONDS
 from tests.integration.operator.stage import Namespace, prepared, trained
 
 PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN
@@ -38,6 +41,8 @@ def test_a_missing_secret_is_named_and_waited_for(here: Namespace) -> None:
     here.wait("Degraded", lambda: here.condition("Degraded")[1] == "SecretNotFound")
     message = here.condition("Degraded")[2]
     assert "The Secret bucket doesn't exist in this namespace" in message
+    seen = time.monotonic()
+    here.wait("the grace to be over", lambda: time.monotonic() > seen + 2 * SECRET_GRACE_SECONDS)
     assert here.status()["phase"] == "Preparing"
     here.start_pod(PREPARE)  # as the kubelet does when the Secret is there
     here.wait("no trouble", lambda: here.condition("Degraded")[0] == "False")
@@ -80,7 +85,10 @@ def test_an_unknown_failure_is_tried_again_after_a_pause_and_counts(here: Namesp
     assert here.jobs() == [("prepare", 1), ("train", 1)]
     here.succeed(trained(), attempt=2)
     here.wait_phase("Exporting")
-    assert here.jobs() == [("prepare", 1), ("train", 1), ("train", 2), ("export", 1)]
+    here.wait(
+        "its Job",
+        lambda: here.jobs() == [("prepare", 1), ("train", 1), ("train", 2), ("export", 1)],
+    )
 
 
 def test_with_backoff_limit_zero_the_first_failure_is_the_last(here: Namespace) -> None:
