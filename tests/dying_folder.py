@@ -71,11 +71,6 @@ class DyingFolder(Folder):
         self._inner.upload(source, path, on_bytes, sha256=sha256)
         self._look()
 
-    def copy(self, source: str, target: str) -> None:
-        self._live()
-        self._inner.copy(source, target)
-        self._look()
-
     def delete(self, paths: Iterable[str]) -> None:
         for path in list(paths):
             self._live()

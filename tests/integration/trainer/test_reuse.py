@@ -111,7 +111,7 @@ def otherwise_quoted(dataset: Path) -> dict[str, Any]:
         {"columns": {"input": "input"}},
         {"evalFraction": 0.09},
     ],
-    ids=str,
+    ids=lambda change: getattr(change, "__name__", str(change)),
 )
 def test_the_same_examples_asked_for_otherwise_train_nothing_anew(
     prepare: Prepare, dataset: Path, change: dict[str, Any] | Callable[[Path], dict[str, Any]]

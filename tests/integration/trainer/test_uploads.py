@@ -235,25 +235,6 @@ def test_a_progress_callback_can_end_an_upload(
 
 
 @ALL
-def test_a_copy_is_the_store_s_own_work(
-    folder: Folder, proxy: Proxy, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder.upload(source, "staged/big.bin")
-    proxy.forget()
-    folder.copy("staged/big.bin", "one.bin")
-    monkeypatch.setattr("finetune_trainer.store.s3.COPYING.multipart_threshold", PART_BYTES)
-    monkeypatch.setattr("finetune_trainer.store.s3.COPYING.multipart_chunksize", PART_BYTES)
-    folder.copy("staged/big.bin", "two.bin")
-    folder.delete(["staged/big.bin"])
-    assert proxy.passed < 10_000
-    assert same(folder, source, tmp_path, "one.bin")
-    assert same(folder, source, tmp_path, "two.bin")
-    assert [info.path for info in folder.list()] == ["one.bin", "two.bin"]
-    with pytest.raises(FileNotFoundError, match=r"staged/big\.bin is missing"):
-        folder.copy("staged/big.bin", "three.bin")
-
-
-@ALL
 def test_what_was_never_finished_can_be_dropped(folder: Folder, server: Credentials) -> None:
     prefix = folder.uri.removeprefix("s3://uploads/")
     for path in ("stages/a/big.bin", "other/big.bin"):
@@ -273,8 +254,7 @@ def test_every_body_that_is_sent_has_its_md5(
     folder.write("small", b"1")
     assert folder.create("owner", b"2")
     folder.upload(source, "big.bin", sha256=describe_file(source, "x").sha256)
-    folder.copy("big.bin", "copy.bin")
-    folder.delete(["small", "owner", "copy.bin"])
+    folder.delete(["small", "owner"])
     assert proxy.faults == 0
     assert same(folder, source, tmp_path)
     by_operation = {

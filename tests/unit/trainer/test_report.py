@@ -411,3 +411,11 @@ def test_other_stages_do_not_import_matplotlib() -> None:
         "assert 'matplotlib.figure' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_rows_that_were_read_over_are_counted() -> None:
+    report = dataset_report(blankRows=3, shortRows=0, longRows=2)
+    rows = {row.name: row.value for row in tables.dataset_rows(facts(dataset=report))}
+    assert rows["Blank rows, which count as none"] == "3"
+    assert rows["Rows with empty cells at their end"] == "2"
+    assert "Rows short of cells that aren't needed" not in rows

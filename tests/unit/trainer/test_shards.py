@@ -11,7 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetune_trainer.contract import Dataset, Reason, RunConfig, StageError, Storage
+from finetune_trainer.contract import (
+    Dataset,
+    DatasetReport,
+    PreparedRunConfig,
+    Reason,
+    RunConfig,
+    StageError,
+    Storage,
+    TrainingRecord,
+)
+from finetune_trainer.export.stage import lineage_of
 from finetune_trainer.prepare.dataset_files import DataFile, DatasetRows, find_data_files
 from finetune_trainer.prepare.report import Findings
 from finetune_trainer.prepare.shards import fits
@@ -195,3 +205,25 @@ def test_what_is_not_there_is_said(folder: Path, tmp_path: Path, source: str, sa
 )
 def test_patterns(pattern: str, path: str, fit: bool) -> None:
     assert fits(path, pattern) is fit
+
+
+def test_the_lineage_lists_each_file(folder: Path, tmp_path: Path) -> None:
+    """From the report that `prepare` left to manifest.json."""
+    findings = read(f"{folder}/", tmp_path)
+    (tmp_path / "out").mkdir()
+    findings.write(tmp_path / "out")
+    text = (tmp_path / "out" / "dataset-report.json").read_text()
+    resolved = {
+        "fingerprints": {"prepare": "p", "train": "t", "export": "e"},
+        "datasetETag": findings.rows.file.info.etag,
+        "datasetRows": 4,
+        "modelRevision": "r",
+    }
+    config = PreparedRunConfig.model_validate(
+        findings.config.model_dump(exclude_none=True) | {"resolved": resolved}
+    )
+    trained = TrainingRecord.model_validate({"metrics": {}, "hyperparameters": {}})
+    lineage = lineage_of(config, trained, DatasetReport.model_validate_json(text))
+    assert lineage.dataset_etag == findings.rows.file.info.etag
+    assert lineage.dataset_files == findings.rows.shards
+    assert lineage.eval_files is None

@@ -87,29 +87,13 @@ def test_a_uri_is_folder_and_name(uri: str, expected: tuple[str, str]) -> None:
     assert split(uri) == expected
 
 
-def test_a_copy_has_the_same_bytes_and_stands_alone(folder: Folder) -> None:
-    folder.write("staged/a", b"12345")
-    folder.copy("staged/a", "gguf/a")
-    folder.write("staged/a", b"other")
-    assert folder.read("gguf/a") == b"12345", "the two are apart"
-    folder.copy("staged/a", "gguf/a")
-    assert folder.read("gguf/a") == b"other"
-    folder.delete(["staged/a"])
-    assert [info.path for info in folder.list()] == ["gguf/a"]
-    with pytest.raises(FileNotFoundError):
-        folder.copy("staged/a", "b")
-
-
-def test_a_file_system_without_hard_links_copies(
+def test_a_file_system_without_hard_links_creates_in_place(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
-    folder.write("staged/a", b"12345")
-    folder.copy("staged/a", "b")
-    assert folder.read("b") == b"12345"
     assert folder.create("owner", b"first")
     assert not folder.create("owner", b"second")
     assert folder.read("owner") == b"first"
@@ -170,7 +154,6 @@ def test_a_file_is_on_the_disk_before_the_marker_that_lists_it(
     on_disk.clear()
     folder.upload(source, "adapter/weights")
     folder.write("complete.json", b"{}")
-    folder.copy("adapter/weights", "copy")
     assert folder.create("owner", b"me")
     partial = PARTIAL.rstrip("-")
     assert on_disk == [
@@ -180,9 +163,6 @@ def test_a_file_is_on_the_disk_before_the_marker_that_lists_it(
         "folder of adapter",
         f"bytes of {partial}",
         "rename to complete.json",
-        "folder of store",
-        f"bytes of {partial}",
-        "rename to copy",
         "folder of store",
         f"bytes of {partial}",
         "folder of store",

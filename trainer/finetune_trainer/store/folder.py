@@ -87,13 +87,6 @@ class Folder(ABC):
         """
 
     @abstractmethod
-    def copy(self, source: str, target: str) -> None:
-        """Copy a file within the folder, without sending its bytes through this process.
-
-        FileNotFoundError when it is missing.
-        """
-
-    @abstractmethod
     def abandon(self, prefix: str) -> None:
         """Drop what uploads below `prefix` left that were never finished."""
 

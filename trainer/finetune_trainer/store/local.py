@@ -153,17 +153,6 @@ class LocalFolder(Folder):
         with self._errors(path):
             _copy(source, self.root / path, on_bytes, sha256, lasting=True)
 
-    def copy(self, source: str, target: str) -> None:
-        """A second name for the same bytes; a copy where the file system has no hard links."""
-        with self._errors(target):
-            try:
-                with replacing(self.root / target, lasting=True) as partial:
-                    partial.hardlink_to(self.root / source)
-            except OSError as error:
-                if error.errno not in _NO_LINKS:
-                    raise
-                _copy(self.root / source, self.root / target, None, lasting=True)
-
     def abandon(self, prefix: str) -> None:
         base = self.root / prefix.rpartition("/")[0]
         with self._errors(prefix):

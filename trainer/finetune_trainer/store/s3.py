@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
-from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
 from finetune_trainer.contract import Storage
@@ -23,10 +22,6 @@ from finetune_trainer.store.s3_client import (
     token_error,
 )
 
-# A store copies so much within the read timeout, and one request may copy 5 GiB at most.
-COPYING = TransferConfig(
-    multipart_threshold=1 << 30, multipart_chunksize=1 << 28, max_concurrency=4
-)
 CREATE_ATTEMPTS = 6  # while another writer of the same key is at it
 CONFLICT_SECONDS = 0.2
 _CONFLICT = {"409", "ConditionalRequestConflict", "OperationAborted"}
@@ -154,21 +149,6 @@ class S3Folder(Folder):
         with self._errors(path):
             target = s3_upload.S3Object(self._s3, self.bucket, self._key(path))
             s3_upload.upload(target, source, on_bytes, sha256)
-
-    def copy(self, source: str, target: str) -> None:
-        """CopyObject, in parallel parts when it is large."""
-        with self._errors(source):
-            try:
-                self._s3.copy(
-                    {"Bucket": self.bucket, "Key": self._key(source)},
-                    self.bucket,
-                    self._key(target),
-                    Config=COPYING,
-                )
-            except ClientError as error:
-                if error_code(error) not in ("404", "NoSuchKey"):
-                    raise
-                raise FileNotFoundError(f"{self.uri_of(source)} is missing") from error
 
     def abandon(self, prefix: str) -> None:
         with self._errors(prefix):

@@ -39,7 +39,7 @@ RETRIES = 5  # of each request, by botocore: waits of up to 1, 2, 4, 8 and 16 se
 # What a store says when the bytes that arrived were not those that were sent, or too few.
 DAMAGED = {"BadDigest", "IncompleteBody", "InvalidDigest", "XAmzContentSHA256Mismatch"}
 _WITH_BODY = ("PutObject", "UploadPart", "DeleteObjects")
-_MADE_ENCRYPTED = ("PutObject", "CreateMultipartUpload", "CopyObject")
+_MADE_ENCRYPTED = ("PutObject", "CreateMultipartUpload")
 
 
 @dataclass(frozen=True)
