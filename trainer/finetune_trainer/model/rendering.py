@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from finetune_trainer.contract import Example, Message, Reason, StageError, Tool
 
 SECONDS = 5.0
-"""CPU time for one conversation. A question and an answer take a thousandth of that; a thousand turns
-take 2 seconds with the slowest template in use (Gemma 4's, which is quadratic)."""
+"""CPU time for one conversation. A question and an answer take a thousandth of that; a thousand
+turns take 2 seconds with the slowest template in use (Gemma 4's, which is quadratic)."""
 
 REASONING = ("reasoning_content", "thinking")
 """Where templates look for it: the second is gpt-oss's and LFM2's."""
