@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from finetune_trainer.contract import (
+    Artifact,
     PreparedRunConfig,
     Reason,
     RunConfig,
@@ -30,7 +31,13 @@ from finetune_trainer.store.marker import (
     open_stage,
     stage_folder,
 )
-from finetune_trainer.store.versions import FIRST_MANIFEST, current, find_pushed
+from finetune_trainer.store.versions import (
+    FIRST_MANIFEST,
+    VersionMarker,
+    current,
+    find_pushed,
+    version_name,
+)
 from finetune_trainer.train.supervisor.checkpoints import CheckpointStore, LocalCheckpoint
 from hack.object_store import Credentials
 from tests.integration.trainer import first_release
@@ -198,6 +205,26 @@ def test_a_training_that_ends_after_the_upgrade_is_found(
     assert prints(finished)["train"] not in (FORMER["train"], prints(unfinished)["train"])
     assert prints(finished)["export"] == prints(unfinished)["export"]
     assert open_stage(output, Stage.TRAIN, prints(finished)["train"]).marker.base == former
+
+
+def test_an_export_that_ends_after_the_upgrade_keeps_its_fingerprint(
+    prepare: Prepare, output: Folder
+) -> None:
+    """Today's export of what 0.1.0 had planned: a version, and versions never change."""
+    name = version_name(FORMER["export"])
+    card = Artifact(path="README.md", bytes=1, sha256=hashlib.sha256(b"x").hexdigest())
+    version = VersionMarker(
+        stage=Stage.EXPORT, fingerprint=FORMER["export"], version=name, files=(card,)
+    )
+    output.write(f"versions/{name}/README.md", b"x")
+    output.write(f"versions/{name}/{MANIFEST}", version.model_dump_json().encode())
+    output.delete([MANIFEST])
+    found = prepare()
+    assert found.complete == EVERY_STAGE
+    assert prints(found)["export"] == FORMER["export"]
+    assert prints(found)["train"] != FORMER["train"]
+    assert output.read(f"versions/{name}/{MANIFEST}") == version.model_dump_json().encode()
+    assert prepare() == found
 
 
 def test_examples_that_were_read_anew_and_came_out_otherwise_are_trained_on(

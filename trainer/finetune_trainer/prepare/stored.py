@@ -79,6 +79,8 @@ class StoredRun:
             or self.former.adopt_published(prepared, prints),
         }
         complete = {stage: marker for stage, marker in found.items() if marker}
+        if exported := complete.get(Stage.EXPORT):
+            prints = prints.model_copy(update={"export": exported.fingerprint})
         if not complete and (former := self.former.unfinished_training(prepared)):
             # It goes on from its checkpoints, and keeps its Job where that still runs.
             prints = prints.model_copy(update={"train": former})
@@ -224,13 +226,17 @@ class FormerRun:
         return self._adopt(Stage.TRAIN, self.prints.train, fingerprint)
 
     def adopt_published(self, prepared: Marker, prints: Fingerprints) -> Marker | None:
-        """Mark its artifacts with today's fingerprint, where they are there."""
+        """Mark its artifacts with today's fingerprint, where they are there.
+
+        A version that was made of it after the upgrade can't change: that keeps its fingerprint.
+        """
         if not self._same_examples(prepared):
             return None
-        if find_complete(self.output, Stage.EXPORT, self.prints.export) is None:
+        former = find_complete(self.output, Stage.EXPORT, self.prints.export)
+        if former is None:
             return None
         adopt_first_manifest(self.output, self.prints.export, prints)
-        return find_complete(self.output, Stage.EXPORT, prints.export)
+        return find_complete(self.output, Stage.EXPORT, prints.export) or former
 
     def unfinished_training(self, prepared: Marker) -> str | None:
         """The fingerprint of its training, where that has left checkpoints to go on from."""
