@@ -168,11 +168,6 @@ def redact(text: str) -> str:
     return _USER_IN_URL.sub(BLACK, text)
 
 
-def without_user(url: str) -> str:
-    """A URL without the user and password in it."""
-    return _USER_IN_URL.sub(BLACK, url)
-
-
 def names_user(url: str) -> bool:
     """Whether there is a user or password in a URL."""
     return _USER_IN_URL.search(url) is not None
