@@ -206,13 +206,14 @@ def test_refused_credentials(
         "AWS_SECRET_ACCESS_KEY": secret,
     }
     run_config["dataset"] = {"source": "s3://private/train.csv"}
+    run_config["output"] = {"uri": "s3://private/tuned"}
     run_config["storage"] = {"endpoint": private.endpoint}
     expect(
         trainer,
         run_config,
         Reason.STORAGE_ACCESS_DENIED,
         11,
-        "s3://private/train.csv",
+        "s3://private/tuned/owner.json",
         "InvalidAccessKeyId" if wrong == "key" else "SignatureDoesNotMatch",
         "spec.storage.secretRef",
     )
