@@ -10,6 +10,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from hack import REPOSITORY
 
@@ -35,10 +38,13 @@ def resolve(extras: str, pins: Path | None) -> dict[str, str]:
     return {name: version.partition("+")[0] for name, version in found.items()}
 
 
-def main() -> None:
-    """Resolve the widest set first: the images then get exactly what the tests ran with."""
+def main(
+    upgrade: Annotated[bool, typer.Option("--upgrade", help="Take the newest versions.")] = False,
+) -> None:
+    """Pin the whole set that each extra installs, in constraints/*.txt; it takes minutes."""
+    # The widest set first: the images then get exactly what the tests ran with.
     everything = FOLDER / "dev.txt"
-    keep = everything.exists() and "--upgrade" not in sys.argv
+    keep = everything.exists() and not upgrade
     for name, extras in sorted(EXTRAS.items()):
         pins = everything if keep or name != "dev" else None
         versions = resolve(extras, pins)
@@ -47,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

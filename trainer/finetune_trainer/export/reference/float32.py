@@ -323,15 +323,15 @@ def _compute_buffers_anew(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     for module in model.modules():
-        rounded = [n for n, b in module._buffers.items() if b is not None and _is_16_bit(b)]
+        rounded = [
+            name
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.dtype in (torch.bfloat16, torch.float16)
+        ]
         for name in rounded:
             module._buffers[name] = cast("torch.Tensor", module._buffers[name]).float()
         if rounded:
             cast("Any", model)._init_weights(module)
-
-
-def _is_16_bit(tensor: torch.Tensor) -> bool:
-    return tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 def main() -> None:
