@@ -1,15 +1,14 @@
 """What the cluster's objects say, parsed once into frozen values.
 
-Only this module knows how Kubernetes writes conditions, container states and the kubelet's reasons,
+Only this module and `pods` know how Kubernetes writes conditions, states and the kubelet's reasons,
 so that `plan` contains decisions alone.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
@@ -21,190 +20,28 @@ from finetune_operator.api import (
     POD_SETTINGS_ANNOTATION,
     STAGE_KEY_ANNOTATION,
     STAGE_LABEL,
-    TRAINER_CONTAINER,
     JsonObject,
 )
-from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus, StageState
+from finetune_operator.api.finetunejob import FineTuneJobSpec
+from finetune_operator.api.observed import FineTuneJobStatus, StageState
+from finetune_operator.pods import (
+    ENDED,
+    ObservedPod,
+    created_at,
+    moment,
+    observe_pod,
+    trainer_image,
+    true_conditions,
+)
 from finetune_trainer.contract import (
     Notice,
     Stage,
-    StageResult,
     describe,
     read_known,
     read_readable,
 )
 
-# Reasons in a pod's status for which the container is not to blame: the node or the control plane
-# removed the pod or did not admit it. `OutOf<resource>` is another, for any resource.
-DISRUPTIONS = {
-    "Evicted",
-    "NodeAffinity",
-    "NodeLost",
-    "NodeShutdown",
-    "Preempted",
-    "Preempting",
-    "Shutdown",
-    "Terminated",
-    "UnexpectedAdmissionError",
-}
-# The kubelet also evicts a pod that exceeds its own limits, and then the pod is to blame.
-OVERGROWN = re.compile(r"exceeds the (total )?limit|exceeded its local ephemeral storage limit")
-ENDED = {"Succeeded", "Failed"}  # phases of a pod
 KNOWN_STATES = {*StageState, None}
-LOG_LINE_LIMIT = 300  # characters of a log line that is quoted to the user
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """Why a container doesn't run yet."""
-
-    reason: str
-    message: str
-
-
-@dataclass(frozen=True)
-class ObservedPod:
-    """A pod of a stage's Job."""
-
-    name: str
-    phase: str
-    since: datetime
-    """When the kubelet accepted it, or else when it was created."""
-
-    image: str
-    started: bool = False
-    """Whether the trainer runs or has run."""
-
-    waiting: Waiting | None = None
-    exit_code: int | None = None
-    finished_at: datetime | None = None
-    result: StageResult | None = None
-    last_log_line: str = ""
-    """The last line of the log, if the container left no StageResult."""
-
-    oom_killed: bool = False
-    out_of_disk: str | None = None
-    """The kubelet's message, if the pod exceeded its ephemeral storage."""
-
-    disruption: str | None = None
-    """Who removed the pod and why, if the trainer is not to blame."""
-
-    unschedulable: str | None = None
-    """The scheduler's message, while no node fits."""
-
-    deleting: bool = False
-    delete_by: datetime | None = None
-    """When a pod that is being deleted should be gone, its grace period included."""
-
-    node: str | None = None
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether its trainer has ended, or never ran and never will."""
-        return self.exit_code is not None or self.phase in ENDED
-
-    @property
-    def at_work(self) -> bool:
-        """Whether its trainer still runs, maybe in the grace period of a deleted pod."""
-        return self.started and self.exit_code is None and self.phase not in ENDED
-
-    @property
-    def may_work(self) -> bool:
-        """Whether its trainer runs or may yet be started; a deleted pod is not started any more."""
-        begins = not self.started and not self.deleting and self.phase not in ENDED
-        return self.at_work or begins
-
-
-def observe_pod(raw: JsonObject) -> ObservedPod:
-    meta, status = raw["metadata"], raw.get("status") or {}
-    state = _trainer_state(status)
-    ended = state.get("terminated") or {}
-    waiting = state.get("waiting")
-    result = StageResult.from_message(ended.get("message", ""))
-    return ObservedPod(
-        name=meta["name"],
-        phase=status.get("phase", "Pending"),
-        since=moment(status.get("startTime")) or created_at(raw),
-        image=trainer_image(raw["spec"]),
-        started="running" in state or "terminated" in state,
-        waiting=_waiting(waiting) if waiting else None,
-        exit_code=ended.get("exitCode"),
-        finished_at=moment(ended.get("finishedAt")),
-        result=result,
-        last_log_line="" if result else _last_log_line(ended.get("message", "")),
-        oom_killed=ended.get("reason") == "OOMKilled",
-        out_of_disk=_out_of_disk(status),
-        disruption=_disruption(status),
-        unschedulable=_unschedulable(status),
-        deleting="deletionTimestamp" in meta,
-        delete_by=moment(meta.get("deletionTimestamp")),
-        node=raw["spec"].get("nodeName"),
-    )
-
-
-def _trainer_state(status: JsonObject) -> JsonObject:
-    """The state of the trainer's container; injected sidecars don't count."""
-    for container in status.get("containerStatuses") or []:
-        if container["name"] == TRAINER_CONTAINER:
-            return container.get("state") or {}
-    return {}
-
-
-def _waiting(state: JsonObject) -> Waiting:
-    return Waiting(state.get("reason", ""), state.get("message", ""))
-
-
-def _last_log_line(message: str) -> str:
-    """The last line of a log: in a stack trace, the one with the error."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1][:LOG_LINE_LIMIT] if lines else ""
-
-
-def _out_of_disk(status: JsonObject) -> str | None:
-    message = status.get("message") or ""
-    return message if status.get("reason") == "Evicted" and OVERGROWN.search(message) else None
-
-
-def _disruption(status: JsonObject) -> str | None:
-    if _out_of_disk(status) is not None:
-        return None
-    reason, message = status.get("reason") or "", status.get("message") or ""
-    if reason in DISRUPTIONS or reason.startswith("OutOf"):
-        return f"{reason}: {message}" if message else reason
-    for condition in true_conditions(status):
-        if condition["type"] == "DisruptionTarget":
-            why, text = condition.get("reason") or "Disrupted", condition.get("message") or ""
-            return f"{why}: {text}" if text else why
-    return None
-
-
-def _unschedulable(status: JsonObject) -> str | None:
-    for condition in status.get("conditions") or []:
-        if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
-            return str(condition.get("message") or "no node fits")
-    return None
-
-
-def true_conditions(status: JsonObject) -> list[JsonObject]:
-    """The conditions of any object's status that are True."""
-    return [c for c in status.get("conditions") or [] if c.get("status") == "True"]
-
-
-def trainer_image(pod_spec: JsonObject) -> str:
-    """The image of the trainer's container."""
-    for container in pod_spec["containers"]:
-        if container["name"] == TRAINER_CONTAINER:
-            return str(container["image"])
-    return ""
-
-
-def created_at(raw: JsonObject) -> datetime:
-    return moment(raw["metadata"].get("creationTimestamp")) or datetime.min.replace(tzinfo=UTC)
-
-
-def moment(text: str | None) -> datetime | None:
-    """Parse a time as Kubernetes writes it."""
-    return datetime.fromisoformat(text) if text else None
 
 
 class Finish(StrEnum):

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from finetune_operator.api import Condition
-from finetune_operator.api.finetunejob import (
+from finetune_operator.api.observed import (
     ArtifactStatus,
     FineTuneJobStatus,
     Phase,

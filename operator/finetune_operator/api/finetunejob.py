@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from finetune_operator.api import (
     CaBundle,
-    Condition,
     EnvVar,
     Name,
     Preserved,
@@ -20,8 +18,9 @@ from finetune_operator.api import (
     Toleration,
     Volume,
 )
+from finetune_operator.api.observed import FineTuneJobStatus
 from finetune_trainer import contract
-from finetune_trainer.contract import Base, DatasetSummary, Notice, Progress, Quality, Stage
+from finetune_trainer.contract import Base, Stage
 
 
 class StorageReferences(Base):
@@ -220,191 +219,6 @@ class FineTuneJobSpec(Base):
 
 def _short_digest(value: Any) -> str:
     return contract.digest(value)[:12]
-
-
-class Phase(StrEnum):
-    """One word for people; machines read the conditions."""
-
-    PENDING = "Pending"
-    PREPARING = "Preparing"
-    TRAINING = "Training"
-    EXPORTING = "Exporting"
-    SUCCEEDED = "Succeeded"
-    FAILED = "Failed"
-
-
-class StageState(StrEnum):
-    """Where a stage is."""
-
-    PENDING = "Pending"
-    RUNNING = "Running"
-    SUCCEEDED = "Succeeded"
-    FAILED = "Failed"
-
-
-class StageStatus(Base):
-    """One stage of the run."""
-
-    name: Stage
-    """prepare, train or export."""
-
-    state: StageState = StageState.PENDING
-    """Pending, Running, Succeeded or Failed."""
-
-    fingerprint: str | None = None
-    """SHA-256 over what can change the stage's result."""
-
-    cached: bool = False
-    """True when the object store already held the result, so that no pod was started."""
-
-    attempt: int = 0
-    """Attempts so far."""
-
-    failures: int = 0
-    """Failed attempts that count against backoffLimit."""
-
-    disruptions: int = 0
-    """Pods that it lost without its doing: evicted, preempted, deleted, or with a lost node."""
-
-    lost_pod: str | None = None
-    """The pod that it lost last."""
-
-    reason: str | None = None
-    """Why it is in this state, why the last attempt failed, or why the current one lost a pod."""
-
-    message: str | None = None
-    """The same for people."""
-
-    start_time: str | None = None
-    """When the current attempt started (RFC 3339)."""
-
-    completion_time: str | None = None
-    """When it ended (RFC 3339)."""
-
-
-class ArtifactStatus(Base):
-    """A file of the version."""
-
-    uri: str
-    """Where it is."""
-
-    bytes: int
-    """Its size."""
-
-    sha256: str
-    """SHA-256 of its content, in hexadecimal."""
-
-    quality: Quality | None = None
-    """What was measured on a GGUF file."""
-
-
-class Lineage(Base):
-    """What the artifacts were made from."""
-
-    dataset_etag: Annotated[str | None, Field(alias="datasetETag")] = None
-    """ETag of the dataset at the time."""
-
-    dataset_rows: int | None = None
-    """Examples trained on."""
-
-    eval_rows: int | None = None
-    """Examples held out."""
-
-    model_revision: str | None = None
-    """A digest over the base model's files that are used."""
-
-    model_commit: str | None = None
-    """Commit of a Hub model."""
-
-    image: str | None = None
-    """Trainer image that exported."""
-
-
-class PlannedStatus(Base):
-    """The spec that `prepare` planned the stages for."""
-
-    generation: int
-    """The metadata.generation at which `prepare` was last asked. Edits after it touched nothing
-    that a stage depends on."""
-
-    inputs: str
-    """Digest of model, dataset, training, export, output and storage."""
-
-    hardware: str
-    """Digest of the resources of the training's pod."""
-
-
-class FineTuneJobStatus(Base):
-    """The observed state. `progress` is the trainer's, everything else is the operator's."""
-
-    observed_generation: int | None = None
-    """The metadata.generation that this status is about."""
-
-    phase: Phase | None = None
-    """Pending, Preparing, Training, Exporting, Succeeded or Failed."""
-
-    stage: Stage | None = None
-    """The stage that runs, or ran last."""
-
-    conditions: Annotated[
-        tuple[Condition, ...],
-        Field(
-            json_schema_extra={
-                "x-kubernetes-list-type": "map",
-                "x-kubernetes-list-map-keys": ["type"],
-            }
-        ),
-    ] = ()
-    """Ready (artifacts are there; observedGeneration says of which spec), Progressing (a stage is
-    at work) and Degraded (it failed, or something needs attention). While they hold, Reconciling
-    and Stalled say the same in the words of kstatus, and VersionSkew that the operator doesn't
-    understand all of spec and status."""
-
-    stages: Annotated[
-        tuple[StageStatus, ...],
-        Field(
-            json_schema_extra={
-                "x-kubernetes-list-type": "map",
-                "x-kubernetes-list-map-keys": ["name"],
-            }
-        ),
-    ] = ()
-    """prepare, train and export, in this order."""
-
-    progress: Progress | None = None
-    """Live progress of the running stage."""
-
-    version: str | None = None
-    """The version that the artifacts are of: they lie in versions/<version>/ of the output folder.
-    Absent for what version 0.1.0 of the trainer left in the folder itself."""
-
-    artifacts: tuple[ArtifactStatus, ...] = ()
-    """Files of the version, those that the quality gate rejected included. All GGUF files
-    are here; where there are too many files in all, the others are in the manifest only."""
-
-    manifest_uri: str | None = None
-    """The version's manifest, which names every file with size and SHA-256."""
-
-    metrics: dict[str, float] = {}
-    """Figures of the training, e.g. baseEvalLoss and basePerplexity (the base model on the held-out
-    rows), evalLoss and perplexity (the tuned one), trainLoss."""
-
-    dataset: DatasetSummary | None = None
-    """What the last `prepare` found in the dataset, also where it ended because of bad rows."""
-
-    notices: tuple[Notice, ...] = ()
-    """What the present training noticed about itself (a rising loss, overfitting) or did (a
-    smaller batch when memory ran out, a resume), each of which was an Event as well. The training
-    of another fingerprint begins with none."""
-
-    lineage: Lineage | None = None
-    """What the artifacts were made from."""
-
-    resolved: contract.Resolved | None = None
-    """What `prepare` found out about the present spec; the stages after it rely on it."""
-
-    planned: PlannedStatus | None = None
-    """What the present stages were planned for. An edit that leaves it as it is reruns nothing."""
 
 
 class FineTuneJob(Base):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, StageState, StageStatus
+from finetune_operator.api.observed import FineTuneJobStatus, Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan import results
 from finetune_operator.plan.draft import (

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal, Self, TypedDict, Unpack
 
-from finetune_operator.api.finetunejob import (
+from finetune_operator.api.finetunejob import FineTuneJobSpec
+from finetune_operator.api.observed import (
     ArtifactStatus,
-    FineTuneJobSpec,
     FineTuneJobStatus,
     Lineage,
     PlannedStatus,

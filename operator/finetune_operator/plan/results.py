@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
-from finetune_operator.api.finetunejob import ArtifactStatus, Lineage, StageState, StageStatus
+from finetune_operator.api.observed import ArtifactStatus, Lineage, StageState, StageStatus
 from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
 from finetune_operator.plan.verdict import Done, Failure

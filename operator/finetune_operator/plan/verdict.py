@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from finetune_operator.api.finetunejob import StageStatus
-from finetune_operator.observe import Finish, ObservedJob, ObservedPod, Waiting
+from finetune_operator.api.observed import StageStatus
+from finetune_operator.observe import Finish, ObservedJob
 from finetune_operator.plan.draft import Policy
+from finetune_operator.pods import ObservedPod, Waiting
 from finetune_operator.status import PendingReason
 from finetune_trainer.contract import ExitCode, Reason, Stage, StageResult
 

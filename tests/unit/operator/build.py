@@ -10,9 +10,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from finetune_operator.api import Condition
-from finetune_operator.api.finetunejob import (
+from finetune_operator.api.finetunejob import FineTuneJobSpec
+from finetune_operator.api.observed import (
     ArtifactStatus,
-    FineTuneJobSpec,
     FineTuneJobStatus,
     Lineage,
     Phase,
@@ -20,7 +20,8 @@ from finetune_operator.api.finetunejob import (
     StageState,
     StageStatus,
 )
-from finetune_operator.observe import Finish, ObservedFineTuneJob, ObservedJob, ObservedPod
+from finetune_operator.observe import Finish, ObservedFineTuneJob, ObservedJob
+from finetune_operator.pods import ObservedPod
 from finetune_trainer.contract import Artifact, Fingerprints, Reason, Resolved, Stage, StageResult
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)

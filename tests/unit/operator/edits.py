@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase
+from finetune_operator.api.observed import FineTuneJobStatus, Phase
 from finetune_trainer.contract import Reason
 from tests.unit.operator.build import (
     EXPORT,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, StageState
-from finetune_operator.observe import ObservedPod
+from finetune_operator.api.observed import FineTuneJobStatus, Phase, StageState
 from finetune_operator.plan import Plan
+from finetune_operator.pods import ObservedPod
 from finetune_trainer.contract import Reason
 from tests.unit.operator.build import (
     EXPORT,

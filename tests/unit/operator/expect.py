@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finetune_operator.api.finetunejob import FineTuneJobStatus
+from finetune_operator.api.observed import FineTuneJobStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan import Event, Plan, Policy, StartStage, StopJob, plan
 from finetune_trainer.contract import Resolved, Stage

@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_operator.observe import ObservedJob, ObservedPod, observe_jobs
+from finetune_operator.observe import ObservedJob, observe_jobs
+from finetune_operator.pods import ObservedPod
 from finetune_trainer.contract import Reason, Stage, StageResult
 from tests.unit.operator.build import finetunejob
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase
+from finetune_operator.api.observed import FineTuneJobStatus, Phase
 from finetune_operator.observe import (
     Finish,
     ObservedJob,

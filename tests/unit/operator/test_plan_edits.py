@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune_operator.api.finetunejob import Phase
+from finetune_operator.api.observed import Phase
 from finetune_operator.plan import Plan
 from tests.unit.operator.build import (
     DONE_MESSAGE,

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.api.finetunejob import FineTuneJobStatus, StageState, StageStatus
-from finetune_operator.observe import ObservedJob, ObservedPod
+from finetune_operator.api.observed import FineTuneJobStatus, StageState, StageStatus
+from finetune_operator.observe import ObservedJob
 from finetune_operator.plan import Plan, Policy, plan
+from finetune_operator.pods import ObservedPod
 from finetune_trainer.contract import Reason
 from tests.unit.operator.build import (
     ALL_DONE,

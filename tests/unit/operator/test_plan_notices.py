@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase
+from finetune_operator.api.observed import FineTuneJobStatus, Phase
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob, ReportedProgress
 from finetune_operator.plan import Event, Plan, Policy, plan
 from finetune_operator.plan.results import NOTICES_LIMIT

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.api.finetunejob import ArtifactStatus, FineTuneJobStatus, Phase
+from finetune_operator.api.observed import ArtifactStatus, FineTuneJobStatus, Phase
 from finetune_operator.plan import Plan
 from finetune_trainer.contract import Artifact, Quality, Reason
 from tests.unit.operator.build import (

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from finetune_operator.api.finetunejob import Phase, StageState
-from finetune_operator.observe import Finish, ObservedPod
+from finetune_operator.api.observed import Phase, StageState
+from finetune_operator.observe import Finish
 from finetune_operator.plan import Plan
+from finetune_operator.pods import ObservedPod
 from finetune_trainer.contract import Reason
 from tests.unit.operator.build import (
     LOST,

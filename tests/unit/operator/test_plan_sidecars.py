@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.api.finetunejob import Phase
+from finetune_operator.api.observed import Phase
 from finetune_operator.observe import ObservedJob
 from finetune_operator.plan import Event, Plan
 from finetune_trainer.contract import Reason, Stage

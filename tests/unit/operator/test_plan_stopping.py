@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, StageState
+from finetune_operator.api.observed import FineTuneJobStatus, Phase, StageState
 from finetune_operator.observe import Finish
 from finetune_operator.plan import Plan, Policy, plan
 from finetune_trainer.contract import Reason

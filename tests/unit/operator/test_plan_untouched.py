@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from finetune_operator.api import Condition
-from finetune_operator.api.finetunejob import FineTuneJobSpec, FineTuneJobStatus, Phase, StageState
+from finetune_operator.api.finetunejob import FineTuneJobSpec
+from finetune_operator.api.observed import FineTuneJobStatus, Phase, StageState
 from finetune_operator.observe import ObservedJob
 from finetune_operator.plan import Plan, Policy, plan, refuse
 from finetune_trainer.contract import Reason

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.api.finetunejob import Phase
-from finetune_operator.observe import Waiting
+from finetune_operator.api.observed import Phase
 from finetune_operator.plan import Plan
+from finetune_operator.pods import Waiting
 from finetune_trainer.contract import Reason
 from tests.unit.operator.build import (
     EXPORT,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.observe import ObservedPod, Waiting
+from finetune_operator.pods import ObservedPod, Waiting
 from tests.unit.operator.raw import (
     RESULT,
     container,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, StageState
+from finetune_operator.api.observed import FineTuneJobStatus, Phase, StageState
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob, observe_finetunejob
 from finetune_operator.plan import Plan, Policy, plan
 from finetune_trainer.contract import RunConfig, StageResult, Tolerated, read_known

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.api import Condition
-from finetune_operator.api.finetunejob import FineTuneJobStatus, Phase, StageStatus
+from finetune_operator.api.observed import FineTuneJobStatus, Phase, StageStatus
 from finetune_operator.status import (
     MESSAGE_LIMIT,
     PendingReason,
@@ -85,7 +85,7 @@ def test_a_stage_that_was_never_tried_is_not_degraded() -> None:
 
 
 def test_a_failed_attempt_is_degraded_until_the_next_one_runs() -> None:
-    from finetune_operator.api.finetunejob import StageState
+    from finetune_operator.api.observed import StageState
     from finetune_trainer.contract import Reason
 
     again = failing(TRAIN, Reason.INTERNAL_ERROR, "no luck", state=StageState.PENDING)

@@ -10,7 +10,7 @@ import pytest
 from finetune_trainer.contract import PreparedRunConfig, Reason, StageError
 from finetune_trainer.export import pipeline
 from finetune_trainer.export.pipeline import check_memory, check_space
-from finetune_trainer.runtime.units import GIB
+from finetune_trainer.runtime import GIB
 from tests.unit.trainer.test_memory_shape import config
 
 

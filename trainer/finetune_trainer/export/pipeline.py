@@ -59,8 +59,8 @@ from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import use_available_cpus
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import begins_with_bos, load_tokenizer
+from finetune_trainer.runtime import GIB, binary
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.runtime.units import GIB, binary
 from finetune_trainer.store import Folder
 from finetune_trainer.store.marker import (
     DATASET_REPORT,

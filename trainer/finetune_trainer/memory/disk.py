@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from finetune_trainer.contract import UNQUANTIZED, Export, Lora, Quantization, Reason, StageError
 from finetune_trainer.model.shape import Shape
-from finetune_trainer.runtime.units import binary
+from finetune_trainer.runtime import binary
 
 BLOCK = 256  # weights in one block of the K types
 CHECKPOINTS = 3  # two kept and one being written

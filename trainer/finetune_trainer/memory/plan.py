@@ -23,7 +23,7 @@ from typing import Literal
 from finetune_trainer.contract import Hardware, Reason, StageError, Training, TrainingPlan
 from finetune_trainer.memory.remedies import MARGIN, Attempt, gpu_remedies, host_remedies
 from finetune_trainer.model.shape import Shape
-from finetune_trainer.runtime.units import binary
+from finetune_trainer.runtime import binary
 
 GPU_SATURATED, GPU_USEFUL = 8192, 16_384
 CPU_USEFUL = 2048

@@ -8,6 +8,5 @@ reading        CSV, JSON lines and Parquet, row by row
 split          which rows are held out, which are there twice
 examples       the second pass: the chat template and the tokenizer
 checks         the chat template, the model, and the plan for the hardware
-statistics     lengths in tokens
 report         dataset-report.json, and the summary in status
 """

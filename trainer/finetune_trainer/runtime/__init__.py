@@ -1,1 +1,45 @@
-"""How a process of the trainer lives and ends: log, progress, signals, errors, child processes."""
+"""How a process of the trainer lives and ends: log, progress, signals, errors, child processes.
+
+Here are the units in which all of them speak to people.
+"""
+
+from __future__ import annotations
+
+import math
+
+GIB = 2**30
+MIB = 2**20
+
+
+def binary(count: int, *, up: bool = False) -> str:
+    """E.g. 6.1 GiB or 84 MiB; with `up` rounded up, as a limit that is enough: 7Gi or 84Mi."""
+    if up:
+        return f"{math.ceil(count / GIB)}Gi" if count >= GIB else f"{math.ceil(count / MIB)}Mi"
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
+
+
+def perplexity(loss: float) -> float:
+    """e to the loss; infinite where that can't be written."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as 4m10s or 2h05m."""
+    whole = max(round(seconds), 0)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def size(count: int) -> str:
+    """Write bytes with the unit that fits, as 105 MB or 2.1 GB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"

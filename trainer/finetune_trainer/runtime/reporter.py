@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from finetune_trainer.contract import JobReference, Notice, Progress, Stage, status_path
 from finetune_trainer.contract.base import redact
-from finetune_trainer.runtime.units import duration, perplexity, size
+from finetune_trainer.runtime import duration, perplexity, size
 
 if TYPE_CHECKING:
     import httpx

@@ -17,8 +17,8 @@ from finetune_trainer.contract import (
     TrainingRecord,
 )
 from finetune_trainer.model import base_model
+from finetune_trainer.runtime import duration
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.runtime.units import duration
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import (
     EXAMPLES,

@@ -30,8 +30,8 @@ from finetune_trainer.contract import (
     StageError,
     version_folder,
 )
+from finetune_trainer.runtime import size
 from finetune_trainer.runtime.reporter import Reporter, Transfer
-from finetune_trainer.runtime.units import size
 from finetune_trainer.store import FileInfo, Folder
 from finetune_trainer.store.marker import (
     STAGES,

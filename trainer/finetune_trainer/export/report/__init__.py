@@ -39,7 +39,7 @@ from finetune_trainer.export.report.summary import (
     statements,
 )
 from finetune_trainer.model.base_model import CARD, is_hub
-from finetune_trainer.runtime.units import size
+from finetune_trainer.runtime import size
 
 __all__ = ["Facts", "license_of", "write_model_card", "write_report"]
 

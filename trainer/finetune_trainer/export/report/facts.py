@@ -19,7 +19,7 @@ from finetune_trainer.contract import (
     display_name,
     version_folder,
 )
-from finetune_trainer.runtime.units import perplexity
+from finetune_trainer.runtime import perplexity
 from finetune_trainer.store.versions import version_name
 
 

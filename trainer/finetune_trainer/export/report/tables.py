@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from finetune_trainer.contract import LengthSpread, ListedRows, Training
 from finetune_trainer.contract.verdict_words import Tone, word_for
 from finetune_trainer.export.report.facts import Facts, GgufFile, LossPoint
-from finetune_trainer.runtime.units import duration, size
+from finetune_trainer.runtime import duration, size
 
 NOTHING = "–"  # noqa: RUF001 - a dash where there is no figure
 

@@ -27,7 +27,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune_trainer.model.tokenizer import IGNORED
-from finetune_trainer.runtime.units import perplexity
+from finetune_trainer.runtime import perplexity
 from finetune_trainer.train.recipe import processes
 from finetune_trainer.train.recipe.data import (
     PackingCollator,
