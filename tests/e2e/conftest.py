@@ -18,6 +18,7 @@ KEEP = "FINETUNE_KEEP_CLUSTER"
 @pytest.fixture(scope="session")
 def environment(request: pytest.FixtureRequest) -> Iterator[Environment]:
     """A cluster of its own with operator and store; FINETUNE_KEEP_CLUSTER=1 leaves it running."""
+    env.take_down(NAME)  # what a run that was ended from outside has left: a store that holds all
     started: list[Environment] = []
     start_or_leave_out(request.config, "a real node", lambda: started.append(env.bring_up(NAME)))
     yield started[0]

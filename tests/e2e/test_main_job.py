@@ -294,7 +294,6 @@ BAD_JOBS = {
     "wrong-column": ({"dataset": {"columns": {"response": "reply"}}}, "ColumnNotFound", "reply"),
     "no-such-file": ({"dataset": {"source": "s3://datasets/gone.csv"}}, "DatasetNotFound", "gone"),
     "refused": ({"storage": {"secretRef": {"name": "wrong-keys"}}}, "StorageAccessDenied", "s3://"),
-    "no-secret": ({"storage": {"secretRef": {"name": "no-such"}}}, "SecretNotFound", "no-such"),
     "no-model": ({"model": {"source": "s3://models/no-such-model"}}, "ModelNotFound", "no-such"),
 }
 
@@ -347,6 +346,37 @@ def test_bad_input_fails_before_a_training_job_exists(
         if child["metadata"]["ownerReferences"][0]["uid"] == job["metadata"]["uid"]
     ]
     assert "train" not in mine
+
+
+def test_a_secret_that_comes_late_is_waited_for(environment: Environment) -> None:
+    secret = json.loads(environment.kubectl("get", "secret", "object-store", "-o", "json"))
+    change: dict[str, Any] = {
+        "metadata": {"name": "late-secret"},
+        "spec": {
+            "storage": {"secretRef": {"name": "late"}},
+            "dataset": {"columns": {"response": "reply"}},  # so that it ends soon after
+        },
+    }
+    job = merged(yaml.safe_load(EXAMPLE.read_text()), change)
+    job["spec"]["output"]["uri"] += "-late-secret"
+    environment.kubectl("apply", "-f", "-", input=json.dumps(job))
+    read = environment.reader("late-secret")
+    deadline = time.monotonic() + 120
+    while (degraded := _condition(read(), "Degraded")).get("reason") != "SecretNotFound":
+        assert time.monotonic() < deadline, read().get("status")
+        time.sleep(0.5)
+    assert "late" in degraded["message"]
+
+    secret["metadata"] = {"name": "late"}
+    environment.kubectl("create", "-f", "-", input=json.dumps(secret))
+    *_, ended = poll(read, 240)
+    assert _condition(ended, "Ready")["reason"] == "ColumnNotFound"
+    assert stage_of(ended, "prepare")["attempt"] == 1
+
+
+def _condition(job: dict[str, Any], kind: str) -> dict[str, Any]:
+    conditions = job.get("status", {}).get("conditions", [])
+    return next((c for c in conditions if c["type"] == kind), {})
 
 
 def test_a_field_that_does_not_exist_is_refused(environment: Environment) -> None:
