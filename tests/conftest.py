@@ -66,7 +66,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put long files first where workers share them."""
+    """Leave out what only a release tests; put long files first where workers share them."""
+    if not config.getoption("all_families"):
+        left_out = [item for item in items if item.get_closest_marker("every_family")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("every_family")]
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: rank(file_of(item.nodeid)))
 

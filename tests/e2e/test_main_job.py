@@ -211,9 +211,7 @@ def test_another_quantization_runs_prepare_and_export(
     environment: Environment, finish: Finish
 ) -> None:
     before = set(pod_uids(environment))
-    job = environment.get("finetunejob", NAME)
-    wanted = [*job["spec"]["export"]["gguf"], "Q6_K"]
-    patch = json.dumps({"spec": {"export": {"gguf": wanted}}})
+    patch = json.dumps({"spec": {"export": {"gguf": ["Q6_K"], "merged": False}}})
     environment.kubectl("patch", "ftj", NAME, "--type=merge", "-p", patch)
     job = finish(900)
     assert job["status"]["phase"] == "Succeeded", ready_message(job)

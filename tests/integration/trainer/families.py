@@ -203,6 +203,10 @@ PHI4_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
 )
 
+EACH_CHANGE = ("llama-3.2", "gemma-3", "phi-4")
+"""Families that every run of the tests takes through the whole pipeline: with a plain vocabulary,
+with SentencePiece's, and with fused layers. A release takes all."""
+
 FAMILIES: dict[str, Family] = {
     "llama-3": Family("llama", LLAMA3, "llama3", {**SMALL, "tie_word_embeddings": False}),
     "llama-3.2": Family(

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune_trainer.model.rendering import render
 from finetune_trainer.model.tokenizer import encode, message_pair
 from tests.integration.trainer.conftest import ATTENTION, MLP, ROWS, Processes, write_csv
-from tests.integration.trainer.families import FAMILIES, write_family
+from tests.integration.trainer.families import EACH_CHANGE, FAMILIES, write_family
 from tests.integration.trainer.fork_server import ForkServer
 
 KINDS = ("F16", "Q8_0", "Q4_K_M")
@@ -164,7 +164,13 @@ LORA: dict[str, dict[str, Any]] = {
 """Adapters of other kinds, for some."""
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in EACH_CHANGE else pytest.mark.every_family)
+        for name in FAMILIES
+    ],
+)
 def test_a_family_comes_out_as_it_was_trained(pipeline: Pipeline, name: str) -> None:
     run = pipeline(name, LORA.get(name, {}))
     assert not (run.output / "rejected").exists()

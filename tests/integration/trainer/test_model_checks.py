@@ -12,9 +12,18 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from finetune_trainer.contract import Export, Lora, Reason, RunConfig, StageError, TargetModule
+from finetune_trainer.contract import (
+    Example,
+    Export,
+    Lora,
+    Reason,
+    RunConfig,
+    StageError,
+    TargetModule,
+)
 from finetune_trainer.model import ModelFolder, base_model, rehearsal
 from finetune_trainer.model.shape import Shape
+from finetune_trainer.model.tokenizer import message_pair
 from finetune_trainer.prepare import checks
 from finetune_trainer.prepare.stage import check_config
 from finetune_trainer.runtime.reporter import Reporter
@@ -47,13 +56,13 @@ def run_config(folder: Path | str, **parts: Any) -> RunConfig:
     )
 
 
-def check(folder: Path, room: Path, rows: Sequence[Any] = (), **parts: Any) -> None:
+def check(folder: Path, room: Path, rows: Sequence[Example] = (), **parts: Any) -> None:
     config = run_config(folder, **parts)
     files = base_model.find(config.model, config.storage)
     checks.check_model(config, files, ModelFolder(folder), room, Reporter(), rows=rows)
 
 
-def refused(folder: Path, room: Path, rows: Sequence[Any] = ()) -> str:
+def refused(folder: Path, room: Path, rows: Sequence[Example] = ()) -> str:
     with pytest.raises(StageError) as caught:
         check(folder, room, rows)
     assert caught.value.reason is Reason.MODEL_UNSUPPORTED
@@ -111,8 +120,7 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (folder / name).read_text()
         (folder / name).write_text(re.sub(r'("rstrip": ?)true', r"\1false", text))
-    row = [{"role": "user", "content": "Is it hot?"}, {"role": "assistant", "content": "Yes."}]
-    message = refused(folder, tmp_path, rows=[row])
+    message = refused(folder, tmp_path, rows=[message_pair("Is it hot?", "Yes.")])
     assert "splits 1 of 6 texts into other tokens" in message
     assert "in '<|user|>\\nIs it hot?" in message
 
