@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from finetune_trainer.contract import Notice, NoticeCode, Training
@@ -114,6 +114,7 @@ def test_no_alarm_while_a_loss_falls_by_whatever_noise(  # noqa: PLR0917 - drawn
         assert codes(history) == set()
 
 
+@example(level=0.625, noise=0.375, steps=80, logging_steps=1, seed=83)
 @settings(max_examples=40)
 @given(
     level=st.floats(0.5, 3),

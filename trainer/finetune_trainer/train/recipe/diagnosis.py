@@ -40,6 +40,9 @@ RUN = 3
 # a row that are all four deviations too high happen by chance once in 10^13.
 DEVIATIONS = 4.0
 
+MEDIAN_DEVIATION = math.sqrt(math.pi / 2)
+"""A median's standard deviation over the mean's, for normal noise and many values."""
+
 LOUDEST = 1.0
 """Nats; the losses of single rows in an ordinary training deviate less. A training that is thrown
 about by its learning rate must not pass for a noisy one."""
@@ -169,7 +172,8 @@ def find_rising_loss(
         return None
     recent, noise = bins[-RUN:], noise_of([loss_of(p) for p in train])
     # Few bins can look quiet by chance; the lines that they are made of hardly can.
-    deviation = max(noise_of([loss for _, loss in bins]), noise / math.sqrt(len(train) / len(bins)))
+    of_lines = MEDIAN_DEVIATION * noise / math.sqrt(len(train) / len(bins))
+    deviation = max(noise_of([loss for _, loss in bins]), of_lines)
     deviation = min(deviation, LOUDEST)
     now = min(loss for _, loss in recent)
     first, base = train[0], next((p.eval_loss for p in held_out if p.step == 0), None)
