@@ -23,7 +23,7 @@ from finetune_operator.plan.draft import (
     stop_what_outlives_trainers,
     was_refused,
 )
-from finetune_operator.plan.verdict import Done, Failure, Pending, Verdict, judge, lost_pods
+from finetune_operator.plan.follow import follow_stage, mark_running
 from finetune_operator.status import (
     PendingReason,
     conditions,
@@ -32,7 +32,6 @@ from finetune_operator.status import (
     refused_summary,
     shorten,
     succeeded_summary,
-    timestamp,
     warnings_hint,
     working_summary,
 )
@@ -78,7 +77,7 @@ def plan(
         denial=denial,
     )
     for stage in Stage:
-        _follow_stage(draft, stage)
+        follow_stage(draft, stage)
     results.record_notices(draft)
     return _advance(draft)
 
@@ -97,163 +96,6 @@ def _is_settled(finetunejob: ObservedFineTuneJob) -> bool:
     if was_refused(status):
         return finetunejob.spec is None
     return status.phase in TERMINAL
-
-
-def _follow_stage(draft: Draft, stage: Stage) -> None:
-    """Record what has become of the current attempt at a stage."""
-    job = _current_job(draft, stage)
-    if job is None:
-        return
-    if _has_outdated_settings(draft, job):
-        draft.add_event(
-            "StageRecreated", f"The pod of {stage} is made anew with its changed settings."
-        )
-        _undo_start(draft, stage)
-        return
-    verdict = _judge(draft, job)
-    if stage is Stage.PREPARE and not isinstance(verdict, Pending):
-        results.record_dataset(draft, job)
-    match verdict:
-        case Pending():
-            draft.requeue_after(verdict.requeue_after)
-            if verdict.reason is not None:
-                draft.pending_reasons[stage] = verdict.reason
-            if verdict.disruption is not None:
-                _remember_disruption(draft, stage, verdict.disruption)
-        case Done():
-            results.record_success(draft, job, verdict)
-        case Failure():
-            results.record_published_files(draft, job, verdict)
-            _record_failure(draft, stage, verdict)
-            if _newer_jobs(draft, stage):
-                _follow_stage(draft, stage)  # the next attempt was started without a word in status
-
-
-def _judge(draft: Draft, job: ObservedJob) -> Verdict:
-    """Judge the attempt, after its lost pods were counted."""
-    _tell_of_lost_pods(draft, job)
-    verdict = judge(job, draft.stages[job.stage], draft.policy, draft.now)
-    match verdict:
-        case Failure(free=True) if job.pod is None and draft.stages[job.stage].reason is None:
-            # Nobody saw how its pod was lost.
-            disruptions = draft.stages[job.stage].disruptions + 1
-            draft.change(job.stage, disruptions=disruptions)
-            return _too_many(draft, job.stage, verdict) or verdict
-        case Failure(free=True) as lost:
-            return _too_many(draft, job.stage, lost) or lost
-        case Pending(disruption=Failure() as lost):
-            return _too_many(draft, job.stage, lost) or verdict
-    return verdict
-
-
-def _tell_of_lost_pods(draft: Draft, job: ObservedJob) -> None:
-    """Count and tell each pod once: the Job may make the next one before anybody looks."""
-    lost, told = lost_pods(job, draft.policy, draft.now), draft.stages[job.stage].lost_pod
-    names = [name for name, _ in lost]
-    for name, failure in lost[names.index(told) + 1 if told in names else 0 :]:
-        disruptions = draft.stages[job.stage].disruptions + 1
-        draft.change(job.stage, disruptions=disruptions, lost_pod=name)
-        draft.add_warning(failure.reason, failure.message)
-
-
-def _too_many(draft: Draft, stage: Stage, last: Failure) -> Failure | None:
-    """The end of a stage that loses one pod after the other."""
-    count, limit = draft.stages[stage].disruptions, draft.policy.disruption_limit
-    if count <= limit:
-        return None
-    message = (
-        f"{last.message} {stage} has lost {count} pods; the operator's limit is {limit}. See why "
-        f"they are taken away, e.g. for memory that it doesn't request, then change the spec."
-    )
-    return replace(last, reason=Reason.POD_DISRUPTED, message=message, free=False, final=True)
-
-
-def _remember_disruption(draft: Draft, stage: Stage, disruption: Failure) -> None:
-    """Keep in status how the pod ended: it may be gone by the time its Job fails."""
-    message = shorten(disruption.message)
-    draft.change(stage, reason=str(disruption.reason), message=message)
-
-
-def _current_job(draft: Draft, stage: Stage) -> ObservedJob | None:
-    status, jobs = draft.stages[stage], draft.jobs_of(stage)
-    if status.state is StageState.RUNNING:
-        mine = [job for job in jobs if job.attempt == status.attempt]
-        if mine:
-            return min(mine, key=lambda job: job.deleting)
-        if _newer_jobs(draft, stage):
-            return _adopt(draft, stage)
-        # Somebody deleted the Job, or its TTL did while the operator was down, or the operator died
-        # before it made it. Start the same attempt again. If the watch just doesn't show the Job
-        # yet, its name prevents a second.
-        _undo_start(draft, stage)
-        return None
-    if status.state is StageState.PENDING:
-        return _adopt(draft, stage)
-    return None
-
-
-def _newer_jobs(draft: Draft, stage: Stage) -> list[ObservedJob]:
-    """Jobs that were started although status doesn't say so, whether or not they have ended."""
-    attempt = draft.stages[stage].attempt
-    newer = [job for job in draft.jobs_of(stage) if job.attempt > attempt and not job.deleting]
-    return [job for job in newer if not _has_outdated_settings(draft, job)]
-
-
-def _adopt(draft: Draft, stage: Stage) -> ObservedJob | None:
-    """Record the next of them as running; when it has ended, the one after it follows."""
-    job = min(_newer_jobs(draft, stage), key=lambda job: job.attempt, default=None)
-    if job is not None:
-        _mark_running(draft, stage, job.attempt, job.created)
-    return job
-
-
-def _has_outdated_settings(draft: Draft, job: ObservedJob) -> bool:
-    """Whether the pod has not started yet and would get other settings now."""
-    if job.finished is not None or job.deleting or (job.pod is not None and job.pod.started):
-        return False
-    if draft.stages[Stage.PREPARE].state is StageState.FAILED:
-        return False  # it couldn't be started again
-    return job.pod_settings != draft.pod_settings[job.stage]
-
-
-def _mark_running(draft: Draft, stage: Stage, attempt: int, since: datetime) -> None:
-    draft.change(
-        stage,
-        state=StageState.RUNNING,
-        attempt=attempt,
-        reason=None,
-        message=None,
-        start_time=timestamp(since),
-        completion_time=None,
-    )
-
-
-def _undo_start(draft: Draft, stage: Stage) -> None:
-    """Undo the start of an attempt, so that it starts again under the same number."""
-    attempt = draft.stages[stage].attempt - 1
-    draft.change(stage, state=StageState.PENDING, attempt=attempt, start_time=None)
-
-
-def _record_failure(draft: Draft, stage: Stage, failure: Failure) -> None:
-    status = draft.stages[stage]
-    failures = status.failures if failure.free or failure.final else status.failures + 1
-    limit = draft.spec.backoff_limit
-    retryable = failure.reason.retryable and not failure.final
-    again = failure.free or (retryable and failures <= limit)
-    message = failure.message
-    if retryable and not again:
-        times = "once" if failures == 1 else f"{failures} times"
-        message = f"{message} It failed {times}; spec.backoffLimit is {limit}."
-    draft.change(
-        stage,
-        state=StageState.PENDING if again else StageState.FAILED,
-        failures=failures,
-        reason=str(failure.reason),
-        message=shorten(message),
-        completion_time=timestamp(failure.at),
-    )
-    if not results.warn_of_failed_files(draft, failure.result, failure.reason):
-        draft.add_warning(failure.reason, message)
 
 
 def _advance(draft: Draft) -> Plan:
@@ -304,7 +146,7 @@ def _start(draft: Draft, stage: Stage) -> None:
     resolved = None if stage is Stage.PREPARE else draft.found.resolved
     draft.add_action(StartStage(stage, key, attempt, resolved))
     draft.add_event("StageStarted", f"Started {stage}, attempt {attempt}.")
-    _mark_running(draft, stage, attempt, draft.now)
+    mark_running(draft, stage, attempt, draft.now)
 
 
 def _wait_for_admission(draft: Draft, stage: Stage, words: str) -> None:

@@ -238,28 +238,23 @@ class Draft:
 
     def finish(self, stage: Stage, summary: Summary) -> Plan:
         previous, generation = self.finetunejob.status, self.finetunejob.generation
-        status = FineTuneJobStatus(
-            observed_generation=generation,
-            phase=summary.phase,
-            stage=stage,
-            conditions=conditions(
-                previous.conditions,
-                summary,
-                generation,
-                self.now,
-                self.finetunejob.not_understood,
-                former_stands=self.former_stands,
-            ),
-            stages=tuple(self.stages.values()),
-            version=self.found.version,
-            artifacts=self.found.artifacts,
-            manifest_uri=self.found.manifest_uri,
-            metrics=self.found.metrics,
-            dataset=self.found.dataset,
-            notices=self.found.notices,
-            lineage=self.found.lineage,
-            resolved=self.found.resolved,
-            planned=self.planned,
+        status = previous.model_copy(
+            update={
+                "observed_generation": generation,
+                "phase": summary.phase,
+                "stage": stage,
+                "conditions": conditions(
+                    previous.conditions,
+                    summary,
+                    generation,
+                    self.now,
+                    self.finetunejob.not_understood,
+                    former_stands=self.former_stands,
+                ),
+                "stages": tuple(self.stages.values()),
+                "planned": self.planned,
+                **vars(self.found),
+            }
         )
         return Plan(
             status=status,
