@@ -252,17 +252,3 @@ def test_dataset_model_and_output_in_three_stores(
 
 
 # Names that lead out
-
-
-def test_a_key_that_leads_out_of_its_folder_is_refused(
-    moto: Credentials, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_keys(moto, monkeypatch)
-    put = moto.client().put_object
-    put(Bucket=bucket, Key="evil/adapter/good.txt", Body=b"1")
-    put(Bucket=bucket, Key="evil/adapter/../../evil.py", Body=b"print('evil')")
-    folder = open_folder(f"s3://{bucket}/evil", Storage(endpoint=moto.endpoint))
-    target = tmp_path / "work" / "target"
-    with pytest.raises(StageError, match=r"evil/adapter/\.\./\.\./evil\.py has a name that leads"):
-        folder.download_tree("adapter", target)
-    assert list(tmp_path.rglob("*")) == []
