@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from finetune_operator.api import (
+    ON_EDIT,
     CaBundle,
     EnvVar,
     Name,
     Preserved,
     PrivateKeyReference,
+    Refresh,
     Resources,
     SecretKeyReference,
     SecretReference,
     Toleration,
     Volume,
+    parse_duration,
 )
 from finetune_operator.api.observed import FineTuneJobStatus
 from finetune_trainer import contract
@@ -65,6 +69,12 @@ class ModelSpec(contract.Model):
 
 class DatasetSpec(contract.Dataset):
     """The examples to learn from."""
+
+    refresh: Refresh = ON_EDIT
+    """When `prepare` looks whether dataset or model have changed where they lie. With `onEdit` it
+    looks when the spec is edited; with an interval (`30m`, `6h`; 1m at least) also so long after
+    its last look. What has changed becomes a new version, and the old one stays current until
+    that is there. A look waits for a running stage, and there is none while rollbackTo is set."""
 
     storage: DatasetStorageSpec | None = None
     """How to reach the object store of source and evalSource, where it is another than the one of
@@ -182,6 +192,12 @@ class FineTuneJobSpec(Base):
         return (self.storage, *(each for each in own if each is not None))
 
     @property
+    def refresh_interval(self) -> timedelta | None:
+        """How long after one look at dataset and model the next is due; None: never."""
+        refresh = self.dataset.refresh
+        return None if refresh == ON_EDIT else parse_duration(refresh)
+
+    @property
     def inputs_digest(self) -> str:
         """Digest of the parts that a fingerprint may depend on."""
         nobody = contract.JobReference(name="", namespace="")
@@ -207,7 +223,7 @@ class FineTuneJobSpec(Base):
             include=fields,
             exclude={
                 "model": {"token_secret_ref": True, "storage": references},
-                "dataset": {"storage": references},
+                "dataset": {"storage": references, "refresh": True},
                 "storage": references,
                 "export": {"signing": {"key_secret_ref": True}},
                 "output": {"hub": {"token_secret_ref": True}},

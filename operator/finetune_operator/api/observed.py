@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import Field
 
@@ -110,6 +110,13 @@ class Lineage(Base):
     """Trainer image that exported."""
 
 
+class LookCause(StrEnum):
+    """Why `prepare` looks again although the spec is as it was."""
+
+    REFRESH = "Refresh"
+    RETRY_REQUESTED = "RetryRequested"
+
+
 class PlannedStatus(Base):
     """The spec that `prepare` planned the stages for."""
 
@@ -117,11 +124,26 @@ class PlannedStatus(Base):
     """The metadata.generation at which `prepare` was last asked. Edits after it touched nothing
     that a stage depends on."""
 
+    look: int = 0
+    """How many times `prepare` was asked again since, with the same spec."""
+
+    cause: LookCause | None = None
+    """Why it was asked again: Refresh or RetryRequested."""
+
     inputs: str
     """Digest of model, dataset, training, export, output and storage."""
 
     hardware: str
     """Digest of the resources of the training's pod."""
+
+    @property
+    def prepare_key(self) -> str:
+        """The key by which the Jobs of this look are known."""
+        return f"{self.generation}.{self.look}" if self.look else str(self.generation)
+
+    def again(self, cause: LookCause) -> Self:
+        """The same, with another look."""
+        return self.model_copy(update={"look": self.look + 1, "cause": cause})
 
 
 class FineTuneJobStatus(Base):
@@ -192,6 +214,13 @@ class FineTuneJobStatus(Base):
 
     resolved: contract.Resolved | None = None
     """What `prepare` found out about the present spec; the stages after it rely on it."""
+
+    last_refresh_time: str | None = None
+    """With spec.dataset.refresh: when `prepare` last began to look at dataset and model (RFC
+    3339)."""
+
+    next_refresh_time: str | None = None
+    """When it looks again, or as soon after that as no stage is at work."""
 
     planned: PlannedStatus | None = None
     """What the present stages were planned for. An edit that leaves it as it is reruns nothing."""

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from finetune_operator.api.observed import FineTuneJobStatus, Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
-from finetune_operator.plan import results
+from finetune_operator.plan import looks, results
 from finetune_operator.plan.draft import (
     Action,
     Draft,
@@ -27,7 +27,6 @@ from finetune_operator.plan.follow import follow_stage, mark_running
 from finetune_operator.status import (
     PendingReason,
     conditions,
-    failed_summary,
     quality_hint,
     refused_summary,
     shorten,
@@ -61,9 +60,13 @@ def plan(
     """
     if finetunejob.deleting:
         return Plan(finetunejob.status)
-    if _is_settled(finetunejob):
+    settled = _is_settled(finetunejob)
+    look = looks.due_look(finetunejob, now, settled=settled)
+    if settled and look is None:
         held = stop_what_outlives_trainers(jobs, policy, now)
-        return replace(held, status=finetunejob.status)
+        delays = (held.requeue_after, looks.seconds_to_refresh(finetunejob, now))
+        soonest = min((each for each in delays if each is not None), default=None)
+        return replace(held, status=finetunejob.status, requeue_after=soonest)
     if finetunejob.spec is None:
         return refuse(finetunejob, Reason.INVALID_SPEC, finetunejob.spec_error or "", now)
     draft = Draft(
@@ -75,11 +78,12 @@ def plan(
         now=now,
         stages_with_old_pods=stages_with_old_pods,
         denial=denial,
+        look=look,
     )
     for stage in Stage:
         follow_stage(draft, stage)
     results.record_notices(draft)
-    return _advance(draft)
+    return looks.with_refresh_times(draft, _advance(draft))
 
 
 def _is_settled(finetunejob: ObservedFineTuneJob) -> bool:
@@ -110,7 +114,7 @@ def _advance(draft: Draft) -> Plan:
             if stage is not Stage.PREPARE:
                 _halt_running_stages(draft)
             draft.stop_obsolete_jobs()
-            return draft.finish(stage, failed_summary(left[0], _what_stays(draft)))
+            return draft.finish(stage, looks.failure_summary(draft, left[0]))
         case StageState.PENDING:
             draft.stop_obsolete_jobs()
             _start(draft, stage)
@@ -170,15 +174,6 @@ def _halt_running_stages(draft: Draft) -> None:
     for stage, status in draft.stages.items():
         if status.state is StageState.RUNNING:
             draft.change(stage, state=StageState.PENDING, start_time=None)
-
-
-def _what_stays(draft: Draft) -> str:
-    """What the failure of a newer spec leaves alone."""
-    running = [name for name, each in draft.stages.items() if each.state is StageState.RUNNING]
-    words = [f"The {running[0]} of the former spec goes on."] if running else []
-    if draft.is_ready and draft.former_stands:
-        words.append("The former version stays current.")
-    return " ".join(words)
 
 
 def _finish(draft: Draft) -> Plan:

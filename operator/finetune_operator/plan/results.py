@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from finetune_operator.api.observed import ArtifactStatus, Lineage, StageState, StageStatus
 from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
+from finetune_operator.plan.looks import stays_failed
 from finetune_operator.plan.verdict import Done, Failure
 from finetune_operator.status import timestamp
 from finetune_trainer.contract import (
@@ -65,7 +66,11 @@ def record_dataset(draft: Draft, job: ObservedJob) -> None:
     """Show what `prepare` found in the dataset, also if it failed because of that."""
     result = job.pod.result if job.pod is not None else None
     mine = result is not None and result.stage is Stage.PREPARE
-    draft.found.dataset = result.dataset if result is not None and mine else None
+    found = result.dataset if result is not None and mine else None
+    if (
+        found is not None or draft.planned.cause is None
+    ):  # a look that came to nothing tells nothing
+        draft.found.dataset = found
 
 
 def _record_resolved(
@@ -96,7 +101,9 @@ def _resolve_stage(
     same = before.fingerprint == fingerprint
     if stage is Stage.TRAIN and not same:
         draft.found.notices = ()  # they are about another training
-    if same and _still_holds(draft, before, cached=cached):
+    if same and (
+        _still_holds(draft, before, cached=cached) or (not cached and stays_failed(draft, before))
+    ):
         return True
     if same and stage is Stage.EXPORT and before.state is StageState.SUCCEEDED:
         draft.former_stands = False  # the store doesn't hold it any more
