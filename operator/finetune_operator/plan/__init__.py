@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from finetune_operator.api.observed import FineTuneJobStatus, Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
-from finetune_operator.plan import results
+from finetune_operator.plan import lifecycle, results
 from finetune_operator.plan.draft import (
     Action,
     Draft,
@@ -28,11 +28,9 @@ from finetune_operator.status import (
     PendingReason,
     conditions,
     failed_summary,
-    quality_hint,
     refused_summary,
     shorten,
     succeeded_summary,
-    warnings_hint,
     working_summary,
 )
 from finetune_trainer.contract import Reason, Stage
@@ -79,6 +77,9 @@ def plan(
     for stage in Stage:
         follow_stage(draft, stage)
     results.record_notices(draft)
+    if draft.spec.suspend:
+        return lifecycle.suspend(draft)
+    lifecycle.tell_of_resumption(draft)
     return _advance(draft)
 
 
@@ -182,12 +183,7 @@ def _what_stays(draft: Draft) -> str:
 
 
 def _finish(draft: Draft) -> Plan:
-    folder, manifest = results.artifacts_folder(draft), draft.found.manifest_uri
-    message = f"The artifacts are in {folder}; {manifest} lists them."
-    message += warnings_hint(draft.found.notices) + quality_hint(draft.found.artifacts)
-    if not draft.is_ready or draft.planned != draft.finetunejob.status.planned:
-        draft.add_event(Reason.SUCCEEDED, message)
-    return draft.finish(Stage.EXPORT, succeeded_summary(message))
+    return draft.finish(Stage.EXPORT, succeeded_summary(results.tell_of_success(draft)))
 
 
 def refuse(finetunejob: ObservedFineTuneJob, reason: Reason, message: str, now: datetime) -> Plan:
