@@ -31,6 +31,7 @@ AS_EXPECTED = "AsExpected"
 ALL_WELL = "Nothing needs attention."
 RETRYING = "Retrying"
 VERSION_SKEW = "VersionSkew"
+SUSPENDED = "Suspended"
 # Flux and other tools that read conditions by kstatus go by these two.
 RECONCILING, STALLED = "Reconciling", "Stalled"
 SKEW_WORDS = (
@@ -169,6 +170,8 @@ def conditions(
         claims[RECONCILING] = summary.progressing
     elif summary.phase is Phase.FAILED:
         claims[STALLED] = summary.degraded
+    elif summary.phase is Phase.SUSPENDED:
+        claims[SUSPENDED] = ConditionValue(True, SUSPENDED, summary.progressing.message)
     made = {
         kind: _condition(kind, claim, before.get(kind), generation, now)
         for kind, claim in claims.items()

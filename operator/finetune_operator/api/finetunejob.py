@@ -178,6 +178,10 @@ class FineTuneJobSpec(Base):
 
     stages: StagesSpec = StagesSpec()
 
+    suspend: bool = False
+    """Stop what runs and start nothing until this is false again. A training saves its last step
+    and goes on from there, without a failed attempt; artifacts stay as they are."""
+
     backoff_limit: Annotated[int, Field(ge=0, le=100)] = 2
     """Further attempts of a stage after a failure that a retry can cure. Bad data or a bad spec is
     never tried again; an evicted or preempted pod is tried again free of charge."""

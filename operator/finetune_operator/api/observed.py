@@ -19,6 +19,7 @@ class Phase(StrEnum):
     PREPARING = "Preparing"
     TRAINING = "Training"
     EXPORTING = "Exporting"
+    SUSPENDED = "Suspended"
     SUCCEEDED = "Succeeded"
     FAILED = "Failed"
 
@@ -153,7 +154,7 @@ class FineTuneJobStatus(Base):
     """The metadata.generation that this status is about."""
 
     phase: Phase | None = None
-    """Pending, Preparing, Training, Exporting, Succeeded or Failed."""
+    """Pending, Preparing, Training, Exporting, Suspended, Succeeded or Failed."""
 
     stage: Stage | None = None
     """The stage that runs, or ran last."""
@@ -169,8 +170,9 @@ class FineTuneJobStatus(Base):
     ] = ()
     """Ready (artifacts are there; observedGeneration says of which spec), Progressing (a stage is
     at work) and Degraded (it failed, or something needs attention). While they hold, Reconciling
-    and Stalled say the same in the words of kstatus, and VersionSkew that the operator doesn't
-    understand all of spec and status."""
+    and Stalled say the same in the words of kstatus, Suspended that spec.suspend is true and
+    nothing runs any more, and VersionSkew that the operator doesn't understand all of spec and
+    status."""
 
     stages: Annotated[
         tuple[StageStatus, ...],

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from finetune_operator.api.observed import FineTuneJobStatus, Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
-from finetune_operator.plan import looks, results
+from finetune_operator.plan import lifecycle, looks, results
 from finetune_operator.plan.draft import (
     Action,
     Draft,
@@ -27,11 +27,9 @@ from finetune_operator.plan.follow import follow_stage, mark_running
 from finetune_operator.status import (
     PendingReason,
     conditions,
-    quality_hint,
     refused_summary,
     shorten,
     succeeded_summary,
-    warnings_hint,
     working_summary,
 )
 from finetune_trainer.contract import Reason, Stage
@@ -83,7 +81,12 @@ def plan(
     for stage in Stage:
         follow_stage(draft, stage)
     results.record_notices(draft)
-    return looks.with_refresh_times(draft, _advance(draft))
+    if draft.spec.suspend:
+        made = lifecycle.suspend(draft)
+    else:
+        lifecycle.tell_of_resumption(draft)
+        made = _advance(draft)
+    return looks.with_refresh_times(draft, made)
 
 
 def _is_settled(finetunejob: ObservedFineTuneJob) -> bool:
@@ -177,12 +180,7 @@ def _halt_running_stages(draft: Draft) -> None:
 
 
 def _finish(draft: Draft) -> Plan:
-    folder, manifest = results.artifacts_folder(draft), draft.found.manifest_uri
-    message = f"The artifacts are in {folder}; {manifest} lists them."
-    message += warnings_hint(draft.found.notices) + quality_hint(draft.found.artifacts)
-    if not draft.is_ready or draft.planned != draft.finetunejob.status.planned:
-        draft.add_event(Reason.SUCCEEDED, message)
-    return draft.finish(Stage.EXPORT, succeeded_summary(message))
+    return draft.finish(Stage.EXPORT, succeeded_summary(results.tell_of_success(draft)))
 
 
 def refuse(finetunejob: ObservedFineTuneJob, reason: Reason, message: str, now: datetime) -> Plan:

@@ -275,6 +275,8 @@ class Draft:
 
     def _is_current(self, job: ObservedJob) -> bool:
         """Whether it is the attempt at work, or one after it, which takes its place in time."""
+        if self.spec.suspend:
+            return False
         stage = self.stages[job.stage]
         current = job.stage_key == self.stage_key(job.stage) and job.attempt >= stage.attempt
         return stage.state is StageState.RUNNING and current
@@ -326,8 +328,8 @@ def _planned(finetunejob: ObservedFineTuneJob, spec: FineTuneJobSpec) -> Planned
         inputs=spec.inputs_digest,
         hardware=spec.hardware_digest,
     )
-    if _is_seen(finetunejob):
-        return before or now
+    if spec.suspend or _is_seen(finetunejob):
+        return before or now  # while it is suspended, nobody looks at what an edit touches
     states = {stage.name: stage.state for stage in status.stages}
     if before is None or before.inputs != now.inputs or StageState.FAILED in states.values():
         return now

@@ -37,7 +37,7 @@ def seconds_to_refresh(finetunejob: ObservedFineTuneJob, now: datetime) -> float
 def next_refresh(spec: FineTuneJobSpec, prepare: StageStatus) -> datetime | None:
     """When dataset and model are looked at again: so long after the last look began."""
     interval = spec.refresh_interval
-    if interval is None or prepare.start_time is None:
+    if interval is None or prepare.start_time is None or spec.suspend:
         return None
     return datetime.fromisoformat(prepare.start_time) + interval
 

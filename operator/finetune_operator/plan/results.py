@@ -10,10 +10,11 @@ from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
 from finetune_operator.plan.looks import stays_failed
 from finetune_operator.plan.verdict import Done, Failure
-from finetune_operator.status import timestamp
+from finetune_operator.status import quality_hint, timestamp, warnings_hint
 from finetune_trainer.contract import (
     Artifact,
     Notice,
+    Reason,
     Resolved,
     Stage,
     StageResult,
@@ -159,6 +160,16 @@ def _record_artifacts(draft: Draft, result: StageResult | None, image: str | Non
     # Where the result was lost, the output folder's own manifest names the version.
     draft.found.manifest_uri = manifest or f"{draft.spec.output.folder}/manifest.json"
     draft.found.lineage = _lineage(draft.found.resolved, image) if draft.found.resolved else None
+
+
+def tell_of_success(draft: Draft) -> str:
+    """Where the artifacts are, in words; an event as well, when they are new."""
+    folder, manifest = artifacts_folder(draft), draft.found.manifest_uri
+    message = f"The artifacts are in {folder}; {manifest} lists them."
+    message += warnings_hint(draft.found.notices) + quality_hint(draft.found.artifacts)
+    if not draft.is_ready or draft.planned != draft.finetunejob.status.planned:
+        draft.add_event(Reason.SUCCEEDED, message)
+    return message
 
 
 def artifacts_folder(draft: Draft) -> str:
