@@ -59,7 +59,7 @@ class ObservedJob:
     uid: str
     stage: Stage
     stage_key: str
-    """The stage's fingerprint; for `prepare`, the generation."""
+    """The stage's fingerprint; for `prepare`, the generation and which look it is."""
 
     attempt: int
     pod_settings: str

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from finetune_operator.api import (
+    ON_EDIT,
     CaBundle,
     EnvVar,
     Name,
     Preserved,
     PrivateKeyReference,
+    Refresh,
     Resources,
     SecretKeyReference,
     SecretReference,
     Toleration,
     Volume,
+    parse_duration,
 )
 from finetune_operator.api.observed import FineTuneJobStatus
 from finetune_trainer import contract
@@ -65,6 +69,12 @@ class ModelSpec(contract.Model):
 
 class DatasetSpec(contract.Dataset):
     """The examples to learn from."""
+
+    refresh: Refresh = ON_EDIT
+    """When `prepare` looks whether dataset or model have changed where they lie. With `onEdit` it
+    looks when the spec is edited; with an interval (`30m`, `6h`; 1m at least) also so long after
+    its last look. What has changed becomes a new version, and the old one stays current until
+    that is there. A look waits for a running stage, and there is none while rollbackTo is set."""
 
     storage: DatasetStorageSpec | None = None
     """How to reach the object store of source and evalSource, where it is another than the one of
@@ -168,6 +178,10 @@ class FineTuneJobSpec(Base):
 
     stages: StagesSpec = StagesSpec()
 
+    suspend: bool = False
+    """Stop what runs and start nothing until this is false again. A training saves its last step
+    and goes on from there, without a failed attempt; artifacts stay as they are."""
+
     backoff_limit: Annotated[int, Field(ge=0, le=100)] = 2
     """Further attempts of a stage after a failure that a retry can cure. Bad data or a bad spec is
     never tried again; an evicted or preempted pod is tried again free of charge."""
@@ -180,6 +194,12 @@ class FineTuneJobSpec(Base):
         """The stores that a stage's pod needs access to: only `prepare` reads the dataset's."""
         own = [self.model.storage, self.dataset.storage if stage is Stage.PREPARE else None]
         return (self.storage, *(each for each in own if each is not None))
+
+    @property
+    def refresh_interval(self) -> timedelta | None:
+        """How long after one look at dataset and model the next is due; None: never."""
+        refresh = self.dataset.refresh
+        return None if refresh == ON_EDIT else parse_duration(refresh)
 
     @property
     def inputs_digest(self) -> str:
@@ -207,7 +227,7 @@ class FineTuneJobSpec(Base):
             include=fields,
             exclude={
                 "model": {"token_secret_ref": True, "storage": references},
-                "dataset": {"storage": references},
+                "dataset": {"storage": references, "refresh": True},
                 "storage": references,
                 "export": {"signing": {"key_secret_ref": True}},
                 "output": {"hub": {"token_secret_ref": True}},

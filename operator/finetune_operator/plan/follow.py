@@ -64,6 +64,8 @@ def _judge(draft: Draft, job: ObservedJob) -> Verdict:
 def _tell_of_lost_pods(draft: Draft, job: ObservedJob) -> None:
     """Count and tell each pod once: the Job may make the next one before anybody looks."""
     lost, told = lost_pods(job, draft.policy, draft.now), draft.stages[job.stage].lost_pod
+    if job.deleting or draft.spec.suspend:  # it was stopped together with its pods
+        lost = [each for each in lost if each[1].reason is Reason.NODE_LOST]
     names = [name for name, _ in lost]
     for name, failure in lost[names.index(told) + 1 if told in names else 0 :]:
         disruptions = draft.stages[job.stage].disruptions + 1
@@ -126,7 +128,7 @@ def _has_outdated_settings(draft: Draft, job: ObservedJob) -> bool:
     """Whether the pod has not started yet and would get other settings now."""
     if job.finished is not None or job.deleting or (job.pod is not None and job.pod.started):
         return False
-    if draft.stages[Stage.PREPARE].state is StageState.FAILED:
+    if draft.stages[Stage.PREPARE].state is StageState.FAILED or draft.spec.suspend:
         return False  # it couldn't be started again
     return job.pod_settings != draft.pod_settings[job.stage]
 
@@ -144,8 +146,15 @@ def mark_running(draft: Draft, stage: Stage, attempt: int, since: datetime) -> N
 
 
 def _undo_start(draft: Draft, stage: Stage) -> None:
-    """Undo the start of an attempt, so that it starts again under the same number."""
-    attempt = draft.stages[stage].attempt - 1
+    """Undo the start of an attempt, so that it starts again under the same number.
+
+    One that was stopped by spec.suspend took place: the next one gets another number.
+    """
+    attempt = draft.stages[stage].attempt
+    if draft.spec.suspend:
+        draft.change(stage, reason=None, message=None)
+    else:
+        attempt -= 1
     draft.change(stage, state=StageState.PENDING, attempt=attempt, start_time=None)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from finetune_trainer.contract import Reason
-from finetune_trainer.runtime.failures import MemoryFullError
+from finetune_trainer.runtime.endings import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter, Transfer
 
 OnProgress = Callable[[int, int], None]
