@@ -57,7 +57,7 @@ def main() -> int:
 
 def figures(outcome: Outcome) -> str:
     """The table of a run, and each promise that was broken."""
-    courses = Counter(subject.course for subject in outcome.subjects)
+    courses = Counter(str(subject.course) for subject in outcome.subjects)
     rows = [
         f"Kubernetes {outcome.version}, seed {outcome.seed}, {outcome.seconds:.0f} s, of which "
         f"{outcome.rest_seconds:.0f} s after the last fault",

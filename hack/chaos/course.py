@@ -9,16 +9,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
 from hack import REPOSITORY
-from hack.chaos.api import Api, Away
+from hack.chaos.api import Api, Away, Raw
 from hack.chaos.faults import Faults
 from hack.chaos.jobs import Subject, subjects, wrong_ends
 from hack.chaos.promises import Broken, Findings, check, orphans
 from hack.chaos.proxy import ChaosProxy
-from hack.chaos.recorder import Recorder
+from hack.chaos.recorder import Change, Recorder
 from hack.kwok.cluster import KwokCluster
 from hack.operator_process import Operator
 
@@ -26,6 +27,7 @@ TICK_SECONDS = 0.1
 FAULT_PAUSE_SECONDS = 0.9  # between two faults, on average
 REST_SECONDS = 420.0  # after the last fault; a job that was hit often waits minutes before it tries
 LOOK_SECONDS = 2.0
+CALM_SECONDS = 5.0  # so long nothing may be left to do before the promises are checked
 LONG = 100  # from so many faults or FineTuneJobs on, there are some that take more than a minute
 
 Say = Callable[[str], None]
@@ -75,6 +77,8 @@ class Run:
         self.done: Counter[str] = Counter()
         self.missed: Counter[str] = Counter()
         self.ended_by_itself = 0
+        self.log: list[tuple[datetime, str]] = []
+        self.history = folder / "history.jsonl"
         settings = {"FINETUNE_RESYNC_SECONDS": "30", "FINETUNE_LOG_FORMAT": ""}
         self.operator = Operator(cluster.plane, folder, checkout, **settings)
         self._due: list[tuple[float, Subject, bool]] = []
@@ -99,6 +103,8 @@ class Run:
             wrong = self._rest(api, recorder)
             now = time.monotonic()
             findings = check(recorder.changes(), wrong, len(self.subjects))
+            if findings.broken:
+                self._write_history(recorder.changes())
             return Outcome(
                 version=plane.version,
                 seed=self.seed,
@@ -135,11 +141,14 @@ class Run:
             name = next(order)
             if all(not due for due in self._due) and not self._any_at_work(recorder):
                 break  # nothing is left that a fault could meet
+            faults.target, when = "", datetime.now(UTC)
             try:
                 hit = kinds[name][1]()
             except Away:
                 hit = False
             (self.done if hit else self.missed)[name] += 1
+            if hit:
+                self.log.append((when, f"{name} {faults.target}".rstrip()))
 
     def _order(self, weights: Mapping[str, int]) -> Iterator[str]:
         """Kinds of faults without an end: each of them early on, and as often as it weighs."""
@@ -205,17 +214,29 @@ class Run:
 
     def _rest(self, api: Api, recorder: Recorder) -> list[Broken]:
         """Wait until all is at its right end; what is not when the time is over."""
-        until = time.monotonic() + REST_SECONDS
+        now = time.monotonic()
+        until, deadline = now + CALM_SECONDS, now + REST_SECONDS
         while True:
             self._wait(LOOK_SECONDS, api)
             try:
-                wrong = wrong_ends(self.subjects, api)
+                wrong, moving = wrong_ends(self.subjects, api)
             except Away:
                 continue
-            resting = not wrong and not self._due and not orphans(recorder.changes())
-            if resting or time.monotonic() > until:
+            now = time.monotonic()
+            if moving or self._due or orphans(recorder.changes()):
+                until = now + CALM_SECONDS
+            if now > min(until, deadline):
                 return wrong
 
+    def _write_history(self, changes: list[Change]) -> None:
+        """Write down, by time, all that was done and seen, for whoever looks for the cause."""
+        rows = [(when, {"fault": words}) for when, words in self.log]
+        rows += [(each.seen, _row(each)) for each in changes]
+        with self.history.open("w") as sink:
+            for when, row in sorted(rows, key=lambda row: row[0]):
+                sink.write(json.dumps({"time": when.isoformat(), **row}) + "\n")
 
-def describe(found: Broken) -> str:
-    return json.dumps({"promise": found.promise, "job": found.job, "words": found.words})
+
+def _row(change: Change) -> Raw:
+    about = {"resource": change.resource, "name": change.name, "version": change.version}
+    return {**about, "deleted": change.deleted, "missed": change.missed, **change.raw}

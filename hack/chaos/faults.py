@@ -40,6 +40,8 @@ class Faults:
         self._cluster, self._proxy, self._operator = cluster, proxy, operator
         self._recorder, self._api, self._random = recorder, api, random_
         self._subjects = {subject.name: subject for subject in subjects}
+        self.target = ""
+        """What the last fault has hit, if it was a pod or a Job."""
 
     def kinds(self, *, brief: bool) -> dict[str, tuple[int, Fault]]:
         """Each fault by its name, with its weight; `brief` leaves out what takes long."""
@@ -59,7 +61,7 @@ class Faults:
             "requests refused (503)": (2, lambda: self.arm("refusal")),
             "pod deleted": (5, self.delete_pod),
             "pod evicted": (3, self.evict_pod),
-            "Job deleted": (5, self.delete_job),
+            "Job deleted": (8, self.delete_job),
             "trainer ends with exit code 1": (3, self.fail_pod),
         }
 
@@ -166,7 +168,8 @@ class Faults:
             return None
         raw = self._random.choice(possible)
         self._subject(raw).hits += 1
-        return str(raw["metadata"]["name"])
+        self.target = str(raw["metadata"]["name"])
+        return self.target
 
     def _may_be_hit(self, raw: Raw) -> bool:
         meta = raw["metadata"]

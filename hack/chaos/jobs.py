@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from finetune_trainer.contract import Reason, Stage, StageResult
-from hack.chaos.api import Api, Away, Raw
-from hack.chaos.promises import RIGHT_END, Broken
+from hack.chaos.api import Api, Raw
+from hack.chaos.promises import ENDS, RIGHT_END, Broken
 from hack.kwok import stages
 
 MILLISECONDS = {Stage.PREPARE: (400, 2000), Stage.TRAIN: (1500, 7000), Stage.EXPORT: (500, 3000)}
-STOP_MILLISECONDS = (200, 3500)
+STOP_MILLISECONDS = (1000, 8000)
 BACKOFF_LIMIT = 8
 TTL_SECONDS = 60  # the shortest that the operator grants
 
@@ -198,22 +198,31 @@ def _steps(subject: Subject) -> list[Callable[[Api], bool]]:
         api.create("finetunejobs", subject.body())
         return True
 
-    return {
+    steps: dict[Course, list[Callable[[Api], bool]]] = {
         Course.RETRAINED: [retrain],
         Course.TOUCHED: [touch],
         Course.DELETED: [delete],
         Course.RECREATED: [delete, create],
-    }.get(subject.course, [])
+    }
+    return steps.get(subject.course, [])
 
 
-def wrong_ends(all_: list[Subject], api: Api) -> list[Broken]:
-    """Those that are not at their right end; raises Away."""
-    found = []
+def wrong_ends(all_: list[Subject], api: Api) -> tuple[list[Broken], bool]:
+    """Those that are not at their right end, and whether one of them may yet get there.
+
+    Raises Away.
+    """
+    broken, moving = [], False
     for subject in all_:
-        words = subject.fault(api.get("finetunejobs", subject.name))
+        found = api.get("finetunejobs", subject.name)
+        words = subject.fault(found)
         if words:
-            found.append(Broken(RIGHT_END, subject.name, f"({subject.course}) {words}"))
-    return found
+            broken.append(Broken(RIGHT_END, subject.name, f"({subject.course}) {words}"))
+            moving = moving or not _is_settled(found)
+    return broken, moving
 
 
-__all__ = ["Away", "Course", "Subject", "subjects", "wrong_ends"]
+def _is_settled(raw: Raw | None) -> bool:
+    status = (raw or {}).get("status") or {}
+    current = raw and status.get("observedGeneration") == raw["metadata"]["generation"]
+    return bool(current) and status.get("phase") in ENDS

@@ -241,7 +241,7 @@ def _steps_back(before: Raw, after: Raw) -> Iterator[str]:
         yield f"observedGeneration from {one} to {other}"
     if other != one:
         return
-    old, new = before.get("phase"), after.get("phase")
+    old, new = str(before.get("phase")), str(after.get("phase"))
     if (old in ENDS and new != old) or PHASES.get(new, 9) < PHASES.get(old, 0):
         yield f"phase from {old} to {new}"
     if _ready(before) and not _ready(after):
