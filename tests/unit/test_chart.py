@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from finetune_operator.settings import Settings
+from hack.cluster import versions
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "finetune-operator"
@@ -133,4 +134,11 @@ def test_the_chart_holds_the_rules_of_the_definition() -> None:
 
 
 def test_a_cluster_older_than_the_supported_ones_is_refused() -> None:
-    assert yaml.safe_load((CHART / "Chart.yaml").read_text())["kubeVersion"] == ">=1.33.0-0"
+    asked = yaml.safe_load((CHART / "Chart.yaml").read_text())["kubeVersion"]
+    assert asked == f">=1.{versions.MINORS[0]}.0-0"
+
+
+@pytest.mark.parametrize("minor", versions.MINORS)
+def test_every_supported_kubernetes_knows_each_field(minor: int) -> None:
+    for document in render():
+        kubernetes_validate.validate(document, f"1.{minor}", strict=True)

@@ -9,7 +9,9 @@ from uuid import uuid4
 
 import pytest
 
+from hack.cluster import versions
 from hack.cluster.control_plane import ControlPlane
+from tests.fixtures import leave_out
 from tests.integration.operator.process import Operator, install
 from tests.integration.operator.stage import Namespace
 
@@ -32,22 +34,28 @@ def operator(
     operator.stop()
 
 
+@pytest.fixture(scope="session")
+def supported(request: pytest.FixtureRequest, installed: ControlPlane) -> ControlPlane:
+    """The same; a test that asks for it is left out on the last resort of a poor machine."""
+    if installed.minor_version not in versions.MINORS:
+        reason = f"Kubernetes {installed.version} drops rules and policies without a word"
+        leave_out(request.config, f"{reason}; use 1.{versions.MINORS[0]} or newer")
+    return installed
+
+
 @pytest.fixture
-def older_definition(installed: ControlPlane) -> Iterator[None]:
+def older_definition(supported: ControlPlane) -> Iterator[None]:
     """The definition as of before a rule: a chart's upgrade doesn't replace it."""
     name = "crd/finetunejobs.finetune.dev"
-    today = json.loads(installed.kubectl("get", name, "-o", "json"))
+    today = json.loads(supported.kubectl("get", name, "-o", "json"))
     del today["metadata"]["resourceVersion"]
     older = without_rules(today)
-    if older == today:  # this server dropped them, since it knows no rules
-        yield
-        return
-    default = Namespace(installed, "default")
+    default = Namespace(supported, "default")
     wrong = {"training": {"epochs": 0}}
-    installed.kubectl("replace", "-f", "-", input=json.dumps(older))
+    supported.kubectl("replace", "-f", "-", input=json.dumps(older))
     default.wait("the older definition", lambda: not default.refusal(**wrong))
     yield
-    installed.kubectl("replace", "-f", "-", input=json.dumps(today))
+    supported.kubectl("replace", "-f", "-", input=json.dumps(today))
     default.wait("today's definition", lambda: default.refusal(**wrong))
     default.close()
 
