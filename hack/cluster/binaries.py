@@ -133,7 +133,7 @@ def _from_assets(
             reasons.append(f"{folder} lacks {', '.join(lacking)}")
             continue
         any_will_do = not wanted.named and folder == assets
-        if any_will_do or versions.fits(_version(folder), wanted.version):
+        if any_will_do or wanted.served_by(_version(folder)):
             return folder
         reasons.append(f"{folder} has {_version(folder)}")
     return None

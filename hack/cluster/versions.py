@@ -21,6 +21,7 @@ VARIABLE = "K8S"
 MINORS = range(33, 38)
 NEWEST = "1.37.2"
 OLDEST = "1.33.13"
+PINS = {"newest": NEWEST, "oldest": OLDEST}
 LAST_RESORT = "1.20.2"
 """What Debian's source holds; nothing is tested or promised for it."""
 
@@ -50,6 +51,9 @@ class Wanted:
     named: bool = False
     """Whether K8S says so; else any folder and, at last, any version will do."""
 
+    any_patch: bool = True
+    """Whether a folder may have another patch of it: `newest` and `oldest` pin downloads alone."""
+
     @classmethod
     def here(cls) -> Self:
         """What the environment asks for."""
@@ -58,14 +62,21 @@ class Wanted:
             return cls()
         if os.sep in text:
             return cls(folder=Path(text).expanduser(), named=True)
-        text = {"newest": NEWEST, "oldest": OLDEST}.get(text, text).removeprefix("v")
+        if text in PINS:
+            return cls(PINS[text], named=True)
+        text = text.removeprefix("v")
         found = re.fullmatch(r"1\.(\d+)(\.\d+)?", text)
         if not found or not (int(found[1]) in MINORS or fits(LAST_RESORT, text)):
             raise Unavailable(
                 f"{VARIABLE}={text}: name newest, oldest, a version from 1.{MINORS[0]} to "
                 f"1.{MINORS[-1]} such as {OLDEST}, or a folder of programs"
             )
-        return cls(text, named=True)
+        return cls(text, named=True, any_patch=False)
+
+    def served_by(self, version: str) -> bool:
+        """Whether a folder with that version will do."""
+        asked = self.version.rpartition(".")[0] if self.any_patch else self.version
+        return fits(version, asked)
 
     @property
     def last_resort(self) -> bool:

@@ -185,6 +185,23 @@ def test_a_folder_of_folders_has_every_version_in_it(
         assert binaries.kubectl() == folder / "kubectl"
 
 
+@pytest.mark.parametrize(
+    ("asked", "serves"), [("oldest", True), ("1.33", True), ("1.33.13", False)]
+)
+def test_a_folder_may_have_a_later_patch_of_the_oldest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: str, serves: bool
+) -> None:
+    later = programs(tmp_path / "later", "1.33.14", *NODE)
+    monkeypatch.setenv(binaries.ASSETS_VARIABLE, str(later))
+    monkeypatch.setenv(versions.VARIABLE, asked)
+
+    if serves:
+        assert folders(binaries.ensure(binaries.CONTROL_PLANE)) == {later}
+    else:
+        with pytest.raises(Unavailable, match=r"later has 1\.33\.14"):
+            binaries.ensure(binaries.CONTROL_PLANE)
+
+
 def test_a_minor_version_takes_its_newest_patch_of_the_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
