@@ -49,8 +49,13 @@ def _complete(path: Path) -> bool:
 
 @contextmanager
 def fresh(version: str) -> Iterator[Path]:
-    """A folder to put a version's programs into; it becomes the version's when all is well."""
+    """A folder to put a version's programs into; it becomes the version's when all is well.
+
+    Only for who holds the lock on the cache, since it removes what others have left half done.
+    """
     root().mkdir(parents=True, exist_ok=True)
+    for cut_off in root().glob(".fresh-*"):
+        shutil.rmtree(cut_off, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=".fresh-", dir=root()))
     try:
         programs = work / "programs"

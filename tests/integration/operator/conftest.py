@@ -9,9 +9,8 @@ from uuid import uuid4
 
 import pytest
 
-from hack.cluster import versions
 from hack.cluster.control_plane import ControlPlane
-from tests.fixtures import leave_out
+from tests.fixtures import require_supported
 from tests.integration.operator.process import Operator, install
 from tests.integration.operator.stage import Namespace
 
@@ -37,10 +36,7 @@ def operator(
 @pytest.fixture(scope="session")
 def supported(request: pytest.FixtureRequest, installed: ControlPlane) -> ControlPlane:
     """The same; a test that asks for it is left out on the last resort of a poor machine."""
-    if installed.minor_version not in versions.MINORS:
-        reason = f"Kubernetes {installed.version} drops rules and policies without a word"
-        leave_out(request.config, f"{reason}; use 1.{versions.MINORS[0]} or newer")
-    return installed
+    return require_supported(request.config, installed)
 
 
 @pytest.fixture
