@@ -124,3 +124,25 @@ def test_a_finished_model_stays_ready(here: Namespace) -> None:
     here.apply()
     here.wait_phase("Succeeded")
     assert here.jobs() == [("prepare", 1), ("train", 1), ("export", 1)]
+
+
+def test_an_attempt_that_takes_too_long_is_ended(here: Namespace) -> None:
+    limit = {"train": {"activeDeadlineSeconds": 3}}
+    here.apply(stages=limit)
+    here.succeed(prepared())
+    pod = here.pod(TRAIN)
+    here.bind(pod, NODE)
+    here.start_pod(TRAIN)
+    here.wait("SIGTERM", lambda: leaving(here, pod))
+    assert here.stage(TRAIN)["state"] == "Running"  # it saves its last step
+    end_leaving_pod(here, pod, 14, STOPPED)
+    here.remove_pod(pod)
+    here.wait_phase("Failed")
+    kind, reason, message = here.condition("Degraded")
+    assert (kind, reason) == ("True", "DeadlineExceeded")
+    assert "spec.stages.train.activeDeadlineSeconds" in message
+    train = here.stage(TRAIN)
+    assert (train["attempt"], train.get("disruptions", 0)) == (1, 0)
+    here.apply()  # without the limit
+    here.succeed(prepared(PREPARE))
+    here.start_pod(TRAIN, attempt=2)
