@@ -93,7 +93,7 @@ test-integration: kubernetes ## Tests on a real API server, store and model, wit
 .PHONY: test-operator
 test-operator: build ## The operator on a real API server: make test-operator K8S=oldest
 	$(BIN)/python -m hack.cluster build-binaries --no-node
-	$(PYTEST) tests/integration/operator tests/integration/test_cluster_control_plane.py
+	$(PYTEST) tests/integration/operator tests/integration/kwok tests/integration/test_cluster_control_plane.py
 
 .PHONY: test-e2e
 test-e2e: kubernetes ## The main job on a real node
