@@ -121,14 +121,14 @@ def stop_on_signal(stage: Callable[[], Stage], path: Path | None, reporter: Repo
 def _run(stage: Stage, config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
     # Imported when needed: each brings seconds of libraries that the others do without.
     if stage is Stage.PREPARE:
-        from finetune_trainer.prepare.stage import run as prepare  # noqa: PLC0415
+        from finetune_trainer.prepare.prepare_stage import run as prepare  # noqa: PLC0415
 
         return prepare(config, workdir, reporter)
     prepared = as_prepared(config)
     if stage is Stage.TRAIN:
-        from finetune_trainer.train.stage import run as train  # noqa: PLC0415
+        from finetune_trainer.train.train_stage import run as train  # noqa: PLC0415
 
         return train(prepared, workdir, reporter)
-    from finetune_trainer.export.stage import run as export  # noqa: PLC0415
+    from finetune_trainer.export.export_stage import run as export  # noqa: PLC0415
 
     return export(prepared, workdir, reporter)

@@ -37,14 +37,14 @@ COMMAND = "finetune_trainer"
 # What takes seconds to import.
 MODULES = (
     "finetune_trainer.__main__",
-    "finetune_trainer.prepare.stage",
-    "finetune_trainer.train.stage",
+    "finetune_trainer.prepare.prepare_stage",
+    "finetune_trainer.train.train_stage",
     "finetune_trainer.train.recipe.train_worker",
     "finetune_trainer.train.recipe.processes",
     "torch.distributed.run",
-    "finetune_trainer.export.stage",
+    "finetune_trainer.export.export_stage",
     "finetune_trainer.export.reference.float32",
-    "finetune_trainer.store.s3",
+    "finetune_trainer.store.s3_folder",
     "transformers.models.llama.modeling_llama",
     "tensorboardX",
     "llama_cpp",

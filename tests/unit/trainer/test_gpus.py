@@ -28,7 +28,7 @@ from finetune_trainer.memory.gpus import (
     first_visible,
 )
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.train.stage import run
+from finetune_trainer.train.train_stage import run
 
 H100 = Gpu("NVIDIA H100", 80 << 30, (9, 0))
 V100 = Gpu("Tesla V100", 16 << 30, (7, 0))

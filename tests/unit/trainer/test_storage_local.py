@@ -11,7 +11,7 @@ import pytest
 
 from finetune_trainer.contract import Reason, StageError, Storage
 from finetune_trainer.store import FileInfo, Folder, LocalFolder, open_folder, split
-from finetune_trainer.store.local import PARTIAL
+from finetune_trainer.store.local_folder import PARTIAL
 
 
 @pytest.fixture

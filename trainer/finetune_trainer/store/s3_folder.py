@@ -13,7 +13,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from finetune_trainer.contract import Storage
 from finetune_trainer.store import s3_upload
 from finetune_trainer.store.folder import FileInfo, Folder, OnBytes
-from finetune_trainer.store.local import replacing
+from finetune_trainer.store.local_folder import replacing
 from finetune_trainer.store.s3_client import (
     client,
     error_code,
