@@ -40,7 +40,7 @@ from finetune_operator.observe import (
 )
 from finetune_operator.plan import Event, Plan, Policy, StartStage, StopJob, plan, refuse
 from finetune_operator.settings import Settings
-from finetune_operator.status import status_patch
+from finetune_operator.status import older_phase, status_patch
 from finetune_trainer.contract import Reason, Stage
 
 logger = logging.getLogger(__name__)
@@ -287,10 +287,15 @@ class Reconciler:
         patch = status_patch(finetunejob.status, decided.status)
         if not patch:
             return False
+        name = (finetunejob.namespace, finetunejob.name, finetunejob.resource_version)
         version = finetunejob.resource_version
-        written = await self._cluster.patch_status(
-            finetunejob.namespace, finetunejob.name, version, patch
-        )
+        try:
+            written = await self._cluster.patch_status(*name, patch)
+        except InvalidError:
+            if "phase" not in patch:
+                raise
+            patch["phase"] = older_phase(decided.status)  # an older definition knows fewer words
+            written = await self._cluster.patch_status(*name, patch)
         if written["metadata"]["resourceVersion"] != version:
             own_writes.outdated = version
             own_writes.until = time.monotonic() + OWN_WRITES_SECONDS

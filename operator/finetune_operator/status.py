@@ -49,6 +49,9 @@ class PendingReason:
     degraded: bool = False
     """Whether it needs a person's attention."""
 
+    phase: Phase = Phase.WAITING
+    """The FineTuneJob's phase meanwhile."""
+
 
 @dataclass(frozen=True)
 class ConditionValue:
@@ -67,6 +70,8 @@ class Summary:
     ready: ConditionValue
     progressing: ConditionValue
     degraded: ConditionValue
+    reason: str | None = None
+    """What stands in the way or why it failed; None while all is well."""
 
 
 def working_summary(
@@ -77,16 +82,20 @@ def working_summary(
 ) -> Summary:
     """A stage runs, or waits to run; `notices` are those of the current training."""
     phase = PHASES[stage.name]
-    if stage.name is Stage.PREPARE and stage.state is StageState.PENDING and not stage.attempt:
+    if note is not None:
+        phase = note.phase
+    elif stage.name is Stage.PREPARE and stage.state is StageState.PENDING and not stage.attempt:
         phase = Phase.PENDING
     absent = "The artifacts are not there yet."
     if earlier_artifacts:
         absent = "The artifacts in status are those of an earlier spec."
+    degraded = _degraded(stage, note)
     return Summary(
         phase=phase,
         ready=ConditionValue(False, phase, absent),
         progressing=_progressing(stage, phase, note, notices),
-        degraded=_degraded(stage, note),
+        degraded=degraded,
+        reason=note.reason if note else degraded.reason if degraded.holds else None,
     )
 
 
@@ -108,6 +117,7 @@ def refused_summary(reason: str, message: str) -> Summary:
             False, reason, "No further attempt is made until the spec changes."
         ),
         degraded=ConditionValue(True, reason, message),
+        reason=reason,
     )
 
 
@@ -154,6 +164,11 @@ def conditions(
     if former_stands and ready is not None and ready.status == "True" and not summary.ready.holds:
         made["Ready"] = ready
     return tuple(made.values())
+
+
+def older_phase(status: FineTuneJobStatus) -> Phase:
+    """The phase in words that every definition knows: what the stage is about."""
+    return PHASES[status.stage or Stage.PREPARE]
 
 
 def status_patch(old: FineTuneJobStatus, new: FineTuneJobStatus) -> dict[str, Any]:

@@ -242,6 +242,7 @@ class Draft:
             update={
                 "observed_generation": generation,
                 "phase": summary.phase,
+                "reason": summary.reason,
                 "stage": stage,
                 "conditions": conditions(
                     previous.conditions,
