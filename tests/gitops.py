@@ -33,6 +33,11 @@ def programs() -> dict[str, str]:
     return {name: path for name, path in found.items() if path}
 
 
+def find_programs() -> None:
+    """Raise Unavailable where one is missing."""
+    programs()
+
+
 def kstatus(raw: dict[str, Any]) -> str:
     """What Flux waits by: InProgress, Current, Failed or Terminating."""
     return output([programs()["kstatus"]], input=json.dumps(raw)).partition("\t")[0].strip()

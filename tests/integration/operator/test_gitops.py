@@ -16,7 +16,7 @@ import yaml
 from finetune_trainer.contract import Reason, Stage
 from hack.cluster.control_plane import ControlPlane
 from tests.fixtures import start_or_leave_out
-from tests.gitops import argo_health, kstatus, programs
+from tests.gitops import argo_health, find_programs, kstatus, programs
 from tests.integration.operator.process import Operator
 from tests.integration.operator.stage import SPEC, Namespace, exported, prepared, trained
 
@@ -35,7 +35,7 @@ Verdicts = Callable[[], tuple[str, str]]
 @pytest.fixture(scope="session", autouse=True)
 def tools(request: pytest.FixtureRequest) -> None:
     """The tests need the programs."""
-    start_or_leave_out(request.config, "the tests with kstatus and Argo CD's Lua", programs)
+    start_or_leave_out(request.config, "the tests of what Flux and Argo CD see", find_programs)
 
 
 @pytest.fixture
