@@ -207,6 +207,14 @@ def status_patch(old: FineTuneJobStatus, new: FineTuneJobStatus) -> dict[str, An
     return _merge_patch(_dump(old), _dump(new))
 
 
+def occasion(status: FineTuneJobStatus) -> str:
+    """Of which spec, attempts and pods an event is: it tells apart events with the same words."""
+    attempts = [
+        f"{each.attempt}.{each.disruptions}@{each.start_time or ''}" for each in status.stages
+    ]
+    return "/".join((str(status.observed_generation), *attempts))
+
+
 def timestamp(moment: datetime) -> str:
     """RFC 3339 in UTC with whole seconds, as Kubernetes writes it."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -55,7 +55,7 @@ class Event:
     reason: str
     message: str
     scope: str = ""
-    """Tells apart events with the same words about different things."""
+    """Tells apart events with the same words; left empty, the spec and the attempts do."""
 
 
 @dataclass(frozen=True)

@@ -254,6 +254,16 @@ async def test_a_denial_is_told_to_the_user_and_tried_again(
     assert world.cluster.patches[-1]["reason"] is None
 
 
+async def test_the_same_words_about_another_attempt_are_another_event(world: World) -> None:
+    edited = World()
+    edited.shows("7", generation=2)
+    for each in (world, edited):
+        await each.reconcile(KEY)
+    ((words, first),), ((again, second),) = world.cluster.said, edited.cluster.said
+    assert words == again == "Started prepare, attempt 1."
+    assert first != second
+
+
 async def test_a_denial_of_the_next_stage_leaves_the_running_one_alone(world: World) -> None:
     training(world)
     assert world.snapshot is not None
