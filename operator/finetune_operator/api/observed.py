@@ -234,5 +234,8 @@ class FineTuneJobStatus(Base):
     next_refresh_time: str | None = None
     """When it looks again, or as soon after that as no stage is at work."""
 
+    last_handled_retry_at: str | None = None
+    """The last value of the annotation finetune.dev/retry-requested-at that was acted upon."""
+
     planned: PlannedStatus | None = None
     """What the present stages were planned for. An edit that leaves it as it is reruns nothing."""
