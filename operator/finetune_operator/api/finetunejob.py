@@ -118,6 +118,11 @@ class PodSettings(Base):
     image: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     """Trainer image; left out, the one that the operator was installed with."""
 
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    """Seconds that one attempt may take, from the start of its Job on, so that waiting for a node
+    counts. Then it is stopped, a training after a checkpoint, and the stage has failed
+    (DeadlineExceeded) without another attempt. Left out, there is no limit."""
+
     resources: Resources = Resources()
     """Requests and limits. Ask for a GPU here: `limits: {nvidia.com/gpu: 1}`."""
 
@@ -189,6 +194,11 @@ class FineTuneJobSpec(Base):
     ttl_seconds_after_finished: Annotated[int, Field(ge=0)] = 86400
     """Seconds that finished pods and their logs are kept. The result in the object store and in
     status does not depend on them."""
+
+    def pod_settings(self, stage: Stage) -> PodSettings:
+        """How a stage's pod is run."""
+        settings: PodSettings = getattr(self.stages, stage)
+        return settings
 
     def stores(self, stage: Stage) -> tuple[AnyStorageSpec, ...]:
         """The stores that a stage's pod needs access to: only `prepare` reads the dataset's."""

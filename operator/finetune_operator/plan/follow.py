@@ -7,7 +7,7 @@ from datetime import datetime
 
 from finetune_operator.api.observed import StageState
 from finetune_operator.observe import ObservedJob
-from finetune_operator.plan import results
+from finetune_operator.plan import lifecycle, results
 from finetune_operator.plan.draft import Draft
 from finetune_operator.plan.verdict import Done, Failure, Pending, Verdict, judge, lost_pods
 from finetune_operator.status import shorten, timestamp
@@ -48,6 +48,8 @@ def _judge(draft: Draft, job: ObservedJob) -> Verdict:
     """Judge the attempt, after its lost pods were counted."""
     _tell_of_lost_pods(draft, job)
     verdict = judge(job, draft.stages[job.stage], draft.policy, draft.now)
+    if job.past_deadline:
+        return lifecycle.after_deadline(draft.spec, job, verdict, draft.now)
     match verdict:
         case Failure(free=True) if job.pod is None and draft.stages[job.stage].reason is None:
             # Nobody saw how its pod was lost.
@@ -64,7 +66,7 @@ def _judge(draft: Draft, job: ObservedJob) -> Verdict:
 def _tell_of_lost_pods(draft: Draft, job: ObservedJob) -> None:
     """Count and tell each pod once: the Job may make the next one before anybody looks."""
     lost, told = lost_pods(job, draft.policy, draft.now), draft.stages[job.stage].lost_pod
-    if job.deleting or draft.spec.suspend:  # it was stopped together with its pods
+    if job.deleting or job.past_deadline or draft.spec.suspend:  # it is stopped with its pods
         lost = [each for each in lost if each[1].reason is Reason.NODE_LOST]
     names = [name for name, _ in lost]
     for name, failure in lost[names.index(told) + 1 if told in names else 0 :]:
@@ -80,7 +82,7 @@ def _too_many(draft: Draft, stage: Stage, last: Failure) -> Failure | None:
         return None
     message = (
         f"{last.message} {stage} has lost {count} pods; the operator's limit is {limit}. See why "
-        f"they are taken away, e.g. for memory that it doesn't request, then change the spec."
+        f"they are taken away, e.g. for memory that it doesn't request, then ask for a retry."
     )
     return replace(last, reason=Reason.POD_DISRUPTED, message=message, free=False, final=True)
 
