@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -23,6 +24,8 @@ INTERRUPTED = 130
 def main() -> int:
     """Run it; 0 if every promise was kept, 1 if one was broken, 2 if it couldn't run."""
     options = _parser().parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has them ignored
+        signal.signal(number, signal.default_int_handler)
     seed = options.seed if options.seed is not None else random.SystemRandom().randint(1, 99999)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     print(f"chaos with seed {seed}: {options.jobs} FineTuneJobs, {options.faults} faults")
