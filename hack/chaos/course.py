@@ -27,6 +27,9 @@ TICK_SECONDS = 0.1
 FAULT_PAUSE_SECONDS = 0.9  # between two faults, on average
 REST_SECONDS = 420.0  # after the last fault; a job that was hit often waits minutes before it tries
 LOOK_SECONDS = 2.0
+PATIENCE = 0.5  # how often the operator is given the time to go to work before the next fault
+READY_SECONDS = 20.0
+WORK_SECONDS = 3.0
 CALM_SECONDS = 5.0  # so long nothing may be left to do before the promises are checked
 LONG = 100  # from so many faults or FineTuneJobs on, there are some that take more than a minute
 
@@ -139,6 +142,8 @@ class Run:
                 self.say(f"{count} of {self.wanted} faults")
             self._wait(self.random.expovariate(1 / FAULT_PAUSE_SECONDS), api)
             name = next(order)
+            if self.random.random() < PATIENCE:
+                self._wait_for_operator(api)
             if all(not due for due in self._due) and not self._any_at_work(recorder):
                 break  # nothing is left that a fault could meet
             faults.target, when = "", datetime.now(UTC)
@@ -180,6 +185,16 @@ class Run:
                 return
             time.sleep(min(left, TICK_SECONDS))
 
+    def _wait_for_operator(self, api: Api) -> None:
+        """Let an operator that begins anew go to work, as it mostly can before the next fault."""
+        until = time.monotonic() + READY_SECONDS
+        while time.monotonic() < until and not self._operator_is_ready():
+            self._wait(TICK_SECONDS, api)
+        self._wait(self.random.uniform(0, WORK_SECONDS), api)
+
+    def _operator_is_ready(self) -> bool:
+        return not self.operator.has_ended() and self.operator.ready()
+
     def _act(self, api: Api) -> None:
         now = time.monotonic()
         while self._due and self._due[0][0] <= now:
@@ -218,12 +233,9 @@ class Run:
         until, deadline = now + CALM_SECONDS, now + REST_SECONDS
         while True:
             self._wait(LOOK_SECONDS, api)
-            try:
-                wrong, moving = wrong_ends(self.subjects, api)
-            except Away:
-                continue
+            wrong, moving = wrong_ends(self.subjects, recorder.present("finetunejobs"))
             now = time.monotonic()
-            if moving or self._due or orphans(recorder.changes()):
+            if moving or self._due or orphans(recorder.all_present()):
                 until = now + CALM_SECONDS
             if now > min(until, deadline):
                 return wrong
