@@ -20,7 +20,6 @@ from finetune_operator.api import (
     SecretReference,
     Toleration,
     Volume,
-    parse_duration,
 )
 from finetune_operator.api.observed import FineTuneJobStatus
 from finetune_trainer import contract
@@ -209,7 +208,7 @@ class FineTuneJobSpec(Base):
     def refresh_interval(self) -> timedelta | None:
         """How long after one look at dataset and model the next is due; None: never."""
         refresh = self.dataset.refresh
-        return None if refresh == ON_EDIT else parse_duration(refresh)
+        return None if refresh == ON_EDIT else contract.parse_duration(refresh)
 
     @property
     def inputs_digest(self) -> str:

@@ -203,8 +203,12 @@ class Draft:
     @property
     def ready(self) -> Condition | None:
         """The condition, as it was before this pass."""
+        return self.condition("Ready")
+
+    def condition(self, kind: str) -> Condition | None:
+        """Any condition, as it was before this pass."""
         found = self.finetunejob.status.conditions
-        return next((each for each in found if each.type == "Ready"), None)
+        return next((each for each in found if each.type == kind), None)
 
     def add_action(self, action: Action) -> None:
         self._actions.append(action)

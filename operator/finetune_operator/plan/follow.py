@@ -50,6 +50,7 @@ def _judge(draft: Draft, job: ObservedJob) -> Verdict:
     verdict = judge(job, draft.stages[job.stage], draft.policy, draft.now)
     if job.past_deadline:
         return lifecycle.after_deadline(draft.spec, job, verdict, draft.now)
+    verdict = lifecycle.check_silence(draft, job, verdict)
     match verdict:
         case Failure(free=True) if job.pod is None and draft.stages[job.stage].reason is None:
             # Nobody saw how its pod was lost.

@@ -38,6 +38,7 @@ from finetune_trainer.contract.base import (
     Tolerated,
     cel,
     describe,
+    parse_duration,
     read_known,
     read_readable,
 )
@@ -201,6 +202,7 @@ __all__ = [
     "digest",
     "display_name",
     "later_fingerprints",
+    "parse_duration",
     "prepare_fingerprint",
     "read_known",
     "read_readable",

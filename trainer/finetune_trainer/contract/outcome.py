@@ -65,6 +65,7 @@ class Reason(StrEnum):
     STORAGE_UNAVAILABLE = "StorageUnavailable"
     STORED_FILE_CHANGED = "StoredFileChanged"
     MODEL_HUB_UNAVAILABLE = "ModelHubUnavailable"
+    STALLED = "Stalled"  # seen by the trainer of its training, by the operator of the trainer
     INTERNAL_ERROR = "InternalError"
 
     # Seen by the operator alone.
@@ -115,6 +116,7 @@ _EXIT_CODES = {
 
 _RETRYABLE = {
     Reason.STOPPED,
+    Reason.STALLED,
     Reason.STORAGE_UNAVAILABLE,
     Reason.MODEL_HUB_UNAVAILABLE,
     Reason.INTERNAL_ERROR,
