@@ -24,7 +24,7 @@ from finetune_operator.api import (
     JsonObject,
 )
 from finetune_operator.api.finetunejob import FineTuneJobSpec
-from finetune_operator.api.observed import FineTuneJobStatus, StageState
+from finetune_operator.api.observed import NO_GENERATION, FineTuneJobStatus, StageState
 from finetune_operator.pods import (
     ENDED,
     ObservedPod,
@@ -73,6 +73,9 @@ class ObservedJob:
     finished_at: datetime | None = None
     failed_by_exit_code: bool = False
     """Whether an exit code in its podFailurePolicy failed it, which no further pod can change."""
+
+    suspended: bool = False
+    """Whether it may have no pod for now, as a queue of Jobs wants it."""
 
     deadline_seconds: int | None = None
     """How long it may take."""
@@ -248,6 +251,8 @@ def _status(raw: JsonObject) -> tuple[FineTuneJobStatus, tuple[str, ...]]:
     """The status, and the paths of values in it that only another version understands."""
     written = raw.get("status") or {}
     fields = {key: value for key, value in written.items() if key != "progress"}
+    if fields.get("observedGeneration") == NO_GENERATION:
+        del fields["observedGeneration"]
     states = [each.get("state") for each in fields.get("stages") or []]
     if any(state not in KNOWN_STATES for state in states):
         fields["stages"] = [_with_known_state(each) for each in fields["stages"]]
@@ -314,6 +319,7 @@ def _job(raw: JsonObject, pods: list[JsonObject]) -> ObservedJob:
         finished=Finish(ended["type"]) if ended else None,
         finished_at=moment(ended.get("lastTransitionTime")) if ended else None,
         failed_by_exit_code=ended is not None and ended.get("reason") == "PodFailurePolicy",
+        suspended=bool(raw["spec"].get("suspend")),
         deadline_seconds=raw["spec"].get("activeDeadlineSeconds"),
         past_deadline=any(c.get("reason") == "DeadlineExceeded" for c in true_conditions(status)),
         deleting="deletionTimestamp" in meta,

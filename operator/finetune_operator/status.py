@@ -55,6 +55,9 @@ class PendingReason:
     degraded: bool = False
     """Whether it needs a person's attention."""
 
+    phase: Phase = Phase.WAITING
+    """The FineTuneJob's phase meanwhile."""
+
 
 @dataclass(frozen=True)
 class ConditionValue:
@@ -74,6 +77,13 @@ class Summary:
     progressing: ConditionValue
     degraded: ConditionValue
 
+    @property
+    def reason(self) -> str | None:
+        """What stands in the way or why it failed; None while all is well."""
+        if self.phase in {Phase.QUEUED, Phase.WAITING}:
+            return self.progressing.reason
+        return self.degraded.reason if self.degraded.holds else None
+
 
 def working_summary(
     stage: StageStatus,
@@ -83,7 +93,9 @@ def working_summary(
 ) -> Summary:
     """A stage runs, or waits to run; `notices` are those of the current training."""
     phase = PHASES[stage.name]
-    if stage.name is Stage.PREPARE and stage.state is StageState.PENDING and not stage.attempt:
+    if note is not None:
+        phase = note.phase
+    elif stage.name is Stage.PREPARE and stage.state is StageState.PENDING and not stage.attempt:
         phase = Phase.PENDING
     absent = "The artifacts are not there yet."
     if earlier_artifacts:
@@ -186,12 +198,25 @@ def conditions(
     return tuple(made.values())
 
 
+def older_phase(status: FineTuneJobStatus) -> Phase:
+    """The phase in words that every definition knows: what the stage is about."""
+    return PHASES[status.stage or Stage.PREPARE]
+
+
 def status_patch(old: FineTuneJobStatus, new: FineTuneJobStatus) -> dict[str, Any]:
     """The merge patch from one status to the other; empty when they are the same.
 
     It never contains `progress`, which only the trainer writes.
     """
     return _merge_patch(_dump(old), _dump(new))
+
+
+def occasion(status: FineTuneJobStatus) -> str:
+    """Of which spec, attempts and pods an event is: it tells apart events with the same words."""
+    attempts = [
+        f"{each.attempt}.{each.disruptions}@{each.start_time or ''}" for each in status.stages
+    ]
+    return "/".join((str(status.observed_generation), *attempts))
 
 
 def timestamp(moment: datetime) -> str:

@@ -199,6 +199,7 @@ def refuse(finetunejob: ObservedFineTuneJob, reason: Reason, message: str, now: 
         update={
             "observed_generation": generation,
             "phase": summary.phase,
+            "reason": summary.reason,
             "stages": tuple(known.get(name, StageStatus(name=name)) for name in Stage),
             "conditions": conditions(
                 before.conditions, summary, generation, now, finetunejob.not_understood
