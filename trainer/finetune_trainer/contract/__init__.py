@@ -70,6 +70,7 @@ from finetune_trainer.contract.dataset_report import (
     Split,
 )
 from finetune_trainer.contract.fingerprint import (
+    UNCHANGING,
     ExampleContents,
     digest,
     later_fingerprints,
@@ -124,6 +125,7 @@ __all__ = [
     "NEWS",
     "PLURAL",
     "REJECTED",
+    "UNCHANGING",
     "UNQUANTIZED",
     "VERSION",
     "VERSIONS",
