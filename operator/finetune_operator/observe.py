@@ -18,6 +18,7 @@ from finetune_operator.api import (
     ATTEMPT_LABEL,
     KIND,
     POD_SETTINGS_ANNOTATION,
+    RETRY_ANNOTATION,
     STAGE_KEY_ANNOTATION,
     STAGE_LABEL,
     JsonObject,
@@ -41,6 +42,7 @@ from finetune_trainer.contract import (
     read_readable,
 )
 
+REQUEST_LIMIT = 256  # characters of a request to try again, which status repeats
 KNOWN_STATES = {*StageState, None}
 
 
@@ -148,6 +150,9 @@ class ObservedFineTuneJob:
     """Fields of spec and status that come from another version, and are left out of account."""
 
     reported: ReportedProgress = ReportedProgress()
+    retry_requested: str = ""
+    """What the user wrote to have `prepare` look again; another value is another request."""
+
     deleting: bool = False
 
 
@@ -179,6 +184,9 @@ def observe_finetunejob(raw: JsonObject) -> ObservedFineTuneJob:
         status=status,
         not_understood=tuple(not_understood),
         reported=_reported(raw),
+        retry_requested=((meta.get("annotations") or {}).get(RETRY_ANNOTATION) or "")[
+            :REQUEST_LIMIT
+        ],
         deleting="deletionTimestamp" in meta,
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from finetune_operator.api import Condition
+from finetune_operator.api import RETRY_ANNOTATION, Condition
 from finetune_operator.api.observed import (
     ArtifactStatus,
     FineTuneJobStatus,
@@ -39,6 +39,10 @@ SKEW_WORDS = (
     "version of the CustomResourceDefinition."
 )
 NO_MORE = "No further attempt is made until the spec changes."
+UNTIL_ASKED = (
+    "No further attempt is made until the spec changes, or the annotation "
+    f"{RETRY_ANNOTATION} asks for one."
+)
 MESSAGE_LIMIT = 1024  # characters of a message in a condition, an event or a stage
 
 
@@ -118,13 +122,13 @@ def failed_summary(
     message = phase_stage.message or ""
     if stays:
         message = f"{what}: {message} {stays}"
-    return refused_summary(reason, message, after or NO_MORE)
+    return refused_summary(reason, message, after or UNTIL_ASKED)
 
 
 def look_failed_summary(prepare: StageStatus, after: str | None) -> Summary:
     """A further look at dataset and model failed. The spec is reached, and stays so."""
     reason = prepare.reason or Reason.INTERNAL_ERROR
-    after = after or NO_MORE
+    after = after or UNTIL_ASKED
     message = (
         f"The last look at dataset and model failed: {prepare.message} The current version stays. "
         f"{after}"

@@ -21,8 +21,9 @@ from finetune_trainer.contract import GROUP, PLURAL, VERSION
 
 Schema = dict[str, Any]
 
-RULES = "x-kubernetes-validations"
 HEADER = "# Generated from operator/finetune_operator/api by `make generate`. Do not edit.\n"
+# Deleting the definition would delete every FineTuneJob: uninstalling the chart must not.
+OF_THE_CHART = {"helm.sh/resource-policy": "keep"}
 
 PRINTER_COLUMNS = [
     # name, type, JSON path, priority (1: only with -o wide), description
@@ -80,21 +81,10 @@ def custom_resource_definition(annotations: dict[str, str] | None = None) -> dic
     }
 
 
-def render() -> str:
+def render(annotations: dict[str, str] | None = None) -> str:
     """The CustomResourceDefinition as YAML text."""
-    definition = custom_resource_definition()
+    definition = custom_resource_definition(annotations)
     return HEADER + yaml.dump(definition, Dumper=_Dumper, sort_keys=False, width=100)
-
-
-def render_for_chart() -> str:
-    """The same for the chart, which removes the CEL rules for an API server without CEL.
-
-    Helm refuses fields that the server's own schema lacks. So the rules of each node are on one
-    line, which a regular expression in the template finds.
-    """
-    # Deleting the definition would delete every FineTuneJob: uninstalling the chart must not.
-    definition = custom_resource_definition({"helm.sh/resource-policy": "keep"})
-    return HEADER + yaml.dump(definition, Dumper=_ChartDumper, sort_keys=False, width=sys.maxsize)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -102,20 +92,6 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002 - the library's signature
         return True
-
-
-class _ChartDumper(_Dumper):
-    """Writes rules on one line."""
-
-    def represent_dict(self, data: Any) -> yaml.MappingNode:
-        node = super().represent_dict(data)
-        for key, value in node.value:
-            if key.value == RULES:
-                value.flow_style = True
-        return node
-
-
-_ChartDumper.add_representer(dict, _ChartDumper.represent_dict)
 
 
 def structural(node: Schema, definitions: dict[str, Schema]) -> Schema:
@@ -229,7 +205,7 @@ def main(root: Path) -> None:
     crd = root / "crds" / f"{GROUP}_{PLURAL}.yaml"
     crd.write_text(render(), encoding="utf-8")
     chart = root / "charts" / "finetune-operator" / "files" / f"{KIND.lower()}-crd.yaml"
-    chart.write_text(render_for_chart(), encoding="utf-8")
+    chart.write_text(render(OF_THE_CHART), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -241,6 +241,9 @@ class FineTuneJobStatus(Base):
     next_refresh_time: str | None = None
     """When it looks again, or as soon after that as no stage is at work."""
 
+    last_handled_retry_at: str | None = None
+    """The last value of the annotation finetune.dev/retry-requested-at that was acted upon."""
+
     resolved_inputs: dict[str, str] = {}
     """The fields of the spec that `prepare` resolved, without those that have their default; long
     values are cut. What an edit changes is told by them."""

@@ -19,6 +19,7 @@ KILLED = {137, 143}  # 128 + SIGKILL, 128 + SIGTERM
 REASONS = {
     ExitCode.BAD_INPUT: Reason.DATASET_UNREADABLE,
     ExitCode.BAD_CONFIG: Reason.INVALID_CONFIG,
+    ExitCode.GPU_UNAVAILABLE: Reason.GPU_UNAVAILABLE,
     ExitCode.OUT_OF_GPU_MEMORY: Reason.OUT_OF_GPU_MEMORY,
     ExitCode.OUT_OF_MEMORY: Reason.OUT_OF_MEMORY,
     ExitCode.OUT_OF_DISK: Reason.OUT_OF_DISK,
@@ -121,10 +122,9 @@ def _ended(job: ObservedJob, pod: ObservedPod, policy: Policy, now: datetime) ->
     failure = _failure(job.stage, pod, pod.finished_at or now)
     if not failure.free or job.finished is not None:
         return failure
-    # The Job may create another pod within the same attempt: after a disruption that its
-    # podFailurePolicy ignores, and on old servers after each deletion. Today's servers let the Job
-    # fail after a deletion, but only when the pod is gone. So wait for the Job, unless a sidecar
-    # keeps the pod, and so the Job, from ending at all.
+    # The Job creates another pod within the same attempt after a disruption that its
+    # podFailurePolicy ignores. After a deletion it fails, but only when the pod is gone. So wait
+    # for the Job, unless a sidecar keeps the pod, and so the Job, from ending at all.
     if job.outlives_trainer and not pod.deleting:
         left = policy.sidecar_grace - (now - failure.at)
         if left <= timedelta():

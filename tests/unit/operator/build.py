@@ -209,10 +209,11 @@ def trouble(
 
 def dead(reason: str, message: str, generation: int = 1) -> tuple[Condition, ...]:
     """Conditions of a job that has failed."""
-    no_more = "No further attempt is made until the spec changes."
+    no_more = "No further attempt is made until the spec changes"
+    asked = ", or the annotation finetune.dev/retry-requested-at asks for one"
     return conditions(
         ready=(False, reason, message),
-        progressing=(False, reason, no_more),
+        progressing=(False, reason, f"{no_more}{'' if reason == 'InvalidSpec' else asked}."),
         degraded=(True, reason, message),
         generation=generation,
     )
