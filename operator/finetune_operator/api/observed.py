@@ -53,6 +53,13 @@ class StageStatus(Base):
     cached: bool = False
     """True when the object store already held the result, so that no pod was started."""
 
+    why: str | None = None
+    """Why it runs or ran, or why it didn't have to."""
+
+    stale_because: tuple[str, ...] = ()
+    """What made its former result stale: fields of the spec with both values, the dataset's ETag,
+    the model's revision."""
+
     attempt: int = 0
     """Attempts so far."""
 
@@ -236,6 +243,10 @@ class FineTuneJobStatus(Base):
 
     last_handled_retry_at: str | None = None
     """The last value of the annotation finetune.dev/retry-requested-at that was acted upon."""
+
+    resolved_inputs: dict[str, str] = {}
+    """The fields of the spec that `prepare` resolved, without those that have their default; long
+    values are cut. What an edit changes is told by them."""
 
     planned: PlannedStatus | None = None
     """What the present stages were planned for. An edit that leaves it as it is reruns nothing."""

@@ -10,6 +10,7 @@ from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
 from finetune_operator.plan.looks import stays_failed
 from finetune_operator.plan.verdict import Done, Failure
+from finetune_operator.plan.why import Change, spec_inputs
 from finetune_operator.status import quality_hint, timestamp, warnings_hint
 from finetune_trainer.contract import (
     Artifact,
@@ -81,16 +82,27 @@ def _record_resolved(
     complete = set(result.complete)
     if Stage.EXPORT in complete:
         complete.add(Stage.TRAIN)  # only an export needs the adapter
-    draft.found.resolved = resolved
+    before, change = dict(draft.stages), _change(draft, resolved)
+    draft.found.resolved, draft.found.resolved_inputs = resolved, dict(change.inputs_now)
     draft.change(Stage.PREPARE, fingerprint=resolved.fingerprints.prepare)
     kept = {
         stage: _resolve_stage(draft, stage, resolved, job, cached=stage in complete)
         for stage in (Stage.TRAIN, Stage.EXPORT)
     }
+    for stage, stays in kept.items():
+        why = change.explain(before[stage], draft.stages[stage], kept=stays)
+        draft.change(stage, why=why.why, stale_because=why.stale_because)
     if not kept[Stage.TRAIN] and not result.metrics:
         draft.found.metrics = {}
     if Stage.EXPORT in complete and not kept[Stage.EXPORT]:
         _record_artifacts(draft, result, image=None)
+
+
+def _change(draft: Draft, resolved: Resolved) -> Change:
+    """What `prepare` resolved before, and now."""
+    asked = draft.planned.inputs == draft.spec.inputs_digest  # not, if edited while suspended
+    now = spec_inputs(draft.spec) if asked else {}
+    return Change(draft.found.resolved, draft.found.resolved_inputs, resolved, now)
 
 
 def _resolve_stage(

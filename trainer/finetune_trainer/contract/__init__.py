@@ -71,6 +71,7 @@ from finetune_trainer.contract.dataset_report import (
     Split,
 )
 from finetune_trainer.contract.fingerprint import (
+    UNCHANGING,
     ExampleContents,
     digest,
     later_fingerprints,
@@ -125,6 +126,7 @@ __all__ = [
     "NEWS",
     "PLURAL",
     "REJECTED",
+    "UNCHANGING",
     "UNQUANTIZED",
     "VERSION",
     "VERSIONS",

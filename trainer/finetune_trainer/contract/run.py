@@ -89,6 +89,9 @@ class Resolved(Base):
     model_commit: str | None = None
     """Commit of a Hub model, which `train` and `export` download."""
 
+    examples: str | None = None
+    """A digest over the examples and the held-out rows, to tell whether they are others."""
+
 
 class JobReference(Base):
     """The FineTuneJob whose status.progress the trainer reports to."""

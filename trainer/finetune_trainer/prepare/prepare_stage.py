@@ -42,6 +42,7 @@ from finetune_trainer.prepare.split import hold_out
 from finetune_trainer.prepare.stored import (
     CompleteStages,
     StoredRun,
+    contents_of,
     metrics_of,
     read_prepared,
     stored_run,
@@ -107,6 +108,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         plan=training_plan,
         model_revision=inputs.model.revision,
         model_commit=inputs.model.commit,
+        examples=contents_of(marker, prepared).short_digest,
     )
     exported = settle(output, config.output, prints) if Stage.EXPORT in complete else None
     return StageResult(
