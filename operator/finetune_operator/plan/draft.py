@@ -17,6 +17,7 @@ from finetune_operator.api.observed import (
     PlannedStatus,
     StageState,
     StageStatus,
+    VersionStatus,
 )
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.status import PendingReason, Summary, conditions, shorten
@@ -127,6 +128,7 @@ class StageResults:
     notices: tuple[Notice, ...]
     lineage: Lineage | None
     resolved: Resolved | None
+    versions: tuple[VersionStatus, ...]
 
     @classmethod
     def in_status(cls, status: FineTuneJobStatus) -> Self:
@@ -139,6 +141,7 @@ class StageResults:
             notices=status.notices,
             lineage=status.lineage,
             resolved=status.resolved,
+            versions=status.versions,
         )
 
 

@@ -166,8 +166,12 @@ def tell_of_success(draft: Draft) -> str:
     """Where the artifacts are, in words; an event as well, when they are new."""
     folder, manifest = artifacts_folder(draft), draft.found.manifest_uri
     message = f"The artifacts are in {folder}; {manifest} lists them."
+    if draft.spec.rollback_to is not None:
+        message = f"Rolled back to version {draft.spec.rollback_to} (spec.rollbackTo). {message}"
     message += warnings_hint(draft.found.notices) + quality_hint(draft.found.artifacts)
-    if not draft.is_ready or draft.planned != draft.finetunejob.status.planned:
+    before = draft.finetunejob.status
+    changed = draft.planned != before.planned or draft.found.version != before.version
+    if not draft.is_ready or changed:
         draft.add_event(Reason.SUCCEEDED, message)
     return message
 

@@ -25,6 +25,7 @@ from finetune_trainer.contract.artifacts import (
     Manifest,
     Quality,
     Sample,
+    VersionSummary,
     version_folder,
 )
 from finetune_trainer.contract.base import (
@@ -85,6 +86,7 @@ from finetune_trainer.contract.output import (
     QualityLimit,
     Quantization,
     Signing,
+    VersionName,
 )
 from finetune_trainer.contract.progress import (
     NEWS,
@@ -194,6 +196,8 @@ __all__ = [
     "TrainingMetrics",
     "TrainingPlan",
     "TrainingRecord",
+    "VersionName",
+    "VersionSummary",
     "allowed",
     "as_example",
     "cel",
