@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
-from finetune_operator.api.observed import ArtifactStatus, Lineage, StageState, StageStatus
+from finetune_operator.api.observed import (
+    ArtifactStatus,
+    Lineage,
+    LookCause,
+    StageState,
+    StageStatus,
+)
 from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
 from finetune_operator.plan.looks import stays_failed
@@ -50,9 +56,17 @@ def record_published_files(draft: Draft, job: ObservedJob, failure: Failure) -> 
     """Show the files that an export published although it failed: those that passed the quality
     gate, and those below `rejected/`."""
     result = failure.result
-    if job.stage is Stage.EXPORT and result is not None and result.manifest_uri is not None:
-        draft.former_stands = False  # these took its place
-        _record_artifacts(draft, result, job.image)
+    if job.stage is not Stage.EXPORT or result is None or result.manifest_uri is None:
+        return
+    if draft.planned.cause is LookCause.REFRESH and _other_is_current(result):
+        return  # nobody has asked for another version than the one that stays
+    draft.former_stands = False  # these took its place
+    _record_artifacts(draft, result, job.image)
+
+
+def _other_is_current(result: StageResult) -> bool:
+    """Whether the store's current version is another one than that of the result."""
+    return any(each.current and each.version != result.version for each in result.versions or ())
 
 
 def warn_of_failed_files(draft: Draft, result: StageResult | None, reason: str) -> bool:
@@ -68,10 +82,9 @@ def record_dataset(draft: Draft, job: ObservedJob) -> None:
     result = job.pod.result if job.pod is not None else None
     mine = result is not None and result.stage is Stage.PREPARE
     found = result.dataset if result is not None and mine else None
-    if (
-        found is not None or draft.planned.cause is None
-    ):  # a look that came to nothing tells nothing
-        draft.found.dataset = found
+    if found is None and draft.planned.cause is not None:
+        return  # a further look came to nothing, so what the last one found holds
+    draft.found.dataset = found
 
 
 def _record_resolved(

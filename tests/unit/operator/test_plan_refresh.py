@@ -15,11 +15,12 @@ from finetune_operator.manifests.stage_job import Attempt, stage_job
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan import Plan, Policy, plan
 from finetune_operator.settings import Settings
-from finetune_trainer.contract import Hardware, Reason, Stage
+from finetune_trainer.contract import Artifact, Hardware, Reason, Stage, VersionSummary
 from tests.unit.operator.build import (
     ALL_DONE,
     DONE_MESSAGE,
     EXPORT,
+    EXPORTED_VERSION,
     PREPARE,
     SETTINGS,
     SPEC,
@@ -207,6 +208,43 @@ def test_a_training_that_failed_is_not_repeated_at_each_interval() -> None:
     assert made.actions == (start(TRAIN, key="train-b", found=other),), (
         "newer data is another thing"
     )
+
+
+def test_a_new_version_that_the_gate_refuses_takes_no_good_ones_place() -> None:
+    exporting = begun_export()
+    refused = said(
+        EXPORT,
+        Reason.QUALITY_GATE_FAILED,
+        message="model-Q4_K_M.gguf is over its limit.",
+        artifacts=(Artifact(path="rejected/model-Q4_K_M.gguf", bytes=1, sha256="cc"),),
+        version="bbbbbbbbbbbb",
+        manifest_uri="s3://models/support/versions/bbbbbbbbbbbb/manifest.json",
+        versions=(
+            VersionSummary(version="bbbbbbbbbbbb", rejected=True, created="2026-11-24T12:00:00Z"),
+            VersionSummary(version=EXPORTED_VERSION, current=True, created="2026-11-20T12:00:00Z"),
+        ),
+    )
+    made = decided(exporting, job(EXPORT, key="export-b", **ended(15, refused)), after=60)
+    assert made.status.phase is Phase.FAILED
+    assert condition(made, "Ready") == ("True", "Succeeded", DONE_MESSAGE)
+    assert condition(made, "Degraded")[2].startswith("No new version can be made: ")
+    assert (made.status.version, made.status.artifacts) == (
+        EXPORTED_VERSION,
+        refreshed().artifacts,
+    )
+    assert [each.state for each in made.status.versions] == ["Rejected", "Current"]
+
+
+def begun_export() -> FineTuneJobStatus:
+    """New data has been trained on, and its export is at work."""
+    begun = decided(refreshed()).status
+    found = resolved(train="train-b", export="export-b")
+    stages = (
+        succeeded(PREPARE, fingerprint="prepare-a"),
+        succeeded(TRAIN, fingerprint="train-b"),
+        running(EXPORT, fingerprint="export-b"),
+    )
+    return begun.model_copy(update={"stages": stages, "resolved": found})
 
 
 def test_an_edit_of_the_interval_alone_runs_nothing_and_counts_from_the_last_look() -> None:

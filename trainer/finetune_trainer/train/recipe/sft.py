@@ -179,7 +179,6 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, bf16: bool) ->
     """The hyperparameters, by the Trainer's names."""
     settings, plan = work.config.training, work.plan
     gpu, sharded = torch.cuda.is_available(), plan.parallelism == "fsdp"
-    recompute = plan.gradient_checkpointing
     reporting.set_tracker_variables(work)
     return SFTConfig(
         output_dir=str(work.checkpoints),
@@ -207,17 +206,15 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, bf16: bool) ->
         fp16=False,
         tf32=True if gpu and torch.cuda.get_device_capability() >= (8, 0) else None,
         use_cpu=not gpu,
-        # Memory. Unsloth recomputes activations by itself, and FSDP by its own setting: the
-        # Trainer's would gather each layer's weights once more.
-        gradient_checkpointing=recompute and not sharded and work.engine != "unsloth",
+        # Memory. Unsloth recomputes activations by itself. With FSDP this is right as well, unlike
+        # accelerate's own setting, which draws dropout anew when it recomputes a layer.
+        gradient_checkpointing=plan.gradient_checkpointing and work.engine != "unsloth",
         gradient_checkpointing_kwargs={"use_reentrant": False},
         # Several processes. The loss is one mean over the labels of all of them.
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
         fsdp=True if sharded else None,  # type: ignore[arg-type] # typed for the command line
-        fsdp_config=(
-            {**processes.FSDP_CONFIG, "activation_checkpointing": recompute} if sharded else None
-        ),
+        fsdp_config=processes.FSDP_CONFIG if sharded else None,
         # Evaluation: of the base model, at each epoch or every evalSteps, and at the end.
         eval_strategy=("steps" if settings.eval_steps else "epoch") if evaluate else "no",
         eval_steps=settings.eval_steps,

@@ -110,6 +110,8 @@ class RecipeTrainer(SFTTrainer):
             processing_class=processing_class,
             **options,
         )
+        if self.is_fsdp_enabled:
+            processes.reduce_in_float32(self.accelerator.state.fsdp_plugin)
         self.split = StepSplit(args.gradient_accumulation_steps, args.world_size, data.packed)
         per_pass = args.per_device_train_batch_size * args.world_size
         batch = per_pass * args.gradient_accumulation_steps
