@@ -25,6 +25,7 @@ from finetune_trainer.contract.artifacts import (
     Manifest,
     Quality,
     Sample,
+    VersionSummary,
     version_folder,
 )
 from finetune_trainer.contract.base import (
@@ -87,6 +88,7 @@ from finetune_trainer.contract.output import (
     QualityLimit,
     Quantization,
     Signing,
+    VersionName,
 )
 from finetune_trainer.contract.progress import (
     NEWS,
@@ -197,6 +199,8 @@ __all__ = [
     "TrainingMetrics",
     "TrainingPlan",
     "TrainingRecord",
+    "VersionName",
+    "VersionSummary",
     "allowed",
     "as_example",
     "cel",
