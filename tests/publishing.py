@@ -26,7 +26,6 @@ def folder(name: str) -> str:
 
 
 def manifest(name: str, files: tuple[Artifact, ...]) -> bytes:
-    """What is written last."""
     marker = VersionMarker(
         stage=Stage.EXPORT,
         fingerprint=fingerprint(name),

@@ -99,8 +99,6 @@ class Training:
 
 @dataclass
 class Attempt:
-    """One run of the stage."""
-
     server: ForkServer
     folder: Path
     pid: int
@@ -111,7 +109,6 @@ class Attempt:
 
     @property
     def result(self) -> dict[str, Any]:
-        """The termination message."""
         message: dict[str, Any] = json.loads((self.folder / "termination-log").read_bytes())
         return message
 
@@ -144,7 +141,6 @@ class Attempt:
         return (self.folder / "workspace/train/training/trainer").glob("checkpoint-*")
 
     def worker(self) -> psutil.Process:
-        """The process that trains."""
         children = psutil.Process(self.pid).children()
         assert len(children) == 1, self.log
         return children[0]

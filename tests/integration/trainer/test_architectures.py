@@ -33,8 +33,6 @@ FUSED = ("o_proj", "qkv_proj")
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run left."""
-
     base: Path
     output: Path
     """The only version's folder."""

@@ -84,7 +84,6 @@ class Trainings:
     environment: dict[str, str]
 
     def __call__(self, name: str, **settings: Any) -> Training:
-        """One with these settings."""
         training = {**SETTINGS, **settings}
         config = RunConfig.model_validate(
             {
