@@ -31,6 +31,8 @@ CONTROLLERS = (
     "root-ca-cert-publisher,endpoint,endpointslice,deployment,replicaset,disruption,"
     "nodelifecycle,podgc,resourcequota,ttl-after-finished,clusterrole-aggregation"
 )
+EVICTION = "taint-eviction-controller"
+"""Takes the pods off a tainted node. Before 1.29 it was part of nodelifecycle."""
 
 
 @dataclass
@@ -172,7 +174,7 @@ def controller_manager(program: Path, layout: Layout) -> list[str]:
         "service-account-private-key-file": layout.pki / "service-account.key",
         "root-ca-file": layout.pki / "ca.crt",
         "leader-elect": False,
-        "controllers": CONTROLLERS,
+        "controllers": f"{CONTROLLERS},{EVICTION}" if minor >= 29 else CONTROLLERS,
         **_insecure_port_off(minor),
         **_gates(minor),
     }

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 def perform(stage: Stage, config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     """Run one stage in a folder of its own below `workspace`, which is removed afterwards."""
     begin_stage(stage)
+    child.hide_from_children()
     workdir = workspace / stage
     shutil.rmtree(workdir, ignore_errors=True)
     workdir.mkdir(parents=True)
