@@ -10,16 +10,13 @@ import pytest
 from hack.cluster.control_plane import ControlPlane
 from tests.integration.operator.stage import Namespace
 
-RULES_SINCE = 25
 SECRET = {"secretKeyRef": {"name": "wandb", "key": "key"}}
 
 
 @pytest.fixture(scope="module")
-def default(installed: ControlPlane) -> Iterator[Namespace]:
+def default(supported: ControlPlane) -> Iterator[Namespace]:
     """A namespace in which nothing is created."""
-    if installed.minor_version < RULES_SINCE:
-        pytest.skip(f"Kubernetes 1.{installed.minor_version} doesn't evaluate rules")
-    namespace = Namespace(installed, "default")
+    namespace = Namespace(supported, "default")
     yield namespace
     namespace.close()
 
