@@ -48,7 +48,6 @@ LONG_FILES = [
 
 
 def file_of(nodeid: str) -> Path:
-    """The file of a test."""
     return Path(nodeid.partition("::")[0])
 
 
@@ -59,7 +58,6 @@ def rank(file: Path) -> int:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --all-families."""
     parser.addoption(
         "--all-families", action="store_true", help="test every family of models instead of three"
     )

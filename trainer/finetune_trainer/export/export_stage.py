@@ -7,7 +7,6 @@ import platform
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from finetune_trainer.contract import (
@@ -43,6 +42,7 @@ from finetune_trainer.export.publish.hub_push import check_token, push
 from finetune_trainer.export.publish.signing import signer_for
 from finetune_trainer.export.report import Facts, license_of, write_model_card, write_report
 from finetune_trainer.model import ModelFolder, base_model
+from finetune_trainer.runtime import timestamp
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import MANIFEST
@@ -126,7 +126,7 @@ def make_all(export: ExportRun) -> Manifest:
         fingerprint=config.resolved.fingerprints.export,
         version=version_name(config.resolved.fingerprints.export),
         files=(),
-        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=timestamp(),
         lineage=lineage_of(config, inputs.training, inputs.dataset),
         metrics=inputs.training.metrics.named(),
         gate=gate,

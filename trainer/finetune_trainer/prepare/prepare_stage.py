@@ -11,7 +11,6 @@ configuration -> dataset there, output writable -> base model's files -> fingerp
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +19,6 @@ from uuid import uuid4
 import numpy as np
 
 from finetune_trainer.contract import (
-    Example,
     Reason,
     Resolved,
     RunConfig,
@@ -99,6 +97,8 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
     if inputs.prepared:
         complete = {Stage.PREPARE: marker, **complete}
     if base is None and Stage.EXPORT not in complete:
+        from finetune_trainer.prepare.checks import check_model  # noqa: PLC0415 - see encode_rows
+
         base = fetch_model(config, inputs.model, workdir, reporter)
         check_model(config, inputs.model, base, workdir, reporter)
     training_plan = None
@@ -231,7 +231,11 @@ def encode_rows(
     """Apply the chat template and the tokenizer, and write the examples to `workdir`/prepared."""
     # Importing transformers takes seconds. No mistake that is found before this needs it.
     from finetune_trainer.model.tokenizer import load_tokenizer  # noqa: PLC0415
-    from finetune_trainer.prepare.checks import check_template, describe_template  # noqa: PLC0415
+    from finetune_trainer.prepare.checks import (  # noqa: PLC0415
+        check_model,
+        check_template,
+        describe_template,
+    )
     from finetune_trainer.prepare.examples import check_lengths, write_examples  # noqa: PLC0415
 
     config, rows, eval_rows = findings.config, findings.rows, findings.eval_rows
@@ -259,21 +263,6 @@ def fetch_model(
     return base_model.fetch(
         model, config.model_storage, workdir / "tokenizer", reporter, weights=False
     )
-
-
-def check_model(
-    config: RunConfig,
-    model: BaseModelFiles,
-    base: ModelFolder,
-    workdir: Path,
-    reporter: Reporter,
-    *,
-    rows: Iterable[Example] = (),
-) -> None:
-    """Make sure that the model can be trained and exported as asked."""
-    from finetune_trainer.prepare import checks  # noqa: PLC0415 - imports transformers
-
-    checks.check_model(config, model, base, workdir, reporter, rows=rows)
 
 
 def plan_training(
