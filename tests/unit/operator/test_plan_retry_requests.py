@@ -200,14 +200,15 @@ CASES = [
         [job(PREPARE)],
         Plan(
             status(
-                Phase.PENDING,
+                Phase.WAITING,
                 PREPARE,
                 pending(PREPARE),
                 *NOTHING_YET,
+                reason="Stopping",
                 planned=again(),
                 last_handled_retry_at=TUESDAY,
                 conditions=conditions(
-                    ready=(False, "Pending", "The artifacts are not there yet."),
+                    ready=(False, "Waiting", "The artifacts are not there yet."),
                     progressing=(
                         True,
                         "Stopping",
