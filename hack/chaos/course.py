@@ -22,8 +22,10 @@ from hack.chaos.proxy import ChaosProxy
 from hack.chaos.recorder import Change, Recorder
 from hack.kwok.cluster import KwokCluster
 from hack.operator_process import Operator
+from hack.process import wait_until
 
 TICK_SECONDS = 0.1
+START_SECONDS = 120  # of the first operator, on a machine that is busy with other tests
 FAULT_PAUSE_SECONDS = 0.9  # between two faults, on average
 REST_SECONDS = 420.0  # after the last fault; a job that was hit often waits minutes before it tries
 LOOK_SECONDS = 2.0
@@ -97,8 +99,9 @@ class Run:
             api = Api(plane, self.namespace)
             stack.callback(api.http.close)
             self.operator.reach_through(proxy.port, "http")
-            self.operator.start()
             stack.callback(self.operator.kill)
+            self.operator.start(wait=False)
+            wait_until(self.operator.ready, what="the operator", seconds=START_SECONDS)
             self._be_unkind(proxy, recorder, api)
             proxy.be_kind()
             calm = time.monotonic()

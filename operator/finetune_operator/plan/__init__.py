@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from finetune_operator.api.observed import FineTuneJobStatus, Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
-from finetune_operator.plan import lifecycle, looks, results
+from finetune_operator.plan import lifecycle, looks, results, versions
 from finetune_operator.plan.draft import (
     Action,
     Draft,
@@ -88,6 +88,7 @@ def plan(
         made = lifecycle.suspend(draft)
     else:
         lifecycle.tell_of_resumption(draft)
+        versions.halt_export(draft)
         made = _advance(draft)
     return looks.with_looks(draft, made)
 
@@ -135,28 +136,42 @@ def _advance(draft: Draft) -> Plan:
 
 
 def _start(draft: Draft, stage: Stage) -> None:
-    status, key = draft.stages[stage], draft.stage_key(stage)
-    wait = _retry_delay(status, draft.policy, draft.now)
+    if not _may_start(draft, stage):
+        # Status goes on to name an attempt that has to be started again: its number is taken.
+        draft.stages[stage] = draft.unstarted.get(stage, draft.stages[stage])
+        return
+    key = draft.stage_key(stage)
+    if key is None:
+        raise ValueError(f"{stage} has no fingerprint though prepare succeeded")
+    attempt = draft.stages[stage].attempt + 1
+    resolved = None if stage is Stage.PREPARE else draft.found.resolved
+    draft.add_action(StartStage(stage, key, attempt, resolved))
+    draft.add_event("StageStarted", f"Started {stage}, attempt {attempt}.")
+    mark_running(draft, stage, attempt, draft.now)
+
+
+def _may_start(draft: Draft, stage: Stage) -> bool:
+    """Whether the next attempt can begin now; else say what it waits for."""
+    wait = _retry_delay(draft.stages[stage], draft.policy, draft.now)
     if wait > timedelta():
         draft.requeue_after(wait.total_seconds())
-        return
+        return False
     mine = any(job.stage is stage and job.may_have_pod_at_work for job in draft.jobs)
     if mine or stage in draft.stages_with_old_pods:
         # Two pods at a time would write the same files, e.g. checkpoints.
         draft.pending_reasons[stage] = PendingReason(
             "Stopping", f"{stage} starts when its earlier pod has stopped."
         )
-        return
+        return False
+    if versions.awaits_export(draft, stage):
+        draft.pending_reasons[stage] = PendingReason(
+            "Stopping", "prepare starts when the pod of export has stopped."
+        )
+        return False
     if draft.denial is not None:
         _wait_for_admission(draft, stage, draft.denial)
-        return
-    if key is None:
-        raise ValueError(f"{stage} has no fingerprint though prepare succeeded")
-    attempt = status.attempt + 1
-    resolved = None if stage is Stage.PREPARE else draft.found.resolved
-    draft.add_action(StartStage(stage, key, attempt, resolved))
-    draft.add_event("StageStarted", f"Started {stage}, attempt {attempt}.")
-    mark_running(draft, stage, attempt, draft.now)
+        return False
+    return True
 
 
 def _wait_for_admission(draft: Draft, stage: Stage, words: str) -> None:
