@@ -123,6 +123,42 @@ class Lineage(Base):
     """Trainer image that exported."""
 
 
+class VersionState(StrEnum):
+    """What has become of a version."""
+
+    CURRENT = "Current"
+    AVAILABLE = "Available"
+    REJECTED = "Rejected"
+    DELETED = "Deleted"
+
+
+class VersionStatus(Base):
+    """A version in the history."""
+
+    version: str
+    """Its name. spec.rollbackTo takes it."""
+
+    state: VersionState
+    """Current (the output folder's manifest.json names it), Available (it can be rolled back to),
+    Rejected (the quality gate refused one of its files) or Deleted (the store doesn't hold it any
+    more)."""
+
+    completion_time: str | None = None
+    """When it was made (RFC 3339)."""
+
+    dataset_etag: Annotated[str | None, Field(alias="datasetETag")] = None
+    """ETag of the dataset that it was made from."""
+
+    dataset_rows: int | None = None
+    """Examples that it was trained on."""
+
+    model_revision: str | None = None
+    """A digest over the files of the base model that it was made from."""
+
+    eval_loss: float | None = None
+    """Its loss on the held-out rows."""
+
+
 class LookCause(StrEnum):
     """Why `prepare` looks again although the spec is as it was."""
 
@@ -287,6 +323,18 @@ class FineTuneJobStatus(Base):
     artifacts: tuple[ArtifactStatus, ...] = ()
     """Files of the version, those that the quality gate rejected included. All GGUF files
     are here; where there are too many files in all, the others are in the manifest only."""
+
+    versions: Annotated[
+        tuple[VersionStatus, ...],
+        Field(
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["version"],
+            }
+        ),
+    ] = ()
+    """The history of versions, the newest first, and at most twenty of them beside the current one,
+    as the last `prepare` or `export` found them."""
 
     manifest_uri: str | None = None
     """The version's manifest, which names every file with size and SHA-256."""

@@ -17,6 +17,7 @@ from finetune_operator.api.observed import (
     PlannedStatus,
     StageState,
     StageStatus,
+    VersionStatus,
 )
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan.why import why_prepare
@@ -131,6 +132,7 @@ class StageResults:
     lineage: Lineage | None
     resolved: Resolved | None
     resolved_inputs: dict[str, str]
+    versions: tuple[VersionStatus, ...]
 
     @classmethod
     def in_status(cls, status: FineTuneJobStatus) -> Self:
@@ -144,6 +146,7 @@ class StageResults:
             lineage=status.lineage,
             resolved=status.resolved,
             resolved_inputs=status.resolved_inputs,
+            versions=status.versions,
         )
 
 
@@ -211,8 +214,12 @@ class Draft:
     @property
     def ready(self) -> Condition | None:
         """The condition, as it was before this pass."""
+        return self.condition("Ready")
+
+    def condition(self, kind: str) -> Condition | None:
+        """Any condition, as it was before this pass."""
         found = self.finetunejob.status.conditions
-        return next((each for each in found if each.type == "Ready"), None)
+        return next((each for each in found if each.type == kind), None)
 
     def add_action(self, action: Action) -> None:
         self._actions.append(action)

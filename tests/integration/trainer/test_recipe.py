@@ -28,11 +28,6 @@ from tests.integration.trainer.recipe import build, make_work, tokenized
 EXAMPLES = [message_pair(*row) for row in ROWS]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def test_our_labels_are_trls_own(tiny_model: Path, tmp_path: Path) -> None:
     """TRL's preparation of the same rows, which it does unless it is told to skip it."""
     tokenizer = load_tokenizer(ModelFolder(tiny_model))
@@ -249,7 +244,7 @@ def test_every_hyperparameter_reaches_the_trainer_and_no_default_of_a_library_do
 ) -> None:
     """TRL's own would be, for one, a learning rate of 2e-5."""
     work = make_work(tiny_model, tmp_path, EXAMPLES, **settings)
-    made = sft.arguments(work, expected["num_train_epochs"], evaluate=False, bf16=False)
+    made = sft.arguments(work, expected["num_train_epochs"], evaluate=False, dtype=torch.float32)
     assert {name: getattr(made, name) for name in expected} == expected
     assert (made.fp16, made.optim, made.max_grad_norm) == (False, "adamw_torch", 1.0)
 

@@ -275,9 +275,9 @@ def test_a_marker_that_lists_files_elsewhere_is_refused(
     wrong = stored.marker.model_copy(update={"files": files})
     output.write(f"{adapter}/complete.json", wrong.model_dump_json().encode())
     refused(
-        lambda: pipeline.fetch_inputs(prepared, output, tmp_path / "room"),
+        lambda: pipeline.fetch_inputs(prepared, output, tmp_path / "workspace"),
         "is not the file that",
     )
     elsewhere = stored.marker.model_copy(update={"folder": "../other"})
     output.write(f"{adapter}/complete.json", elsewhere.model_dump_json().encode())
-    refused(lambda: pipeline.fetch_inputs(prepared, output, tmp_path / "room"), "is no marker")
+    refused(lambda: pipeline.fetch_inputs(prepared, output, tmp_path / "workspace"), "is no marker")

@@ -204,6 +204,7 @@ CASES = [
                 PREPARE,
                 pending(PREPARE),
                 *NOTHING_YET,
+                reason="Stopping",
                 planned=again(),
                 last_handled_retry_at=TUESDAY,
                 conditions=conditions(

@@ -43,6 +43,7 @@ UNCHANGING = {
     "packing",
     "parallelism",
     "report_to",
+    "stall_timeout",
 }
 """Fields of spec.training that decide on how the work is done and not on what comes out. (Packing
 is proven on the loaded model before it is used.)"""

@@ -31,7 +31,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.model.loading import (
-    compute_dtype,
+    compute_dtype_of,
     device_name,
     load_model,
     use_available_cpus,
@@ -90,7 +90,9 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     trainer = build_trainer(model, tokenizer, data, work=work, epochs=epochs)
     best = add_early_stopping(trainer, work, notify)
     trainer.add_callback(reporting.ProgressReport(reporter, trainer.schedule.tokens))
-    trainer.add_callback(TrainingWatch(notify, settings))
+    trainer.add_callback(TrainingWatch(notify, settings, trainer.accelerator.scaler))
+    if channel:
+        trainer.on_pass = channel.alive
     trainable = count_trainable_parameters(cast("torch.nn.Module", trainer.model))
     share = f"{trainable:,} / {base_parameters:,} ({trainable / base_parameters:.4%})"
     log.info("Trainable parameters / base parameters: %s", share)
@@ -138,10 +140,10 @@ def resolve_epochs(epochs: int | str, rows: int) -> int:
 def load(work: TrainingWork) -> PreTrainedModel:
     """The base model, frozen later by PEFT. From Unsloth it comes with its adapter."""
     if work.engine == "unsloth":
-        return cast("PreTrainedModel", unsloth_engine.load(work, compute_dtype()))
+        return cast("PreTrainedModel", unsloth_engine.load(work, compute_dtype_of(work.model)))
     return load_model(
         work.model,
-        compute_dtype(),  # bfloat16 where the hardware computes in it, else float32
+        compute_dtype_of(work.model),  # 16 bits where the hardware computes in them, else float32
         processes.loading_device(work.plan),
         quantize=work.config.training.method == "qlora",
     )
@@ -157,11 +159,10 @@ def build_trainer(
 ) -> RecipeTrainer:
     """Put model, adapter, data and hyperparameters together."""
     unsloth = work.engine == "unsloth"
-    bf16 = model.dtype == torch.bfloat16
     trainer = RecipeTrainer(
         data=data,
         model=model,
-        args=arguments(work, epochs, evaluate=data.held_out is not None, bf16=bf16),
+        args=arguments(work, epochs, evaluate=data.held_out is not None, dtype=model.dtype),
         processing_class=tokenizer,
         peft_config=None if unsloth else lora_config(work.config.training.lora, model),
         engine_loss=unsloth_engine.loss if unsloth else None,
@@ -170,12 +171,12 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     reporting.guard_trackers(trainer)
-    if bf16 and not unsloth:
+    if model.dtype is not torch.float32 and not unsloth:
         make_layers_faster(cast("torch.nn.Module", trainer.model))
     return trainer
 
 
-def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, bf16: bool) -> SFTConfig:
+def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, dtype: torch.dtype) -> SFTConfig:
     """The hyperparameters, by the Trainer's names."""
     settings, plan = work.config.training, work.plan
     gpu, sharded = torch.cuda.is_available(), plan.parallelism == "fsdp"
@@ -201,9 +202,10 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, bf16: bool) ->
         shuffle_dataset=False,
         dataloader_num_workers=0,
         dataloader_pin_memory=gpu,
-        # Numbers. Weights of the adapter stay float32; autocast computes in bfloat16.
-        bf16=bf16,
-        fp16=False,
+        # Numbers. Weights of the adapter stay float32; autocast computes in 16 bits. Gradients in
+        # float16 are scaled up, or the small ones would be 0.
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
         tf32=True if gpu and torch.cuda.get_device_capability() >= (8, 0) else None,
         use_cpu=not gpu,
         # Memory. Unsloth recomputes activations by itself. With FSDP this is right as well, unlike

@@ -40,6 +40,8 @@ from finetune_trainer.train.recipe.data import (
     contiguous_groups,
 )
 
+FIRST_SCALE = 1024.0
+
 Batch = dict[str, Any]
 """What a collator makes: input_ids and labels of [rows, time], and what goes with them."""
 
@@ -73,6 +75,11 @@ def computes_some_logits(model: torch.nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
+def loss_scaler(device: str) -> torch.amp.GradScaler:
+    """For float16. PyTorch begins at 65536, and would leave out the first steps of many models."""
+    return torch.amp.GradScaler(device, init_scale=FIRST_SCALE)
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """What is trained and evaluated on."""
@@ -100,6 +107,9 @@ class RecipeTrainer(SFTTrainer):
         self.data = data
         self._engine_loss = engine_loss
         self._some_logits = computes_some_logits(model)
+        self.on_pass: Callable[[], None] = lambda: None
+        """Called before each forward pass, in training and evaluation."""
+
         collator = PackingCollator if data.packed else PaddingCollator
         super().__init__(
             model=model,
@@ -112,6 +122,8 @@ class RecipeTrainer(SFTTrainer):
         )
         if self.is_fsdp_enabled:
             processes.reduce_in_float32(self.accelerator.state.fsdp_plugin)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler = loss_scaler(self.args.device.type)
         self.split = StepSplit(args.gradient_accumulation_steps, args.world_size, data.packed)
         per_pass = args.per_device_train_batch_size * args.world_size
         batch = per_pass * args.gradient_accumulation_steps
@@ -142,6 +154,7 @@ class RecipeTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Sum of the cross entropy over the labels, divided by their number in the whole step."""
+        self.on_pass()
         if self._engine_loss:
             return self._engine_loss(model, inputs, num_items_in_batch)
         if self.args.device.type != "cpu":

@@ -28,7 +28,7 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.memory.gpus import Gpu, check_gpus, describe_gpus, find_gpus
 from finetune_trainer.memory.plan import Lengths, describe, effective_batch, plan
-from finetune_trainer.model.shape import Shape
+from finetune_trainer.model.shape import Shape, number_type
 from finetune_trainer.train.link import Engine, TrainingWork, fallback_notice
 
 log = logging.getLogger(__name__)
@@ -116,8 +116,7 @@ def count_devices(gpus: int, environment: Mapping[str, str]) -> int:
 
 def read_needs(model: Path, summary: bytes) -> MemoryNeeds:
     """Read the base model's folder, and what `prepare` left as summary.json."""
-    shape = Shape.from_config(json.loads((model / "config.json").read_bytes()))
-    return MemoryNeeds(shape, int(json.loads(summary)["tokens"]["max"]))
+    return MemoryNeeds(Shape.of_model(model), int(json.loads(summary)["tokens"]["max"]))
 
 
 def plan_for_gpus(
@@ -125,20 +124,23 @@ def plan_for_gpus(
 ) -> TrainingPlan:
     """The plan of `prepare` where it knew what a GPU holds, else one for the GPUs that are here.
 
+    `prepare` takes GPUs to compute in 16 bits; for those that don't, there is a plan of their own.
     The effective batch stays. Raises StageError(OutOfGPUMemory) when not even one example fits a
     pass, with the changes that would fit.
     """
     known = config.hardware
-    if not gpus or (known is not None and known.gpus and prepared.memory_bytes is not None):
+    if not gpus or needs.shape is None:
         return prepared
-    if needs.shape is None:
+    least = min(gpu.capability for gpu in gpus)
+    half = number_type(least, needs.shape.model_type) != "float32"
+    if half and known is not None and known.gpus and prepared.memory_bytes is not None:
         return prepared
     hardware = Hardware(
         gpus=count_processes(config.training, len(gpus)),
         gpu_memory_bytes=min(gpu.memory_bytes for gpu in gpus),
         memory_bytes=known.memory_bytes if known else None,
     )
-    made = plan(config.training, needs.shape, Lengths(needs.longest), hardware)
+    made = plan(config.training, needs.shape, Lengths(needs.longest), hardware, half=half)
     log.info("Plan for this pod's %s: %s", gpus[0].name, describe(made, hardware))
     return made
 
