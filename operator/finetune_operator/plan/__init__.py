@@ -23,7 +23,13 @@ from finetune_operator.plan.draft import (
     stop_what_outlives_trainers,
     was_refused,
 )
-from finetune_operator.plan.follow import follow_stage, mark_running
+from finetune_operator.plan.follow import (
+    follow_stage,
+    has_pod_at_work,
+    mark_running,
+    wait_for_earlier_pods,
+)
+from finetune_operator.pods import ObservedPod
 from finetune_operator.status import (
     PendingReason,
     conditions,
@@ -49,14 +55,14 @@ def plan(
     policy: Policy,
     now: datetime,
     *,
-    stages_with_old_pods: frozenset[Stage] = frozenset(),
+    old_pods: Mapping[Stage, ObservedPod] | None = None,
     denial: str | None = None,
 ) -> Plan:
     """Decide what to do next to get the artifacts that the spec asks for.
 
     `jobs` are the attempts so far. `pod_settings` maps each stage to the digest of the settings
-    that its pods would get now. Of `stages_with_old_pods`, a pod still runs whose Job is gone, or
-    one of an earlier FineTuneJob of the same name. `denial` is what the API server said when a
+    that its pods would get now. `old_pods` still run although their Job is gone, or are those of an
+    earlier FineTuneJob of the same name. `denial` is what the API server said when a
     stage was about to be started.
     """
     if finetunejob.deleting:
@@ -73,7 +79,7 @@ def plan(
         pod_settings=pod_settings,
         policy=policy,
         now=now,
-        stages_with_old_pods=stages_with_old_pods,
+        old_pods=old_pods or {},
         denial=denial,
     )
     for stage in Stage:
@@ -130,12 +136,9 @@ def _start(draft: Draft, stage: Stage) -> None:
     if wait > timedelta():
         draft.requeue_after(wait.total_seconds())
         return
-    mine = any(job.stage is stage and job.may_have_pod_at_work for job in draft.jobs)
-    if mine or stage in draft.stages_with_old_pods:
+    if has_pod_at_work(draft, stage):
         # Two pods at a time would write the same files, e.g. checkpoints.
-        draft.pending_reasons[stage] = PendingReason(
-            "Stopping", f"{stage} starts when its earlier pod has stopped."
-        )
+        wait_for_earlier_pods(draft, stage)
         return
     if draft.denial is not None:
         _wait_for_admission(draft, stage, draft.denial)
@@ -152,8 +155,7 @@ def _start(draft: Draft, stage: Stage) -> None:
 def _wait_for_admission(draft: Draft, stage: Stage, words: str) -> None:
     message = f"The API server denies the Job of {stage}; it is tried again. It says: {words}"
     draft.pending_reasons[stage] = PendingReason(Reason.REQUEST_DENIED, message, degraded=True)
-    if shorten(message) not in {each.message for each in draft.finetunejob.status.conditions}:
-        draft.add_warning(Reason.REQUEST_DENIED, message)
+    draft.warn_once(Reason.REQUEST_DENIED, message)
 
 
 def _retry_delay(status: StageStatus, policy: Policy, now: datetime) -> timedelta:
