@@ -27,7 +27,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_trainer.runtime.logs import set_up_libraries
+from finetune_trainer.runtime.startup import set_up_libraries
 
 SIDES, JUDGE = ("plain", "ours"), "judge"
 

@@ -27,7 +27,7 @@ from finetune_trainer.contract import (
     TrainingRecord,
 )
 from finetune_trainer.export.report import Facts
-from finetune_trainer.prepare.report import histogram, spread
+from finetune_trainer.prepare.findings import histogram, spread
 
 ROW_COUNT, LIMIT = 480, 512
 QUALITIES = {

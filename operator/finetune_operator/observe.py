@@ -59,7 +59,7 @@ class ObservedJob:
     uid: str
     stage: Stage
     stage_key: str
-    """The stage's fingerprint; for `prepare`, the generation."""
+    """The stage's fingerprint; for `prepare`, the generation and which look it is."""
 
     attempt: int
     pod_settings: str
@@ -80,6 +80,12 @@ class ObservedJob:
     finished_at: datetime | None = None
     failed_by_exit_code: bool = False
     """Whether an exit code in its podFailurePolicy failed it, which no further pod can change."""
+
+    deadline_seconds: int | None = None
+    """How long it may take."""
+
+    past_deadline: bool = False
+    """Whether it took longer, so that its pods are stopped or have been."""
 
     deleting: bool = False
     pod: ObservedPod | None = None
@@ -299,6 +305,8 @@ def _job(raw: JsonObject, pods: list[JsonObject]) -> ObservedJob:
         finished=Finish(ended["type"]) if ended else None,
         finished_at=moment(ended.get("lastTransitionTime")) if ended else None,
         failed_by_exit_code=ended is not None and ended.get("reason") == "PodFailurePolicy",
+        deadline_seconds=raw["spec"].get("activeDeadlineSeconds"),
+        past_deadline=any(c.get("reason") == "DeadlineExceeded" for c in true_conditions(status)),
         deleting="deletionTimestamp" in meta,
         pod=observe_pod(pods[-1]) if pods else None,
         earlier_pods=tuple(observe_pod(pod) for pod in pods[:-1]),

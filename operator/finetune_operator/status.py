@@ -31,12 +31,14 @@ AS_EXPECTED = "AsExpected"
 ALL_WELL = "Nothing needs attention."
 RETRYING = "Retrying"
 VERSION_SKEW = "VersionSkew"
+SUSPENDED = "Suspended"
 # Flux and other tools that read conditions by kstatus go by these two.
 RECONCILING, STALLED = "Reconciling", "Stalled"
 SKEW_WORDS = (
     "This operator doesn't know {}, and leaves it out of account. Upgrade the operator to the "
     "version of the CustomResourceDefinition."
 )
+NO_MORE = "No further attempt is made until the spec changes."
 MESSAGE_LIMIT = 1024  # characters of a message in a condition, an event or a stage
 
 
@@ -90,23 +92,45 @@ def working_summary(
     )
 
 
-def failed_summary(phase_stage: StageStatus, stays: str = "") -> Summary:
-    """A stage failed for good, and with it the FineTuneJob; `stays` says what it leaves alone."""
+def failed_summary(
+    phase_stage: StageStatus,
+    stays: str = "",
+    after: str | None = None,
+    what: str = "The new spec can't be reached",
+) -> Summary:
+    """A stage failed for good, and with it the FineTuneJob.
+
+    `stays` says what it leaves alone, `after` what happens next, `what` couldn't be done.
+    """
     reason = phase_stage.reason or Reason.INTERNAL_ERROR
     message = phase_stage.message or ""
     if stays:
-        message = f"The new spec can't be reached: {message} {stays}"
-    return refused_summary(reason, message)
+        message = f"{what}: {message} {stays}"
+    return refused_summary(reason, message, after or NO_MORE)
 
 
-def refused_summary(reason: str, message: str) -> Summary:
-    """The FineTuneJob failed, and only another spec can change that."""
+def look_failed_summary(prepare: StageStatus, after: str | None) -> Summary:
+    """A further look at dataset and model failed. The spec is reached, and stays so."""
+    reason = prepare.reason or Reason.INTERNAL_ERROR
+    after = after or NO_MORE
+    message = (
+        f"The last look at dataset and model failed: {prepare.message} The current version stays. "
+        f"{after}"
+    )
+    return Summary(
+        phase=Phase.SUCCEEDED,
+        ready=ConditionValue(False, reason, message),  # the condition stays as it was
+        progressing=ConditionValue(False, reason, after),
+        degraded=ConditionValue(True, reason, message),
+    )
+
+
+def refused_summary(reason: str, message: str, after: str = NO_MORE) -> Summary:
+    """The FineTuneJob failed; `after` says what can change that."""
     return Summary(
         phase=Phase.FAILED,
         ready=ConditionValue(False, reason, message),
-        progressing=ConditionValue(
-            False, reason, "No further attempt is made until the spec changes."
-        ),
+        progressing=ConditionValue(False, reason, after),
         degraded=ConditionValue(True, reason, message),
     )
 
@@ -146,6 +170,8 @@ def conditions(
         claims[RECONCILING] = summary.progressing
     elif summary.phase is Phase.FAILED:
         claims[STALLED] = summary.degraded
+    elif summary.phase is Phase.SUSPENDED:
+        claims[SUSPENDED] = ConditionValue(True, SUSPENDED, summary.progressing.message)
     made = {
         kind: _condition(kind, claim, before.get(kind), generation, now)
         for kind, claim in claims.items()

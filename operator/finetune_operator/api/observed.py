@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ class Phase(StrEnum):
     PREPARING = "Preparing"
     TRAINING = "Training"
     EXPORTING = "Exporting"
+    SUSPENDED = "Suspended"
     SUCCEEDED = "Succeeded"
     FAILED = "Failed"
 
@@ -110,6 +111,13 @@ class Lineage(Base):
     """Trainer image that exported."""
 
 
+class LookCause(StrEnum):
+    """Why `prepare` looks again although the spec is as it was."""
+
+    REFRESH = "Refresh"
+    RETRY_REQUESTED = "RetryRequested"
+
+
 class PlannedStatus(Base):
     """The spec that `prepare` planned the stages for."""
 
@@ -117,11 +125,26 @@ class PlannedStatus(Base):
     """The metadata.generation at which `prepare` was last asked. Edits after it touched nothing
     that a stage depends on."""
 
+    look: int = 0
+    """How many times `prepare` was asked again since, with the same spec."""
+
+    cause: LookCause | None = None
+    """Why it was asked again: Refresh or RetryRequested."""
+
     inputs: str
     """Digest of model, dataset, training, export, output and storage."""
 
     hardware: str
     """Digest of the resources of the training's pod."""
+
+    @property
+    def prepare_key(self) -> str:
+        """The key by which the Jobs of this look are known."""
+        return f"{self.generation}.{self.look}" if self.look else str(self.generation)
+
+    def again(self, cause: LookCause) -> Self:
+        """The same, with another look."""
+        return self.model_copy(update={"look": self.look + 1, "cause": cause})
 
 
 class FineTuneJobStatus(Base):
@@ -131,7 +154,7 @@ class FineTuneJobStatus(Base):
     """The metadata.generation that this status is about."""
 
     phase: Phase | None = None
-    """Pending, Preparing, Training, Exporting, Succeeded or Failed."""
+    """Pending, Preparing, Training, Exporting, Suspended, Succeeded or Failed."""
 
     stage: Stage | None = None
     """The stage that runs, or ran last."""
@@ -147,8 +170,9 @@ class FineTuneJobStatus(Base):
     ] = ()
     """Ready (artifacts are there; observedGeneration says of which spec), Progressing (a stage is
     at work) and Degraded (it failed, or something needs attention). While they hold, Reconciling
-    and Stalled say the same in the words of kstatus, and VersionSkew that the operator doesn't
-    understand all of spec and status."""
+    and Stalled say the same in the words of kstatus, Suspended that spec.suspend is true and
+    nothing runs any more, and VersionSkew that the operator doesn't understand all of spec and
+    status."""
 
     stages: Annotated[
         tuple[StageStatus, ...],
@@ -192,6 +216,13 @@ class FineTuneJobStatus(Base):
 
     resolved: contract.Resolved | None = None
     """What `prepare` found out about the present spec; the stages after it rely on it."""
+
+    last_refresh_time: str | None = None
+    """With spec.dataset.refresh: when `prepare` last began to look at dataset and model (RFC
+    3339)."""
+
+    next_refresh_time: str | None = None
+    """When it looks again, or as soon after that as no stage is at work."""
 
     planned: PlannedStatus | None = None
     """What the present stages were planned for. An edit that leaves it as it is reruns nothing."""

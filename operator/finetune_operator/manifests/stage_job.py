@@ -75,6 +75,7 @@ def stage_job(
 ) -> JsonObject:
     """A batch/v1 Job that runs one pod once. The operator itself decides on further attempts."""
     pod_settings = pod_settings_digest(spec, attempt.stage, settings)
+    deadline = spec.pod_settings(attempt.stage).active_deadline_seconds
     parts = (attempt.stage_key, pod_settings, attempt.number)
     meta = metadata(owner, child_name(owner, attempt.stage, *parts))
     meta["labels"] = stage_labels(owner, attempt.stage, attempt.number)
@@ -89,6 +90,7 @@ def stage_job(
         "metadata": meta,
         "spec": {
             "backoffLimit": 0,
+            **({"activeDeadlineSeconds": deadline} if deadline is not None else {}),
             "ttlSecondsAfterFinished": max(spec.ttl_seconds_after_finished, SHORTEST_TTL_SECONDS),
             "podFailurePolicy": _pod_failure_policy(),
             "template": _pod_template(owner, spec, attempt, settings, meta["name"]),
@@ -98,7 +100,7 @@ def stage_job(
 
 def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> str:
     """Digest of the settings of a stage's pods that can't change its result."""
-    pod = _pod_settings(spec, stage)
+    pod = spec.pod_settings(stage)
     return digest(
         pod.model_dump(mode="json", exclude_none=True),
         _image(pod, settings),
@@ -116,11 +118,6 @@ def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings)
 def _publishing(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
     parts = (spec.export.signing, spec.output.hub) if stage is Stage.EXPORT else ()
     return [part.model_dump(mode="json") for part in parts if part is not None]
-
-
-def _pod_settings(spec: FineTuneJobSpec, stage: Stage) -> PodSettings:
-    settings: PodSettings = getattr(spec.stages, stage)
-    return settings
 
 
 def _image(pod: PodSettings, settings: Settings) -> str:
@@ -154,7 +151,7 @@ def _pod_template(
     settings: Settings,
     name: str,
 ) -> JsonObject:
-    pod = _pod_settings(spec, attempt.stage)
+    pod = spec.pod_settings(attempt.stage)
     shared_memory = shared_memory_mib(attempt.stage, pod, attempt.hardware)
     own = stage_labels(owner, attempt.stage, attempt.number)
     return {
@@ -195,7 +192,7 @@ def _container(
     job_name: str,
     shared_memory: int | None,
 ) -> JsonObject:
-    pod = _pod_settings(spec, stage)
+    pod = spec.pod_settings(stage)
     fixed = {
         "HOME": WORKSPACE,
         "TMPDIR": WORKSPACE,

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal, Self, TypedDict, Unpack
 
+from finetune_operator.api import Condition
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.api.observed import (
     ArtifactStatus,
     FineTuneJobStatus,
     Lineage,
+    LookCause,
     PlannedStatus,
     StageState,
     StageStatus,
@@ -28,7 +30,7 @@ class StartStage:
 
     stage: Stage
     stage_key: str
-    """The stage's fingerprint; for `prepare`, the generation."""
+    """The stage's fingerprint; for `prepare`, the generation and which look it is."""
 
     attempt: int
     resolved: Resolved | None
@@ -159,6 +161,7 @@ class Draft:
         now: datetime,
         old_pods: Mapping[Stage, ObservedPod],
         denial: str | None,
+        look: LookCause | None = None,
     ) -> None:
         self.finetunejob = finetunejob
         self.spec = spec
@@ -169,7 +172,10 @@ class Draft:
         self.old_pods = old_pods
         self.denial = denial
         self.planned = _planned(finetunejob, spec)
-        self.stages = _stages(finetunejob, anew=self.planned != finetunejob.status.planned)
+        edited = self.planned != finetunejob.status.planned and not _is_seen(finetunejob)
+        if look is not None and not edited:  # an edit makes `prepare` look anyway
+            self.planned = self.planned.again(look)
+        self.stages = _stages(finetunejob, anew=edited or look is not None)
         self.found = StageResults.in_status(finetunejob.status)
         self.former_stands = True
         """Whether artifacts that were there before this pass still are."""
@@ -181,9 +187,9 @@ class Draft:
         self._delays: list[float] = []
 
     def stage_key(self, stage: Stage) -> str | None:
-        """The key by which the Jobs of this spec are known: fingerprint, or generation."""
+        """The key by which the Jobs of this spec are known: fingerprint, or look."""
         if stage is Stage.PREPARE:
-            return str(self.planned.generation)
+            return self.planned.prepare_key
         return self.stages[stage].fingerprint
 
     def jobs_of(self, stage: Stage) -> list[ObservedJob]:
@@ -197,10 +203,13 @@ class Draft:
     @property
     def is_ready(self) -> bool:
         """Whether artifacts were there before this pass, of this spec or an earlier one."""
-        return any(
-            each.type == "Ready" and each.status == "True"
-            for each in self.finetunejob.status.conditions
-        )
+        return self.ready is not None and self.ready.status == "True"
+
+    @property
+    def ready(self) -> Condition | None:
+        """The condition, as it was before this pass."""
+        found = self.finetunejob.status.conditions
+        return next((each for each in found if each.type == "Ready"), None)
 
     def add_action(self, action: Action) -> None:
         self._actions.append(action)
@@ -276,6 +285,8 @@ class Draft:
 
     def _is_current(self, job: ObservedJob) -> bool:
         """Whether it is the attempt at work, or one after it, which takes its place in time."""
+        if self.spec.suspend:
+            return False
         stage = self.stages[job.stage]
         current = job.stage_key == self.stage_key(job.stage) and job.attempt >= stage.attempt
         return stage.state is StageState.RUNNING and current
@@ -310,15 +321,25 @@ def was_refused(status: FineTuneJobStatus) -> bool:
     )
 
 
+def _is_seen(finetunejob: ObservedFineTuneJob) -> bool:
+    """Whether the status is about the present spec, and something could be made of that."""
+    status = finetunejob.status
+    return status.observed_generation == finetunejob.generation and not was_refused(status)
+
+
 def _planned(finetunejob: ObservedFineTuneJob, spec: FineTuneJobSpec) -> PlannedStatus:
     """What the stages are planned for: as before, unless an edit touches what they depend on."""
     status, generation = finetunejob.status, finetunejob.generation
     before = status.planned
+    looked = before.look if before is not None and before.generation == generation else 0
     now = PlannedStatus(
-        generation=generation, inputs=spec.inputs_digest, hardware=spec.hardware_digest
+        generation=generation,
+        look=looked,  # no key twice
+        inputs=spec.inputs_digest,
+        hardware=spec.hardware_digest,
     )
-    if status.observed_generation == generation and not was_refused(status):
-        return before or now
+    if spec.suspend or _is_seen(finetunejob):
+        return before or now  # while it is suspended, nobody looks at what an edit touches
     states = {stage.name: stage.state for stage in status.stages}
     if before is None or before.inputs != now.inputs or StageState.FAILED in states.values():
         return now
@@ -328,10 +349,9 @@ def _planned(finetunejob: ObservedFineTuneJob, spec: FineTuneJobSpec) -> Planned
 
 
 def _stages(finetunejob: ObservedFineTuneJob, *, anew: bool) -> dict[Stage, StageStatus]:
-    """The stages as status remembers them; `prepare` looks again at what an edit has touched."""
+    """The stages as status remembers them; `anew`, `prepare` is still to look."""
     known = {stage.name: stage for stage in finetunejob.status.stages}
     stages = {name: known.get(name, StageStatus(name=name)) for name in Stage}
-    seen = finetunejob.status.observed_generation == finetunejob.generation
-    if anew and (not seen or was_refused(finetunejob.status)):
+    if anew:
         stages[Stage.PREPARE] = StageStatus(name=Stage.PREPARE)
     return stages

@@ -8,11 +8,13 @@ from datetime import datetime, timedelta
 from finetune_operator.api.observed import ArtifactStatus, Lineage, StageState, StageStatus
 from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
+from finetune_operator.plan.looks import stays_failed
 from finetune_operator.plan.verdict import Done, Failure
-from finetune_operator.status import timestamp
+from finetune_operator.status import quality_hint, timestamp, warnings_hint
 from finetune_trainer.contract import (
     Artifact,
     Notice,
+    Reason,
     Resolved,
     Stage,
     StageResult,
@@ -65,7 +67,11 @@ def record_dataset(draft: Draft, job: ObservedJob) -> None:
     """Show what `prepare` found in the dataset, also if it failed because of that."""
     result = job.pod.result if job.pod is not None else None
     mine = result is not None and result.stage is Stage.PREPARE
-    draft.found.dataset = result.dataset if result is not None and mine else None
+    found = result.dataset if result is not None and mine else None
+    if (
+        found is not None or draft.planned.cause is None
+    ):  # a look that came to nothing tells nothing
+        draft.found.dataset = found
 
 
 def _record_resolved(
@@ -96,7 +102,9 @@ def _resolve_stage(
     same = before.fingerprint == fingerprint
     if stage is Stage.TRAIN and not same:
         draft.found.notices = ()  # they are about another training
-    if same and _still_holds(draft, before, cached=cached):
+    if same and (
+        _still_holds(draft, before, cached=cached) or (not cached and stays_failed(draft, before))
+    ):
         return True
     if same and stage is Stage.EXPORT and before.state is StageState.SUCCEEDED:
         draft.former_stands = False  # the store doesn't hold it any more
@@ -152,6 +160,16 @@ def _record_artifacts(draft: Draft, result: StageResult | None, image: str | Non
     # Where the result was lost, the output folder's own manifest names the version.
     draft.found.manifest_uri = manifest or f"{draft.spec.output.folder}/manifest.json"
     draft.found.lineage = _lineage(draft.found.resolved, image) if draft.found.resolved else None
+
+
+def tell_of_success(draft: Draft) -> str:
+    """Where the artifacts are, in words; an event as well, when they are new."""
+    folder, manifest = artifacts_folder(draft), draft.found.manifest_uri
+    message = f"The artifacts are in {folder}; {manifest} lists them."
+    message += warnings_hint(draft.found.notices) + quality_hint(draft.found.artifacts)
+    if not draft.is_ready or draft.planned != draft.finetunejob.status.planned:
+        draft.add_event(Reason.SUCCEEDED, message)
+    return message
 
 
 def artifacts_folder(draft: Draft) -> str:

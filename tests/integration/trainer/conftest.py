@@ -114,18 +114,18 @@ def keys_of(request: pytest.FixtureRequest, store: str) -> Credentials:
 def bucket(moto: Credentials, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A bucket with the data at data/train.csv and the tiny model at models/tiny/, in moto."""
     fill_bucket(moto, tiny_model, tmp_path_factory.mktemp("data"))
-    return "trainer"
+    return "trainer-bucket"
 
 
 def fill_bucket(store: Credentials, model: Path, folder: Path) -> None:
     """Make that bucket in a store."""
     client = store.client()
-    client.create_bucket(Bucket="trainer")
+    client.create_bucket(Bucket="trainer-bucket")
     file = folder / "train.csv"
     write_csv(file)
-    client.upload_file(str(file), "trainer", "data/train.csv")
+    client.upload_file(str(file), "trainer-bucket", "data/train.csv")
     for part in model.iterdir():
-        client.upload_file(str(part), "trainer", f"models/tiny/{part.name}")
+        client.upload_file(str(part), "trainer-bucket", f"models/tiny/{part.name}")
 
 
 class Processes:

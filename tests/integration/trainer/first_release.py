@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_trainer.contract import RunConfig, StageResult
-from finetune_trainer.prepare import stage as prepare_stage
+from finetune_trainer.prepare import prepare_stage
 from finetune_trainer.runtime.reporter import Reporter
 from hack.object_store import Credentials
 

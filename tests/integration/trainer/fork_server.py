@@ -37,14 +37,14 @@ COMMAND = "finetune_trainer"
 # What takes seconds to import.
 MODULES = (
     "finetune_trainer.__main__",
-    "finetune_trainer.prepare.stage",
-    "finetune_trainer.train.stage",
+    "finetune_trainer.prepare.prepare_stage",
+    "finetune_trainer.train.train_stage",
     "finetune_trainer.train.recipe.train_worker",
     "finetune_trainer.train.recipe.processes",
     "torch.distributed.run",
-    "finetune_trainer.export.stage",
+    "finetune_trainer.export.export_stage",
     "finetune_trainer.export.reference.float32",
-    "finetune_trainer.store.s3",
+    "finetune_trainer.store.s3_folder",
     "transformers.models.llama.modeling_llama",
     "tensorboardX",
     "llama_cpp",
@@ -194,7 +194,7 @@ def fork_server() -> Iterator[ForkServer]:
 
 def serve(address: str) -> None:
     """Fork what clients ask for, and tell each how its process ended, until stdin is closed."""
-    from finetune_trainer.runtime.logs import set_up_libraries
+    from finetune_trainer.runtime.startup import set_up_libraries
 
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print

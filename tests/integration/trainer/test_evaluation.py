@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune_trainer.contract import Notice, NoticeCode, Reason, RunConfig, StageError
 from finetune_trainer.model.tokenizer import IGNORED, message_pair
-from finetune_trainer.prepare.stage import check_held_out
+from finetune_trainer.prepare.prepare_stage import check_held_out
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link import Trained, TrainingWork
 from finetune_trainer.train.recipe import sft

@@ -28,8 +28,7 @@ from finetune_trainer.contract import (
     Reason,
     StageError,
 )
-from finetune_trainer.export.gate import file_checks
-from finetune_trainer.export.gate.gates import DerivedGate, SourceGate, rejects
+from finetune_trainer.export.gate import DerivedGate, SourceGate, file_checks, rejects
 from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.converter import llama_folder

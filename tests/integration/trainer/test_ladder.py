@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from finetune_trainer.contract import Notice, NoticeCode, Reason, StageResult
 from finetune_trainer.model.tokenizer import message_pair
-from finetune_trainer.runtime.failures import explain
+from finetune_trainer.runtime.endings import explain
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link import Failed, Trained, TrainingWork, as_failed
 from finetune_trainer.train.link.channel import listening

@@ -9,7 +9,7 @@ import pytest
 
 from finetune_trainer.contract import PreparedRunConfig, Reason, StageError, TrainingPlan
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.train import stage
+from finetune_trainer.train import train_stage
 from finetune_trainer.train.link import Failed, TrainingWork
 from finetune_trainer.train.supervisor import setup, training_session
 from finetune_trainer.train.supervisor.setup import Gpu
@@ -98,7 +98,7 @@ def test_a_pod_whose_gpu_nobody_knew_finds_out_before_it_loads_the_model(
 
         monkeypatch.setattr(training_session.WorkerProcess, "run", run)
         with pytest.raises(StageError) as raised:
-            stage.run(config, workdir, Reporter())
+            train_stage.run(config, workdir, Reporter())
         if not asked:
             raise raised.value
         return asked[0]

@@ -25,7 +25,7 @@ from finetune_trainer.model import ModelFolder, base_model, rehearsal
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import message_pair
 from finetune_trainer.prepare import checks
-from finetune_trainer.prepare.stage import check_config
+from finetune_trainer.prepare.prepare_stage import check_config
 from finetune_trainer.runtime.reporter import Reporter
 from hack.object_store import Credentials
 from tests.integration.trainer.families import FAMILIES, write_family

@@ -24,7 +24,7 @@ from finetune_trainer.export import pipeline
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder
 from finetune_trainer.store.marker import EXAMPLES, HELD_OUT, open_stage, save_stage, stage_folder
-from finetune_trainer.train import stage as train_stage
+from finetune_trainer.train import train_stage
 from tests.integration.trainer import first_release
 
 Prepare = Callable[..., StageResult]

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from finetune_trainer.contract import Export, Quantization
-from finetune_trainer.export.gate.gates import SourceGate
+from finetune_trainer.export.gate import SourceGate
 from finetune_trainer.export.gguf.files import GgufSource, quantize, write_unquantized
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.converter import gguf_name

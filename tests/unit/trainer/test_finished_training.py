@@ -21,7 +21,7 @@ from finetune_trainer.contract import (
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import METRICS, save_stage, stage_folder
-from finetune_trainer.train.stage import run
+from finetune_trainer.train.train_stage import run
 
 RECORD = TrainingRecord(
     metrics=TrainingMetrics(train_loss=0.5, train_steps=45),

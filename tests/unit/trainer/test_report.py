@@ -407,7 +407,7 @@ def test_figures_are_written_for_people(written: str, expected: str) -> None:
 
 def test_other_stages_do_not_import_matplotlib() -> None:
     code = (
-        "import sys, finetune_trainer.prepare.stage, finetune_trainer.train.stage; "
+        "import sys, finetune_trainer.prepare.prepare_stage, finetune_trainer.train.train_stage; "
         "assert 'matplotlib.figure' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,7 +13,7 @@ import torch
 from finetune_trainer.contract import Reason, Stage, StageError, StageResult
 from finetune_trainer.memory.remedies import with_remedy
 from finetune_trainer.runtime import duration, size
-from finetune_trainer.runtime.failures import explain
+from finetune_trainer.runtime.endings import explain
 from finetune_trainer.stage_runner import guarded
 
 
@@ -75,7 +75,7 @@ def test_sizes(count: int, text: str) -> None:
     assert size(count) == text
 
 
-@pytest.mark.parametrize("module", ["__main__", "prepare.stage", "train.stage"])
+@pytest.mark.parametrize("module", ["__main__", "prepare.prepare_stage", "train.train_stage"])
 def test_command_and_stages_start_without_the_seconds_of_torch(module: str) -> None:
     code = (
         f"import sys, finetune_trainer.{module}; "

@@ -21,9 +21,9 @@ from finetune_trainer.contract import (
     Storage,
     TrainingRecord,
 )
-from finetune_trainer.export.stage import lineage_of
+from finetune_trainer.export.export_stage import lineage_of
 from finetune_trainer.prepare.dataset_files import DataFile, DatasetRows, find_data_files
-from finetune_trainer.prepare.report import Findings
+from finetune_trainer.prepare.findings import Findings
 from finetune_trainer.prepare.shards import fits
 from finetune_trainer.runtime.reporter import Reporter
 

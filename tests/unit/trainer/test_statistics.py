@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from finetune_trainer.prepare.report import (
+from finetune_trainer.prepare.findings import (
     BINS,
     TokenCounts,
     histogram,

@@ -6,8 +6,7 @@ run             run.json as a whole, and what `prepare` adds to it
 outcome         reasons, exit codes, and the termination message
 progress        status.progress, with what a training says about itself; metrics.json
 dataset_report  what `prepare` found in the dataset
-artifacts       the files that come out, and manifest.json
-quality         what was measured on a GGUF file, and the gate's verdict on it
+artifacts       the files that come out, the gate's verdict on each, and manifest.json
 verdict_words   that verdict in words, for status, the report and a terminal
 fingerprint     what a stage's result depends on
 
@@ -20,8 +19,12 @@ from finetune_trainer.contract.artifacts import (
     REJECTED,
     VERSIONS,
     Artifact,
+    FileVerdict,
+    GateReport,
     Lineage,
     Manifest,
+    Quality,
+    Sample,
     version_folder,
 )
 from finetune_trainer.contract.base import (
@@ -78,6 +81,7 @@ from finetune_trainer.contract.output import (
     Export,
     Hub,
     Output,
+    PrivateFile,
     QualityLimit,
     Quantization,
     Signing,
@@ -92,7 +96,6 @@ from finetune_trainer.contract.progress import (
     TrainingRecord,
     status_path,
 )
-from finetune_trainer.contract.quality import FileVerdict, GateReport, Quality, Sample
 from finetune_trainer.contract.run import (
     Fingerprints,
     Hardware,
@@ -166,6 +169,7 @@ __all__ = [
     "NoticeCode",
     "Output",
     "PreparedRunConfig",
+    "PrivateFile",
     "Progress",
     "Quality",
     "QualityLimit",

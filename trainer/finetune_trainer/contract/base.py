@@ -168,6 +168,11 @@ def redact(text: str) -> str:
     return _USER_IN_URL.sub(BLACK, text)
 
 
+def names_secret(variable: str) -> bool:
+    """Whether an environment variable holds a credential, by its name."""
+    return _SECRET_NAME.search(variable) is not None
+
+
 def names_user(url: str) -> bool:
     """Whether there is a user or password in a URL."""
     return _USER_IN_URL.search(url) is not None
@@ -175,6 +180,6 @@ def names_user(url: str) -> bool:
 
 def _secrets() -> set[str]:
     """Values of the environment that may not be shown; of a PEM file each line as well."""
-    values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name)]
+    values = [value for name, value in os.environ.items() if names_secret(name)]
     lines = [line.strip() for value in values for line in value.splitlines()]
     return {each for each in (*values, *lines) if len(each) >= _SECRET_LENGTH}

@@ -74,6 +74,7 @@ class Reason(StrEnum):
     IMAGE_NOT_PULLED = "ImageNotPulled"
     POD_DISRUPTED = "PodDisrupted"
     NODE_LOST = "NodeLost"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
     UNSCHEDULABLE = "Unschedulable"
 
     @property

@@ -1,8 +1,8 @@
 """Export: turn the adapter into files that people can serve.
 
-stage      artifacts and manifest into the store
-pipeline   what the stages before left; the merged model and GGUF files, each checked and published
-           when it is finished
+export_stage  artifacts and manifest into the store
+pipeline      what the stages before left; the merged model and GGUF files, each checked and
+              published when it is finished
 
 Its folders, in the order of the data:
 

@@ -37,7 +37,7 @@ from finetune_trainer.contract import (
     TrainingRecord,
     display_name,
 )
-from finetune_trainer.export.gate.gates import DerivedGate, SourceGate, rejects
+from finetune_trainer.export.gate import DerivedGate, SourceGate, rejects
 from finetune_trainer.export.gguf.files import (
     IMPORTANCE_TYPES,
     GgufSource,

@@ -42,8 +42,8 @@ from finetune_trainer.export.gguf import MODELFILE
 from finetune_trainer.local.fields import apply_settings, settable_fields
 from finetune_trainer.memory.machine import this_machine
 from finetune_trainer.model import base_model
-from finetune_trainer.runtime.logs import set_up_libraries
 from finetune_trainer.runtime.reporter import Reporter
+from finetune_trainer.runtime.startup import set_up_libraries
 from finetune_trainer.stage_runner import as_prepared, guarded, perform, stop_on_signal
 from finetune_trainer.store import LocalFolder
 from finetune_trainer.store.marker import describe_file, open_stage
@@ -188,7 +188,7 @@ def convert_to_gguf(settings: Sequence[str], folder: Path, reporter: Reporter) -
         raise StageError(
             Reason.INVALID_CONFIG, f"{merged} does not exist: run `make merge` before `make gguf`."
         )
-    from finetune_trainer.export import stage  # noqa: PLC0415 - imports torch
+    from finetune_trainer.export import export_stage  # noqa: PLC0415 - imports torch
 
     for former in ("gguf", REJECTED):
         shutil.rmtree(folder / former, ignore_errors=True)
@@ -199,7 +199,7 @@ def convert_to_gguf(settings: Sequence[str], folder: Path, reporter: Reporter) -
         files.append(describe_file(file, path).model_copy(update={"quality": quality}))
 
     store = LocalFolder(_store_folder(folder))
-    gate = stage.convert_merged(config, folder, store, add, reporter)
+    gate = export_stage.convert_merged(config, folder, store, add, reporter)
     for item in files:
         if item.rejected:  # not before all are made, since some are made of it
             (folder / REJECTED).mkdir(exist_ok=True)
@@ -207,7 +207,7 @@ def convert_to_gguf(settings: Sequence[str], folder: Path, reporter: Reporter) -
     done = f"{len(export.gguf)} GGUF files are in {folder / 'gguf'}, and a Modelfile beside"
     return StageResult(
         stage=Stage.EXPORT,
-        reason=stage.reason_of(files),
+        reason=export_stage.reason_of(files),
         message=explain_failures(gate, files, export) or done,
         artifacts=tuple(files),
     )

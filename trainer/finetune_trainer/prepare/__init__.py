@@ -1,6 +1,6 @@
 """Prepare: check everything that can be checked without a GPU, and write the examples.
 
-stage          the order of the checks, and the result
+prepare_stage  the order of the checks, and the result
 shards         which files a dataset consists of, also on the Hub
 dataset_files  those files at one version; the first pass: every row read and hashed
 stored         what the store already holds for a run
@@ -8,5 +8,5 @@ reading        CSV, JSON lines and Parquet, row by row
 split          which rows are held out, which are there twice
 examples       the second pass: the chat template and the tokenizer
 checks         the chat template, the model, and the plan for the hardware
-report         dataset-report.json, and the summary in status
+findings       dataset-report.json, and the summary in status
 """

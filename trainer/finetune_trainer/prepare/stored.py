@@ -27,7 +27,7 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.model.base_model import BaseModelFiles, former_revision
 from finetune_trainer.prepare.dataset_files import DataFiles
-from finetune_trainer.prepare.report import Prepared
+from finetune_trainer.prepare.findings import Prepared
 from finetune_trainer.store import Folder
 from finetune_trainer.store.marker import (
     EXAMPLES,

@@ -1,6 +1,9 @@
-"""How a process of the trainer lives and ends: log, progress, signals, errors, child processes.
+"""How a process of the trainer lives and ends. Below are the units in which it speaks to people.
 
-Here are the units in which all of them speak to people.
+startup   its log, and the certificate authorities that it trusts
+reporter  how far the work is, in the log and in status.progress
+child     programs that it runs beside itself
+endings   what an error means, and what is saved when it is told to stop
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune_trainer.contract import Reason, StageError, Storage
-from finetune_trainer.store.folder import FileInfo, Folder, OnBytes, stays_below
-from finetune_trainer.store.local import LocalFolder
+from finetune_trainer.store.folder import FileInfo, Folder, LocalFolder, OnBytes, stays_below
 
 __all__ = ["FileInfo", "Folder", "LocalFolder", "OnBytes", "open_folder", "split", "stays_below"]
 
@@ -20,7 +19,7 @@ def open_folder(uri: str, settings: Storage) -> Folder:
     """The folder that a URI names; nothing is checked or created yet."""
     if not uri.startswith("s3://"):
         return LocalFolder(Path(uri))
-    from finetune_trainer.store.s3 import S3Folder  # noqa: PLC0415 - boto3 takes half a second
+    from finetune_trainer.store.s3_folder import S3Folder  # noqa: PLC0415 - boto3 takes half a second
 
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     if not bucket:

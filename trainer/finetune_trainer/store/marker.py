@@ -74,6 +74,9 @@ class Pushed(Base):
     commit: str
     """URL of the commit on the Hub."""
 
+    include: tuple[str, ...] = ()
+    """Private files that were asked for."""
+
 
 def stage_folder(stage: Stage, fingerprint: str) -> str:
     """Where a stage leaves its result, below spec.output.uri."""

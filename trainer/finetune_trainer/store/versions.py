@@ -229,8 +229,9 @@ def find_pushed(output: Folder, hub: Hub, version: Version) -> Pushed | None:
     pushed = _pushed(output)
     if pushed is None:
         return None
-    asked = (hub.repo, hub.revision, _sha256(version.data))
-    return pushed if (pushed.repo, pushed.revision, pushed.manifest_sha256) == asked else None
+    asked = (hub.repo, hub.revision, _sha256(version.data), set(map(str, hub.include)))
+    done = (pushed.repo, pushed.revision, pushed.manifest_sha256, set(pushed.include))
+    return pushed if done == asked else None
 
 
 def _candidates(output: Folder, fingerprint: str) -> Iterator[Version]:

@@ -38,7 +38,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.runtime import size
-from finetune_trainer.runtime.failures import explain
+from finetune_trainer.runtime.endings import explain
 from finetune_trainer.train.link import InterruptedTrainingError, TrainingWork
 from finetune_trainer.train.link.channel import Channel
 from finetune_trainer.train.link.upload_lag import UploadLag

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from finetune_trainer.contract import ExitCode, Reason
 from finetune_trainer.runtime import child
-from finetune_trainer.runtime.failures import explain
-from finetune_trainer.runtime.logs import set_up_libraries
+from finetune_trainer.runtime.endings import explain
 from finetune_trainer.runtime.reporter import Reporter
+from finetune_trainer.runtime.startup import set_up_libraries
 from finetune_trainer.train.link import TRAINED, TrainingWork, write_failure
 from finetune_trainer.train.link.channel import Channel
 from finetune_trainer.train.recipe import unsloth_engine

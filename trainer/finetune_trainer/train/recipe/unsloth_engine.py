@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.contract import Reason
-from finetune_trainer.runtime.failures import explain
+from finetune_trainer.runtime.endings import explain
 from finetune_trainer.train.link import TrainingWork, fallback_notice
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from finetune_trainer.contract import Notice, NoticeCode, Reason, StageError, TrainingPlan
-from finetune_trainer.runtime import stopping
-from finetune_trainer.runtime.failures import MemoryFullError
+from finetune_trainer.runtime import endings
+from finetune_trainer.runtime.endings import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link import FAILED, TRAINED, Failed, Trained, TrainingWork
 from finetune_trainer.train.link.channel import WorkerMessage, listening
@@ -65,10 +65,10 @@ class TrainingSession:
         attempt. Afterwards no upload is in progress.
         """
         try:
-            with stopping.saving(self.stop):
+            with endings.saving(self.stop):
                 yield
         except Exception:
-            self._uploader.finish(time.monotonic() + stopping.save_seconds())
+            self._uploader.finish(time.monotonic() + endings.save_seconds())
             raise
         finally:
             self._uploader.close()
@@ -200,7 +200,7 @@ class WorkerProcess:
             (work.workdir / name).unlink(missing_ok=True)
         request = work.workdir / REQUEST
         request.write_text(work.model_dump_json(indent=2), encoding="utf-8")
-        stopping.wait_if_stopping()
+        endings.wait_if_stopping()
         kills = count_oom_kills()
         # A session of its own: Ctrl-C is for the stage, which then tells the worker to save.
         with subprocess.Popen(
@@ -209,7 +209,7 @@ class WorkerProcess:
             self._process = process
             status = process.wait()
         # A worker that was told to stop ends as well. Then the stop has the last word.
-        stopping.wait_if_stopping()
+        endings.wait_if_stopping()
         return _read_ending(work, status, may_be_memory=kills is None or kills != count_oom_kills())
 
     def stop(self, deadline: float) -> bool:
@@ -226,7 +226,7 @@ class WorkerProcess:
         return True
 
     def _command(self, work: TrainingWork, request: Path) -> list[str]:
-        return worker_command(self._module, request, work.processes, stopping.save_seconds())
+        return worker_command(self._module, request, work.processes, endings.save_seconds())
 
 
 def worker_command(

@@ -35,9 +35,9 @@ from finetune_trainer.model import ModelFolder, base_model
 from finetune_trainer.model.base_model import BaseModelFiles
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_data_files
+from finetune_trainer.prepare.findings import Findings, Prepared
 from finetune_trainer.prepare.reading.encoding import check_encoding
 from finetune_trainer.prepare.reading.layout import check_columns
-from finetune_trainer.prepare.report import Findings, Prepared
 from finetune_trainer.prepare.split import hold_out
 from finetune_trainer.prepare.stored import (
     CompleteStages,

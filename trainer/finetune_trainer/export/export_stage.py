@@ -93,7 +93,7 @@ def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> Stage
     if result.reason is not Reason.SUCCEEDED:
         return result
     if config.output.hub:
-        push(config.output.hub, output, published.version, workspace, reporter)
+        push(config.output.hub, output, published.version, workspace, reporter, sign=sign)
     if config.output.keep_versions:
         prune(output, config.output.keep_versions, prints)
     return result
