@@ -23,12 +23,7 @@ from finetune_operator.plan.draft import (
     stop_what_outlives_trainers,
     was_refused,
 )
-from finetune_operator.plan.follow import (
-    follow_stage,
-    has_pod_at_work,
-    mark_running,
-    wait_for_earlier_pods,
-)
+from finetune_operator.plan.follow import follow_stage, mark_running
 from finetune_operator.pods import ObservedPod
 from finetune_operator.status import (
     PendingReason,
@@ -143,9 +138,9 @@ def _start(draft: Draft, stage: Stage) -> None:
     if wait > timedelta():
         draft.requeue_after(wait.total_seconds())
         return
-    if has_pod_at_work(draft, stage):
+    if lifecycle.has_pod_at_work(draft, stage):
         # Two pods at a time would write the same files, e.g. checkpoints.
-        wait_for_earlier_pods(draft, stage)
+        lifecycle.wait_for_earlier_pods(draft, stage)
         return
     if draft.denial is not None:
         _wait_for_admission(draft, stage, draft.denial)

@@ -15,12 +15,9 @@ from finetune_operator.plan.verdict import (
     Pending,
     Verdict,
     judge,
-    lost_node,
     lost_pods,
-    until_lost,
 )
-from finetune_operator.pods import ObservedPod
-from finetune_operator.status import PendingReason, shorten, timestamp
+from finetune_operator.status import shorten, timestamp
 from finetune_trainer.contract import Reason, Stage
 
 
@@ -190,28 +187,3 @@ def _record_failure(draft: Draft, stage: Stage, failure: Failure) -> None:
     )
     if not results.warn_of_failed_files(draft, failure.result, failure.reason):
         draft.add_warning(failure.reason, message)
-
-
-def has_pod_at_work(draft: Draft, stage: Stage) -> bool:
-    """Whether an earlier pod of a stage runs, or may yet begin to."""
-    mine = any(job.stage is stage and job.may_have_pod_at_work for job in draft.jobs)
-    return mine or stage in draft.old_pods
-
-
-def wait_for_earlier_pods(draft: Draft, stage: Stage) -> None:
-    """Say what the stage waits for: a pod that stops, or a node that nobody reaches."""
-    words = f"{stage} starts when its earlier pod has stopped."
-    draft.pending_reasons[stage] = PendingReason("Stopping", words)
-    for pod in _earlier_pods(draft, stage):
-        if lost := lost_node(stage, pod, draft.policy, draft.now):
-            reason = PendingReason(lost.reason, lost.message, degraded=True)
-            draft.pending_reasons[stage] = reason
-            draft.warn_once(lost.reason, lost.message)
-            return
-        draft.requeue_after(until_lost(pod, draft.policy, draft.now))
-
-
-def _earlier_pods(draft: Draft, stage: Stage) -> list[ObservedPod]:
-    jobs = [job for job in draft.jobs if job.stage is stage]
-    own = [pod for job in jobs for pod in job.pods_at_work]
-    return own + ([draft.old_pods[stage]] if stage in draft.old_pods else [])
