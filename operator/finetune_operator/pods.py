@@ -24,8 +24,8 @@ DISRUPTIONS = {
 }
 # The kubelet also evicts a pod that exceeds its own limits, and then the pod is to blame.
 OVERGROWN = re.compile(r"exceeds the (total )?limit|exceeded its local ephemeral storage limit")
+UNSCHEDULED = {"Unschedulable", "SchedulingGated"}  # no node fits, or a queue holds the pod
 ENDED = {"Succeeded", "Failed"}  # phases of a pod
-UNSCHEDULABLE = {"Unschedulable", "SchedulingGated"}  # why a pod has no node
 LOG_LINE_LIMIT = 300  # characters of a log line that is quoted to the user
 
 
@@ -171,7 +171,7 @@ def _forced(raw: JsonObject) -> bool:
 
 def _unschedulable(status: JsonObject) -> str | None:
     for condition in status.get("conditions") or []:
-        if condition["type"] == "PodScheduled" and condition.get("reason") in UNSCHEDULABLE:
+        if condition["type"] == "PodScheduled" and condition.get("reason") in UNSCHEDULED:
             return str(condition.get("message") or "no node fits")
     return None
 

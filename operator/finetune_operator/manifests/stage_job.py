@@ -54,6 +54,7 @@ FINAL_EXIT_CODES = [
         ExitCode.OUT_OF_DISK,
         ExitCode.QUALITY_GATE,
         ExitCode.OUT_OF_MEMORY,
+        ExitCode.GPU_UNAVAILABLE,
     )
 ]
 
@@ -129,7 +130,7 @@ def _dump(value: Base | None) -> JsonObject | None:
 
 
 def _pod_failure_policy() -> JsonObject:
-    """What the Job controller decides itself, on servers that know the field."""
+    """What the Job controller decides itself."""
     codes = {
         "containerName": TRAINER_CONTAINER,
         "operator": "In",
@@ -162,7 +163,7 @@ def _pod_template(
         "spec": {
             "restartPolicy": "Never",
             "serviceAccountName": service_account_name(owner, spec.service_account_name),
-            # On older servers this token never expires; a projected volume replaces it.
+            # Every container would see that token; a volume gives one to the trainer's alone.
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
             "terminationGracePeriodSeconds": GRACE_SECONDS[attempt.stage],

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from finetune_operator.api.observed import StageStatus
+from finetune_operator.api.observed import Phase, StageStatus
 from finetune_operator.observe import Finish, ObservedJob
 from finetune_operator.plan.draft import Policy
 from finetune_operator.pods import ObservedPod, Waiting
@@ -20,6 +20,7 @@ TOLD_TO_STOP = {int(ExitCode.STOPPED), 137, 143}
 REASONS = {
     ExitCode.BAD_INPUT: Reason.DATASET_UNREADABLE,
     ExitCode.BAD_CONFIG: Reason.INVALID_CONFIG,
+    ExitCode.GPU_UNAVAILABLE: Reason.GPU_UNAVAILABLE,
     ExitCode.OUT_OF_GPU_MEMORY: Reason.OUT_OF_GPU_MEMORY,
     ExitCode.OUT_OF_MEMORY: Reason.OUT_OF_MEMORY,
     ExitCode.OUT_OF_DISK: Reason.OUT_OF_DISK,
@@ -123,17 +124,16 @@ def _ended(job: ObservedJob, pod: ObservedPod, policy: Policy, now: datetime) ->
         return failure
     if pod.forced:
         return failure  # the Job waits for ever for a node to say how it ended
-    # The Job may create another pod within the same attempt: after a disruption that its
-    # podFailurePolicy ignores, and on old servers after each deletion. Today's servers let the Job
-    # fail after a deletion, but only when the pod is gone. So wait for the Job, unless a sidecar
-    # keeps the pod, and so the Job, from ending at all.
+    # The Job creates another pod within the same attempt after a disruption that its
+    # podFailurePolicy ignores. After a deletion it fails, but only when the pod is gone. So wait
+    # for the Job, unless a sidecar keeps the pod, and so the Job, from ending at all.
     if job.outlives_trainer and not pod.deleting:
         left = policy.sidecar_grace - (now - failure.at)
         if left <= timedelta():
             return failure
         delay = min(left, policy.sidecar_grace).total_seconds()
         return Pending(disruption=failure, requeue_after=delay)
-    return Pending(_held(job) if job.suspended else None, disruption=failure)
+    return Pending(_suspended(job) if job.suspended else None, disruption=failure)
 
 
 def _failure(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
@@ -221,18 +221,10 @@ def _without_pod(job: ObservedJob, stage: StageStatus, policy: Policy, now: date
     if job.finished is not None:
         return _without_pod_report(job, policy, now)
     if job.suspended:
-        return Pending(_held(job))
+        return Pending(_suspended(job))
     if job.taken_up is None:
         return _not_taken_up(job, policy, now)
     return _pod_not_created(job, job.taken_up, stage, policy, now)
-
-
-def _held(job: ObservedJob) -> PendingReason:
-    words = (
-        f"The Job {job.name} of {job.stage} is suspended, by a queue or by somebody: {job.stage} "
-        f"runs when its spec.suspend is false."
-    )
-    return PendingReason("JobSuspended", words)
 
 
 def _not_taken_up(job: ObservedJob, policy: Policy, now: datetime) -> Pending:
@@ -243,7 +235,9 @@ def _not_taken_up(job: ObservedJob, policy: Policy, now: datetime) -> Pending:
             delay = (grace - waited).total_seconds()
             quiet = grace is policy.pod_grace
             words = f"The Job {job.name} is in the queue of the Job controller."
-            return Pending(None if quiet else PendingReason("Queued", words), delay)
+            return Pending(
+                None if quiet else PendingReason("Queued", words, phase=Phase.QUEUED), delay
+            )
     minutes = policy.queue_grace.total_seconds() / 60
     words = (
         f"The Job controller has not taken up the Job {job.name} within {minutes:.0f} minutes. See "
@@ -264,7 +258,7 @@ def _pod_not_created(
         return Pending(PendingReason("PodNotCreated", words, degraded=True), again)
     if stage.lost_pod is not None:
         words = f"The Job {job.name} makes another pod of {job.stage}."
-        return Pending(PendingReason("Queued", words), again)
+        return Pending(PendingReason("Queued", words, phase=Phase.QUEUED), again)
     words = f"The Job {job.name} has no pod yet. `kubectl describe job {job.name}` may say why."
     return Pending(PendingReason("PodNotCreated", words, degraded=True), again)
 
@@ -350,7 +344,12 @@ def _unscheduled(stage: Stage, pod: ObservedPod) -> PendingReason | None:
     if pod.unschedulable is None:
         return None
     message = f"The pod of {stage} waits for a node: {pod.unschedulable}"
-    return PendingReason(Reason.UNSCHEDULABLE, message)
+    return PendingReason(Reason.UNSCHEDULABLE, message, phase=Phase.QUEUED)
+
+
+def _suspended(job: ObservedJob) -> PendingReason:
+    message = f"The Job {job.name} is suspended: it waits for its turn in a queue, if it has one."
+    return PendingReason("JobSuspended", message, phase=Phase.QUEUED)
 
 
 def _not_pulled(stage: Stage, pod: ObservedPod, waiting: Waiting) -> str:

@@ -103,6 +103,7 @@ class Training:
         here = self.here
         here.wait("the scheduler", lambda: here.condition("Progressing")[1] == "Unschedulable")
         assert why in here.condition("Progressing")[2]
+        assert here.status()["phase"] == "Queued"
         assert degraded_since(here) == self.degraded
 
     def told(self) -> str:
@@ -281,6 +282,7 @@ def test_a_busy_job_controller_is_no_trouble(here: Namespace) -> None:
     here.apply()
     here.wait("its place in the queue", lambda: here.condition("Progressing")[1] == "Queued")
     assert "is in the queue of the Job controller" in here.condition("Progressing")[2]
+    assert here.status()["phase"] == "Queued"
     since = degraded_since(here)
     assert since[0] == "False"
     here.wait_phase("Succeeded")
@@ -350,6 +352,7 @@ def test_a_suspended_job_is_no_trouble_and_goes_on(trainings: dict[str, Training
     made = trainings["suspended"]
     status, reason, message = made.here.condition("Progressing")
     assert (status, reason) == ("True", "JobSuspended")
+    assert made.here.status()["phase"] == "Queued"
     assert made.job["metadata"]["name"] in message
     assert degraded_since(made.here) == made.degraded
     made.suspend(yes=False)

@@ -13,7 +13,6 @@ from hack.cluster.control_plane import ControlPlane
 from hack.process import CommandFailed
 from tests.integration.operator.stage import Namespace
 
-RULES_SINCE = 25
 SECRET = {"secretKeyRef": {"name": "wandb", "key": "key"}}
 COST_FACTOR = 4  # so much more could all rules cost, before a server refuses the definition
 
@@ -59,11 +58,9 @@ RULES = sorted(rules(schema(custom_resource_definition())))
 
 
 @pytest.fixture(scope="module")
-def default(installed: ControlPlane) -> Iterator[Namespace]:
+def default(supported: ControlPlane) -> Iterator[Namespace]:
     """A namespace in which nothing is created."""
-    if installed.minor_version < RULES_SINCE:
-        pytest.skip(f"Kubernetes 1.{installed.minor_version} doesn't evaluate rules")
-    namespace = Namespace(installed, "default")
+    namespace = Namespace(supported, "default")
     yield namespace
     namespace.close()
 
