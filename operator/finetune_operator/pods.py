@@ -72,6 +72,10 @@ class ObservedPod:
     delete_by: datetime | None = None
     """When a pod that is being deleted should be gone, its grace period included."""
 
+    forced: bool = False
+    """Whether somebody deleted it by force, and so vouches that it doesn't run any more. The Job's
+    finalizer keeps its object."""
+
     node: str | None = None
     created: datetime | None = None
     started_at: datetime | None = None
@@ -83,17 +87,17 @@ class ObservedPod:
     @property
     def has_ended(self) -> bool:
         """Whether its trainer has ended, or never ran and never will."""
-        return self.exit_code is not None or self.phase in ENDED
+        return self.exit_code is not None or self.phase in ENDED or self.forced
 
     @property
     def at_work(self) -> bool:
         """Whether its trainer still runs, maybe in the grace period of a deleted pod."""
-        return self.started and self.exit_code is None and self.phase not in ENDED
+        return self.started and not self.has_ended
 
     @property
     def may_work(self) -> bool:
         """Whether its trainer runs or may yet be started; a deleted pod is not started any more."""
-        begins = not self.started and not self.deleting and self.phase not in ENDED
+        begins = not self.started and not self.deleting and not self.has_ended
         return self.at_work or begins
 
 
@@ -120,6 +124,7 @@ def observe_pod(raw: JsonObject) -> ObservedPod:
         unschedulable=_unschedulable(status),
         deleting="deletionTimestamp" in meta,
         delete_by=moment(meta.get("deletionTimestamp")),
+        forced=_forced(raw),
         node=raw["spec"].get("nodeName"),
         created=moment(meta.get("creationTimestamp")),
         started_at=moment((state.get("running") or ended).get("startedAt")),
@@ -161,6 +166,17 @@ def _disruption(status: JsonObject) -> str | None:
             why, text = condition.get("reason") or "Disrupted", condition.get("message") or ""
             return f"{why}: {text}" if text else why
     return None
+
+
+def _forced(raw: JsonObject) -> bool:
+    """Whether a pod was deleted without a grace period, though its node hasn't said that it ended.
+
+    One that no node has is always deleted like that.
+    """
+    meta = raw["metadata"]
+    bound, ended = raw["spec"].get("nodeName"), (raw.get("status") or {}).get("phase") in ENDED
+    at_once = "deletionTimestamp" in meta and meta.get("deletionGracePeriodSeconds") == 0
+    return bool(bound) and at_once and not ended
 
 
 def _unschedulable(status: JsonObject) -> str | None:

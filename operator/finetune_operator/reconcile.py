@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -128,7 +128,8 @@ class Reconciler:
         own_writes = self._own_writes_of(key, finetunejob)
         if own_writes.outdated == finetunejob.resource_version:
             return "stale", own_writes.pause()  # the watch doesn't show our last write yet
-        jobs = observe_jobs(finetunejob, _jobs(snapshot, own_writes), snapshot.pods)
+        observed = observe_jobs(finetunejob, _jobs(snapshot, own_writes), snapshot.pods)
+        jobs = tuple([await self._explained(finetunejob, job) for job in observed])
         loose = pods_without_job(jobs, snapshot.pods)
         others = (*snapshot.earlier_pods, *loose)
         self._metrics.in_phase(key, finetunejob.status.phase)
@@ -149,7 +150,7 @@ class Reconciler:
         self,
         finetunejob: ObservedFineTuneJob,
         jobs: tuple[ObservedJob, ...],
-        stages_with_old_pods: frozenset[Stage],
+        old_pods: Mapping[Stage, ObservedPod],
         loose_pods: tuple[ObservedPod, ...],
         denial: str | None = None,
     ) -> Plan:
@@ -166,7 +167,7 @@ class Reconciler:
             digests,
             self._policy,
             now,
-            stages_with_old_pods=stages_with_old_pods,
+            old_pods=old_pods,
             denial=denial,
         )
         if finetunejob.deleting:
@@ -209,6 +210,17 @@ class Reconciler:
             raise denied
         result = "changed" if changed or decided.actions else "unchanged"
         return result, decided.requeue_after
+
+    async def _explained(self, finetunejob: ObservedFineTuneJob, job: ObservedJob) -> ObservedJob:
+        """The Job with what its controller says of a pod that it can't create."""
+        waiting = datetime.now(UTC) - (job.taken_up or datetime.now(UTC))
+        if not job.lacks_pod or waiting < self._policy.pod_grace:
+            return job
+        try:
+            words = await self._cluster.failed_create(finetunejob.namespace, job.uid)
+        except ForbiddenError:
+            return job  # this version's rights are not there yet
+        return replace(job, refusal=words)
 
     async def _rehearse(self, finetunejob: ObservedFineTuneJob, decided: Plan) -> JsonObject | None:
         """Create what the Job of a stage to start needs; return the Job, which the API server
