@@ -236,17 +236,20 @@ def test_a_stop_leaves_one_checkpoint_of_all_processes_to_go_on_from(
     [
         pytest.param("1:2:full", Reason.OUT_OF_GPU_MEMORY, id="full"),
         pytest.param("0:3:crowded", Reason.OUT_OF_GPU_MEMORY, id="the one that saves"),
+        pytest.param("1:2:nccl-full", Reason.OUT_OF_GPU_MEMORY, id="full in NCCL"),
+        pytest.param("1:2:nccl", Reason.INTERNAL_ERROR, id="an error of NCCL"),
         pytest.param("1:2:killed", None, id="killed"),
     ],
 )
 def test_the_process_that_fails_gives_the_reason_for_all(
     fail: str,
     reason: Reason | None,
-    tiny_model: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
-    monkeypatch.setenv("FAIL", fail)
+    request.getfixturevalue("monkeypatch").setenv("FAIL", fail)
+    tiny_model: Path = request.getfixturevalue("tiny_model")
     work = work_of(tiny_model, tmp_path / "failing", 2)
     began = time.monotonic()
 
@@ -255,6 +258,10 @@ def test_the_process_that_fails_gives_the_reason_for_all(
         assert isinstance(ending, Failed)
         assert ending.reason is reason
         assert (ending.checkpoint is not None) == fail.startswith("0"), "the first one saves"
+        if reason is Reason.INTERNAL_ERROR:
+            assert ending.message.startswith("DistBackendError: NCCL error in: ")
+        said = [line for line in "".join(capfd.readouterr()).splitlines() if "Process " in line]
+        assert f"Process {fail[0]} ended with status" in said[0], "the one that failed first"
     else:
         with pytest.raises(StageError, match=r"killed|status 137") as caught:
             run(work)
