@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from finetune_trainer.contract import Example, Notice, Reason, StageError
-from finetune_trainer.train.link import Failed, Trained, TrainingWork
+from finetune_trainer.train.link import Failed, Trained, TrainingWork, trained_steps
 from finetune_trainer.train.link.channel import WorkerMessage, listening
-from finetune_trainer.train.supervisor.ladder import descend, step_of
+from finetune_trainer.train.supervisor.ladder import descend
 from finetune_trainer.train.supervisor.setup import divide_step
 from finetune_trainer.train.supervisor.training_session import WorkerProcess
 from tests.integration.trainer.float32_worker import NOTE
@@ -294,7 +294,9 @@ def test_memory_that_runs_out_in_one_process_makes_the_passes_of_all_smaller(
     splits = [(w.plan.batch_size, w.plan.gradient_accumulation_steps) for w in asked]
     assert splits == [(2, 1), (2, 1), (1, 2)]
     assert all(work.processes == 2 for work in asked)
-    assert [step_of(work.resume_from) for work in asked] == [0, 2, 2], "not from the beginning"
+    assert [trained_steps(work.resume_from) for work in asked] == [0, 2, 2], (
+        "not from the beginning"
+    )
     together = Run(first, ending, [])
     assert together.series("loss") == pytest.approx(alone.series("loss"), abs=LOSS_TOLERANCE)
     assert_same_adapter(together, alone)
