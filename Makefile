@@ -21,6 +21,11 @@ OUTPUT     ?= models
 # Any other field: --set training.learningRate=1e-3; `finetune-trainer local fields` lists them.
 TRAIN_ARGS ?=
 
+# The Kubernetes of tests and demo: newest, oldest, 1.35, 1.33.13, or a folder of programs. Empty: what
+# KUBEBUILDER_ASSETS names, else the newest.
+K8S ?=
+export K8S
+
 # llama.cpp's converter, laid out from the same sdist as the library.
 export LLAMA_CPP_DIR := $(CURDIR)/$(VENV)/llama.cpp
 
@@ -89,23 +94,29 @@ test-unit: $(LIGHT) ## Tests that need no cluster and no llama.cpp: under 3 minu
 test-integration: kubernetes ## Tests on a real API server, store and model, without a node
 	$(PYTEST) tests/integration
 
+.PHONY: test-operator
+test-operator: build ## The operator on a real API server: make test-operator K8S=oldest
+	$(BIN)/python -m hack.cluster build-binaries --no-node
+	$(PYTEST) tests/integration/operator tests/integration/kwok tests/integration/test_cluster_control_plane.py
+
 .PHONY: test-e2e
 test-e2e: kubernetes ## The main job on a real node
 	$(PYTEST) tests/e2e
 
-# Built ahead of the tests, since it takes minutes once. Where it can't be, the tests that need it
+# Got ahead of the tests, since it takes minutes once. Where it can't be, the tests that need it
 # say so at their end; in CI that is a failure.
 .PHONY: kubernetes
-kubernetes: build ## Build or find the control plane (and node) that the tests run on
+kubernetes: build ## Find or get the control plane (and node) that the tests run on
 	$(BIN)/python -m hack.cluster build-binaries || [ "$${CI:-}" != true ]
 
 .PHONY: lint
-lint: build ## ruff, mypy, import-linter, hadolint
+lint: build ## ruff, mypy, import-linter, hadolint, the workflows' schema
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint images/operator/Dockerfile images/trainer/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yaml
 
 .PHONY: format
 format: $(LIGHT) ## Let ruff put the code in order

@@ -27,15 +27,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_trainer.runtime.logs import set_up_libraries
+from finetune_trainer.runtime.startup import set_up_libraries
 
 SIDES, JUDGE = ("plain", "ours"), "judge"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One training."""
-
     tokens: int
     seconds: float
     cpu_seconds: float

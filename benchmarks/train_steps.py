@@ -30,7 +30,7 @@ from finetune_trainer.memory.plan import Lengths, plan
 from finetune_trainer.model import ModelFolder, loading
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import encode, load_tokenizer
-from finetune_trainer.runtime.logs import set_up_libraries
+from finetune_trainer.runtime.startup import set_up_libraries
 from finetune_trainer.train.link import TrainingWork
 from finetune_trainer.train.recipe import sft
 from finetune_trainer.train.recipe.packing import prepare_packing
@@ -41,7 +41,6 @@ SETTINGS: dict[str, Any] = {"epochs": 1, "maxSequenceLength": LONGEST}
 
 
 def main(step: str, folder: Path) -> None:
-    """Do one step."""
     asked = json.loads((folder / "request.json").read_text())
     if step == "rows":
         _rows(folder, asked["kind"], asked["rows"], asked["heldOut"])

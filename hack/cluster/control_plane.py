@@ -25,6 +25,7 @@ import httpx
 from hack.cluster import binaries, components
 from hack.cluster.components import LOOPBACK, USERS, Settings
 from hack.cluster.pki import Authority, write_kubeconfig
+from hack.cluster.versions import MINORS
 from hack.process import ClusterError, Daemon, output, wait_until
 from hack.progress import step
 
@@ -82,12 +83,12 @@ class ControlPlane:
 
     @property
     def version(self) -> str:
-        """The API server's version, such as v1.20.2."""
+        """The API server's version, such as v1.37.2."""
         return str(self._request("GET", "/version").json()["gitVersion"])
 
     @property
     def minor_version(self) -> int:
-        """The 20 of v1.20.2."""
+        """The 37 of v1.37.2."""
         return int(self.version.split(".")[1])
 
     def user_kubeconfig(self, user: str) -> Path:
@@ -113,9 +114,9 @@ class ControlPlane:
     def apply_definitions(self, file: str, input: str | None = None) -> None:  # noqa: A002 - as subprocess
         """Apply a file with custom resource definitions, and wait until they are served.
 
-        The server checks each field, but an old one refuses rules that it doesn't know.
+        The server checks each field; 1.20 can't.
         """
-        validate = "--validate=strict" if self.minor_version >= 27 else "--validate=false"
+        validate = f"--validate={'strict' if self.minor_version in MINORS else 'false'}"
         self.kubectl("apply", validate, "-f", file, input=input)
         self.kubectl("wait", "--for=condition=Established", "crd", "--all")
 

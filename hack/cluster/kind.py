@@ -7,9 +7,36 @@ import json
 from pathlib import Path
 
 from hack import state_dir
-from hack.cluster import binaries
+from hack.cluster import binaries, versions
+from hack.cluster.versions import Wanted
 from hack.process import CommandFailed, Unavailable, output, run
 from hack.progress import step
+
+NODE_IMAGES = {
+    33: "v1.33.12@sha256:3f5c8443c620245e4d355cfe09e96a91ead32ceaa569d3f1ca9edf0cb2fe2ff4",
+    34: "v1.34.11@sha256:44e222ee2132dab25ff87301682f89eb82c7880ea3a1bf543bfe9708fd08d67d",
+    35: "v1.35.8@sha256:07b2536e30b803ed61d1677a79df6115f798ce64c80f9e22f6ed45afd09323c0",
+    36: "v1.36.4@sha256:099e049362a1526b2db71494e1947aae99bd16290d7c895f2b7ea312e3cbfaed",
+    37: "v1.37.0@sha256:a1ed56cfb0e7b93589bdf97c8cd566405a265939e3620fc4f5de89adff580ae5",
+}
+"""Tags of kindest/node by minor version: those that kind 0.33 was released with, and 0.32 for 1.33,
+which 0.33 leaves out."""
+
+
+def node_image() -> str | None:
+    """The image of the minor version that K8S asks for; None leaves the choice to kind."""
+    wanted = Wanted.here()
+    if not wanted.named:
+        return None
+    folder = wanted.folder
+    version = versions.version_of(folder / "kube-apiserver") if folder else wanted.version
+    tag = NODE_IMAGES.get(int(version.split(".")[1]))
+    if tag is None:
+        raise Unavailable(
+            f"kind has no node of Kubernetes {version} here: {versions.VARIABLE} "
+            f"may name 1.{versions.MINORS[0]} to 1.{versions.MINORS[-1]}"
+        )
+    return f"kindest/node:{tag}"
 
 
 class KindCluster:
@@ -47,6 +74,8 @@ class KindCluster:
             return
         self.down()
         create = ["kind", "create", "cluster", "--name", self.cluster, "--wait", "180s"]
+        if image := node_image():
+            create += ["--image", image]
         with step(f"Creating the kind cluster {self.cluster}") as current:
             target = ["--kubeconfig", str(self.kubeconfig)]
             run([*create, *target], log=self.log, on_line=current.detail)

@@ -13,11 +13,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from hack.cluster import versions
 from hack.debian import PrivateApt
 from hack.process import run
 from hack.progress import Step
 
-VERSION = "v1.20.2"
+VERSION = f"v{versions.LAST_RESORT}"
 RECIPE = 1
 """Raise it when the same sources would be built in another way."""
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import subprocess
 from pathlib import Path
 
 from hack import cache_dir, debian, state_dir
 from hack.cluster import binaries, components, node_config
 from hack.cluster.components import NODE_NAME
 from hack.cluster.control_plane import ControlPlane
-from hack.cluster.node import Node
+from hack.cluster.node import Node, containerd_version
 from hack.process import ClusterError, CommandFailed, Daemon, Unavailable, output, run, wait_until
 from hack.progress import step
 
@@ -81,7 +79,7 @@ class NativeCluster:
             raise Unavailable("the native cluster needs root")
         programs = binaries.ensure(binaries.NODE)
         install_system_packages()
-        check_containerd()
+        containerd_version()
         if self.healthy():
             return
         try:
@@ -216,16 +214,3 @@ def install_system_packages() -> None:
     with step(f"Installing {', '.join(missing)}"):
         run(["apt-get", "update"], log=log, env=environment)
         run(install, log=log, env=environment)
-
-
-def check_containerd() -> None:
-    """Refuse a containerd that doesn't run, or reads another configuration than this node's."""
-    try:
-        found = re.search(r"\bv?(\d+)\.\d+", output(["containerd", "--version"]))
-    except (CommandFailed, OSError, subprocess.SubprocessError) as error:
-        raise Unavailable(f"containerd doesn't run: {error}") from error
-    if found and int(found[1]) >= 2:
-        raise Unavailable(
-            "the native node is configured for containerd 1, and this is containerd 2; "
-            "install Docker and kind instead"
-        )

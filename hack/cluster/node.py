@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -22,7 +23,7 @@ from hack.cluster import node_config, node_init, node_network
 from hack.cluster.components import NODE_NAME, command, minor_version
 from hack.cluster.control_plane import ControlPlane
 from hack.cluster.node_network import NodeNetwork
-from hack.process import ClusterError, Daemon, output, wait_until
+from hack.process import ClusterError, CommandFailed, Daemon, Unavailable, output, wait_until
 
 CGROUPS = Path("/sys/fs/cgroup")
 BINDS = {
@@ -146,12 +147,11 @@ class Node:
         """Write the daemons' configuration, and what the first process is to do."""
         root = self.folder
         snapshotter = "native" if _filesystem(root) == "overlayfs" else "overlayfs"
+        runtime = node_config.Containerd(root / "containerd", root / "cni", snapshotter)
         network = self.network
         minor = minor_version(programs["kubelet"])
         files: dict[str, str] = {
-            "containerd.toml": node_config.containerd(
-                root / "containerd", root / "cni", snapshotter
-            ),
+            "containerd.toml": runtime.config(containerd_version()),
             "cni/10-finetune.conflist": json.dumps(node_config.cni(network)),
             "kubelet.json": json.dumps(
                 node_config.kubelet(network, plane.ca, f"/{self.cgroup}", minor)
@@ -222,6 +222,20 @@ class Node:
                 Path(target).rmdir()
         record.created.clear()
         self._save(record)
+
+
+def containerd_version() -> int:
+    """The major version of the machine's containerd: 2 reads another configuration than 1.
+
+    Raises Unavailable where it doesn't run.
+    """
+    try:
+        found = re.search(r"\bv?(\d+)\.\d+\.\d+", output(["containerd", "--version"]))
+    except (CommandFailed, OSError) as error:
+        raise Unavailable(f"containerd doesn't run: {error}") from error
+    if not found:
+        raise Unavailable("containerd doesn't tell its version")
+    return int(found[1])
 
 
 def _filesystem(path: Path) -> str:

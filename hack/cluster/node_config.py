@@ -11,6 +11,7 @@ import io
 import json
 import tarfile
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +21,73 @@ from hack.cluster.node_network import NodeNetwork
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 PAUSE_IMAGE = "localhost/pause:1"
 CNI_PLUGINS = Path("/usr/lib/cni")
+UNUSED_PLUGINS = ("io.containerd.internal.v1.opt", "io.containerd.internal.v1.restart")
 
 
-def containerd(root: Path, cni: Path, snapshotter: str) -> str:
-    """containerd: all of its data in the state folder, its sockets in the node's own /run.
+@dataclass(frozen=True)
+class Containerd:
+    """Where the node's containerd keeps its data, and how it unpacks images."""
 
-    The AppArmor profile would stay loaded in the machine's kernel, and without CAP_SYS_RESOURCE
-    a container can't be shielded from the OOM killer: both are left out.
-    """
-    return textwrap.dedent(f"""\
-        version = 2
-        root = {json.dumps(str(root))}
-        state = "/run/containerd"
-        disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.internal.v1.restart"]
-        [grpc]
-          address = "{CONTAINERD_SOCKET}"
-        [plugins."io.containerd.grpc.v1.cri"]
-          sandbox_image = "{PAUSE_IMAGE}"
-          restrict_oom_score_adj = true
-          disable_apparmor = true
-        [plugins."io.containerd.grpc.v1.cri".cni]
-          bin_dir = "{CNI_PLUGINS}"
-          conf_dir = {json.dumps(str(cni))}
-        [plugins."io.containerd.grpc.v1.cri".containerd]
-          snapshotter = "{snapshotter}"
-          default_runtime_name = "runc"
-        [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-          runtime_type = "io.containerd.runc.v2"
-        [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
-          SystemdCgroup = false
-        """)
+    root: Path
+    cni: Path
+    snapshotter: str
+
+    def config(self, major: int) -> str:
+        """The configuration that this major version of containerd reads."""
+        settings = self._version_3() if major >= 2 else self._version_2()
+        return self._head(3 if major >= 2 else 2) + textwrap.dedent(settings)
+
+    def _head(self, version: int) -> str:
+        """All of its data in the state folder, its sockets in the node's own /run."""
+        return textwrap.dedent(f"""\
+            version = {version}
+            root = {json.dumps(str(self.root))}
+            state = "/run/containerd"
+            disabled_plugins = [{", ".join(f'"{each}"' for each in UNUSED_PLUGINS)}]
+            [grpc]
+              address = "{CONTAINERD_SOCKET}"
+            """)
+
+    # The AppArmor profile would stay loaded in the machine's kernel, and without CAP_SYS_RESOURCE
+    # a container can't be shielded from the OOM killer: both are left out.
+
+    def _version_2(self) -> str:
+        return f"""\
+            [plugins."io.containerd.grpc.v1.cri"]
+              sandbox_image = "{PAUSE_IMAGE}"
+              restrict_oom_score_adj = true
+              disable_apparmor = true
+            [plugins."io.containerd.grpc.v1.cri".cni]
+              bin_dir = "{CNI_PLUGINS}"
+              conf_dir = {json.dumps(str(self.cni))}
+            [plugins."io.containerd.grpc.v1.cri".containerd]
+              snapshotter = "{self.snapshotter}"
+              default_runtime_name = "runc"
+            [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+              runtime_type = "io.containerd.runc.v2"
+            [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+              SystemdCgroup = false
+            """
+
+    def _version_3(self) -> str:
+        return f"""\
+            [plugins."io.containerd.cri.v1.images"]
+              snapshotter = "{self.snapshotter}"
+            [plugins."io.containerd.cri.v1.images".pinned_images]
+              sandbox = "{PAUSE_IMAGE}"
+            [plugins."io.containerd.cri.v1.runtime"]
+              restrict_oom_score_adj = true
+              disable_apparmor = true
+            [plugins."io.containerd.cri.v1.runtime".cni]
+              bin_dirs = ["{CNI_PLUGINS}"]
+              conf_dir = {json.dumps(str(self.cni))}
+            [plugins."io.containerd.cri.v1.runtime".containerd]
+              default_runtime_name = "runc"
+            [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+              runtime_type = "io.containerd.runc.v2"
+            [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
+              SystemdCgroup = false
+            """
 
 
 def cni(network: NodeNetwork) -> dict[str, Any]:
@@ -75,7 +113,7 @@ def kubelet(network: NodeNetwork, ca: Path, cgroup: str, minor: int) -> dict[str
 
     There is no cluster DNS; naming the node as the server makes a look-up fail at once instead
     of after seconds, and keeps a warning from every pod. A kubelet from 1.35 on starts on a machine
-    with cgroup version 1 only when it is told to; one before 1.31 refuses the field.
+    with cgroup version 1 only when it is told to; 1.20's refuses the field.
     """
     return {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",

@@ -17,7 +17,7 @@ import helm_python as helm
 
 from examples.base_model import smollm2
 from hack import REPOSITORY, object_store, state_dir
-from hack.cluster import provider
+from hack.cluster import provider, versions
 from hack.images.build import Images, build_images
 from hack.progress import step
 
@@ -120,6 +120,10 @@ def install_operator(cluster: provider.Cluster, images: Images) -> None:
         "trainer": {"image": image_values(images.trainer.reference)},
     }
     chart = REPOSITORY / "charts" / "finetune-operator"
+    server = json.loads(cluster.kubectl("version", "-o", "json"))["serverVersion"]
+    if not versions.supported(f"{server['major']}.{server['minor']}"):
+        apply_chart(cluster, chart, values)
+        return
     with (
         step("Operator (helm install)"),
         helm.Config(kubeconfig_path=cluster.kubeconfig, namespace=OPERATOR_NAMESPACE) as config,
@@ -130,6 +134,21 @@ def install_operator(cluster: provider.Cluster, images: Images) -> None:
             config.install(
                 chart, RELEASE, values, wait="watcher", timeout=180, create_namespace=True
             )
+
+
+def apply_chart(cluster: provider.Cluster, chart: Path, values: dict[str, Any]) -> None:
+    """Apply the chart's objects to the last resort, Kubernetes 1.20, which the chart refuses."""
+    with step("Operator (kubectl apply: this Kubernetes isn't supported)"):
+        with helm.Chart.load(chart) as loaded:
+            rendered = loaded.render(values, name=RELEASE, namespace=OPERATOR_NAMESPACE)
+        texts = [text for name, text in rendered.items() if name.endswith(".yaml")]
+        namespace = {"apiVersion": "v1", "kind": "Namespace"}
+        namespace_text = json.dumps({**namespace, "metadata": {"name": OPERATOR_NAMESPACE}})
+        objects = "\n---\n".join([namespace_text, *texts])
+        unchecked = "--validate=false"  # it knows no rules in a definition
+        cluster.kubectl("apply", unchecked, "-n", OPERATOR_NAMESPACE, "-f", "-", input=objects)
+        rollout = ("rollout", "status", f"deployment/{RELEASE}", "--timeout=180s")
+        cluster.kubectl(*rollout, "-n", OPERATOR_NAMESPACE)
 
 
 def image_values(reference: str) -> dict[str, str]:

@@ -18,12 +18,13 @@ from finetune_operator.api import (
     ATTEMPT_LABEL,
     KIND,
     POD_SETTINGS_ANNOTATION,
+    RETRY_ANNOTATION,
     STAGE_KEY_ANNOTATION,
     STAGE_LABEL,
     JsonObject,
 )
 from finetune_operator.api.finetunejob import FineTuneJobSpec
-from finetune_operator.api.observed import FineTuneJobStatus, StageState
+from finetune_operator.api.observed import NO_GENERATION, FineTuneJobStatus, StageState
 from finetune_operator.pods import (
     ENDED,
     ObservedPod,
@@ -41,6 +42,7 @@ from finetune_trainer.contract import (
     read_readable,
 )
 
+REQUEST_LIMIT = 256  # characters of a request to try again, which status repeats
 KNOWN_STATES = {*StageState, None}
 
 
@@ -59,7 +61,7 @@ class ObservedJob:
     uid: str
     stage: Stage
     stage_key: str
-    """The stage's fingerprint; for `prepare`, the generation."""
+    """The stage's fingerprint; for `prepare`, the generation and which look it is."""
 
     attempt: int
     pod_settings: str
@@ -71,6 +73,15 @@ class ObservedJob:
     finished_at: datetime | None = None
     failed_by_exit_code: bool = False
     """Whether an exit code in its podFailurePolicy failed it, which no further pod can change."""
+
+    suspended: bool = False
+    """Whether it may have no pod for now, as a queue of Jobs wants it."""
+
+    deadline_seconds: int | None = None
+    """How long it may take."""
+
+    past_deadline: bool = False
+    """Whether it took longer, so that its pods are stopped or have been."""
 
     deleting: bool = False
     pod: ObservedPod | None = None
@@ -117,6 +128,11 @@ class ReportedProgress:
     """The Job whose pod reports."""
 
     notices: tuple[Notice, ...] = ()
+    at: datetime | None = None
+    """When it did, by the clock of its node."""
+
+    heartbeat_seconds: int | None = None
+    """How often it does, as long as it lives; None where nothing says so."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +155,9 @@ class ObservedFineTuneJob:
     """Fields of spec and status that come from another version, and are left out of account."""
 
     reported: ReportedProgress = ReportedProgress()
+    retry_requested: str = ""
+    """What the user wrote to have `prepare` look again; another value is another request."""
+
     deleting: bool = False
 
 
@@ -170,6 +189,9 @@ def observe_finetunejob(raw: JsonObject) -> ObservedFineTuneJob:
         status=status,
         not_understood=tuple(not_understood),
         reported=_reported(raw),
+        retry_requested=((meta.get("annotations") or {}).get(RETRY_ANNOTATION) or "")[
+            :REQUEST_LIMIT
+        ],
         deleting="deletionTimestamp" in meta,
     )
 
@@ -229,6 +251,8 @@ def _status(raw: JsonObject) -> tuple[FineTuneJobStatus, tuple[str, ...]]:
     """The status, and the paths of values in it that only another version understands."""
     written = raw.get("status") or {}
     fields = {key: value for key, value in written.items() if key != "progress"}
+    if fields.get("observedGeneration") == NO_GENERATION:
+        del fields["observedGeneration"]
     states = [each.get("state") for each in fields.get("stages") or []]
     if any(state not in KNOWN_STATES for state in states):
         fields["stages"] = [_with_known_state(each) for each in fields["stages"]]
@@ -253,8 +277,20 @@ def _reported(raw: JsonObject) -> ReportedProgress:
     # What is left out of a newer trainer's notices is in progress and log.
     notices = (read_readable(Notice, each) for each in progress.get("notices") or [])
     return ReportedProgress(
-        progress.get("job"), tuple(each.value for each in notices if each is not None)
+        job=progress.get("job"),
+        notices=tuple(each.value for each in notices if each is not None),
+        at=_reported_at(progress.get("lastUpdateTime")),
+        heartbeat_seconds=progress.get("heartbeatSeconds"),
     )
+
+
+def _reported_at(text: str | None) -> datetime | None:
+    """A time that a pod wrote, if it is one."""
+    try:
+        found = moment(text)
+    except ValueError:
+        return None
+    return found if found is not None and found.tzinfo is not None else None
 
 
 def _is_stage_job(raw: JsonObject) -> bool:
@@ -283,6 +319,9 @@ def _job(raw: JsonObject, pods: list[JsonObject]) -> ObservedJob:
         finished=Finish(ended["type"]) if ended else None,
         finished_at=moment(ended.get("lastTransitionTime")) if ended else None,
         failed_by_exit_code=ended is not None and ended.get("reason") == "PodFailurePolicy",
+        suspended=bool(raw["spec"].get("suspend")),
+        deadline_seconds=raw["spec"].get("activeDeadlineSeconds"),
+        past_deadline=any(c.get("reason") == "DeadlineExceeded" for c in true_conditions(status)),
         deleting="deletionTimestamp" in meta,
         pod=observe_pod(pods[-1]) if pods else None,
         earlier_pods=tuple(observe_pod(pod) for pod in pods[:-1]),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from finetune_operator.api import Condition
+from finetune_operator.api import RETRY_ANNOTATION, Condition
 from finetune_operator.api.observed import (
     ArtifactStatus,
     FineTuneJobStatus,
@@ -31,11 +31,17 @@ AS_EXPECTED = "AsExpected"
 ALL_WELL = "Nothing needs attention."
 RETRYING = "Retrying"
 VERSION_SKEW = "VersionSkew"
+SUSPENDED = "Suspended"
 # Flux and other tools that read conditions by kstatus go by these two.
 RECONCILING, STALLED = "Reconciling", "Stalled"
 SKEW_WORDS = (
     "This operator doesn't know {}, and leaves it out of account. Upgrade the operator to the "
     "version of the CustomResourceDefinition."
+)
+NO_MORE = "No further attempt is made until the spec changes."
+UNTIL_ASKED = (
+    "No further attempt is made until the spec changes, or the annotation "
+    f"{RETRY_ANNOTATION} asks for one."
 )
 MESSAGE_LIMIT = 1024  # characters of a message in a condition, an event or a stage
 
@@ -48,6 +54,9 @@ class PendingReason:
     message: str
     degraded: bool = False
     """Whether it needs a person's attention."""
+
+    phase: Phase = Phase.WAITING
+    """The FineTuneJob's phase meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,13 @@ class Summary:
     progressing: ConditionValue
     degraded: ConditionValue
 
+    @property
+    def reason(self) -> str | None:
+        """What stands in the way or why it failed; None while all is well."""
+        if self.phase in {Phase.QUEUED, Phase.WAITING}:
+            return self.progressing.reason
+        return self.degraded.reason if self.degraded.holds else None
+
 
 def working_summary(
     stage: StageStatus,
@@ -77,7 +93,9 @@ def working_summary(
 ) -> Summary:
     """A stage runs, or waits to run; `notices` are those of the current training."""
     phase = PHASES[stage.name]
-    if stage.name is Stage.PREPARE and stage.state is StageState.PENDING and not stage.attempt:
+    if note is not None:
+        phase = note.phase
+    elif stage.name is Stage.PREPARE and stage.state is StageState.PENDING and not stage.attempt:
         phase = Phase.PENDING
     absent = "The artifacts are not there yet."
     if earlier_artifacts:
@@ -90,23 +108,45 @@ def working_summary(
     )
 
 
-def failed_summary(phase_stage: StageStatus, stays: str = "") -> Summary:
-    """A stage failed for good, and with it the FineTuneJob; `stays` says what it leaves alone."""
+def failed_summary(
+    phase_stage: StageStatus,
+    stays: str = "",
+    after: str | None = None,
+    what: str = "The new spec can't be reached",
+) -> Summary:
+    """A stage failed for good, and with it the FineTuneJob.
+
+    `stays` says what it leaves alone, `after` what happens next, `what` couldn't be done.
+    """
     reason = phase_stage.reason or Reason.INTERNAL_ERROR
     message = phase_stage.message or ""
     if stays:
-        message = f"The new spec can't be reached: {message} {stays}"
-    return refused_summary(reason, message)
+        message = f"{what}: {message} {stays}"
+    return refused_summary(reason, message, after or UNTIL_ASKED)
 
 
-def refused_summary(reason: str, message: str) -> Summary:
-    """The FineTuneJob failed, and only another spec can change that."""
+def look_failed_summary(prepare: StageStatus, after: str | None) -> Summary:
+    """A further look at dataset and model failed. The spec is reached, and stays so."""
+    reason = prepare.reason or Reason.INTERNAL_ERROR
+    after = after or UNTIL_ASKED
+    message = (
+        f"The last look at dataset and model failed: {prepare.message} The current version stays. "
+        f"{after}"
+    )
+    return Summary(
+        phase=Phase.SUCCEEDED,
+        ready=ConditionValue(False, reason, message),  # the condition stays as it was
+        progressing=ConditionValue(False, reason, after),
+        degraded=ConditionValue(True, reason, message),
+    )
+
+
+def refused_summary(reason: str, message: str, after: str = NO_MORE) -> Summary:
+    """The FineTuneJob failed; `after` says what can change that."""
     return Summary(
         phase=Phase.FAILED,
         ready=ConditionValue(False, reason, message),
-        progressing=ConditionValue(
-            False, reason, "No further attempt is made until the spec changes."
-        ),
+        progressing=ConditionValue(False, reason, after),
         degraded=ConditionValue(True, reason, message),
     )
 
@@ -146,6 +186,8 @@ def conditions(
         claims[RECONCILING] = summary.progressing
     elif summary.phase is Phase.FAILED:
         claims[STALLED] = summary.degraded
+    elif summary.phase is Phase.SUSPENDED:
+        claims[SUSPENDED] = ConditionValue(True, SUSPENDED, summary.progressing.message)
     made = {
         kind: _condition(kind, claim, before.get(kind), generation, now)
         for kind, claim in claims.items()
@@ -156,12 +198,25 @@ def conditions(
     return tuple(made.values())
 
 
+def older_phase(status: FineTuneJobStatus) -> Phase:
+    """The phase in words that every definition knows: what the stage is about."""
+    return PHASES[status.stage or Stage.PREPARE]
+
+
 def status_patch(old: FineTuneJobStatus, new: FineTuneJobStatus) -> dict[str, Any]:
     """The merge patch from one status to the other; empty when they are the same.
 
     It never contains `progress`, which only the trainer writes.
     """
     return _merge_patch(_dump(old), _dump(new))
+
+
+def occasion(status: FineTuneJobStatus) -> str:
+    """Of which spec, attempts and pods an event is: it tells apart events with the same words."""
+    attempts = [
+        f"{each.attempt}.{each.disruptions}@{each.start_time or ''}" for each in status.stages
+    ]
+    return "/".join((str(status.observed_generation), *attempts))
 
 
 def timestamp(moment: datetime) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,11 @@ import pytest
 import yaml
 
 from finetune_operator.settings import Settings
+from hack.cluster import versions
 
-CHART = Path(__file__).parents[2] / "charts" / "finetune-operator"
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "charts" / "finetune-operator"
+CRDS = ROOT / "crds"
 
 
 def render(**values: Any) -> list[dict[str, Any]]:
@@ -124,12 +126,19 @@ def test_uninstalling_keeps_the_definition_and_so_every_job() -> None:
     assert definition["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
 
 
-def test_the_rules_stand_where_the_template_takes_them_out_for_an_old_server() -> None:
-    text = (CHART / "files" / "finetunejob-crd.yaml").read_text()
-    template = (CHART / "templates" / "crd.yaml").read_text()
-    pattern = re.search(r'regexReplaceAll "(.+?)"', template)
-    assert pattern
-    without = re.sub(pattern[1].replace("\\n", "\n"), "", text)
-    assert "x-kubernetes-validations" in text
-    assert "x-kubernetes-validations" not in without
-    kubernetes_validate.validate(yaml.safe_load(without), "1.37", strict=True)
+def test_the_chart_holds_the_rules_of_the_definition() -> None:
+    ours = named(render(), "CustomResourceDefinition", "finetunejobs.finetune.dev")
+    del ours["metadata"]["annotations"]
+    assert ours == yaml.safe_load((CRDS / "finetune.dev_finetunejobs.yaml").read_text())
+    assert "x-kubernetes-validations" in str(ours)
+
+
+def test_a_cluster_older_than_the_supported_ones_is_refused() -> None:
+    asked = yaml.safe_load((CHART / "Chart.yaml").read_text())["kubeVersion"]
+    assert asked == f">=1.{versions.MINORS[0]}.0-0"
+
+
+@pytest.mark.parametrize("minor", versions.MINORS)
+def test_every_supported_kubernetes_knows_each_field(minor: int) -> None:
+    for document in render():
+        kubernetes_validate.validate(document, f"1.{minor}", strict=True)

@@ -20,10 +20,10 @@ from finetune_trainer.contract import (
     StageResult,
 )
 from finetune_trainer.memory.remedies import with_remedy
-from finetune_trainer.runtime import child, stopping
-from finetune_trainer.runtime.failures import explain
-from finetune_trainer.runtime.logs import begin_stage
+from finetune_trainer.runtime import child, endings
+from finetune_trainer.runtime.endings import explain
 from finetune_trainer.runtime.reporter import Reporter
+from finetune_trainer.runtime.startup import begin_stage
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 def perform(stage: Stage, config: RunConfig, workspace: Path, reporter: Reporter) -> StageResult:
     """Run one stage in a folder of its own below `workspace`, which is removed afterwards."""
     begin_stage(stage)
+    child.hide_from_children()
     workdir = workspace / stage
     shutil.rmtree(workdir, ignore_errors=True)
     workdir.mkdir(parents=True)
@@ -104,7 +105,7 @@ def stop_on_signal(stage: Callable[[], Stage], path: Path | None, reporter: Repo
     def wait() -> None:
         while os.read(wake, 1)[0] not in STOPS:  # others end what computes too long
             pass
-        then = stopping.stop() or "the stage starts anew with the next attempt"
+        then = endings.stop() or "the stage starts anew with the next attempt"
         result = StageResult(
             stage=stage(), reason=Reason.STOPPED, message=f"Stopped by a signal; {then}."
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from finetune_trainer.contract import GROUP, VERSION, Base, cel
+from finetune_trainer.contract import GROUP, VERSION, Base, cel, parse_duration
 
 OPERATOR = "finetune-operator"
 TRAINER_CONTAINER = "trainer"
@@ -22,7 +23,8 @@ ATTEMPT_LABEL = f"{GROUP}/attempt"
 
 # Annotations, which may be longer
 FINETUNEJOB_NAME_ANNOTATION = f"{GROUP}/job-name"  # the whole name
-STAGE_KEY_ANNOTATION = f"{GROUP}/key"  # the stage's fingerprint; for `prepare`, the generation
+STAGE_KEY_ANNOTATION = f"{GROUP}/key"  # the stage's fingerprint, or `prepare`'s look
+RETRY_ANNOTATION = f"{GROUP}/retry-requested-at"  # on a FineTuneJob, and the user's
 POD_SETTINGS_ANNOTATION = f"{GROUP}/pod-settings"  # digest of the settings of its pods
 
 KIND = "FineTuneJob"
@@ -33,6 +35,35 @@ JsonObject = dict[str, Any]  # a Kubernetes object, or a part of one, as the API
 Name = Annotated[str, Field(min_length=1, max_length=253)]
 FileName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 Quantity = Annotated[int | str, Field(json_schema_extra={"x-kubernetes-int-or-string": True})]
+
+ON_EDIT = "onEdit"
+_SHORTEST_REFRESH = timedelta(minutes=1)
+_REFRESH_SAID = f"must be {ON_EDIT}, or an interval of 1m or more, such as 30m, 6h or 1h30m"
+
+
+def _check_refresh(text: str) -> str:
+    try:
+        short = text != ON_EDIT and parse_duration(text) < _SHORTEST_REFRESH
+    except ValueError:
+        short = True
+    if short:
+        raise ValueError(_REFRESH_SAID)
+    return text
+
+
+Refresh = Annotated[
+    str,
+    Field(
+        min_length=2,
+        max_length=18,
+        json_schema_extra=cel(
+            f"self == '{ON_EDIT}' || (self.matches('^([0-9]{{1,5}}h)?([0-9]{{1,5}}m)?"
+            "([0-9]{1,5}s)?$') && duration(self) >= duration('1m'))",
+            _REFRESH_SAID,
+        ),
+    ),
+    AfterValidator(_check_refresh),
+]
 Preserved = Annotated[
     dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
 ]

@@ -16,16 +16,19 @@ import yaml
 
 from finetune_operator.api import KIND
 from finetune_operator.api.finetunejob import FineTuneJob
+from finetune_operator.api.observed import NO_GENERATION
 from finetune_trainer.contract import GROUP, PLURAL, VERSION
 
 Schema = dict[str, Any]
 
-RULES = "x-kubernetes-validations"
 HEADER = "# Generated from operator/finetune_operator/api by `make generate`. Do not edit.\n"
+# Deleting the definition would delete every FineTuneJob: uninstalling the chart must not.
+OF_THE_CHART = {"helm.sh/resource-policy": "keep"}
 
 PRINTER_COLUMNS = [
     # name, type, JSON path, priority (1: only with -o wide), description
     ("Phase", "string", ".status.phase", 0, "What the FineTuneJob is doing"),
+    ("Reason", "string", ".status.reason", 0, "What stands in the way, or why it failed"),
     ("Stage", "string", ".status.stage", 0, "The stage that runs, or ran last"),
     ("Progress", "string", ".status.progress.percent", 0, "Share of the stage that is done"),
     ("Loss", "string", ".status.progress.loss", 0, "Training loss at the last logging step"),
@@ -78,21 +81,10 @@ def custom_resource_definition(annotations: dict[str, str] | None = None) -> dic
     }
 
 
-def render() -> str:
+def render(annotations: dict[str, str] | None = None) -> str:
     """The CustomResourceDefinition as YAML text."""
-    definition = custom_resource_definition()
+    definition = custom_resource_definition(annotations)
     return HEADER + yaml.dump(definition, Dumper=_Dumper, sort_keys=False, width=100)
-
-
-def render_for_chart() -> str:
-    """The same for the chart, which removes the CEL rules for an API server without CEL.
-
-    Helm refuses fields that the server's own schema lacks. So the rules of each node are on one
-    line, which a regular expression in the template finds.
-    """
-    # Deleting the definition would delete every FineTuneJob: uninstalling the chart must not.
-    definition = custom_resource_definition({"helm.sh/resource-policy": "keep"})
-    return HEADER + yaml.dump(definition, Dumper=_ChartDumper, sort_keys=False, width=sys.maxsize)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -100,20 +92,6 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002 - the library's signature
         return True
-
-
-class _ChartDumper(_Dumper):
-    """Writes rules on one line."""
-
-    def represent_dict(self, data: Any) -> yaml.MappingNode:
-        node = super().represent_dict(data)
-        for key, value in node.value:
-            if key.value == RULES:
-                value.flow_style = True
-        return node
-
-
-_ChartDumper.add_representer(dict, _ChartDumper.represent_dict)
 
 
 def structural(node: Schema, definitions: dict[str, Schema]) -> Schema:
@@ -174,8 +152,11 @@ def _root_schema() -> Schema:
         "metadata": {"type": "object"},
         **schema["properties"],
     }
-    # The server would write a default in status into every new object.
-    schema["properties"]["status"] = _without_defaults(schema["properties"]["status"])
+    # The server would write a default in status into every new object, and refuse the words of a
+    # newer operator. Its only default says of a status that nobody has written yet that it is of no
+    # generation: tools that go by kstatus would call a new object done otherwise.
+    status = _without(schema["properties"]["status"], {"default", "enum"})
+    schema["properties"]["status"] = {**status, "default": {"observedGeneration": NO_GENERATION}}
     return schema
 
 
@@ -198,17 +179,18 @@ def _without_null(node: Schema, definitions: dict[str, Schema]) -> Schema:
     return node
 
 
-def _without_defaults(node: Schema) -> Schema:
+def _without(node: Schema, keywords: set[str]) -> Schema:
+    """The schema without these keywords, also in what is below it."""
     return {
         key: (
-            {name: _without_defaults(child) for name, child in value.items()}
+            {name: _without(child, keywords) for name, child in value.items()}
             if key == "properties"
-            else _without_defaults(value)
+            else _without(value, keywords)
             if isinstance(value, dict)
             else value
         )
         for key, value in node.items()
-        if key != "default"
+        if key not in keywords
     }
 
 
@@ -223,7 +205,7 @@ def main(root: Path) -> None:
     crd = root / "crds" / f"{GROUP}_{PLURAL}.yaml"
     crd.write_text(render(), encoding="utf-8")
     chart = root / "charts" / "finetune-operator" / "files" / f"{KIND.lower()}-crd.yaml"
-    chart.write_text(render_for_chart(), encoding="utf-8")
+    chart.write_text(render(OF_THE_CHART), encoding="utf-8")
 
 
 if __name__ == "__main__":

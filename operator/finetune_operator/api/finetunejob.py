@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from finetune_operator.api import (
+    ON_EDIT,
     CaBundle,
     EnvVar,
     Name,
     Preserved,
     PrivateKeyReference,
+    Refresh,
     Resources,
     SecretKeyReference,
     SecretReference,
@@ -66,6 +69,12 @@ class ModelSpec(contract.Model):
 class DatasetSpec(contract.Dataset):
     """The examples to learn from."""
 
+    refresh: Refresh = ON_EDIT
+    """When `prepare` looks whether dataset or model have changed where they lie. With `onEdit` it
+    looks when the spec is edited; with an interval (`30m`, `6h`; 1m at least) also so long after
+    its last look. What has changed becomes a new version, and the old one stays current until
+    that is there. A look waits for a running stage, and there is none while rollbackTo is set."""
+
     storage: DatasetStorageSpec | None = None
     """How to reach the object store of source and evalSource, where it is another than the one of
     spec.storage. Nothing of spec.storage holds for it then."""
@@ -107,6 +116,11 @@ class PodSettings(Base):
 
     image: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     """Trainer image; left out, the one that the operator was installed with."""
+
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    """Seconds that one attempt may take, from the start of its Job on, so that waiting for a node
+    counts. Then it is stopped, a training after a checkpoint, and the stage has failed
+    (DeadlineExceeded) without another attempt. Left out, there is no limit."""
 
     resources: Resources = Resources()
     """Requests and limits. Ask for a GPU here: `limits: {nvidia.com/gpu: 1}`."""
@@ -162,11 +176,21 @@ class FineTuneJobSpec(Base):
     output: OutputSpec
     storage: StorageSpec = StorageSpec()
 
+    rollback_to: contract.VersionName | None = None
+    """Let this version be the current one: its name, as status.versions has it. As long as it is
+    set, nothing is trained or exported, and neither dataset nor model is looked at. Without it the
+    version of this spec is current again, and is not made anew where it is still there. It is none
+    of those that output.keepVersions has deleted."""
+
     service_account_name: Name | None = None
     """ServiceAccount of the pods, for workload identity. Left out, the operator makes one that may
     do nothing but report progress."""
 
     stages: StagesSpec = StagesSpec()
+
+    suspend: bool = False
+    """Stop what runs and start nothing until this is false again. A training saves its last step
+    and goes on from there, without a failed attempt; artifacts stay as they are."""
 
     backoff_limit: Annotated[int, Field(ge=0, le=100)] = 2
     """Further attempts of a stage after a failure that a retry can cure. Bad data or a bad spec is
@@ -176,10 +200,21 @@ class FineTuneJobSpec(Base):
     """Seconds that finished pods and their logs are kept. The result in the object store and in
     status does not depend on them."""
 
+    def pod_settings(self, stage: Stage) -> PodSettings:
+        """How a stage's pod is run."""
+        settings: PodSettings = getattr(self.stages, stage)
+        return settings
+
     def stores(self, stage: Stage) -> tuple[AnyStorageSpec, ...]:
         """The stores that a stage's pod needs access to: only `prepare` reads the dataset's."""
         own = [self.model.storage, self.dataset.storage if stage is Stage.PREPARE else None]
         return (self.storage, *(each for each in own if each is not None))
+
+    @property
+    def refresh_interval(self) -> timedelta | None:
+        """How long after one look at dataset and model the next is due; None: never."""
+        refresh = self.dataset.refresh
+        return None if refresh == ON_EDIT else contract.parse_duration(refresh)
 
     @property
     def inputs_digest(self) -> str:
@@ -207,7 +242,7 @@ class FineTuneJobSpec(Base):
             include=fields,
             exclude={
                 "model": {"token_secret_ref": True, "storage": references},
-                "dataset": {"storage": references},
+                "dataset": {"storage": references, "refresh": True},
                 "storage": references,
                 "export": {"signing": {"key_secret_ref": True}},
                 "output": {"hub": {"token_secret_ref": True}},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import Field
 
@@ -11,14 +11,20 @@ from finetune_operator.api import Condition
 from finetune_trainer import contract
 from finetune_trainer.contract import Base, DatasetSummary, Notice, Progress, Quality, Stage
 
+NO_GENERATION = -1
+"""The observedGeneration of a status that nobody has written yet: the definition's default."""
+
 
 class Phase(StrEnum):
     """One word for people; machines read the conditions."""
 
     PENDING = "Pending"
+    QUEUED = "Queued"
+    WAITING = "Waiting"
     PREPARING = "Preparing"
     TRAINING = "Training"
     EXPORTING = "Exporting"
+    SUSPENDED = "Suspended"
     SUCCEEDED = "Succeeded"
     FAILED = "Failed"
 
@@ -46,6 +52,13 @@ class StageStatus(Base):
 
     cached: bool = False
     """True when the object store already held the result, so that no pod was started."""
+
+    why: str | None = None
+    """Why it runs or ran, or why it didn't have to."""
+
+    stale_because: tuple[str, ...] = ()
+    """What made its former result stale: fields of the spec with both values, the dataset's ETag,
+    the model's revision."""
 
     attempt: int = 0
     """Attempts so far."""
@@ -110,6 +123,49 @@ class Lineage(Base):
     """Trainer image that exported."""
 
 
+class VersionState(StrEnum):
+    """What has become of a version."""
+
+    CURRENT = "Current"
+    AVAILABLE = "Available"
+    REJECTED = "Rejected"
+    DELETED = "Deleted"
+
+
+class VersionStatus(Base):
+    """A version in the history."""
+
+    version: str
+    """Its name. spec.rollbackTo takes it."""
+
+    state: VersionState
+    """Current (the output folder's manifest.json names it), Available (it can be rolled back to),
+    Rejected (the quality gate refused one of its files) or Deleted (the store doesn't hold it any
+    more)."""
+
+    completion_time: str | None = None
+    """When it was made (RFC 3339)."""
+
+    dataset_etag: Annotated[str | None, Field(alias="datasetETag")] = None
+    """ETag of the dataset that it was made from."""
+
+    dataset_rows: int | None = None
+    """Examples that it was trained on."""
+
+    model_revision: str | None = None
+    """A digest over the files of the base model that it was made from."""
+
+    eval_loss: float | None = None
+    """Its loss on the held-out rows."""
+
+
+class LookCause(StrEnum):
+    """Why `prepare` looks again although the spec is as it was."""
+
+    REFRESH = "Refresh"
+    RETRY_REQUESTED = "RetryRequested"
+
+
 class PlannedStatus(Base):
     """The spec that `prepare` planned the stages for."""
 
@@ -117,21 +173,41 @@ class PlannedStatus(Base):
     """The metadata.generation at which `prepare` was last asked. Edits after it touched nothing
     that a stage depends on."""
 
+    look: int = 0
+    """How many times `prepare` was asked again since, with the same spec."""
+
+    cause: LookCause | None = None
+    """Why it was asked again: Refresh or RetryRequested."""
+
     inputs: str
     """Digest of model, dataset, training, export, output and storage."""
 
     hardware: str
     """Digest of the resources of the training's pod."""
 
+    @property
+    def prepare_key(self) -> str:
+        """The key by which the Jobs of this look are known."""
+        return f"{self.generation}.{self.look}" if self.look else str(self.generation)
+
+    def again(self, cause: LookCause) -> Self:
+        """The same, with another look."""
+        return self.model_copy(update={"look": self.look + 1, "cause": cause})
+
 
 class FineTuneJobStatus(Base):
     """The observed state. `progress` is the trainer's, everything else is the operator's."""
 
     observed_generation: int | None = None
-    """The metadata.generation that this status is about."""
+    """The metadata.generation that this status is about; -1 until the operator first looks."""
 
     phase: Phase | None = None
-    """Pending, Preparing, Training, Exporting, Succeeded or Failed."""
+    """Pending, Queued (for a node, or in a queue of Jobs), Waiting (for something that stands in
+    the way, see reason), Preparing, Training, Exporting, Suspended, Succeeded or Failed."""
+
+    reason: str | None = None
+    """What stands in the way, or why it failed, in one word; absent while all is well. The
+    conditions say the same in sentences."""
 
     stage: Stage | None = None
     """The stage that runs, or ran last."""
@@ -147,8 +223,9 @@ class FineTuneJobStatus(Base):
     ] = ()
     """Ready (artifacts are there; observedGeneration says of which spec), Progressing (a stage is
     at work) and Degraded (it failed, or something needs attention). While they hold, Reconciling
-    and Stalled say the same in the words of kstatus, and VersionSkew that the operator doesn't
-    understand all of spec and status."""
+    and Stalled say the same in the words of kstatus, Suspended that spec.suspend is true and
+    nothing runs any more, and VersionSkew that the operator doesn't understand all of spec and
+    status."""
 
     stages: Annotated[
         tuple[StageStatus, ...],
@@ -172,6 +249,18 @@ class FineTuneJobStatus(Base):
     """Files of the version, those that the quality gate rejected included. All GGUF files
     are here; where there are too many files in all, the others are in the manifest only."""
 
+    versions: Annotated[
+        tuple[VersionStatus, ...],
+        Field(
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["version"],
+            }
+        ),
+    ] = ()
+    """The history of versions, the newest first, and at most twenty of them beside the current one,
+    as the last `prepare` or `export` found them."""
+
     manifest_uri: str | None = None
     """The version's manifest, which names every file with size and SHA-256."""
 
@@ -192,6 +281,20 @@ class FineTuneJobStatus(Base):
 
     resolved: contract.Resolved | None = None
     """What `prepare` found out about the present spec; the stages after it rely on it."""
+
+    last_refresh_time: str | None = None
+    """With spec.dataset.refresh: when `prepare` last began to look at dataset and model (RFC
+    3339)."""
+
+    next_refresh_time: str | None = None
+    """When it looks again, or as soon after that as no stage is at work."""
+
+    last_handled_retry_at: str | None = None
+    """The last value of the annotation finetune.dev/retry-requested-at that was acted upon."""
+
+    resolved_inputs: dict[str, str] = {}
+    """The fields of the spec that `prepare` resolved, without those that have their default; long
+    values are cut. What an edit changes is told by them."""
 
     planned: PlannedStatus | None = None
     """What the present stages were planned for. An edit that leaves it as it is reruns nothing."""

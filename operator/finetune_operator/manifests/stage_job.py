@@ -76,6 +76,7 @@ def stage_job(
 ) -> JsonObject:
     """A batch/v1 Job that runs one pod once. The operator itself decides on further attempts."""
     pod_settings = pod_settings_digest(spec, attempt.stage, settings)
+    deadline = spec.pod_settings(attempt.stage).active_deadline_seconds
     parts = (attempt.stage_key, pod_settings, attempt.number)
     meta = metadata(owner, child_name(owner, attempt.stage, *parts))
     meta["labels"] = stage_labels(owner, attempt.stage, attempt.number)
@@ -90,7 +91,8 @@ def stage_job(
         "metadata": meta,
         "spec": {
             "backoffLimit": 0,
-            "ttlSecondsAfterFinished": max(spec.ttl_seconds_after_finished, SHORTEST_TTL_SECONDS),
+            **({"activeDeadlineSeconds": deadline} if deadline is not None else {}),
+            "ttlSecondsAfterFinished": _ttl_seconds(spec, attempt.stage),
             "podFailurePolicy": _pod_failure_policy(),
             "template": _pod_template(owner, spec, attempt, settings, meta["name"]),
         },
@@ -99,7 +101,7 @@ def stage_job(
 
 def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> str:
     """Digest of the settings of a stage's pods that can't change its result."""
-    pod = _pod_settings(spec, stage)
+    pod = spec.pod_settings(stage)
     return digest(
         pod.model_dump(mode="json", exclude_none=True),
         _image(pod, settings),
@@ -114,14 +116,18 @@ def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings)
     )
 
 
+def _ttl_seconds(spec: FineTuneJobSpec, stage: Stage) -> int:
+    """How long an ended pod is kept: one that looks at an interval, no longer than until the next
+    look, so that they don't pile up."""
+    longest = spec.ttl_seconds_after_finished
+    if stage is Stage.PREPARE and spec.refresh_interval is not None:
+        longest = min(longest, int(spec.refresh_interval.total_seconds()))
+    return max(longest, SHORTEST_TTL_SECONDS)
+
+
 def _publishing(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
     parts = (spec.export.signing, spec.output.hub) if stage is Stage.EXPORT else ()
     return [part.model_dump(mode="json") for part in parts if part is not None]
-
-
-def _pod_settings(spec: FineTuneJobSpec, stage: Stage) -> PodSettings:
-    settings: PodSettings = getattr(spec.stages, stage)
-    return settings
 
 
 def _image(pod: PodSettings, settings: Settings) -> str:
@@ -133,7 +139,7 @@ def _dump(value: Base | None) -> JsonObject | None:
 
 
 def _pod_failure_policy() -> JsonObject:
-    """What the Job controller decides itself, on servers that know the field."""
+    """What the Job controller decides itself."""
     codes = {
         "containerName": TRAINER_CONTAINER,
         "operator": "In",
@@ -155,7 +161,7 @@ def _pod_template(
     settings: Settings,
     name: str,
 ) -> JsonObject:
-    pod = _pod_settings(spec, attempt.stage)
+    pod = spec.pod_settings(attempt.stage)
     shared_memory = shared_memory_mib(attempt.stage, pod, attempt.hardware)
     own = stage_labels(owner, attempt.stage, attempt.number)
     return {
@@ -166,7 +172,7 @@ def _pod_template(
         "spec": {
             "restartPolicy": "Never",
             "serviceAccountName": service_account_name(owner, spec.service_account_name),
-            # On older servers this token never expires; a projected volume replaces it.
+            # Every container would see that token; a volume gives one to the trainer's alone.
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
             "terminationGracePeriodSeconds": GRACE_SECONDS[attempt.stage],
@@ -196,7 +202,7 @@ def _container(
     job_name: str,
     shared_memory: int | None,
 ) -> JsonObject:
-    pod = _pod_settings(spec, stage)
+    pod = spec.pod_settings(stage)
     fixed = {
         "HOME": WORKSPACE,
         "TMPDIR": WORKSPACE,

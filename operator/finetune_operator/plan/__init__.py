@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from finetune_operator.api.observed import FineTuneJobStatus, Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
-from finetune_operator.plan import results
+from finetune_operator.plan import lifecycle, looks, results, versions
 from finetune_operator.plan.draft import (
     Action,
     Draft,
@@ -27,12 +27,9 @@ from finetune_operator.plan.follow import follow_stage, mark_running
 from finetune_operator.status import (
     PendingReason,
     conditions,
-    failed_summary,
-    quality_hint,
     refused_summary,
     shorten,
     succeeded_summary,
-    warnings_hint,
     working_summary,
 )
 from finetune_trainer.contract import Reason, Stage
@@ -61,9 +58,15 @@ def plan(
     """
     if finetunejob.deleting:
         return Plan(finetunejob.status)
-    if _is_settled(finetunejob):
+    settled = _is_settled(finetunejob)
+    look = looks.due_look(finetunejob, now, settled=settled)
+    if settled and look is None:
         held = stop_what_outlives_trainers(jobs, policy, now)
-        return replace(held, status=finetunejob.status)
+        delays = (held.requeue_after, looks.seconds_to_refresh(finetunejob, now))
+        soonest = min((each for each in delays if each is not None), default=None)
+        handled = {"last_handled_retry_at": looks.handled_retry(finetunejob)}
+        status = finetunejob.status.model_copy(update=handled)
+        return replace(held, status=status, requeue_after=soonest)
     if finetunejob.spec is None:
         return refuse(finetunejob, Reason.INVALID_SPEC, finetunejob.spec_error or "", now)
     draft = Draft(
@@ -75,11 +78,19 @@ def plan(
         now=now,
         stages_with_old_pods=stages_with_old_pods,
         denial=denial,
+        look=look,
     )
+    looks.tell_of_retry(draft, look)
     for stage in Stage:
         follow_stage(draft, stage)
     results.record_notices(draft)
-    return _advance(draft)
+    if draft.spec.suspend:
+        made = lifecycle.suspend(draft)
+    else:
+        lifecycle.tell_of_resumption(draft)
+        versions.halt_export(draft)
+        made = _advance(draft)
+    return looks.with_looks(draft, made)
 
 
 def _is_settled(finetunejob: ObservedFineTuneJob) -> bool:
@@ -110,7 +121,7 @@ def _advance(draft: Draft) -> Plan:
             if stage is not Stage.PREPARE:
                 _halt_running_stages(draft)
             draft.stop_obsolete_jobs()
-            return draft.finish(stage, failed_summary(left[0], _what_stays(draft)))
+            return draft.finish(stage, looks.failure_summary(draft, left[0]))
         case StageState.PENDING:
             draft.stop_obsolete_jobs()
             _start(draft, stage)
@@ -135,6 +146,11 @@ def _start(draft: Draft, stage: Stage) -> None:
         # Two pods at a time would write the same files, e.g. checkpoints.
         draft.pending_reasons[stage] = PendingReason(
             "Stopping", f"{stage} starts when its earlier pod has stopped."
+        )
+        return
+    if versions.awaits_export(draft, stage):
+        draft.pending_reasons[stage] = PendingReason(
+            "Stopping", "prepare starts when the pod of export has stopped."
         )
         return
     if draft.denial is not None:
@@ -172,22 +188,8 @@ def _halt_running_stages(draft: Draft) -> None:
             draft.change(stage, state=StageState.PENDING, start_time=None)
 
 
-def _what_stays(draft: Draft) -> str:
-    """What the failure of a newer spec leaves alone."""
-    running = [name for name, each in draft.stages.items() if each.state is StageState.RUNNING]
-    words = [f"The {running[0]} of the former spec goes on."] if running else []
-    if draft.is_ready and draft.former_stands:
-        words.append("The former version stays current.")
-    return " ".join(words)
-
-
 def _finish(draft: Draft) -> Plan:
-    folder, manifest = results.artifacts_folder(draft), draft.found.manifest_uri
-    message = f"The artifacts are in {folder}; {manifest} lists them."
-    message += warnings_hint(draft.found.notices) + quality_hint(draft.found.artifacts)
-    if not draft.is_ready or draft.planned != draft.finetunejob.status.planned:
-        draft.add_event(Reason.SUCCEEDED, message)
-    return draft.finish(Stage.EXPORT, succeeded_summary(message))
+    return draft.finish(Stage.EXPORT, succeeded_summary(results.tell_of_success(draft)))
 
 
 def refuse(finetunejob: ObservedFineTuneJob, reason: Reason, message: str, now: datetime) -> Plan:
@@ -203,6 +205,7 @@ def refuse(finetunejob: ObservedFineTuneJob, reason: Reason, message: str, now: 
         update={
             "observed_generation": generation,
             "phase": summary.phase,
+            "reason": summary.reason,
             "stages": tuple(known.get(name, StageStatus(name=name)) for name in Stage),
             "conditions": conditions(
                 before.conditions, summary, generation, now, finetunejob.not_understood

@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal, Self, TypedDict, Unpack
 
+from finetune_operator.api import Condition
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.api.observed import (
     ArtifactStatus,
     FineTuneJobStatus,
     Lineage,
+    LookCause,
     PlannedStatus,
     StageState,
     StageStatus,
+    VersionStatus,
 )
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
+from finetune_operator.plan.why import why_prepare
 from finetune_operator.status import PendingReason, Summary, conditions, shorten
 from finetune_trainer.contract import DatasetSummary, Notice, Reason, Resolved, Stage
 
@@ -27,7 +31,7 @@ class StartStage:
 
     stage: Stage
     stage_key: str
-    """The stage's fingerprint; for `prepare`, the generation."""
+    """The stage's fingerprint; for `prepare`, the generation and which look it is."""
 
     attempt: int
     resolved: Resolved | None
@@ -53,7 +57,7 @@ class Event:
     reason: str
     message: str
     scope: str = ""
-    """Tells apart events with the same words about different things."""
+    """Tells apart events with the same words; left empty, the spec and the attempts do."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,8 @@ class StageFields(TypedDict, total=False):
     message: str | None
     start_time: str | None
     completion_time: str | None
+    why: str | None
+    stale_because: tuple[str, ...]
 
 
 @dataclass
@@ -125,6 +131,8 @@ class StageResults:
     notices: tuple[Notice, ...]
     lineage: Lineage | None
     resolved: Resolved | None
+    resolved_inputs: dict[str, str]
+    versions: tuple[VersionStatus, ...]
 
     @classmethod
     def in_status(cls, status: FineTuneJobStatus) -> Self:
@@ -137,6 +145,8 @@ class StageResults:
             notices=status.notices,
             lineage=status.lineage,
             resolved=status.resolved,
+            resolved_inputs=status.resolved_inputs,
+            versions=status.versions,
         )
 
 
@@ -154,6 +164,7 @@ class Draft:
         now: datetime,
         stages_with_old_pods: frozenset[Stage],
         denial: str | None,
+        look: LookCause | None = None,
     ) -> None:
         self.finetunejob = finetunejob
         self.spec = spec
@@ -164,7 +175,13 @@ class Draft:
         self.stages_with_old_pods = stages_with_old_pods
         self.denial = denial
         self.planned = _planned(finetunejob, spec)
-        self.stages = _stages(finetunejob, anew=self.planned != finetunejob.status.planned)
+        edited = self.planned != finetunejob.status.planned and not _is_seen(finetunejob)
+        if look is not None and not edited:  # an edit makes `prepare` look anyway
+            self.planned = self.planned.again(look)
+        self.stages = _stages(finetunejob)
+        if edited or look is not None:
+            why = why_prepare(finetunejob.status, self.planned, spec)
+            self.stages[Stage.PREPARE] = StageStatus(name=Stage.PREPARE, **vars(why))
         self.found = StageResults.in_status(finetunejob.status)
         self.former_stands = True
         """Whether artifacts that were there before this pass still are."""
@@ -176,9 +193,9 @@ class Draft:
         self._delays: list[float] = []
 
     def stage_key(self, stage: Stage) -> str | None:
-        """The key by which the Jobs of this spec are known: fingerprint, or generation."""
+        """The key by which the Jobs of this spec are known: fingerprint, or look."""
         if stage is Stage.PREPARE:
-            return str(self.planned.generation)
+            return self.planned.prepare_key
         return self.stages[stage].fingerprint
 
     def jobs_of(self, stage: Stage) -> list[ObservedJob]:
@@ -192,10 +209,17 @@ class Draft:
     @property
     def is_ready(self) -> bool:
         """Whether artifacts were there before this pass, of this spec or an earlier one."""
-        return any(
-            each.type == "Ready" and each.status == "True"
-            for each in self.finetunejob.status.conditions
-        )
+        return self.ready is not None and self.ready.status == "True"
+
+    @property
+    def ready(self) -> Condition | None:
+        """The condition, as it was before this pass."""
+        return self.condition("Ready")
+
+    def condition(self, kind: str) -> Condition | None:
+        """Any condition, as it was before this pass."""
+        found = self.finetunejob.status.conditions
+        return next((each for each in found if each.type == kind), None)
 
     def add_action(self, action: Action) -> None:
         self._actions.append(action)
@@ -242,6 +266,7 @@ class Draft:
             update={
                 "observed_generation": generation,
                 "phase": summary.phase,
+                "reason": summary.reason,
                 "stage": stage,
                 "conditions": conditions(
                     previous.conditions,
@@ -266,6 +291,8 @@ class Draft:
 
     def _is_current(self, job: ObservedJob) -> bool:
         """Whether it is the attempt at work, or one after it, which takes its place in time."""
+        if self.spec.suspend:
+            return False
         stage = self.stages[job.stage]
         current = job.stage_key == self.stage_key(job.stage) and job.attempt >= stage.attempt
         return stage.state is StageState.RUNNING and current
@@ -300,15 +327,25 @@ def was_refused(status: FineTuneJobStatus) -> bool:
     )
 
 
+def _is_seen(finetunejob: ObservedFineTuneJob) -> bool:
+    """Whether the status is about the present spec, and something could be made of that."""
+    status = finetunejob.status
+    return status.observed_generation == finetunejob.generation and not was_refused(status)
+
+
 def _planned(finetunejob: ObservedFineTuneJob, spec: FineTuneJobSpec) -> PlannedStatus:
     """What the stages are planned for: as before, unless an edit touches what they depend on."""
     status, generation = finetunejob.status, finetunejob.generation
     before = status.planned
+    looked = before.look if before is not None and before.generation == generation else 0
     now = PlannedStatus(
-        generation=generation, inputs=spec.inputs_digest, hardware=spec.hardware_digest
+        generation=generation,
+        look=looked,  # no key twice
+        inputs=spec.inputs_digest,
+        hardware=spec.hardware_digest,
     )
-    if status.observed_generation == generation and not was_refused(status):
-        return before or now
+    if spec.suspend or _is_seen(finetunejob):
+        return before or now  # while it is suspended, nobody looks at what an edit touches
     states = {stage.name: stage.state for stage in status.stages}
     if before is None or before.inputs != now.inputs or StageState.FAILED in states.values():
         return now
@@ -317,11 +354,7 @@ def _planned(finetunejob: ObservedFineTuneJob, spec: FineTuneJobSpec) -> Planned
     return before if trained or before.hardware == now.hardware else now
 
 
-def _stages(finetunejob: ObservedFineTuneJob, *, anew: bool) -> dict[Stage, StageStatus]:
-    """The stages as status remembers them; `prepare` looks again at what an edit has touched."""
+def _stages(finetunejob: ObservedFineTuneJob) -> dict[Stage, StageStatus]:
+    """The stages as status remembers them."""
     known = {stage.name: stage for stage in finetunejob.status.stages}
-    stages = {name: known.get(name, StageStatus(name=name)) for name in Stage}
-    seen = finetunejob.status.observed_generation == finetunejob.generation
-    if anew and (not seen or was_refused(finetunejob.status)):
-        stages[Stage.PREPARE] = StageStatus(name=Stage.PREPARE)
-    return stages
+    return {name: known.get(name, StageStatus(name=name)) for name in Stage}

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from finetune_operator.api.observed import StageState
 from finetune_operator.observe import ObservedJob
-from finetune_operator.plan import results
+from finetune_operator.plan import lifecycle, results, versions
 from finetune_operator.plan.draft import Draft
 from finetune_operator.plan.verdict import Done, Failure, Pending, Verdict, judge, lost_pods
 from finetune_operator.status import shorten, timestamp
@@ -25,7 +25,7 @@ def follow_stage(draft: Draft, stage: Stage) -> None:
         )
         _undo_start(draft, stage)
         return
-    verdict = _judge(draft, job)
+    verdict = versions.check_rollback(draft, job, _judge(draft, job))
     if stage is Stage.PREPARE and not isinstance(verdict, Pending):
         results.record_dataset(draft, job)
     match verdict:
@@ -37,8 +37,10 @@ def follow_stage(draft: Draft, stage: Stage) -> None:
                 _remember_disruption(draft, stage, verdict.disruption)
         case Done():
             results.record_success(draft, job, verdict)
+            versions.record_versions(draft, verdict.result)
         case Failure():
             results.record_published_files(draft, job, verdict)
+            versions.record_versions(draft, verdict.result)
             _record_failure(draft, stage, verdict)
             if _newer_jobs(draft, stage):
                 follow_stage(draft, stage)  # the next attempt was started without a word in status
@@ -48,6 +50,9 @@ def _judge(draft: Draft, job: ObservedJob) -> Verdict:
     """Judge the attempt, after its lost pods were counted."""
     _tell_of_lost_pods(draft, job)
     verdict = judge(job, draft.stages[job.stage], draft.policy, draft.now)
+    if job.past_deadline:
+        return lifecycle.after_deadline(draft.spec, job, verdict, draft.now)
+    verdict = lifecycle.check_silence(draft, job, verdict)
     match verdict:
         case Failure(free=True) if job.pod is None and draft.stages[job.stage].reason is None:
             # Nobody saw how its pod was lost.
@@ -64,6 +69,8 @@ def _judge(draft: Draft, job: ObservedJob) -> Verdict:
 def _tell_of_lost_pods(draft: Draft, job: ObservedJob) -> None:
     """Count and tell each pod once: the Job may make the next one before anybody looks."""
     lost, told = lost_pods(job, draft.policy, draft.now), draft.stages[job.stage].lost_pod
+    if job.deleting or job.past_deadline or draft.spec.suspend:  # it is stopped with its pods
+        lost = [each for each in lost if each[1].reason is Reason.NODE_LOST]
     names = [name for name, _ in lost]
     for name, failure in lost[names.index(told) + 1 if told in names else 0 :]:
         disruptions = draft.stages[job.stage].disruptions + 1
@@ -78,7 +85,7 @@ def _too_many(draft: Draft, stage: Stage, last: Failure) -> Failure | None:
         return None
     message = (
         f"{last.message} {stage} has lost {count} pods; the operator's limit is {limit}. See why "
-        f"they are taken away, e.g. for memory that it doesn't request, then change the spec."
+        f"they are taken away, e.g. for memory that it doesn't request, then ask for a retry."
     )
     return replace(last, reason=Reason.POD_DISRUPTED, message=message, free=False, final=True)
 
@@ -126,7 +133,7 @@ def _has_outdated_settings(draft: Draft, job: ObservedJob) -> bool:
     """Whether the pod has not started yet and would get other settings now."""
     if job.finished is not None or job.deleting or (job.pod is not None and job.pod.started):
         return False
-    if draft.stages[Stage.PREPARE].state is StageState.FAILED:
+    if draft.stages[Stage.PREPARE].state is StageState.FAILED or draft.spec.suspend:
         return False  # it couldn't be started again
     return job.pod_settings != draft.pod_settings[job.stage]
 
@@ -144,8 +151,15 @@ def mark_running(draft: Draft, stage: Stage, attempt: int, since: datetime) -> N
 
 
 def _undo_start(draft: Draft, stage: Stage) -> None:
-    """Undo the start of an attempt, so that it starts again under the same number."""
-    attempt = draft.stages[stage].attempt - 1
+    """Undo the start of an attempt, so that it starts again under the same number.
+
+    One that was stopped by spec.suspend took place: the next one gets another number.
+    """
+    attempt = draft.stages[stage].attempt
+    if draft.spec.suspend:
+        draft.change(stage, reason=None, message=None)
+    else:
+        attempt -= 1
     draft.change(stage, state=StageState.PENDING, attempt=attempt, start_time=None)
 
 

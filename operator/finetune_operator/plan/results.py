@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
-from finetune_operator.api.observed import ArtifactStatus, Lineage, StageState, StageStatus
+from finetune_operator.api.observed import (
+    ArtifactStatus,
+    Lineage,
+    LookCause,
+    StageState,
+    StageStatus,
+)
 from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
+from finetune_operator.plan.looks import stays_failed
 from finetune_operator.plan.verdict import Done, Failure
-from finetune_operator.status import timestamp
+from finetune_operator.plan.why import Change, Why, spec_inputs
+from finetune_operator.status import quality_hint, timestamp, warnings_hint
 from finetune_trainer.contract import (
     Artifact,
     Notice,
+    Reason,
     Resolved,
     Stage,
     StageResult,
@@ -48,9 +57,17 @@ def record_published_files(draft: Draft, job: ObservedJob, failure: Failure) -> 
     """Show the files that an export published although it failed: those that passed the quality
     gate, and those below `rejected/`."""
     result = failure.result
-    if job.stage is Stage.EXPORT and result is not None and result.manifest_uri is not None:
-        draft.former_stands = False  # these took its place
-        _record_artifacts(draft, result, job.image)
+    if job.stage is not Stage.EXPORT or result is None or result.manifest_uri is None:
+        return
+    if draft.planned.cause is LookCause.REFRESH and _other_is_current(result):
+        return  # nobody has asked for another version than the one that stays
+    draft.former_stands = False  # these took its place
+    _record_artifacts(draft, result, job.image)
+
+
+def _other_is_current(result: StageResult) -> bool:
+    """Whether the store's current version is another one than that of the result."""
+    return any(each.current and each.version != result.version for each in result.versions or ())
 
 
 def warn_of_failed_files(draft: Draft, result: StageResult | None, reason: str) -> bool:
@@ -65,7 +82,10 @@ def record_dataset(draft: Draft, job: ObservedJob) -> None:
     """Show what `prepare` found in the dataset, also if it failed because of that."""
     result = job.pod.result if job.pod is not None else None
     mine = result is not None and result.stage is Stage.PREPARE
-    draft.found.dataset = result.dataset if result is not None and mine else None
+    found = result.dataset if result is not None and mine else None
+    if found is None and draft.planned.cause is not None:
+        return  # a further look came to nothing, so what the last one found holds
+    draft.found.dataset = found
 
 
 def _record_resolved(
@@ -75,16 +95,30 @@ def _record_resolved(
     complete = set(result.complete)
     if Stage.EXPORT in complete:
         complete.add(Stage.TRAIN)  # only an export needs the adapter
-    draft.found.resolved = resolved
+    before, change = dict(draft.stages), _change(draft, resolved)
+    draft.found.resolved, draft.found.resolved_inputs = resolved, dict(change.inputs_now)
     draft.change(Stage.PREPARE, fingerprint=resolved.fingerprints.prepare)
     kept = {
         stage: _resolve_stage(draft, stage, resolved, job, cached=stage in complete)
         for stage in (Stage.TRAIN, Stage.EXPORT)
     }
+    for stage, stays in kept.items():
+        if draft.spec.rollback_to is None:
+            why = change.explain(before[stage], draft.stages[stage], kept=stays)
+        else:
+            why = Why("The version that spec.rollbackTo names has its result.")
+        draft.change(stage, why=why.why, stale_because=why.stale_because)
     if not kept[Stage.TRAIN] and not result.metrics:
         draft.found.metrics = {}
     if Stage.EXPORT in complete and not kept[Stage.EXPORT]:
         _record_artifacts(draft, result, image=None)
+
+
+def _change(draft: Draft, resolved: Resolved) -> Change:
+    """What `prepare` resolved before, and now."""
+    asked = draft.planned.inputs == draft.spec.inputs_digest  # not, if edited while suspended
+    now = spec_inputs(draft.spec) if asked else {}
+    return Change(draft.found.resolved, draft.found.resolved_inputs, resolved, now)
 
 
 def _resolve_stage(
@@ -96,7 +130,9 @@ def _resolve_stage(
     same = before.fingerprint == fingerprint
     if stage is Stage.TRAIN and not same:
         draft.found.notices = ()  # they are about another training
-    if same and _still_holds(draft, before, cached=cached):
+    if same and (
+        _still_holds(draft, before, cached=cached) or (not cached and stays_failed(draft, before))
+    ):
         return True
     if same and stage is Stage.EXPORT and before.state is StageState.SUCCEEDED:
         draft.former_stands = False  # the store doesn't hold it any more
@@ -152,6 +188,20 @@ def _record_artifacts(draft: Draft, result: StageResult | None, image: str | Non
     # Where the result was lost, the output folder's own manifest names the version.
     draft.found.manifest_uri = manifest or f"{draft.spec.output.folder}/manifest.json"
     draft.found.lineage = _lineage(draft.found.resolved, image) if draft.found.resolved else None
+
+
+def tell_of_success(draft: Draft) -> str:
+    """Where the artifacts are, in words; an event as well, when they are new."""
+    folder, manifest = artifacts_folder(draft), draft.found.manifest_uri
+    message = f"The artifacts are in {folder}; {manifest} lists them."
+    if draft.spec.rollback_to is not None:
+        message = f"Rolled back to version {draft.spec.rollback_to} (spec.rollbackTo). {message}"
+    message += warnings_hint(draft.found.notices) + quality_hint(draft.found.artifacts)
+    before = draft.finetunejob.status
+    changed = draft.planned != before.planned or draft.found.version != before.version
+    if not draft.is_ready or changed:
+        draft.add_event(Reason.SUCCEEDED, message)
+    return message
 
 
 def artifacts_folder(draft: Draft) -> str:

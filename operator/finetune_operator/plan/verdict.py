@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from finetune_operator.api.observed import StageStatus
+from finetune_operator.api.observed import Phase, StageStatus
 from finetune_operator.observe import Finish, ObservedJob
 from finetune_operator.plan.draft import Policy
 from finetune_operator.pods import ObservedPod, Waiting
@@ -122,10 +122,9 @@ def _ended(job: ObservedJob, pod: ObservedPod, policy: Policy, now: datetime) ->
     failure = _failure(job.stage, pod, pod.finished_at or now)
     if not failure.free or job.finished is not None:
         return failure
-    # The Job may create another pod within the same attempt: after a disruption that its
-    # podFailurePolicy ignores, and on old servers after each deletion. Today's servers let the Job
-    # fail after a deletion, but only when the pod is gone. So wait for the Job, unless a sidecar
-    # keeps the pod, and so the Job, from ending at all.
+    # The Job creates another pod within the same attempt after a disruption that its
+    # podFailurePolicy ignores. After a deletion it fails, but only when the pod is gone. So wait
+    # for the Job, unless a sidecar keeps the pod, and so the Job, from ending at all.
     if job.outlives_trainer and not pod.deleting:
         left = policy.sidecar_grace - (now - failure.at)
         if left <= timedelta():
@@ -215,6 +214,8 @@ def _without_pod(job: ObservedJob, stage: StageStatus, policy: Policy, now: date
         return Failure(Reason(stage.reason), message, at, free=True)
     if job.finished is not None:
         return _without_pod_report(job, policy, now)
+    if job.suspended:
+        return Pending(_suspended(job))
     left = policy.pod_grace - (now - job.created)
     if left > timedelta():
         return Pending(requeue_after=left.total_seconds())
@@ -296,7 +297,12 @@ def _unscheduled(stage: Stage, pod: ObservedPod) -> PendingReason | None:
     if pod.unschedulable is None:
         return None
     message = f"The pod of {stage} waits for a node: {pod.unschedulable}"
-    return PendingReason(Reason.UNSCHEDULABLE, message)
+    return PendingReason(Reason.UNSCHEDULABLE, message, phase=Phase.QUEUED)
+
+
+def _suspended(job: ObservedJob) -> PendingReason:
+    message = f"The Job {job.name} is suspended: it waits for its turn in a queue, if it has one."
+    return PendingReason("JobSuspended", message, phase=Phase.QUEUED)
 
 
 def _not_pulled(stage: Stage, pod: ObservedPod, waiting: Waiting) -> str:

@@ -131,11 +131,10 @@ def test_a_pod_that_somebody_takes_away_costs_the_job_nothing(
     here.set_pod(pod, "Failed", {"terminated": ending} if ending else None)
     here.remove_pod(pod)
     following = here.another_pod(TRAIN, than=pod)
-    attempt = here.stage(TRAIN)["attempt"]
-    if int(following["metadata"]["labels"]["finetune.dev/attempt"]) == 2:
-        # Today's Job controller lets the Job fail; an older one makes the next pod itself.
-        assert ("Warning", reason) in here.events()
-    here.succeed(trained(), attempt=attempt)
+    # The Job controller lets the Job fail.
+    assert following["metadata"]["labels"]["finetune.dev/attempt"] == "2"
+    assert ("Warning", reason) in here.events()
+    here.succeed(trained(), attempt=2)
     here.wait_phase("Exporting")
     assert here.stage(TRAIN)["failures"] == 0
 

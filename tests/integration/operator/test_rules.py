@@ -10,16 +10,13 @@ import pytest
 from hack.cluster.control_plane import ControlPlane
 from tests.integration.operator.stage import Namespace
 
-RULES_SINCE = 25
 SECRET = {"secretKeyRef": {"name": "wandb", "key": "key"}}
 
 
 @pytest.fixture(scope="module")
-def default(installed: ControlPlane) -> Iterator[Namespace]:
+def default(supported: ControlPlane) -> Iterator[Namespace]:
     """A namespace in which nothing is created."""
-    if installed.minor_version < RULES_SINCE:
-        pytest.skip(f"Kubernetes 1.{installed.minor_version} doesn't evaluate rules")
-    namespace = Namespace(installed, "default")
+    namespace = Namespace(supported, "default")
     yield namespace
     namespace.close()
 
@@ -61,6 +58,13 @@ def spec_with(path: str, value: object) -> dict[str, Any]:
         ("dataset.csv.delimiter", "\n", "should match"),
         ("dataset.csv", {"delimiter": '"'}, "must have three different characters"),
         ("dataset.csv", {"quote": "'", "escape": "'"}, "must have three different characters"),
+        ("dataset.refresh", "onEdit", ""),
+        ("dataset.refresh", "1m", ""),
+        ("dataset.refresh", "1h30m", ""),
+        ("dataset.refresh", "59s", "must be onEdit, or an interval of 1m or more"),
+        ("dataset.refresh", "1d", "must be onEdit, or an interval of 1m or more"),
+        ("dataset.refresh", "hourly", "must be onEdit, or an interval of 1m or more"),
+        ("dataset.refresh", "ms", "must be onEdit, or an interval of 1m or more"),
         ("dataset.maxInvalidRows", 0, ""),
         ("dataset.maxInvalidRows", "10%", ""),
         ("dataset.maxInvalidRows", -1, "must be a whole number from 0"),
@@ -75,6 +79,9 @@ def spec_with(path: str, value: object) -> dict[str, Any]:
         ("output.hub.repo", "org/tuned", ""),
         ("output.hub.repo", "tuned", "must be org/name"),
         ("output.hub.repo", "https://huggingface.co/org/tuned", "must be org/name"),
+        ("rollbackTo", "0123456789ab", ""),
+        ("rollbackTo", "latest", "must be a version's name, 12 characters"),
+        ("rollbackTo", "../../etc/ab", "must be a version's name, 12 characters"),
         ("storage.endpoint", "http://10.0.0.1:8333", ""),
         ("storage.endpoint", "minio:9000", "must start with http:// or https://"),
         ("storage.endpoint", "https://store.example/a@b", ""),

@@ -23,6 +23,7 @@ LFS = ("*.gguf", "*.safetensors")
 NO_ENTRY = Answer(404, b"no such file", {"X-Error-Code": "EntryNotFound"})
 ROUTES = {
     "create": r"POST /api/repos/create",
+    "info": r"GET /api/models/(?P<repo>[^/]+/[^/]+)",
     "branch": r"POST /api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<branch>.+)",
     "preupload": r"POST /api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<branch>.+)",
     "batch": r"POST /(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch",
@@ -76,6 +77,11 @@ class PushHub:
         self.private[repo] = asked.get("visibility") == "private"
         self.branches[repo, "main"] = {".gitattributes": b""}
         return reply({"url": f"{self.endpoint}/{repo}"})
+
+    def info(self, _: bytes, repo: str) -> Answer:
+        if repo not in self.private:
+            return NO_ENTRY
+        return reply({"id": repo, "private": self.private[repo], "siblings": []})
 
     def branch(self, _: bytes, repo: str, branch: str) -> Answer:
         if (repo, branch) in self.branches:

@@ -158,13 +158,13 @@ def test_too_many_rows_are_too_long(
 
 
 def test_a_missing_key(trainer: Trainer, run_config: dict[str, Any]) -> None:
-    run_config["dataset"] = {"source": "s3://trainer/data/other.csv"}
+    run_config["dataset"] = {"source": "s3://trainer-bucket/data/other.csv"}
     expect(
         trainer,
         run_config,
         Reason.DATASET_NOT_FOUND,
         10,
-        "s3://trainer/data/other.csv",
+        "s3://trainer-bucket/data/other.csv",
         "spec.dataset.source",
     )
 
@@ -350,8 +350,8 @@ def test_held_out_rows_that_are_the_dataset_itself(
 
 
 def test_held_out_rows_that_are_not_there(trainer: Trainer, run_config: dict[str, Any]) -> None:
-    run_config["dataset"]["evalSource"] = "s3://trainer/data/none.csv"
-    said = ("s3://trainer/data/none.csv", "correct spec.dataset.evalSource")
+    run_config["dataset"]["evalSource"] = "s3://trainer-bucket/data/none.csv"
+    said = ("s3://trainer-bucket/data/none.csv", "correct spec.dataset.evalSource")
     expect(trainer, run_config, Reason.DATASET_NOT_FOUND, 10, *said)
 
 

@@ -27,7 +27,7 @@ from finetune_trainer.contract import Progress, Quantization, Reason, StageError
 from finetune_trainer.export.gguf.files import GgufSource, write_unquantized
 from finetune_trainer.export.merge.model_folder import assemble
 from finetune_trainer.model import ModelFolder
-from finetune_trainer.runtime.failures import MemoryFullError
+from finetune_trainer.runtime.endings import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter
 from tests.integration.trainer.adapters import merge_in_memory, save_adapter
 from tests.integration.trainer.architectures import PACKABLE, in_dtype, random_model

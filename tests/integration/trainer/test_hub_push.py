@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
 
-from finetune_trainer.contract import Hub, Reason, Stage, StageError
+from finetune_trainer.contract import Hub, PrivateFile, Reason, Stage, StageError
 from finetune_trainer.export.publish.hub_push import TOKEN_VARIABLE, check_token, push
 from finetune_trainer.prepare.stored import without_push
 from finetune_trainer.runtime.reporter import Reporter
@@ -28,7 +30,10 @@ FILES = {
     "gguf/tuned-Q8_0.gguf": b"GGUF" * 1000,
     "README.md": b"---\nlicense: apache-2.0\n---\n# tuned\n",
     "rejected/tuned-Q3_K_M.gguf": b"bad",
+    "report.html": b"the first row",
+    "dataset-report.json": b"{}",
 }
+PUBLIC = list(FILES)[:3]
 
 
 @pytest.fixture
@@ -55,7 +60,7 @@ def run(output: LocalFolder, tmp_path: Path) -> Any:
         workspace = tmp_path / f"workspace-{next(count)}"
         return push(target, output, now(output), workspace, Reporter()).commit
 
-    publish(output, tmp_path / "room", "fp", FILES)
+    publish(output, tmp_path / "workspace", "fp", FILES)
     return push_now
 
 
@@ -71,20 +76,59 @@ def pushed(output: LocalFolder, hub: Hub = HUB) -> bool:
     return find_pushed(output, hub, now(output)) is not None
 
 
-def test_all_files_but_the_rejected_are_on_the_hub(
+def test_the_public_files_are_on_the_hub(
     hub: PushHub, run: Any, output: LocalFolder, tmp_path: Path
 ) -> None:
     assert not pushed(output)
     assert run() == f"{hub.endpoint}/{REPO}/commit/0123456789abcdef0123456789abcdef01234567"
     found = hub.files(REPO)
-    paths = (*FILES, "SHA256SUMS", MANIFEST)
-    expected = {path: output.read(now(output).path(path)) for path in paths}
-    del expected["rejected/tuned-Q3_K_M.gguf"]
-    assert found == {**expected, ".gitattributes": b""}
+    expected = {path: output.read(now(output).path(path)) for path in PUBLIC}
+    assert {path: found[path] for path in PUBLIC} == expected
+    assert set(found) == {*PUBLIC, "SHA256SUMS", MANIFEST, ".gitattributes"}
+    assert set(sums(found)) == set(PUBLIC)
+    listed = json.loads(found[MANIFEST])["files"]
+    assert {item["path"] for item in listed} == {*PUBLIC, "SHA256SUMS"}
     assert hub.private == {REPO: True}
     # Large files don't stay on the disk.
     left = {p.name for p in (tmp_path / "workspace-0" / "hub").rglob("*") if p.is_file()}
-    assert left == {"README.md", "SHA256SUMS"}
+    assert left == {"README.md"}
+
+
+def test_private_files_go_where_they_are_named_and_again_not(
+    hub: PushHub, run: Any, output: LocalFolder
+) -> None:
+    run()
+    both = Hub(repo=REPO, include=(PrivateFile.REPORT, PrivateFile.MANIFEST))
+    assert not pushed(output, both)
+    run(both)
+    assert hub.files(REPO)["report.html"] == FILES["report.html"]
+    assert hub.files(REPO)[MANIFEST] == now(output).data
+    assert "dataset-report.json" not in hub.files(REPO)
+    run()
+    assert "report.html" not in hub.files(REPO)
+    assert hub.files(REPO)[MANIFEST] != now(output).data
+
+
+def test_a_public_repository_is_refused_unless_the_spec_says_so(hub: PushHub, run: Any) -> None:
+    hub.private[REPO] = False
+    hub.branches[REPO, "main"] = {}
+    with pytest.raises(StageError, match=r"exists and is public.*set it to false") as caught:
+        run()
+    assert caught.value.reason is Reason.INVALID_CONFIG
+    assert hub.files(REPO) == {}
+    assert not hub.stored
+    run(Hub(repo=REPO, private=False))
+    assert "gguf/tuned-Q8_0.gguf" in hub.files(REPO)
+
+
+def sums(files: Mapping[str, bytes]) -> dict[str, str]:
+    """The lines of SHA256SUMS, each held against the file."""
+    found = {}
+    for line in files["SHA256SUMS"].decode().splitlines():
+        sha256, _, path = line.partition("  ")
+        assert hashlib.sha256(files[path]).hexdigest() == sha256
+        found[path] = sha256
+    return found
 
 
 def test_what_is_pushed_is_not_pushed_again_and_another_version_is(
@@ -94,7 +138,7 @@ def test_what_is_pushed_is_not_pushed_again_and_another_version_is(
     assert hub.commits == 1
     hub.files(REPO)["theirs.txt"] = b"somebody else's"
     hub.files(REPO)[".gitignore"] = b"*.gguf"
-    publish(output, tmp_path / "room", "other", {"README.md": b"# new", "gguf/b.gguf": b"new"})
+    publish(output, tmp_path / "workspace", "other", {"README.md": b"# new", "gguf/b.gguf": b"new"})
     assert not pushed(output)
     run()
     assert set(hub.files(REPO)) == {
@@ -175,7 +219,7 @@ def test_prepare_asks_for_an_export_until_the_push_is_done(
     hub: PushHub, output: LocalFolder, tmp_path: Path
 ) -> None:
     files = {path: data for path, data in FILES.items() if not path.startswith("rejected/")}
-    publish(output, tmp_path / "room", "fp", files)
+    publish(output, tmp_path / "workspace", "fp", files)
     marker = find_complete(output, Stage.EXPORT, fingerprint("fp"))
     assert marker is not None
 

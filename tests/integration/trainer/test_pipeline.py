@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from finetune_trainer.contract import Reason, Stage
+from finetune_trainer.export.publish.hub_push import TOKEN_VARIABLE
 from hack.object_store import Credentials
 from tests.integration.trainer.conftest import ROWS, Trainer, fill_bucket, keys_of
+from tests.integration.trainer.hub_push_server import TOKEN, push_hub
 from tests.versitygw import wanted
 
 
@@ -35,15 +37,12 @@ def store(
 
 
 class Output:
-    """A folder in the bucket."""
-
     def __init__(self, store: Credentials, uri: str) -> None:
         self._store = store
         self.client = store.client()
         self.bucket, _, self.prefix = uri.removeprefix("s3://").partition("/")
 
     def version(self, name: str | None) -> Output:
-        """The folder of a version."""
         return Output(self._store, f"s3://{self.bucket}/{self.prefix}/versions/{name}")
 
     def files(self) -> dict[str, int]:
@@ -144,7 +143,29 @@ def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
     assert {item.path for item in again.result.artifacts} == files.keys() - {"manifest.json"}
     assert again.result.manifest_uri == exported.result.manifest_uri
     assert again.result.version == version
+    pushes_nothing_private(trainer, run_config, whole.bucket)
     edit_and_go_back(trainer, run_config, whole, output)
+
+
+def pushes_nothing_private(trainer: Trainer, config: dict[str, Any], bucket: str) -> None:
+    """No byte of a push holds a row of the data, or says where anything lies."""
+    usual, output = dict(trainer.environment), dict(config["output"])
+    with push_hub() as hub:
+        trainer.environment |= {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HUB_DISABLE_XET": "1",
+            TOKEN_VARIABLE: TOKEN,
+        }
+        config["output"]["hub"] = {"repo": "org/tiny"}
+        pushed = trainer("export", config)
+        assert pushed.code == 0, pushed.output
+        files = hub.files("org/tiny")
+    trainer.environment, config["output"] = usual, output
+    assert {"Modelfile", "merged/config.json", "gguf/tiny-Q8_0.gguf"} <= set(files)
+    private = [bucket, config["storage"]["endpoint"], *(text for row in ROWS for text in row)]
+    for path, content in files.items():
+        for text in private:
+            assert text.encode() not in content, f"{path} has {text}"
 
 
 def edit_and_go_back(

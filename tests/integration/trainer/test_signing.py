@@ -18,9 +18,11 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from finetune_trainer.contract import Export, Reason, Signing, StageError
+from finetune_trainer.contract import Export, Hub, Reason, Signing, StageError
+from finetune_trainer.export.publish.public_files import public_files
 from finetune_trainer.export.publish.signing import KEY_VARIABLE, Signer, signer_for
 from finetune_trainer.store import LocalFolder
+from finetune_trainer.store.versions import current
 from tests.publishing import folder, publish
 
 FILES = {
@@ -58,7 +60,7 @@ def downloaded(key: ec.EllipticCurvePrivateKey, tmp_path: Path) -> Path:
     signer = signer_for(SIGNED, "tuned", environment)
     assert environment == {}, "child processes get no key"
 
-    publish(output, tmp_path / "room", "fp", FILES, signer)
+    publish(output, tmp_path / "workspace", "fp", FILES, signer)
     return output.root / folder("fp")
 
 
@@ -103,6 +105,25 @@ def test_a_missing_an_added_and_another_s_file_are_found(downloaded: Path, publi
     (downloaded / "extra.bin").unlink()
     (downloaded / "README.md").unlink()
     assert "Missing files" in verify(downloaded, public).stderr
+
+
+def test_what_goes_to_a_hub_has_a_signature_of_its_own(
+    downloaded: Path, key: ec.EllipticCurvePrivateKey, public: Path, tmp_path: Path
+) -> None:
+    version = current(LocalFolder(downloaded.parents[1]))
+    assert version is not None
+    signer = signer_for(SIGNED, "tuned", {KEY_VARIABLE: pem(key)})
+    found = public_files(Hub(repo="org/tuned"), version, None, signer)
+    repository = tmp_path / "repository"
+    for item in found.stored:
+        file = repository / item.path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes((downloaded / item.path).read_bytes())
+    for path, data in found.written.items():
+        (repository / path).write_bytes(data)
+    assert "provenance.json" not in found.paths
+    checked = verify(repository, public)
+    assert checked.returncode == 0, checked.stderr
 
 
 def test_another_key_is_refused(downloaded: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_missing_object_is_none_and_a_missing_bucket_is_not(
 ) -> None:
     assert folder.stat("nothing") is None
     assert folder.read("nothing") is None
-    with pytest.raises(FileNotFoundError, match="s3://trainer/storage/nothing is missing"):
+    with pytest.raises(FileNotFoundError, match="s3://trainer-bucket/storage/nothing is missing"):
         folder.download("nothing", tmp_path / "target")
     elsewhere = open_folder("s3://nowhere/x", Storage(endpoint=moto.endpoint))
     for ask in (lambda: elsewhere.stat("a"), lambda: elsewhere.read("a"), elsewhere.list):

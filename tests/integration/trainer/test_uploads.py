@@ -26,8 +26,8 @@ CHILD = """
 import resource, sys
 from pathlib import Path
 from finetune_trainer.contract import Storage
-from finetune_trainer.store import open_folder, s3_upload
-s3_upload.PART_BYTES = int(sys.argv[4])
+from finetune_trainer.store import open_folder, s3_folder
+s3_folder.PART_BYTES = int(sys.argv[4])
 uri, endpoint, source = sys.argv[1:4]
 folder = open_folder(uri, Storage(endpoint=endpoint))
 folder.write("small", b"1")
@@ -48,7 +48,7 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     if "uploads" not in {each["Name"] for each in client.list_buckets()["Buckets"]}:
         client.create_bucket(Bucket="uploads")
     use_keys(found, monkeypatch)
-    monkeypatch.setattr("finetune_trainer.store.s3_upload.PART_BYTES", PART_BYTES)
+    monkeypatch.setattr("finetune_trainer.store.s3_folder.PART_BYTES", PART_BYTES)
     # Nothing here gets better with time.
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff._MAX_BACKOFF", 0.05)
     return found

@@ -6,8 +6,7 @@ run             run.json as a whole, and what `prepare` adds to it
 outcome         reasons, exit codes, and the termination message
 progress        status.progress, with what a training says about itself; metrics.json
 dataset_report  what `prepare` found in the dataset
-artifacts       the files that come out, and manifest.json
-quality         what was measured on a GGUF file, and the gate's verdict on it
+artifacts       the files that come out, the gate's verdict on each, and manifest.json
 verdict_words   that verdict in words, for status, the report and a terminal
 fingerprint     what a stage's result depends on
 
@@ -20,8 +19,13 @@ from finetune_trainer.contract.artifacts import (
     REJECTED,
     VERSIONS,
     Artifact,
+    FileVerdict,
+    GateReport,
     Lineage,
     Manifest,
+    Quality,
+    Sample,
+    VersionSummary,
     version_folder,
 )
 from finetune_trainer.contract.base import (
@@ -35,6 +39,7 @@ from finetune_trainer.contract.base import (
     Tolerated,
     cel,
     describe,
+    parse_duration,
     read_known,
     read_readable,
 )
@@ -67,6 +72,7 @@ from finetune_trainer.contract.dataset_report import (
     Split,
 )
 from finetune_trainer.contract.fingerprint import (
+    UNCHANGING,
     ExampleContents,
     digest,
     later_fingerprints,
@@ -78,9 +84,11 @@ from finetune_trainer.contract.output import (
     Export,
     Hub,
     Output,
+    PrivateFile,
     QualityLimit,
     Quantization,
     Signing,
+    VersionName,
 )
 from finetune_trainer.contract.progress import (
     NEWS,
@@ -92,7 +100,6 @@ from finetune_trainer.contract.progress import (
     TrainingRecord,
     status_path,
 )
-from finetune_trainer.contract.quality import FileVerdict, GateReport, Quality, Sample
 from finetune_trainer.contract.run import (
     Fingerprints,
     Hardware,
@@ -121,6 +128,7 @@ __all__ = [
     "NEWS",
     "PLURAL",
     "REJECTED",
+    "UNCHANGING",
     "UNQUANTIZED",
     "VERSION",
     "VERSIONS",
@@ -166,6 +174,7 @@ __all__ = [
     "NoticeCode",
     "Output",
     "PreparedRunConfig",
+    "PrivateFile",
     "Progress",
     "Quality",
     "QualityLimit",
@@ -190,6 +199,8 @@ __all__ = [
     "TrainingMetrics",
     "TrainingPlan",
     "TrainingRecord",
+    "VersionName",
+    "VersionSummary",
     "allowed",
     "as_example",
     "cel",
@@ -197,6 +208,7 @@ __all__ = [
     "digest",
     "display_name",
     "later_fingerprints",
+    "parse_duration",
     "prepare_fingerprint",
     "read_known",
     "read_readable",

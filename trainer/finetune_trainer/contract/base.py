@@ -13,6 +13,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import StrEnum
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -43,6 +44,18 @@ def cel(rule: str, message: str, *more: tuple[str, str]) -> dict[str, Any]:
     return {"x-kubernetes-validations": rules}
 
 
+_DURATION = re.compile(r"(?:(\d{1,5})h)?(?:(\d{1,5})m)?(?:(\d{1,5})s)?")
+
+
+def parse_duration(text: str) -> timedelta:
+    """A duration as Go and Kubernetes write it, e.g. 6h, 1h30m or 90s. Raises ValueError."""
+    found = _DURATION.fullmatch(text) if text else None
+    if found is None:
+        raise ValueError(f"{text!r} is no duration such as 6h, 1h30m or 90s")
+    hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return timedelta(hours=hours, minutes=minutes, seconds=seconds)
+
+
 LOCATION_RULE = cel(
     "self.startsWith('s3://') || self.startsWith('/')",
     "must be an s3://bucket/key URI or the absolute path of a mounted folder",
@@ -62,10 +75,9 @@ def describe(error: ValidationError, prefix: str = "") -> str:
     """Say per field what is wrong, e.g. ``spec.training.epochs: must be …``, in one line."""
     lines = []
     for item in error.errors(include_url=False):
-        path = ".".join(to_camel(p) if isinstance(p, str) else str(p) for p in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         given = "" if item["type"] == "missing" else f" (got {redact(repr(item['input'])):.60})"
-        lines.append(f"{prefix}{path}: {message}{given}")
+        lines.append(f"{prefix}{_words(item['loc'])}: {message}{given}")
     return "; ".join(dict.fromkeys(lines))
 
 
@@ -168,6 +180,11 @@ def redact(text: str) -> str:
     return _USER_IN_URL.sub(BLACK, text)
 
 
+def names_secret(variable: str) -> bool:
+    """Whether an environment variable holds a credential, by its name."""
+    return _SECRET_NAME.search(variable) is not None
+
+
 def names_user(url: str) -> bool:
     """Whether there is a user or password in a URL."""
     return _USER_IN_URL.search(url) is not None
@@ -175,6 +192,6 @@ def names_user(url: str) -> bool:
 
 def _secrets() -> set[str]:
     """Values of the environment that may not be shown; of a PEM file each line as well."""
-    values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name)]
+    values = [value for name, value in os.environ.items() if names_secret(name)]
     lines = [line.strip() for value in values for line in value.splitlines()]
     return {each for each in (*values, *lines) if len(each) >= _SECRET_LENGTH}

@@ -89,6 +89,15 @@ class Export(Base):
     """Sign the artifacts; left out, they are not signed."""
 
 
+class PrivateFile(StrEnum):
+    """Files that name buckets or quote rows of the dataset."""
+
+    REPORT = "report.html"
+    DATASET_REPORT = "dataset-report.json"
+    MANIFEST = "manifest.json"
+    PROVENANCE = "provenance.json"
+
+
 class Hub(Base):
     """A model repository on the Hugging Face Hub that the artifacts are pushed to as well."""
 
@@ -106,10 +115,31 @@ class Hub(Base):
     """The repository, `org/name`. It is created where it doesn't exist."""
 
     private: bool = True
-    """Create it as a private repository; one that exists stays as it is."""
+    """Whether the repository is to be private. One that exists stays as it is; if it is public, a
+    push is refused unless this is false."""
+
+    include: Annotated[
+        tuple[PrivateFile, ...],
+        Field(max_length=len(PrivateFile), json_schema_extra={"x-kubernetes-list-type": "set"}),
+    ] = ()
+    """Push these as well. They name buckets, and quote rows and answers: report.html,
+    dataset-report.json, provenance.json, and the whole manifest.json, of which else a part without
+    these goes."""
 
     revision: Annotated[str, Field(min_length=1, max_length=256)] = "main"
     """Branch to push to; it is created where it doesn't exist."""
+
+
+VersionName = Annotated[
+    str,
+    Field(
+        max_length=12,
+        json_schema_extra=cel(
+            "self.matches('^[0-9a-f]{12}$')",
+            "must be a version's name, 12 characters as in status.versions",
+        ),
+    ),
+]
 
 
 class Output(Base):

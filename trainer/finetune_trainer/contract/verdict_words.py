@@ -9,9 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from finetune_trainer.contract.artifacts import REJECTED, Artifact
+from finetune_trainer.contract.artifacts import (
+    REJECTED,
+    Artifact,
+    FileVerdict,
+    GateReport,
+    Quality,
+)
 from finetune_trainer.contract.output import UNQUANTIZED, Export
-from finetune_trainer.contract.quality import FileVerdict, GateReport, Quality
 
 
 class Tone(StrEnum):

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 from pydantic import JsonValue
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Message, Quantization, RunConfig
+from finetune_trainer.contract import Message, Quantization, RunConfig, display_name
 from finetune_trainer.export import llama
 from finetune_trainer.export.gguf import MODELFILE
 from finetune_trainer.export.gguf.files import preferred
@@ -57,8 +57,9 @@ def write_modelfile(
     template = make_template(tokenizer, file)
     if template.text is None:
         log.warning("The Modelfile has no TEMPLATE: %s", " ".join(template.notes))
+    base = display_name(config.model.source)
     lines = [
-        f"# {config.model.source}, fine-tuned. Serve it with: ollama create NAME -f Modelfile",
+        f"# {base}, fine-tuned. Serve it with: ollama create NAME -f Modelfile",
         *(f"# Also here: ./{other.relative_to(folder)}" for other in others),
         f"FROM ./{file.relative_to(folder)}",
         *(f"# {note}" for note in template.notes),

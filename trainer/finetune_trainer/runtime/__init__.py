@@ -1,11 +1,15 @@
-"""How a process of the trainer lives and ends: log, progress, signals, errors, child processes.
+"""How a process of the trainer lives and ends. Below are the units in which it speaks to people.
 
-Here are the units in which all of them speak to people.
+startup   its log, and the certificate authorities that it trusts
+reporter  how far the work is, in the log and in status.progress
+child     programs that it runs beside itself
+endings   what an error means, and what is saved when it is told to stop
 """
 
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 
 GIB = 2**30
 MIB = 2**20
@@ -33,6 +37,11 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02}m"
     return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def timestamp() -> str:
+    """Now, in UTC, as RFC 3339 writes it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def size(count: int) -> str:

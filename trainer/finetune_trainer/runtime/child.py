@@ -13,13 +13,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import IO
 
 from finetune_trainer.contract import Reason
-from finetune_trainer.runtime.failures import MemoryFullError
+from finetune_trainer.contract.base import names_secret, names_user
+from finetune_trainer.runtime.endings import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter, Transfer
 
 OnProgress = Callable[[int, int], None]
@@ -28,7 +29,17 @@ OnProgress = Callable[[int, int], None]
 _PROGRESS = "progress:"
 _SAID = re.compile(rf"{_PROGRESS} (\d+) (\d+)\n")
 
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4  # <linux/prctl.h>
+
+_INHERITED = re.compile(
+    r"PATH|HOME|USER|LOGNAME|SHELL|TMPDIR|LANG|LANGUAGE|TZ|LC_\w+|VIRTUAL_ENV|(https?|no)_proxy"
+    r"|FINETUNE_(LOG_FORMAT|STAGE)|HF_(HOME|ENDPOINT|HUB_\w+)|(SSL_CERT|XDG|COVERAGE)_\w+"
+    r"|(CUDA|GGML|GOMP|HIP|KMP|LD|LLAMA|MKL|NVIDIA|OMP|OPENBLAS|PYTHON|PYTORCH|REQUESTS|TOKENIZERS"
+    r"|TORCH|TRANSFORMERS|TRITON)_?\w+",
+    re.IGNORECASE,
+)
+"""Variables that a child needs: how to find programs, libraries, certificates and the Hub, and how
+many threads to use."""
 
 _running: set[subprocess.Popen[str]] = set()
 
@@ -62,7 +73,7 @@ def run(
     """
     # GGML's own handler would call a debugger for a stack trace, if there is one.
     variables = {
-        **os.environ,
+        **inherited(os.environ),
         "GGML_NO_BACKTRACE": "1",
         "PYTHONWARNINGS": "ignore",
         "TQDM_DISABLE": "1",
@@ -97,6 +108,27 @@ def run(
             Reason.OOM_KILLED, "A process of the stage was killed, most likely for want of memory."
         )
     return Finished(process.returncode, output, "".join(errors))
+
+
+def inherited(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that children get; no credential is among them.
+
+    A model that was trusted with its own code runs that in a child.
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if _INHERITED.fullmatch(name) and not names_secret(name) and not names_user(value)
+    }
+
+
+def hide_from_children() -> None:
+    """Let no other process of this user read this one's environment or memory in /proc.
+
+    Only Linux can do that, and root reads it all the same.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def die_with_parent(parent: int) -> None:

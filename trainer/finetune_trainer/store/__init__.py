@@ -10,8 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune_trainer.contract import Reason, StageError, Storage
-from finetune_trainer.store.folder import FileInfo, Folder, OnBytes, stays_below
-from finetune_trainer.store.local_folder import LocalFolder
+from finetune_trainer.store.folder import FileInfo, Folder, LocalFolder, OnBytes, stays_below
 
 __all__ = ["FileInfo", "Folder", "LocalFolder", "OnBytes", "open_folder", "split", "stays_below"]
 

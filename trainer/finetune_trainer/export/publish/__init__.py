@@ -4,8 +4,9 @@ Publication, below, uploads the files of a new version in the background, into i
 makes it the current one. The former version stays whole and current until manifest.json names the
 new one.
 
-signing   signs them
-hub_push  pushes them to the Hugging Face Hub
+signing       signs them
+public_files  those that others may read
+hub_push      pushes these to the Hugging Face Hub
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The push to the Hugging Face Hub: what a version's manifest.json lists, in one commit.
+"""The push to the Hugging Face Hub, in one commit: the public files of a version (public_files).
 
-All files go but those in rejected/, under their paths in the version, and manifest.json itself.
-Files of the last push that this version doesn't have are deleted; what others put into the
-repository stays.
+They keep their paths. Files of the last push that this one doesn't bring are deleted; what others
+put into the repository stays.
 The client resumes by itself: content that the Hub has is not sent again.
 """
 
@@ -25,6 +24,13 @@ from huggingface_hub.errors import (
 )
 
 from finetune_trainer.contract import Artifact, Hub, Reason, StageError
+from finetune_trainer.export.publish import Sign
+from finetune_trainer.export.publish.public_files import (
+    ADAPTER_CONFIG,
+    PublicFiles,
+    public_files,
+    select_files,
+)
 from finetune_trainer.runtime.reporter import Reporter, Transfer
 from finetune_trainer.store import Folder
 from finetune_trainer.store.marker import MANIFEST, PUSHED, Marker, Pushed, describe_file
@@ -46,22 +52,38 @@ def check_token(hub: Hub | None, environment: Mapping[str, str] = os.environ) ->
         )
 
 
-def push(hub: Hub, output: Folder, version: Version, workspace: Path, reporter: Reporter) -> Pushed:
+def push(
+    hub: Hub,
+    output: Folder,
+    version: Version,
+    workspace: Path,
+    reporter: Reporter,
+    *,
+    sign: Sign | None = None,
+) -> Pushed:
     """Push a version, unless that was done, and record it in the output folder.
 
-    Files are fetched one at a time, so at most one of them is on this disk. Raises StageError;
-    the version is complete in any case.
+    `sign` makes the signature of what is pushed, where the version has one. Files are fetched one
+    at a time, so at most one of them is on this disk. Raises StageError; the version is complete in
+    any case.
     """
     if done := find_pushed(output, hub, version):
         return done
     check_token(hub)
-    files = [item for item in version.marker.files if not item.rejected]
-    total = sum(item.bytes for item in files)
-    transfer = reporter.transfer(f"Pushing {len(files) + 1} files to {hub.repo}", total)
+    listed = {item.path for item in select_files(hub, version)}
+    config = output.read(version.path(ADAPTER_CONFIG)) if ADAPTER_CONFIG in listed else None
+    files = public_files(hub, version, config, sign)
+    total = sum(item.bytes for item in files.stored)
+    transfer = reporter.transfer(f"Pushing {len(files.paths)} files to {hub.repo}", total)
     with _errors(hub, output):
         commit = _Push(hub, output, version, workspace).run(files, transfer)
-    sha256 = hashlib.sha256(version.data).hexdigest()
-    pushed = Pushed(repo=hub.repo, revision=hub.revision, manifest_sha256=sha256, commit=commit)
+    pushed = Pushed(
+        repo=hub.repo,
+        revision=hub.revision,
+        manifest_sha256=hashlib.sha256(version.data).hexdigest(),
+        commit=commit,
+        include=tuple(map(str, hub.include)),
+    )
     output.write(PUSHED, pushed.model_dump_json(indent=2).encode())
     log.info("Pushed to %s", commit)
     return pushed
@@ -78,16 +100,18 @@ class _Push:
         token = os.environ[TOKEN_VARIABLE]
         self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
 
-    def run(self, files: list[Artifact], transfer: Transfer) -> str:
+    def run(self, files: PublicFiles, transfer: Transfer) -> str:
         """Make the commit; returns its URL."""
         repo, revision = self._hub.repo, self._hub.revision
         self._api.create_repo(repo, private=self._hub.private, exist_ok=True)
+        self._check_privacy()
         if revision != "main":
             self._api.create_branch(repo, branch=revision, exist_ok=True)
-        stale = self._stale({item.path for item in files})
-        additions = [self._send(item, transfer) for item in files]
-        additions.append(CommitOperationAdd(MANIFEST, self._version.data))
-        self._preupload(additions[-1])
+        stale = self._stale(files.paths)
+        additions = [self._send(item, transfer) for item in files.stored]
+        for path, data in files.written.items():
+            additions.append(CommitOperationAdd(path, data))
+            self._preupload(additions[-1])
         commit = self._api.create_commit(
             repo,
             [*additions, *(CommitOperationDelete(path) for path in stale)],
@@ -95,6 +119,14 @@ class _Push:
             revision=revision,
         )
         return commit.commit_url
+
+    def _check_privacy(self) -> None:
+        if self._hub.private and not self._api.repo_info(self._hub.repo).private:
+            raise StageError(
+                Reason.INVALID_CONFIG,
+                f"{self._hub.repo} exists and is public, and spec.output.hub.private is true: set "
+                "it to false to publish the model, make the repository private, or name another.",
+            )
 
     def _send(self, item: Artifact, transfer: Transfer) -> CommitOperationAdd:
         """Send a large file; a small one stays on the disk and goes with the commit."""

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from finetune_trainer.contract import StageError, TrainingPlan
 from finetune_trainer.runtime import child
-from finetune_trainer.runtime.failures import explain
-from finetune_trainer.runtime.logs import set_up_libraries
+from finetune_trainer.runtime.endings import explain
+from finetune_trainer.runtime.startup import set_up_libraries
 from finetune_trainer.train.link import FAILED, write_failure
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.runtime import size
-from finetune_trainer.runtime.failures import explain
+from finetune_trainer.runtime.endings import explain
 from finetune_trainer.train.link import InterruptedTrainingError, TrainingWork
 from finetune_trainer.train.link.channel import Channel
 from finetune_trainer.train.link.upload_lag import UploadLag
@@ -308,6 +308,8 @@ class CheckpointSaver(TrainerCallback, ExportableState):
         began = self._clock()
         while self._lag.must_wait() and not self._stop_requested:
             time.sleep(POLL_SECONDS)
+            if self._channel:
+                self._channel.alive()  # it is the store that is slow
         if (waited := self._clock() - began) > 1:
             log.info("Waited %.0f s for the upload of an earlier checkpoint", waited)
 

@@ -1,0 +1,116 @@
+"""The operator as a process of its own, with the token of its chart's ServiceAccount."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import helm_python as helm
+import httpx
+import yaml
+
+from hack import REPOSITORY
+from hack.cluster.control_plane import ControlPlane
+from hack.process import ClusterError, wait_until
+
+NAMESPACE = "finetune-system"
+RELEASE = "finetune-operator"
+CHART = Path("charts/finetune-operator")
+READY_SECONDS = 30
+SECRET_GRACE_SECONDS = 2
+
+
+def install(plane: ControlPlane, checkout: Path = REPOSITORY) -> None:
+    """Apply all of the chart but its Deployment: definition, ServiceAccount and rights."""
+    with helm.Chart.load(checkout / CHART) as chart:
+        rendered = chart.render({}, name=RELEASE, namespace=NAMESPACE)
+    texts = [text for name, text in rendered.items() if name.endswith(".yaml")]
+    objects: list[dict[str, Any]] = [doc for text in texts for doc in yaml.safe_load_all(text)]
+    wanted = [each for each in objects if each and each["kind"] != "Deployment"]
+    plane.kubectl("create", "namespace", NAMESPACE)
+    plane.apply_definitions("-", input=yaml.safe_dump_all(wanted))
+
+
+class Operator:
+    """Starts, kills and stops it; its log is kept for the message of a failed test.
+
+    `checkout` may be another version's. `settings` are environment variables.
+    """
+
+    def __init__(
+        self, plane: ControlPlane, folder: Path, checkout: Path = REPOSITORY, **settings: str
+    ) -> None:
+        self.log = folder / "operator.log"
+        self.port = _free_port()
+        kubeconfig = plane.kubeconfig_for_service_account(NAMESPACE, RELEASE)
+        self._environment: Mapping[str, str] = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(str(checkout / each) for each in ("operator", "trainer")),
+            "KUBECONFIG": str(kubeconfig),
+            "FINETUNE_TRAINER_IMAGE": "trainer:test",
+            "FINETUNE_HEALTH_PORT": str(self.port),
+            "FINETUNE_SECRET_GRACE_SECONDS": str(SECRET_GRACE_SECONDS),
+            "FINETUNE_LOG_FORMAT": "human",
+            **settings,
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def reach_through(self, port: int) -> None:
+        """Reach the API server by another port of this machine."""
+        known = yaml.safe_load(Path(self._environment["KUBECONFIG"]).read_text())
+        for each in known["clusters"]:
+            each["cluster"]["server"] = f"https://127.0.0.1:{port}"
+        target = self.log.with_name("proxied.kubeconfig")
+        target.write_text(yaml.safe_dump(known))
+        self._environment = {**self._environment, "KUBECONFIG": str(target)}
+
+    def start(self) -> None:
+        """Start it, and wait until it is ready."""
+        command = [sys.executable, "-W", "error", "-m", "finetune_operator.main"]
+        with self.log.open("ab") as sink:
+            self._process = subprocess.Popen(
+                command, env=self._environment, stdout=sink, stderr=subprocess.STDOUT
+            )
+        wait_until(self.ready, what=f"the operator (log: {self.log})", seconds=READY_SECONDS)
+
+    def ready(self) -> bool:
+        """Whether it says that it is ready; fails when it has ended."""
+        if self._process is None or self._process.poll() is not None:
+            raise ClusterError(f"the operator has ended:\n{self.log.read_text()}")
+        try:
+            return self.get("/readyz").is_success
+        except httpx.HTTPError:
+            return False
+
+    def get(self, path: str) -> httpx.Response:
+        """Ask one of its probes."""
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}", trust_env=False, timeout=5)
+
+    def kill(self) -> None:
+        """End it as a node that fails does."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> int:
+        """End it as Kubernetes does; its exit code."""
+        return self._end(signal.SIGTERM)
+
+    def _end(self, how: signal.Signals) -> int:
+        if self._process is None:
+            return 0
+        self._process.send_signal(how)
+        code = self._process.wait(timeout=20)
+        self._process = None
+        return code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,1 @@
+"""Whole lives of FineTuneJobs on kwok's nodes, with the real scheduler and Job controller."""
