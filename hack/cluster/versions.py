@@ -89,11 +89,6 @@ def fits(version: str, wanted: str) -> bool:
     return version == wanted or version.startswith(f"{wanted}.")
 
 
-def supported(version: str) -> bool:
-    """Whether it is one that the project promises to run on."""
-    return int(version.split(".")[1]) in MINORS
-
-
 def asked_minor() -> int | None:
     """The 35 of what K8S asks for; None where it asks for nothing."""
     wanted = Wanted.here()
