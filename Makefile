@@ -50,6 +50,10 @@ demo-down: ## Remove everything that demo started (what was built stays in the c
 .PHONY: build
 build: $(READY) ## Set up .venv with everything, llama.cpp included
 
+.PHONY: doctor
+doctor: build ## What a training finds here: GPUs, driver, torch, memory, disk, and what is wrong
+	$(BIN)/finetune-trainer doctor
+
 .PHONY: train
 train: build ## Fine-tune: make train DATASET=my.csv BASE_MODEL=org/name-or-folder
 	$(BIN)/finetune-trainer local train --output "$(OUTPUT)" \

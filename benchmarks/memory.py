@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from examples.base_model import smollm2
 from finetune_trainer.contract import RunConfig, Training, TrainingPlan
 from finetune_trainer.memory.predict import Recipe, predict
-from finetune_trainer.model import ModelFolder
+from finetune_trainer.model import ModelFolder, loading
 from finetune_trainer.model.loading import compute_dtype
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.runtime.reporter import Reporter
@@ -137,7 +137,7 @@ def measure(work: TrainingWork, dtype: torch.dtype) -> int:
     if child == 0:
         status = 1
         try:
-            vars(sft)["compute_dtype"] = lambda: dtype  # as another processor would have it
+            vars(loading)["compute_dtype"] = lambda: dtype  # as another processor would have it
             sft.fine_tune(work, Reporter())
             os.write(begin, str(peak()).encode())
             status = 0
@@ -169,7 +169,7 @@ def predicted(case: Case, model: Path) -> int:
     training = Training.model_validate(case.training)
     checkpointing = training.gradient_checkpointing == "always"
     sixteen = dtype_of(case) is torch.bfloat16
-    recipe = Recipe.on_cpu(training, checkpointing=checkpointing, bfloat16=sixteen)
+    recipe = Recipe.on_cpu(training, checkpointing=checkpointing, half=sixteen)
     return predict(shape, recipe, case.batch * case.tokens).total
 
 

@@ -18,12 +18,13 @@ from finetune_operator.api import (
     ATTEMPT_LABEL,
     KIND,
     POD_SETTINGS_ANNOTATION,
+    RETRY_ANNOTATION,
     STAGE_KEY_ANNOTATION,
     STAGE_LABEL,
     JsonObject,
 )
 from finetune_operator.api.finetunejob import FineTuneJobSpec
-from finetune_operator.api.observed import FineTuneJobStatus, StageState
+from finetune_operator.api.observed import NO_GENERATION, FineTuneJobStatus, StageState
 from finetune_operator.pods import (
     ENDED,
     ObservedPod,
@@ -41,6 +42,7 @@ from finetune_trainer.contract import (
     read_readable,
 )
 
+REQUEST_LIMIT = 256  # characters of a request to try again, which status repeats
 KNOWN_STATES = {*StageState, None}
 
 
@@ -71,6 +73,9 @@ class ObservedJob:
     finished_at: datetime | None = None
     failed_by_exit_code: bool = False
     """Whether an exit code in its podFailurePolicy failed it, which no further pod can change."""
+
+    suspended: bool = False
+    """Whether it may have no pod for now, as a queue of Jobs wants it."""
 
     deadline_seconds: int | None = None
     """How long it may take."""
@@ -145,6 +150,9 @@ class ObservedFineTuneJob:
     """Fields of spec and status that come from another version, and are left out of account."""
 
     reported: ReportedProgress = ReportedProgress()
+    retry_requested: str = ""
+    """What the user wrote to have `prepare` look again; another value is another request."""
+
     deleting: bool = False
 
 
@@ -176,6 +184,9 @@ def observe_finetunejob(raw: JsonObject) -> ObservedFineTuneJob:
         status=status,
         not_understood=tuple(not_understood),
         reported=_reported(raw),
+        retry_requested=((meta.get("annotations") or {}).get(RETRY_ANNOTATION) or "")[
+            :REQUEST_LIMIT
+        ],
         deleting="deletionTimestamp" in meta,
     )
 
@@ -235,6 +246,8 @@ def _status(raw: JsonObject) -> tuple[FineTuneJobStatus, tuple[str, ...]]:
     """The status, and the paths of values in it that only another version understands."""
     written = raw.get("status") or {}
     fields = {key: value for key, value in written.items() if key != "progress"}
+    if fields.get("observedGeneration") == NO_GENERATION:
+        del fields["observedGeneration"]
     states = [each.get("state") for each in fields.get("stages") or []]
     if any(state not in KNOWN_STATES for state in states):
         fields["stages"] = [_with_known_state(each) for each in fields["stages"]]
@@ -289,6 +302,7 @@ def _job(raw: JsonObject, pods: list[JsonObject]) -> ObservedJob:
         finished=Finish(ended["type"]) if ended else None,
         finished_at=moment(ended.get("lastTransitionTime")) if ended else None,
         failed_by_exit_code=ended is not None and ended.get("reason") == "PodFailurePolicy",
+        suspended=bool(raw["spec"].get("suspend")),
         deadline_seconds=raw["spec"].get("activeDeadlineSeconds"),
         past_deadline=any(c.get("reason") == "DeadlineExceeded" for c in true_conditions(status)),
         deleting="deletionTimestamp" in meta,

@@ -24,6 +24,7 @@ DISRUPTIONS = {
 }
 # The kubelet also evicts a pod that exceeds its own limits, and then the pod is to blame.
 OVERGROWN = re.compile(r"exceeds the (total )?limit|exceeded its local ephemeral storage limit")
+UNSCHEDULED = {"Unschedulable", "SchedulingGated"}  # no node fits, or a queue holds the pod
 ENDED = {"Succeeded", "Failed"}  # phases of a pod
 LOG_LINE_LIMIT = 300  # characters of a log line that is quoted to the user
 
@@ -154,7 +155,7 @@ def _disruption(status: JsonObject) -> str | None:
 
 def _unschedulable(status: JsonObject) -> str | None:
     for condition in status.get("conditions") or []:
-        if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
+        if condition["type"] == "PodScheduled" and condition.get("reason") in UNSCHEDULED:
             return str(condition.get("message") or "no node fits")
     return None
 

@@ -40,7 +40,7 @@ from finetune_operator.observe import (
 )
 from finetune_operator.plan import Event, Plan, Policy, StartStage, StopJob, plan, refuse
 from finetune_operator.settings import Settings
-from finetune_operator.status import status_patch
+from finetune_operator.status import occasion, older_phase, status_patch
 from finetune_trainer.contract import Reason, Stage
 
 logger = logging.getLogger(__name__)
@@ -188,12 +188,13 @@ class Reconciler:
             decided, denied = decide(denial=error.detail), error
         # Post notices before the status that says so: after a crash in between they are posted
         # again, and the same name makes it the same Event.
-        await self._record(key, finetunejob, decided.notices)
+        scope = occasion(decided.status)
+        await self._record(key, finetunejob, decided.notices, scope)
         changed = await self._write_status(key, finetunejob, decided, own_writes)
         if decided.actions and not changed:
             await self._make_sure_of(finetunejob)
         await self._act(finetunejob, decided, job, own_writes)
-        await self._record(key, finetunejob, decided.events)
+        await self._record(key, finetunejob, decided.events, scope)
         if denied is not None:
             raise denied
         result = "changed" if changed or decided.actions else "unchanged"
@@ -287,10 +288,15 @@ class Reconciler:
         patch = status_patch(finetunejob.status, decided.status)
         if not patch:
             return False
+        name = (finetunejob.namespace, finetunejob.name, finetunejob.resource_version)
         version = finetunejob.resource_version
-        written = await self._cluster.patch_status(
-            finetunejob.namespace, finetunejob.name, version, patch
-        )
+        try:
+            written = await self._cluster.patch_status(*name, patch)
+        except InvalidError:
+            if "phase" not in patch:
+                raise
+            patch["phase"] = older_phase(decided.status)  # an older definition knows fewer words
+            written = await self._cluster.patch_status(*name, patch)
         if written["metadata"]["resourceVersion"] != version:
             own_writes.outdated = version
             own_writes.until = time.monotonic() + OWN_WRITES_SECONDS
@@ -298,9 +304,12 @@ class Reconciler:
         return True
 
     async def _record(
-        self, key: str, finetunejob: ObservedFineTuneJob, events: Iterable[Event]
+        self, key: str, finetunejob: ObservedFineTuneJob, events: Iterable[Event], scope: str
     ) -> None:
-        """Post the Events. They are news and not state, so losing one is no failure."""
+        """Post the Events. They are news and not state, so losing one is no failure.
+
+        The same words in another `scope` are another Event.
+        """
         about = {
             "namespace": finetunejob.namespace,
             "name": finetunejob.name,
@@ -311,7 +320,7 @@ class Reconciler:
             logger.log(level, "%s: %s", event.reason, event.message, extra={"finetunejob": key})
             try:
                 await self._cluster.record_event(
-                    about, event.type, event.reason, event.message, event.scope
+                    about, event.type, event.reason, event.message, event.scope or scope
                 )
             except ClusterError as error:
                 logger.warning("An event got lost: %s", error, extra={"finetunejob": key})

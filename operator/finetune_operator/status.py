@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from finetune_operator.api import Condition
+from finetune_operator.api import RETRY_ANNOTATION, Condition
 from finetune_operator.api.observed import (
     ArtifactStatus,
     FineTuneJobStatus,
@@ -39,6 +39,10 @@ SKEW_WORDS = (
     "version of the CustomResourceDefinition."
 )
 NO_MORE = "No further attempt is made until the spec changes."
+UNTIL_ASKED = (
+    "No further attempt is made until the spec changes, or the annotation "
+    f"{RETRY_ANNOTATION} asks for one."
+)
 MESSAGE_LIMIT = 1024  # characters of a message in a condition, an event or a stage
 
 
@@ -50,6 +54,9 @@ class PendingReason:
     message: str
     degraded: bool = False
     """Whether it needs a person's attention."""
+
+    phase: Phase = Phase.WAITING
+    """The FineTuneJob's phase meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,13 @@ class Summary:
     progressing: ConditionValue
     degraded: ConditionValue
 
+    @property
+    def reason(self) -> str | None:
+        """What stands in the way or why it failed; None while all is well."""
+        if self.phase in {Phase.QUEUED, Phase.WAITING}:
+            return self.progressing.reason
+        return self.degraded.reason if self.degraded.holds else None
+
 
 def working_summary(
     stage: StageStatus,
@@ -79,7 +93,9 @@ def working_summary(
 ) -> Summary:
     """A stage runs, or waits to run; `notices` are those of the current training."""
     phase = PHASES[stage.name]
-    if stage.name is Stage.PREPARE and stage.state is StageState.PENDING and not stage.attempt:
+    if note is not None:
+        phase = note.phase
+    elif stage.name is Stage.PREPARE and stage.state is StageState.PENDING and not stage.attempt:
         phase = Phase.PENDING
     absent = "The artifacts are not there yet."
     if earlier_artifacts:
@@ -106,13 +122,13 @@ def failed_summary(
     message = phase_stage.message or ""
     if stays:
         message = f"{what}: {message} {stays}"
-    return refused_summary(reason, message, after or NO_MORE)
+    return refused_summary(reason, message, after or UNTIL_ASKED)
 
 
 def look_failed_summary(prepare: StageStatus, after: str | None) -> Summary:
     """A further look at dataset and model failed. The spec is reached, and stays so."""
     reason = prepare.reason or Reason.INTERNAL_ERROR
-    after = after or NO_MORE
+    after = after or UNTIL_ASKED
     message = (
         f"The last look at dataset and model failed: {prepare.message} The current version stays. "
         f"{after}"
@@ -182,12 +198,25 @@ def conditions(
     return tuple(made.values())
 
 
+def older_phase(status: FineTuneJobStatus) -> Phase:
+    """The phase in words that every definition knows: what the stage is about."""
+    return PHASES[status.stage or Stage.PREPARE]
+
+
 def status_patch(old: FineTuneJobStatus, new: FineTuneJobStatus) -> dict[str, Any]:
     """The merge patch from one status to the other; empty when they are the same.
 
     It never contains `progress`, which only the trainer writes.
     """
     return _merge_patch(_dump(old), _dump(new))
+
+
+def occasion(status: FineTuneJobStatus) -> str:
+    """Of which spec, attempts and pods an event is: it tells apart events with the same words."""
+    attempts = [
+        f"{each.attempt}.{each.disruptions}@{each.start_time or ''}" for each in status.stages
+    ]
+    return "/".join((str(status.observed_generation), *attempts))
 
 
 def timestamp(moment: datetime) -> str:

@@ -19,3 +19,19 @@ def test_every_make_target_in_the_readme_exists() -> None:
     makefile = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z][a-z0-9-]+)", README)) <= targets
+
+
+RETRY = "↻"
+
+
+def test_a_remedy_outside_the_spec_says_how_it_is_tried_again() -> None:
+    """Without an edit nothing would happen: not for an upload, a licence, a right or a Secret."""
+    assert "finetune.dev/retry-requested-at" in README
+    rows = re.findall(r"^\| `([A-Z]\w+)` \| .+ \| (.+) \|$", README, re.MULTILINE)
+    outside = (
+        r"\b(Upload|Save|Correct the (header|rows)|Accept|Create it|Check the Secret|Delete)\b"
+    )
+    needed = {reason for reason, remedy in rows if re.search(outside, remedy)}
+    said = {reason for reason, remedy in rows if RETRY in remedy}
+    assert needed - said == {"SecretNotFound"}  # whose pod starts by itself
+    assert len(needed) > 7

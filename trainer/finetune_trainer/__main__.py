@@ -22,6 +22,7 @@ from finetune_trainer.contract import (
     Tolerated,
     read_run_config,
 )
+from finetune_trainer.memory.machine import describe_machine
 from finetune_trainer.runtime.endings import explain
 from finetune_trainer.runtime.reporter import Reporter, reporter_for
 from finetune_trainer.runtime.startup import (
@@ -119,6 +120,13 @@ def run(
     _run_stages(list(Stage), config, workspace, termination_log)
 
 
+@app.command()
+def doctor(workspace: WorkspaceOption = None) -> None:
+    """Say what a training finds here: GPUs, driver, torch, memory, disk, and what is wrong."""
+    for line in describe_machine((workspace or _default_workspace()).absolute()):
+        typer.echo(line)
+
+
 def _run_stages(
     stages: list[Stage], config_file: Path, workspace: Path | None, termination_log: Path | None
 ) -> None:
@@ -126,7 +134,7 @@ def _run_stages(
     if termination_log is None and TERMINATION_LOG.exists():
         termination_log = TERMINATION_LOG
     if workspace is None:
-        workspace = MOUNTED_WORKSPACE if MOUNTED_WORKSPACE.is_dir() else Path(".workspace")
+        workspace = _default_workspace()
     workspace = workspace.absolute()
     current = [stages[0]]
 
@@ -144,6 +152,10 @@ def _run_stages(
     if sys.stdout.isatty():
         local.show_quality(result.artifacts)
     _finish(result, termination_log)
+
+
+def _default_workspace() -> Path:
+    return MOUNTED_WORKSPACE if MOUNTED_WORKSPACE.is_dir() else Path(".workspace")
 
 
 def _chain(

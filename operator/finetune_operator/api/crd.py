@@ -16,6 +16,7 @@ import yaml
 
 from finetune_operator.api import KIND
 from finetune_operator.api.finetunejob import FineTuneJob
+from finetune_operator.api.observed import NO_GENERATION
 from finetune_trainer.contract import GROUP, PLURAL, VERSION
 
 Schema = dict[str, Any]
@@ -27,6 +28,7 @@ OF_THE_CHART = {"helm.sh/resource-policy": "keep"}
 PRINTER_COLUMNS = [
     # name, type, JSON path, priority (1: only with -o wide), description
     ("Phase", "string", ".status.phase", 0, "What the FineTuneJob is doing"),
+    ("Reason", "string", ".status.reason", 0, "What stands in the way, or why it failed"),
     ("Stage", "string", ".status.stage", 0, "The stage that runs, or ran last"),
     ("Progress", "string", ".status.progress.percent", 0, "Share of the stage that is done"),
     ("Loss", "string", ".status.progress.loss", 0, "Training loss at the last logging step"),
@@ -150,8 +152,11 @@ def _root_schema() -> Schema:
         "metadata": {"type": "object"},
         **schema["properties"],
     }
-    # The server would write a default in status into every new object.
-    schema["properties"]["status"] = _without_defaults(schema["properties"]["status"])
+    # The server would write a default in status into every new object, and refuse the words of a
+    # newer operator. Its only default says of a status that nobody has written yet that it is of no
+    # generation: tools that go by kstatus would call a new object done otherwise.
+    status = _without(schema["properties"]["status"], {"default", "enum"})
+    schema["properties"]["status"] = {**status, "default": {"observedGeneration": NO_GENERATION}}
     return schema
 
 
@@ -174,17 +179,18 @@ def _without_null(node: Schema, definitions: dict[str, Schema]) -> Schema:
     return node
 
 
-def _without_defaults(node: Schema) -> Schema:
+def _without(node: Schema, keywords: set[str]) -> Schema:
+    """The schema without these keywords, also in what is below it."""
     return {
         key: (
-            {name: _without_defaults(child) for name, child in value.items()}
+            {name: _without(child, keywords) for name, child in value.items()}
             if key == "properties"
-            else _without_defaults(value)
+            else _without(value, keywords)
             if isinstance(value, dict)
             else value
         )
         for key, value in node.items()
-        if key != "default"
+        if key not in keywords
     }
 
 

@@ -11,11 +11,16 @@ from finetune_operator.api import Condition
 from finetune_trainer import contract
 from finetune_trainer.contract import Base, DatasetSummary, Notice, Progress, Quality, Stage
 
+NO_GENERATION = -1
+"""The observedGeneration of a status that nobody has written yet: the definition's default."""
+
 
 class Phase(StrEnum):
     """One word for people; machines read the conditions."""
 
     PENDING = "Pending"
+    QUEUED = "Queued"
+    WAITING = "Waiting"
     PREPARING = "Preparing"
     TRAINING = "Training"
     EXPORTING = "Exporting"
@@ -151,10 +156,15 @@ class FineTuneJobStatus(Base):
     """The observed state. `progress` is the trainer's, everything else is the operator's."""
 
     observed_generation: int | None = None
-    """The metadata.generation that this status is about."""
+    """The metadata.generation that this status is about; -1 until the operator first looks."""
 
     phase: Phase | None = None
-    """Pending, Preparing, Training, Exporting, Suspended, Succeeded or Failed."""
+    """Pending, Queued (for a node, or in a queue of Jobs), Waiting (for something that stands in
+    the way, see reason), Preparing, Training, Exporting, Suspended, Succeeded or Failed."""
+
+    reason: str | None = None
+    """What stands in the way, or why it failed, in one word; absent while all is well. The
+    conditions say the same in sentences."""
 
     stage: Stage | None = None
     """The stage that runs, or ran last."""
@@ -223,6 +233,9 @@ class FineTuneJobStatus(Base):
 
     next_refresh_time: str | None = None
     """When it looks again, or as soon after that as no stage is at work."""
+
+    last_handled_retry_at: str | None = None
+    """The last value of the annotation finetune.dev/retry-requested-at that was acted upon."""
 
     planned: PlannedStatus | None = None
     """What the present stages were planned for. An edit that leaves it as it is reruns nothing."""

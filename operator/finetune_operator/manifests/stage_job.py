@@ -54,6 +54,7 @@ FINAL_EXIT_CODES = [
         ExitCode.OUT_OF_DISK,
         ExitCode.QUALITY_GATE,
         ExitCode.OUT_OF_MEMORY,
+        ExitCode.GPU_UNAVAILABLE,
     )
 ]
 

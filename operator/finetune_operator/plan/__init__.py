@@ -64,7 +64,9 @@ def plan(
         held = stop_what_outlives_trainers(jobs, policy, now)
         delays = (held.requeue_after, looks.seconds_to_refresh(finetunejob, now))
         soonest = min((each for each in delays if each is not None), default=None)
-        return replace(held, status=finetunejob.status, requeue_after=soonest)
+        handled = {"last_handled_retry_at": looks.handled_retry(finetunejob)}
+        status = finetunejob.status.model_copy(update=handled)
+        return replace(held, status=status, requeue_after=soonest)
     if finetunejob.spec is None:
         return refuse(finetunejob, Reason.INVALID_SPEC, finetunejob.spec_error or "", now)
     draft = Draft(
@@ -78,6 +80,7 @@ def plan(
         denial=denial,
         look=look,
     )
+    looks.tell_of_retry(draft, look)
     for stage in Stage:
         follow_stage(draft, stage)
     results.record_notices(draft)
@@ -86,7 +89,7 @@ def plan(
     else:
         lifecycle.tell_of_resumption(draft)
         made = _advance(draft)
-    return looks.with_refresh_times(draft, made)
+    return looks.with_looks(draft, made)
 
 
 def _is_settled(finetunejob: ObservedFineTuneJob) -> bool:
@@ -196,6 +199,7 @@ def refuse(finetunejob: ObservedFineTuneJob, reason: Reason, message: str, now: 
         update={
             "observed_generation": generation,
             "phase": summary.phase,
+            "reason": summary.reason,
             "stages": tuple(known.get(name, StageStatus(name=name)) for name in Stage),
             "conditions": conditions(
                 before.conditions, summary, generation, now, finetunejob.not_understood

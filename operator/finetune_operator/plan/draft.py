@@ -55,7 +55,7 @@ class Event:
     reason: str
     message: str
     scope: str = ""
-    """Tells apart events with the same words about different things."""
+    """Tells apart events with the same words; left empty, the spec and the attempts do."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,7 @@ class Draft:
             update={
                 "observed_generation": generation,
                 "phase": summary.phase,
+                "reason": summary.reason,
                 "stage": stage,
                 "conditions": conditions(
                     previous.conditions,

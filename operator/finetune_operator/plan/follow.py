@@ -82,7 +82,7 @@ def _too_many(draft: Draft, stage: Stage, last: Failure) -> Failure | None:
         return None
     message = (
         f"{last.message} {stage} has lost {count} pods; the operator's limit is {limit}. See why "
-        f"they are taken away, e.g. for memory that it doesn't request, then change the spec."
+        f"they are taken away, e.g. for memory that it doesn't request, then ask for a retry."
     )
     return replace(last, reason=Reason.POD_DISRUPTED, message=message, free=False, final=True)
 

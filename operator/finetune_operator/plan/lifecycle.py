@@ -13,6 +13,7 @@ from finetune_operator.plan.verdict import Done, Failure, Pending, Verdict
 from finetune_operator.status import (
     ALL_WELL,
     AS_EXPECTED,
+    PHASES,
     SUSPENDED,
     ConditionValue,
     PendingReason,
@@ -33,7 +34,8 @@ def suspend(draft: Draft) -> Plan:
     if stopping := [*at_work, *sorted(draft.stages_with_old_pods)]:
         note = draft.pending_reasons.get(stopping[0])
         if note is None or note.reason != Reason.NODE_LOST:
-            note = PendingReason(SUSPENDING, _stopping_words(stopping[0]))
+            words, phase = _stopping_words(stopping[0]), PHASES[stopping[0]]
+            note = PendingReason(SUSPENDING, words, phase=phase)
         shown = draft.stages[stopping[0]]
         return draft.finish(shown.name, working_summary(shown, note, bool(draft.found.artifacts)))
     summary = _suspended_summary(draft, stage, done=not left)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime
 
+from finetune_operator.api import RETRY_ANNOTATION
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.api.observed import LookCause, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob
@@ -19,11 +20,36 @@ from finetune_trainer.contract import Stage
 def due_look(finetunejob: ObservedFineTuneJob, now: datetime, *, settled: bool) -> LookCause | None:
     """Why `prepare` has to look now; None where it need not.
 
-    A refresh waits for what is at work: data that changes often must not keep a training from
-    ever coming to its end.
+    A request to try again is met at once: as after an edit, what runs goes on until the answer is
+    there. A refresh waits for what is at work: data that changes often must not keep a training
+    from ever coming to its end.
     """
+    before = finetunejob.status.last_handled_retry_at
+    if before is not None and handled_retry(finetunejob) != before:
+        return LookCause.RETRY_REQUESTED
     left = seconds_to_refresh(finetunejob, now) if settled else None
     return LookCause.REFRESH if left is not None and left <= 0 else None
+
+
+def handled_retry(finetunejob: ObservedFineTuneJob) -> str | None:
+    """The last request to try again that has been met when this pass has ended.
+
+    It has to wait while nothing can be started: suspended, or without a spec that can be read. The
+    first one also waits until status holds an empty string: an older definition drops the field,
+    and what can't be remembered would be met without an end.
+    """
+    spec, status = finetunejob.spec, finetunejob.status
+    before, asked = status.last_handled_retry_at, finetunejob.retry_requested
+    if not asked or spec is None or spec.suspend:
+        return before
+    begun = status.observed_generation is not None
+    return "" if begun and before is None else asked
+
+
+def tell_of_retry(draft: Draft, look: LookCause | None) -> None:
+    if look is LookCause.RETRY_REQUESTED:
+        words = f"prepare looks again, as {RETRY_ANNOTATION} asks"
+        draft.add_event(look, f"{words} ({draft.finetunejob.retry_requested}).")
 
 
 def seconds_to_refresh(finetunejob: ObservedFineTuneJob, now: datetime) -> float | None:
@@ -42,13 +68,14 @@ def next_refresh(spec: FineTuneJobSpec, prepare: StageStatus) -> datetime | None
     return datetime.fromisoformat(prepare.start_time) + interval
 
 
-def with_refresh_times(draft: Draft, made: Plan) -> Plan:
-    """The plan, whose status says when dataset and model are looked at."""
+def with_looks(draft: Draft, made: Plan) -> Plan:
+    """The plan, whose status says when dataset and model are looked at, and at whose request."""
     prepare = draft.stages[Stage.PREPARE]
     due = next_refresh(draft.spec, prepare)
     times = {
         "last_refresh_time": prepare.start_time if due else None,
         "next_refresh_time": timestamp(due) if due else None,
+        "last_handled_retry_at": handled_retry(draft.finetunejob),
     }
     return replace(made, status=made.status.model_copy(update=times))
 

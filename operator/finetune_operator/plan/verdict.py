@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from finetune_operator.api.observed import StageStatus
+from finetune_operator.api.observed import Phase, StageStatus
 from finetune_operator.observe import Finish, ObservedJob
 from finetune_operator.plan.draft import Policy
 from finetune_operator.pods import ObservedPod, Waiting
@@ -19,6 +19,7 @@ KILLED = {137, 143}  # 128 + SIGKILL, 128 + SIGTERM
 REASONS = {
     ExitCode.BAD_INPUT: Reason.DATASET_UNREADABLE,
     ExitCode.BAD_CONFIG: Reason.INVALID_CONFIG,
+    ExitCode.GPU_UNAVAILABLE: Reason.GPU_UNAVAILABLE,
     ExitCode.OUT_OF_GPU_MEMORY: Reason.OUT_OF_GPU_MEMORY,
     ExitCode.OUT_OF_MEMORY: Reason.OUT_OF_MEMORY,
     ExitCode.OUT_OF_DISK: Reason.OUT_OF_DISK,
@@ -213,6 +214,8 @@ def _without_pod(job: ObservedJob, stage: StageStatus, policy: Policy, now: date
         return Failure(Reason(stage.reason), message, at, free=True)
     if job.finished is not None:
         return _without_pod_report(job, policy, now)
+    if job.suspended:
+        return Pending(_suspended(job))
     left = policy.pod_grace - (now - job.created)
     if left > timedelta():
         return Pending(requeue_after=left.total_seconds())
@@ -294,7 +297,12 @@ def _unscheduled(stage: Stage, pod: ObservedPod) -> PendingReason | None:
     if pod.unschedulable is None:
         return None
     message = f"The pod of {stage} waits for a node: {pod.unschedulable}"
-    return PendingReason(Reason.UNSCHEDULABLE, message)
+    return PendingReason(Reason.UNSCHEDULABLE, message, phase=Phase.QUEUED)
+
+
+def _suspended(job: ObservedJob) -> PendingReason:
+    message = f"The Job {job.name} is suspended: it waits for its turn in a queue, if it has one."
+    return PendingReason("JobSuspended", message, phase=Phase.QUEUED)
 
 
 def _not_pulled(stage: Stage, pod: ObservedPod, waiting: Waiting) -> str:

@@ -128,6 +128,10 @@ class Namespace:
         """Type and reason of the Events about the FineTuneJob."""
         return [(each["type"], each["reason"]) for each in self.whole_events()]
 
+    def times_told(self, message: str) -> int:
+        """How many Events say this."""
+        return [each["message"] for each in self.whole_events()].count(message)
+
     def whole_events(self) -> list[Raw]:
         """The Events about the FineTuneJob."""
         items = self._get(f"/api/v1/namespaces/{self.name}/events")["items"]

@@ -103,6 +103,7 @@ def test_a_training_whose_job_was_deleted_by_hand_starts_again_when_its_pod_has_
     here.remove_pod(pod)
     here.wait("a new pod", lambda: here.pod(TRAIN)["metadata"]["uid"] != pod["metadata"]["uid"])
     assert here.stage(TRAIN).get("failures", 0) == 0
+    here.wait("its event", lambda: here.times_told("Started train, attempt 1.") == 2)
 
 
 def test_the_trainers_progress_is_left_alone(here: Namespace) -> None:

@@ -44,7 +44,7 @@ def test_a_quota_is_told_and_waited_out(here: Namespace) -> None:
     name = quota(here, jobs=0)
     here.apply()
     assert "exceeded quota: jobs" in denied(here)
-    assert here.status()["phase"] == "Pending"
+    assert (here.status()["phase"], here.status()["reason"]) == ("Waiting", "RequestDenied")
     assert here.jobs() == []
     here.plane.kubectl("delete", name, "-n", here.name)
     here.succeed(prepared())
@@ -123,7 +123,7 @@ def succeeds(plane: ControlPlane, *command: str) -> bool:
 def test_a_policy_is_not_the_specs_fault(here: Namespace, policy: str) -> None:
     here.apply()
     assert "jobs need an owner" in denied(here)
-    assert here.status()["phase"] == "Pending"
+    assert here.status()["phase"] == "Waiting"
     here.plane.kubectl("delete", policy)
     here.succeed(prepared())
     here.wait_phase("Training")

@@ -48,6 +48,8 @@ def test_another_quantization_runs_prepare_and_export(here: Namespace) -> None:
     assert children(here, TRAIN) == trainings
     assert len(children(here, EXPORT)) == 2
     assert here.stage(EXPORT)["fingerprint"] == "export-b"
+    times = {stage: here.times_told(f"Started {stage}, attempt 1.") for stage in Stage}
+    assert times == {PREPARE: 2, TRAIN: 1, EXPORT: 2}, "each attempt has an Event of its own"
 
 
 def test_another_learning_rate_stops_the_training_and_starts_it_anew(here: Namespace) -> None:

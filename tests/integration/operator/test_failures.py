@@ -43,7 +43,7 @@ def test_a_missing_secret_is_named_and_waited_for(here: Namespace) -> None:
     assert "The Secret bucket doesn't exist in this namespace" in message
     seen = time.monotonic()
     here.wait("the grace to be over", lambda: time.monotonic() > seen + 2 * SECRET_GRACE_SECONDS)
-    assert here.status()["phase"] == "Preparing"
+    assert here.status()["phase"] == "Waiting"
     here.start_pod(PREPARE)  # as the kubelet does when the Secret is there
     here.wait("no trouble", lambda: here.condition("Degraded")[0] == "False")
     here.succeed(prepared())

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from finetune_trainer.contract import Reason, Stage, StageResult
-from tests.integration.operator.stage import Namespace, Raw, exported, prepared, trained
+from tests.integration.operator.stage import (
+    Namespace,
+    Raw,
+    exported,
+    prepared,
+    resolved,
+    trained,
+)
 
 PREPARE, TRAIN, EXPORT = Stage.PREPARE, Stage.TRAIN, Stage.EXPORT
 STOPPED = StageResult(stage=TRAIN, reason=Reason.STOPPED, message="It goes on from step 12.")
@@ -146,3 +153,49 @@ def test_an_attempt_that_takes_too_long_is_ended(here: Namespace) -> None:
     here.apply()  # without the limit
     here.succeed(prepared(PREPARE))
     here.start_pod(TRAIN, attempt=2)
+
+
+def ask(here: Namespace, value: str) -> None:
+    """What a user does after a remedy that lies outside the spec."""
+    request = f"finetune.dev/retry-requested-at={value}"
+    here.plane.kubectl("annotate", "ftj/support", request, "--overwrite", "-n", here.name)
+
+
+def test_a_new_file_under_the_same_key_is_looked_at_on_request(here: Namespace) -> None:
+    here.run_all()
+    ask(here, "monday")
+    here.wait("another look", lambda: here.status().get("lastHandledRetryAt") == "monday")
+    here.wait("prepare", lambda: here.stage(PREPARE)["state"] == "Running")
+    assert conditions(here)["Ready"] == "True"
+    here.succeed(prepared(PREPARE, found=resolved(train="train-b", export="export-b")))
+    here.succeed(trained())
+    here.succeed(exported())
+    status = here.wait_phase("Succeeded")
+    assert status["generation"] == status["observedGeneration"] == 1
+    assert [each["fingerprint"] for each in status["stages"]] == [
+        "prepare-a",
+        "train-b",
+        "export-b",
+    ]
+    ask(here, "monday")
+    here.apply(ttlSecondsAfterFinished=4000)  # when this is seen, the annotation has been
+    here.wait_phase("Succeeded")
+    assert here.jobs().count(("prepare", 1)) == 2
+
+
+def test_a_failed_stage_is_tried_again_on_request(here: Namespace) -> None:
+    here.apply(backoffLimit=0)
+    here.fail(PREPARE, Reason.MODEL_ACCESS_DENIED, "Accept its licence.")
+    here.wait_phase("Failed")
+    ask(here, "monday")
+    here.succeed(prepared())
+    here.fail(TRAIN, Reason.INTERNAL_ERROR, "no luck")
+    here.wait_phase("Failed")
+    assert here.stage(TRAIN)["failures"] == 1
+    ask(here, "tuesday")
+    here.succeed(prepared(PREPARE))
+    here.succeed(trained(), attempt=2)
+    here.succeed(exported())
+    here.wait_phase("Succeeded")
+    assert here.stage(TRAIN)["failures"] == 0
+    assert [reason for _, reason in here.events()].count("RetryRequested") == 2

@@ -18,6 +18,7 @@ import pytest
 
 from finetune_trainer.contract import Stage
 from hack.cluster.control_plane import ControlPlane
+from hack.process import CommandFailed
 from tests.integration.operator.process import Operator
 from tests.integration.operator.stage import Namespace, exported, prepared, trained
 
@@ -99,6 +100,37 @@ def test_a_newer_definition_leaves_what_runs_and_what_is_done_alone(
         here.wait("the other job", lambda: len(here.children("jobs")) == 4)
         assert here.status() == done
     assert here.jobs() == [("prepare", 1), ("prepare", 1), ("train", 1), ("export", 1)]
+
+
+@pytest.mark.usefixtures("mortal")
+def test_a_definition_that_knows_fewer_phases_takes_the_word_that_it_knows(
+    here: Namespace, definition: Replace
+) -> None:
+    def of_0_1_0(schema: Schema) -> None:
+        status = schema["status"]["properties"]
+        known = ["Pending", "Preparing", "Training", "Exporting", "Succeeded", "Failed"]
+        status["phase"]["enum"] = known
+        del status["reason"], schema["status"]["default"]
+
+    def takes(word: str) -> bool:
+        patch = json.dumps({"status": {"phase": word}})
+        command = ("patch", "ftj/support", "-n", here.name, "--subresource=status", "--type=merge")
+        try:
+            here.plane.kubectl(*command, "--dry-run=server", "-p", patch)
+        except CommandFailed:
+            return False
+        return True
+
+    with definition(of_0_1_0):
+        here.apply()
+        here.wait("the older definition", lambda: not takes("Queued"))
+        waits = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+        here.set_pod(here.pod(PREPARE), "Pending", conditions=[waits])
+        here.wait("the reason", lambda: here.condition("Progressing")[1] == "Unschedulable")
+        assert here.status()["phase"] == "Preparing"
+        here.start_pod(PREPARE)
+        here.succeed(prepared())
+        here.wait_phase("Training")
 
 
 def test_an_older_definition_leaves_what_runs_alone(

@@ -1,5 +1,7 @@
 """The worker in float32, on whatever processor; it notes what of the model this process holds.
 
+COMPUTE_DTYPE=bfloat16 computes in that instead.
+
 FAIL=RANK:STEP:HOW lets one of the processes run out of GPU memory (full) or be killed after a step,
 or run out of memory within it as long as a pass has several rows (crowded).
 """
@@ -78,7 +80,8 @@ def _let_accelerate_shard_on_a_cpu() -> None:
 
 def main(request: Path, parent: int) -> int:
     """Train; bfloat16 would hide the differences that the tests look for."""
-    loading.compute_dtype = lambda: torch.float32
+    dtype: torch.dtype = getattr(torch, os.environ.get("COMPUTE_DTYPE", "float32"))
+    loading.compute_dtype = lambda: dtype
     gathered, guard = processes.gathered_state, reporting.guard_trackers
 
     def noting(model: torch.nn.Module) -> Any:

@@ -24,6 +24,7 @@ from tests.integration.trainer.recipe import make_work
 FLOAT32 = "tests.integration.trainer.float32_worker"
 # The sums of a step are added up in another order, and Adam divides small gradients by themselves.
 LOSS_TOLERANCE = 1e-4
+BFLOAT16_TOLERANCE = 0.02
 WEIGHT_TOLERANCE = 1e-3  # of the largest weight
 
 WORDS = ("kettle", "was", "made", "by", "Odalys", "hot", "as", "boiling", "water", "green")
@@ -35,6 +36,8 @@ SETTINGS: dict[str, Any] = {
     "loggingSteps": 1,
     "lora": {"r": 8, "dropout": 0},
 }
+DROPPING: dict[str, Any] = {"lora": {"r": 8, "dropout": 0.3}}
+RECOMPUTED: dict[str, Any] = {**DROPPING, "gradientCheckpointing": "always"}
 
 
 def sentence(dice: random.Random, most: int) -> str:
@@ -52,10 +55,13 @@ def make_rows(count: int, seed: int) -> list[Example]:
     ]
 
 
-def work_of(model: Path, workdir: Path, processes: int, **settings: Any) -> TrainingWork:
+def work_of(
+    model: Path, workdir: Path, processes: int, parallelism: str = "auto", **settings: Any
+) -> TrainingWork:
     """18 rows: the last step of an epoch has 2 instead of 4, and 5 held-out rows don't divide."""
     workdir.mkdir()
-    work = make_work(model, workdir, make_rows(18, 1), make_rows(5, 2), **{**SETTINGS, **settings})
+    settings = {**SETTINGS, "parallelism": parallelism, **settings}
+    work = make_work(model, workdir, make_rows(18, 1), make_rows(5, 2), **settings)
     plan, divided = divide_step(work.config.training, work.plan, processes)
     assert divided == processes
     return work.model_copy(update={"plan": plan, "processes": processes})
@@ -94,13 +100,21 @@ def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run(work_of(tiny_model, tmp_path_factory.mktemp("runs") / "alone", 1))
 
 
-def assert_same_adapter(run: Run, expected: Run) -> None:
+@pytest.fixture(scope="module")
+def sharded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """All that can go wrong together: recomputed layers, spread over processes, with dropout."""
+    return run(
+        work_of(tiny_model, tmp_path_factory.mktemp("runs") / "sharded", 2, "fsdp", **RECOMPUTED)
+    )
+
+
+def assert_same_adapter(run: Run, expected: Run, tolerance: float = WEIGHT_TOLERANCE) -> None:
     ours, theirs = run.adapter(), expected.adapter()
     assert ours.keys() == theirs.keys()
     assert all(float(ours[name].abs().max()) > 0 for name in ours), "all of it has been trained"
     largest = max(float(each.abs().max()) for each in theirs.values())
     for name, weights in theirs.items():
-        assert float((ours[name] - weights).abs().max()) < WEIGHT_TOLERANCE * largest, name
+        assert float((ours[name] - weights).abs().max()) < tolerance * largest, name
 
 
 def assert_peft_loads(run: Run, model: Path) -> None:
@@ -120,7 +134,7 @@ def assert_peft_loads(run: Run, model: Path) -> None:
 def test_two_processes_train_like_one_at_the_same_effective_batch(
     parallelism: str, alone: Run, tiny_model: Path, tmp_path: Path
 ) -> None:
-    together = run(work_of(tiny_model, tmp_path / "together", 2, parallelism=parallelism))
+    together = run(work_of(tiny_model, tmp_path / "together", 2, parallelism))
 
     for name in ("loss", "eval_loss", "learning_rate"):
         expected = alone.series(name)
@@ -140,11 +154,48 @@ def test_two_processes_train_like_one_at_the_same_effective_batch(
     assert steps == sorted(steps), "only one process reports"
 
 
-@pytest.mark.parametrize(("parallelism", "later"), [("ddp", 1), ("fsdp", 2)])
-def test_a_stop_leaves_one_checkpoint_of_all_processes_to_go_on_from(
-    parallelism: str, later: int, alone: Run, tiny_model: Path, tmp_path: Path
+def test_recomputed_layers_drop_the_same_values_again(
+    sharded: Run, tiny_model: Path, tmp_path: Path
 ) -> None:
-    work = work_of(tiny_model, tmp_path / "stopped", 2, parallelism=parallelism)
+    """Else the gradient is that of another model than the loss. The two share their dice only."""
+    kept = run(work_of(tiny_model, tmp_path / "kept", 2, "ddp", **DROPPING))
+
+    assert sharded.series("loss") == pytest.approx(kept.series("loss"), abs=LOSS_TOLERANCE)
+    assert_same_adapter(sharded, kept)
+    assert_peft_loads(sharded, tiny_model)
+
+
+def test_in_bfloat16_as_well_it_trains_like_one(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPUTE_DTYPE", "bfloat16")
+    alone = run(work_of(tiny_model, tmp_path / "alone", 1))
+    settings = {"gradientCheckpointing": "always"}
+    together = run(work_of(tiny_model, tmp_path / "together", 2, "fsdp", **settings))
+
+    expected = alone.series("loss")
+    assert together.series("loss") == pytest.approx(expected, abs=BFLOAT16_TOLERANCE)
+    assert together.series("eval_loss") == pytest.approx(
+        alone.series("eval_loss"), abs=BFLOAT16_TOLERANCE
+    )
+    # Were gradients added up in bfloat16, as accelerate would, it were 1% of the largest weight.
+    assert_same_adapter(together, alone, 5 * WEIGHT_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "later", "whole"), [("ddp", 1, "alone"), ("fsdp", 2, "sharded")]
+)
+def test_a_stop_leaves_one_checkpoint_of_all_processes_to_go_on_from(
+    parallelism: str,
+    later: int,
+    whole: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    expected: Run = request.getfixturevalue(whole)
+    tiny_model: Path = request.getfixturevalue("tiny_model")
+    settings = RECOMPUTED if whole == "sharded" else {}
+    work = work_of(tiny_model, tmp_path / "stopped", 2, parallelism, **settings)
     workers, begun = WorkerProcess(FLOAT32), threading.Event()
     messages: list[WorkerMessage] = []
 
@@ -173,11 +224,11 @@ def test_a_stop_leaves_one_checkpoint_of_all_processes_to_go_on_from(
     assert [m.checkpoint.step for m in messages if m.checkpoint] == [stopped.step]
 
     # With ddp, one process can go on from what two wrote.
-    rest = work_of(tiny_model, tmp_path / "rest", later, parallelism=parallelism)
+    rest = work_of(tiny_model, tmp_path / "rest", later, parallelism, **settings)
     resumed = run(rest.model_copy(update={"resume_from": stopped.checkpoint}))
 
-    assert resumed.series("loss") == pytest.approx(alone.series("loss"), abs=LOSS_TOLERANCE)
-    assert_same_adapter(resumed, alone)
+    assert resumed.series("loss") == pytest.approx(expected.series("loss"), abs=LOSS_TOLERANCE)
+    assert_same_adapter(resumed, expected)
 
 
 @pytest.mark.parametrize(

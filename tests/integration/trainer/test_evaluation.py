@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from finetune_trainer.contract import Notice, NoticeCode, Reason, RunConfig, StageError
+from finetune_trainer.model import loading
 from finetune_trainer.model.tokenizer import IGNORED, message_pair
 from finetune_trainer.prepare.prepare_stage import check_held_out
 from finetune_trainer.runtime.reporter import Reporter
@@ -79,7 +80,7 @@ def test_the_loss_is_that_of_all_answer_tokens_before_and_after(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool
 ) -> None:
     """A mean of the batches' means would weigh the long answer wrongly: batches of 2 and 1."""
-    monkeypatch.setattr(sft, "compute_dtype", lambda: torch.float32)
+    monkeypatch.setattr(loading, "compute_dtype", lambda: torch.float32)
     work = work_in(tiny_model, tmp_path, epochs=2, packing=packing)
     reporter = Listening()
     trained = sft.fine_tune(work, reporter)
@@ -163,7 +164,7 @@ def stopped_early(tiny_model: Path, workdir: Path, **settings: Any) -> tuple[Tra
 def test_training_stops_when_it_gets_no_better_and_keeps_the_best_adapter(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sft, "compute_dtype", lambda: torch.float32)
+    monkeypatch.setattr(loading, "compute_dtype", lambda: torch.float32)
     trained, listener = stopped_early(tiny_model, tmp_path, earlyStopping={"patience": 3})
     metrics = trained.metrics
     evaluated = {e.step: e.eval_loss for e in trained.history if e.eval_loss is not None}

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune_trainer.contract import Notice, NoticeCode, Reason, StageResult
+from finetune_trainer.model import loading
 from finetune_trainer.model.tokenizer import message_pair
 from finetune_trainer.runtime.endings import explain
 from finetune_trainer.runtime.reporter import Reporter
@@ -47,7 +48,7 @@ def _one_thread_in_float32() -> Iterator[None]:
     """In bfloat16 another split of a step shows in the second digit already."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "compute_dtype", lambda: torch.float32)
+        patch.setattr(loading, "compute_dtype", lambda: torch.float32)
         yield
 
 

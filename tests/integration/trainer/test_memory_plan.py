@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from finetune_trainer.contract import PreparedRunConfig, Reason, StageError, TrainingPlan
+from finetune_trainer.memory.gpus import Gpu, Gpus, TorchBuild
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train import train_stage
 from finetune_trainer.train.link import Failed, TrainingWork
 from finetune_trainer.train.supervisor import setup, training_session
-from finetune_trainer.train.supervisor.setup import Gpu
 from tests.integration.trainer.conftest import Trainer
 
 MIB, GIB = 2**20, 2**30
@@ -89,7 +89,8 @@ def test_a_pod_whose_gpu_nobody_knew_finds_out_before_it_loads_the_model(
     def planned(memory: int) -> TrainingPlan:
         workdir = tmp_path / str(memory)
         workdir.mkdir()
-        monkeypatch.setattr(setup, "visible_gpus", lambda: (Gpu("Small", memory, (9, 0)),))
+        small = TorchBuild("2.13.0", gpus=(Gpu("Small", memory, (9, 0)),))
+        monkeypatch.setattr(setup, "find_gpus", lambda _wanted: Gpus(torch=small))
         asked: list[TrainingPlan] = []
 
         def run(_: training_session.WorkerProcess, work: TrainingWork) -> Failed:

@@ -249,7 +249,7 @@ def test_every_hyperparameter_reaches_the_trainer_and_no_default_of_a_library_do
 ) -> None:
     """TRL's own would be, for one, a learning rate of 2e-5."""
     work = make_work(tiny_model, tmp_path, EXAMPLES, **settings)
-    made = sft.arguments(work, expected["num_train_epochs"], evaluate=False, bf16=False)
+    made = sft.arguments(work, expected["num_train_epochs"], evaluate=False, dtype=torch.float32)
     assert {name: getattr(made, name) for name in expected} == expected
     assert (made.fp16, made.optim, made.max_grad_norm) == (False, "adamw_torch", 1.0)
 

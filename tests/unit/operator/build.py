@@ -177,10 +177,19 @@ def status(phase: Phase, stage: Stage | None, *stages: StageStatus, **fields: An
             degraded=FINE,
             generation=generation,
         )
-    fields = {"planned": planned(generation), **fields}
+    reason = shown_reason(phase, fields.get("conditions", ()))
+    fields = {"planned": planned(generation), "reason": reason, **fields}
     return FineTuneJobStatus(
         observed_generation=generation, phase=phase, stage=stage, stages=stages, **fields
     )
+
+
+def shown_reason(phase: Phase, given: Iterable[Condition]) -> str | None:
+    """What the column says: what is waited for, or else why it is degraded."""
+    of = {each.type: each for each in given}
+    if phase in {Phase.QUEUED, Phase.WAITING}:
+        return of["Progressing"].reason
+    return of["Degraded"].reason if "Degraded" in of and of["Degraded"].status == "True" else None
 
 
 def trouble(
@@ -200,10 +209,11 @@ def trouble(
 
 def dead(reason: str, message: str, generation: int = 1) -> tuple[Condition, ...]:
     """Conditions of a job that has failed."""
-    no_more = "No further attempt is made until the spec changes."
+    no_more = "No further attempt is made until the spec changes"
+    asked = ", or the annotation finetune.dev/retry-requested-at asks for one"
     return conditions(
         ready=(False, reason, message),
-        progressing=(False, reason, no_more),
+        progressing=(False, reason, f"{no_more}{'' if reason == 'InvalidSpec' else asked}."),
         degraded=(True, reason, message),
         generation=generation,
     )

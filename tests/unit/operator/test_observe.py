@@ -207,6 +207,11 @@ def raw_finetunejob(spec: Any = None, status: Any = None, **meta: Any) -> dict[s
     }
 
 
+def test_a_status_that_nobody_has_written_is_of_no_generation() -> None:
+    job = observe_finetunejob(raw_finetunejob(SPEC, status={"observedGeneration": -1}))
+    assert (job.status, job.not_understood) == (FineTuneJobStatus(), ())
+
+
 def test_a_new_finetunejob_has_an_empty_status() -> None:
     job = observe_finetunejob(raw_finetunejob())
     assert job.spec is not None

@@ -292,14 +292,14 @@ CASES = [
         [job(TRAIN, pod_settings="settings-0", pod=pod(phase="Pending", started=False))],
         Plan(
             status(
-                Phase.TRAINING,
+                Phase.WAITING,
                 TRAIN,
                 succeeded(PREPARE, since=0, fingerprint="prepare-a"),
                 pending(TRAIN, fingerprint="train-a"),
                 pending(EXPORT, fingerprint="export-a"),
                 resolved=resolved(),
                 conditions=trouble(
-                    Phase.TRAINING,
+                    Phase.WAITING,
                     ("Stopping", "train starts when its earlier pod has stopped."),
                     None,
                 ),

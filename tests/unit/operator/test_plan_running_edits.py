@@ -90,7 +90,7 @@ CASES = [
         [answer([PREPARE], NEW_TRAIN), job(TRAIN)],
         Plan(
             working(
-                Phase.TRAINING,
+                Phase.WAITING,
                 TRAIN,
                 PREPARED,
                 pending(TRAIN, fingerprint="train-b"),
@@ -98,7 +98,7 @@ CASES = [
                 resolved=NEW_TRAIN,
                 metrics={},
                 conditions=trouble(
-                    Phase.TRAINING,
+                    Phase.WAITING,
                     ("Stopping", "train starts when its earlier pod has stopped."),
                     None,
                     generation=2,
@@ -137,13 +137,13 @@ CASES = [
         [job(PREPARE)],
         Plan(
             working(
-                Phase.PENDING,
+                Phase.WAITING,
                 PREPARE,
                 pending(PREPARE),
                 pending(TRAIN),
                 pending(EXPORT),
                 conditions=trouble(
-                    Phase.PENDING,
+                    Phase.WAITING,
                     ("Stopping", "prepare starts when its earlier pod has stopped."),
                     None,
                     generation=2,
@@ -230,7 +230,7 @@ CASES = [
         ],
         Plan(
             working(
-                Phase.TRAINING,
+                Phase.WAITING,
                 TRAIN,
                 PREPARED,
                 pending(TRAIN, fingerprint="train-a", attempt=3),
@@ -238,7 +238,7 @@ CASES = [
                 resolved=resolved(),
                 metrics={},
                 conditions=trouble(
-                    Phase.TRAINING,
+                    Phase.WAITING,
                     ("Stopping", "train starts when its earlier pod has stopped."),
                     None,
                     generation=2,

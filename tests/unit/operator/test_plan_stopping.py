@@ -45,13 +45,13 @@ def given_up(**pod_fields: Any) -> dict[str, Any]:
 
 def stopping(progressing: tuple[str, str], train: Any) -> FineTuneJobStatus:
     given: FineTuneJobStatus = status(
-        Phase.TRAINING,
+        Phase.WAITING,
         TRAIN,
         DONE,
         train,
         LAST,
         resolved=resolved(),
-        conditions=trouble(Phase.TRAINING, progressing, None),
+        conditions=trouble(Phase.WAITING, progressing, None),
     )
     return given
 
@@ -71,13 +71,13 @@ def due(message: str = STOPPED.message) -> Any:
 
 def is_due() -> FineTuneJobStatus:
     given: FineTuneJobStatus = status(
-        Phase.TRAINING,
+        Phase.WAITING,
         TRAIN,
         DONE,
         due(),
         LAST,
         resolved=resolved(),
-        conditions=trouble(Phase.TRAINING, ("Stopping", WAITS), (Reason.STOPPED, STOPPED.message)),
+        conditions=trouble(Phase.WAITING, ("Stopping", WAITS), (Reason.STOPPED, STOPPED.message)),
     )
     return given
 

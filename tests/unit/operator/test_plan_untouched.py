@@ -101,7 +101,10 @@ BAD = job(PREPARE, key="2", **ended(10, said(PREPARE, Reason.DATASET_EMPTY, mess
 def test_a_spec_that_cannot_be_reached_leaves_the_former_version_current() -> None:
     made = edited(preparing(), spec_of(2), BAD)
     words = f"The new spec can't be reached: {EMPTY} The former version stays current."
-    no_more = "No further attempt is made until the spec changes."
+    no_more = (
+        "No further attempt is made until the spec changes, or the annotation "
+        "finetune.dev/retry-requested-at asks for one."
+    )
     assert made == Plan(
         status(
             Phase.FAILED,

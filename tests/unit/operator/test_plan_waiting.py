@@ -48,17 +48,22 @@ def waits(waiting: Waiting | None = None, **fields: Any) -> Any:
     return job(PREPARE, pod=waiting_pod(waiting=waiting, **fields))
 
 
-def says(reason: str, message: str, *, degraded: bool, requeue_after: float | None = None) -> Plan:
+def says(
+    reason: str,
+    message: str,
+    *,
+    degraded: bool,
+    phase: Phase = Phase.WAITING,
+    requeue_after: float | None = None,
+) -> Plan:
     """The job waits on, and says why."""
     return Plan(
         status(
-            Phase.PREPARING,
+            phase,
             PREPARE,
             running(PREPARE, since=-60),
             *NOTHING_YET,
-            conditions=trouble(
-                Phase.PREPARING, (reason, message), (reason, message) if degraded else None
-            ),
+            conditions=trouble(phase, (reason, message), (reason, message) if degraded else None),
         ),
         requeue_after=requeue_after,
     )
@@ -91,7 +96,23 @@ CASES = [
         "a pod without a node says what the scheduler says, and is no trouble",
         finetunejob(PREPARING),
         [waits(unschedulable=NO_NODE)],
-        says("Unschedulable", f"The pod of prepare waits for a node: {NO_NODE}", degraded=False),
+        says(
+            "Unschedulable",
+            f"The pod of prepare waits for a node: {NO_NODE}",
+            degraded=False,
+            phase=Phase.QUEUED,
+        ),
+    ),
+    Case(
+        "a Job that a queue holds back is queued, and is no trouble however long it takes",
+        finetunejob(PREPARING),
+        [job(PREPARE, pod=None, suspended=True, created=at(-9000))],
+        says(
+            "JobSuspended",
+            "The Job prepare-1 is suspended: it waits for its turn in a queue, if it has one.",
+            degraded=False,
+            phase=Phase.QUEUED,
+        ),
     ),
     Case(
         "a container that is being created is waited for",

@@ -235,7 +235,8 @@ async def test_a_denial_is_told_to_the_user_and_tried_again(
     with pytest.raises(type(refusal)):
         await world.reconcile(KEY)
     patch = world.cluster.patches[0]
-    assert (patch["phase"], patch["stages"][0]["state"]) == ("Pending", "Pending")
+    assert (patch["phase"], patch["reason"]) == ("Waiting", "RequestDenied")
+    assert patch["stages"][0]["state"] == "Pending"
     assert {each["reason"] for each in patch["conditions"][1:]} == {"RequestDenied"}
     assert refusal.detail in patch["conditions"][2]["message"]
     assert world.calls("event") == ["Warning RequestDenied"]
@@ -250,6 +251,17 @@ async def test_a_denial_is_told_to_the_user_and_tried_again(
     await world.reconcile(KEY)
     assert world.calls("create")[-1] == "Job"
     assert world.cluster.patches[-1]["phase"] == "Preparing"
+    assert world.cluster.patches[-1]["reason"] is None
+
+
+async def test_the_same_words_about_another_attempt_are_another_event(world: World) -> None:
+    edited = World()
+    edited.shows("7", generation=2)
+    for each in (world, edited):
+        await each.reconcile(KEY)
+    ((words, first),), ((again, second),) = world.cluster.said, edited.cluster.said
+    assert words == again == "Started prepare, attempt 1."
+    assert first != second
 
 
 async def test_a_denial_of_the_next_stage_leaves_the_running_one_alone(world: World) -> None:

@@ -15,16 +15,14 @@ from finetune_trainer.contract import (
     Training,
     TrainingPlan,
 )
+from finetune_trainer.memory.gpus import Gpu
 from finetune_trainer.train.supervisor.setup import (
     EngineChoice,
-    Gpu,
     choose_engine,
     count_devices,
     divide_step,
     missing_for_unsloth,
-    parse_gpus,
     read_model_type,
-    visible_gpus,
 )
 from finetune_trainer.train.supervisor.training_session import worker_command
 
@@ -137,26 +135,6 @@ def test_the_model_type_is_read_from_config_json(
         (tmp_path / "config.json").write_text(text)
 
     assert read_model_type(tmp_path) == found
-
-
-def test_without_device_files_there_are_no_gpus(tmp_path: Path) -> None:
-    (tmp_path / "nvidiactl").touch()
-
-    assert visible_gpus(tmp_path) == ()
-
-
-def test_the_probe_is_asked_where_there_are_device_files(tmp_path: Path) -> None:
-    """torch has the last word: there is no driver behind this file."""
-    pytest.importorskip("torch")
-    (tmp_path / "nvidia0").touch()
-
-    assert visible_gpus(tmp_path) == ()
-
-
-def test_the_probes_answer_is_its_last_line() -> None:
-    line = '[{"name": "NVIDIA H100", "memory_bytes": 85899345920, "capability": [9, 0]}]'
-
-    assert parse_gpus(f"a warning of the driver\n{line}\n") == (H100,)
 
 
 @pytest.mark.parametrize(

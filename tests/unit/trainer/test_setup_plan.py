@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from finetune_trainer.contract import Hardware, Reason, RunConfig, StageError, TrainingPlan
+from finetune_trainer.memory.gpus import Gpu
 from finetune_trainer.memory.plan import Lengths, plan
-from finetune_trainer.train.supervisor.setup import Gpu, MemoryNeeds, plan_for_gpus, read_needs
+from finetune_trainer.train.supervisor.setup import MemoryNeeds, plan_for_gpus, read_needs
 from tests.unit.trainer.test_memory_shape import MODELS, shape
 
 GIB = 2**30

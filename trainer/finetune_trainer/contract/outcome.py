@@ -33,6 +33,7 @@ class ExitCode(IntEnum):
     STOPPED = 14
     QUALITY_GATE = 15
     OUT_OF_MEMORY = 16
+    GPU_UNAVAILABLE = 17
 
 
 class Reason(StrEnum):
@@ -55,6 +56,7 @@ class Reason(StrEnum):
     MODEL_ACCESS_DENIED = "ModelAccessDenied"
     MODEL_UNSUPPORTED = "ModelUnsupported"
 
+    GPU_UNAVAILABLE = "GpuUnavailable"
     OUT_OF_GPU_MEMORY = "OutOfGPUMemory"
     OUT_OF_MEMORY = "OutOfMemory"
     OOM_KILLED = "OOMKilled"  # by the kernel: a container, or the training's worker in it
@@ -105,6 +107,7 @@ _EXIT_CODES = {
     Reason.MODEL_NOT_FOUND: ExitCode.BAD_CONFIG,
     Reason.MODEL_ACCESS_DENIED: ExitCode.BAD_CONFIG,
     Reason.MODEL_UNSUPPORTED: ExitCode.BAD_CONFIG,
+    Reason.GPU_UNAVAILABLE: ExitCode.GPU_UNAVAILABLE,
     Reason.OUT_OF_GPU_MEMORY: ExitCode.OUT_OF_GPU_MEMORY,
     Reason.OUT_OF_MEMORY: ExitCode.OUT_OF_MEMORY,
     Reason.OUT_OF_DISK: ExitCode.OUT_OF_DISK,

@@ -4,8 +4,11 @@ predict   bytes on a GPU, or of the process on a CPU, term by term
 disk      bytes on disk for training and export
 plan      micro-batch, accumulation, recomputation and parallelism for the hardware that there is
 remedies  what would fit instead, when nothing does
-machine   the hardware at hand, where no cluster tells; also a program that prints the GPUs
+gpus      the GPUs at hand, and why torch can't use them
+machine   the hardware at hand, where no cluster tells
 
-Pure functions of numbers, except `machine`, and without torch. docs/memory.md has the formula, its
-sources, and how predictions compare with published and own measurements.
+torch_probe is a program that asks torch about GPUs.
+
+Pure functions of numbers, except `gpus` and `machine`, and without torch. docs/memory.md has the
+formula, its sources, and how predictions compare with published and own measurements.
 """

@@ -1,39 +1,34 @@
-"""What the machine at hand has, where no cluster tells.
-
-As a program it prints the GPUs that torch sees, as a line of JSON, for a process without torch.
-"""
+"""What the machine at hand has, where no cluster tells."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 from finetune_trainer.contract import Hardware
+from finetune_trainer.memory.gpus import describe_gpus, find_gpus
+from finetune_trainer.runtime import binary
 
 
 def this_machine(workspace: Path) -> Hardware:
     """GPUs, memory that is free now, and free disk below `workspace`."""
-    gpus = find_gpus()
+    gpus = find_gpus().usable
     disk = os.statvfs(_existing(workspace))
     return Hardware(
         gpus=len(gpus),
-        gpu_memory_bytes=min((gpu["memory_bytes"] for gpu in gpus), default=None),
+        gpu_memory_bytes=min((gpu.memory_bytes for gpu in gpus), default=None),
         memory_bytes=free_memory(),
         ephemeral_storage_bytes=disk.f_bavail * disk.f_frsize,
     )
 
 
-def find_gpus() -> list[dict[str, Any]]:
-    """Name, memory and compute capability of each GPU that torch sees."""
-    import torch  # noqa: PLC0415 - the rest of this package needs none
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = [torch.cuda.get_device_properties(index) for index in range(count)]
+def describe_machine(workspace: Path) -> list[str]:
+    """Lines for people: what a training would find here."""
+    disk = os.statvfs(_existing(workspace))
     return [
-        {"name": p.name, "memory_bytes": p.total_memory, "capability": (p.major, p.minor)}
-        for p in found
+        *describe_gpus(find_gpus(wanted=1)),
+        f"Memory: {binary(free_memory())} free",
+        f"Disk: {binary(disk.f_bavail * disk.f_frsize)} free at {_existing(workspace)}",
     ]
 
 
@@ -56,7 +51,3 @@ def _lines(file: str) -> list[str]:
 
 def _existing(folder: Path) -> Path:
     return folder if folder.exists() else _existing(folder.parent)
-
-
-if __name__ == "__main__":
-    print(json.dumps(find_gpus()))  # noqa: T201 - the answer

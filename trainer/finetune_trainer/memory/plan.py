@@ -43,18 +43,25 @@ class Lengths:
     """Labels of the example with most of them; None: as many as tokens."""
 
 
-def plan(training: Training, shape: Shape, lengths: Lengths, hardware: Hardware) -> TrainingPlan:
+def plan(
+    training: Training,
+    shape: Shape,
+    lengths: Lengths,
+    hardware: Hardware,
+    *,
+    half: bool = True,
+) -> TrainingPlan:
     """How to train on this hardware; StageError when it can't be done.
 
     OutOfGPUMemory or OutOfMemory when not even one example fits a pass, with what would fit;
     InvalidConfig when the effective batch can't be spread evenly over the GPUs. Where the memory
-    is unknown the split stays as the spec has it, with recomputation on a GPU. GPUs are taken to
-    compute in bfloat16; of a CPU that is known only when the pod runs, so sizes are chosen for
+    is unknown the split stays as the spec has it, with recomputation on a GPU. `half` says whether
+    GPUs compute in 16 bits; of a CPU that is known only when the pod runs, so sizes are chosen for
     float32, and what fits in bfloat16 only is not refused.
     """
     if hardware.gpus:
         check_devices(training, hardware.gpus)
-        made = _on_gpus(training, shape, lengths, hardware)
+        made = _on_gpus(training, shape, lengths, hardware, half=half)
         return made.model_copy(update={"memory_bytes": hardware.gpu_memory_bytes})
     made = _on_cpu(training, shape, lengths, hardware.memory_bytes)
     return made.model_copy(update={"memory_bytes": hardware.memory_bytes})
@@ -111,12 +118,12 @@ def effective_batch(training: Training) -> int:
 
 
 def _on_gpus(
-    training: Training, shape: Shape, lengths: Lengths, hardware: Hardware
+    training: Training, shape: Shape, lengths: Lengths, hardware: Hardware, *, half: bool
 ) -> TrainingPlan:
     memory, devices = hardware.gpu_memory_bytes, hardware.gpus
     check_host(training, shape, hardware)
     attempts = [
-        Attempt(training, shape, lengths.longest, devices=devices, parallelism=kind)
+        Attempt(training, shape, lengths.longest, devices=devices, parallelism=kind, half=half)
         for kind in _parallelisms(training, devices)
     ]
     if memory is None:
@@ -130,13 +137,13 @@ def _on_gpus(
 
 def _on_cpu(training: Training, shape: Shape, lengths: Lengths, memory: int | None) -> TrainingPlan:
     attempt = Attempt(training, shape, lengths.longest, labels=_labels(training, lengths))
-    attempt = attempt.on_cpu(bfloat16=False)
+    attempt = attempt.on_cpu(half=False)
     if memory is None:
         return _as_written(training, attempt)
     chosen = _choose(attempt, memory, CPU_USEFUL, CPU_USEFUL)
     if chosen is not None:
         return chosen
-    smaller = attempt.on_cpu(bfloat16=True)
+    smaller = attempt.on_cpu(half=True)
     if smaller.least() > memory:
         raise StageError(Reason.OUT_OF_MEMORY, host_remedies(smaller, memory))
     checkpointing = training.gradient_checkpointing != "never"

@@ -81,12 +81,17 @@ class Recipe:
     """Whether each adapter copies its input to its own type, as PEFT does by itself."""
 
     @classmethod
-    def on_gpu(cls, training: Training, *, checkpointing: bool, shards: int = 1) -> Self:
-        """This trainer's on a GPU: bfloat16, float32 adapters (TRL: bfloat16 ones for QLoRA)."""
+    def on_gpu(
+        cls, training: Training, *, checkpointing: bool, shards: int = 1, half: bool = True
+    ) -> Self:
+        """This trainer's on a GPU: 16 bits where it computes in them (`half`), else float32."""
         quantized = training.method == "qlora"
+        compute = 2 if half else 4
         return cls(
             lora=training.lora,
             quantized=quantized,
+            compute=compute,
+            embedding=compute,
             adapter=2 if quantized else 4,
             kept=Kept.INPUTS if checkpointing else Kept.ALL,
             shards=shards,
@@ -94,10 +99,10 @@ class Recipe:
         )
 
     @classmethod
-    def on_cpu(cls, training: Training, *, checkpointing: bool, bfloat16: bool = False) -> Self:
+    def on_cpu(cls, training: Training, *, checkpointing: bool, half: bool = False) -> Self:
         """This trainer's on a CPU: float32, or bfloat16 where it has the instructions."""
         quantized = training.method == "qlora"
-        compute = 2 if bfloat16 else 4
+        compute = 2 if half else 4
         adapter = 2 if quantized else 4
         return cls(
             lora=training.lora,

@@ -36,7 +36,8 @@ class Attempt:
     devices: int = 1
     parallelism: Literal["none", "ddp", "fsdp"] = "none"
     cpu: bool = False
-    bfloat16: bool = True
+    half: bool = True
+    """Whether it computes in 16 bits, or in float32."""
 
     @property
     def share(self) -> int:
@@ -44,9 +45,9 @@ class Attempt:
         batch = self.training.batch_size * self.training.gradient_accumulation_steps
         return batch // self.devices
 
-    def on_cpu(self, *, bfloat16: bool) -> Attempt:
+    def on_cpu(self, *, half: bool) -> Attempt:
         """The same by the processor, in bfloat16 or float32."""
-        return replace(self, cpu=True, bfloat16=bfloat16)
+        return replace(self, cpu=True, half=half)
 
     def needs(self, size: int, checkpointing: bool) -> int:
         """Bytes on each device for passes of `size` of the longest examples."""
@@ -57,9 +58,11 @@ class Attempt:
 
     def _recipe(self, *, checkpointing: bool) -> Recipe:
         if self.cpu:
-            return Recipe.on_cpu(self.training, checkpointing=checkpointing, bfloat16=self.bfloat16)
+            return Recipe.on_cpu(self.training, checkpointing=checkpointing, half=self.half)
         shards = self.devices if self.parallelism == "fsdp" else 1
-        return Recipe.on_gpu(self.training, checkpointing=checkpointing, shards=shards)
+        return Recipe.on_gpu(
+            self.training, checkpointing=checkpointing, shards=shards, half=self.half
+        )
 
     def least(self) -> int:
         """Bytes that the smallest passes need, as the spec allows them."""

@@ -148,8 +148,8 @@ def fetch_resolved(config: PreparedRunConfig, target: Path, reporter: Reporter) 
         raise StageError(
             Reason.MODEL_NOT_FOUND,
             f"The files in {model.source} are not those that `prepare` checked: somebody replaced "
-            "them meanwhile, or the volume gives them another time of change at each mount. Change "
-            "the spec, or create the job anew, to start from the new ones.",
+            "them meanwhile, or the volume gives them another time of change at each mount. To "
+            "start from the new ones, ask for another look (finetune.dev/retry-requested-at).",
         )
     return fetch(files, config.model_storage, target, reporter, weights=True)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from finetune_trainer.model import ModelFolder
+from finetune_trainer.model.shape import number_type, overflows_in_float16
 from finetune_trainer.model.tokenizer import unsupported
 
 
@@ -51,12 +53,21 @@ def load_model(
 
 
 def compute_dtype() -> torch.dtype:
-    """bfloat16 where the hardware computes in it, float32 elsewhere."""
+    """bfloat16 where the hardware computes in it; else float16 on a GPU that has it, or float32."""
     if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        return cast("torch.dtype", getattr(torch, number_type(min(capabilities), None)))
+    native = bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
     return torch.bfloat16 if native else torch.float32
+
+
+def compute_dtype_of(model: ModelFolder) -> torch.dtype:
+    """The same, but float32 for a model that overflows in float16."""
+    dtype = compute_dtype()
+    kind = json.loads((model.path / "config.json").read_bytes()).get("model_type")
+    return torch.float32 if dtype is torch.float16 and overflows_in_float16(kind) else dtype
 
 
 def device_name() -> str:

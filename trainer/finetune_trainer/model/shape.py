@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from finetune_trainer.contract import Lora, Reason, StageError, TargetModule
 
@@ -38,6 +38,12 @@ _FUSED_NAME = {
     TargetModule.UP: "gate_up_proj",
 }
 """The layer that does the work of several, in models that have it (Phi-3, Phi-4)."""
+
+BFLOAT16_SINCE, FLOAT16_SINCE = (8, 0), (7, 0)  # CUDA compute capability: Ampere, Volta
+# Their activations pass 65,504, the largest number of float16 (Gemma 2 and later).
+_TOO_LARGE_FOR_FLOAT16 = re.compile(r"gemma[2-9].*")
+
+NumberType = Literal["bfloat16", "float16", "float32"]
 
 NO_TEXT = r".*(vision|visual|audio|multi_modal)\w*\..*"
 """Parts of a multimodal model that no text passes through: an adapter there learns nothing."""
@@ -195,6 +201,20 @@ class Shape:
             attention_bias=times(self.attention_bias) if self.attention_bias else 0,
             mlp_bias=times(self.mlp_bias) if self.mlp_bias else 0,
         )
+
+
+def number_type(capability: tuple[int, int], model_type: str | None) -> NumberType:
+    """What a model computes in on an NVIDIA GPU: 16 bits where the hardware does so natively."""
+    if capability >= BFLOAT16_SINCE:
+        return "bfloat16"
+    if capability < FLOAT16_SINCE or overflows_in_float16(model_type):
+        return "float32"
+    return "float16"
+
+
+def overflows_in_float16(model_type: str | None) -> bool:
+    """Whether the model's activations are too large for it."""
+    return bool(model_type and _TOO_LARGE_FOR_FLOAT16.fullmatch(model_type))
 
 
 def modules_for(wanted: Sequence[TargetModule], present: Collection[str]) -> dict[str, str | None]:

@@ -208,8 +208,8 @@ class StageFiles:
         return StageError(
             Reason.STORED_FILE_CHANGED,
             f"{self.output.uri_of(self._path(name))} is not the file that {marker} lists: somebody "
-            "has deleted or replaced it, or the store has damaged it. Delete that marker, and "
-            "change the spec or create the job anew: what belongs to it is then made again.",
+            "has deleted or replaced it, or the store has damaged it. Delete that marker, and ask "
+            "for another look (finetune.dev/retry-requested-at): what belongs to it is made again.",
         )
 
 
@@ -222,7 +222,7 @@ def open_stage(output: Folder, stage: Stage, fingerprint: str) -> StageFiles:
         raise StageError(
             Reason.STORED_FILE_CHANGED,
             f"{output.uri_of(path)}, which says that {stage} is complete, is gone or is no marker: "
-            "somebody has deleted or replaced it. Change the spec or create the job anew: the "
-            "stage runs again.",
+            "somebody has deleted or replaced it. Ask for another look "
+            "(finetune.dev/retry-requested-at): the stage runs again.",
         ) from error
     return StageFiles(output, marker)

@@ -34,7 +34,7 @@ from finetune_trainer.store.owner import check_owner
 from finetune_trainer.train.link import Failed, Trained, TrainingWork, default_plan
 from finetune_trainer.train.supervisor.checkpoints import CheckpointStore
 from finetune_trainer.train.supervisor.ladder import descend
-from finetune_trainer.train.supervisor.setup import adapt_to_machine, read_needs
+from finetune_trainer.train.supervisor.setup import adapt_to_machine, claim_gpus, read_needs
 from finetune_trainer.train.supervisor.training_session import TrainingSession
 
 log = logging.getLogger(__name__)
@@ -48,10 +48,11 @@ def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> Stage
     check_owner(output, config.output, config.job)
     if done := find_trained(output, prints.train):
         return done
+    gpus = claim_gpus(config)  # before minutes of downloads, while others wait for a GPU
     prepared = open_stage(output, Stage.PREPARE, prints.prepare)
     work = fetch_work(config, prepared, workspace, reporter)
     needs = read_needs(work.model.path, prepared.read(SUMMARY))
-    work, notices = adapt_to_machine(work, needs)
+    work, notices = adapt_to_machine(work, needs, gpus)
     session = TrainingSession(CheckpointStore(output, prints.train), reporter)
     for notice in notices:
         session.notice(notice)

@@ -70,7 +70,7 @@ def count_trainable_parameters(model: torch.nn.Module) -> int:
 def make_layers_faster(model: torch.nn.Module) -> None:
     """Let LoRA layers take their input as it is, and drop out faster on a CPU.
 
-    Only for a model that computes in bfloat16 under autocast. Autocast casts the adapter's weights
+    Only for a model that computes in 16 bits under autocast. Autocast casts the adapter's weights
     to the input's type anyway, and PEFT would first copy each input to float32.
     """
     for layer in model.modules():

@@ -13,8 +13,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from finetune_trainer.contract import TrainingPlan
 from finetune_trainer.runtime import child
@@ -89,6 +90,15 @@ def loading_device(plan: TrainingPlan) -> str:
     if torch.cuda.is_available() and plan.parallelism != "fsdp":
         return f"cuda:{torch.cuda.current_device()}"
     return "cpu"
+
+
+def reduce_in_float32(plugin: Any) -> None:
+    """Let accelerate's FSDP add up gradients in float32; it would do so in the compute type."""
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        import torch  # noqa: PLC0415 - see above
+
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
 
 
 def gathered_state(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:

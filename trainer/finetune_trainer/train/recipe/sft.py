@@ -31,7 +31,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.model.loading import (
-    compute_dtype,
+    compute_dtype_of,
     device_name,
     load_model,
     use_available_cpus,
@@ -90,7 +90,7 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     trainer = build_trainer(model, tokenizer, data, work=work, epochs=epochs)
     best = add_early_stopping(trainer, work, notify)
     trainer.add_callback(reporting.ProgressReport(reporter, trainer.schedule.tokens))
-    trainer.add_callback(TrainingWatch(notify, settings))
+    trainer.add_callback(TrainingWatch(notify, settings, trainer.accelerator.scaler))
     trainable = count_trainable_parameters(cast("torch.nn.Module", trainer.model))
     share = f"{trainable:,} / {base_parameters:,} ({trainable / base_parameters:.4%})"
     log.info("Trainable parameters / base parameters: %s", share)
@@ -138,10 +138,10 @@ def resolve_epochs(epochs: int | str, rows: int) -> int:
 def load(work: TrainingWork) -> PreTrainedModel:
     """The base model, frozen later by PEFT. From Unsloth it comes with its adapter."""
     if work.engine == "unsloth":
-        return cast("PreTrainedModel", unsloth_engine.load(work, compute_dtype()))
+        return cast("PreTrainedModel", unsloth_engine.load(work, compute_dtype_of(work.model)))
     return load_model(
         work.model,
-        compute_dtype(),  # bfloat16 where the hardware computes in it, else float32
+        compute_dtype_of(work.model),  # 16 bits where the hardware computes in them, else float32
         processes.loading_device(work.plan),
         quantize=work.config.training.method == "qlora",
     )
@@ -157,11 +157,10 @@ def build_trainer(
 ) -> RecipeTrainer:
     """Put model, adapter, data and hyperparameters together."""
     unsloth = work.engine == "unsloth"
-    bf16 = model.dtype == torch.bfloat16
     trainer = RecipeTrainer(
         data=data,
         model=model,
-        args=arguments(work, epochs, evaluate=data.held_out is not None, bf16=bf16),
+        args=arguments(work, epochs, evaluate=data.held_out is not None, dtype=model.dtype),
         processing_class=tokenizer,
         peft_config=None if unsloth else lora_config(work.config.training.lora, model),
         engine_loss=unsloth_engine.loss if unsloth else None,
@@ -170,16 +169,15 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     reporting.guard_trackers(trainer)
-    if bf16 and not unsloth:
+    if model.dtype is not torch.float32 and not unsloth:
         make_layers_faster(cast("torch.nn.Module", trainer.model))
     return trainer
 
 
-def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, bf16: bool) -> SFTConfig:
+def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, dtype: torch.dtype) -> SFTConfig:
     """The hyperparameters, by the Trainer's names."""
     settings, plan = work.config.training, work.plan
     gpu, sharded = torch.cuda.is_available(), plan.parallelism == "fsdp"
-    recompute = plan.gradient_checkpointing
     reporting.set_tracker_variables(work)
     return SFTConfig(
         output_dir=str(work.checkpoints),
@@ -202,22 +200,21 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, bf16: bool) ->
         shuffle_dataset=False,
         dataloader_num_workers=0,
         dataloader_pin_memory=gpu,
-        # Numbers. Weights of the adapter stay float32; autocast computes in bfloat16.
-        bf16=bf16,
-        fp16=False,
+        # Numbers. Weights of the adapter stay float32; autocast computes in 16 bits. Gradients in
+        # float16 are scaled up, or the small ones would be 0.
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
         tf32=True if gpu and torch.cuda.get_device_capability() >= (8, 0) else None,
         use_cpu=not gpu,
-        # Memory. Unsloth recomputes activations by itself, and FSDP by its own setting: the
-        # Trainer's would gather each layer's weights once more.
-        gradient_checkpointing=recompute and not sharded and work.engine != "unsloth",
+        # Memory. Unsloth recomputes activations by itself. With FSDP this is right as well, unlike
+        # accelerate's own setting, which draws dropout anew when it recomputes a layer.
+        gradient_checkpointing=plan.gradient_checkpointing and work.engine != "unsloth",
         gradient_checkpointing_kwargs={"use_reentrant": False},
         # Several processes. The loss is one mean over the labels of all of them.
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
         fsdp=True if sharded else None,  # type: ignore[arg-type] # typed for the command line
-        fsdp_config=(
-            {**processes.FSDP_CONFIG, "activation_checkpointing": recompute} if sharded else None
-        ),
+        fsdp_config=processes.FSDP_CONFIG if sharded else None,
         # Evaluation: of the base model, at each epoch or every evalSteps, and at the end.
         eval_strategy=("steps" if settings.eval_steps else "epoch") if evaluate else "no",
         eval_steps=settings.eval_steps,

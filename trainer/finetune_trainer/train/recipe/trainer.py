@@ -40,6 +40,8 @@ from finetune_trainer.train.recipe.data import (
     contiguous_groups,
 )
 
+FIRST_SCALE = 1024.0
+
 Batch = dict[str, Any]
 """What a collator makes: input_ids and labels of [rows, time], and what goes with them."""
 
@@ -71,6 +73,11 @@ def answer_loss(model: torch.nn.Module, inputs: Batch, *, some_logits: bool = Tr
 def computes_some_logits(model: torch.nn.Module) -> bool:
     """Whether the model can be asked for the logits of some positions only."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def loss_scaler(device: str) -> torch.amp.GradScaler:
+    """For float16. PyTorch begins at 65536, and would leave out the first steps of many models."""
+    return torch.amp.GradScaler(device, init_scale=FIRST_SCALE)
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,10 @@ class RecipeTrainer(SFTTrainer):
             processing_class=processing_class,
             **options,
         )
+        if self.is_fsdp_enabled:
+            processes.reduce_in_float32(self.accelerator.state.fsdp_plugin)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler = loss_scaler(self.args.device.type)
         self.split = StepSplit(args.gradient_accumulation_steps, args.world_size, data.packed)
         per_pass = args.per_device_train_batch_size * args.world_size
         batch = per_pass * args.gradient_accumulation_steps

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
@@ -54,12 +54,20 @@ class TrainingWatch(TrainerCallback):
     It needs no state of its own after a resume: it judges the Trainer's log.
     """
 
-    def __init__(self, notify: Notify | None, settings: Training) -> None:
+    def __init__(
+        self,
+        notify: Notify | None,
+        settings: Training,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """`scaler` is that of a training in float16."""
         self._notify = notify
+        self._scaler = scaler
         self._settings = settings
         self._sent: set[str] = set()
         self._judge_at_lines = 0
         self._left_out: list[int] = []  # steps in a row whose update was left out
+        self._overflows = 0  # of them, at their beginning, for which the scale was too large
         self._updated = False  # whether any update was made
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
@@ -67,14 +75,19 @@ class TrainingWatch(TrainerCallback):
         optimizer = objects["optimizer"]
         norm = gradient_norm(optimizer)
         if norm is None or torch.isfinite(norm):
-            self._left_out, self._updated = [], True
+            self._left_out, self._overflows, self._updated = [], 0, True
             return
         for parameter in _parameters(optimizer):
             parameter.grad = None
         self._left_out.append(state.global_step + 1)
+        if self._scaler is not None and self._scaler.get_scale() > 1:
+            # It halves its scale after each of them, and begins with one that is often too large.
+            self._overflows += 1
+            log.info("step %d: left out, float16 overflowed", self._left_out[-1])
+            return
         log.warning("step %d: the gradient is not finite, so it is left out", self._left_out[-1])
         self._send(self._not_finite(state))
-        if len(self._left_out) == BAD_UPDATES:
+        if len(self._left_out) - self._overflows == BAD_UPDATES:
             raise self._diverged(state)
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -92,7 +105,11 @@ class TrainingWatch(TrainerCallback):
         self._judge_curves(state)
 
     def _judge_curves(self, state: Any) -> None:
-        for notice in diagnose(log_points(state.log_history), self._settings):
+        points = log_points(state.log_history)
+        if self._scaler is not None:
+            # A gradient that overflowed at too large a scale says nothing about the training.
+            points = [p if is_finite(p.grad_norm) else replace(p, grad_norm=None) for p in points]
+        for notice in diagnose(points, self._settings):
             self._send(notice)
 
     def _send(self, notice: Notice) -> None:

@@ -1,6 +1,6 @@
 """Adapts a training to the machine: its GPUs, how a step is split for them, engine and trackers.
 
-`adapt_to_machine` asks what is here. The other functions take what it found and decide.
+`claim_gpus` asks what is here. The other functions take what it found and decide.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -28,8 +26,9 @@ from finetune_trainer.contract import (
     Training,
     TrainingPlan,
 )
+from finetune_trainer.memory.gpus import Gpu, check_gpus, describe_gpus, find_gpus
 from finetune_trainer.memory.plan import Lengths, describe, effective_batch, plan
-from finetune_trainer.model.shape import Shape
+from finetune_trainer.model.shape import Shape, number_type
 from finetune_trainer.train.link import Engine, TrainingWork, fallback_notice
 
 log = logging.getLogger(__name__)
@@ -46,7 +45,9 @@ class MemoryNeeds:
     """Tokens of the longest example, as it is trained on."""
 
 
-def adapt_to_machine(work: TrainingWork, needs: MemoryNeeds) -> tuple[TrainingWork, list[Notice]]:
+def adapt_to_machine(
+    work: TrainingWork, needs: MemoryNeeds, gpus: tuple[Gpu, ...]
+) -> tuple[TrainingWork, list[Notice]]:
     """The work as this machine will do it, and what people should know about it.
 
     Raises StageError: InvalidConfig where the spec asks for what this machine can't do,
@@ -54,7 +55,6 @@ def adapt_to_machine(work: TrainingWork, needs: MemoryNeeds) -> tuple[TrainingWo
     """
     training = work.config.training
     check_trackers(training.report_to, os.environ)
-    gpus = visible_gpus()
     devices = count_devices(len(gpus), os.environ)
     planned = plan_for_gpus(work.config, work.plan, needs, gpus)
     divided, processes = divide_step(training, planned, devices)
@@ -85,40 +85,22 @@ def adapt_to_machine(work: TrainingWork, needs: MemoryNeeds) -> tuple[TrainingWo
 
 # --- Devices -----------------------------------------------------------------------------------
 
-GPU_PROBE = "finetune_trainer.memory.machine"  # a program
-PROBE_SECONDS = 120.0  # a cold CUDA driver takes up to half a minute
 PROCESSES_VARIABLE = "FINETUNE_PROCESSES"  # processes on a machine without a GPU; for tests
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """An NVIDIA GPU."""
+def claim_gpus(config: RunConfig) -> tuple[Gpu, ...]:
+    """The GPUs that train. Raises StageError(GpuUnavailable) where the pod was given more.
 
-    name: str
-    memory_bytes: int
-    capability: tuple[int, int]
-    """CUDA compute capability, e.g. (9, 0) for an H100."""
-
-
-def visible_gpus(dev: Path = Path("/dev")) -> tuple[Gpu, ...]:
-    """NVIDIA GPUs as torch counts them: it considers CUDA_VISIBLE_DEVICES, MIG and the driver."""
-    if not any(dev.glob("nvidia[0-9]*")) and not (dev / "dxg").exists():  # dxg: WSL
-        return ()
-    command = [sys.executable, "-m", GPU_PROBE]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True
-        )
-        return parse_gpus(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError, TypeError) as error:
-        log.warning("The GPUs can't be counted, training on one device: %s", error)
-        return ()
-
-
-def parse_gpus(output: str) -> tuple[Gpu, ...]:
-    """Read the last line of the probe's output. Raises ValueError or TypeError when it is none."""
-    found = json.loads(output.strip().splitlines()[-1])
-    return tuple(Gpu(g["name"], g["memory_bytes"], tuple(g["capability"])) for g in found)
+    A CPU would take days for what holds a GPU all the while.
+    """
+    wanted = config.hardware.gpus if config.hardware else 0
+    found = find_gpus(wanted)
+    check_gpus(wanted, found)
+    for line in describe_gpus(found) if found.present else ():
+        log.info("%s", line)
+    if found.present and not found.usable:
+        log.warning("The training runs on the CPU")
+    return found.usable
 
 
 def count_devices(gpus: int, environment: Mapping[str, str]) -> int:
@@ -143,20 +125,23 @@ def plan_for_gpus(
 ) -> TrainingPlan:
     """The plan of `prepare` where it knew what a GPU holds, else one for the GPUs that are here.
 
+    `prepare` takes GPUs to compute in 16 bits; for those that don't, there is a plan of their own.
     The effective batch stays. Raises StageError(OutOfGPUMemory) when not even one example fits a
     pass, with the changes that would fit.
     """
     known = config.hardware
-    if not gpus or (known is not None and known.gpus and prepared.memory_bytes is not None):
+    if not gpus or needs.shape is None:
         return prepared
-    if needs.shape is None:
+    least = min(gpu.capability for gpu in gpus)
+    half = number_type(least, needs.shape.model_type) != "float32"
+    if half and known is not None and known.gpus and prepared.memory_bytes is not None:
         return prepared
     hardware = Hardware(
         gpus=count_processes(config.training, len(gpus)),
         gpu_memory_bytes=min(gpu.memory_bytes for gpu in gpus),
         memory_bytes=known.memory_bytes if known else None,
     )
-    made = plan(config.training, needs.shape, Lengths(needs.longest), hardware)
+    made = plan(config.training, needs.shape, Lengths(needs.longest), hardware, half=half)
     log.info("Plan for this pod's %s: %s", gpus[0].name, describe(made, hardware))
     return made
 
