@@ -22,7 +22,7 @@ from hack.chaos.proxy import ChaosProxy
 from hack.chaos.recorder import Change, Recorder
 from hack.kwok.cluster import KwokCluster
 from hack.operator_process import Operator
-from hack.process import wait_until
+from hack.process import ClusterError, wait_until
 
 TICK_SECONDS = 0.1
 START_SECONDS = 120  # of the first operator, on a machine that is busy with other tests
@@ -196,7 +196,10 @@ class Run:
         self._wait(self.random.uniform(0, WORK_SECONDS), api)
 
     def _operator_is_ready(self) -> bool:
-        return not self.operator.has_ended() and self.operator.ready()
+        try:
+            return self.operator.ready()
+        except ClusterError:  # it was killed right now
+            return False
 
     def _act(self, api: Api) -> None:
         now = time.monotonic()
@@ -221,8 +224,8 @@ class Run:
 
     def _revive(self) -> None:
         """What a kubelet does when the operator ends by itself."""
-        if self.operator.has_ended():
-            self.ended_by_itself += 1
+        if not self.operator.is_alive():
+            self.ended_by_itself += self.operator.has_ended()
             self.operator.start(wait=False)
 
     def _any_at_work(self, recorder: Recorder) -> bool:

@@ -13,7 +13,7 @@ import pytest
 from finetune_operator.api.observed import FineTuneJobStatus
 from finetune_operator.plan import Plan, Policy, StartStage, plan
 from finetune_trainer.contract import Stage
-from tests.unit.operator.build import NOW, PREPARE, SETTINGS, TRAIN, finetunejob
+from tests.unit.operator.build import NOW, PREPARE, SETTINGS, TRAIN, finetunejob, pod
 from tests.unit.operator.endings import PREPARING, training
 
 
@@ -24,7 +24,7 @@ from tests.unit.operator.endings import PREPARING, training
     ("hindrance", "reason"),
     [
         ({"denial": "exceeded quota: gpus"}, "RequestDenied"),
-        ({"stages_with_old_pods": frozenset({TRAIN, PREPARE})}, "Stopping"),
+        ({"old_pods": {TRAIN: pod(), PREPARE: pod()}}, "Stopping"),
     ],
 )
 def test_it_stays_counted_while_it_can_not_be_started_again(
