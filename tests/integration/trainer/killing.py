@@ -155,8 +155,6 @@ class Trainings:
 
 @dataclass
 class Attempt:
-    """One run of the stage."""
-
     server: ForkServer
     folder: Path
     pid: int
@@ -167,7 +165,6 @@ class Attempt:
 
     @property
     def result(self) -> dict[str, Any]:
-        """The termination message."""
         message: dict[str, Any] = json.loads((self.folder / "termination-log").read_bytes())
         return message
 
@@ -200,7 +197,6 @@ class Attempt:
         return (self.folder / "workspace/train/training/trainer").glob("checkpoint-*")
 
     def worker(self) -> psutil.Process:
-        """The process that trains."""
         children = psutil.Process(self.pid).children()
         assert len(children) == 1, self.log
         return children[0]

@@ -25,6 +25,7 @@ from finetune_trainer.contract.artifacts import (
     Manifest,
     Quality,
     Sample,
+    VersionSummary,
     version_folder,
 )
 from finetune_trainer.contract.base import (
@@ -71,6 +72,7 @@ from finetune_trainer.contract.dataset_report import (
     Split,
 )
 from finetune_trainer.contract.fingerprint import (
+    UNCHANGING,
     ExampleContents,
     digest,
     later_fingerprints,
@@ -86,6 +88,7 @@ from finetune_trainer.contract.output import (
     QualityLimit,
     Quantization,
     Signing,
+    VersionName,
 )
 from finetune_trainer.contract.progress import (
     NEWS,
@@ -125,6 +128,7 @@ __all__ = [
     "NEWS",
     "PLURAL",
     "REJECTED",
+    "UNCHANGING",
     "UNQUANTIZED",
     "VERSION",
     "VERSIONS",
@@ -195,6 +199,8 @@ __all__ = [
     "TrainingMetrics",
     "TrainingPlan",
     "TrainingRecord",
+    "VersionName",
+    "VersionSummary",
     "allowed",
     "as_example",
     "cel",

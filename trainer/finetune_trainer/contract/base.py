@@ -75,10 +75,9 @@ def describe(error: ValidationError, prefix: str = "") -> str:
     """Say per field what is wrong, e.g. ``spec.training.epochs: must be …``, in one line."""
     lines = []
     for item in error.errors(include_url=False):
-        path = ".".join(to_camel(p) if isinstance(p, str) else str(p) for p in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         given = "" if item["type"] == "missing" else f" (got {redact(repr(item['input'])):.60})"
-        lines.append(f"{prefix}{path}: {message}{given}")
+        lines.append(f"{prefix}{_words(item['loc'])}: {message}{given}")
     return "; ".join(dict.fromkeys(lines))
 
 

@@ -74,6 +74,11 @@ class ExampleContents:
     longest: int
     """Tokens of the longest example, as it is trained on."""
 
+    @property
+    def short_digest(self) -> str:
+        """The first 12 characters of a digest over all rows."""
+        return digest([self.examples, self.held_out])[:12]
+
 
 def prepare_fingerprint(
     config: RunConfig, dataset_etag: str, model_revision: str, eval_etag: str | None = None

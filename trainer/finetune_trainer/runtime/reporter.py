@@ -10,14 +10,12 @@ import logging
 import math
 import os
 import threading
-from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from finetune_trainer.contract import JobReference, Notice, Progress, Stage, status_path
 from finetune_trainer.contract.base import redact
-from finetune_trainer.runtime import duration, perplexity, size
+from finetune_trainer.runtime import duration, perplexity, size, timestamp
 
 if TYPE_CHECKING:
     import httpx
@@ -187,12 +185,7 @@ class Reporter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def update(self, changes: Progress) -> None:
@@ -218,9 +211,10 @@ class Reporter:
             changes, self._changes = self._changes, Progress()
         if self._publisher is None or not (changes.model_fields_set or renew):
             return
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
-            self._publisher.publish(_redacted(changes).updated(Progress(last_update_time=now)))
+            self._publisher.publish(
+                _redacted(changes).updated(Progress(last_update_time=timestamp()))
+            )
         except (OSError, ValueError) as error:
             with self._lock:  # try again, with what came in since
                 self._changes = changes.updated(self._changes)
