@@ -84,7 +84,7 @@ CASES = [
         "it has its grace period to save its last step",
         suspended(stopping(DONE, TRAIN_RUNS, LAST, resolved=resolved())),
         [job(TRAIN, **LEAVES)],
-        unchanged(stopping(DONE, TRAIN_RUNS, LAST, resolved=resolved())),
+        Plan(stopping(DONE, TRAIN_RUNS, LAST, resolved=resolved()), requeue_after=161),
     ),
     Case(
         "its pod has ended, and is neither a failure nor a lost pod",
@@ -270,7 +270,7 @@ def test_a_suspended_job(case: Case) -> None:
 def test_it_is_not_suspended_before_the_last_pod_has_stopped() -> None:
     """The Job may be gone before its pod."""
     given = suspended(stopping(DONE, TRAIN_RUNS, LAST, resolved=resolved()))
-    found = plan(given, [], SETTINGS, Policy(), NOW, stages_with_old_pods=frozenset({TRAIN}))
+    found = plan(given, [], SETTINGS, Policy(), NOW, old_pods={TRAIN: pod()})
     assert found.status.phase is Phase.TRAINING
     assert found.status.stages[1] == HALTED
     assert found.events == ()
