@@ -8,8 +8,11 @@ upload_lag  how far a training may run ahead of its checkpoints in the store
 
 from __future__ import annotations
 
+import faulthandler
+import itertools
 import json
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -34,6 +37,7 @@ from finetune_trainer.model import ModelFolder
 Engine = Literal["transformers", "unsloth"]
 
 LENGTHS = "lengths.json"
+WORKERS = "workers"  # process ids, one a line
 TRAINED, FAILED = "trained.json", "failed.json"
 
 
@@ -136,6 +140,13 @@ def default_plan(config: RunConfig) -> TrainingPlan:
     )
 
 
+def trained_steps(checkpoint: Path | None) -> int:
+    """Optimizer steps that are done in a checkpoint; 0 without one."""
+    if checkpoint is None:
+        return 0
+    return int(json.loads((checkpoint / "trainer_state.json").read_bytes())["global_step"])
+
+
 def write_failure(workdir: Path, error: StageError) -> None:
     """Leave why the worker failed. Of several processes, the first to fail gives the reason."""
     own = workdir / f"{FAILED}.{os.getpid()}"
@@ -143,6 +154,24 @@ def write_failure(workdir: Path, error: StageError) -> None:
     with suppress(FileExistsError):
         os.link(own, workdir / FAILED)  # atomic, and refused where another was first
     own.unlink()
+
+
+def show_stacks(workdir: Path) -> None:
+    """In a worker: write the stack of every thread into the log on SIGUSR1, whatever it does."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    with (workdir / WORKERS).open("a", encoding="ascii") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+def signal_workers(workdir: Path, *signals: signal.Signals) -> None:
+    """In the stage: send signals to the workers that are at work."""
+    try:
+        workers = [int(line) for line in (workdir / WORKERS).read_text(encoding="ascii").split()]
+    except FileNotFoundError:  # none has come so far
+        return
+    for worker, number in itertools.product(workers, signals):
+        with suppress(ProcessLookupError):
+            os.kill(worker, number)
 
 
 def write_lengths(workdir: Path, lengths: Iterable[int]) -> None:

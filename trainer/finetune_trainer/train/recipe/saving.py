@@ -295,7 +295,11 @@ class CheckpointSaver(TrainerCallback, ExportableState):
 
     def _save_for_failed_peer(self) -> None:
         """Another process failed and may not save. The first one has the last step whole."""
-        folder = self.save_last_step()
+        try:
+            folder = self.save_last_step()
+        except Exception as error:  # e.g. a GPU that answers no more: the cause counts, not this
+            log.warning("The last step can't be saved: %s", error)
+            return
         if folder and self._channel:
             self._channel.checkpoint(self._trainer.state.global_step, folder)
 
@@ -304,6 +308,8 @@ class CheckpointSaver(TrainerCallback, ExportableState):
         began = self._clock()
         while self._lag.must_wait() and not self._stop_requested:
             time.sleep(POLL_SECONDS)
+            if self._channel:
+                self._channel.alive()  # it is the store that is slow
         if (waited := self._clock() - began) > 1:
             log.info("Waited %.0f s for the upload of an earlier checkpoint", waited)
 

@@ -18,10 +18,15 @@ from finetune_trainer.runtime import child
 from finetune_trainer.runtime.endings import explain
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.runtime.startup import set_up_libraries
-from finetune_trainer.train.link import TRAINED, TrainingWork, write_failure
+from finetune_trainer.train.link import TRAINED, TrainingWork, show_stacks, write_failure
 from finetune_trainer.train.link.channel import Channel
 from finetune_trainer.train.recipe import unsloth_engine
-from finetune_trainer.train.recipe.processes import is_first, is_lost_peer, joined
+from finetune_trainer.train.recipe.processes import (
+    is_first,
+    is_lost_peer,
+    joined,
+    record_failure,
+)
 
 INTERVAL_SECONDS = 0.2  # between two lines to the stage, which speaks to the API server less often
 
@@ -33,6 +38,7 @@ def main(request: Path, parent: int) -> int:
     child.die_with_parent(parent)
     set_up_libraries()
     work = TrainingWork.model_validate_json(request.read_bytes())
+    show_stacks(work.workdir)
     channel = Channel(work.workdir) if is_first() else None
     if channel is None:
         logging.getLogger("finetune_trainer").setLevel(logging.WARNING)
@@ -49,16 +55,22 @@ def main(request: Path, parent: int) -> int:
             unsloth_engine.restart_with_transformers(work, request, error, channel)
             raise
         except Exception as error:  # the edge: nothing may end the worker without a reason
-            if is_lost_peer(error):
-                return int(ExitCode.OTHER)
-            failure = explain(error)
-            if failure.reason is Reason.INTERNAL_ERROR:
-                log.exception("The training failed")
-            write_failure(work.workdir, failure)
-            return int(failure.reason.exit_code)
+            return _fail(work, error)
     if is_first():
         (work.workdir / TRAINED).write_text(trained.model_dump_json(), encoding="utf-8")
     return 0
+
+
+def _fail(work: TrainingWork, error: Exception) -> int:
+    """Leave the reason, also for torchrun, which knows which process failed first."""
+    failure = explain(error)
+    record_failure(error)
+    if failure.reason is Reason.INTERNAL_ERROR:
+        log.exception("The training failed")
+        if is_lost_peer(error):
+            return int(ExitCode.OTHER)  # most likely another process has the reason
+    write_failure(work.workdir, failure)
+    return int(failure.reason.exit_code)
 
 
 if __name__ == "__main__":
