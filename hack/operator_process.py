@@ -22,7 +22,7 @@ from hack.process import ClusterError, wait_until
 NAMESPACE = "finetune-system"
 RELEASE = "finetune-operator"
 CHART = Path("charts/finetune-operator")
-READY_SECONDS = 30
+READY_SECONDS = 90  # half a minute on a machine with much else to do
 SECRET_GRACE_SECONDS = 2
 
 
