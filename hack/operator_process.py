@@ -93,6 +93,10 @@ class Operator:
         """Whether it has ended by itself."""
         return self._process is not None and self._process.poll() is not None
 
+    def is_alive(self) -> bool:
+        """Whether it was started, and has neither ended nor been killed."""
+        return self._process is not None and self._process.poll() is None
+
     def get(self, path: str) -> httpx.Response:
         """Ask one of its probes."""
         return httpx.get(f"http://127.0.0.1:{self.port}{path}", trust_env=False, timeout=5)
