@@ -63,7 +63,6 @@ class DiskNeed:
 
     @property
     def total(self) -> int:
-        """All of them."""
         return self.model + self.work + self.slack
 
 

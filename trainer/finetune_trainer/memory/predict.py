@@ -133,7 +133,6 @@ class Prediction:
 
     @property
     def total(self) -> int:
-        """All terms."""
         return self.weights + self.adapter + self.activations + self.logits + self.overhead
 
 

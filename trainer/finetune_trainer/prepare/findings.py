@@ -37,8 +37,6 @@ BINS = 32  # of a histogram
 
 
 class LengthBin(Base):
-    """One bar of a histogram."""
-
     up_to: int
     """The longest length that counts here, in tokens; the bin before ends where this begins."""
 
@@ -138,7 +136,6 @@ class Findings:
     template: ChatTemplate | None = None
 
     def all_rows(self) -> list[DatasetRows]:
-        """The files that are read."""
         return [self.rows, *([self.eval_rows] if self.eval_rows else [])]
 
     def summary(self) -> DatasetSummary:
@@ -169,7 +166,6 @@ class Findings:
         return token_stats(self.examples.trained, self.examples.limit)
 
     def prepared(self) -> Prepared:
-        """What summary.json holds."""
         found = [e for e in (self.examples, self.eval_examples) if e]
         return Prepared(
             dataset=self.summary(),

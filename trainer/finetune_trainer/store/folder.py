@@ -20,8 +20,6 @@ OnBytes = Callable[[int], None]
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file of a folder."""
-
     path: str
     size: int
     etag: str
@@ -191,8 +189,6 @@ def sync(path: Path) -> None:
 
 
 class LocalFolder(Folder):
-    """A folder on disk."""
-
     def __init__(self, root: Path) -> None:
         self.root = root
         self.uri = str(root)

@@ -119,7 +119,6 @@ def _folders_of(output: Folder, stage: Stage, fingerprint: str) -> set[str]:
 
 
 def _stage_folders(output: Folder, stage: Stage) -> set[str]:
-    """Folders of a stage's results."""
     base = f"{STAGES}/{stage}/"
     paths = [info.path.removeprefix(base) for info in output.list(base)]
     return {base + path.partition("/")[0] for path in paths if "/" in path}

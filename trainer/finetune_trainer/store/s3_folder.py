@@ -65,8 +65,6 @@ log = logging.getLogger(__name__)
 
 
 class S3Folder(Folder):
-    """A prefix of a bucket."""
-
     def __init__(self, bucket: str, prefix: str, settings: Storage) -> None:
         self.bucket = bucket
         self.prefix = prefix
