@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from finetune_trainer.contract import RunConfig
+from finetune_trainer.contract.fingerprint import digest
 from tests.integration.trainer.fork_server import ForkServer
 
 if TYPE_CHECKING:
@@ -23,6 +25,15 @@ if TYPE_CHECKING:
 MOMENTS = ("step", "write", "upload")
 VICTIMS = ("worker", "stage", "pod")
 SECONDS = 120.0
+SETTINGS: dict[str, Any] = {
+    "learningRate": 0.002,
+    "batchSize": 2,
+    "gradientAccumulationSteps": 2,
+    "warmupRatio": 0.1,
+    "scheduler": "linear",
+    "loggingSteps": 1,
+    "lora": {"r": 8, "dropout": 0.1},
+}
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = SECONDS) -> None:
@@ -95,6 +106,51 @@ class Training:
     def newest(self) -> int:
         """Step of the newest whole checkpoint; 0 when there is none."""
         return max((step for step, whole in self.checkpoints().items() if whole), default=0)
+
+
+@dataclass
+class Trainings:
+    """Trainings on the same prepared examples, in output folders of their own."""
+
+    server: ForkServer
+    client: S3Client
+    folder: Path
+    config: RunConfig
+    environment: dict[str, str]
+
+    def __call__(self, name: str, **settings: Any) -> Training:
+        """One with these settings."""
+        training = {**SETTINGS, **settings}
+        config = RunConfig.model_validate(
+            {
+                **self.config.model_dump(mode="json"),
+                "training": training,
+                "output": {"uri": f"{self.config.output.uri}-{name}"},
+            }
+        )
+        resolved = config.resolved
+        assert resolved is not None
+        prints = resolved.fingerprints.model_copy(update={"train": digest(training)})
+        resolved = resolved.model_copy(update={"fingerprints": prints})
+        config = config.model_copy(update={"resolved": resolved})
+        self._copy_prepared(config.output.uri)
+        return Training(
+            self.server,
+            self.client,
+            self.folder / name,
+            config.model_dump(mode="json"),
+            self.environment,
+        )
+
+    def _copy_prepared(self, uri: str) -> None:
+        bucket, source = self.config.output.uri.removeprefix("s3://").split("/", 1)
+        target = uri.removeprefix(f"s3://{bucket}/")
+        answer = self.client.list_objects_v2(Bucket=bucket, Prefix=f"{source}/stages/prepare/")
+        for key in (item["Key"] for item in answer["Contents"]):
+            copied = target + key.removeprefix(source)
+            self.client.copy_object(
+                Bucket=bucket, Key=copied, CopySource={"Bucket": bucket, "Key": key}
+            )
 
 
 @dataclass

@@ -20,6 +20,7 @@ from finetune_trainer.contract.artifacts import (
     Artifact,
     Lineage,
     Manifest,
+    VersionSummary,
     version_folder,
 )
 from finetune_trainer.contract.base import (
@@ -33,6 +34,7 @@ from finetune_trainer.contract.base import (
     Tolerated,
     cel,
     describe,
+    parse_duration,
     read_known,
     read_readable,
 )
@@ -65,6 +67,7 @@ from finetune_trainer.contract.dataset_report import (
     Split,
 )
 from finetune_trainer.contract.fingerprint import (
+    UNCHANGING,
     ExampleContents,
     digest,
     later_fingerprints,
@@ -80,6 +83,7 @@ from finetune_trainer.contract.output import (
     QualityLimit,
     Quantization,
     Signing,
+    VersionName,
 )
 from finetune_trainer.contract.progress import (
     NEWS,
@@ -120,6 +124,7 @@ __all__ = [
     "NEWS",
     "PLURAL",
     "REJECTED",
+    "UNCHANGING",
     "UNQUANTIZED",
     "VERSION",
     "VERSIONS",
@@ -190,6 +195,8 @@ __all__ = [
     "TrainingMetrics",
     "TrainingPlan",
     "TrainingRecord",
+    "VersionName",
+    "VersionSummary",
     "allowed",
     "as_example",
     "cel",
@@ -197,6 +204,7 @@ __all__ = [
     "digest",
     "display_name",
     "later_fingerprints",
+    "parse_duration",
     "prepare_fingerprint",
     "read_known",
     "read_readable",

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import StrEnum
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -41,6 +42,18 @@ def cel(rule: str, message: str, *more: tuple[str, str]) -> dict[str, Any]:
     """Rules that the API server evaluates (CEL), each with the message that a person reads."""
     rules = [{"rule": rule, "message": text} for rule, text in ((rule, message), *more)]
     return {"x-kubernetes-validations": rules}
+
+
+_DURATION = re.compile(r"(?:(\d{1,5})h)?(?:(\d{1,5})m)?(?:(\d{1,5})s)?")
+
+
+def parse_duration(text: str) -> timedelta:
+    """A duration as Go and Kubernetes write it, e.g. 6h, 1h30m or 90s. Raises ValueError."""
+    found = _DURATION.fullmatch(text) if text else None
+    if found is None:
+        raise ValueError(f"{text!r} is no duration such as 6h, 1h30m or 90s")
+    hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return timedelta(hours=hours, minutes=minutes, seconds=seconds)
 
 
 LOCATION_RULE = cel(

@@ -36,10 +36,12 @@ from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_
 from finetune_trainer.prepare.findings import Findings, Prepared
 from finetune_trainer.prepare.reading.encoding import check_encoding
 from finetune_trainer.prepare.reading.layout import check_columns
+from finetune_trainer.prepare.rollback import roll_back
 from finetune_trainer.prepare.split import hold_out
 from finetune_trainer.prepare.stored import (
     CompleteStages,
     StoredRun,
+    contents_of,
     metrics_of,
     read_prepared,
     stored_run,
@@ -55,6 +57,7 @@ from finetune_trainer.store.marker import (
 )
 from finetune_trainer.store.owner import claim
 from finetune_trainer.store.pruning import settle
+from finetune_trainer.store.versions import summarize_versions
 
 ROWS_READ_BY_LLAMA_CPP = 16  # before the training; the export compares held-out rows as well
 ATTEMPTS = 3  # to read one version of a file that somebody is writing
@@ -79,6 +82,8 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
     check_config(config)
     output = open_folder(config.output.folder, config.storage)
     claim(output, config.output, config.job)
+    if config.rollback_to:
+        return roll_back(output, config.rollback_to, reporter)
     find_data_files(config.dataset, config.dataset_storage)
     check_writable(output)
     inputs = fetch_inputs(config, output, workdir, reporter)
@@ -107,6 +112,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         plan=training_plan,
         model_revision=inputs.model.revision,
         model_commit=inputs.model.commit,
+        examples=contents_of(marker, prepared).short_digest,
     )
     exported = settle(output, config.output, prints) if Stage.EXPORT in complete else None
     return StageResult(
@@ -118,6 +124,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         artifacts=exported.marker.files if exported else (),
         version=exported.name or None if exported else None,
         manifest_uri=output.uri_of(exported.manifest_path) if exported else None,
+        versions=summarize_versions(output),
         metrics=metrics_of(output, complete),
         dataset=prepared.dataset,
     )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INTERVAL_SECONDS = 10.0
 REQUEST_SECONDS = 5.0
+HEARTBEAT_SECONDS = 60  # by which the operator tells a slow training from a trainer that hangs
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 # Set by the operator: the Job of this pod, by which it knows whose notices it reads.
 JOB_VARIABLE = "FINETUNE_JOB"
@@ -43,9 +44,17 @@ class Publisher(Protocol):
 class Reporter:
     """Collects what the stages report, and publishes it from time to time."""
 
-    def __init__(self, publisher: Publisher | None = None, interval: float = INTERVAL_SECONDS):
+    def __init__(
+        self,
+        publisher: Publisher | None = None,
+        interval: float = INTERVAL_SECONDS,
+        heartbeat: float | None = None,
+    ):
+        """With a heartbeat it publishes the time, once in so many seconds, even without news."""
         self._publisher = publisher
         self._interval = interval
+        self._heartbeat = heartbeat
+        self._begun = False
         self._changes = Progress()  # not published yet
         self._notices: tuple[Notice, ...] = ()
         self._dirty = threading.Event()
@@ -66,6 +75,7 @@ class Reporter:
         changes = Progress(
             stage=stage,
             job=os.environ.get(JOB_VARIABLE),
+            heartbeat_seconds=None if self._heartbeat is None else round(self._heartbeat),
             message=message,
             step=None,
             total_steps=None,
@@ -78,6 +88,7 @@ class Reporter:
         if stage is Stage.TRAIN:
             self._notices = ()
             changes = changes.updated(Progress(loss=None, eval_loss=None, notices=()))
+        self._begun = True
         self.update(changes)
 
     def done(self, message: str) -> None:
@@ -187,18 +198,18 @@ class Reporter:
 
     def _send_loop(self) -> None:
         while not self._closing.is_set():
-            self._dirty.wait()
-            self._send()
+            news = self._dirty.wait(self._heartbeat)
+            self._send(renew=self._begun and not news)
             self._closing.wait(self._interval)
         self._send()
         if self._publisher:
             self._publisher.close()
 
-    def _send(self) -> None:
+    def _send(self, *, renew: bool = False) -> None:
         with self._lock:
             self._dirty.clear()
             changes, self._changes = self._changes, Progress()
-        if not changes.model_fields_set or self._publisher is None:
+        if self._publisher is None or not (changes.model_fields_set or renew):
             return
         try:
             self._publisher.publish(
@@ -287,7 +298,7 @@ def reporter_for(job: JobReference | None, account: Path = SERVICE_ACCOUNT) -> R
     port = os.environ.get("KUBERNETES_SERVICE_PORT", "443")
     if job is None or not host or not (account / "token").exists():
         return Reporter()
-    return Reporter(ApiServer(job, host, port, account))
+    return Reporter(ApiServer(job, host, port, account), heartbeat=HEARTBEAT_SECONDS)
 
 
 def _redacted(changes: Progress) -> Progress:
