@@ -53,8 +53,8 @@ from finetune_trainer.export.merge.model_folder import (
     write_merged,
 )
 from finetune_trainer.export.ollama import write_modelfile
-from finetune_trainer.memory.disk import check_disk, export_disk
 from finetune_trainer.memory.machine import free_memory
+from finetune_trainer.memory.predict import check_disk, export_disk
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import use_available_cpus
 from finetune_trainer.model.shape import Shape

@@ -21,8 +21,7 @@ from finetune_trainer.contract import (
     RunConfig,
     Split,
 )
-from finetune_trainer.prepare.dataset_files import DatasetRows
-from finetune_trainer.prepare.split import Mask, repeated, shared
+from finetune_trainer.prepare.dataset_files import DatasetRows, Mask, repeated, shared
 from finetune_trainer.store.marker import DATASET_REPORT
 
 if TYPE_CHECKING:  # it imports transformers, which takes seconds

@@ -30,7 +30,9 @@ _IN_VERSION = re.compile(rf"{VERSIONS}/[0-9a-f]{{12}}(?=/)")  # other folders ar
 log = logging.getLogger(__name__)
 
 
-def settle(output: Folder, settings: Output, present: Fingerprints) -> Version | None:
+def make_current_and_prune(
+    output: Folder, settings: Output, present: Fingerprints
+) -> Version | None:
     """Make the version of the `present` run current, and keep as many as the settings say.
 
     Returns it; None where it isn't there as a whole.

@@ -26,7 +26,7 @@ from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
 
 from finetune_trainer.contract import Storage
-from finetune_trainer.store.folder import (
+from finetune_trainer.store import (
     ChangedFileError,
     FileInfo,
     Folder,
