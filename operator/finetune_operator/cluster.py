@@ -199,6 +199,13 @@ class Cluster:
             path = f"{_path('Event', meta)}/{meta['name']}"
             await self._request("PATCH", path, body=again, content_type=MERGE_PATCH)
 
+    async def failed_create(self, namespace: str, uid: str) -> str | None:
+        """Why the controller of this object couldn't create a pod when it last tried."""
+        query = {"fieldSelector": f"involvedObject.uid={uid},reason=FailedCreate"}
+        found = await self._request("GET", _collection("Event", namespace), query=query)
+        events = sorted(found["items"] or (), key=lambda each: each.get("lastTimestamp") or "")
+        return str(events[-1]["message"]) if events else None
+
     async def node_labels(self, label: str) -> tuple[Mapping[str, str], ...]:
         """Labels of the nodes that have this one, up to a minute old; raises ForbiddenError."""
         when, known = self._nodes.get(label, (0.0, ()))
@@ -222,7 +229,7 @@ class Cluster:
         """Whether there is a FineTuneJob; raises where the API server doesn't serve the Kind."""
         for namespace in namespaces or ("",):
             page = await self._request("GET", _collection(KIND, namespace), query={"limit": "1"})
-            if page["items"]:
+            if page.get("items"):
                 return True
         return False
 
@@ -232,7 +239,7 @@ class Cluster:
             page = await self._request(
                 "GET", _collection(kind, namespace), query=query, accept=METADATA_ONLY
             )
-            for item in page["items"]:
+            for item in page["items"] or ():  # null where there is none
                 yield item
             query["continue"] = page["metadata"].get("continue") or ""
             if not query["continue"]:

@@ -69,6 +69,12 @@ class ObservedJob:
 
     image: str
     created: datetime
+    taken_up: datetime | None = None
+    """When the Job controller first looked at it, or began again after it was suspended."""
+
+    refusal: str | None = None
+    """Why its controller can't create a pod, in the API server's words."""
+
     finished: Finish | None = None
     finished_at: datetime | None = None
     failed_by_exit_code: bool = False
@@ -89,9 +95,16 @@ class ObservedJob:
     """Those that `pod` took the place of, oldest first."""
 
     @property
-    def earlier_pod_at_work(self) -> bool:
-        """Whether an earlier pod of it still runs."""
-        return any(pod.at_work for pod in self.earlier_pods)
+    def lacks_pod(self) -> bool:
+        """Whether its controller has it in hand, but there is no pod."""
+        waits = self.pod is None and self.finished is None and not self.suspended
+        return waits and self.taken_up is not None and not self.deleting
+
+    @property
+    def pods_at_work(self) -> tuple[ObservedPod, ...]:
+        """Its pods that still run."""
+        latest = (self.pod,) if self.pod is not None else ()
+        return tuple(pod for pod in (*self.earlier_pods, *latest) if pod.at_work)
 
     @property
     def active(self) -> bool:
@@ -115,9 +128,7 @@ class ObservedJob:
     def may_have_pod_at_work(self) -> bool:
         """Whether one of its pods may be running: in a failed Job, the pod may still write a
         checkpoint during its grace period."""
-        return (
-            self.active or self.earlier_pod_at_work or (self.pod is not None and self.pod.at_work)
-        )
+        return self.active or bool(self.pods_at_work)
 
 
 @dataclass(frozen=True)
@@ -223,14 +234,14 @@ def pods_without_job(
     return tuple(pod for pod in pods if controller_uid(pod, "Job") not in known)
 
 
-def stages_at_work(pods: Iterable[JsonObject]) -> frozenset[Stage]:
-    """The stages that one of these pods runs, or may yet begin to run."""
-    known = [(pod["metadata"].get("labels") or {}, pod) for pod in pods]
-    return frozenset(
-        Stage(bears[STAGE_LABEL])
-        for bears, pod in known
-        if bears.get(STAGE_LABEL) in set(Stage) and observe_pod(pod).may_work
-    )
+def stages_at_work(pods: Iterable[JsonObject]) -> dict[Stage, ObservedPod]:
+    """The stages that one of these pods runs, or may yet begin to run, each with its oldest one."""
+    found: dict[Stage, ObservedPod] = {}
+    for raw in sorted(pods, key=created_at):
+        stage, pod = (raw["metadata"].get("labels") or {}).get(STAGE_LABEL), observe_pod(raw)
+        if stage in set(Stage) and pod.may_work:
+            found.setdefault(Stage(stage), pod)
+    return found
 
 
 def is_controlled_by(raw: Mapping[str, Any], owner: ObservedFineTuneJob) -> bool:
@@ -316,6 +327,7 @@ def _job(raw: JsonObject, pods: list[JsonObject]) -> ObservedJob:
         pod_settings=meta["annotations"].get(POD_SETTINGS_ANNOTATION, ""),
         image=trainer_image(raw["spec"]["template"]["spec"]),
         created=created_at(raw),
+        taken_up=moment(status.get("startTime")),
         finished=Finish(ended["type"]) if ended else None,
         finished_at=moment(ended.get("lastTransitionTime")) if ended else None,
         failed_by_exit_code=ended is not None and ended.get("reason") == "PodFailurePolicy",

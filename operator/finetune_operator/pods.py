@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from finetune_operator.api import TRAINER_CONTAINER, JsonObject
@@ -71,22 +72,32 @@ class ObservedPod:
     delete_by: datetime | None = None
     """When a pod that is being deleted should be gone, its grace period included."""
 
+    forced: bool = False
+    """Whether somebody deleted it by force, and so vouches that it doesn't run any more. The Job's
+    finalizer keeps its object."""
+
     node: str | None = None
+    created: datetime | None = None
+    started_at: datetime | None = None
+    """When the trainer began to run, by the node's clock."""
+
+    resources: Mapping[str, int | str] = field(default_factory=dict)
+    """What the trainer's container requests, or else may use at most."""
 
     @property
     def has_ended(self) -> bool:
         """Whether its trainer has ended, or never ran and never will."""
-        return self.exit_code is not None or self.phase in ENDED
+        return self.exit_code is not None or self.phase in ENDED or self.forced
 
     @property
     def at_work(self) -> bool:
         """Whether its trainer still runs, maybe in the grace period of a deleted pod."""
-        return self.started and self.exit_code is None and self.phase not in ENDED
+        return self.started and not self.has_ended
 
     @property
     def may_work(self) -> bool:
         """Whether its trainer runs or may yet be started; a deleted pod is not started any more."""
-        begins = not self.started and not self.deleting and self.phase not in ENDED
+        begins = not self.started and not self.deleting and not self.has_ended
         return self.at_work or begins
 
 
@@ -113,7 +124,11 @@ def observe_pod(raw: JsonObject) -> ObservedPod:
         unschedulable=_unschedulable(status),
         deleting="deletionTimestamp" in meta,
         delete_by=moment(meta.get("deletionTimestamp")),
+        forced=_forced(raw),
         node=raw["spec"].get("nodeName"),
+        created=moment(meta.get("creationTimestamp")),
+        started_at=moment((state.get("running") or ended).get("startedAt")),
+        resources=_resources(raw["spec"]),
     )
 
 
@@ -153,6 +168,17 @@ def _disruption(status: JsonObject) -> str | None:
     return None
 
 
+def _forced(raw: JsonObject) -> bool:
+    """Whether a pod was deleted without a grace period, though its node hasn't said that it ended.
+
+    One that no node has is always deleted like that.
+    """
+    meta = raw["metadata"]
+    bound, ended = raw["spec"].get("nodeName"), (raw.get("status") or {}).get("phase") in ENDED
+    at_once = "deletionTimestamp" in meta and meta.get("deletionGracePeriodSeconds") == 0
+    return bool(bound) and at_once and not ended
+
+
 def _unschedulable(status: JsonObject) -> str | None:
     for condition in status.get("conditions") or []:
         if condition["type"] == "PodScheduled" and condition.get("reason") in UNSCHEDULED:
@@ -167,10 +193,17 @@ def true_conditions(status: JsonObject) -> list[JsonObject]:
 
 def trainer_image(pod_spec: JsonObject) -> str:
     """The image of the trainer's container."""
-    for container in pod_spec["containers"]:
-        if container["name"] == TRAINER_CONTAINER:
-            return str(container["image"])
-    return ""
+    return str(_trainer(pod_spec).get("image", ""))
+
+
+def _trainer(pod_spec: JsonObject) -> JsonObject:
+    found = (each for each in pod_spec["containers"] if each["name"] == TRAINER_CONTAINER)
+    return next(found, {})
+
+
+def _resources(pod_spec: JsonObject) -> Mapping[str, int | str]:
+    given = _trainer(pod_spec).get("resources") or {}
+    return {**(given.get("limits") or {}), **(given.get("requests") or {})}
 
 
 def created_at(raw: JsonObject) -> datetime:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
@@ -39,8 +39,10 @@ from finetune_operator.observe import (
     stages_at_work,
 )
 from finetune_operator.plan import Event, Plan, Policy, StartStage, StopJob, plan, refuse
+from finetune_operator.pods import ObservedPod, observe_pod
 from finetune_operator.settings import Settings
 from finetune_operator.status import occasion, older_phase, status_patch
+from finetune_operator.usage import with_usage
 from finetune_trainer.contract import Reason, Stage
 
 logger = logging.getLogger(__name__)
@@ -126,10 +128,14 @@ class Reconciler:
         own_writes = self._own_writes_of(key, finetunejob)
         if own_writes.outdated == finetunejob.resource_version:
             return "stale", own_writes.pause()  # the watch doesn't show our last write yet
-        jobs = observe_jobs(finetunejob, _jobs(snapshot, own_writes), snapshot.pods)
-        others = (*snapshot.earlier_pods, *pods_without_job(jobs, snapshot.pods))
+        observed = observe_jobs(finetunejob, _jobs(snapshot, own_writes), snapshot.pods)
+        jobs = tuple([await self._explained(finetunejob, job) for job in observed])
+        loose = pods_without_job(jobs, snapshot.pods)
+        others = (*snapshot.earlier_pods, *loose)
         self._metrics.in_phase(key, finetunejob.status.phase)
-        decide = partial(self._plan, finetunejob, jobs, stages_at_work(others))
+        decide = partial(
+            self._plan, finetunejob, jobs, stages_at_work(others), tuple(map(observe_pod, loose))
+        )
         try:
             result = await self._carry_out(key, finetunejob, decide, own_writes)
         except ConflictError:
@@ -144,7 +150,8 @@ class Reconciler:
         self,
         finetunejob: ObservedFineTuneJob,
         jobs: tuple[ObservedJob, ...],
-        stages_with_old_pods: frozenset[Stage],
+        old_pods: Mapping[Stage, ObservedPod],
+        loose_pods: tuple[ObservedPod, ...],
         denial: str | None = None,
     ) -> Plan:
         spec = finetunejob.spec
@@ -153,15 +160,19 @@ class Reconciler:
             if spec is not None
             else {}
         )
-        return plan(
+        now = datetime.now(UTC)
+        made = plan(
             finetunejob,
             jobs,
             digests,
             self._policy,
-            datetime.now(UTC),
-            stages_with_old_pods=stages_with_old_pods,
+            now,
+            old_pods=old_pods,
             denial=denial,
         )
+        if finetunejob.deleting:
+            return made
+        return replace(made, status=with_usage(made.status, jobs, loose_pods, now))
 
     async def _carry_out(
         self,
@@ -199,6 +210,17 @@ class Reconciler:
             raise denied
         result = "changed" if changed or decided.actions else "unchanged"
         return result, decided.requeue_after
+
+    async def _explained(self, finetunejob: ObservedFineTuneJob, job: ObservedJob) -> ObservedJob:
+        """The Job with what its controller says of a pod that it can't create."""
+        waiting = datetime.now(UTC) - (job.taken_up or datetime.now(UTC))
+        if not job.lacks_pod or waiting < self._policy.pod_grace:
+            return job
+        try:
+            words = await self._cluster.failed_create(finetunejob.namespace, job.uid)
+        except ForbiddenError:
+            return job  # this version's rights are not there yet
+        return replace(job, refusal=words)
 
     async def _rehearse(self, finetunejob: ObservedFineTuneJob, decided: Plan) -> JsonObject | None:
         """Create what the Job of a stage to start needs; return the Job, which the API server

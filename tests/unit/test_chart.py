@@ -82,7 +82,7 @@ def test_the_operator_may_do_exactly_this() -> None:
         ("", "serviceaccounts"): ["create", "get"],
         ("rbac.authorization.k8s.io", "roles"): ["create", "get"],
         ("rbac.authorization.k8s.io", "rolebindings"): ["create", "get"],
-        ("", "events"): ["create", "patch"],
+        ("", "events"): ["create", "list", "patch"],
     }
 
 

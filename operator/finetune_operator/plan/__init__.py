@@ -24,6 +24,7 @@ from finetune_operator.plan.draft import (
     was_refused,
 )
 from finetune_operator.plan.follow import follow_stage, mark_running
+from finetune_operator.pods import ObservedPod
 from finetune_operator.status import (
     PendingReason,
     conditions,
@@ -46,14 +47,14 @@ def plan(
     policy: Policy,
     now: datetime,
     *,
-    stages_with_old_pods: frozenset[Stage] = frozenset(),
+    old_pods: Mapping[Stage, ObservedPod] | None = None,
     denial: str | None = None,
 ) -> Plan:
     """Decide what to do next to get the artifacts that the spec asks for.
 
     `jobs` are the attempts so far. `pod_settings` maps each stage to the digest of the settings
-    that its pods would get now. Of `stages_with_old_pods`, a pod still runs whose Job is gone, or
-    one of an earlier FineTuneJob of the same name. `denial` is what the API server said when a
+    that its pods would get now. `old_pods` still run although their Job is gone, or are those of an
+    earlier FineTuneJob of the same name. `denial` is what the API server said when a
     stage was about to be started.
     """
     if finetunejob.deleting:
@@ -76,7 +77,7 @@ def plan(
         pod_settings=pod_settings,
         policy=policy,
         now=now,
-        stages_with_old_pods=stages_with_old_pods,
+        old_pods=old_pods or {},
         denial=denial,
         look=look,
     )
@@ -141,12 +142,9 @@ def _start(draft: Draft, stage: Stage) -> None:
     if wait > timedelta():
         draft.requeue_after(wait.total_seconds())
         return
-    mine = any(job.stage is stage and job.may_have_pod_at_work for job in draft.jobs)
-    if mine or stage in draft.stages_with_old_pods:
+    if lifecycle.has_pod_at_work(draft, stage):
         # Two pods at a time would write the same files, e.g. checkpoints.
-        draft.pending_reasons[stage] = PendingReason(
-            "Stopping", f"{stage} starts when its earlier pod has stopped."
-        )
+        lifecycle.wait_for_earlier_pods(draft, stage)
         return
     if versions.awaits_export(draft, stage):
         draft.pending_reasons[stage] = PendingReason(
@@ -168,8 +166,7 @@ def _start(draft: Draft, stage: Stage) -> None:
 def _wait_for_admission(draft: Draft, stage: Stage, words: str) -> None:
     message = f"The API server denies the Job of {stage}; it is tried again. It says: {words}"
     draft.pending_reasons[stage] = PendingReason(Reason.REQUEST_DENIED, message, degraded=True)
-    if shorten(message) not in {each.message for each in draft.finetunejob.status.conditions}:
-        draft.add_warning(Reason.REQUEST_DENIED, message)
+    draft.warn_once(Reason.REQUEST_DENIED, message)
 
 
 def _retry_delay(status: StageStatus, policy: Policy, now: datetime) -> timedelta:

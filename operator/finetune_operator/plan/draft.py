@@ -21,6 +21,7 @@ from finetune_operator.api.observed import (
 )
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan.why import why_prepare
+from finetune_operator.pods import ObservedPod
 from finetune_operator.status import PendingReason, Summary, conditions, shorten
 from finetune_trainer.contract import DatasetSummary, Notice, Reason, Resolved, Stage
 
@@ -86,7 +87,11 @@ class Policy:
     `clock_skew` is in it."""
 
     pod_grace: timedelta = timedelta(seconds=30)
-    """A Job without a pod is reported after this time."""
+    """A Job without a pod is reported this long after its controller has taken it up."""
+
+    queue_grace: timedelta = timedelta(minutes=15)
+    """The Job controller may take this long to take a Job up. It makes 20 requests a second by
+    default, and so needs minutes for a burst of Jobs."""
 
     clock_skew: timedelta = timedelta(seconds=60)
     """By how much the clocks of nodes, control plane and operator may differ."""
@@ -162,7 +167,7 @@ class Draft:
         pod_settings: Mapping[Stage, str],
         policy: Policy,
         now: datetime,
-        stages_with_old_pods: frozenset[Stage],
+        old_pods: Mapping[Stage, ObservedPod],
         denial: str | None,
         look: LookCause | None = None,
     ) -> None:
@@ -172,7 +177,7 @@ class Draft:
         self.pod_settings = pod_settings
         self.policy = policy
         self.now = now
-        self.stages_with_old_pods = stages_with_old_pods
+        self.old_pods = old_pods
         self.denial = denial
         self.planned = _planned(finetunejob, spec)
         edited = self.planned != finetunejob.status.planned and not _is_seen(finetunejob)
@@ -231,6 +236,11 @@ class Draft:
         event = Event("Warning", str(reason), shorten(message))
         if event not in self._events:
             self._events.append(event)
+
+    def warn_once(self, reason: str, message: str) -> None:
+        """Post a warning, unless a condition already says the same."""
+        if shorten(message) not in {each.message for each in self.finetunejob.status.conditions}:
+            self.add_warning(reason, message)
 
     def add_notice(self, notice: Notice, scope: str) -> None:
         kind: Literal["Normal", "Warning"] = "Warning" if notice.warning else "Normal"

@@ -9,7 +9,14 @@ from finetune_operator.api.observed import StageState
 from finetune_operator.observe import ObservedJob
 from finetune_operator.plan import lifecycle, results, versions
 from finetune_operator.plan.draft import Draft
-from finetune_operator.plan.verdict import Done, Failure, Pending, Verdict, judge, lost_pods
+from finetune_operator.plan.verdict import (
+    Done,
+    Failure,
+    Pending,
+    Verdict,
+    judge,
+    lost_pods,
+)
 from finetune_operator.status import shorten, timestamp
 from finetune_trainer.contract import Reason, Stage
 

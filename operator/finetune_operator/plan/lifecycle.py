@@ -1,4 +1,4 @@
-"""What ends a stage from outside: spec.suspend, its deadline, a trainer that is silent. Pure."""
+"""What holds or ends a stage from outside: an earlier pod, spec.suspend, its deadline. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from finetune_operator.api.observed import Phase, StageState
 from finetune_operator.observe import ObservedJob
 from finetune_operator.plan import results
 from finetune_operator.plan.draft import Draft, Plan
-from finetune_operator.plan.verdict import Done, Failure, Pending, Verdict
+from finetune_operator.plan.verdict import Done, Failure, Pending, Verdict, lost_node, until_lost
+from finetune_operator.pods import ObservedPod
 from finetune_operator.status import (
     ALL_WELL,
     AS_EXPECTED,
@@ -28,13 +29,39 @@ SUSPENDING, RESUMED = "Suspending", "Resumed"
 HEARTBEATS = 3  # that a trainer may miss without being taken for dead
 
 
+def has_pod_at_work(draft: Draft, stage: Stage) -> bool:
+    """Whether an earlier pod of a stage runs, or may yet begin to."""
+    mine = any(job.stage is stage and job.may_have_pod_at_work for job in draft.jobs)
+    return mine or stage in draft.old_pods
+
+
+def wait_for_earlier_pods(draft: Draft, stage: Stage) -> None:
+    """Say what the stage waits for: a pod that stops, or a node that nobody reaches."""
+    words = f"{stage} starts when its earlier pod has stopped."
+    draft.pending_reasons[stage] = PendingReason("Stopping", words)
+    for pod in _earlier_pods(draft, stage):
+        if lost := lost_node(stage, pod, draft.policy, draft.now):
+            reason = PendingReason(lost.reason, lost.message, degraded=True)
+            draft.pending_reasons[stage] = reason
+            draft.warn_once(lost.reason, lost.message)
+            return
+        draft.requeue_after(until_lost(pod, draft.policy, draft.now))
+
+
+def _earlier_pods(draft: Draft, stage: Stage) -> list[ObservedPod]:
+    jobs = [job for job in draft.jobs if job.stage is stage]
+    own = [pod for job in jobs for pod in job.pods_at_work]
+    return own + ([draft.old_pods[stage]] if stage in draft.old_pods else [])
+
+
 def suspend(draft: Draft) -> Plan:
     """Start nothing and stop what runs. What has ended meanwhile is in the draft already."""
     draft.stop_obsolete_jobs()
     left = [each for each in draft.stages.values() if each.state is not StageState.SUCCEEDED]
     stage = left[0].name if left else Stage.EXPORT
     at_work = [job.stage for job in draft.jobs if job.may_have_pod_at_work]
-    if stopping := [*at_work, *sorted(draft.stages_with_old_pods)]:
+    if stopping := [*at_work, *sorted(draft.old_pods)]:
+        wait_for_earlier_pods(draft, stopping[0])
         note = draft.pending_reasons.get(stopping[0])
         if note is None or note.reason != Reason.NODE_LOST:
             words, phase = _stopping_words(stopping[0]), PHASES[stopping[0]]

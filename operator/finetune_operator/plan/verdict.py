@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from finetune_operator.api.observed import Phase, StageStatus
@@ -13,7 +13,8 @@ from finetune_operator.pods import ObservedPod, Waiting
 from finetune_operator.status import PendingReason
 from finetune_trainer.contract import ExitCode, Reason, Stage, StageResult
 
-KILLED = {137, 143}  # 128 + SIGKILL, 128 + SIGTERM
+# How a trainer ends whose pod is deleted: the last two are 128 + SIGKILL and 128 + SIGTERM.
+TOLD_TO_STOP = {int(ExitCode.STOPPED), 137, 143}
 
 # The reason behind an exit code, if the container left no StageResult.
 REASONS = {
@@ -87,7 +88,7 @@ def judge(job: ObservedJob, stage: StageStatus, policy: Policy, now: datetime) -
         return leaving
     if pod is None:
         return _without_pod(job, stage, policy, now)
-    if pod.exit_code is not None or pod.phase == "Failed":
+    if pod.exit_code is not None or pod.phase == "Failed" or pod.forced:
         return _ended(job, pod, policy, now)
     if job.finished is not None:
         return _without_pod_report(job, policy, now)
@@ -103,9 +104,8 @@ def _leaving(job: ObservedJob, policy: Policy, now: datetime) -> Pending | None:
         return Pending()  # until it is gone
     if pod is None or pod.has_ended or pod.delete_by is None or job.finished is not None:
         return None
-    left = pod.delete_by + policy.clock_skew - now
     words = f"The pod {pod.name} of {job.stage} is being deleted."
-    return Pending(PendingReason("Stopping", words), requeue_after=left.total_seconds() + 1)
+    return Pending(PendingReason("Stopping", words), until_lost(pod, policy, now))
 
 
 def _succeeded(stage: Stage, pod: ObservedPod, now: datetime) -> Verdict:
@@ -122,6 +122,8 @@ def _ended(job: ObservedJob, pod: ObservedPod, policy: Policy, now: datetime) ->
     failure = _failure(job.stage, pod, pod.finished_at or now)
     if not failure.free or job.finished is not None:
         return failure
+    if pod.forced:
+        return failure  # the Job waits for ever for a node to say how it ended
     # The Job creates another pod within the same attempt after a disruption that its
     # podFailurePolicy ignores. After a deletion it fails, but only when the pod is gone. So wait
     # for the Job, unless a sidecar keeps the pod, and so the Job, from ending at all.
@@ -131,7 +133,7 @@ def _ended(job: ObservedJob, pod: ObservedPod, policy: Policy, now: datetime) ->
             return failure
         delay = min(left, policy.sidecar_grace).total_seconds()
         return Pending(disruption=failure, requeue_after=delay)
-    return Pending(disruption=failure)
+    return Pending(_suspended(job) if job.suspended else None, disruption=failure)
 
 
 def _failure(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
@@ -146,6 +148,8 @@ def _failure(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
         # True whether or not the pod was disrupted as well.
         return Failure(result.reason, result.message, at, result=result)
     outside = _from_outside(stage, pod, at)
+    if outside is not None and result is not None:
+        return replace(outside, message=f"{outside.message} {result.message}")
     if outside is not None:
         return outside
     if result is not None:
@@ -161,7 +165,9 @@ def _from_outside(stage: Stage, pod: ObservedPod, at: datetime) -> Failure | Non
         return _disrupted(stage, pod.disruption, at)
     if pod.oom_killed:
         return Failure(Reason.OOM_KILLED, _oom_killed(stage), at)
-    if pod.deleting and (pod.exit_code is None or pod.exit_code in KILLED):
+    if pod.forced:
+        return _disrupted(stage, f"the pod {pod.name} was deleted by force", at)
+    if pod.deleting and (pod.exit_code is None or pod.exit_code in TOLD_TO_STOP):
         return _disrupted(stage, "the pod was deleted", at)
     return None
 
@@ -216,11 +222,45 @@ def _without_pod(job: ObservedJob, stage: StageStatus, policy: Policy, now: date
         return _without_pod_report(job, policy, now)
     if job.suspended:
         return Pending(_suspended(job))
-    left = policy.pod_grace - (now - job.created)
+    if job.taken_up is None:
+        return _not_taken_up(job, policy, now)
+    return _pod_not_created(job, job.taken_up, stage, policy, now)
+
+
+def _not_taken_up(job: ObservedJob, policy: Policy, now: datetime) -> Pending:
+    """The Job controller works through its queue, or doesn't work at all."""
+    waited = now - job.created
+    for grace in (policy.pod_grace, policy.queue_grace):
+        if waited < grace:
+            delay = (grace - waited).total_seconds()
+            quiet = grace is policy.pod_grace
+            words = f"The Job {job.name} is in the queue of the Job controller."
+            return Pending(
+                None if quiet else PendingReason("Queued", words, phase=Phase.QUEUED), delay
+            )
+    minutes = policy.queue_grace.total_seconds() / 60
+    words = (
+        f"The Job controller has not taken up the Job {job.name} within {minutes:.0f} minutes. See "
+        f"whether kube-controller-manager is at work."
+    )
+    return Pending(PendingReason("PodNotCreated", words, degraded=True))
+
+
+def _pod_not_created(
+    job: ObservedJob, since: datetime, stage: StageStatus, policy: Policy, now: datetime
+) -> Pending:
+    left = policy.pod_grace - (now - since)
     if left > timedelta():
         return Pending(requeue_after=left.total_seconds())
-    message = f"The Job {job.name} has no pod yet. `kubectl describe job {job.name}` may say why."
-    return Pending(PendingReason("PodNotCreated", message, degraded=True))
+    again = policy.pod_grace.total_seconds()  # its words may be others by then
+    if job.refusal is not None:
+        words = f"No pod can be created for the Job {job.name}: {job.refusal}"
+        return Pending(PendingReason("PodNotCreated", words, degraded=True), again)
+    if stage.lost_pod is not None:
+        words = f"The Job {job.name} makes another pod of {job.stage}."
+        return Pending(PendingReason("Queued", words, phase=Phase.QUEUED), again)
+    words = f"The Job {job.name} has no pod yet. `kubectl describe job {job.name}` may say why."
+    return Pending(PendingReason("PodNotCreated", words, degraded=True), again)
 
 
 def _without_pod_report(job: ObservedJob, policy: Policy, now: datetime) -> Verdict:
@@ -253,6 +293,13 @@ def lost_pods(job: ObservedJob, policy: Policy, now: datetime) -> list[tuple[str
         if failure is not None and failure.free:
             found.append((pod.name, failure))
     return found
+
+
+def until_lost(pod: ObservedPod, policy: Policy, now: datetime) -> float | None:
+    """Seconds until a pod that is being deleted should have stopped, all clocks allowed for."""
+    if pod.has_ended or pod.delete_by is None:
+        return None
+    return max((pod.delete_by + policy.clock_skew - now).total_seconds(), 0) + 1
 
 
 def lost_node(stage: Stage, pod: ObservedPod, policy: Policy, now: datetime) -> Failure | None:

@@ -96,4 +96,4 @@ def awaits_export(draft: Draft, stage: Stage) -> bool:
     if draft.spec.rollback_to is None or stage is not Stage.PREPARE:
         return False
     jobs = [job for job in draft.jobs if job.stage is Stage.EXPORT and job.may_have_pod_at_work]
-    return bool(jobs) or Stage.EXPORT in draft.stages_with_old_pods
+    return bool(jobs) or Stage.EXPORT in draft.old_pods

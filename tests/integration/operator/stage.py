@@ -88,6 +88,12 @@ class Namespace:
         answer = self._http.delete(self._path("finetunejobs", "support"))
         assert answer.is_success, answer.text
 
+    def create(self, api: str, resource: str, body: Raw, times: int = 1) -> None:
+        """Create an object so many times; it has a `generateName` then."""
+        for _ in range(times):
+            answer = self._http.post(f"{api}/namespaces/{self.name}/{resource}", json=body)
+            assert answer.is_success, answer.text
+
     # What is there
 
     def status(self) -> Raw:

@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from finetune_operator.api.crd import custom_resource_definition
 from hack.cluster.control_plane import ControlPlane
+from hack.process import CommandFailed
 from tests.integration.operator.stage import Namespace
 
 SECRET = {"secretKeyRef": {"name": "wandb", "key": "key"}}
+COST_FACTOR = 4  # so much more could all rules cost, before a server refuses the definition
+
+# For each rule, by its message, a value that it refuses.
+REFUSED: dict[str, Any] = {
+    "must be org/name on the Hugging Face Hub, s3://bucket/folder, or the absolute path of a "
+    "mounted folder": "llama",
+    "must have exactly one of configMapRef and secretRef": {},
+    "must start with http:// or https://": "minio:9000",
+    "must have no user or password in it: keys belong in the Secret of secretRef": "https://a:b@c",
+    "must have kmsKeyId only with algorithm aws:kms": {"algorithm": "AES256", "kmsKeyId": "key"},
+    "must be an s3://bucket/key URI, hf://datasets/org/name or the absolute path of a mounted "
+    "file": "gs://data/faq.csv",
+    "must have three different characters for delimiter, quote and escape": {"delimiter": '"'},
+    "must be a whole number from 0, or a percentage such as 10%": "101%",
+    "must be a whole number from 1 to 1000, or auto": 1001,
+    "must be an s3://bucket/key URI or the absolute path of a mounted folder": "out",
+    "must be org/name of a repository on the Hugging Face Hub": "tuned",
+    "must be namespace/name of the FineTuneJob that the folder belongs to": "support",
+    "must have exactly one of value and valueFrom": {"name": "WANDB_API_KEY"},
+}
+
+
+def rules(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """Path and message of each rule of a schema; [] stands for the items of a list."""
+    for rule in node.get("x-kubernetes-validations", ()):
+        yield path, rule["message"]
+    for name, inner in node.get("properties", {}).items():
+        yield from rules(inner, f"{path}.{name}" if path else name)
+    if "items" in node:
+        yield from rules(node["items"], f"{path}[]")
+    values = node.get("additionalProperties")
+    if isinstance(values, dict):
+        yield from rules(values, f"{path}{{}}")
+
+
+def schema(definition: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    return found
+
+
+RULES = sorted(rules(schema(custom_resource_definition())))
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +68,7 @@ def default(supported: ControlPlane) -> Iterator[Namespace]:
 def spec_with(path: str, value: object) -> dict[str, Any]:
     """The parts of a spec that this file changes, with a value for one field."""
     spec: dict[str, Any] = {
+        "model": {"source": "org/base"},
         "dataset": {"source": "s3://data/faq.csv"},
         "output": {"uri": "s3://models/support"},
     }
@@ -33,8 +78,88 @@ def spec_with(path: str, value: object) -> dict[str, Any]:
         inner = inner.setdefault(part, {})
         if part == "hub":
             inner["tokenSecretRef"] = {"name": "hub"}
-    inner[name] = value
+    inner[name.removesuffix("[]")] = [value] if name.endswith("[]") else value
     return spec
+
+
+def test_the_server_has_all_rules(default: Namespace) -> None:
+    name = "crd/finetunejobs.finetune.dev"
+    installed = json.loads(default.plane.kubectl("get", name, "-o", "json"))
+    assert sorted(rules(schema(installed))) == RULES
+
+
+@pytest.mark.parametrize(("path", "message"), RULES)
+def test_each_rule_refuses_in_its_own_words(default: Namespace, path: str, message: str) -> None:
+    said = default.refusal(**spec_with(path.removeprefix("spec."), REFUSED[message]))
+    assert f"{path.replace('[]', '[0]')}: Invalid value: " in said
+    assert message in said
+
+
+def test_no_rule_is_near_the_servers_limit_of_cost(default: Namespace) -> None:
+    """The server estimates each rule by the longest value and the longest list that it may meet."""
+    assert priced(default.plane, COST_FACTOR) == ""
+    assert "exceeds budget" in priced(default.plane, 1000)  # what a rule too many looks like
+
+
+def priced(plane: ControlPlane, factor: int) -> str:
+    """What the server says to a definition whose rules may be met so many times as often."""
+    definition = custom_resource_definition()
+    fields = schema(definition)["properties"]
+    inner = {name: field for name, field in fields["spec"].items() if name != "default"}
+    fields["spec"] = {
+        "type": "object",
+        "properties": {"each": {"type": "array", "maxItems": factor, "items": inner}},
+    }
+    definition["metadata"]["name"] = "pricedjobs.finetune.dev"
+    names = {"kind": "PricedJob", "listKind": "PricedJobList"}
+    definition["spec"]["names"] = {"plural": "pricedjobs", "singular": "pricedjob", **names}
+    try:
+        plane.kubectl("create", "--dry-run=server", "-f", "-", input=json.dumps(definition))
+    except CommandFailed as error:
+        return str(error)
+    return ""
+
+
+def test_the_largest_spec_stays_below_what_rules_may_cost_at_run_time(default: Namespace) -> None:
+    variables = [{"name": f"V{n}", "value": "x" * 200} for n in range(128)]
+    stages = {stage: {"env": variables} for stage in ("prepare", "train", "export")}
+    long = "a" * 500
+    store = {"endpoint": f"https://{long}"}
+    assert (
+        default.refusal(
+            model={"source": f"s3://{long}", "storage": store},
+            dataset={"source": f"s3://{long}", "evalSource": f"s3://{long}", "storage": store},
+            output={"uri": f"s3://{long}"},
+            storage=store,
+            stages=stages,
+        )
+        == ""
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "refusal"),
+    [
+        ("dataset.maxInvalidRows", True, "must be of type integer,string"),
+        ("training.epochs", 1.5, "must be of type integer,string"),
+        ("stages.train.resources.limits", {"cpu": False}, "must be of type integer,string"),
+        ("training.lora.targetModules", ["q_proj", "q_proj"], "Duplicate value"),
+        ("training.reportTo", ["wandb", "wandb"], "Duplicate value"),
+        ("export.gguf", ["F16", "F16"], "Duplicate value"),
+        (
+            "export.qualityLimits",
+            [{"quantization": "Q8_0", "maxKLDivergence": n} for n in (1, 2)],
+            "Duplicate value",
+        ),
+        ("export.qualityLimits", [{"maxKLDivergence": 1}], "quantization: Required value"),
+    ],
+)
+def test_types_sets_and_keys_of_lists_are_checked(
+    default: Namespace, path: str, value: object, refusal: str
+) -> None:
+    said = default.refusal(**spec_with(path, value))
+    assert f"spec.{path}" in said
+    assert refusal in said
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from finetune_operator.observe import (
     pods_without_job,
     stages_at_work,
 )
+from finetune_operator.pods import observe_pod
 from finetune_trainer.contract import Notice, NoticeCode, Stage
 from tests.unit.operator.build import SPEC, finetunejob
 from tests.unit.operator.raw import (
@@ -28,6 +29,7 @@ from tests.unit.operator.raw import (
     container,
     moment,
     observed,
+    observed_pod,
     raw_job,
     raw_pod,
     terminated,
@@ -75,7 +77,7 @@ def test_the_newest_pod_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("early", "earlier_pod_at_work"),
+    ("early", "at_work"),
     [
         pytest.param(RUNS, True, id="runs"),
         pytest.param({"phase": "Failed", **terminated(14)}, False, id="has ended"),
@@ -83,12 +85,11 @@ def test_the_newest_pod_counts() -> None:
         pytest.param({"phase": "Pending", **container(waiting={})}, False, id="never ran"),
     ],
 )
-def test_an_earlier_pod_lingers_while_it_runs(
-    early: dict[str, Any], earlier_pod_at_work: bool
-) -> None:
+def test_an_earlier_pod_lingers_while_it_runs(early: dict[str, Any], at_work: bool) -> None:
     job = observed(raw_pod("late", "12:05:00"), raw_pod("early", "12:01:00", **early))
     assert job.pod is not None
-    assert (job.pod.name, job.earlier_pod_at_work) == ("late", earlier_pod_at_work)
+    assert job.pod.name == "late"
+    assert [pod.name for pod in job.pods_at_work] == (["early"] if at_work else [])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_stages_of_pods_that_still_run() -> None:
     pods = [raw_pod("one", **RUNS), raw_pod("two", phase="Failed", **terminated(14)), raw_pod()]
     for pod, stage in zip(pods, ("train", "export", "other"), strict=True):
         pod["metadata"]["labels"] = {"finetune.dev/stage": stage}
-    assert stages_at_work(pods) == {Stage.TRAIN}
+    assert {stage: pod.name for stage, pod in stages_at_work(pods).items()} == {Stage.TRAIN: "one"}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,45 @@ def test_a_pod_that_has_not_started_may_yet(deleting: bool, may_work: bool) -> N
     pod["metadata"]["labels"] = {"finetune.dev/stage": "train"}
     if deleting:
         pod["metadata"]["deletionTimestamp"] = "2026-11-24T12:02:00Z"
-    assert (stages_at_work([pod]) == {Stage.TRAIN}) is may_work
+    assert (Stage.TRAIN in stages_at_work([pod])) is may_work
+
+
+@pytest.mark.parametrize(
+    ("seconds", "node", "phase", "forced"),
+    [
+        pytest.param(0, "node-1", "Running", True, id="its node never says that it has stopped"),
+        pytest.param(120, "node-1", "Running", False, id="it has its grace period"),
+        pytest.param(0, None, "Pending", False, id="no node has it"),
+        pytest.param(0, "node-1", "Failed", False, id="the node says so, and removes it"),
+    ],
+)
+def test_a_pod_that_somebody_deleted_by_force(
+    seconds: int, node: str | None, phase: str, forced: bool
+) -> None:
+    raw = raw_pod(**{**RUNS, "phase": phase})
+    raw["metadata"]["deletionTimestamp"] = "2026-11-24T12:02:00Z"
+    raw["metadata"]["deletionGracePeriodSeconds"] = seconds
+    raw["spec"]["nodeName"] = node
+    pod = observe_pod(raw)
+    assert pod.forced is forced
+    assert pod.at_work is not (forced or phase == "Failed")
+
+
+def test_a_job_that_its_controller_has_not_taken_up_lacks_no_pod() -> None:
+    assert not observed().lacks_pod
+    assert observed(startTime="2026-11-24T12:00:02Z").lacks_pod
+    assert not observed(raw_pod(), startTime="2026-11-24T12:00:02Z").lacks_pod
+    (held,) = observe_jobs(
+        finetunejob(), [{**raw_job(), "spec": {**raw_job()["spec"], "suspend": True}}], []
+    )
+    assert held.suspended
+    assert not held.lacks_pod
+
+
+def test_a_pod_behind_a_gate_has_no_node() -> None:
+    words = "Scheduling is blocked due to non-empty scheduling gates"
+    gated = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"}
+    assert observed_pod(conditions=[{**gated, "message": words}]).unschedulable == words
 
 
 def test_a_pod_whose_job_is_gone_is_told_apart() -> None:

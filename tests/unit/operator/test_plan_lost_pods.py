@@ -129,6 +129,87 @@ def test_a_lost_node_that_comes_back_costs_one_disruption() -> None:
     assert (train_of(back).disruptions, train_of(back).failures) == (1, 0)
 
 
+def due() -> FineTuneJobStatus:
+    """The training is about to start: its next attempt, or one of another spec."""
+    given = training()
+    prepare, _, export = given.stages
+    train = StageStatus(name=TRAIN, fingerprint="train-a")
+    return given.model_copy(update={"stages": (prepare, train, export)})
+
+
+def start_due(pod: ObservedPod, status: FineTuneJobStatus | None = None) -> Plan:
+    """Before a start, such a pod is left behind whose Job is gone."""
+    given = finetunejob(status or due())
+    return plan(given, [], SETTINGS, POLICY, NOW, old_pods={TRAIN: pod})
+
+
+def test_a_pod_without_its_job_on_a_lost_node_is_told_with_both_names() -> None:
+    made = start_due(deleted(-61))
+    assert progressing(made) == ("NodeLost", NODE_LOST)
+    assert {each.type: each.status for each in made.status.conditions}["Degraded"] == "True"
+    assert made.events == (warning("NodeLost", NODE_LOST),)
+    assert made.actions == ()
+    assert start_due(deleted(-61), made.status) == Plan(made.status), "told once"
+
+
+def test_such_a_pod_in_its_grace_period_is_looked_at_again() -> None:
+    made = start_due(deleted(30))
+    assert progressing(made) == ("Stopping", "train starts when its earlier pod has stopped.")
+    assert made.requeue_after == 91
+
+
+def test_a_stopped_job_whose_pod_is_on_a_lost_node_is_told_too() -> None:
+    old = job(TRAIN, key="train-of-before", pod=deleted(-61), deleting=True)
+    made = decided(due(), old)
+    assert progressing(made) == ("NodeLost", NODE_LOST)
+
+
+FORCED = "The pod of train was disrupted (the pod a was deleted by force)."
+
+
+def test_a_pod_deleted_by_force_is_given_up_with_its_job() -> None:
+    """Its Job waits for ever for a node to say how it ended."""
+    lost = decided(training(), job(TRAIN, pod=deleted(-61)))
+    made = decided(lost.status, job(TRAIN, pod=deleted(-1, forced=True)))
+    train = train_of(made)
+    assert (train.state, train.failures, train.disruptions) == (StageState.PENDING, 0, 1)
+    assert (train.reason, train.message) == ("PodDisrupted", FORCED)
+    assert [type(each).__name__ for each in made.actions] == ["StopJob"]
+    assert warning("PodDisrupted", FORCED) in made.events
+    gone = decided(made.status, job(TRAIN, pod=deleted(-1, forced=True), deleting=True))
+    assert gone.actions == (), "nor is another started while the Job is still there"
+
+
+@pytest.mark.parametrize("code", [14, 137, 143])
+def test_a_pod_that_somebody_deletes_is_told_as_such(code: int) -> None:
+    words = "The pod of train was disrupted (the pod was deleted)."
+    result = said(TRAIN, Reason.STOPPED, message="Stopped at step 5.") if code == 14 else None
+    made = decided(training(), job(TRAIN, **ended(code, result, name="a", deleting=True)))
+    told = f"{words} Stopped at step 5." if result else words
+    assert made.events == (warning("PodDisrupted", told),)
+    assert train_of(made).failures == 0
+
+
+def test_a_suspended_job_is_said_to_be_when_its_pod_has_stopped() -> None:
+    stopped = ended(14, said(TRAIN, Reason.STOPPED), name="a", deleting=True)
+    held = {**stopped, "finished": None, "finished_at": None, "suspended": True}
+    made = decided(training(), job(TRAIN, **held))
+    assert progressing(made)[0] == "JobSuspended"
+    assert train_of(made).disruptions == 1
+    later = decided(made.status, job(TRAIN, pod=None, suspended=True))
+    assert progressing(later)[0] == "JobSuspended"
+    assert {each.type: each.status for each in later.status.conditions}["Degraded"] == "False"
+
+
+def test_a_job_that_makes_another_pod_is_no_trouble() -> None:
+    """The Job controller waits before it does so, and longer each time."""
+    before = training(disruptions=1, lost_pod="a", reason="PodDisrupted", message=FORCED)
+    made = decided(before, job(TRAIN, pod=None, taken_up=at(-3600)))
+    assert progressing(made) == ("Queued", "The Job train-1 makes another pod of train.")
+    refused = decided(before, job(TRAIN, pod=None, taken_up=at(-3600), refusal="exceeded quota"))
+    assert progressing(refused)[0] == "PodNotCreated"
+
+
 # Clocks: each machine has its own.
 
 

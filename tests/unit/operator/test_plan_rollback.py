@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from finetune_operator.api.observed import (
 from finetune_operator.observe import ObservedJob
 from finetune_operator.plan import Plan, Policy, plan
 from finetune_operator.plan.versions import history
+from finetune_operator.pods import ObservedPod
 from finetune_trainer.contract import (
     Artifact,
     Fingerprints,
@@ -45,6 +47,7 @@ from tests.unit.operator.build import (
     finished_status,
     job,
     planned,
+    pod,
     prepared,
     resolved,
     running,
@@ -86,10 +89,10 @@ def decided(
     *jobs: ObservedJob,
     given: FineTuneJobSpec = BACK,
     generation: int = 2,
-    old_pods: frozenset[Stage] = frozenset(),
+    old_pods: Mapping[Stage, ObservedPod] | None = None,
 ) -> Plan:
     observed = finetunejob(before, generation=generation, spec=given)
-    return plan(observed, jobs, SETTINGS, Policy(), NOW, stages_with_old_pods=old_pods)
+    return plan(observed, jobs, SETTINGS, Policy(), NOW, old_pods=old_pods)
 
 
 def answer(result: Any = ROLLED_BACK) -> ObservedJob:
@@ -192,7 +195,7 @@ def test_an_export_is_stopped_first_since_it_would_publish_its_own_version() -> 
     assert going.actions == ()
     progressing = going.status.conditions[1]
     assert progressing.message == "prepare starts when the pod of export has stopped."
-    pod_left = decided(going.status, old_pods=frozenset({EXPORT}))
+    pod_left = decided(going.status, old_pods={EXPORT: pod()})
     assert pod_left.actions == ()
     gone = decided(going.status)
     assert gone.actions == (start(PREPARE, key="2"),)

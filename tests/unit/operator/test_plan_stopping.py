@@ -110,7 +110,7 @@ CASES = [
         [job(TRAIN, **ended(14, STOPPED, disruption=EVICTION))],
         train_retries(
             Reason.POD_DISRUPTED,
-            f"The pod of train was disrupted ({EVICTION}).",
+            f"The pod of train was disrupted ({EVICTION}). {STOPPED.message}",
             failures=0,
             **LOST,
         ),
@@ -223,7 +223,7 @@ def test_plan(case: Case) -> None:
 
 def test_an_earlier_objects_pod_is_waited_for_like_its_own() -> None:
     given = finetunejob(is_due())
-    made = plan(given, [], SETTINGS, Policy(), NOW, stages_with_old_pods=frozenset({TRAIN}))
+    made = plan(given, [], SETTINGS, Policy(), NOW, old_pods={TRAIN: pod()})
     assert made == unchanged(is_due())
-    other = plan(given, [], SETTINGS, Policy(), NOW, stages_with_old_pods=frozenset({PREPARE}))
+    other = plan(given, [], SETTINGS, Policy(), NOW, old_pods={PREPARE: pod()})
     assert other == STARTED

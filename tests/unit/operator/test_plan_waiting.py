@@ -41,6 +41,7 @@ NO_SECRET = Waiting(CONFIG_ERROR, 'secret "bucket" not found')
 NO_KEY = Waiting(CONFIG_ERROR, "couldn't find key AWS_ACCESS_KEY_ID in Secret ml/bucket")
 CREATE = "Create it; the pod then starts by itself."
 MISSING = "The Secret bucket doesn't exist in this namespace, and the pod of prepare needs it."
+REFUSAL = 'Error creating: pods "prepare-1-" is forbidden: exceeded quota: pods'
 NO_NODE = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
 
 
@@ -176,13 +177,54 @@ CASES = [
         fails(Reason.IMAGE_NOT_PULLED, not_pulled("ErrImageNeverPull", "not present")),
     ),
     Case(
+        "a Job that its controller has not taken up is in its queue, however busy that is",
+        finetunejob(PREPARING),
+        [job(PREPARE, pod=None, created=at(-300))],
+        says(
+            "Queued",
+            "The Job prepare-1 is in the queue of the Job controller.",
+            degraded=False,
+            phase=Phase.QUEUED,
+            requeue_after=600,
+        ),
+    ),
+    Case(
+        "which is nothing to talk about at first",
+        finetunejob(PREPARING),
+        [job(PREPARE, pod=None, created=at(-10))],
+        Plan(PREPARING, requeue_after=20),
+    ),
+    Case(
+        "a Job controller that takes up no Job is trouble",
+        finetunejob(PREPARING),
+        [job(PREPARE, pod=None, created=at(-900))],
+        says(
+            "PodNotCreated",
+            "The Job controller has not taken up the Job prepare-1 within 15 minutes. "
+            "See whether kube-controller-manager is at work.",
+            degraded=True,
+        ),
+    ),
+    Case(
         "a Job that gets no pod is trouble",
         finetunejob(PREPARING),
-        [job(PREPARE, pod=None, created=at(-30))],
+        [job(PREPARE, pod=None, created=at(-300), taken_up=at(-30))],
         says(
             "PodNotCreated",
             "The Job prepare-1 has no pod yet. `kubectl describe job prepare-1` may say why.",
             degraded=True,
+            requeue_after=30,
+        ),
+    ),
+    Case(
+        "which is told with the reason, where its controller says one",
+        finetunejob(PREPARING),
+        [job(PREPARE, pod=None, created=at(-300), taken_up=at(-30), refusal=REFUSAL)],
+        says(
+            "PodNotCreated",
+            f"No pod can be created for the Job prepare-1: {REFUSAL}",
+            degraded=True,
+            requeue_after=30,
         ),
     ),
     Case(
