@@ -22,7 +22,7 @@ from hack.process import ClusterError, wait_until
 NAMESPACE = "finetune-system"
 RELEASE = "finetune-operator"
 CHART = Path("charts/finetune-operator")
-READY_SECONDS = 30
+READY_SECONDS = 90  # half a minute on a machine with much else to do
 SECRET_GRACE_SECONDS = 2
 
 
@@ -92,6 +92,10 @@ class Operator:
     def has_ended(self) -> bool:
         """Whether it has ended by itself."""
         return self._process is not None and self._process.poll() is not None
+
+    def is_alive(self) -> bool:
+        """Whether it was started, and has neither ended nor been killed."""
+        return self._process is not None and self._process.poll() is None
 
     def get(self, path: str) -> httpx.Response:
         """Ask one of its probes."""

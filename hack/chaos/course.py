@@ -22,11 +22,16 @@ from hack.chaos.proxy import ChaosProxy
 from hack.chaos.recorder import Change, Recorder
 from hack.kwok.cluster import KwokCluster
 from hack.operator_process import Operator
+from hack.process import ClusterError, wait_until
 
 TICK_SECONDS = 0.1
+START_SECONDS = 120  # of the first operator, on a machine that is busy with other tests
 FAULT_PAUSE_SECONDS = 0.9  # between two faults, on average
 REST_SECONDS = 420.0  # after the last fault; a job that was hit often waits minutes before it tries
 LOOK_SECONDS = 2.0
+PATIENCE = 0.5  # how often the operator is given the time to go to work before the next fault
+READY_SECONDS = 20.0
+WORK_SECONDS = 3.0
 CALM_SECONDS = 5.0  # so long nothing may be left to do before the promises are checked
 LONG = 100  # from so many faults or FineTuneJobs on, there are some that take more than a minute
 
@@ -94,8 +99,9 @@ class Run:
             api = Api(plane, self.namespace)
             stack.callback(api.http.close)
             self.operator.reach_through(proxy.port, "http")
-            self.operator.start()
             stack.callback(self.operator.kill)
+            self.operator.start(wait=False)
+            wait_until(self.operator.ready, what="the operator", seconds=START_SECONDS)
             self._be_unkind(proxy, recorder, api)
             proxy.be_kind()
             calm = time.monotonic()
@@ -139,6 +145,8 @@ class Run:
                 self.say(f"{count} of {self.wanted} faults")
             self._wait(self.random.expovariate(1 / FAULT_PAUSE_SECONDS), api)
             name = next(order)
+            if self.random.random() < PATIENCE:
+                self._wait_for_operator(api)
             if all(not due for due in self._due) and not self._any_at_work(recorder):
                 break  # nothing is left that a fault could meet
             faults.target, when = "", datetime.now(UTC)
@@ -180,6 +188,19 @@ class Run:
                 return
             time.sleep(min(left, TICK_SECONDS))
 
+    def _wait_for_operator(self, api: Api) -> None:
+        """Let an operator that begins anew go to work, as it mostly can before the next fault."""
+        until = time.monotonic() + READY_SECONDS
+        while time.monotonic() < until and not self._operator_is_ready():
+            self._wait(TICK_SECONDS, api)
+        self._wait(self.random.uniform(0, WORK_SECONDS), api)
+
+    def _operator_is_ready(self) -> bool:
+        try:
+            return self.operator.ready()
+        except ClusterError:  # it was killed right now
+            return False
+
     def _act(self, api: Api) -> None:
         now = time.monotonic()
         while self._due and self._due[0][0] <= now:
@@ -203,8 +224,8 @@ class Run:
 
     def _revive(self) -> None:
         """What a kubelet does when the operator ends by itself."""
-        if self.operator.has_ended():
-            self.ended_by_itself += 1
+        if not self.operator.is_alive():
+            self.ended_by_itself += self.operator.has_ended()
             self.operator.start(wait=False)
 
     def _any_at_work(self, recorder: Recorder) -> bool:
@@ -218,12 +239,9 @@ class Run:
         until, deadline = now + CALM_SECONDS, now + REST_SECONDS
         while True:
             self._wait(LOOK_SECONDS, api)
-            try:
-                wrong, moving = wrong_ends(self.subjects, api)
-            except Away:
-                continue
+            wrong, moving = wrong_ends(self.subjects, recorder.present("finetunejobs"))
             now = time.monotonic()
-            if moving or self._due or orphans(recorder.changes()):
+            if moving or self._due or orphans(recorder.all_present()):
                 until = now + CALM_SECONDS
             if now > min(until, deadline):
                 return wrong

@@ -207,14 +207,12 @@ def _steps(subject: Subject) -> list[Callable[[Api], bool]]:
     return steps.get(subject.course, [])
 
 
-def wrong_ends(all_: list[Subject], api: Api) -> tuple[list[Broken], bool]:
-    """Those that are not at their right end, and whether one of them may yet get there.
-
-    Raises Away.
-    """
+def wrong_ends(all_: list[Subject], present: list[Raw]) -> tuple[list[Broken], bool]:
+    """Those that are not at their right end, and whether one of them may yet get there."""
     broken, moving = [], False
+    by_name = {raw["metadata"]["name"]: raw for raw in present}
     for subject in all_:
-        found = api.get("finetunejobs", subject.name)
+        found = by_name.get(subject.name)
         words = subject.fault(found)
         if words:
             broken.append(Broken(RIGHT_END, subject.name, f"({subject.course}) {words}"))

@@ -93,6 +93,14 @@ class Recorder:
         with self._lock:
             return list(self._present[resource].values())
 
+    def all_present(self) -> list[Change]:
+        """Everything that there is, as changes in no order."""
+        return [
+            Change(int(raw["metadata"]["resourceVersion"]), resource, raw)
+            for resource in RESOURCES
+            for raw in self.present(resource)
+        ]
+
     def _follow(self, resource: str) -> None:
         version, known = "", False
         while not self._closing.is_set():

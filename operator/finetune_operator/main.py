@@ -11,7 +11,14 @@ from functools import partial
 
 import kopf
 
-from finetune_operator.cluster import Cluster, ClusterError, NotFoundError, OperatorError
+from finetune_operator.cluster import (
+    Cluster,
+    ClusterError,
+    ForbiddenError,
+    NotFoundError,
+    OperatorError,
+    UnavailableError,
+)
 from finetune_operator.handlers import Watches, kopf_settings
 from finetune_operator.monitoring import Metrics, Probes, configure_logging
 from finetune_operator.reconcile import Reconciler
@@ -19,6 +26,8 @@ from finetune_operator.settings import PREFIX, Settings, SettingsError
 from finetune_operator.workqueue import WorkQueue
 
 logger = logging.getLogger(__name__)
+
+START_RETRY_SECONDS = 2.0
 
 
 def run() -> None:
@@ -41,20 +50,31 @@ async def serve(settings: Settings) -> None:
     """Watch and reconcile until told to stop."""
     metrics = Metrics()
     async with Cluster.connect(settings.request_timeout_seconds) as cluster:
-        await _check(cluster, settings)
         operator = _Operator(cluster, settings, metrics)
         async with operator.probes.serve():
+            await _wait_for_api_server(cluster, settings)
             await operator.work()
 
 
-async def _check(cluster: Cluster, settings: Settings) -> None:
-    """Fail at once if the API server can't be reached or doesn't serve the Kind."""
-    try:
-        await cluster.any_finetunejob(settings.namespaces)
-    except NotFoundError as error:
-        raise OperatorError(
-            "The CustomResourceDefinition of FineTuneJob isn't installed"
-        ) from error
+async def _wait_for_api_server(cluster: Cluster, settings: Settings) -> None:
+    """Wait out an outage at the start as any later one; raises OperatorError if the Kind isn't
+    installed.
+
+    An operator that ended instead would be started anew after ever longer pauses. For a moment
+    after its start, the API server forbids everything.
+    """
+    while True:
+        try:
+            await cluster.any_finetunejob(settings.namespaces)
+        except NotFoundError as error:
+            raise OperatorError(
+                "The CustomResourceDefinition of FineTuneJob isn't installed"
+            ) from error
+        except (UnavailableError, ForbiddenError) as error:
+            logger.warning("Waiting for the API server: %s", error)
+            await asyncio.sleep(START_RETRY_SECONDS)
+        else:
+            return
 
 
 class _Operator:

@@ -137,30 +137,39 @@ def _advance(draft: Draft) -> Plan:
 
 
 def _start(draft: Draft, stage: Stage) -> None:
-    status, key = draft.stages[stage], draft.stage_key(stage)
-    wait = _retry_delay(status, draft.policy, draft.now)
-    if wait > timedelta():
-        draft.requeue_after(wait.total_seconds())
+    if not _may_start(draft, stage):
+        # Status goes on to name an attempt that has to be started again: its number is taken.
+        draft.stages[stage] = draft.unstarted.get(stage, draft.stages[stage])
         return
-    if lifecycle.has_pod_at_work(draft, stage):
-        # Two pods at a time would write the same files, e.g. checkpoints.
-        lifecycle.wait_for_earlier_pods(draft, stage)
-        return
-    if versions.awaits_export(draft, stage):
-        draft.pending_reasons[stage] = PendingReason(
-            "Stopping", "prepare starts when the pod of export has stopped."
-        )
-        return
-    if draft.denial is not None:
-        _wait_for_admission(draft, stage, draft.denial)
-        return
+    key = draft.stage_key(stage)
     if key is None:
         raise ValueError(f"{stage} has no fingerprint though prepare succeeded")
-    attempt = status.attempt + 1
+    attempt = draft.stages[stage].attempt + 1
     resolved = None if stage is Stage.PREPARE else draft.found.resolved
     draft.add_action(StartStage(stage, key, attempt, resolved))
     draft.add_event("StageStarted", f"Started {stage}, attempt {attempt}.")
     mark_running(draft, stage, attempt, draft.now)
+
+
+def _may_start(draft: Draft, stage: Stage) -> bool:
+    """Whether the next attempt can begin now; else say what it waits for."""
+    wait = _retry_delay(draft.stages[stage], draft.policy, draft.now)
+    if wait > timedelta():
+        draft.requeue_after(wait.total_seconds())
+        return False
+    if lifecycle.has_pod_at_work(draft, stage):
+        # Two pods at a time would write the same files, e.g. checkpoints.
+        lifecycle.wait_for_earlier_pods(draft, stage)
+        return False
+    if versions.awaits_export(draft, stage):
+        draft.pending_reasons[stage] = PendingReason(
+            "Stopping", "prepare starts when the pod of export has stopped."
+        )
+        return False
+    if draft.denial is not None:
+        _wait_for_admission(draft, stage, draft.denial)
+        return False
+    return True
 
 
 def _wait_for_admission(draft: Draft, stage: Stage, words: str) -> None:

@@ -192,6 +192,9 @@ class Draft:
         """Whether artifacts that were there before this pass still are."""
 
         self.pending_reasons: dict[Stage, PendingReason] = {}
+        self.unstarted: dict[Stage, StageStatus] = {}
+        """Attempts that status names and that have no Job, as status has them."""
+
         self._actions: list[Action] = []
         self._events: list[Event] = []
         self._notices: list[Event] = []

@@ -114,6 +114,8 @@ def _current_job(draft: Draft, stage: Stage) -> ObservedJob | None:
         # Somebody deleted the Job, or its TTL did while the operator was down, or the operator died
         # before it made it. Start the same attempt again. If the watch just doesn't show the Job
         # yet, its name prevents a second.
+        if not draft.spec.suspend:
+            draft.unstarted[stage] = status
         _undo_start(draft, stage)
         return None
     if status.state is StageState.PENDING:

@@ -21,6 +21,7 @@ JOBS, FAULTS = 20, 30
 START_SECONDS = 120
 
 
+@pytest.mark.timeout(1800)  # on an idle machine it takes 2 minutes
 def test_the_operator_keeps_its_promises_on_a_bad_day(
     kwok_cluster: KwokCluster, tmp_path: Path
 ) -> None:

@@ -10,11 +10,11 @@ from typing import Self
 
 
 class TcpProxy:
-    """A port of this machine that leads to another one."""
+    """A port of this machine that leads to another one; `at` names it, else any free one is."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, at: int = 0) -> None:
         self._target = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", at))
         self._open: list[socket.socket] = []
         self.port: int = self._listener.getsockname()[1]
 

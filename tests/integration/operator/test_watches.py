@@ -13,7 +13,8 @@ import pytest
 
 from finetune_trainer.contract import Stage
 from hack.cluster.control_plane import ControlPlane
-from tests.integration.operator.process import Operator
+from hack.operator_process import Operator
+from hack.process import free_ports
 from tests.integration.operator.stage import Namespace, prepared
 from tests.integration.operator.tcp_proxy import TcpProxy
 
@@ -31,6 +32,24 @@ def here(installed: ControlPlane) -> Iterator[Namespace]:
     yield namespace
     namespace.close()
     installed.kubectl("delete", "namespace", name, "--wait=false")
+
+
+def test_an_outage_at_the_start_is_waited_out(
+    installed: ControlPlane, here: Namespace, tmp_path: Path
+) -> None:
+    (port,) = free_ports("127.0.0.1", 1)
+    operator = Operator(installed, tmp_path)
+    operator.reach_through(port)
+    operator.start(wait=False)
+    try:
+        here.wait("its word", lambda: "Waiting for the API server" in operator.log.read_text())
+        assert not operator.ready()
+        assert operator.get("/healthz").text == "ok\n"
+        with TcpProxy(urlsplit(installed.server).port or 443, at=port):
+            here.apply()
+            here.wait_phase("Preparing")
+    finally:
+        operator.stop()
 
 
 def test_watches_that_are_forbidden_for_a_while_go_on_in_the_same_process(
