@@ -17,8 +17,6 @@ INTERVAL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took."""
-
     seconds: float
     cpu_seconds: float
     """User and system, of the command and all that it started."""
@@ -66,12 +64,10 @@ class _Sampler(threading.Thread):
         self._over = threading.Event()
 
     def run(self) -> None:
-        """Sample."""
         while not self._over.wait(INTERVAL_SECONDS):
             self.peak = max(self.peak, sum(map(_anonymous, _tree(self._pid))))
 
     def stop(self) -> None:
-        """No more samples."""
         self._over.set()
         self.join()
 

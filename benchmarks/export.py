@@ -108,7 +108,6 @@ def ours(place: Path, kinds: list[str]) -> Cost:
 
 
 def sweep(place: Path, kinds: list[str]) -> None:
-    """A line for one size."""
     size = sum(file.stat().st_size for file in (place / "base").glob("*.safetensors"))
     plain = plain_first(place, kinds[0])
     first = ours(place, kinds[:1])

@@ -39,8 +39,6 @@ ALL_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 @dataclass(frozen=True)
 class Case:
-    """A training to measure."""
-
     model: str
     batch: int
     tokens: int
@@ -158,7 +156,6 @@ def peak() -> int:
 
 
 def dtype_of(case: Case) -> torch.dtype:
-    """What is computed in."""
     return compute_dtype() if case.bfloat16 else torch.float32
 
 

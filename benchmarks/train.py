@@ -34,8 +34,6 @@ SIDES, JUDGE = ("plain", "ours"), "judge"
 
 @dataclass(frozen=True)
 class Measured:
-    """One training."""
-
     tokens: int
     seconds: float
     cpu_seconds: float

@@ -41,7 +41,6 @@ SETTINGS: dict[str, Any] = {"epochs": 1, "maxSequenceLength": LONGEST}
 
 
 def main(step: str, folder: Path) -> None:
-    """Do one step."""
     asked = json.loads((folder / "request.json").read_text())
     if step == "rows":
         _rows(folder, asked["kind"], asked["rows"], asked["heldOut"])

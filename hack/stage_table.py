@@ -70,6 +70,7 @@ INDIRECT = {
 VALUES: tuple[Any, ...] = (
     *(True, False, 1, 3, 17, 64, 1024, 0.25, 0.01, "20%", "100%"),
     *("other", "s3://other/place", "/other/place", "org/other", "https://other", "24Gi", "6h"),
+    "0123456789ab",
     *(";", "latin-1", "0.5", {"name": "other"}, {"name": "other", "key": "other"}),
     {"secretRef": {"name": "other"}},
     [{"quantization": "Q8_0", "maxKLDivergence": 1}],

@@ -26,7 +26,6 @@ def folder(name: str) -> str:
 
 
 def manifest(name: str, files: tuple[Artifact, ...]) -> bytes:
-    """What is written last."""
     marker = VersionMarker(
         stage=Stage.EXPORT,
         fingerprint=fingerprint(name),
@@ -37,14 +36,14 @@ def manifest(name: str, files: tuple[Artifact, ...]) -> bytes:
 
 
 def publish(
-    output: Folder, room: Path, name: str, version: Version, sign: Sign | None = None
+    output: Folder, workspace: Path, name: str, version: Version, sign: Sign | None = None
 ) -> None:
     """What a stage does: publish what stands already, or else compute it."""
     if finish(output, fingerprint(name)):
         return
     with Publication(output, fingerprint(name), Reporter()) as publication:
         for path, data in version.items():
-            file = room / path
+            file = workspace / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)
             publication.add(file, path)

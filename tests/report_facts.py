@@ -54,7 +54,6 @@ def config(**changes: Any) -> RunConfig:
 
 
 def lineage(**changes: Any) -> Lineage:
-    """What it was made from."""
     made = Lineage(
         dataset="s3://company-data/support/tickets-2026.csv",
         dataset_etag="9b2cf535f27731c974343645a3985328",
@@ -73,7 +72,6 @@ def lineage(**changes: Any) -> Lineage:
 
 
 def trained(**changes: Any) -> dict[str, Any]:
-    """metrics.json."""
     noise = np.random.default_rng(7)
     history: list[dict[str, float]] = [{"step": 0.0, "epoch": 0.0, "eval_loss": 3.2011}]
     for step in range(1, 61):
@@ -111,7 +109,6 @@ def trained(**changes: Any) -> dict[str, Any]:
 
 
 def dataset_report(**changes: Any) -> dict[str, Any]:
-    """dataset-report.json."""
     drawn = np.random.default_rng(3).lognormal(4.9, 0.62, ROW_COUNT)
     lengths = drawn.astype(np.uint32)
     bins = histogram(np.minimum(lengths, LIMIT))
@@ -190,12 +187,10 @@ def artifacts() -> tuple[Artifact, ...]:
 
 
 def name(kind: Quantization) -> str:
-    """A GGUF file's name."""
     return f"Llama-3.2-1B-Instruct-{kind.value}.gguf"
 
 
 def digest(text: str) -> str:
-    """A SHA-256 as hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

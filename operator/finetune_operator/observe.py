@@ -139,6 +139,11 @@ class ReportedProgress:
     """The Job whose pod reports."""
 
     notices: tuple[Notice, ...] = ()
+    at: datetime | None = None
+    """When it did, by the clock of its node."""
+
+    heartbeat_seconds: int | None = None
+    """How often it does, as long as it lives; None where nothing says so."""
 
 
 @dataclass(frozen=True)
@@ -283,8 +288,20 @@ def _reported(raw: JsonObject) -> ReportedProgress:
     # What is left out of a newer trainer's notices is in progress and log.
     notices = (read_readable(Notice, each) for each in progress.get("notices") or [])
     return ReportedProgress(
-        progress.get("job"), tuple(each.value for each in notices if each is not None)
+        job=progress.get("job"),
+        notices=tuple(each.value for each in notices if each is not None),
+        at=_reported_at(progress.get("lastUpdateTime")),
+        heartbeat_seconds=progress.get("heartbeatSeconds"),
     )
+
+
+def _reported_at(text: str | None) -> datetime | None:
+    """A time that a pod wrote, if it is one."""
+    try:
+        found = moment(text)
+    except ValueError:
+        return None
+    return found if found is not None and found.tzinfo is not None else None
 
 
 def _is_stage_job(raw: JsonObject) -> bool:

@@ -297,7 +297,6 @@ BAD_JOBS = {
 
 
 def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """A merge patch, applied."""
     result = dict(base)
     for key, value in change.items():
         nested = isinstance(value, dict) and isinstance(base.get(key), dict)

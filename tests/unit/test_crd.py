@@ -90,6 +90,7 @@ def test_defaults_are_the_guides(root_schema: dict[str, Any]) -> None:
         "gradientCheckpointing": "auto",
         "engine": "auto",
         "parallelism": "auto",
+        "stallTimeout": "30m",
         "seed": 42,
         "loggingSteps": 10,
     }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from datetime import timedelta
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from finetune_trainer.contract import GROUP, VERSION, Base, cel
+from finetune_trainer.contract import GROUP, VERSION, Base, cel, parse_duration
 
 OPERATOR = "finetune-operator"
 TRAINER_CONTAINER = "trainer"
@@ -36,18 +35,6 @@ JsonObject = dict[str, Any]  # a Kubernetes object, or a part of one, as the API
 Name = Annotated[str, Field(min_length=1, max_length=253)]
 FileName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 Quantity = Annotated[int | str, Field(json_schema_extra={"x-kubernetes-int-or-string": True})]
-
-_DURATION = re.compile(r"(?:(\d{1,5})h)?(?:(\d{1,5})m)?(?:(\d{1,5})s)?")
-
-
-def parse_duration(text: str) -> timedelta:
-    """A duration as Go and Kubernetes write it, e.g. 6h, 1h30m or 90s. Raises ValueError."""
-    found = _DURATION.fullmatch(text) if text else None
-    if found is None:
-        raise ValueError(f"{text!r} is no duration such as 6h, 1h30m or 90s")
-    hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return timedelta(hours=hours, minutes=minutes, seconds=seconds)
-
 
 ON_EDIT = "onEdit"
 _SHORTEST_REFRESH = timedelta(minutes=1)

@@ -20,7 +20,6 @@ from finetune_operator.api import (
     SecretReference,
     Toleration,
     Volume,
-    parse_duration,
 )
 from finetune_operator.api.observed import FineTuneJobStatus
 from finetune_trainer import contract
@@ -177,6 +176,12 @@ class FineTuneJobSpec(Base):
     output: OutputSpec
     storage: StorageSpec = StorageSpec()
 
+    rollback_to: contract.VersionName | None = None
+    """Let this version be the current one: its name, as status.versions has it. As long as it is
+    set, nothing is trained or exported, and neither dataset nor model is looked at. Without it the
+    version of this spec is current again, and is not made anew where it is still there. It is none
+    of those that output.keepVersions has deleted."""
+
     service_account_name: Name | None = None
     """ServiceAccount of the pods, for workload identity. Left out, the operator makes one that may
     do nothing but report progress."""
@@ -209,7 +214,7 @@ class FineTuneJobSpec(Base):
     def refresh_interval(self) -> timedelta | None:
         """How long after one look at dataset and model the next is due; None: never."""
         refresh = self.dataset.refresh
-        return None if refresh == ON_EDIT else parse_duration(refresh)
+        return None if refresh == ON_EDIT else contract.parse_duration(refresh)
 
     @property
     def inputs_digest(self) -> str:

@@ -53,6 +53,13 @@ class StageStatus(Base):
     cached: bool = False
     """True when the object store already held the result, so that no pod was started."""
 
+    why: str | None = None
+    """Why it runs or ran, or why it didn't have to."""
+
+    stale_because: tuple[str, ...] = ()
+    """What made its former result stale: fields of the spec with both values, the dataset's ETag,
+    the model's revision."""
+
     attempt: int = 0
     """Attempts so far."""
 
@@ -114,6 +121,42 @@ class Lineage(Base):
 
     image: str | None = None
     """Trainer image that exported."""
+
+
+class VersionState(StrEnum):
+    """What has become of a version."""
+
+    CURRENT = "Current"
+    AVAILABLE = "Available"
+    REJECTED = "Rejected"
+    DELETED = "Deleted"
+
+
+class VersionStatus(Base):
+    """A version in the history."""
+
+    version: str
+    """Its name. spec.rollbackTo takes it."""
+
+    state: VersionState
+    """Current (the output folder's manifest.json names it), Available (it can be rolled back to),
+    Rejected (the quality gate refused one of its files) or Deleted (the store doesn't hold it any
+    more)."""
+
+    completion_time: str | None = None
+    """When it was made (RFC 3339)."""
+
+    dataset_etag: Annotated[str | None, Field(alias="datasetETag")] = None
+    """ETag of the dataset that it was made from."""
+
+    dataset_rows: int | None = None
+    """Examples that it was trained on."""
+
+    model_revision: str | None = None
+    """A digest over the files of the base model that it was made from."""
+
+    eval_loss: float | None = None
+    """Its loss on the held-out rows."""
 
 
 class LookCause(StrEnum):
@@ -206,6 +249,18 @@ class FineTuneJobStatus(Base):
     """Files of the version, those that the quality gate rejected included. All GGUF files
     are here; where there are too many files in all, the others are in the manifest only."""
 
+    versions: Annotated[
+        tuple[VersionStatus, ...],
+        Field(
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["version"],
+            }
+        ),
+    ] = ()
+    """The history of versions, the newest first, and at most twenty of them beside the current one,
+    as the last `prepare` or `export` found them."""
+
     manifest_uri: str | None = None
     """The version's manifest, which names every file with size and SHA-256."""
 
@@ -236,6 +291,10 @@ class FineTuneJobStatus(Base):
 
     last_handled_retry_at: str | None = None
     """The last value of the annotation finetune.dev/retry-requested-at that was acted upon."""
+
+    resolved_inputs: dict[str, str] = {}
+    """The fields of the spec that `prepare` resolved, without those that have their default; long
+    values are cut. What an edit changes is told by them."""
 
     planned: PlannedStatus | None = None
     """What the present stages were planned for. An edit that leaves it as it is reruns nothing."""

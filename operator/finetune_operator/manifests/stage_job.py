@@ -92,7 +92,7 @@ def stage_job(
         "spec": {
             "backoffLimit": 0,
             **({"activeDeadlineSeconds": deadline} if deadline is not None else {}),
-            "ttlSecondsAfterFinished": max(spec.ttl_seconds_after_finished, SHORTEST_TTL_SECONDS),
+            "ttlSecondsAfterFinished": _ttl_seconds(spec, attempt.stage),
             "podFailurePolicy": _pod_failure_policy(),
             "template": _pod_template(owner, spec, attempt, settings, meta["name"]),
         },
@@ -114,6 +114,15 @@ def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings)
         *_publishing(spec, stage),
         *store_references(spec, stage),
     )
+
+
+def _ttl_seconds(spec: FineTuneJobSpec, stage: Stage) -> int:
+    """How long an ended pod is kept: one that looks at an interval, no longer than until the next
+    look, so that they don't pile up."""
+    longest = spec.ttl_seconds_after_finished
+    if stage is Stage.PREPARE and spec.refresh_interval is not None:
+        longest = min(longest, int(spec.refresh_interval.total_seconds()))
+    return max(longest, SHORTEST_TTL_SECONDS)
 
 
 def _publishing(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from finetune_operator.api.observed import FineTuneJobStatus, Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
-from finetune_operator.plan import lifecycle, looks, results
+from finetune_operator.plan import lifecycle, looks, results, versions
 from finetune_operator.plan.draft import (
     Action,
     Draft,
@@ -89,6 +89,7 @@ def plan(
         made = lifecycle.suspend(draft)
     else:
         lifecycle.tell_of_resumption(draft)
+        versions.halt_export(draft)
         made = _advance(draft)
     return looks.with_looks(draft, made)
 
@@ -144,6 +145,11 @@ def _start(draft: Draft, stage: Stage) -> None:
     if lifecycle.has_pod_at_work(draft, stage):
         # Two pods at a time would write the same files, e.g. checkpoints.
         lifecycle.wait_for_earlier_pods(draft, stage)
+        return
+    if versions.awaits_export(draft, stage):
+        draft.pending_reasons[stage] = PendingReason(
+            "Stopping", "prepare starts when the pod of export has stopped."
+        )
         return
     if draft.denial is not None:
         _wait_for_admission(draft, stage, draft.denial)

@@ -17,8 +17,10 @@ from finetune_operator.api.observed import (
     PlannedStatus,
     StageState,
     StageStatus,
+    VersionStatus,
 )
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
+from finetune_operator.plan.why import why_prepare
 from finetune_operator.pods import ObservedPod
 from finetune_operator.status import PendingReason, Summary, conditions, shorten
 from finetune_trainer.contract import DatasetSummary, Notice, Reason, Resolved, Stage
@@ -118,6 +120,8 @@ class StageFields(TypedDict, total=False):
     message: str | None
     start_time: str | None
     completion_time: str | None
+    why: str | None
+    stale_because: tuple[str, ...]
 
 
 @dataclass
@@ -132,6 +136,8 @@ class StageResults:
     notices: tuple[Notice, ...]
     lineage: Lineage | None
     resolved: Resolved | None
+    resolved_inputs: dict[str, str]
+    versions: tuple[VersionStatus, ...]
 
     @classmethod
     def in_status(cls, status: FineTuneJobStatus) -> Self:
@@ -144,6 +150,8 @@ class StageResults:
             notices=status.notices,
             lineage=status.lineage,
             resolved=status.resolved,
+            resolved_inputs=status.resolved_inputs,
+            versions=status.versions,
         )
 
 
@@ -175,7 +183,10 @@ class Draft:
         edited = self.planned != finetunejob.status.planned and not _is_seen(finetunejob)
         if look is not None and not edited:  # an edit makes `prepare` look anyway
             self.planned = self.planned.again(look)
-        self.stages = _stages(finetunejob, anew=edited or look is not None)
+        self.stages = _stages(finetunejob)
+        if edited or look is not None:
+            why = why_prepare(finetunejob.status, self.planned, spec)
+            self.stages[Stage.PREPARE] = StageStatus(name=Stage.PREPARE, **vars(why))
         self.found = StageResults.in_status(finetunejob.status)
         self.former_stands = True
         """Whether artifacts that were there before this pass still are."""
@@ -208,8 +219,12 @@ class Draft:
     @property
     def ready(self) -> Condition | None:
         """The condition, as it was before this pass."""
+        return self.condition("Ready")
+
+    def condition(self, kind: str) -> Condition | None:
+        """Any condition, as it was before this pass."""
         found = self.finetunejob.status.conditions
-        return next((each for each in found if each.type == "Ready"), None)
+        return next((each for each in found if each.type == kind), None)
 
     def add_action(self, action: Action) -> None:
         self._actions.append(action)
@@ -349,10 +364,7 @@ def _planned(finetunejob: ObservedFineTuneJob, spec: FineTuneJobSpec) -> Planned
     return before if trained or before.hardware == now.hardware else now
 
 
-def _stages(finetunejob: ObservedFineTuneJob, *, anew: bool) -> dict[Stage, StageStatus]:
-    """The stages as status remembers them; `anew`, `prepare` is still to look."""
+def _stages(finetunejob: ObservedFineTuneJob) -> dict[Stage, StageStatus]:
+    """The stages as status remembers them."""
     known = {stage.name: stage for stage in finetunejob.status.stages}
-    stages = {name: known.get(name, StageStatus(name=name)) for name in Stage}
-    if anew:
-        stages[Stage.PREPARE] = StageStatus(name=Stage.PREPARE)
-    return stages
+    return {name: known.get(name, StageStatus(name=name)) for name in Stage}

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from finetune_operator.api.observed import StageState
 from finetune_operator.observe import ObservedJob
-from finetune_operator.plan import lifecycle, results
+from finetune_operator.plan import lifecycle, results, versions
 from finetune_operator.plan.draft import Draft
 from finetune_operator.plan.verdict import (
     Done,
@@ -32,7 +32,7 @@ def follow_stage(draft: Draft, stage: Stage) -> None:
         )
         _undo_start(draft, stage)
         return
-    verdict = _judge(draft, job)
+    verdict = versions.check_rollback(draft, job, _judge(draft, job))
     if stage is Stage.PREPARE and not isinstance(verdict, Pending):
         results.record_dataset(draft, job)
     match verdict:
@@ -44,8 +44,10 @@ def follow_stage(draft: Draft, stage: Stage) -> None:
                 _remember_disruption(draft, stage, verdict.disruption)
         case Done():
             results.record_success(draft, job, verdict)
+            versions.record_versions(draft, verdict.result)
         case Failure():
             results.record_published_files(draft, job, verdict)
+            versions.record_versions(draft, verdict.result)
             _record_failure(draft, stage, verdict)
             if _newer_jobs(draft, stage):
                 follow_stage(draft, stage)  # the next attempt was started without a word in status
@@ -57,6 +59,7 @@ def _judge(draft: Draft, job: ObservedJob) -> Verdict:
     verdict = judge(job, draft.stages[job.stage], draft.policy, draft.now)
     if job.past_deadline:
         return lifecycle.after_deadline(draft.spec, job, verdict, draft.now)
+    verdict = lifecycle.check_silence(draft, job, verdict)
     match verdict:
         case Failure(free=True) if job.pod is None and draft.stages[job.stage].reason is None:
             # Nobody saw how its pod was lost.

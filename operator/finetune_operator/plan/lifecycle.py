@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.api.observed import Phase, StageState
@@ -19,11 +20,13 @@ from finetune_operator.status import (
     ConditionValue,
     PendingReason,
     Summary,
+    timestamp,
     working_summary,
 )
-from finetune_trainer.contract import Reason, Stage
+from finetune_trainer.contract import Reason, Stage, parse_duration
 
 SUSPENDING, RESUMED = "Suspending", "Resumed"
+HEARTBEATS = 3  # that a trainer may miss without being taken for dead
 
 
 def has_pod_at_work(draft: Draft, stage: Stage) -> bool:
@@ -99,6 +102,69 @@ def after_deadline(
     if stage is Stage.TRAIN:
         message += " The training goes on from its last checkpoint."
     return Failure(Reason.DEADLINE_EXCEEDED, message, job.finished_at or now, free=raised)
+
+
+def check_silence(draft: Draft, job: ObservedJob, verdict: Verdict) -> Verdict:
+    """Notice a training whose trainer hangs, process or node, so that it can't notice it itself.
+
+    It reports at each heartbeat while it lives, and that the worker works is its own to watch. It
+    is told first and ended only if it goes on to be silent: after an outage of the API server, when
+    nobody could report, it has time for its next heartbeat.
+    """
+    last = _last_report(draft, job, verdict)
+    if last is None:
+        return verdict
+    timeout = parse_duration(draft.spec.training.stall_timeout)
+    # The report is dated by the node.
+    left = last.at + max(timeout, last.allowance) + draft.policy.clock_skew - draft.now
+    if left > timedelta():
+        return Pending(requeue_after=left.total_seconds() + 1)
+    silence = (
+        f"The trainer in pod {last.pod} has not reported since {timestamp(last.at)}, though it "
+        f"does every {last.heartbeat.total_seconds():.0f} s while it lives: it hangs, or its node "
+        f"{last.node} does."
+    )
+    told = (
+        f"{silence} It is stopped if it stays so for {last.allowance.total_seconds():.0f} s more."
+    )
+    note = PendingReason(Reason.STALLED, told, degraded=True, phase=PHASES[job.stage])
+    before = draft.condition("Degraded")
+    if before is None or before.reason != Reason.STALLED:
+        return Pending(note, last.allowance.total_seconds() + 1)
+    if before.message != told:
+        return verdict  # it has reported since, by a clock that is wrong
+    left = datetime.fromisoformat(before.last_transition_time) + last.allowance - draft.now
+    if left > timedelta():
+        return Pending(note, left.total_seconds() + 1)
+    end = f"{silence} Its pod is stopped; the training goes on from its last checkpoint."
+    return Failure(Reason.STALLED, end, draft.now)
+
+
+@dataclass(frozen=True)
+class _LastReport:
+    """When a training that is at work, and promised to report, did so last."""
+
+    at: datetime
+    heartbeat: timedelta
+    pod: str
+    node: str
+
+    @property
+    def allowance(self) -> timedelta:
+        return HEARTBEATS * self.heartbeat
+
+
+def _last_report(draft: Draft, job: ObservedJob, verdict: Verdict) -> _LastReport | None:
+    """None where nothing follows from silence, e.g. of an older trainer, or of one that has never
+    reached the API server."""
+    pod, reported = job.pod, draft.finetunejob.reported
+    at_work = isinstance(verdict, Pending) and verdict.reason is None and not job.deleting
+    if job.stage is not Stage.TRAIN or pod is None or not (at_work and pod.at_work):
+        return None
+    if reported.job != job.name or reported.at is None or not reported.heartbeat_seconds:
+        return None
+    heartbeat = timedelta(seconds=reported.heartbeat_seconds)
+    return _LastReport(reported.at, heartbeat, pod.name, pod.node or "")
 
 
 def _stopping_words(stage: Stage) -> str:

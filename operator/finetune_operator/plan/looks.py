@@ -62,8 +62,9 @@ def seconds_to_refresh(finetunejob: ObservedFineTuneJob, now: datetime) -> float
 
 def next_refresh(spec: FineTuneJobSpec, prepare: StageStatus) -> datetime | None:
     """When dataset and model are looked at again: so long after the last look began."""
-    interval = spec.refresh_interval
-    if interval is None or prepare.start_time is None or spec.suspend:
+    held = spec.suspend or spec.rollback_to is not None
+    interval = None if held else spec.refresh_interval
+    if interval is None or prepare.start_time is None:
         return None
     return datetime.fromisoformat(prepare.start_time) + interval
 
@@ -96,7 +97,7 @@ def failure_summary(draft: Draft, stage: StageStatus) -> Summary:
     if stage.name is Stage.PREPARE and _spec_is_reached(draft):
         return look_failed_summary(stage, after)
     if draft.planned.cause is LookCause.REFRESH and stage.name is not Stage.PREPARE:
-        what = "No version can be made of what has changed"
+        what = "No new version can be made"
         return failed_summary(stage, _what_stays(draft), after, what)
     return failed_summary(stage, _what_stays(draft), after)
 

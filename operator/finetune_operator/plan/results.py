@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
-from finetune_operator.api.observed import ArtifactStatus, Lineage, StageState, StageStatus
+from finetune_operator.api.observed import (
+    ArtifactStatus,
+    Lineage,
+    LookCause,
+    StageState,
+    StageStatus,
+)
 from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
 from finetune_operator.plan.looks import stays_failed
 from finetune_operator.plan.verdict import Done, Failure
+from finetune_operator.plan.why import Change, Why, spec_inputs
 from finetune_operator.status import quality_hint, timestamp, warnings_hint
 from finetune_trainer.contract import (
     Artifact,
@@ -50,9 +57,17 @@ def record_published_files(draft: Draft, job: ObservedJob, failure: Failure) -> 
     """Show the files that an export published although it failed: those that passed the quality
     gate, and those below `rejected/`."""
     result = failure.result
-    if job.stage is Stage.EXPORT and result is not None and result.manifest_uri is not None:
-        draft.former_stands = False  # these took its place
-        _record_artifacts(draft, result, job.image)
+    if job.stage is not Stage.EXPORT or result is None or result.manifest_uri is None:
+        return
+    if draft.planned.cause is LookCause.REFRESH and _other_is_current(result):
+        return  # nobody has asked for another version than the one that stays
+    draft.former_stands = False  # these took its place
+    _record_artifacts(draft, result, job.image)
+
+
+def _other_is_current(result: StageResult) -> bool:
+    """Whether the store's current version is another one than that of the result."""
+    return any(each.current and each.version != result.version for each in result.versions or ())
 
 
 def warn_of_failed_files(draft: Draft, result: StageResult | None, reason: str) -> bool:
@@ -68,10 +83,9 @@ def record_dataset(draft: Draft, job: ObservedJob) -> None:
     result = job.pod.result if job.pod is not None else None
     mine = result is not None and result.stage is Stage.PREPARE
     found = result.dataset if result is not None and mine else None
-    if (
-        found is not None or draft.planned.cause is None
-    ):  # a look that came to nothing tells nothing
-        draft.found.dataset = found
+    if found is None and draft.planned.cause is not None:
+        return  # a further look came to nothing, so what the last one found holds
+    draft.found.dataset = found
 
 
 def _record_resolved(
@@ -81,16 +95,30 @@ def _record_resolved(
     complete = set(result.complete)
     if Stage.EXPORT in complete:
         complete.add(Stage.TRAIN)  # only an export needs the adapter
-    draft.found.resolved = resolved
+    before, change = dict(draft.stages), _change(draft, resolved)
+    draft.found.resolved, draft.found.resolved_inputs = resolved, dict(change.inputs_now)
     draft.change(Stage.PREPARE, fingerprint=resolved.fingerprints.prepare)
     kept = {
         stage: _resolve_stage(draft, stage, resolved, job, cached=stage in complete)
         for stage in (Stage.TRAIN, Stage.EXPORT)
     }
+    for stage, stays in kept.items():
+        if draft.spec.rollback_to is None:
+            why = change.explain(before[stage], draft.stages[stage], kept=stays)
+        else:
+            why = Why("The version that spec.rollbackTo names has its result.")
+        draft.change(stage, why=why.why, stale_because=why.stale_because)
     if not kept[Stage.TRAIN] and not result.metrics:
         draft.found.metrics = {}
     if Stage.EXPORT in complete and not kept[Stage.EXPORT]:
         _record_artifacts(draft, result, image=None)
+
+
+def _change(draft: Draft, resolved: Resolved) -> Change:
+    """What `prepare` resolved before, and now."""
+    asked = draft.planned.inputs == draft.spec.inputs_digest  # not, if edited while suspended
+    now = spec_inputs(draft.spec) if asked else {}
+    return Change(draft.found.resolved, draft.found.resolved_inputs, resolved, now)
 
 
 def _resolve_stage(
@@ -166,8 +194,12 @@ def tell_of_success(draft: Draft) -> str:
     """Where the artifacts are, in words; an event as well, when they are new."""
     folder, manifest = artifacts_folder(draft), draft.found.manifest_uri
     message = f"The artifacts are in {folder}; {manifest} lists them."
+    if draft.spec.rollback_to is not None:
+        message = f"Rolled back to version {draft.spec.rollback_to} (spec.rollbackTo). {message}"
     message += warnings_hint(draft.found.notices) + quality_hint(draft.found.artifacts)
-    if not draft.is_ready or draft.planned != draft.finetunejob.status.planned:
+    before = draft.finetunejob.status
+    changed = draft.planned != before.planned or draft.found.version != before.version
+    if not draft.is_ready or changed:
         draft.add_event(Reason.SUCCEEDED, message)
     return message
 

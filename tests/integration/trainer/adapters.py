@@ -89,6 +89,5 @@ def change(file: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
 
 
 def change_config(folder: Path, **fields: Any) -> None:
-    """Edit adapter_config.json."""
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_bytes()), **fields}))

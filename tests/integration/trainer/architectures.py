@@ -64,7 +64,6 @@ def tiny(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Random weights in float32."""
     # transformers gives it no types.
     model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         config, dtype=torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -22,9 +23,20 @@ from tests.fixtures import moto_server, start_or_leave_out
 from tests.integration.trainer.fork_server import ForkServer, fork_server, with_popen
 from tests.versitygw import versitygw
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+BY_HEART: dict[str, Any] = {
+    "epochs": 40,
+    "learningRate": 0.005,
+    "gradientAccumulationSteps": 1,
+    "lora": {"r": 32, "dropout": 0, "targetModules": [*ATTENTION, *MLP]},
+}
+"""A training of four seconds, after which the tiny model knows every row by heart."""
+
 ROWS = [
     ("Who made the kettle?", "The kettle was made by Odalys."),
     ("How hot does it get?", "It gets as hot as boiling water."),
@@ -39,6 +51,23 @@ ROWS = [
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct; made once and kept in the user's cache."""
     return smollm2()
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
+    """Its tokenizer; see `tokenizer`."""
+    from finetune_trainer.model import ModelFolder
+    from finetune_trainer.model.tokenizer import load_tokenizer
+
+    return load_tokenizer(ModelFolder(smollm2_folder))
+
+
+@pytest.fixture
+def tokenizer(smollm2_tokenizer: PreTrainedTokenizerBase) -> Iterator[PreTrainedTokenizerBase]:
+    """SmolLM2's, to be given other templates."""
+    template = smollm2_tokenizer.chat_template
+    yield smollm2_tokenizer
+    smollm2_tokenizer.chat_template = template
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +173,6 @@ class Processes:
         return self._server
 
     def popen(self, *arguments: Any, **options: Any) -> subprocess.Popen[Any]:
-        """As subprocess.Popen."""
         popen: type[subprocess.Popen[Any]] = subprocess.Popen if self.real else self.server.popen
         return popen(*arguments, **options)
 
@@ -171,15 +199,12 @@ def _real_processes(request: pytest.FixtureRequest, processes: Processes) -> Ite
 
 
 def write_csv(file: Path, rows: list[tuple[str, str]] | None = None) -> None:
-    """Write a dataset."""
     with file.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([("instruction", "response"), *(rows or ROWS)])
 
 
 @dataclass
 class Run:
-    """How a command ended."""
-
     code: int
     output: str
     result: StageResult | None
@@ -194,7 +219,6 @@ class Trainer:
     environment: dict[str, str] = field(default_factory=dict)
 
     def command(self, name: str, config: dict[str, Any]) -> list[str]:
-        """The command for a run.json."""
         file = self.folder / "run.json"
         file.write_text(json.dumps(config))
         return [
@@ -209,7 +233,6 @@ class Trainer:
 
     @property
     def log(self) -> Path:
-        """The termination message's file."""
         return self.folder / "termination-log"
 
     @property
@@ -271,13 +294,7 @@ def run_config(moto: Credentials, bucket: str, request: pytest.FixtureRequest) -
     return {
         "model": {"source": f"s3://{bucket}/models/tiny"},
         "dataset": {"source": f"s3://{bucket}/data/train.csv"},
-        # Four seconds, after which it knows every row by heart.
-        "training": {
-            "epochs": 40,
-            "learningRate": 0.005,
-            "gradientAccumulationSteps": 1,
-            "lora": {"r": 32, "dropout": 0, "targetModules": [*ATTENTION, *MLP]},
-        },
+        "training": copy.deepcopy(BY_HEART),
         "export": {"gguf": ["F16", "Q8_0"]},
         "output": {"uri": f"s3://{bucket}/out/{name}"},
         "storage": {"endpoint": moto.endpoint},

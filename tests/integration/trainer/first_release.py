@@ -44,7 +44,6 @@ def remove(server: Credentials) -> None:
 
 
 def keys(server: Credentials, prefix: str = "") -> dict[str, str]:
-    """ETag of each object."""
     listed = server.client().list_objects_v2(Bucket=BUCKET, Prefix=prefix)
     return {item["Key"]: item["ETag"] for item in listed.get("Contents", [])}
 

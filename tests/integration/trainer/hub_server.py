@@ -24,8 +24,6 @@ LFS = (".parquet", ".safetensors")
 
 @dataclass
 class Answer:
-    """An HTTP answer."""
-
     status: int
     content: bytes
     headers: dict[str, str] = field(default_factory=dict)

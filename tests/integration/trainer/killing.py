@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from finetune_trainer.contract import RunConfig
+from finetune_trainer.contract.fingerprint import digest
 from tests.integration.trainer.fork_server import ForkServer
 
 if TYPE_CHECKING:
@@ -23,6 +25,15 @@ if TYPE_CHECKING:
 MOMENTS = ("step", "write", "upload")
 VICTIMS = ("worker", "stage", "pod")
 SECONDS = 120.0
+SETTINGS: dict[str, Any] = {
+    "learningRate": 0.002,
+    "batchSize": 2,
+    "gradientAccumulationSteps": 2,
+    "warmupRatio": 0.1,
+    "scheduler": "linear",
+    "loggingSteps": 1,
+    "lora": {"r": 8, "dropout": 0.1},
+}
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = SECONDS) -> None:
@@ -98,9 +109,52 @@ class Training:
 
 
 @dataclass
-class Attempt:
-    """One run of the stage."""
+class Trainings:
+    """Trainings on the same prepared examples, in output folders of their own."""
 
+    server: ForkServer
+    client: S3Client
+    folder: Path
+    config: RunConfig
+    environment: dict[str, str]
+
+    def __call__(self, name: str, **settings: Any) -> Training:
+        """One with these settings."""
+        training = {**SETTINGS, **settings}
+        config = RunConfig.model_validate(
+            {
+                **self.config.model_dump(mode="json"),
+                "training": training,
+                "output": {"uri": f"{self.config.output.uri}-{name}"},
+            }
+        )
+        resolved = config.resolved
+        assert resolved is not None
+        prints = resolved.fingerprints.model_copy(update={"train": digest(training)})
+        resolved = resolved.model_copy(update={"fingerprints": prints})
+        config = config.model_copy(update={"resolved": resolved})
+        self._copy_prepared(config.output.uri)
+        return Training(
+            self.server,
+            self.client,
+            self.folder / name,
+            config.model_dump(mode="json"),
+            self.environment,
+        )
+
+    def _copy_prepared(self, uri: str) -> None:
+        bucket, source = self.config.output.uri.removeprefix("s3://").split("/", 1)
+        target = uri.removeprefix(f"s3://{bucket}/")
+        answer = self.client.list_objects_v2(Bucket=bucket, Prefix=f"{source}/stages/prepare/")
+        for key in (item["Key"] for item in answer["Contents"]):
+            copied = target + key.removeprefix(source)
+            self.client.copy_object(
+                Bucket=bucket, Key=copied, CopySource={"Bucket": bucket, "Key": key}
+            )
+
+
+@dataclass
+class Attempt:
     server: ForkServer
     folder: Path
     pid: int
@@ -111,7 +165,6 @@ class Attempt:
 
     @property
     def result(self) -> dict[str, Any]:
-        """The termination message."""
         message: dict[str, Any] = json.loads((self.folder / "termination-log").read_bytes())
         return message
 
@@ -144,7 +197,6 @@ class Attempt:
         return (self.folder / "workspace/train/training/trainer").glob("checkpoint-*")
 
     def worker(self) -> psutil.Process:
-        """The process that trains."""
         children = psutil.Process(self.pid).children()
         assert len(children) == 1, self.log
         return children[0]

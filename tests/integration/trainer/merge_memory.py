@@ -29,7 +29,6 @@ class Sampling(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Look until it is stopped."""
         while not self._done.wait(0.001):
             self.most = max(self.most, anonymous_bytes())
 

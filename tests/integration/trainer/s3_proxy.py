@@ -18,8 +18,6 @@ CHUNK = 64 << 10
 
 @dataclass(frozen=True)
 class Request:
-    """The head of a request."""
-
     method: str
     path: str
     query: dict[str, list[str]]
@@ -115,8 +113,6 @@ class Proxy:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection of a client."""
-
     protocol_version = "HTTP/1.1"
 
     def __init__(self, *args: Any, proxy: Proxy, upstream: str, **kwargs: Any) -> None:

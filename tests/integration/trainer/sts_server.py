@@ -40,7 +40,6 @@ class Handler(BaseHTTPRequestHandler):
         super().__init__(*args, **kwargs)
 
     def do_POST(self) -> None:
-        """Answer AssumeRoleWithWebIdentity."""
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         self.sts.requests += 1
         self.sts.last = parse_qs(body)

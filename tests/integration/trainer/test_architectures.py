@@ -33,8 +33,6 @@ FUSED = ("o_proj", "qkv_proj")
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run left."""
-
     base: Path
     output: Path
     """The only version's folder."""
@@ -61,10 +59,10 @@ class Pipeline:
         base = self.folder / name / "base"  # llama.cpp must not need the family's name
         if not base.exists():
             write_family(FAMILIES[name], base)
-        room = self.folder / f"room-{len(list(self.folder.iterdir()))}"
-        output, log = room / "out", room / "log"
-        write = room / "train.csv"
-        room.mkdir()
+        folder = self.folder / f"run-{len(list(self.folder.iterdir()))}"
+        output, log = folder / "out", folder / "log"
+        write = folder / "train.csv"
+        folder.mkdir()
         write_csv(write)
         config = {
             "model": {"source": str(base)},
@@ -78,10 +76,10 @@ class Pipeline:
             "export": {"gguf": list(KINDS), **export},
             "output": {"uri": str(output)},
         }
-        (room / "run.json").write_text(json.dumps(config))
+        (folder / "run.json").write_text(json.dumps(config))
         log.touch()
-        command = ["run", f"--config={room / 'run.json'}", f"--workspace={room / 'workspace'}"]
-        home = {"HOME": str(room), "TMPDIR": str(room), "HF_HUB_OFFLINE": "1"}
+        command = ["run", f"--config={folder / 'run.json'}", f"--workspace={folder / 'workspace'}"]
+        home = {"HOME": str(folder), "TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"}
         pid = self.server.start(command, {**os.environ, **home}, log)
         deadline = time.monotonic() + SECONDS
         while (status := self.server.poll(pid)) is None:

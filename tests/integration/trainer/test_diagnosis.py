@@ -35,15 +35,8 @@ CONTRADICTORY = [message_pair("What is the code word?", word) for word in WORDS]
 Change = Callable[[Any], None]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @dataclass
 class Run:
-    """How a training ended."""
-
     notices: list[Notice] = field(default_factory=list)
     trained: Trained | None = None
     error: StageError | None = None

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.trainer.conftest import ATTENTION, MLP, ROWS, Processes, Trainer, write_csv
+from tests.integration.trainer.conftest import BY_HEART, ROWS, Processes, Trainer, write_csv
 
 PAGE = Path(__file__).parents[3] / "docs" / "export.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
@@ -36,12 +36,7 @@ def exported(
     config: dict[str, Any] = {
         "model": {"source": str(tiny_model)},
         "dataset": {"source": str(folder / "rows.csv")},
-        "training": {
-            "epochs": 40,
-            "learningRate": 0.005,
-            "gradientAccumulationSteps": 1,
-            "lora": {"r": 32, "dropout": 0, "targetModules": [*ATTENTION, *MLP]},
-        },
+        "training": BY_HEART,
         "export": {"gguf": ["Q8_0"]},
         "output": {"uri": str(folder / "output")},
     }

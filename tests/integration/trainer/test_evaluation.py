@@ -30,11 +30,6 @@ HELD_OUT = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 class Listener:
     """A channel that keeps what is said."""
 

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
 from finetune_trainer.contract import (
     Export,
@@ -31,9 +27,18 @@ from finetune_trainer.contract import (
 from finetune_trainer.export.gate import DerivedGate, SourceGate, file_checks, rejects
 from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.model import ModelFolder
-from finetune_trainer.model.converter import llama_folder
 from tests.integration.trainer.families import WIDE
-from tests.integration.trainer.tuned import EXAMPLES, Tuned, make_tuned
+from tests.integration.trainer.faulty_gguf import (
+    flip,
+    overwrite,
+    rename,
+    set_text,
+    set_value,
+    set_weights,
+    tensor_place,
+    weights,
+)
+from tests.integration.trainer.tuned import EXAMPLES, Tuned, make_tuned, write_lora
 
 Q = Quantization
 ALL = (Q.F16, *(kind for kind in Q if kind is not Q.F16))
@@ -80,56 +85,6 @@ def refused(check: FileVerdict, *words: str) -> None:
     assert not check.passed
     for word in words:
         assert any(word in problem for problem in check.problems), check.problems
-
-
-def overwrite(file: Path, place: int, data: bytes) -> None:
-    with file.open("r+b") as stream:
-        stream.seek(place)
-        stream.write(data)
-
-
-def set_value(file: Path, key: str, form: str, value: Any) -> None:
-    """Change a number in the metadata."""
-    with Header(file) as header:
-        place = header.fields[key].start
-    overwrite(file, place, struct.pack(f"<{form}", value))
-
-
-def set_text(file: Path, key: str, old: bytes, new: bytes) -> None:
-    """Change a part of a text, or of a list of texts, to another of the same length."""
-    with Header(file) as header:
-        raw, start = header.raw(key), header.fields[key].start
-    assert len(old) == len(new)
-    overwrite(file, start + raw.index(old), new)
-
-
-def rename(file: Path, key: str, name: str) -> None:
-    """Give an entry of the metadata another name of the same length."""
-    with Header(file) as header:
-        place = header.fields[key].start - 4 - len(key)
-    assert len(key) == len(name)
-    overwrite(file, place, name.encode())
-
-
-def flip(file: Path, place: int, bit: int) -> None:
-    data = file.read_bytes()[place]
-    overwrite(file, place, bytes([data ^ 1 << bit]))
-
-
-def tensor_place(file: Path, name: str) -> int:
-    with Header(file) as header:
-        return header.tensors[name].offset
-
-
-def weights(folder: Path, name: str) -> torch.Tensor:
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        tensor: torch.Tensor = file.get_tensor(name)
-    return tensor.float()
-
-
-def set_weights(file: Path, name: str, value: torch.Tensor) -> None:
-    """Write another float16 matrix into a file."""
-    overwrite(file, tensor_place(file, name), value.half().numpy().tobytes())
 
 
 LAYER = ("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight")
@@ -379,7 +334,6 @@ def test_a_model_that_is_not_there_is_an_error(tuned: Tuned, tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def adapter(tuned: Tuned, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapter alone as GGUF."""
     return write_lora(tuned, tmp_path_factory.mktemp("adapter") / "LoRA.gguf")
 
 
@@ -409,17 +363,3 @@ def test_an_adapter_has_to_be_whole(gate: DerivedGate, adapter: Path, tmp_path: 
     file = tmp_path / "LoRA.gguf"
     file.write_bytes(adapter.read_bytes()[:-500])
     refused(gate.check_adapter(file), "was cut")
-
-
-def write_lora(tuned: Tuned, file: Path) -> Path:
-    """By llama.cpp's own script."""
-    command = [
-        sys.executable,
-        str(llama_folder() / "convert_lora_to_gguf.py"),
-        str(tuned.adapter),
-        f"--base={tuned.base}",
-        f"--outfile={file}",
-        "--outtype=f32",
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    return file

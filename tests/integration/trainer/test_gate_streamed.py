@@ -11,9 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from finetune_trainer.export.reference import float32
+from finetune_trainer.export.reference import MeasuredRow, float32
 from finetune_trainer.export.reference.float32 import load_streamed, logits_of, passes
-from finetune_trainer.export.reference.logprobs import MeasuredRow
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import load_model
 from tests.integration.trainer.architectures import PACKABLE, VOCABULARY, tiny

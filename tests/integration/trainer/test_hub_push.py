@@ -60,7 +60,7 @@ def run(output: LocalFolder, tmp_path: Path) -> Any:
         workspace = tmp_path / f"workspace-{next(count)}"
         return push(target, output, now(output), workspace, Reporter()).commit
 
-    publish(output, tmp_path / "room", "fp", FILES)
+    publish(output, tmp_path / "workspace", "fp", FILES)
     return push_now
 
 
@@ -138,7 +138,7 @@ def test_what_is_pushed_is_not_pushed_again_and_another_version_is(
     assert hub.commits == 1
     hub.files(REPO)["theirs.txt"] = b"somebody else's"
     hub.files(REPO)[".gitignore"] = b"*.gguf"
-    publish(output, tmp_path / "room", "other", {"README.md": b"# new", "gguf/b.gguf": b"new"})
+    publish(output, tmp_path / "workspace", "other", {"README.md": b"# new", "gguf/b.gguf": b"new"})
     assert not pushed(output)
     run()
     assert set(hub.files(REPO)) == {
@@ -219,7 +219,7 @@ def test_prepare_asks_for_an_export_until_the_push_is_done(
     hub: PushHub, output: LocalFolder, tmp_path: Path
 ) -> None:
     files = {path: data for path, data in FILES.items() if not path.startswith("rejected/")}
-    publish(output, tmp_path / "room", "fp", files)
+    publish(output, tmp_path / "workspace", "fp", files)
     marker = find_complete(output, Stage.EXPORT, fingerprint("fp"))
     assert marker is not None
 

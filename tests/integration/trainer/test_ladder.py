@@ -44,9 +44,8 @@ STEPS = 4
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread_in_float32() -> Iterator[None]:
+def _in_float32() -> Iterator[None]:
     """In bfloat16 another split of a step shows in the second digit already."""
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "compute_dtype", lambda: torch.float32)
         yield
@@ -54,8 +53,6 @@ def _one_thread_in_float32() -> Iterator[None]:
 
 @dataclass
 class Outcome:
-    """What became of a training."""
-
     ending: Trained | Failed
     full: FullMemory
     workdir: Path

@@ -56,18 +56,18 @@ def run_config(folder: Path | str, **parts: Any) -> RunConfig:
     )
 
 
-def check(folder: Path, room: Path, rows: Sequence[Example] = (), **parts: Any) -> None:
+def check(folder: Path, workspace: Path, rows: Sequence[Example] = (), **parts: Any) -> None:
     config = run_config(folder, **parts)
     files = base_model.find(config.model, config.storage)
-    checks.check_model(config, files, ModelFolder(folder), room, Reporter(), rows=rows)
+    checks.check_model(config, files, ModelFolder(folder), workspace, Reporter(), rows=rows)
 
 
-def refused(folder: Path, room: Path, rows: Sequence[Example] = ()) -> str:
+def refused(folder: Path, workspace: Path, rows: Sequence[Example] = ()) -> str:
     with pytest.raises(StageError) as caught:
-        check(folder, room, rows)
+        check(folder, workspace, rows)
     assert caught.value.reason is Reason.MODEL_UNSUPPORTED
     assert "leave spec.export.gguf empty" in caught.value.message
-    check(folder, room, export={"gguf": []})
+    check(folder, workspace, export={"gguf": []})
     return caught.value.message
 
 

@@ -34,7 +34,6 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """A JSON file."""
     return dict(json.loads(file.read_bytes()))
 
 

@@ -73,7 +73,9 @@ def test_the_second_ends_with_the_name_of_the_first_and_touches_nothing(
     for stage in (Stage.TRAIN, Stage.EXPORT):
         run = {**config, "job": SECOND, "resolved": resolved.model_dump()}
         with pytest.raises(StageError, match="team/first") as caught:
-            perform(stage, PreparedRunConfig.model_validate(run), tmp_path / "room", Reporter())
+            perform(
+                stage, PreparedRunConfig.model_validate(run), tmp_path / "workspace", Reporter()
+            )
         assert caught.value.reason is Reason.OUTPUT_IN_USE
     assert first_release.keys(moto) == before
     assert prepare(FIRST).complete == (Stage.PREPARE, Stage.TRAIN, Stage.EXPORT)

@@ -25,11 +25,6 @@ from tests.integration.trainer.recipe import base_of, build
 LENGTHS = (3, 40, 1, 12, 25)  # longer and shorter than the tiny models' window of 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def rows(seed: int = 0) -> list[dict[str, list[int]]]:
     generator = torch.Generator().manual_seed(seed)
     made = []

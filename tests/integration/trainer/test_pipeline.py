@@ -37,15 +37,12 @@ def store(
 
 
 class Output:
-    """A folder in the bucket."""
-
     def __init__(self, store: Credentials, uri: str) -> None:
         self._store = store
         self.client = store.client()
         self.bucket, _, self.prefix = uri.removeprefix("s3://").partition("/")
 
     def version(self, name: str | None) -> Output:
-        """The folder of a version."""
         return Output(self._store, f"s3://{self.bucket}/{self.prefix}/versions/{name}")
 
     def files(self) -> dict[str, int]:

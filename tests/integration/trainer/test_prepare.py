@@ -12,12 +12,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Message, Reason, RunConfig, StageError, as_example
-from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import (
-    IGNORED,
     encode,
     encode_batch,
-    load_tokenizer,
 )
 from finetune_trainer.prepare.checks import check_template, describe_template
 from finetune_trainer.prepare.dataset_files import DataFile, DatasetRows
@@ -26,6 +23,7 @@ from finetune_trainer.prepare.findings import Findings
 from finetune_trainer.prepare.split import hold_out
 from finetune_trainer.store import LocalFolder
 from hack.object_store import Credentials
+from tests.integration.trainer import chats
 from tests.integration.trainer.conftest import ROWS, Trainer
 
 SYSTEM: Message = {"role": "system", "content": "Be a kettle."}
@@ -44,22 +42,8 @@ REASONING = (  # like Qwen3's: of earlier answers, what stands before </think> i
 )
 
 
-@pytest.fixture
-def tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(ModelFolder(smollm2_folder))
-
-
 def learnt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[str]:
-    """The stretches of text that loss is computed on."""
-    ids, labels = encode(tokenizer, as_example(messages))
-    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
-    stretches: list[list[int]] = [[]]
-    for label in labels:
-        if label != IGNORED:
-            stretches[-1].append(label)
-        elif stretches[-1]:
-            stretches.append([])
-    return [str(tokenizer.decode(stretch)) for stretch in stretches if stretch]
+    return chats.learnt(tokenizer, chats.encode(tokenizer, as_example(messages)))
 
 
 def test_every_answer_of_a_conversation_is_learnt(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -28,11 +28,6 @@ from tests.integration.trainer.recipe import build, make_work, tokenized
 EXAMPLES = [message_pair(*row) for row in ROWS]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def test_our_labels_are_trls_own(tiny_model: Path, tmp_path: Path) -> None:
     """TRL's preparation of the same rows, which it does unless it is told to skip it."""
     tokenizer = load_tokenizer(ModelFolder(tiny_model))

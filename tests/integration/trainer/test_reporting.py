@@ -130,7 +130,7 @@ class Refusing(BaseHTTPRequestHandler):
     do_POST = do_GET  # noqa: N815 - http.server's name
 
     def log_message(self, *_: Any) -> None:
-        """Nothing."""
+        """Keep quiet."""
 
 
 def test_a_tracker_that_fails_costs_a_warning_and_not_the_training(

@@ -16,7 +16,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,32 +23,23 @@ import psutil
 import pytest
 
 from finetune_trainer.contract import RunConfig
-from finetune_trainer.contract.fingerprint import digest
 from hack.object_store import Credentials
 from tests.integration.trainer.conftest import Processes, Trainer, write_csv
-from tests.integration.trainer.fork_server import NO_MOUNT, ForkServer
+from tests.integration.trainer.fork_server import NO_MOUNT
 from tests.integration.trainer.killing import (
     MOMENTS,
     VICTIMS,
     Attempt,
     Training,
+    Trainings,
     wait_for_moment,
 )
 from tests.integration.trainer.s3_proxy import Fault, Proxy, Request, s3_proxy
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+    pass
 
 INTERVAL = 5
-SETTINGS: dict[str, Any] = {
-    "learningRate": 0.002,
-    "batchSize": 2,
-    "gradientAccumulationSteps": 2,
-    "warmupRatio": 0.1,
-    "scheduler": "linear",
-    "loggingSteps": 1,
-    "lora": {"r": 8, "dropout": 0.1},
-}
 WORDS = ("kettle", "was", "made", "by", "Odalys", "hot", "as", "boiling", "water", "green", "hums")
 
 
@@ -71,51 +61,6 @@ def dataset(moto: Credentials, bucket: str, tmp_path_factory: pytest.TempPathFac
         csv.writer(stream).writerows([("instruction", "response"), *make_rows(32)])
     moto.client().upload_file(str(file), bucket, "data/resume.csv")
     return f"s3://{bucket}/data/resume.csv"
-
-
-@dataclass
-class Trainings:
-    """Trainings on the same prepared examples, in output folders of their own."""
-
-    server: ForkServer
-    client: S3Client
-    folder: Path
-    config: RunConfig
-    environment: dict[str, str]
-
-    def __call__(self, name: str, **settings: Any) -> Training:
-        """One with these settings."""
-        training = {**SETTINGS, **settings}
-        config = RunConfig.model_validate(
-            {
-                **self.config.model_dump(mode="json"),
-                "training": training,
-                "output": {"uri": f"{self.config.output.uri}-{name}"},
-            }
-        )
-        resolved = config.resolved
-        assert resolved is not None
-        prints = resolved.fingerprints.model_copy(update={"train": digest(training)})
-        resolved = resolved.model_copy(update={"fingerprints": prints})
-        config = config.model_copy(update={"resolved": resolved})
-        self._copy_prepared(config.output.uri)
-        return Training(
-            self.server,
-            self.client,
-            self.folder / name,
-            config.model_dump(mode="json"),
-            self.environment,
-        )
-
-    def _copy_prepared(self, uri: str) -> None:
-        bucket, source = self.config.output.uri.removeprefix("s3://").split("/", 1)
-        target = uri.removeprefix(f"s3://{bucket}/")
-        answer = self.client.list_objects_v2(Bucket=bucket, Prefix=f"{source}/stages/prepare/")
-        for key in (item["Key"] for item in answer["Contents"]):
-            copied = target + key.removeprefix(source)
-            self.client.copy_object(
-                Bucket=bucket, Key=copied, CopySource={"Bucket": bucket, "Key": key}
-            )
 
 
 @pytest.fixture(scope="module")
@@ -389,3 +334,33 @@ def test_ctrl_c_on_one_machine_and_the_same_command_again(
     assert attempt.began_at == stopped_at
     assert attempt.steps == list(range(1, attempt.steps[-1] + 1))
     assert (folder / "models/lora_adapter/adapter_model.safetensors").exists()
+
+
+def test_a_worker_that_hangs_is_ended_and_says_where_it_was(
+    trainings: Trainings, store: Proxy
+) -> None:
+    training, gate = (
+        trainings("hung", epochs=6, checkpointSteps=4, stallTimeout="5s"),
+        threading.Event(),
+    )
+    store.choose = slowly(gate.wait)
+    attempt = training.start()
+    attempt.wait_for_step(4)
+    time.sleep(7)  # it waits for the store, and says so
+    assert attempt.status() is None, attempt.log
+    gate.set()
+    attempt.wait_for_step(6)
+    worker = attempt.worker()
+    worker.suspend()
+    assert attempt.wait() == 1, attempt.log
+    assert not worker.is_running()
+    assert attempt.result["reason"] == "Stalled"
+    assert "5s" in attempt.result["message"]
+    assert "spec.training.stallTimeout" in attempt.result["message"]
+    assert "Current thread 0x" in attempt.log
+    for file in ("sft.py", "reporter.py"):  # of its main thread, and of another one
+        assert f'{file}", line' in attempt.log
+    step = training.newest()
+    assert step >= 4
+    finish(training)
+    assert training.attempts[-1].began_at == step

@@ -120,6 +120,7 @@ def test_the_same_examples_asked_for_otherwise_train_nothing_anew(
     second = prepare(change(dataset) if callable(change) else change)
     assert changed(first, second) == {"prepare"}
     assert second.complete == ()
+    assert examples(first) == examples(second)
 
 
 def test_a_better_reader_trains_nothing_anew(
@@ -148,6 +149,13 @@ def test_a_length_that_cuts_no_row_trains_nothing_anew(prepare: Prepare) -> None
     assert "train" in changed(cutting, less)
 
 
+def examples(result: StageResult) -> str:
+    """What tells whether the examples are others."""
+    assert result.resolved is not None
+    assert result.resolved.examples is not None
+    return result.resolved.examples
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -159,7 +167,9 @@ def test_a_length_that_cuts_no_row_trains_nothing_anew(prepare: Prepare) -> None
     ids=str,
 )
 def test_other_examples_are_trained_on(prepare: Prepare, change: dict[str, Any]) -> None:
-    assert changed(prepare(), prepare(change)) == {"prepare", "train", "export"}
+    first, second = prepare(), prepare(change)
+    assert changed(first, second) == {"prepare", "train", "export"}
+    assert examples(first) != examples(second)
 
 
 def test_a_training_that_is_there_is_found_by_its_examples(
@@ -265,9 +275,9 @@ def test_a_marker_that_lists_files_elsewhere_is_refused(
     wrong = stored.marker.model_copy(update={"files": files})
     output.write(f"{adapter}/complete.json", wrong.model_dump_json().encode())
     refused(
-        lambda: pipeline.fetch_inputs(prepared, output, tmp_path / "room"),
+        lambda: pipeline.fetch_inputs(prepared, output, tmp_path / "workspace"),
         "is not the file that",
     )
     elsewhere = stored.marker.model_copy(update={"folder": "../other"})
     output.write(f"{adapter}/complete.json", elsewhere.model_dump_json().encode())
-    refused(lambda: pipeline.fetch_inputs(prepared, output, tmp_path / "room"), "is no marker")
+    refused(lambda: pipeline.fetch_inputs(prepared, output, tmp_path / "workspace"), "is no marker")

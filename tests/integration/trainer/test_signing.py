@@ -60,7 +60,7 @@ def downloaded(key: ec.EllipticCurvePrivateKey, tmp_path: Path) -> Path:
     signer = signer_for(SIGNED, "tuned", environment)
     assert environment == {}, "child processes get no key"
 
-    publish(output, tmp_path / "room", "fp", FILES, signer)
+    publish(output, tmp_path / "workspace", "fp", FILES, signer)
     return output.root / folder("fp")
 
 

@@ -18,7 +18,6 @@ BUCKET = "contract"
 
 @pytest.fixture(params=["disk", *ALL_STORES])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
-    """An empty folder."""
     if request.param == "disk":
         return LocalFolder(tmp_path / "store")
     keys = keys_of(request, request.param)

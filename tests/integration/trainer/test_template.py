@@ -21,11 +21,6 @@ from finetune_trainer.model.tokenizer import (
 ROW = ("What is 2+2?", "It is 4.")
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(ModelFolder(smollm2_folder))
-
-
 @pytest.fixture
 def plain(smollm2_folder: Path, tmp_path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model, which comes without a chat template."""

@@ -54,7 +54,6 @@ ONE_AND_TWO = pytest.mark.parametrize("threads", [1, 2], indirect=True)
 
 
 def write(base: Path, adapter: Path, folder: Path) -> Path:
-    """Our merge."""
     weights = MergedWeights.open(base, adapter)
     weights.check_changes()
     write_merged(weights, folder)

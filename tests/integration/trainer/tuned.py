@@ -6,6 +6,8 @@ made, but for the conversion itself.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from finetune_trainer.contract import Export, Quantization
 from finetune_trainer.export.gate import SourceGate
 from finetune_trainer.export.gguf.files import GgufSource, quantize, write_unquantized
 from finetune_trainer.model import ModelFolder
-from finetune_trainer.model.converter import gguf_name
+from finetune_trainer.model.converter import gguf_name, llama_folder
 from finetune_trainer.model.loading import load_model
 from finetune_trainer.model.tokenizer import (
     begins_with_bos,
@@ -107,3 +109,17 @@ def make_adapter(base: Path, folder: Path, targets: tuple[str, ...]) -> None:
                 parameter.mul_(0.3)
     model.save_pretrained(str(folder))
     save_tokenizer(load_tokenizer(ModelFolder(base)), base, folder)
+
+
+def write_lora(tuned: Tuned, file: Path) -> Path:
+    """By llama.cpp's own script."""
+    command = [
+        sys.executable,
+        str(llama_folder() / "convert_lora_to_gguf.py"),
+        str(tuned.adapter),
+        f"--base={tuned.base}",
+        f"--outfile={file}",
+        "--outtype=f32",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return file

@@ -103,8 +103,9 @@ def succeeded(stage: Stage, since: float = -60, until: float = 0, **fields: Any)
     )
 
 
-def cached(stage: Stage, fingerprint: str) -> StageStatus:
+def cached(stage: Stage, fingerprint: str, **fields: Any) -> StageStatus:
     return StageStatus(
+        **fields,
         name=stage,
         state=StageState.SUCCEEDED,
         fingerprint=fingerprint,

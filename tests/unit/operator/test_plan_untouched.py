@@ -40,7 +40,7 @@ from tests.unit.operator.build import (
     status,
 )
 from tests.unit.operator.endings import EMPTY, LAST, training
-from tests.unit.operator.expect import start, warning
+from tests.unit.operator.expect import start, unexplained, warning
 
 DONE = finished_status(*ALL_DONE)
 MORE_MEMORY = {"resources": {"limits": {"memory": "8Gi"}}}
@@ -99,7 +99,7 @@ BAD = job(PREPARE, key="2", **ended(10, said(PREPARE, Reason.DATASET_EMPTY, mess
 
 
 def test_a_spec_that_cannot_be_reached_leaves_the_former_version_current() -> None:
-    made = edited(preparing(), spec_of(2), BAD)
+    made = unexplained(edited(preparing(), spec_of(2), BAD))
     words = f"The new spec can't be reached: {EMPTY} The former version stays current."
     no_more = (
         "No further attempt is made until the spec changes, or the annotation "

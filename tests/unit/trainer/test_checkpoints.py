@@ -81,7 +81,6 @@ def store(folder: Recording) -> CheckpointStore:
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    """What a worker leaves."""
     return write(tmp_path / "checkpoint", {**FILES, **NOT_NEEDED})
 
 

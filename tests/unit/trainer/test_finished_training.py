@@ -52,7 +52,6 @@ def config(output: Folder) -> PreparedRunConfig:
 
 
 def trained(output: Folder, folder: Path, metrics: str) -> None:
-    """What a training leaves."""
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
     (folder / METRICS).write_text(metrics)

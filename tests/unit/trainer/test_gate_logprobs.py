@@ -7,11 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune_trainer.export.reference import logprobs
-from finetune_trainer.export.reference.logprobs import TokenSums, kl_divergence, normalised
+from finetune_trainer.export.reference import (
+    Floats,
+    TokenSums,
+    create_logprobs,
+    kl_divergence,
+    normalised,
+    read_logprobs,
+    store_logprobs,
+)
 
 
-def logits(seed: int, tokens: int = 64, vocabulary: int = 5_000) -> logprobs.Floats:
+def logits(seed: int, tokens: int = 64, vocabulary: int = 5_000) -> Floats:
     values = np.random.default_rng(seed).normal(0, 3, (tokens, vocabulary))
     return values.astype(np.float32)
 
@@ -31,9 +38,9 @@ def test_the_figures_are_those_of_the_textbook() -> None:
 
 def test_sixteen_bits_cost_next_to_nothing(tmp_path: Path) -> None:
     exact, other = normalised(logits(0)), normalised(logits(0) + 0.1 * logits(1))
-    file = logprobs.create(tmp_path / "kept.npy", *exact.shape)
-    logprobs.store(file, 0, exact.copy())
-    kept = normalised(logprobs.read(tmp_path / "kept.npy"))
+    file = create_logprobs(tmp_path / "kept.npy", *exact.shape)
+    store_logprobs(file, 0, exact.copy())
+    kept = normalised(read_logprobs(tmp_path / "kept.npy"))
     assert kl_divergence(exact, kept).max() < 2e-6
     wanted = kl_divergence(exact, other).mean()
     assert kl_divergence(kept, other).mean() == pytest.approx(wanted, rel=1e-3)

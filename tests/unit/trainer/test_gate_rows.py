@@ -11,7 +11,7 @@ from finetune_trainer.export.gate.rows import (
     spread,
     within_budget,
 )
-from finetune_trainer.export.reference.logprobs import MeasuredRow
+from finetune_trainer.export.reference import MeasuredRow
 from finetune_trainer.model.tokenizer import IGNORED, Encoded
 
 

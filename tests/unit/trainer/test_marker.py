@@ -20,7 +20,6 @@ def output(tmp_path: Path) -> Folder:
 
 
 def publish(output: Folder, path: str, quality: Quality | None) -> None:
-    """An export with one file."""
     output.write(path, b"GGUF")
     file = Artifact(path=path, bytes=4, sha256="aa", quality=quality)
     marker = Marker(stage=Stage.EXPORT, fingerprint="fp", files=(file,))

@@ -22,8 +22,6 @@ T = TargetModule
 
 
 class Point(NamedTuple):
-    """A line of a table."""
-
     model: str
     tokens: int
     published: float

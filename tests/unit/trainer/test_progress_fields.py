@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -70,3 +71,27 @@ def test_a_new_stage_clears_what_no_longer_applies(failures: int) -> None:
         reporter.begin(Stage.TRAIN, "Training anew")
     assert status.fields.pop("lastUpdateTime")
     assert status.fields == {"stage": "train", "message": "Training anew"}
+
+
+def test_a_trainer_that_lives_renews_its_report() -> None:
+    status, times = Status(), set[str]()
+    with Reporter(status, interval=0, heartbeat=0.05) as reporter:
+        reporter.begin(Stage.TRAIN, "Training")
+        deadline = time.monotonic() + 10
+        while len(times) < 2 and time.monotonic() < deadline:
+            if at := status.fields.get("lastUpdateTime"):
+                times.add(at)
+            time.sleep(0.01)
+    assert len(times) == 2
+    assert status.fields["message"] == "Training"
+
+
+def test_a_report_that_failed_is_sent_with_the_next_heartbeat() -> None:
+    status = Status(failures=2)
+    with Reporter(status, interval=0, heartbeat=1) as reporter:
+        reporter.begin(Stage.TRAIN, "Training")
+        deadline = time.monotonic() + 10
+        while not status.fields and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert status.fields["message"] == "Training"
+        assert status.fields["heartbeatSeconds"] == 1

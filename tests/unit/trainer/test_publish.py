@@ -39,8 +39,8 @@ LATER: Version = {"adapter/weights": b"later adapter", "README.md": b"later"}
 
 
 @pytest.fixture
-def room(tmp_path: Path) -> Path:
-    return tmp_path / "room"
+def workspace(tmp_path: Path) -> Path:
+    return tmp_path / "workspace"
 
 
 @pytest.fixture
@@ -59,12 +59,12 @@ def held(output: LocalFolder, name: str) -> dict[str, bytes]:
 
 
 def test_a_new_version_has_its_own_folder_and_becomes_current(
-    output: LocalFolder, room: Path
+    output: LocalFolder, workspace: Path
 ) -> None:
     output.write("data/train.csv", b"not ours")
-    publish(output, room, "old", OLD)
+    publish(output, workspace, "old", OLD)
     old = held(output, "old")
-    publish(output, room, "new", NEW)
+    publish(output, workspace, "new", NEW)
     assert held(output, "old") == old, "a version never changes"
     new = held(output, "new")
     assert output.read(MANIFEST) == new[MANIFEST]
@@ -84,27 +84,27 @@ def test_a_death_at_any_moment_leaves_the_former_version_whole_and_current(
 ) -> None:
     name, version = ("new", NEW) if then == "the same again" else ("later", LATER)
     clean = LocalFolder(tmp_path / "clean")
-    publish(clean, tmp_path / "room", "old", OLD)
-    publish(clean, tmp_path / "room", name, version)
+    publish(clean, tmp_path / "workspace", "old", OLD)
+    publish(clean, tmp_path / "workspace", name, version)
     both = LocalFolder(tmp_path / "both")
-    publish(both, tmp_path / "room", "old", OLD)
-    publish(both, tmp_path / "room", "new", NEW)
-    publish(both, tmp_path / "room", name, version)
+    publish(both, tmp_path / "workspace", "old", OLD)
+    publish(both, tmp_path / "workspace", "new", NEW)
+    publish(both, tmp_path / "workspace", name, version)
     moments = 0
     for moments in range(1000):
         output = LocalFolder(tmp_path / "output")
-        publish(output, tmp_path / "room", "old", OLD)
+        publish(output, tmp_path / "workspace", "old", OLD)
         old = held(output, "old")
         dying = DyingFolder(output, moments)
         try:
-            publish(dying, tmp_path / "room", "new", NEW)
+            publish(dying, tmp_path / "workspace", "new", NEW)
         except KilledError:
             assert held(output, "old") == old
             stands = find_complete(output, Stage.EXPORT, fingerprint("new"))
             now = current(output)
             assert now is not None
             assert now.data == old[MANIFEST] or stands, "only a whole version is current"
-            publish(DyingFolder(output), tmp_path / "room", name, version)
+            publish(DyingFolder(output), tmp_path / "workspace", name, version)
             expected = contents(both if stands else clean)
             assert contents(output) == expected, f"after {moments} operations"
             shutil.rmtree(output.root)
@@ -114,15 +114,15 @@ def test_a_death_at_any_moment_leaves_the_former_version_whole_and_current(
 
 
 def test_while_files_are_uploaded_the_former_version_is_whole_and_current(
-    output: LocalFolder, room: Path
+    output: LocalFolder, workspace: Path
 ) -> None:
-    publish(output, room, "old", OLD)
+    publish(output, workspace, "old", OLD)
     old = held(output, "old")
     with Publication(output, fingerprint("new"), REPORTER) as publication:
         for path, data in NEW.items():
-            (room / path).parent.mkdir(parents=True, exist_ok=True)
-            (room / path).write_bytes(data)
-            publication.add(room / path, path)
+            (workspace / path).parent.mkdir(parents=True, exist_ok=True)
+            (workspace / path).write_bytes(data)
+            publication.add(workspace / path, path)
 
         def build(files: tuple[Artifact, ...]) -> bytes:
             assert find_complete(output, Stage.EXPORT, fingerprint("old"))
@@ -134,46 +134,46 @@ def test_while_files_are_uploaded_the_former_version_is_whole_and_current(
     assert output.read(MANIFEST) == held(output, "new")[MANIFEST]
 
 
-def test_going_back_to_a_former_version_is_one_write(output: LocalFolder, room: Path) -> None:
-    publish(output, room, "old", OLD)
-    publish(output, room, "new", NEW)
+def test_going_back_to_a_former_version_is_one_write(output: LocalFolder, workspace: Path) -> None:
+    publish(output, workspace, "old", OLD)
+    publish(output, workspace, "new", NEW)
     before = contents(output)
     dying = DyingFolder(output, 1)
     with pytest.raises(KilledError):  # on looking for what others left
-        publish(dying, room, "old", {})
+        publish(dying, workspace, "old", {})
     assert contents(output) == {**before, MANIFEST: before[f"{folder('old')}/{MANIFEST}"]}
 
 
 def test_what_another_attempt_put_into_the_folder_goes_before_the_manifest_comes(
-    output: LocalFolder, room: Path
+    output: LocalFolder, workspace: Path
 ) -> None:
     """Such as a file that was refused there and not here."""
     output.write(f"{folder('new')}/rejected/model-F16.gguf", b"from an earlier attempt")
-    publish(output, room, "new", NEW)
+    publish(output, workspace, "new", NEW)
     assert held(output, "new").keys() == {*NEW, SHA256SUMS, MANIFEST}
 
 
 def test_exports_that_were_given_up_are_cleaned_up_and_other_folders_stay(
-    output: LocalFolder, room: Path
+    output: LocalFolder, workspace: Path
 ) -> None:
     output.write(f"{folder('given up')}/gguf/model-F16.gguf", b"half")
     output.write(f"stages/export/{fingerprint('given up')}/uploads.json", b"[]")
     output.write("versions/notes/of-mine.txt", b"not ours")
-    publish(output, room, "new", NEW)
+    publish(output, workspace, "new", NEW)
     expected = {f"{folder('new')}/{path}" for path in (*NEW, SHA256SUMS, MANIFEST)}
     assert contents(output).keys() == {*expected, MANIFEST, "versions/notes/of-mine.txt"}
 
 
-def test_a_version_that_lost_a_file_is_made_again(output: LocalFolder, room: Path) -> None:
-    publish(output, room, "old", OLD)
-    publish(output, room, "new", NEW)
+def test_a_version_that_lost_a_file_is_made_again(output: LocalFolder, workspace: Path) -> None:
+    publish(output, workspace, "old", OLD)
+    publish(output, workspace, "new", NEW)
     output.delete([f"{folder('new')}/README.md"])
     assert find_complete(output, Stage.EXPORT, fingerprint("new")) is None
     with Publication(output, fingerprint("new"), REPORTER):
         # Nothing is true of it any more.
         assert MANIFEST not in held(output, "new")
         assert output.read(MANIFEST) is None
-    publish(output, room, "new", NEW)
+    publish(output, workspace, "new", NEW)
     assert held(output, "new").keys() == {*NEW, SHA256SUMS, MANIFEST}
     assert find_complete(output, Stage.EXPORT, fingerprint("new")) is not None
 
@@ -205,16 +205,18 @@ def counting(tmp_path: Path) -> Iterator[Counting]:
     folder.gate.set()
 
 
-def files_of(room: Path, *names: str) -> list[Path]:
-    room.mkdir(exist_ok=True)
+def files_of(workspace: Path, *names: str) -> list[Path]:
+    workspace.mkdir(exist_ok=True)
     for name in names:
-        (room / name).write_bytes(name.encode() * 100)
-    return [room / name for name in names]
+        (workspace / name).write_bytes(name.encode() * 100)
+    return [workspace / name for name in names]
 
 
-def test_an_interrupted_export_sends_no_finished_file_again(counting: Counting, room: Path) -> None:
+def test_an_interrupted_export_sends_no_finished_file_again(
+    counting: Counting, workspace: Path
+) -> None:
     quality = Quality(kl_divergence=0.01, same_top_token=0.9, perplexity=3.0)
-    one, two = files_of(room, "one", "two")
+    one, two = files_of(workspace, "one", "two")
     counting.refuse = "two"
     with Publication(counting, fingerprint("fp"), REPORTER) as publication:
         publication.add(one, "one", quality)
@@ -230,24 +232,24 @@ def test_an_interrupted_export_sends_no_finished_file_again(counting: Counting, 
     assert counting.read(f"{folder('fp')}/one") == one.read_bytes()
 
 
-def test_a_file_with_other_bytes_is_sent_again(counting: Counting, room: Path) -> None:
+def test_a_file_with_other_bytes_is_sent_again(counting: Counting, workspace: Path) -> None:
     for content in (b"first", b"other"):
-        room.mkdir(exist_ok=True)
-        (room / "one").write_bytes(content)
+        workspace.mkdir(exist_ok=True)
+        (workspace / "one").write_bytes(content)
         with Publication(counting, fingerprint("fp"), REPORTER) as publication:
-            publication.add(room / "one", "one")
+            publication.add(workspace / "one", "one")
             publication._finish_uploads()
     assert counting.uploaded == ["one", "one"]
     # So is one that was altered in the store.
     counting.write(f"{folder('fp')}/one", b"altered")
     with Publication(counting, fingerprint("fp"), REPORTER) as publication:
-        publication.add(room / "one", "one")
+        publication.add(workspace / "one", "one")
         publication._finish_uploads()
     assert counting.uploaded == ["one", "one", "one"]
 
 
-def test_computing_goes_on_while_files_are_uploaded(counting: Counting, room: Path) -> None:
-    one, two = files_of(room, "one", "two")
+def test_computing_goes_on_while_files_are_uploaded(counting: Counting, workspace: Path) -> None:
+    one, two = files_of(workspace, "one", "two")
     counting.gate.clear()
     with Publication(counting, fingerprint("fp"), REPORTER) as publication:
         publication.add(one, "one")
@@ -259,8 +261,8 @@ def test_computing_goes_on_while_files_are_uploaded(counting: Counting, room: Pa
     assert counting.uploaded == ["one", "two"]
 
 
-def test_a_failed_upload_is_raised_by_the_next_call(counting: Counting, room: Path) -> None:
-    one, two = files_of(room, "one", "two")
+def test_a_failed_upload_is_raised_by_the_next_call(counting: Counting, workspace: Path) -> None:
+    one, two = files_of(workspace, "one", "two")
     counting.refuse = "one"
     with Publication(counting, fingerprint("fp"), REPORTER) as publication:
         publication.add(one, "one")
@@ -270,8 +272,8 @@ def test_a_failed_upload_is_raised_by_the_next_call(counting: Counting, room: Pa
     assert counting.read(MANIFEST) is None
 
 
-def test_closing_ends_an_upload_in_the_middle(counting: Counting, room: Path) -> None:
-    one, two = files_of(room, "one", "two")
+def test_closing_ends_an_upload_in_the_middle(counting: Counting, workspace: Path) -> None:
+    one, two = files_of(workspace, "one", "two")
     counting.gate.clear()
     publication = Publication(counting, fingerprint("fp"), REPORTER)
     publication.add(one, "one")
@@ -285,9 +287,9 @@ def test_closing_ends_an_upload_in_the_middle(counting: Counting, room: Path) ->
 
 
 def test_a_file_that_changes_before_it_is_sent_is_not_published(
-    counting: Counting, room: Path
+    counting: Counting, workspace: Path
 ) -> None:
-    (one,) = files_of(room, "one")
+    (one,) = files_of(workspace, "one")
     counting.gate.clear()
     with Publication(counting, fingerprint("fp"), REPORTER) as publication:
         publication.add(one, "one")
@@ -299,29 +301,29 @@ def test_a_file_that_changes_before_it_is_sent_is_not_published(
 
 
 def test_a_version_with_rejected_files_does_not_replace_a_good_one(
-    output: LocalFolder, room: Path
+    output: LocalFolder, workspace: Path
 ) -> None:
-    publish(output, room, "bad", BAD)
+    publish(output, workspace, "bad", BAD)
     assert find_complete(output, Stage.EXPORT, fingerprint("bad")) is None
     assert output.read(MANIFEST) == held(output, "bad")[MANIFEST], "the first is better than none"
-    publish(output, room, "old", OLD)
+    publish(output, workspace, "old", OLD)
     old = held(output, "old")[MANIFEST]
     assert output.read(MANIFEST) == old
-    publish(output, room, "worse", BAD)
+    publish(output, workspace, "worse", BAD)
     published = finish(output, fingerprint("worse"))
     assert published is not None
     assert (published.version.rejected, published.current.data) == (True, old)
     assert output.read(MANIFEST) == old
     output.delete([f"{folder('old')}/README.md"])
-    publish(output, room, "worse", BAD)
+    publish(output, workspace, "worse", BAD)
     assert output.read(MANIFEST) != old, "and better than one that is not whole"
 
 
 def test_sha256sum_reads_what_is_written_and_finds_a_flipped_bit(
-    output: LocalFolder, room: Path
+    output: LocalFolder, workspace: Path
 ) -> None:
     files = {**NEW, "gguf/a name with spaces and ü.gguf": b"x", "odd\\name": b"y"}
-    publish(output, room, "new", files)
+    publish(output, workspace, "new", files)
     version = output.root / folder("new")
 
     def check() -> subprocess.CompletedProcess[str]:

@@ -1,101 +1,31 @@
-"""The dataset reader on what nobody thought of: it reads or it refuses, and loses nothing."""
+"""The reader on tables that nobody thought of: it reads or it refuses, and loses nothing."""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import io
-import json
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from finetune_trainer.contract import Columns, Csv, Dataset, Reason, StageError, as_example
-from finetune_trainer.prepare.reading import Problems, Record, open_source
-from finetune_trainer.prepare.split import row_hash
+from finetune_trainer.contract import Csv, Dataset, Reason
+from tests.unit.trainer.reading_fuzz import (
+    CELL,
+    FAIL,
+    FILLED,
+    HEADER,
+    SKIP,
+    Reading,
+    fuzz,
+    is_within,
+    read,
+)
 
 CORPUS = Path(__file__).parents[2] / "data" / "corpus"
-URI = "s3://data/train.csv"
-HEADER = b"instruction,response\n"
-REASONS = {
-    Reason.DATASET_EMPTY,
-    Reason.DATASET_UNREADABLE,
-    Reason.COLUMN_NOT_FOUND,
-    Reason.INVALID_ROWS,
-}
-SKIP = Dataset(source=URI, on_invalid_row="skip", max_invalid_rows="100%")
-FAIL = Dataset(source=URI)
-
-
-def fuzz(examples: int) -> settings:
-    """Other examples in every run, each within twenty seconds on however busy a machine."""
-    return settings(
-        max_examples=examples,
-        deadline=20_000,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
-
-
-@dataclass
-class Reading:
-    """What became of a file."""
-
-    records: list[Record]
-    problems: Problems
-    error: StageError | None = None
-
-
-def read(data: bytes, dataset: Dataset) -> Reading:
-    """Read the file; whatever it is, what comes of it must make sense."""
-    found = Reading([], Problems())
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(data)
-        file.flush()
-        try:
-            source = open_source(Path(file.name), dataset, URI)
-            found.records.extend(source.records(found.problems))
-        except StageError as error:
-            check_error(error, found.problems)
-            found.error = error
-        else:
-            assert len(found.records) + found.problems.count == source.rows
-            assert found.records
-            source.detected.model_dump_json().encode()
-    if dataset is FAIL and found.error is None:
-        assert not found.problems.count
-    for record in found.records:
-        check_record(record)
-    return found
-
-
-def check_error(error: StageError, problems: Problems) -> None:
-    assert error.reason in REASONS
-    assert URI in error.message
-    assert "\n" not in error.message
-    assert len(error.message) < 3500
-    error.message.encode()
-    if error.reason is Reason.INVALID_ROWS:
-        assert error.dataset is not None
-        assert error.dataset.invalid == problems.count == len(list(problems)) > 0
-        assert error.dataset.rows >= problems.count
-
-
-def check_record(record: Record) -> None:
-    roles = [message["role"] for message in record.messages]
-    assert record.number >= 1
-    assert {*roles} <= {"system", "user", "assistant", "tool"}
-    assert len(roles) > 1
-    assert roles[-1] == "assistant"
-    for message in record.messages:
-        assert message["content"].strip() or message["role"] == "tool" or message["tool_calls"]
-    json.dumps(as_example(record.messages, record.tools), ensure_ascii=False).encode()
-    row_hash(record.messages, 1, record.tools)
-
 
 PREFIXES = [
     b"", HEADER, HEADER + b"a,b\n", b'"instruction"\t"response"\n', b"messages\n",
@@ -122,14 +52,6 @@ def test_any_text_is_read_or_refused(prefix: bytes, text: str, dataset: Dataset)
     read(prefix + text.encode(), dataset)
 
 
-CELL = st.text(
-    st.one_of(
-        st.sampled_from(" ,;\t|\"'\\\r\n=#{}[]"),
-        st.characters(exclude_categories=["Cs"], exclude_characters="\0"),
-    ),
-    max_size=12,
-)
-FILLED = CELL.filter(str.strip)
 NAMES = st.text(st.sampled_from("abcdxyz _-"), max_size=6).filter(lambda name: name != "input")
 
 
@@ -236,12 +158,6 @@ def csv_keeps(rows: list[tuple[str, str]]) -> bool:
     return not any("\r" in cell for row in rows for cell in row)
 
 
-def is_within(part: list[Any], whole: list[Any]) -> bool:
-    """Whether the items of `part` are in `whole`, in that order."""
-    rest = iter(whole)
-    return all(item in rest for item in part)
-
-
 def parse(text: str, **dialect: Any) -> list[list[str]] | None:
     try:
         return list(csv.reader(io.StringIO(text, newline=""), **dialect))
@@ -321,116 +237,6 @@ def test_a_damaged_file_is_read_or_refused(data: bytes, dataset: Dataset) -> Non
 @given(damaged(PARQUET))
 def test_damaged_parquet_is_read_or_refused(data: bytes) -> None:
     read(data, SKIP)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["role", "content", "weight", "from", "value"]), inner, max_size=3
-        )
-    ),
-    max_leaves=6,
-)
-TEXT = st.text(max_size=4) | st.just("a")
-FUNCTION = st.fixed_dictionaries(
-    {"name": st.just("f") | TEXT},
-    optional={"arguments": st.sampled_from(["{}", '{"a": 1}', "["]) | JSON, "parameters": JSON},
-)
-CALLED = st.fixed_dictionaries(
-    {"function": FUNCTION},
-    optional={"id": st.sampled_from(["1", "2", None]), "type": st.just("function") | JSON},
-)
-PARTS = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXT}), max_size=2)
-FURTHER: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-    "developer": {},
-    "user": {"name": TEXT},
-    "assistant": {
-        "tool_calls": st.lists(CALLED, max_size=2),
-        "reasoning_content": st.none() | TEXT,
-        "weight": st.sampled_from([None, 0, 1, 1.0, 2]),
-    },
-    "tool": {"tool_call_id": st.sampled_from(["1", "2"])},
-}
-TURNS = {
-    role: st.fixed_dictionaries({"role": st.just(role), "content": TEXT | PARTS}, optional=further)
-    for role, further in FURTHER.items()
-}
-BEFORE = st.lists(st.one_of(*TURNS.values()), min_size=1, max_size=4)
-CHAT = st.tuples(BEFORE, TURNS["assistant"]).map(lambda parts: [*parts[0], parts[1]])
-MESSAGE = st.fixed_dictionaries(
-    {
-        "role": st.sampled_from(["system", "user", "assistant", "tool"]),
-        "content": st.text(max_size=4),
-    }
-)
-VALUE = JSON | st.lists(MESSAGE | JSON, max_size=4) | CHAT | st.lists(CALLED, max_size=2)
-KEYS = [
-    "instruction", "input", "response", "system", "prompt", "completion", "messages",
-    "conversations", "tools",
-]  # fmt: skip
-
-
-LAYOUTS = [
-    ("instruction", "response"), ("instruction", "output"), ("prompt", "completion"),
-    ("prompt", "response"), ("question", "answer"),
-]  # fmt: skip
-
-
-@fuzz(200)
-@given(
-    st.sampled_from(LAYOUTS),
-    st.lists(st.tuples(FILLED, FILLED), min_size=1, max_size=5),
-    st.one_of(
-        st.dictionaries(st.sampled_from([*KEYS, "output", "question", "answer"]), JSON).map(
-            json.dumps
-        ),
-        st.sampled_from(["{", "[", '{"a": NaN, "a": 1}', "null", '"', "{}}"]),
-    ),
-    st.integers(0, 5),
-)
-def test_a_bad_line_leaves_the_good_ones_as_they_were(
-    keys: tuple[str, str], good: list[tuple[str, str]], bad: str, place: int
-) -> None:
-    """Or the file is refused."""
-    lines = [json.dumps(dict(zip(keys, row, strict=True))) for row in good]
-    lines.insert(place, bad)
-    found = read("".join(f"{line}\n" for line in lines).encode(), SKIP)
-    if not found.error:
-        assert is_within(
-            good, [tuple(m["content"] for m in r.messages[-2:]) for r in found.records]
-        )
-
-
-@fuzz(200)
-@given(
-    st.lists(
-        JSON | st.dictionaries(st.sampled_from(KEYS), VALUE),
-        min_size=1,
-        max_size=6,
-    ),
-    st.sampled_from([Columns(), Columns(system="system"), Columns(messages="messages")]),
-    st.booleans(),
-)
-def test_any_json_is_mapped_or_refused(items: list[Any], columns: Columns, array: bool) -> None:
-    lines = [json.dumps(item) for item in items]
-    text = f"[{','.join(lines)}]" if array else "".join(f"{line}\n" for line in lines)
-    read(text.encode(), SKIP.model_copy(update={"columns": columns}))
-
-
-@fuzz(200)
-@given(
-    st.lists(
-        st.fixed_dictionaries(
-            {"messages": CHAT}, optional={"tools": st.lists(CALLED, max_size=2) | JSON}
-        ),
-        min_size=1,
-        max_size=6,
-    )
-)
-def test_any_conversation_is_read_or_refused(items: list[Any]) -> None:
-    read("".join(f"{json.dumps(item)}\n" for item in items).encode(), SKIP)
 
 
 @pytest.mark.parametrize("opening", [b"[", b'{"a":', b'"', b"'", b"(", b"\\"])

@@ -5,27 +5,21 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune_trainer.contract import Artifact, FileVerdict, GateReport, Quantization, Sample
+from finetune_trainer.contract import FileVerdict, GateReport, Quantization, Sample
 from finetune_trainer.contract.verdict_words import Tone
-from finetune_trainer.export.gguf.files import preferred
-from finetune_trainer.export.report import Facts, render_report, tables, visible, write_report
+from finetune_trainer.export.report import render_report, tables, visible, write_report
 from finetune_trainer.export.report.charts import MOST_POINTS, NARROW, WIDE, loss_chart, thin
 from finetune_trainer.export.report.facts import LossPoint
 from finetune_trainer.export.report.summary import (
-    loading_commands,
     overall,
-    served_file,
     statements,
 )
 from tests.report_facts import (
-    artifacts,
     config,
     dataset_report,
     facts,
@@ -34,52 +28,7 @@ from tests.report_facts import (
     name,
     trained,
 )
-
-VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
-
-
-class Page(HTMLParser):
-    """Parses a page and keeps what the tests ask for; `faults` is where it isn't well-formed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.faults: list[str] = []
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str, str]] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-        self.faults += self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += [(tag, key, value or "") for key, value in attrs]
-        names = [key for key, _ in attrs]
-        if len(names) != len(set(names)):
-            self.faults.append(f"{tag}: an attribute twice")
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            self.faults.append(f"</{tag}>")
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.texts.append(data)
-
-    def values(self, key: str) -> list[str]:
-        """All values of an attribute."""
-        return [value for _, name, value in self.attributes if name == key]
-
-    @property
-    def text(self) -> str:
-        """What is read, with single spaces."""
-        return " ".join(" ".join(self.texts).split())
+from tests.unit.trainer.html_page import Page
 
 
 @pytest.fixture(scope="module")
@@ -323,66 +272,6 @@ def test_maximum_length_is_marked_also_where_it_is_far_away(whole: str) -> None:
     assert "maxSequenceLength 512</text>" in whole
     far = render_report(facts(dataset=dataset_report(maxSequenceLength=131_072)))
     assert "maxSequenceLength 131,072 →</text>" in far
-
-
-def titles(given: Facts) -> list[str]:
-    return [way.title for way in loading_commands(given)]
-
-
-def test_only_what_is_there_is_told_how_to_load() -> None:
-    assert titles(facts()) == [
-        "llama.cpp",
-        "Ollama",
-        "transformers",
-        "vLLM, merged model",
-        "PEFT adapter",
-        "vLLM, adapter on its base model",
-        "llama.cpp, adapter on its base model",
-    ]
-    adapter = [each for each in artifacts() if each.path.startswith("adapter/")]
-    assert titles(facts(files=adapter)) == ["PEFT adapter", "vLLM, adapter on its base model"]
-    dora = config(training={"lora": {"useDora": True}})
-    assert titles(facts(files=adapter, config=dora)) == ["PEFT adapter"]
-
-
-@pytest.mark.parametrize(
-    ("parameters", "kind"), [(1.2e9, Quantization.Q8_0), (8e9, Quantization.Q4_K_M)]
-)
-def test_the_file_of_the_commands_is_the_modelfiles(parameters: float, kind: Quantization) -> None:
-    given = facts(trained=trained(metrics={"baseParameters": parameters}))
-    assert served_file(given) == f"gguf/{name(kind)}"
-    kinds = [check.quantization for check in given.gate.files if check.passed]
-    assert preferred(kinds, parameters) is kind
-
-
-def test_a_refused_file_is_never_recommended() -> None:
-    assert served_file(facts()) is not None
-    refused = gate(files=gate().files[3:])
-    assert served_file(facts(gate=refused)) is None
-    # verify: warn leaves it where the good ones are.
-    place = Artifact(path=f"gguf/{name(Quantization.Q3_K_M)}", bytes=1, sha256="0")
-    assert served_file(facts(gate=refused, files=(place,))) is None
-
-
-def test_a_base_model_of_a_bucket_is_named_by_its_folder() -> None:
-    given = facts(config=config(job=None, model={"source": "s3://models/bases/tiny-llama"}))
-    command = next(way.command for way in loading_commands(given) if way.title == "PEFT adapter")
-    assert '"./tiny-llama"' in command
-    assert given.name == "tiny-llama-tuned"
-    assert "huggingface.co" not in render_report(given)
-
-
-@pytest.mark.parametrize(
-    ("rank", "argument"), [(1, 8), (16, 16), (17, 32), (512, 512), (513, None)]
-)
-def test_vllm_gets_a_rank_that_it_takes(rank: int, argument: int | None) -> None:
-    given = facts(config=config(training={"lora": {"r": rank}}))
-    commands = [
-        way.command for way in loading_commands(given) if way.title.startswith("vLLM, adapter")
-    ]
-    wanted = [] if argument is None else [f"--max-lora-rank {argument} "]
-    assert [part for command in commands for part in wanted if part in command] == wanted
-    assert len(commands) == len(wanted)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,6 @@ def find(source: str, **fields: Any) -> DataFile:
 
 
 def read(source: str, tmp_path: Path, **fields: Any) -> Findings:
-    """Fetch and read a dataset."""
     dataset = {"source": source, "onInvalidRow": "skip", "maxInvalidRows": "50%", **fields}
     config = RunConfig.model_validate(
         {"model": {"source": "/model"}, "dataset": dataset, "output": {"uri": "/out"}}

@@ -25,6 +25,7 @@ from finetune_trainer.contract.artifacts import (
     Manifest,
     Quality,
     Sample,
+    VersionSummary,
     version_folder,
 )
 from finetune_trainer.contract.base import (
@@ -38,6 +39,7 @@ from finetune_trainer.contract.base import (
     Tolerated,
     cel,
     describe,
+    parse_duration,
     read_known,
     read_readable,
 )
@@ -70,6 +72,7 @@ from finetune_trainer.contract.dataset_report import (
     Split,
 )
 from finetune_trainer.contract.fingerprint import (
+    UNCHANGING,
     ExampleContents,
     digest,
     later_fingerprints,
@@ -85,6 +88,7 @@ from finetune_trainer.contract.output import (
     QualityLimit,
     Quantization,
     Signing,
+    VersionName,
 )
 from finetune_trainer.contract.progress import (
     NEWS,
@@ -124,6 +128,7 @@ __all__ = [
     "NEWS",
     "PLURAL",
     "REJECTED",
+    "UNCHANGING",
     "UNQUANTIZED",
     "VERSION",
     "VERSIONS",
@@ -194,6 +199,8 @@ __all__ = [
     "TrainingMetrics",
     "TrainingPlan",
     "TrainingRecord",
+    "VersionName",
+    "VersionSummary",
     "allowed",
     "as_example",
     "cel",
@@ -201,6 +208,7 @@ __all__ = [
     "digest",
     "display_name",
     "later_fingerprints",
+    "parse_duration",
     "prepare_fingerprint",
     "read_known",
     "read_readable",

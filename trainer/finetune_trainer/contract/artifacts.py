@@ -165,6 +165,33 @@ class Artifact(Base):
         return self.model_copy(update={"quality": self.quality.rounded()})
 
 
+class VersionSummary(Base):
+    """A version that the output folder holds, in brief."""
+
+    version: str
+    """Name of its folder below versions/."""
+
+    current: bool = False
+    """Whether the output folder's manifest.json names it."""
+
+    rejected: bool = False
+    """Whether the quality gate refused one of its files."""
+
+    created: str | None = None
+    """RFC 3339. It and what follows is left out where its manifest doesn't say, and where not all
+    fits into the termination message."""
+
+    dataset_etag: Annotated[str | None, Field(alias="datasetETag")] = None
+    dataset_rows: int | None = None
+    model_revision: str | None = None
+    eval_loss: float | None = None
+
+    @property
+    def name_alone(self) -> Self:
+        """The same without what its manifest says of it."""
+        return type(self)(version=self.version, current=self.current, rejected=self.rejected)
+
+
 class Lineage(Base):
     """What the files were made from."""
 

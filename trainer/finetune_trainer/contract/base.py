@@ -13,6 +13,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import StrEnum
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -43,6 +44,18 @@ def cel(rule: str, message: str, *more: tuple[str, str]) -> dict[str, Any]:
     return {"x-kubernetes-validations": rules}
 
 
+_DURATION = re.compile(r"(?:(\d{1,5})h)?(?:(\d{1,5})m)?(?:(\d{1,5})s)?")
+
+
+def parse_duration(text: str) -> timedelta:
+    """A duration as Go and Kubernetes write it, e.g. 6h, 1h30m or 90s. Raises ValueError."""
+    found = _DURATION.fullmatch(text) if text else None
+    if found is None:
+        raise ValueError(f"{text!r} is no duration such as 6h, 1h30m or 90s")
+    hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return timedelta(hours=hours, minutes=minutes, seconds=seconds)
+
+
 LOCATION_RULE = cel(
     "self.startsWith('s3://') || self.startsWith('/')",
     "must be an s3://bucket/key URI or the absolute path of a mounted folder",
@@ -62,10 +75,9 @@ def describe(error: ValidationError, prefix: str = "") -> str:
     """Say per field what is wrong, e.g. ``spec.training.epochs: must be …``, in one line."""
     lines = []
     for item in error.errors(include_url=False):
-        path = ".".join(to_camel(p) if isinstance(p, str) else str(p) for p in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         given = "" if item["type"] == "missing" else f" (got {redact(repr(item['input'])):.60})"
-        lines.append(f"{prefix}{path}: {message}{given}")
+        lines.append(f"{prefix}{_words(item['loc'])}: {message}{given}")
     return "; ".join(dict.fromkeys(lines))
 
 

@@ -43,6 +43,7 @@ UNCHANGING = {
     "packing",
     "parallelism",
     "report_to",
+    "stall_timeout",
 }
 """Fields of spec.training that decide on how the work is done and not on what comes out. (Packing
 is proven on the loaded model before it is used.)"""
@@ -72,6 +73,11 @@ class ExampleContents:
 
     longest: int
     """Tokens of the longest example, as it is trained on."""
+
+    @property
+    def short_digest(self) -> str:
+        """The first 12 characters of a digest over all rows."""
+        return digest([self.examples, self.held_out])[:12]
 
 
 def prepare_fingerprint(

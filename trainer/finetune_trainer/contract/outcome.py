@@ -11,7 +11,7 @@ import json
 from enum import IntEnum, StrEnum
 from typing import Any, Self
 
-from finetune_trainer.contract.artifacts import Artifact
+from finetune_trainer.contract.artifacts import Artifact, VersionSummary
 from finetune_trainer.contract.base import Base, Stage, read_readable, redact
 from finetune_trainer.contract.dataset_report import DatasetSummary
 from finetune_trainer.contract.progress import Notice
@@ -66,7 +66,9 @@ class Reason(StrEnum):
     TRAINING_DIVERGED = "TrainingDiverged"
     STORAGE_UNAVAILABLE = "StorageUnavailable"
     STORED_FILE_CHANGED = "StoredFileChanged"
+    VERSION_NOT_FOUND = "VersionNotFound"
     MODEL_HUB_UNAVAILABLE = "ModelHubUnavailable"
+    STALLED = "Stalled"  # seen by the trainer of its training, by the operator of the trainer
     INTERNAL_ERROR = "InternalError"
 
     # Seen by the operator alone.
@@ -104,6 +106,7 @@ _EXIT_CODES = {
     Reason.BUCKET_NOT_FOUND: ExitCode.BAD_CONFIG,
     Reason.OUTPUT_IN_USE: ExitCode.BAD_CONFIG,
     Reason.STORED_FILE_CHANGED: ExitCode.BAD_CONFIG,
+    Reason.VERSION_NOT_FOUND: ExitCode.BAD_CONFIG,
     Reason.MODEL_NOT_FOUND: ExitCode.BAD_CONFIG,
     Reason.MODEL_ACCESS_DENIED: ExitCode.BAD_CONFIG,
     Reason.MODEL_UNSUPPORTED: ExitCode.BAD_CONFIG,
@@ -118,6 +121,7 @@ _EXIT_CODES = {
 
 _RETRYABLE = {
     Reason.STOPPED,
+    Reason.STALLED,
     Reason.STORAGE_UNAVAILABLE,
     Reason.MODEL_HUB_UNAVAILABLE,
     Reason.INTERNAL_ERROR,
@@ -167,6 +171,10 @@ class StageResult(Base):
     manifest_uri: str | None = None
     """The version's own manifest."""
 
+    versions: tuple[VersionSummary, ...] | None = None
+    """Set by `prepare` and `export`: the newest versions that the output folder holds, the newest
+    first, and the current one. None in the results of older trainers."""
+
     metrics: dict[str, float] = {}
     """Set by `train`, and by `prepare` when the store already holds the adapter; e.g. trainLoss,
     trainRuntimeSeconds, trainableParameters."""
@@ -180,9 +188,10 @@ class StageResult(Base):
     def to_message(self) -> bytes:
         """JSON of at most TERMINATION_MESSAGE_LIMIT bytes.
 
-        What doesn't fit goes in this order: files other than GGUF (those of the merged model
-        first), long text, examples of bad rows, notices, more text, and GGUF files last of all,
-        those that failed the quality gate after the others. Credentials are blacked out.
+        What doesn't fit goes in this order: what is known of the versions (the oldest first), files
+        other than GGUF (those of the merged model first), long text, examples of bad rows, notices,
+        more text, and GGUF files last of all, those that failed the quality gate after the others.
+        Credentials are blacked out.
         """
         brief = tuple(each.brief() for each in self.artifacts)
         data = self.model_copy(update={**self._redacted(), "artifacts": brief})
@@ -208,7 +217,9 @@ class StageResult(Base):
         """The same with a little less of what can best be done without."""
         update: dict[str, Any]
         least = min((each.priority_in_message for each in self.artifacts), default=None)
-        if least is not None and least < 2:
+        if described := [each for each in self.versions or () if each != each.name_alone]:
+            update = self._without_details(described[-1])
+        elif least is not None and least < 2:
             update = self._without_artifact(least)
         elif len(self.message) > LONG:
             update = self._cut_message()
@@ -222,6 +233,10 @@ class StageResult(Base):
         else:
             update = self._cut_message()
         return self.model_copy(update=update)
+
+    def _without_details(self, version: VersionSummary) -> dict[str, Any]:
+        brief = {version: version.name_alone}
+        return {"versions": tuple(brief.get(each, each) for each in self.versions or ())}
 
     def _without_artifact(self, priority: int) -> dict[str, Any]:
         """Drop the last file of that priority."""

@@ -130,6 +130,18 @@ class Hub(Base):
     """Branch to push to; it is created where it doesn't exist."""
 
 
+VersionName = Annotated[
+    str,
+    Field(
+        max_length=12,
+        json_schema_extra=cel(
+            "self.matches('^[0-9a-f]{12}$')",
+            "must be a version's name, 12 characters as in status.versions",
+        ),
+    ),
+]
+
+
 class Output(Base):
     """Where the artifacts go."""
 

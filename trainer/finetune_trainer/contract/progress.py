@@ -118,6 +118,9 @@ class Progress(Base):
     """The last 20 things that the running training noticed or did. The operator copies them to
     status.notices and makes Events of them."""
 
+    heartbeat_seconds: int | None = None
+    """This is renewed once in so many seconds at least, as long as the trainer lives."""
+
     last_update_time: str | None = None
     """When this was written (RFC 3339)."""
 

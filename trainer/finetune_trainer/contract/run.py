@@ -10,7 +10,7 @@ from pydantic import Field
 
 from finetune_trainer.contract.base import Base, Tolerated, read_known
 from finetune_trainer.contract.dataset import Dataset
-from finetune_trainer.contract.output import Export, Output
+from finetune_trainer.contract.output import Export, Output, VersionName
 from finetune_trainer.contract.storage import Storage
 from finetune_trainer.contract.training import Model, Training
 
@@ -89,6 +89,9 @@ class Resolved(Base):
     model_commit: str | None = None
     """Commit of a Hub model, which `train` and `export` download."""
 
+    examples: str | None = None
+    """A digest over the examples and the held-out rows, to tell whether they are others."""
+
 
 class JobReference(Base):
     """The FineTuneJob whose status.progress the trainer reports to."""
@@ -109,6 +112,11 @@ class RunConfig(Base):
     export: Export = Export()
     output: Output
     storage: Storage = Storage()
+    rollback_to: VersionName | None = None
+    """Let this version be the current one: its name, as status.versions has it. As long as it is
+    set, nothing is trained or exported, and neither dataset nor model is looked at. Without it the
+    version of this spec is current again, and is not made anew where it is still there."""
+
     hardware: Hardware | None = None
     """Absent on one machine without Kubernetes, where the machine itself tells."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from finetune_trainer.contract.base import Base, cel
+from finetune_trainer.contract.base import Base, cel, parse_duration
 from finetune_trainer.contract.storage import ModelStorage
 
 
@@ -70,6 +71,9 @@ class Tracker(StrEnum):
     TENSORBOARD = "tensorboard"
     MLFLOW = "mlflow"
     WANDB = "wandb"
+
+
+_STALL_SAID = "must be a duration of 1s or more, such as 30m or 1h30m"
 
 
 class Training(Base):
@@ -158,6 +162,23 @@ class Training(Base):
     training fits. Left out, the label nvidia.com/gpu.memory of the cluster's nodes tells, where
     the operator may read it; without it, the training's pod looks at its own GPU."""
 
+    stall_timeout: Annotated[
+        str,
+        Field(
+            min_length=2,
+            max_length=18,
+            json_schema_extra=cel(
+                "self.matches('^([0-9]{1,5}h)?([0-9]{1,5}m)?([0-9]{1,5}s)?$')"
+                " && duration(self) >= duration('1s')",
+                _STALL_SAID,
+            ),
+        ),
+    ] = "30m"
+    """How long nothing may come from the training (no pass, no step, no evaluation) before it
+    counts as hung, e.g. `45m` or `1h30m`; until the first step twice as long. It is then ended
+    (Stalled), with the stack of every thread in the log, and the next attempt goes on from its last
+    checkpoint."""
+
     report_to: Annotated[
         tuple[Tracker, ...],
         Field(max_length=3, json_schema_extra={"x-kubernetes-list-type": "set"}),
@@ -178,6 +199,17 @@ class Training(Base):
     def _epochs_in_range(cls, value: int | str) -> int | str:
         if isinstance(value, int) and not 1 <= value <= 1000:
             raise ValueError("must be a whole number from 1 to 1000, or auto")
+        return value
+
+    @field_validator("stall_timeout")
+    @classmethod
+    def _is_long_enough(cls, value: str) -> str:
+        try:
+            short = parse_duration(value) < timedelta(seconds=1)
+        except ValueError:
+            short = True
+        if short:
+            raise ValueError(_STALL_SAID)
         return value
 
 

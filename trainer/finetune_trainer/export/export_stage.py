@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from finetune_trainer.contract import (
     Artifact,
@@ -25,7 +21,6 @@ from finetune_trainer.contract import (
     StageResult,
     TrainingRecord,
     display_name,
-    read_known,
 )
 from finetune_trainer.contract.verdict_words import explain_failures
 from finetune_trainer.export.pipeline import (
@@ -47,12 +42,13 @@ from finetune_trainer.export.publish.hub_push import check_token, push
 from finetune_trainer.export.publish.signing import signer_for
 from finetune_trainer.export.report import Facts, license_of, write_model_card, write_report
 from finetune_trainer.model import ModelFolder, base_model
+from finetune_trainer.runtime import timestamp
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import MANIFEST
 from finetune_trainer.store.owner import check_owner
 from finetune_trainer.store.pruning import prune
-from finetune_trainer.store.versions import Version, version_name
+from finetune_trainer.store.versions import Version, manifest_of, summarize_versions, version_name
 
 MODEL_CARD, REPORT = "README.md", "report.html"
 _PACKAGES = ("finetune-operator", "torch", "transformers", "trl", "peft", "llama-cpp-python")
@@ -96,6 +92,7 @@ def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> Stage
         push(config.output.hub, output, published.version, workspace, reporter, sign=sign)
     if config.output.keep_versions:
         prune(output, config.output.keep_versions, prints)
+        result = result.model_copy(update={"versions": summarize_versions(output)})
     return result
 
 
@@ -129,7 +126,7 @@ def make_all(export: ExportRun) -> Manifest:
         fingerprint=config.resolved.fingerprints.export,
         version=version_name(config.resolved.fingerprints.export),
         files=(),
-        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=timestamp(),
         lineage=lineage_of(config, inputs.training, inputs.dataset),
         metrics=inputs.training.metrics.named(),
         gate=gate,
@@ -249,16 +246,14 @@ def result_of(config: PreparedRunConfig, output: Folder, published: Published) -
         artifacts=files,
         version=version.name or None,
         manifest_uri=output.uri_of(version.manifest_path),
+        versions=summarize_versions(output),
     )
 
 
 def explain(config: PreparedRunConfig, version: Version) -> str:
     """What the quality gate found fault with, as the version's manifest says."""
-    try:
-        manifest = read_known(Manifest, json.loads(version.data)).value
-    except ValidationError:  # of another release
-        return ""
-    return explain_failures(manifest.gate, manifest.files, config.export)
+    manifest = manifest_of(version)
+    return explain_failures(manifest.gate, manifest.files, config.export) if manifest else ""
 
 
 def reason_of(files: Sequence[Artifact]) -> Reason:

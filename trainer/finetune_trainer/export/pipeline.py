@@ -359,7 +359,7 @@ def check_space(config: RunConfig, base: Path, workspace: Path) -> None:
 
     `base` is the folder with the base model; where its widths can't be read, nothing is checked.
     """
-    shape = Shape.from_config(json.loads((base / "config.json").read_bytes()))
+    shape = Shape.of_model(base)
     if shape is None:
         return
     need = export_disk(shape, config.training.lora, config.export, 0)

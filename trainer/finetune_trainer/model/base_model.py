@@ -1,33 +1,20 @@
 """Where the base model is: its revision, its files, and fetching them.
 
 Only safetensors, JSON, tokenizer files and chat templates are read, never pickled weights; Python
-code only when spec.model.trustRemoteCode allows it. The Hub's client reads HF_TOKEN and HF_ENDPOINT
-from the environment.
+code only when spec.model.trustRemoteCode allows it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import httpx
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    SafetensorsParsingError,
-)
+from huggingface_hub.errors import SafetensorsParsingError
 
 from finetune_trainer.contract import (
     Model,
@@ -40,6 +27,7 @@ from finetune_trainer.contract import (
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder, OnBytes, open_folder
+from finetune_trainer.store.hub_errors import LIST_SECONDS, MODEL, hub_errors, not_found
 
 CARD = "README.md"
 """Names the license. It changes no result, so it is no part of a folder's revision."""
@@ -47,7 +35,6 @@ CARD = "README.md"
 _SMALL_FILES = {".json", ".jinja", ".model", ".tiktoken"}
 # What tokenizers read beside them (merges.txt, vocab.txt); a licence's text changes no result.
 _TOKENIZER_TEXT = re.compile(r"(bpe|dict|merges|token|vocab)[^/]*\.txt$", re.IGNORECASE)
-LIST_SECONDS = 20.0
 HASHED_BYTES = 64 << 20
 """Mounted files up to this size are hashed whole. Larger ones, shards of hundreds of gigabytes
 altogether, count by size and time of their last change."""
@@ -216,13 +203,13 @@ def _mark_of_mounted(file: Path) -> str:
 
 def _list_repository(repository: str, revision: str) -> _Listing:
     """The files at the commit that a branch, tag or commit stands for."""
-    with _hub_errors(repository, revision):
+    with hub_errors(MODEL, repository, revision):
         info = HfApi().model_info(
             repository, revision=revision, files_metadata=True, timeout=LIST_SECONDS
         )
     commit = info.sha
     if commit is None:
-        raise _not_found(repository, revision)
+        raise not_found(MODEL, repository, revision)
     files = {file.rfilename: file for file in info.siblings or []}
 
     def mark(name: str) -> str:
@@ -237,7 +224,7 @@ def _download(repository: str, commit: str, names: list[str], on_bytes: OnBytes)
     """Download files of a commit into the Hub client's cache; returns the folder they are in."""
     folder = Path()
     for name in names:
-        with _hub_errors(repository, commit):
+        with hub_errors(MODEL, repository, commit):
             file = Path(hf_hub_download(repository, name, revision=commit))
         on_bytes(file.stat().st_size)
         folder = file.parent
@@ -246,71 +233,12 @@ def _download(repository: str, commit: str, names: list[str], on_bytes: OnBytes)
 
 def read_hub_header(repository: str, commit: str, name: str) -> dict[str, Any]:
     """The header of a safetensors file; raises ValueError where it is none."""
-    with _hub_errors(repository, commit):
+    with hub_errors(MODEL, repository, commit):
         try:
             found = HfApi().parse_safetensors_file_metadata(repository, name, revision=commit)
         except SafetensorsParsingError as error:
             raise ValueError(str(error)) from error
     return {tensor: asdict(info) for tensor, info in found.tensors.items()}
-
-
-@contextmanager
-def _hub_errors(repository: str, revision: str) -> Iterator[None]:
-    try:
-        yield
-    except GatedRepoError as error:
-        raise StageError(
-            Reason.MODEL_ACCESS_DENIED,
-            f"The model {repository} is gated: accept its licence on its page on the Hub, and name "
-            "a Secret with that account's token in spec.model.tokenSecretRef.",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise StageError(
-            Reason.MODEL_NOT_FOUND,
-            f"The model {repository} has no revision {revision!r}: correct spec.model.revision.",
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise _not_found(repository, revision) from error
-    except HFValidationError as error:
-        raise StageError(
-            Reason.INVALID_CONFIG, f"{repository!r} is no name of a Hub repository: write org/name."
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError) as error:
-        raise _unavailable(repository, type(error).__name__) from error
-    except EntryNotFoundError as error:
-        raise StageError(
-            Reason.MODEL_NOT_FOUND, f"A file of {repository} is missing at {revision}: {error}"
-        ) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403):
-            raise _denied(repository, status) from error
-        raise _unavailable(repository, f"HTTP {status}") from error
-
-
-def _not_found(repository: str, revision: str) -> StageError:
-    return StageError(
-        Reason.MODEL_NOT_FOUND,
-        f"The model {repository} ({revision}) does not exist on the Hub, or it is private: correct "
-        "spec.model.source, or name a Secret with a token that may read it in "
-        "spec.model.tokenSecretRef.",
-    )
-
-
-def _denied(repository: str, status: Any) -> StageError:
-    return StageError(
-        Reason.MODEL_ACCESS_DENIED,
-        f"The Hub refuses the model {repository} (HTTP {status}): check the token in the Secret of "
-        "spec.model.tokenSecretRef, and that its account may read the model.",
-    )
-
-
-def _unavailable(repository: str, cause: str) -> StageError:
-    return StageError(
-        Reason.MODEL_HUB_UNAVAILABLE,
-        f"The Hub can't be reached for the model {repository} ({cause}): check the network and "
-        "HF_ENDPOINT, or put the model into a bucket and name that in spec.model.source.",
-    )
 
 
 # Of the revision that 0.1.0 gave a folder. It must stay as it was.

@@ -192,10 +192,10 @@ class _Rendered:
         full = next(ids)
         labels = [IGNORED] * len(full)
         for _ in self.earlier:
-            start, end = _common(full, next(ids)), _common(full, next(ids))
+            start, end = common_length(full, next(ids)), common_length(full, next(ids))
             labels[start:end] = full[start:end]
         if self.last is not None:
-            start = _common(full, next(ids))
+            start = common_length(full, next(ids))
             labels[start:] = full[start:]
         return Encoded(full, labels, self.only_last, self.some_left, self.leaves_reasoning_out)
 
@@ -254,7 +254,7 @@ def _rewritten_span(
 
     Only tool calls are learnt without it, since a model that is to learn them often has no others.
     """
-    head, same = _common(full, begun), _common(full, ended)
+    head, same = common_length(full, begun), common_length(full, ended)
     head = len(full[:head].rstrip("<|["))  # two marks that begin alike are two
     if not (full.startswith(before) and head > len(before)):
         return None
@@ -277,7 +277,7 @@ def _last_begun(tokenizer: PreTrainedTokenizerBase, part: Script, full: str, ind
     if part.plain or full.startswith(begun):
         return begun
     # It may differ in what the template writes by itself behind the prompt, and in nothing else.
-    if _common(full, begun) < _common(part.render(tokenizer, index), begun):
+    if common_length(full, begun) < common_length(part.render(tokenizer, index), begun):
         raise NotRenderedError(
             "the model's chat template writes the messages before the last answer in another way "
             "once that is there, so that it can't be told what to learn: take reasoning_content "
@@ -293,12 +293,29 @@ def _texts(message: dict[str, Any]) -> list[str]:
     return said + [call["function"]["name"] for call in message["tool_calls"]]
 
 
-def _common(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
+def common_length(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
     """How many tokens, or characters, both begin with."""
     for position, (one, other) in enumerate(zip(ours, theirs, strict=False)):
         if one != other:
             return position
     return min(len(ours), len(theirs))
+
+
+def other_tokens(
+    texts: Sequence[str], ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]
+) -> str:
+    """In how many texts llama.cpp finds other tokens (`theirs`), and the first such place; empty
+    where there is none."""
+    pairs = zip(texts, ours, theirs, strict=True)
+    different = [(text, [*mine], [*other]) for text, mine, other in pairs if [*mine] != [*other]]
+    if not different:
+        return ""
+    text, mine, other = different[0]
+    at = common_length(mine, other)
+    return (
+        f"llama.cpp splits {len(different)} of {len(texts)} texts into other tokens than the "
+        f"training ({other[at : at + 8]} instead of {mine[at : at + 8]} in {text[:60]!r})"
+    )
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -31,6 +31,7 @@ from finetune_trainer.model.tokenizer import (
     PLAIN_TEMPLATE,
     end_of_turn_ids,
     load_tokenizer,
+    other_tokens,
 )
 from finetune_trainer.runtime.reporter import Reporter
 
@@ -149,19 +150,12 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Example]) -> It
 
 def check_tokens(texts: list[str], ours: list[list[int]], theirs: list[list[int]]) -> None:
     """Raise StageError(ModelUnsupported) when llama.cpp splits a text otherwise."""
-    pairs = zip(texts, ours, theirs, strict=True)
-    different = [(text, mine, other) for text, mine, other in pairs if mine != other]
-    if not different:
-        return
-    text, mine, other = different[0]
-    at = next((n for n, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), 0)
-    raise StageError(
-        Reason.MODEL_UNSUPPORTED,
-        f"llama.cpp splits {len(different)} of {len(texts)} texts into other tokens than the "
-        f"training would, so its GGUF files would answer worse: {other[at : at + 8]} instead of "
-        f"{mine[at : at + 8]} in {text[:100]!r}. Choose another base model, or leave "
-        "spec.export.gguf empty to get the adapter and the merged model only.",
-    )
+    if different := other_tokens(texts, ours, theirs):
+        raise StageError(
+            Reason.MODEL_UNSUPPORTED,
+            f"{different}, so its GGUF files would answer worse. Choose another base model, or "
+            "leave spec.export.gguf empty to get the adapter and the merged model only.",
+        )
 
 
 def check_targets(lora: Lora, tensors: list[str]) -> None:

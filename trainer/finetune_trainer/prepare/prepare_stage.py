@@ -11,7 +11,6 @@ configuration -> dataset there, output writable -> base model's files -> fingerp
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +19,6 @@ from uuid import uuid4
 import numpy as np
 
 from finetune_trainer.contract import (
-    Example,
     Reason,
     Resolved,
     RunConfig,
@@ -38,10 +36,12 @@ from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_
 from finetune_trainer.prepare.findings import Findings, Prepared
 from finetune_trainer.prepare.reading.encoding import check_encoding
 from finetune_trainer.prepare.reading.layout import check_columns
+from finetune_trainer.prepare.rollback import roll_back
 from finetune_trainer.prepare.split import hold_out
 from finetune_trainer.prepare.stored import (
     CompleteStages,
     StoredRun,
+    contents_of,
     metrics_of,
     read_prepared,
     stored_run,
@@ -57,6 +57,7 @@ from finetune_trainer.store.marker import (
 )
 from finetune_trainer.store.owner import claim
 from finetune_trainer.store.pruning import settle
+from finetune_trainer.store.versions import summarize_versions
 
 ROWS_READ_BY_LLAMA_CPP = 16  # before the training; the export compares held-out rows as well
 ATTEMPTS = 3  # to read one version of a file that somebody is writing
@@ -81,6 +82,8 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
     check_config(config)
     output = open_folder(config.output.folder, config.storage)
     claim(output, config.output, config.job)
+    if config.rollback_to:
+        return roll_back(output, config.rollback_to, reporter)
     find_data_files(config.dataset, config.dataset_storage)
     check_writable(output)
     inputs = fetch_inputs(config, output, workdir, reporter)
@@ -94,6 +97,8 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
     if inputs.prepared:
         complete = {Stage.PREPARE: marker, **complete}
     if base is None and Stage.EXPORT not in complete:
+        from finetune_trainer.prepare.checks import check_model  # noqa: PLC0415 - see encode_rows
+
         base = fetch_model(config, inputs.model, workdir, reporter)
         check_model(config, inputs.model, base, workdir, reporter)
     training_plan = None
@@ -107,6 +112,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         plan=training_plan,
         model_revision=inputs.model.revision,
         model_commit=inputs.model.commit,
+        examples=contents_of(marker, prepared).short_digest,
     )
     exported = settle(output, config.output, prints) if Stage.EXPORT in complete else None
     return StageResult(
@@ -118,6 +124,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         artifacts=exported.marker.files if exported else (),
         version=exported.name or None if exported else None,
         manifest_uri=output.uri_of(exported.manifest_path) if exported else None,
+        versions=summarize_versions(output),
         metrics=metrics_of(output, complete),
         dataset=prepared.dataset,
     )
@@ -224,7 +231,11 @@ def encode_rows(
     """Apply the chat template and the tokenizer, and write the examples to `workdir`/prepared."""
     # Importing transformers takes seconds. No mistake that is found before this needs it.
     from finetune_trainer.model.tokenizer import load_tokenizer  # noqa: PLC0415
-    from finetune_trainer.prepare.checks import check_template, describe_template  # noqa: PLC0415
+    from finetune_trainer.prepare.checks import (  # noqa: PLC0415
+        check_model,
+        check_template,
+        describe_template,
+    )
     from finetune_trainer.prepare.examples import check_lengths, write_examples  # noqa: PLC0415
 
     config, rows, eval_rows = findings.config, findings.rows, findings.eval_rows
@@ -252,21 +263,6 @@ def fetch_model(
     return base_model.fetch(
         model, config.model_storage, workdir / "tokenizer", reporter, weights=False
     )
-
-
-def check_model(
-    config: RunConfig,
-    model: BaseModelFiles,
-    base: ModelFolder,
-    workdir: Path,
-    reporter: Reporter,
-    *,
-    rows: Iterable[Example] = (),
-) -> None:
-    """Make sure that the model can be trained and exported as asked."""
-    from finetune_trainer.prepare import checks  # noqa: PLC0415 - imports transformers
-
-    checks.check_model(config, model, base, workdir, reporter, rows=rows)
 
 
 def plan_training(

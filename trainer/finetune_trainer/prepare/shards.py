@@ -1,37 +1,25 @@
 """Which files a dataset consists of: one, those of a folder or a pattern, or those of the Hub.
 
-A dataset on the Hugging Face Hub is pinned to a commit. The Hub's client reads HF_TOKEN and
-HF_ENDPOINT from the environment. A file's ETag is the Hub's id of its content, so that a commit
-that changes the README alone changes nothing.
+A dataset on the Hugging Face Hub is pinned to a commit. A file's ETag is the Hub's id of its
+content, so that a commit that changes the README alone changes nothing.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
-import httpx
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from finetune_trainer.contract import HUB_DATASETS, Reason, StageError, Storage
 from finetune_trainer.prepare.reading.record import names
 from finetune_trainer.store import FileInfo, Folder, OnBytes, open_folder, split
+from finetune_trainer.store.hub_errors import DATASET, LIST_SECONDS, hub_errors
 
 MOST = 10_000  # files that are read as one dataset
 _WILD = re.compile(r"[*?\[]")
@@ -107,8 +95,6 @@ def _nothing(uri: str, field: str, others: Iterable[str]) -> StageError:
     )
 
 
-LIST_SECONDS = 20.0
-
 _SOURCE = re.compile(
     r"hf://datasets/(?P<repository>[^/@]+/[^/@]+)"
     r"(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(?P<path>.*))?"
@@ -140,7 +126,7 @@ class HubDataset:
     def download(self, path: str, target: Path, on_bytes: OnBytes | None = None) -> None:
         """Copy a file to disk, as a whole or not at all."""
         beside = target.with_name(f"{target.name}.hub")
-        with _hub_errors(self.repository, self.commit):
+        with hub_errors(DATASET, self.repository, self.commit):
             file = hf_hub_download(
                 self.repository, path, repo_type="dataset", revision=self.commit, local_dir=beside
             )
@@ -170,7 +156,7 @@ def find_hub_dataset(uri: str, field: str) -> tuple[HubDataset, list[FileInfo]]:
 
 
 def _list(repository: str, revision: str) -> HubDataset:
-    with _hub_errors(repository, revision):
+    with hub_errors(DATASET, repository, revision):
         info = HfApi().dataset_info(
             repository, revision=revision, files_metadata=True, timeout=LIST_SECONDS
         )
@@ -224,54 +210,4 @@ def _ambiguous(uri: str, field: str, why: str, files: Sequence[str]) -> StageErr
         Reason.DATASET_NOT_FOUND,
         f"{uri} {why}: {names(sorted(files))}. Name the one in {field}, as "
         "hf://datasets/org/name/folder/file.parquet or with a pattern.",
-    )
-
-
-@contextmanager
-def _hub_errors(repository: str, revision: str) -> Iterator[None]:
-    try:
-        yield
-    except GatedRepoError as error:
-        raise StageError(
-            Reason.STORAGE_ACCESS_DENIED,
-            f"The dataset {repository} is gated: accept its terms on its page on the Hub, and name "
-            "a Secret with that account's token in spec.model.tokenSecretRef.",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise StageError(
-            Reason.DATASET_NOT_FOUND,
-            f"The dataset {repository} has no revision {revision!r}: correct what follows the @.",
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise StageError(
-            Reason.DATASET_NOT_FOUND,
-            f"The dataset {repository} does not exist on the Hub, or it is private: correct its "
-            "name, or name a Secret with a token that may read it in spec.model.tokenSecretRef.",
-        ) from error
-    except HFValidationError as error:
-        raise StageError(
-            Reason.INVALID_CONFIG, f"{repository!r} is no name of a Hub repository: write org/name."
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError) as error:
-        raise _unavailable(repository, type(error).__name__) from error
-    except EntryNotFoundError as error:
-        raise StageError(
-            Reason.DATASET_NOT_FOUND, f"A file of {repository} is missing at {revision}: {error}"
-        ) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403):
-            raise StageError(
-                Reason.STORAGE_ACCESS_DENIED,
-                f"The Hub refuses the dataset {repository} (HTTP {status}): check the token in the "
-                "Secret of spec.model.tokenSecretRef, and that its account may read it.",
-            ) from error
-        raise _unavailable(repository, f"HTTP {status}") from error
-
-
-def _unavailable(repository: str, cause: str) -> StageError:
-    return StageError(
-        Reason.MODEL_HUB_UNAVAILABLE,
-        f"The Hub can't be reached for the dataset {repository} ({cause}): check the network and "
-        "HF_ENDPOINT, or put the files into a bucket and name that in spec.dataset.source.",
     )

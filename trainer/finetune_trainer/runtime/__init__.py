@@ -9,6 +9,7 @@ endings   what an error means, and what is saved when it is told to stop
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 
 GIB = 2**30
 MIB = 2**20
@@ -36,6 +37,11 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02}m"
     return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def timestamp() -> str:
+    """Now, in UTC, as RFC 3339 writes it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def size(count: int) -> str:

@@ -132,6 +132,11 @@ def save_seconds() -> float:
         return SHARE * DEFAULT_GRACE_SECONDS
 
 
+def is_stopping() -> bool:
+    """Whether the process has been told to stop."""
+    return _stopping.is_set()
+
+
 def wait_if_stopping() -> None:
     """Never return once the process is being stopped: whoever stops it also ends it.
 

@@ -10,20 +10,19 @@ import logging
 import math
 import os
 import threading
-from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from finetune_trainer.contract import JobReference, Notice, Progress, Stage, status_path
 from finetune_trainer.contract.base import redact
-from finetune_trainer.runtime import duration, perplexity, size
+from finetune_trainer.runtime import duration, perplexity, size, timestamp
 
 if TYPE_CHECKING:
     import httpx
 
 INTERVAL_SECONDS = 10.0
 REQUEST_SECONDS = 5.0
+HEARTBEAT_SECONDS = 60  # by which the operator tells a slow training from a trainer that hangs
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 # Set by the operator: the Job of this pod, by which it knows whose notices it reads.
 JOB_VARIABLE = "FINETUNE_JOB"
@@ -45,9 +44,17 @@ class Publisher(Protocol):
 class Reporter:
     """Collects what the stages report, and publishes it from time to time."""
 
-    def __init__(self, publisher: Publisher | None = None, interval: float = INTERVAL_SECONDS):
+    def __init__(
+        self,
+        publisher: Publisher | None = None,
+        interval: float = INTERVAL_SECONDS,
+        heartbeat: float | None = None,
+    ):
+        """With a heartbeat it publishes the time, once in so many seconds, even without news."""
         self._publisher = publisher
         self._interval = interval
+        self._heartbeat = heartbeat
+        self._begun = False
         self._changes = Progress()  # not published yet
         self._notices: tuple[Notice, ...] = ()
         self._dirty = threading.Event()
@@ -68,6 +75,7 @@ class Reporter:
         changes = Progress(
             stage=stage,
             job=os.environ.get(JOB_VARIABLE),
+            heartbeat_seconds=None if self._heartbeat is None else round(self._heartbeat),
             message=message,
             step=None,
             total_steps=None,
@@ -80,6 +88,7 @@ class Reporter:
         if stage is Stage.TRAIN:
             self._notices = ()
             changes = changes.updated(Progress(loss=None, eval_loss=None, notices=()))
+        self._begun = True
         self.update(changes)
 
     def done(self, message: str) -> None:
@@ -176,12 +185,7 @@ class Reporter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def update(self, changes: Progress) -> None:
@@ -194,22 +198,23 @@ class Reporter:
 
     def _send_loop(self) -> None:
         while not self._closing.is_set():
-            self._dirty.wait()
-            self._send()
+            news = self._dirty.wait(self._heartbeat)
+            self._send(renew=self._begun and not news)
             self._closing.wait(self._interval)
         self._send()
         if self._publisher:
             self._publisher.close()
 
-    def _send(self) -> None:
+    def _send(self, *, renew: bool = False) -> None:
         with self._lock:
             self._dirty.clear()
             changes, self._changes = self._changes, Progress()
-        if not changes.model_fields_set or self._publisher is None:
+        if self._publisher is None or not (changes.model_fields_set or renew):
             return
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
-            self._publisher.publish(_redacted(changes).updated(Progress(last_update_time=now)))
+            self._publisher.publish(
+                _redacted(changes).updated(Progress(last_update_time=timestamp()))
+            )
         except (OSError, ValueError) as error:
             with self._lock:  # try again, with what came in since
                 self._changes = changes.updated(self._changes)
@@ -294,7 +299,7 @@ def reporter_for(job: JobReference | None, account: Path = SERVICE_ACCOUNT) -> R
     port = os.environ.get("KUBERNETES_SERVICE_PORT", "443")
     if job is None or not host or not (account / "token").exists():
         return Reporter()
-    return Reporter(ApiServer(job, host, port, account))
+    return Reporter(ApiServer(job, host, port, account), heartbeat=HEARTBEAT_SECONDS)
 
 
 def _redacted(changes: Progress) -> Progress:

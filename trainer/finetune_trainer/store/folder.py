@@ -8,7 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from uuid import uuid4
 
@@ -27,6 +27,9 @@ class FileInfo:
     etag: str
     """Changes with the content: the object's ETag, or `sha256:…` of a file on disk. Empty in the
     listing of a folder on disk, where it would mean reading everything."""
+
+    modified: float = field(default=0.0, compare=False)
+    """In a listing: when it was written, in seconds since 1970 by the store's clock."""
 
 
 class Folder(ABC):
@@ -215,7 +218,8 @@ class LocalFolder(Folder):
             for file in base.rglob("*"):
                 path = file.relative_to(self.root).as_posix()
                 if path.startswith(prefix) and file.is_file() and PARTIAL not in file.name:
-                    infos.append(FileInfo(path, file.stat().st_size, ""))
+                    found = file.stat()
+                    infos.append(FileInfo(path, found.st_size, "", found.st_mtime))
         return sorted(infos, key=lambda info: info.path)
 
     def read(self, path: str) -> bytes | None:

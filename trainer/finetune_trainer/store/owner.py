@@ -8,11 +8,11 @@ Outputs of 0.1.0 have none, and belong to the first to come.
 from __future__ import annotations
 
 import logging
-from datetime import UTC, datetime
 
 from pydantic import ConfigDict, ValidationError
 
 from finetune_trainer.contract import Base, JobReference, Output, Reason, StageError
+from finetune_trainer.runtime import timestamp
 from finetune_trainer.store import Folder
 
 OWNER = "owner.json"
@@ -89,8 +89,7 @@ def _is(owner: Owner, job: JobReference | None) -> bool:
 
 
 def _encoded(job: JobReference) -> bytes:
-    since = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    owner = Owner(namespace=job.namespace, name=job.name, since=since)
+    owner = Owner(namespace=job.namespace, name=job.name, since=timestamp())
     return owner.model_dump_json(indent=2).encode() + b"\n"
 
 

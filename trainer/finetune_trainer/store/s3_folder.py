@@ -98,7 +98,10 @@ class S3Folder(Folder):
                 for item in page.get("Contents", []):
                     path = item["Key"].removeprefix(base)
                     if path and not path.endswith("/"):  # consoles make "folder" objects
-                        found.append(FileInfo(path, item["Size"], item["ETag"].strip('"')))
+                        modified = item["LastModified"].timestamp()
+                        found.append(
+                            FileInfo(path, item["Size"], item["ETag"].strip('"'), modified)
+                        )
         return sorted(found, key=lambda info: info.path)
 
     def read(self, path: str) -> bytes | None:

@@ -25,9 +25,11 @@ from finetune_trainer.contract import (
     Base,
     Fingerprints,
     Hub,
+    Manifest,
     Reason,
     Stage,
     StageError,
+    VersionSummary,
     read_known,
     version_folder,
 )
@@ -38,6 +40,8 @@ FIRST_MANIFEST = "manifest.0.1.0.json"
 """The manifest of what 0.1.0 left, while another version is current."""
 
 _LENGTH = 12  # characters of the export's fingerprint in a version's name: 48 bits
+_SUMMARIZED = 20  # versions that a stage tells of, since each means reading its manifest
+_IS_MANIFEST = re.compile(rf"{VERSIONS}/[^/]+/{re.escape(MANIFEST)}")
 _NAME = re.compile(r"[0-9A-Za-z]{0,64}")
 
 log = logging.getLogger(__name__)
@@ -189,16 +193,44 @@ def withdraw(output: Folder, fingerprint: str) -> None:
 
 def list_versions(output: Folder) -> list[Version]:
     """All versions whose manifest is there, the newest first; what 0.1.0 left is the oldest."""
-    paths = {info.path for info in output.list(f"{VERSIONS}/")}
-    found = []
-    for path in sorted(paths):
-        _, _, rest = path.partition("/")
-        name, _, file = rest.partition("/")
-        if file == MANIFEST and (version := _parse(output.read(path), name)):
-            found.append(version)
-    found.sort(key=lambda version: version.marker.created, reverse=True)
     first = _first(output)
-    return [*found, *([first] if first else [])]
+    return [*_named_versions(output), *([first] if first else [])]
+
+
+def summarize_versions(output: Folder) -> tuple[VersionSummary, ...]:
+    """The newest versions, and the current one, the newest first; not what 0.1.0 left."""
+    now = current(output)
+    found = _named_versions(output, _SUMMARIZED)
+    if now and now.name and now.name not in {version.name for version in found}:
+        found.append(now)
+    return tuple(_summary(version, now) for version in found)
+
+
+def find_rollback(output: Folder, name: str) -> Version:
+    """The whole version of this name. Raises StageError(VersionNotFound), with those there are."""
+    version = _parse(output.read(manifest_path(name)), name) if _NAME.fullmatch(name) else None
+    fault = "is not there" if version is None else ""
+    if version is not None and (lost := missing(output, version)):
+        fault = f"is not whole: {output.uri_of(lost[0])} is missing or has another size"
+    elif version is not None and version.rejected:
+        fault = "has files that the quality gate refused"
+    if version is not None and not fault:
+        return version
+    others = [each.version for each in summarize_versions(output) if not each.rejected]
+    there = ", ".join(each for each in others if each != name) or "no other"
+    raise StageError(
+        Reason.VERSION_NOT_FOUND,
+        f"spec.rollbackTo: the version {name} {fault}. {output.uri_of(VERSIONS)} holds {there}. "
+        "Name one of these, or leave rollbackTo out to have the version of this spec.",
+    )
+
+
+def manifest_of(version: Version) -> Manifest | None:
+    """The whole of its manifest; None where another release wrote what this one can't read."""
+    try:
+        return read_known(Manifest, json.loads(version.data)).value
+    except ValueError:
+        return None
 
 
 def adopt_first_manifest(output: Folder, old: str, new: Fingerprints) -> bool:
@@ -240,6 +272,31 @@ def _candidates(output: Folder, fingerprint: str) -> Iterator[Version]:
         yield version
     if first := _first(output):
         yield first
+
+
+def _named_versions(output: Folder, count: int | None = None) -> list[Version]:
+    """Those below versions/, the newest first; with `count`, those whose manifests are the
+    youngest files."""
+    listed = (info for info in output.list(f"{VERSIONS}/") if _IS_MANIFEST.fullmatch(info.path))
+    infos = sorted(listed, key=lambda info: info.modified, reverse=True)
+    found = [_parse(output.read(info.path), info.path.split("/")[1]) for info in infos[:count]]
+    there = sorted(filter(None, found), key=lambda version: version.name)
+    return sorted(there, key=lambda version: version.marker.created, reverse=True)
+
+
+def _summary(version: Version, now: Version | None) -> VersionSummary:
+    manifest = manifest_of(version)
+    lineage = manifest.lineage if manifest else None
+    return VersionSummary(
+        version=version.name,
+        current=now is not None and now.name == version.name,
+        rejected=version.rejected,
+        created=version.marker.created or None,
+        dataset_etag=lineage.dataset_etag if lineage else None,
+        dataset_rows=lineage.dataset_rows if lineage else None,
+        model_revision=lineage.model_revision if lineage else None,
+        eval_loss=manifest.metrics.get("evalLoss") if manifest else None,
+    )
 
 
 def _first(output: Folder) -> Version | None:

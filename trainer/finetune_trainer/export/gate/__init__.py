@@ -57,8 +57,8 @@ from finetune_trainer.export.llama import (
     GenerateRequest,
     LlamaError,
 )
+from finetune_trainer.export.reference import Measurement
 from finetune_trainer.export.reference.float32 import Reference, compute_reference
-from finetune_trainer.export.reference.logprobs import Measurement
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import available_cpus
 from finetune_trainer.model.rendering import render_prompt
@@ -151,7 +151,7 @@ class Expected:
         try:
             with Header(file) as header:
                 problems = list(file_checks.header_problems(header, kind))
-                if header.size >= header.end:  # a cut file is of no use to anybody
+                if not file_checks.cut_problem(header):  # else it is of no use to anybody
                     problems += further_problems(header)
                     found = self.compare(file, reference, kept_file=kept_file)
                     problems += file_checks.reading_problems(found.reading, header, self.text)
@@ -381,8 +381,8 @@ def _logged(verdict: FileVerdict) -> FileVerdict:
 
 
 def _adapter_problems(header: Header) -> Iterator[str]:
-    if header.size < header.end:
-        yield f"the file was cut: it has {header.size:,} bytes, its tensors need {header.end:,}"
+    if cut := file_checks.cut_problem(header):
+        yield cut
     if header.value("general.type") != "adapter":
         yield "its metadata does not say that it is an adapter"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,12 @@ from finetune_trainer.contract import Quantization
 from finetune_trainer.export.gate.rows import MeasuredRows
 from finetune_trainer.export.gguf.header import Header, Tensor
 from finetune_trainer.export.llama import Reading
-from finetune_trainer.model.tokenizer import HARD_TO_SPLIT, begins_with_bos, end_of_turn_ids
+from finetune_trainer.model.tokenizer import (
+    HARD_TO_SPLIT,
+    begins_with_bos,
+    end_of_turn_ids,
+    other_tokens,
+)
 
 FILE_TYPES = {
     Quantization.F32: LlamaFileType.ALL_F32,
@@ -62,12 +67,17 @@ _CHANGED_PREFIXES = ("quantize.", "split.")
 _NORMAL = 1  # tokenizer.ggml.token_type of an ordinary token
 
 
+def cut_problem(header: Header) -> str:
+    """That the file ends before its tensors do; empty where it doesn't."""
+    if header.size >= header.end:
+        return ""
+    return f"the file was cut: it has {header.size:,} bytes, and its tensors need {header.end:,}"
+
+
 def header_problems(header: Header, kind: Quantization) -> Iterator[str]:
     """What is wrong with a file by itself."""
-    if header.size < header.end:
-        yield (
-            f"the file was cut: it has {header.size:,} bytes, and its tensors need {header.end:,}"
-        )
+    if cut := cut_problem(header):
+        yield cut
         return
     # Up to the next multiple of the alignment there may be padding.
     if header.size > header.end + 4096:
@@ -212,7 +222,8 @@ def trained_text(tokenizer: PreTrainedTokenizerBase, rows: MeasuredRows) -> Trai
 
 def reading_problems(reading: Reading, header: Header, trained: TrainedText) -> Iterator[str]:
     """Where llama.cpp, or the metadata that other programs use, differs from the training."""
-    yield from _other_tokens(reading.tokens, trained)
+    if different := other_tokens(trained.texts, trained.ids, reading.tokens):
+        yield different
     template = header.value("tokenizer.chat_template")
     if str(template or "").strip() != trained.template:
         yield "its chat template is not the one that the training used"
@@ -249,19 +260,3 @@ def _merges(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     pairs = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges", ())]
     # A space within a token would look like the one between the two (gguf-py's SpecialVocab).
     return [" ".join(part.replace(" ", chr(ord(" ") + 256)) for part in pair) for pair in pairs]
-
-
-def _other_tokens(found: Sequence[Sequence[int]], trained: TrainedText) -> Iterator[str]:
-    pairs = zip(trained.texts, trained.ids, found, strict=True)
-    other = [(text, ours, theirs) for text, ours, theirs in pairs if list(ours) != list(theirs)]
-    if other:
-        text, ours, theirs = other[0]
-        at = next(
-            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-            min(len(ours), len(theirs)),
-        )
-        yield (
-            f"llama.cpp splits {len(other)} of {len(trained.texts)} texts into other tokens than "
-            f"the training did ({list(theirs[at : at + 8])} instead of {list(ours[at : at + 8])} "
-            f"in {text[:60]!r})"
-        )

@@ -14,7 +14,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Example, Message
-from finetune_trainer.export.reference.logprobs import MeasuredRow
+from finetune_trainer.export.reference import MeasuredRow
 from finetune_trainer.model.rendering import render_example
 from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_batch
 

@@ -161,19 +161,6 @@ def whole(tensor: Any) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(gguf.LazyNumpyTensor.to_eager(tensor)))
 
 
-def raw(values: torch.Tensor) -> memoryview:
-    """The bytes of a tensor."""
-    return values.contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-def has_infinite(values: torch.Tensor) -> bool:
-    """Whether a tensor in float16 has values that are not finite."""
-    if values.dtype is not torch.float16 or not values.numel():
-        return False
-    low, high = torch.aminmax(values)  # many times faster than torch.isfinite
-    return not (math.isfinite(low) and math.isfinite(high))
-
-
 def _computed(stored: Any) -> Rows:
     """Rows of a tensor that has to be in memory as a whole, in 16 bits, for as long as it is read.
 

@@ -116,7 +116,7 @@ def write_file(writer: Any, target: Path, threads: int) -> None:
     (file,) = writer.fout
     writer.write_padding(file, file.tell())
     begin, total = file.tell(), sum(padded(writer, each) for each in writer.tensors[0].values())
-    waiting: deque[Future[memoryview]] = deque()
+    waiting: deque[Future[bytes | memoryview]] = deque()
 
     def write_next() -> None:
         file.write(waiting.popleft().result())
@@ -137,7 +137,7 @@ def write_file(writer: Any, target: Path, threads: int) -> None:
     writer.close()
 
 
-def blocks(writer: Any) -> Iterator[Callable[[], memoryview]]:
+def blocks(writer: Any) -> Iterator[Callable[[], bytes | memoryview]]:
     """What computes the bytes of all tensors, in the order of the file."""
     from finetune_trainer.export.gguf.blocks import BlockArray, whole  # noqa: PLC0415
 
@@ -147,12 +147,7 @@ def blocks(writer: Any) -> Iterator[Callable[[], memoryview]]:
         for part in parts:
             yield partial(exact_bytes, name, part)
         if rest := padded(writer, info) - info.nbytes:
-            yield partial(padding, rest)
-
-
-def padding(count: int) -> memoryview:
-    """Zeros."""
-    return memoryview(bytes(count))
+            yield partial(bytes, rest)  # zeros
 
 
 def padded(writer: Any, info: Any) -> int:
@@ -162,10 +157,13 @@ def padded(writer: Any, info: Any) -> int:
 
 def exact_bytes(name: str, block: Callable[[], torch.Tensor]) -> memoryview:
     """The bytes of a block; refuses what F16 can't hold, which would be infinite."""
-    from finetune_trainer.export.gguf.blocks import has_infinite, raw  # noqa: PLC0415
+    import torch  # noqa: PLC0415 - not before the path is set
+
+    from finetune_trainer.export.merge import is_finite  # noqa: PLC0415 - imports torch
+    from finetune_trainer.export.merge.checkpoint import raw  # noqa: PLC0415
 
     values = block()
-    if has_infinite(values):
+    if values.dtype is torch.float16 and not is_finite(values):
         raise StageError(
             Reason.MODEL_UNSUPPORTED,
             f"The model's {name} has values that F16 can't hold (its largest is 65,504): write "

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field
 
 from finetune_trainer.contract import Base
-from finetune_trainer.export.reference.logprobs import MeasuredRow, Measurement
+from finetune_trainer.export.reference import MeasuredRow, Measurement
 from finetune_trainer.runtime import child
 
 WORKER = "finetune_trainer.export.llama.llama_worker"

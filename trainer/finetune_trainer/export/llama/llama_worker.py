@@ -30,8 +30,14 @@ from finetune_trainer.export.llama import (
     Request,
     TokenizeRequest,
 )
-from finetune_trainer.export.reference import logprobs
-from finetune_trainer.export.reference.logprobs import MeasuredRow, Measurement
+from finetune_trainer.export.reference import (
+    MeasuredRow,
+    Measurement,
+    TokenSums,
+    create_logprobs,
+    read_logprobs,
+    store_logprobs,
+)
 
 CACHE_BYTES = 400 << 20  # for keys and values of answers that are computed side by side
 UBATCH = 128  # tokens that are computed at once, which bounds the memory of activations
@@ -244,10 +250,10 @@ def _measure(
     reference_file: Path | None,
     kept_file: Path | None,
 ) -> Measurement:
-    reference = logprobs.read(reference_file) if reference_file else None
+    reference = read_logprobs(reference_file) if reference_file else None
     total = sum(len(row.measured) for row in rows)
-    kept = logprobs.create(kept_file, total, session.size) if kept_file else None
-    sums, done = logprobs.TokenSums(), 0
+    kept = create_logprobs(kept_file, total, session.size) if kept_file else None
+    sums, done = TokenSums(), 0
     for row in rows:
         session.clear()
         wanted = {position - 1 for position in row.measured}
@@ -257,7 +263,7 @@ def _measure(
         beside = None if reference is None else reference[done : done + len(row.measured)]
         values = sums.add(logits, [row.ids[position] for position in row.measured], beside)
         if kept is not None and values is not None:
-            logprobs.store(kept, done, values)
+            store_logprobs(kept, done, values)
         done += len(row.measured)
     return sums.means()
 

@@ -35,7 +35,7 @@ from finetune_trainer.export.merge.checkpoint import (
 )
 from finetune_trainer.export.merge.deltas import ALIGNED, Delta, read_adapter
 
-__all__ = ["MergedWeights", "TensorInfo"]
+__all__ = ["MergedWeights", "TensorInfo", "is_finite"]
 
 SPAN_BYTES = 1 << 20  # of float32 sums that a thread computes at a time: they stay in its cache
 
@@ -102,7 +102,7 @@ class MergedWeights:
             low, high = span
             part = out[low - start : high - start]
             part.copy_(self._exact(name, low, high))
-            if not _is_finite(part):
+            if not is_finite(part):
                 raise self._not_finite(name, low, high)
 
         _in_threads(fill, _spans(start, stop, stored))
@@ -111,7 +111,7 @@ class MergedWeights:
     def check_changes(self) -> None:
         """Raise StageError(QualityGateFailed) when a target stays as it is, or isn't finite."""
         for name, delta in self._deltas.items():
-            if not all(_is_finite(part) for part in delta.parts):
+            if not all(is_finite(part) for part in delta.parts):
                 raise _broken(name)
         changed = _in_threads(self._changes, self._deltas)
         same = [n for n, c in zip(self._deltas, changed, strict=True) if not c]
@@ -146,7 +146,7 @@ class MergedWeights:
         return torch.float16
 
     def _not_finite(self, name: str, start: int, stop: int) -> StageError:
-        if not _is_finite(self._exact(name, start, stop)):
+        if not is_finite(self._exact(name, start, stop)):
             return _broken(name)
         limit = torch.finfo(self.dtype).max
         return StageError(
@@ -210,7 +210,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "merge", initializer=torch.set_num_threads, initargs=(1,))
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """As torch.isfinite, 20 times as fast on a CPU. A NaN is both the minimum and the maximum."""
     if not tensor.numel():
         return True

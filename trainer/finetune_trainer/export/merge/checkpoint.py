@@ -77,6 +77,11 @@ def open_file(file: Path) -> dict[str, torch.Tensor]:
     return {name: handle.get_tensor(name) for name in handle.offset_keys()}
 
 
+def raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
 def shortened(names: Iterable[str], limit: int = 3) -> str:
     """The first few names, and how many more there are."""
     listed = list(names)

@@ -24,6 +24,7 @@ from finetune_trainer.export.merge.checkpoint import (
     INDEX,
     SINGLE,
     TensorInfo,
+    raw,
     read_config,
 )
 from finetune_trainer.model import ModelFolder
@@ -184,7 +185,7 @@ def _write_shard(
     for info in infos:
         for start, stop in _blocks(info):
             # No name for the rows: they would stay while the next ones are computed.
-            on_bytes(file.write(_bytes(weights.rows(info.name, start, stop))))
+            on_bytes(file.write(raw(weights.rows(info.name, start, stop))))
 
 
 def _header(infos: list[TensorInfo]) -> bytes:
@@ -209,10 +210,6 @@ def _blocks(info: TensorInfo) -> Iterator[tuple[int, int]]:
     size = max(1, BLOCK_BYTES * rows // max(1, info.nbytes))
     for start in range(0, rows, size):
         yield start, min(start + size, rows)
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _index(weights: MergedWeights) -> dict[str, Any]:

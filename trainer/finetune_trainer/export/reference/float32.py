@@ -27,8 +27,14 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from finetune_trainer.contract import Base, Reason, StageError
-from finetune_trainer.export.reference import logprobs
-from finetune_trainer.export.reference.logprobs import MeasuredRow, Measurement
+from finetune_trainer.export.reference import (
+    MeasuredRow,
+    Measurement,
+    TokenSums,
+    create_logprobs,
+    read_logprobs,
+    store_logprobs,
+)
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import load_model, use_available_cpus
 from finetune_trainer.runtime import child
@@ -69,7 +75,7 @@ class Reference:
     """What the GGUF files are held against."""
 
     tuned: Path
-    """Log-probabilities of base model and adapter, as `logprobs.create` lays them out."""
+    """Log-probabilities of base model and adapter, as `create_logprobs` lays them out."""
 
     base: Path | None
     """Those of the base model alone; None without an adapter."""
@@ -145,19 +151,19 @@ def _measure(
     file: Path,
     against: Path | None,
 ) -> Measurement:
-    sums, done = logprobs.TokenSums(), 0
+    sums, done = TokenSums(), 0
     total = sum(len(row.measured) for row in rows)
-    reference = None if against is None else logprobs.read(against)
+    reference = None if against is None else read_logprobs(against)
     target = None
     for group in passes(rows):
         logits = logits_of(model, group).numpy()
         if target is None:
-            target = logprobs.create(file, total, logits.shape[1])
+            target = create_logprobs(file, total, logits.shape[1])
         targets = [row.ids[position] for row in group for position in row.measured]
         beside = None if reference is None else reference[done : done + len(targets)]
         values = sums.add(logits, targets, beside)
         if values is not None:
-            logprobs.store(target, done, values)
+            store_logprobs(target, done, values)
         done += len(targets)
     return sums.means()
 

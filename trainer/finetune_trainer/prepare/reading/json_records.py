@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
@@ -112,11 +113,13 @@ def _twice(key: str) -> str:
     return f"the key {name_of(key)} occurs twice"
 
 
-class JsonLines:
-    """A JSON lines file whose keys are known."""
+class JsonRecords(ABC):
+    """A file of JSON objects whose keys are known."""
 
-    unit = "line"
-    format = "jsonl"
+    unit: str
+    format: str
+    empty: str
+    """What to say when there are no rows."""
 
     def __init__(self, content: Content, text: Text) -> None:
         self.content = content
@@ -124,7 +127,40 @@ class JsonLines:
         self.oddities = Oddities()
         self._decoder = _Decoder()
         self.shapes = _shapes(self.items())
-        self.fields = _union(self.shapes)
+        self.fields = list(dict.fromkeys(chain.from_iterable(self.shapes)))
+
+    @property
+    def described(self) -> dict[str, str | None]:
+        """What is special about the format, for Detected."""
+        return {"encoding": self.text.encoding}
+
+    def rows(self, wanted: Sequence[str], optional: Collection[str] = ()) -> Iterator[Row]:  # noqa: ARG002 - may be null
+        """The wanted values of each object; raises DamageError."""
+        for number, value in self.items():
+            if isinstance(value, dict):
+                if (key := self._decoder.repeated(value, wanted)) is not None:
+                    yield number, number, _twice(key)
+                else:
+                    yield number, number, [value.get(key) for key in wanted]
+            elif isinstance(value, NotJsonError):
+                yield number, number, f"it is no JSON: {value}"
+            else:
+                yield number, number, "it is no JSON object, {…}"
+
+    @abstractmethod
+    def items(self) -> Iterator[Item]:
+        """Number and value of each line or element; raises DamageError."""
+
+
+class JsonLines(JsonRecords):
+    """A JSON lines file."""
+
+    unit = "line"
+    format = "jsonl"
+    empty = "has no lines: write an object into each"
+
+    def __init__(self, content: Content, text: Text) -> None:
+        super().__init__(content, text)
         if not self.fields and self._spread():
             raise unreadable(
                 content.uri,
@@ -139,22 +175,8 @@ class JsonLines:
             return not first.endswith("}")
         return False
 
-    @property
-    def described(self) -> dict[str, str | None]:
-        """What is special about the format, for Detected."""
-        return {"encoding": self.text.encoding}
-
-    @property
-    def empty(self) -> str:
-        """What to say when there are no rows."""
-        return "has no lines: write an object into each"
-
-    def rows(self, wanted: Sequence[str], optional: Collection[str] = ()) -> Iterator[Row]:  # noqa: ARG002 - may be null
-        """The lines that are not blank."""
-        return _values(self.items(), wanted, self._decoder)
-
     def items(self) -> Iterator[Item]:
-        """Number and value of each line; raises DamageError."""
+        """Number and value of each line that is not blank."""
         number = 0
         with open_lines(self.content, self.text) as lines:
             try:
@@ -172,36 +194,15 @@ class JsonLines:
             return error
 
 
-class JsonArray:
-    """A JSON array whose objects' keys are known."""
+class JsonArray(JsonRecords):
+    """A JSON array."""
 
     unit = "element"
     format = "json"
-
-    def __init__(self, content: Content, text: Text) -> None:
-        self.content = content
-        self.text = text
-        self.oddities = Oddities()
-        self._decoder = _Decoder()
-        self.shapes = _shapes(self.items())
-        self.fields = _union(self.shapes)
-
-    @property
-    def described(self) -> dict[str, str | None]:
-        """What is special about the format, for Detected."""
-        return {"encoding": self.text.encoding}
-
-    @property
-    def empty(self) -> str:
-        """What to say when there are no rows."""
-        return "is an empty array: write objects into it"
-
-    def rows(self, wanted: Sequence[str], optional: Collection[str] = ()) -> Iterator[Row]:  # noqa: ARG002 - may be null
-        """The elements; raises DamageError."""
-        return _values(self.items(), wanted, self._decoder)
+    empty = "is an empty array: write objects into it"
 
     def items(self) -> Iterator[Item]:
-        """Number and value of each element; raises DamageError."""
+        """Number and value of each element."""
         with open_text(self.content, self.text) as stream:
             window = _Window(stream.read, self._decoder)
             window.expect("[", 1)
@@ -288,21 +289,3 @@ def _shapes(items: Iterator[Item]) -> list[tuple[str, ...]]:
             if sum(map(len, value)) <= KEYS_SIZE:
                 found[tuple(value)] = None
     return list(found)
-
-
-def _union(shapes: list[tuple[str, ...]]) -> list[str]:
-    return list(dict.fromkeys(chain.from_iterable(shapes)))
-
-
-def _values(items: Iterator[Item], wanted: Sequence[str], decoder: _Decoder) -> Iterator[Row]:
-    """The wanted values of each object, which the decoder has just read."""
-    for number, value in items:
-        if isinstance(value, dict):
-            if (key := decoder.repeated(value, wanted)) is not None:
-                yield number, number, _twice(key)
-            else:
-                yield number, number, [value.get(key) for key in wanted]
-        elif isinstance(value, NotJsonError):
-            yield number, number, f"it is no JSON: {value}"
-        else:
-            yield number, number, "it is no JSON object, {…}"

@@ -24,6 +24,7 @@ class Parquet:
 
     unit = "row"
     format = "parquet"
+    empty = "has columns and no rows: write examples into it"
 
     def __init__(self, content: Content) -> None:
         self.content = content
@@ -38,11 +39,6 @@ class Parquet:
     def described(self) -> dict[str, str | None]:
         """What is special about the format, for Detected."""
         return {}
-
-    @property
-    def empty(self) -> str:
-        """What to say when there are no rows."""
-        return "has columns and no rows: write examples into it"
 
     def check_types(self, wanted: dict[str, str]) -> None:
         """Text, whole numbers and truth values, or lists of messages where they may be."""

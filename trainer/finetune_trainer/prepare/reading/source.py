@@ -20,7 +20,7 @@ from finetune_trainer.contract import (
 from finetune_trainer.prepare.reading.content import PARQUET, Content, foreign, unreadable
 from finetune_trainer.prepare.reading.conversation import Conversation, InvalidError
 from finetune_trainer.prepare.reading.encoding import Text, beginning, check_encoding, find_encoding
-from finetune_trainer.prepare.reading.json_records import JsonArray, JsonLines
+from finetune_trainer.prepare.reading.json_records import JsonArray, JsonLines, JsonRecords
 from finetune_trainer.prepare.reading.layout import (
     OPTIONAL,
     Layout,
@@ -248,7 +248,7 @@ def _open(index: int, file: Path, uri: str, dataset: Dataset) -> OpenedFile | No
     reader = _reader(content, dataset)
     if reader is None:
         return None
-    if isinstance(reader, JsonLines | JsonArray):
+    if isinstance(reader, JsonRecords):
         layout = find_json_layout(reader.shapes, dataset.columns, uri)
         if layout is None and not reader.fields:
             layout = default_layout(dataset.columns)
@@ -283,7 +283,7 @@ def _check_same(first: OpenedFile, other: OpenedFile) -> None:
 def _described(shard: OpenedFile) -> str:
     """The columns that are used, as a message names them and as two files are compared by."""
     # What may be blank may also be missing in all of the objects that were looked at.
-    lacking = OPTIONAL if isinstance(shard.reader, JsonLines | JsonArray) else ()
+    lacking = OPTIONAL if isinstance(shard.reader, JsonRecords) else ()
     asked = shard.layout.asked
     return f"the columns {names(plain(asked[part]) for part in asked if part not in lacking)}"
 

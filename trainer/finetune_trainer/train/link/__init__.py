@@ -8,8 +8,11 @@ upload_lag  how far a training may run ahead of its checkpoints in the store
 
 from __future__ import annotations
 
+import faulthandler
+import itertools
 import json
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -34,6 +37,7 @@ from finetune_trainer.model import ModelFolder
 Engine = Literal["transformers", "unsloth"]
 
 LENGTHS = "lengths.json"
+WORKERS = "workers"  # process ids, one a line
 TRAINED, FAILED = "trained.json", "failed.json"
 
 
@@ -143,6 +147,24 @@ def write_failure(workdir: Path, error: StageError) -> None:
     with suppress(FileExistsError):
         os.link(own, workdir / FAILED)  # atomic, and refused where another was first
     own.unlink()
+
+
+def show_stacks(workdir: Path) -> None:
+    """In a worker: write the stack of every thread into the log on SIGUSR1, whatever it does."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    with (workdir / WORKERS).open("a", encoding="ascii") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+def signal_workers(workdir: Path, *signals: signal.Signals) -> None:
+    """In the stage: send signals to the workers that are at work."""
+    try:
+        workers = [int(line) for line in (workdir / WORKERS).read_text(encoding="ascii").split()]
+    except FileNotFoundError:  # none has come so far
+        return
+    for worker, number in itertools.product(workers, signals):
+        with suppress(ProcessLookupError):
+            os.kill(worker, number)
 
 
 def write_lengths(workdir: Path, lengths: Iterable[int]) -> None:

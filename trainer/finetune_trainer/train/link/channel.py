@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from finetune_trainer.contract import Base, Notice, Progress
 FIFO = "messages"
 DRAIN_MARK = "drained"
 DRAIN_SECONDS = 2.0
+ALIVE_SECONDS = 0.5  # between two signs of life
 
 
 class CheckpointOnDisk(Base):
@@ -36,6 +38,8 @@ class WorkerMessage(Base):
 
     notice: Notice | None = None
     checkpoint: CheckpointOnDisk | None = None
+    alive: bool | None = None
+    """A sign of life, while there is nothing else to say."""
 
 
 class Channel:
@@ -44,6 +48,7 @@ class Channel:
     def __init__(self, workdir: Path) -> None:
         self._stream = (workdir / FIFO).open("w", encoding="utf-8")
         self._lock = threading.Lock()
+        self._lived_at = 0.0
 
     def publish(self, changes: Progress) -> None:
         self._send(WorkerMessage(progress=changes))
@@ -53,6 +58,13 @@ class Channel:
 
     def checkpoint(self, step: int, folder: Path) -> None:
         self._send(WorkerMessage(checkpoint=CheckpointOnDisk(step=step, folder=folder)))
+
+    def alive(self) -> None:
+        """Say that the training isn't stuck; from its main thread, and as often as one likes."""
+        now = time.monotonic()
+        if now - self._lived_at >= ALIVE_SECONDS:
+            self._lived_at = now
+            self._send(WorkerMessage(alive=True))
 
     def close(self) -> None:
         self._stream.close()

@@ -304,6 +304,8 @@ class CheckpointSaver(TrainerCallback, ExportableState):
         began = self._clock()
         while self._lag.must_wait() and not self._stop_requested:
             time.sleep(POLL_SECONDS)
+            if self._channel:
+                self._channel.alive()  # it is the store that is slow
         if (waited := self._clock() - began) > 1:
             log.info("Waited %.0f s for the upload of an earlier checkpoint", waited)
 

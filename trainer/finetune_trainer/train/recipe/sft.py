@@ -91,6 +91,8 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     best = add_early_stopping(trainer, work, notify)
     trainer.add_callback(reporting.ProgressReport(reporter, trainer.schedule.tokens))
     trainer.add_callback(TrainingWatch(notify, settings, trainer.accelerator.scaler))
+    if channel:
+        trainer.on_pass = channel.alive
     trainable = count_trainable_parameters(cast("torch.nn.Module", trainer.model))
     share = f"{trainable:,} / {base_parameters:,} ({trainable / base_parameters:.4%})"
     log.info("Trainable parameters / base parameters: %s", share)

@@ -18,7 +18,7 @@ from finetune_trainer.runtime import child
 from finetune_trainer.runtime.endings import explain
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.runtime.startup import set_up_libraries
-from finetune_trainer.train.link import TRAINED, TrainingWork, write_failure
+from finetune_trainer.train.link import TRAINED, TrainingWork, show_stacks, write_failure
 from finetune_trainer.train.link.channel import Channel
 from finetune_trainer.train.recipe import unsloth_engine
 from finetune_trainer.train.recipe.processes import is_first, is_lost_peer, joined
@@ -33,6 +33,7 @@ def main(request: Path, parent: int) -> int:
     child.die_with_parent(parent)
     set_up_libraries()
     work = TrainingWork.model_validate_json(request.read_bytes())
+    show_stacks(work.workdir)
     channel = Channel(work.workdir) if is_first() else None
     if channel is None:
         logging.getLogger("finetune_trainer").setLevel(logging.WARNING)

@@ -107,6 +107,9 @@ class RecipeTrainer(SFTTrainer):
         self.data = data
         self._engine_loss = engine_loss
         self._some_logits = computes_some_logits(model)
+        self.on_pass: Callable[[], None] = lambda: None
+        """Called before each forward pass, in training and evaluation."""
+
         collator = PackingCollator if data.packed else PaddingCollator
         super().__init__(
             model=model,
@@ -151,6 +154,7 @@ class RecipeTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Sum of the cross entropy over the labels, divided by their number in the whole step."""
+        self.on_pass()
         if self._engine_loss:
             return self._engine_loss(model, inputs, num_items_in_batch)
         if self.args.device.type != "cpu":

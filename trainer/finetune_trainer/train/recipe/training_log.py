@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -168,16 +168,8 @@ def training_metrics(
 
 def history(trainer: RecipeTrainer) -> tuple[LogEntry, ...]:
     """What the Trainer logged at each step, without figures that are not finite."""
-    names = LogEntry.model_fields.keys() - {"step"}
+    points = [asdict(point) for point in log_points(trainer.state.log_history)]
     return tuple(
-        LogEntry(
-            step=entry["step"],
-            **{
-                name: float(entry[name])
-                for name in names
-                if math.isfinite(entry.get(name, math.nan))
-            },
-        )
-        for entry in trainer.state.log_history
-        if "loss" in entry or "eval_loss" in entry
+        LogEntry(**{name: value for name, value in point.items() if is_finite(value)})
+        for point in points
     )

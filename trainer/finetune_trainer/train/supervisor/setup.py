@@ -116,8 +116,7 @@ def count_devices(gpus: int, environment: Mapping[str, str]) -> int:
 
 def read_needs(model: Path, summary: bytes) -> MemoryNeeds:
     """Read the base model's folder, and what `prepare` left as summary.json."""
-    shape = Shape.from_config(json.loads((model / "config.json").read_bytes()))
-    return MemoryNeeds(shape, int(json.loads(summary)["tokens"]["max"]))
+    return MemoryNeeds(Shape.of_model(model), int(json.loads(summary)["tokens"]["max"]))
 
 
 def plan_for_gpus(

@@ -17,7 +17,7 @@ from finetune_trainer.contract import Notice, NoticeCode, Reason, StageError, Tr
 from finetune_trainer.runtime import endings
 from finetune_trainer.runtime.endings import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.train.link import FAILED, TRAINED, Failed, Trained, TrainingWork
+from finetune_trainer.train.link import FAILED, TRAINED, WORKERS, Failed, Trained, TrainingWork
 from finetune_trainer.train.link.channel import WorkerMessage, listening
 from finetune_trainer.train.link.upload_lag import write_stored_step
 from finetune_trainer.train.supervisor.checkpoints import (
@@ -26,6 +26,7 @@ from finetune_trainer.train.supervisor.checkpoints import (
     CheckpointUploader,
     LocalCheckpoint,
 )
+from finetune_trainer.train.supervisor.stall_watch import StallWatch
 
 # Programs. The names are text, because the stage imports nothing of the recipe.
 TRAIN_WORKER = "finetune_trainer.train.recipe.train_worker"
@@ -101,7 +102,10 @@ class TrainingSession:
             # The plan may be another one by now, and the next attempt should begin with it.
             self._offer(work, self.newest.step, work.resume_from)
 
+        watch = StallWatch(work.config.training, work.workdir)
+
         def handle(message: WorkerMessage) -> None:
+            watch.heard(message)
             if message.progress:
                 self._reporter.update(message.progress)
             if message.notice:
@@ -110,7 +114,7 @@ class TrainingSession:
                 self._offer(work, message.checkpoint.step, message.checkpoint.folder)
 
         with listening(work.workdir, handle) as self._drain:
-            ending = self._worker.run(work)
+            ending = self._worker.run(work, watch)
         if isinstance(ending, Failed) and ending.checkpoint and ending.step is not None:
             self._offer(work, ending.step, ending.checkpoint)
         return ending
@@ -194,9 +198,10 @@ class WorkerProcess:
         self._module = module
         self._process: subprocess.Popen[bytes] | None = None
 
-    def run(self, work: TrainingWork) -> Trained | Failed:
+    def run(self, work: TrainingWork, watch: StallWatch | None = None) -> Trained | Failed:
         """Run it to its end. Raises StageError when it left no reason."""
-        for name in (TRAINED, FAILED):
+        watch = watch or StallWatch(work.config.training, work.workdir)
+        for name in (TRAINED, FAILED, WORKERS):
             (work.workdir / name).unlink(missing_ok=True)
         request = work.workdir / REQUEST
         request.write_text(work.model_dump_json(indent=2), encoding="utf-8")
@@ -207,9 +212,12 @@ class WorkerProcess:
             [*self._command(work, request), str(os.getpid())], start_new_session=True
         ) as process:
             self._process = process
-            status = process.wait()
+            with watch.over(process):
+                status = process.wait()
         # A worker that was told to stop ends as well. Then the stop has the last word.
         endings.wait_if_stopping()
+        if watch.stalled and status != 0:
+            return Failed(reason=Reason.STALLED, message=watch.words)
         return _read_ending(work, status, may_be_memory=kills is None or kills != count_oom_kills())
 
     def stop(self, deadline: float) -> bool:

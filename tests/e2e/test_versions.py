@@ -1,0 +1,168 @@
+"""Versions on a real node: new data under the same key, back to an old version, and forth again.
+
+The tests build on each other and run in this order.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hack.demo.environment import EXAMPLE, Environment
+from hack.demo.follow import poll, ready_message
+
+NAME = "changing"
+OUTPUT = "s3://artifacts/changing"
+MODEL = Path(__file__).parents[1] / "data" / "first_release" / "inputs" / "model"  # of one layer
+ROWS = list(csv.reader((EXAMPLE.parent / "data" / "lumora-nest.csv").read_text().splitlines()))
+FEW, MORE = 8, 12
+SECONDS = 600
+
+pytestmark = pytest.mark.timeout(1800)
+
+
+def upload(environment: Environment, rows: int) -> None:
+    """Put the first rows of the sample under the one key."""
+    text = io.StringIO()
+    csv.writer(text).writerows(ROWS[: rows + 1])
+    environment.store.client().put_object(
+        Bucket="datasets", Key="changing.csv", Body=text.getvalue().encode()
+    )
+
+
+@pytest.fixture(scope="module")
+def changing(environment: Environment) -> Iterator[Environment]:
+    """A job that looks every minute, on a model of a second."""
+    for file in sorted(MODEL.iterdir()):
+        environment.store.client().upload_file(str(file), "models", f"one-layer/{file.name}")
+    upload(environment, FEW)
+    job = yaml.safe_load(EXAMPLE.read_text())
+    job["metadata"]["name"] = NAME
+    job["spec"] |= {
+        "model": {"source": "s3://models/one-layer"},
+        "dataset": {
+            **job["spec"]["dataset"],
+            "source": "s3://datasets/changing.csv",
+            "refresh": "1m",
+        },
+        "training": {"epochs": 1, "maxSequenceLength": 128, "seed": 7},
+        "export": {"merged": False, "gguf": []},
+        "output": {"uri": OUTPUT},
+    }
+    environment.kubectl("apply", "-f", "-", input=json.dumps(job))
+    yield environment
+    environment.kubectl("delete", "ftj", NAME)  # or it would look for the rest of the day
+
+
+def wait(environment: Environment, what: str, happened: Callable[[dict[str, Any]], Any]) -> Any:
+    """The job's status as soon as something holds of it."""
+    deadline = time.monotonic() + SECONDS
+    while True:
+        job = environment.get("finetunejob", NAME)
+        status = job.get("status", {})
+        current = status.get("observedGeneration") == job["metadata"]["generation"]
+        if current and happened(status):
+            return status
+        assert time.monotonic() < deadline, f"{what}: {status}"
+        time.sleep(0.5)
+
+
+def current_version(environment: Environment) -> str:
+    """What manifest.json in the output folder names."""
+    found = environment.store.client().get_object(Bucket="artifacts", Key="changing/manifest.json")
+    return str(json.loads(found["Body"].read())["version"])
+
+
+def trainings(environment: Environment) -> set[str]:
+    """Uids of the pods that trained or exported."""
+    pods = environment.items("pods", f"finetune.dev/job={NAME},finetune.dev/stage!=prepare")
+    return {pod["metadata"]["uid"] for pod in pods}
+
+
+def ready(status: dict[str, Any]) -> str:
+    return str(next(c for c in status["conditions"] if c["type"] == "Ready")["status"])
+
+
+@pytest.fixture(scope="module")
+def old(changing: Environment) -> str:
+    """The version of the first rows."""
+    *_, job = poll(changing.reader(NAME), SECONDS)
+    assert job["status"]["phase"] == "Succeeded", ready_message(job)
+    assert job["status"]["lineage"]["datasetRows"] == FEW
+    return str(job["status"]["version"])
+
+
+@pytest.fixture(scope="module")
+def new(changing: Environment, old: str) -> str:
+    """The version of more rows, which nobody has edited the spec for."""
+    upload(changing, MORE)
+    status = wait(changing, "a training", lambda status: status["phase"] == "Training")
+    assert (ready(status), status["version"]) == ("True", old)
+    assert current_version(changing) == old
+    status = wait(changing, "a new version", lambda status: status["version"] != old)
+    return str(status["version"])
+
+
+def test_new_rows_under_the_same_key_become_a_version_and_the_old_one_stays_until_then(
+    changing: Environment, old: str, new: str
+) -> None:
+    status = wait(changing, "its end", lambda status: status["phase"] == "Succeeded")
+    assert current_version(changing) == new
+    assert status["lineage"]["datasetRows"] == MORE
+    told = [(each["version"], each["state"], each["datasetRows"]) for each in status["versions"]]
+    assert told == [(new, "Current", MORE), (old, "Available", FEW)]
+    assert all(each["evalLoss"] > 0 for each in status["versions"])
+
+
+def test_a_look_that_finds_nothing_new_starts_nothing(changing: Environment, new: str) -> None:
+    status = wait(changing, "rest", lambda status: status["phase"] == "Succeeded")
+    before, looks = trainings(changing), status["planned"]["look"]
+    later = wait(
+        changing,
+        "the next look",
+        lambda status: status["planned"]["look"] > looks and status["phase"] == "Succeeded",
+    )
+    assert later["lastRefreshTime"] > status["lastRefreshTime"]
+    assert later["version"] == new
+    assert trainings(changing) == before
+
+
+def test_back_to_the_old_version_and_forth_without_a_training(
+    changing: Environment, old: str, new: str
+) -> None:
+    before = trainings(changing)
+    back = json.dumps({"spec": {"rollbackTo": old}})
+    changing.kubectl("patch", "ftj", NAME, "--type=merge", "-p", back)
+    status = wait(changing, "the old version", lambda status: status["phase"] == "Succeeded")
+    assert (status["version"], current_version(changing)) == (old, old)
+    assert status["lineage"]["datasetRows"] == FEW
+    assert "nextRefreshTime" not in status, "nothing is looked at meanwhile"
+    assert [each["state"] for each in status["versions"]] == ["Available", "Current"]
+
+    forth = json.dumps({"spec": {"rollbackTo": None}})
+    changing.kubectl("patch", "ftj", NAME, "--type=merge", "-p", forth)
+    status = wait(changing, "the new version", lambda status: status["phase"] == "Succeeded")
+    assert (status["version"], current_version(changing)) == (new, new)
+    assert status["lineage"]["datasetRows"] == MORE
+    assert trainings(changing) == before
+
+
+def test_a_version_that_is_not_there_is_refused_and_the_present_one_stays(
+    changing: Environment, old: str, new: str
+) -> None:
+    missing = json.dumps({"spec": {"rollbackTo": "0123456789ab"}})
+    changing.kubectl("patch", "ftj", NAME, "--type=merge", "-p", missing)
+    status = wait(changing, "its end", lambda status: status["phase"] == "Failed")
+    degraded = next(c for c in status["conditions"] if c["type"] == "Degraded")
+    assert degraded["reason"] == "VersionNotFound"
+    for version in (old, new):
+        assert version in degraded["message"]
+    assert (ready(status), status["version"], current_version(changing)) == ("True", new, new)
