@@ -103,6 +103,14 @@ test-operator: build ## The operator on a real API server: make test-operator K8
 test-e2e: kubernetes ## The main job on a real node
 	$(PYTEST) tests/e2e
 
+# Prints its figures and its seed; SEED repeats the same jobs and faults. Needs kwok (KWOK or PATH).
+JOBS   ?= 200
+FAULTS ?= 300
+
+.PHONY: chaos
+chaos: kubernetes ## Many FineTuneJobs while the operator dies, watches break and pods are deleted
+	$(BIN)/python -m hack.chaos --jobs $(JOBS) --faults $(FAULTS) --seed $(SEED)
+
 # Got ahead of the tests, since it takes minutes once. Where it can't be, the tests that need it
 # say so at their end; in CI that is a failure.
 .PHONY: kubernetes

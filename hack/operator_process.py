@@ -61,23 +61,24 @@ class Operator:
         }
         self._process: subprocess.Popen[bytes] | None = None
 
-    def reach_through(self, port: int) -> None:
+    def reach_through(self, port: int, scheme: str = "https") -> None:
         """Reach the API server by another port of this machine."""
         known = yaml.safe_load(Path(self._environment["KUBECONFIG"]).read_text())
         for each in known["clusters"]:
-            each["cluster"]["server"] = f"https://127.0.0.1:{port}"
+            each["cluster"]["server"] = f"{scheme}://127.0.0.1:{port}"
         target = self.log.with_name("proxied.kubeconfig")
         target.write_text(yaml.safe_dump(known))
         self._environment = {**self._environment, "KUBECONFIG": str(target)}
 
-    def start(self) -> None:
+    def start(self, *, wait: bool = True) -> None:
         """Start it, and wait until it is ready."""
         command = [sys.executable, "-W", "error", "-m", "finetune_operator.main"]
         with self.log.open("ab") as sink:
             self._process = subprocess.Popen(
                 command, env=self._environment, stdout=sink, stderr=subprocess.STDOUT
             )
-        wait_until(self.ready, what=f"the operator (log: {self.log})", seconds=READY_SECONDS)
+        if wait:
+            wait_until(self.ready, what=f"the operator (log: {self.log})", seconds=READY_SECONDS)
 
     def ready(self) -> bool:
         """Whether it says that it is ready; fails when it has ended."""
@@ -87,6 +88,10 @@ class Operator:
             return self.get("/readyz").is_success
         except httpx.HTTPError:
             return False
+
+    def has_ended(self) -> bool:
+        """Whether it has ended by itself."""
+        return self._process is not None and self._process.poll() is not None
 
     def get(self, path: str) -> httpx.Response:
         """Ask one of its probes."""

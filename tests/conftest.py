@@ -34,15 +34,11 @@ settings.load_profile("finetune")
 INTEGRATION = Path("tests/integration")
 TRAINER = INTEGRATION / "trainer"
 # Native nodes of one machine share folders below /var/lib, so one worker has both, one by one.
-END_TO_END = Path("tests/e2e")
-NODE_FILES = {
-    END_TO_END / "test_main_job.py",
-    END_TO_END / "test_versions.py",
-    INTEGRATION / "test_cluster_native.py",
-}
+NODE_FILES = (Path("tests/e2e"), INTEGRATION / "test_cluster_native.py")
 # The order in which workers take the files. A long one at the end would run alone.
 LONG_FILES = [
-    Path("tests/e2e/test_main_job.py"),
+    Path("tests/e2e/test_main_job.py"),  # first of all, in an empty cluster
+    Path("tests/e2e"),
     TRAINER / "test_resume.py",
     TRAINER / "test_distributed.py",
     TRAINER / "test_architectures.py",
@@ -53,6 +49,7 @@ LONG_FILES = [
 
 
 def file_of(nodeid: str) -> Path:
+    """The file of a test."""
     return Path(nodeid.partition("::")[0])
 
 
@@ -63,6 +60,7 @@ def rank(file: Path) -> int:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --all-families."""
     parser.addoption(
         "--all-families", action="store_true", help="test every family of models instead of three"
     )
@@ -85,7 +83,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedul
 
     class Files(LoadFileScheduling):  # type: ignore[misc] # xdist has no types
         def _split_scope(self, nodeid: str) -> str:
-            return "a node" if file_of(nodeid) in NODE_FILES else super()._split_scope(nodeid)
+            on_node = any(file_of(nodeid).is_relative_to(each) for each in NODE_FILES)
+            return "a node" if on_node else super()._split_scope(nodeid)
 
     config.option.loadscopereorder = False
     return Files(config, log)

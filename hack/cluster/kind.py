@@ -8,7 +8,6 @@ from pathlib import Path
 
 from hack import state_dir
 from hack.cluster import binaries, versions
-from hack.cluster.versions import Wanted
 from hack.process import CommandFailed, Unavailable, output, run
 from hack.progress import step
 
@@ -25,17 +24,13 @@ which 0.33 leaves out."""
 
 def node_image() -> str | None:
     """The image of the minor version that K8S asks for; None leaves the choice to kind."""
-    wanted = Wanted.here()
-    if not wanted.named:
+    minor = versions.asked_minor()
+    if minor is None:
         return None
-    folder = wanted.folder
-    version = versions.version_of(folder / "kube-apiserver") if folder else wanted.version
-    tag = NODE_IMAGES.get(int(version.split(".")[1]))
+    tag = NODE_IMAGES.get(minor)
     if tag is None:
-        raise Unavailable(
-            f"kind has no node of Kubernetes {version} here: {versions.VARIABLE} "
-            f"may name 1.{versions.MINORS[0]} to 1.{versions.MINORS[-1]}"
-        )
+        supported = f"1.{versions.MINORS[0]} to 1.{versions.MINORS[-1]}"
+        raise Unavailable(f"kind runs {supported} here, not 1.{minor}")
     return f"kindest/node:{tag}"
 
 
@@ -71,6 +66,7 @@ class KindCluster:
     def up(self) -> None:
         """Create the cluster unless it is there and healthy."""
         if self.healthy():
+            versions.require_running(self._minor_version())
             return
         self.down()
         create = ["kind", "create", "cluster", "--name", self.cluster, "--wait", "180s"]
@@ -96,6 +92,10 @@ class KindCluster:
         except CommandFailed:
             return False
         return True
+
+    def _minor_version(self) -> int:
+        server = json.loads(self.kubectl("version", "-o", "json"))["serverVersion"]
+        return int(server["minor"].rstrip("+"))
 
     def load_image(self, archive: Path, ref: str) -> None:
         """Load a docker-archive into the node."""

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from hack import cache_dir, debian, state_dir
-from hack.cluster import binaries, components, node_config
+from hack.cluster import binaries, components, node_config, versions
 from hack.cluster.components import NODE_NAME
 from hack.cluster.control_plane import ControlPlane
 from hack.cluster.node import Node, containerd_version
@@ -81,6 +81,7 @@ class NativeCluster:
         install_system_packages()
         containerd_version()
         if self.healthy():
+            versions.require_running(self.plane.minor_version)
             return
         try:
             self._start(programs)

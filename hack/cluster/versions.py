@@ -89,9 +89,24 @@ def fits(version: str, wanted: str) -> bool:
     return version == wanted or version.startswith(f"{wanted}.")
 
 
-def supported(version: str) -> bool:
-    """Whether it is one that the project promises to run on."""
-    return int(version.split(".")[1]) in MINORS
+def asked_minor() -> int | None:
+    """The 35 of what K8S asks for; None where it asks for nothing."""
+    wanted = Wanted.here()
+    if not wanted.named:
+        return None
+    folder = wanted.folder
+    version = version_of(folder / "kube-apiserver") if folder else wanted.version
+    return int(version.split(".")[1])
+
+
+def require_running(minor: int) -> None:
+    """Refuse a running cluster of another minor version than K8S asks for."""
+    asked = asked_minor()
+    if asked not in (None, minor):
+        raise ClusterError(
+            f"Kubernetes 1.{minor} runs, and {VARIABLE} asks for 1.{asked}: remove it first "
+            "(`make demo-down`, or `python -m hack.cluster down`)"
+        )
 
 
 @functools.cache

@@ -121,7 +121,7 @@ def install_operator(cluster: provider.Cluster, images: Images) -> None:
     }
     chart = REPOSITORY / "charts" / "finetune-operator"
     server = json.loads(cluster.kubectl("version", "-o", "json"))["serverVersion"]
-    if not versions.supported(f"{server['major']}.{server['minor']}"):
+    if int(server["minor"].rstrip("+")) not in versions.MINORS:
         apply_chart(cluster, chart, values)
         return
     with (

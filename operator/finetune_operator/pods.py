@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from finetune_operator.api import TRAINER_CONTAINER, JsonObject
@@ -76,6 +77,12 @@ class ObservedPod:
     finalizer keeps its object."""
 
     node: str | None = None
+    created: datetime | None = None
+    started_at: datetime | None = None
+    """When the trainer began to run, by the node's clock."""
+
+    resources: Mapping[str, int | str] = field(default_factory=dict)
+    """What the trainer's container requests, or else may use at most."""
 
     @property
     def has_ended(self) -> bool:
@@ -119,6 +126,9 @@ def observe_pod(raw: JsonObject) -> ObservedPod:
         delete_by=moment(meta.get("deletionTimestamp")),
         forced=_forced(raw),
         node=raw["spec"].get("nodeName"),
+        created=moment(meta.get("creationTimestamp")),
+        started_at=moment((state.get("running") or ended).get("startedAt")),
+        resources=_resources(raw["spec"]),
     )
 
 
@@ -183,10 +193,17 @@ def true_conditions(status: JsonObject) -> list[JsonObject]:
 
 def trainer_image(pod_spec: JsonObject) -> str:
     """The image of the trainer's container."""
-    for container in pod_spec["containers"]:
-        if container["name"] == TRAINER_CONTAINER:
-            return str(container["image"])
-    return ""
+    return str(_trainer(pod_spec).get("image", ""))
+
+
+def _trainer(pod_spec: JsonObject) -> JsonObject:
+    found = (each for each in pod_spec["containers"] if each["name"] == TRAINER_CONTAINER)
+    return next(found, {})
+
+
+def _resources(pod_spec: JsonObject) -> Mapping[str, int | str]:
+    given = _trainer(pod_spec).get("resources") or {}
+    return {**(given.get("limits") or {}), **(given.get("requests") or {})}
 
 
 def created_at(raw: JsonObject) -> datetime:

@@ -39,9 +39,10 @@ from finetune_operator.observe import (
     stages_at_work,
 )
 from finetune_operator.plan import Event, Plan, Policy, StartStage, StopJob, plan, refuse
-from finetune_operator.pods import ObservedPod
+from finetune_operator.pods import ObservedPod, observe_pod
 from finetune_operator.settings import Settings
 from finetune_operator.status import occasion, older_phase, status_patch
+from finetune_operator.usage import with_usage
 from finetune_trainer.contract import Reason, Stage
 
 logger = logging.getLogger(__name__)
@@ -129,9 +130,12 @@ class Reconciler:
             return "stale", own_writes.pause()  # the watch doesn't show our last write yet
         observed = observe_jobs(finetunejob, _jobs(snapshot, own_writes), snapshot.pods)
         jobs = tuple([await self._explained(finetunejob, job) for job in observed])
-        others = (*snapshot.earlier_pods, *pods_without_job(jobs, snapshot.pods))
+        loose = pods_without_job(jobs, snapshot.pods)
+        others = (*snapshot.earlier_pods, *loose)
         self._metrics.in_phase(key, finetunejob.status.phase)
-        decide = partial(self._plan, finetunejob, jobs, stages_at_work(others))
+        decide = partial(
+            self._plan, finetunejob, jobs, stages_at_work(others), tuple(map(observe_pod, loose))
+        )
         try:
             result = await self._carry_out(key, finetunejob, decide, own_writes)
         except ConflictError:
@@ -147,6 +151,7 @@ class Reconciler:
         finetunejob: ObservedFineTuneJob,
         jobs: tuple[ObservedJob, ...],
         old_pods: Mapping[Stage, ObservedPod],
+        loose_pods: tuple[ObservedPod, ...],
         denial: str | None = None,
     ) -> Plan:
         spec = finetunejob.spec
@@ -155,15 +160,19 @@ class Reconciler:
             if spec is not None
             else {}
         )
-        return plan(
+        now = datetime.now(UTC)
+        made = plan(
             finetunejob,
             jobs,
             digests,
             self._policy,
-            datetime.now(UTC),
+            now,
             old_pods=old_pods,
             denial=denial,
         )
+        if finetunejob.deleting:
+            return made
+        return replace(made, status=with_usage(made.status, jobs, loose_pods, now))
 
     async def _carry_out(
         self,

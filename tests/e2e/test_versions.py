@@ -53,7 +53,7 @@ def changing(environment: Environment) -> Iterator[Environment]:
             "source": "s3://datasets/changing.csv",
             "refresh": "1m",
         },
-        "training": {"epochs": 1, "maxSequenceLength": 128, "seed": 7},
+        "training": {"epochs": 1, "maxSequenceLength": 256, "seed": 7},
         "export": {"merged": False, "gguf": []},
         "output": {"uri": OUTPUT},
     }

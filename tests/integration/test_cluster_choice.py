@@ -25,7 +25,7 @@ from hack.cluster.native import NativeCluster
 from hack.cluster.node import containerd_version
 from hack.cluster.node_network import NodeNetwork
 from hack.cluster.official import Releases
-from hack.process import Unavailable
+from hack.process import ClusterError, Unavailable
 
 SOURCES = """\
 bookworm|main|http://one.invalid/debian/
@@ -339,6 +339,18 @@ def test_kind_takes_its_image_of_the_minor_version(
 
     found = kind.node_image()
     assert found is None if image is None else str(found).startswith(image)
+
+
+def test_a_running_cluster_of_another_version_is_not_taken_for_the_one_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = programs(tmp_path / "some", "1.34.2", *NODE)
+    versions.require_running(36)
+    for asked, minor in {"1.35": 35, "newest": 37, "oldest": 33, str(folder): 34}.items():
+        monkeypatch.setenv(versions.VARIABLE, asked)
+        versions.require_running(minor)
+        with pytest.raises(ClusterError, match=rf"1\.36 runs, and K8S asks for 1\.{minor}: remove"):
+            versions.require_running(36)
 
 
 def test_kind_has_an_image_of_each_supported_version() -> None:

@@ -46,6 +46,13 @@ def test_kind_runs_each_supported_kubernetes() -> None:
     assert sorted(kind.NODE_IMAGES) == list(versions.MINORS)
 
 
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda file: file.name)
+def test_what_a_workflow_leaves_out_is_there(workflow: Path) -> None:
+    left_out = re.findall(r"--ignore=(\S+)", workflow.read_text())
+    assert left_out
+    assert [name for name in left_out if not (ROOT / name).is_file()] == []
+
+
 def test_ci_runs_the_newest_and_the_oldest() -> None:
     calls = re.findall(r"make (\S+) K8S=(\S+)", (ROOT / ".ci" / "run").read_text())
     assert calls == [("test", "newest"), ("test-operator", "oldest")]

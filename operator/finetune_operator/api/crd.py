@@ -42,6 +42,7 @@ PRINTER_COLUMNS = [
         1,
         "Loss of the tuned model on held-out rows",
     ),
+    ("GPUSeconds", "integer", ".status.usage.gpuSeconds", 1, "GPU time of all ended pods"),
     ("Model", "string", ".spec.model.source", 1, "Base model"),
     ("Artifact", "string", ".status.manifestUri", 1, "Manifest of the artifacts"),
 ]

@@ -179,8 +179,8 @@ class FineTuneJobSpec(Base):
     rollback_to: contract.VersionName | None = None
     """Let this version be the current one: its name, as status.versions has it. As long as it is
     set, nothing is trained or exported, and neither dataset nor model is looked at. Without it the
-    version of this spec is current again, and is not made anew where it is still there. It is none
-    of those that output.keepVersions has deleted."""
+    version of this spec is current again, and is not made anew where it is still there. A version
+    that output.keepVersions has deleted can't come back."""
 
     service_account_name: Name | None = None
     """ServiceAccount of the pods, for workload identity. Left out, the operator makes one that may

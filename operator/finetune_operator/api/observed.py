@@ -195,6 +195,81 @@ class PlannedStatus(Base):
         return self.model_copy(update={"look": self.look + 1, "cause": cause})
 
 
+class Usage(Base):
+    """What was used. A pod counts when it has ended."""
+
+    gpu_seconds: int = 0
+    """Seconds that pods ran, times their GPUs (any resource named */gpu, and slices of one)."""
+
+    cpu_seconds: int = 0
+    """Seconds that pods ran, times the CPUs that they request."""
+
+    waiting_seconds: int = 0
+    """Seconds from the creation of Jobs until their pods ran, e.g. in a queue or for an image. A
+    Job whose pod never ran doesn't count."""
+
+    attempts: int = 0
+    """Jobs whose pod began to run."""
+
+
+class StageUsage(Usage):
+    """What one stage used, in all of its attempts and for all specs so far."""
+
+    name: Stage
+    """prepare, train or export."""
+
+
+class PodUsage(Base):
+    """A pod that runs, or one that was counted lately."""
+
+    name: str
+    """The pod."""
+
+    job: str
+    """Its Job (batch/v1)."""
+
+    stage: Stage
+    """Its stage."""
+
+    start_time: str
+    """When its trainer began to run (RFC 3339)."""
+
+    gpus: int = 0
+    """Its GPUs."""
+
+    cpus: float = 0
+    """The CPUs that it requests."""
+
+    counted: bool = False
+    """Whether it has ended and is in the sums."""
+
+
+class UsageStatus(Usage):
+    """What the FineTuneJob used in all, for all specs so far."""
+
+    stages: Annotated[
+        tuple[StageUsage, ...],
+        Field(
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["name"],
+            }
+        ),
+    ] = ()
+    """The same for each stage that used something."""
+
+    pods: Annotated[
+        tuple[PodUsage, ...],
+        Field(
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["name"],
+            }
+        ),
+    ] = ()
+    """Pods that run, and those that were counted lately, so that none counts twice."""
+
+
 class FineTuneJobStatus(Base):
     """The observed state. `progress` is the trainer's, everything else is the operator's."""
 
@@ -291,6 +366,9 @@ class FineTuneJobStatus(Base):
 
     last_handled_retry_at: str | None = None
     """The last value of the annotation finetune.dev/retry-requested-at that was acted upon."""
+
+    usage: UsageStatus | None = None
+    """GPU and CPU time, time spent waiting, and attempts, since the FineTuneJob was created."""
 
     resolved_inputs: dict[str, str] = {}
     """The fields of the spec that `prepare` resolved, without those that have their default; long

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from finetune_trainer.contract import Reason, Stage, StageResult
@@ -24,9 +26,9 @@ def conditions(here: Namespace) -> dict[str, str]:
     return {each["type"]: each["status"] for each in here.status()["conditions"]}
 
 
-def train_on_a_node(here: Namespace) -> Raw:
+def train_on_a_node(here: Namespace, **spec: Any) -> Raw:
     """A training whose pod has a grace period, as on every node."""
-    here.apply()
+    here.apply(**spec)
     here.succeed(prepared())
     here.bind(here.pod(TRAIN), NODE)
     pod = here.start_pod(TRAIN)
@@ -131,6 +133,18 @@ def test_a_finished_model_stays_ready(here: Namespace) -> None:
     here.apply()
     here.wait_phase("Succeeded")
     assert here.jobs() == [("prepare", 1), ("train", 1), ("export", 1)]
+
+
+def test_a_trainer_that_reports_no_more_is_stopped(here: Namespace) -> None:
+    pod = train_on_a_node(here, training={"stallTimeout": "1s"})
+    here.report(pod, heartbeatSeconds=1, lastUpdateTime="2026-01-01T00:00:00Z")
+    here.wait("it to be told", lambda: here.condition("Degraded")[1] == "Stalled")
+    assert pod["metadata"]["name"] in here.condition("Degraded")[2]
+    here.wait("SIGTERM", lambda: leaving(here, pod))
+    here.remove_pod(pod)
+    here.start_pod(TRAIN, attempt=2)
+    assert here.stage(TRAIN)["failures"] == 1
+    assert ("Warning", "Stalled") in here.events()
 
 
 def test_an_attempt_that_takes_too_long_is_ended(here: Namespace) -> None:

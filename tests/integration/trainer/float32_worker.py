@@ -2,8 +2,9 @@
 
 COMPUTE_DTYPE=bfloat16 computes in that instead.
 
-FAIL=RANK:STEP:HOW lets one of the processes run out of GPU memory (full) or be killed after a step,
-or run out of memory within it as long as a pass has several rows (crowded).
+FAIL=RANK:STEP:HOW lets one of the processes run out of GPU memory (full), meet an error of NCCL
+(nccl, nccl-full) or be killed after a step, or run out of memory within it as long as a pass has
+several rows (crowded).
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ from finetune_trainer.model import loading
 from finetune_trainer.train.recipe import processes, reporting, train_worker
 
 NOTE = "held-{}.json"
+# As PyTorch words what NCCL says.
+NCCL = {
+    "nccl": "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled system error (run with "
+    "NCCL_DEBUG=INFO for details), NCCL version 2.29.7\nncclSystemError: System call failed.",
+    "nccl-full": "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error, NCCL version "
+    "2.29.7\nLast error:\nCuda failure 2 'out of memory'",
+}
 
 
 class Failing(TrainerCallback):
@@ -43,6 +51,8 @@ class Failing(TrainerCallback):
             return
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how in NCCL:
+            raise torch.distributed.DistBackendError(NCCL[how])
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from finetune_trainer.contract import Example, Notice, Reason, StageError
-from finetune_trainer.train.link import Failed, Trained, TrainingWork
+from finetune_trainer.train.link import Failed, Trained, TrainingWork, trained_steps
 from finetune_trainer.train.link.channel import WorkerMessage, listening
-from finetune_trainer.train.supervisor.ladder import descend, step_of
+from finetune_trainer.train.supervisor.ladder import descend
 from finetune_trainer.train.supervisor.setup import divide_step
 from finetune_trainer.train.supervisor.training_session import WorkerProcess
 from tests.integration.trainer.float32_worker import NOTE
@@ -236,17 +236,20 @@ def test_a_stop_leaves_one_checkpoint_of_all_processes_to_go_on_from(
     [
         pytest.param("1:2:full", Reason.OUT_OF_GPU_MEMORY, id="full"),
         pytest.param("0:3:crowded", Reason.OUT_OF_GPU_MEMORY, id="the one that saves"),
+        pytest.param("1:2:nccl-full", Reason.OUT_OF_GPU_MEMORY, id="full in NCCL"),
+        pytest.param("1:2:nccl", Reason.INTERNAL_ERROR, id="an error of NCCL"),
         pytest.param("1:2:killed", None, id="killed"),
     ],
 )
 def test_the_process_that_fails_gives_the_reason_for_all(
     fail: str,
     reason: Reason | None,
-    tiny_model: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
-    monkeypatch.setenv("FAIL", fail)
+    request.getfixturevalue("monkeypatch").setenv("FAIL", fail)
+    tiny_model: Path = request.getfixturevalue("tiny_model")
     work = work_of(tiny_model, tmp_path / "failing", 2)
     began = time.monotonic()
 
@@ -255,6 +258,10 @@ def test_the_process_that_fails_gives_the_reason_for_all(
         assert isinstance(ending, Failed)
         assert ending.reason is reason
         assert (ending.checkpoint is not None) == fail.startswith("0"), "the first one saves"
+        if reason is Reason.INTERNAL_ERROR:
+            assert ending.message.startswith("DistBackendError: NCCL error in: ")
+        said = [line for line in "".join(capfd.readouterr()).splitlines() if "Process " in line]
+        assert f"Process {fail[0]} ended with status" in said[0], "the one that failed first"
     else:
         with pytest.raises(StageError, match=r"killed|status 137") as caught:
             run(work)
@@ -287,7 +294,9 @@ def test_memory_that_runs_out_in_one_process_makes_the_passes_of_all_smaller(
     splits = [(w.plan.batch_size, w.plan.gradient_accumulation_steps) for w in asked]
     assert splits == [(2, 1), (2, 1), (1, 2)]
     assert all(work.processes == 2 for work in asked)
-    assert [step_of(work.resume_from) for work in asked] == [0, 2, 2], "not from the beginning"
+    assert [trained_steps(work.resume_from) for work in asked] == [0, 2, 2], (
+        "not from the beginning"
+    )
     together = Run(first, ending, [])
     assert together.series("loss") == pytest.approx(alone.series("loss"), abs=LOSS_TOLERANCE)
     assert_same_adapter(together, alone)

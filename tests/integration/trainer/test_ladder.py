@@ -17,11 +17,11 @@ from finetune_trainer.model import loading
 from finetune_trainer.model.tokenizer import message_pair
 from finetune_trainer.runtime.endings import explain
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.train.link import Failed, Trained, TrainingWork, as_failed
+from finetune_trainer.train.link import Failed, Trained, TrainingWork, as_failed, trained_steps
 from finetune_trainer.train.link.channel import listening
 from finetune_trainer.train.recipe import sft
 from finetune_trainer.train.supervisor import training_session
-from finetune_trainer.train.supervisor.ladder import descend, step_of
+from finetune_trainer.train.supervisor.ladder import descend
 from tests.integration.trainer.conftest import ATTENTION, ROWS, Trainer
 from tests.integration.trainer.full_memory import VARIABLE, Fault, FullMemory, FullMemoryWorker
 from tests.integration.trainer.recipe import Conversations, make_work
@@ -163,7 +163,7 @@ def test_a_step_that_fails_once_is_done_again_with_empty_memory(
     outcome = training(tiny_model, tmp_path, fault, **split)
     assert outcome.codes == ["MemoryFreed"]
     assert outcome.notices[0].step == 2
-    assert step_of(outcome.asked[1].resume_from) == 2
+    assert trained_steps(outcome.asked[1].resume_from) == 2
     assert outcome.full.steps == [1, 2, 3, 3, 4]
     assert_same(outcome, undisturbed)
 
@@ -173,7 +173,7 @@ def test_a_backward_pass_that_fails_again_gets_a_smaller_batch(
 ) -> None:
     outcome = training(tiny_model, tmp_path, Fault(where="backward", step=3, times=2))
     assert outcome.codes == ["MemoryFreed", "BatchHalved"]
-    assert [step_of(work.resume_from) for work in outcome.asked] == [0, 2, 2]
+    assert [trained_steps(work.resume_from) for work in outcome.asked] == [0, 2, 2]
     assert outcome.full.steps == [1, 2, 3, 3, 3, 4]
     assert_same(outcome, undisturbed)
     assert "effective batch and the result stay the same" in outcome.notices[1].remedy
@@ -200,7 +200,7 @@ def test_an_optimizer_that_fails_later_leaves_nothing_to_go_on_from(
     fault = Fault(where="optimizer", step=4, times=1)
     outcome = training(tiny_model, tmp_path, fault, checkpointSteps=4)
     assert outcome.codes == ["MemoryFreed"]
-    assert [step_of(work.resume_from) for work in outcome.asked] == [0, 2]
+    assert [trained_steps(work.resume_from) for work in outcome.asked] == [0, 2]
     assert outcome.full.steps == [1, 2, 3, 4, 3, 4]
     assert_same(outcome, undisturbed)
 

@@ -9,7 +9,8 @@ import datasets
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, TrainerCallback
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -81,11 +82,24 @@ def gradients(trainer: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    ("packing", "takes_count"),
+    [
+        pytest.param(True, True, id="packed"),
+        pytest.param(False, True, id="padded"),
+        pytest.param(True, False, id="a model that says it takes no count of labels"),
+    ],
+)
 def test_accumulated_batches_are_one_large_batch(
-    tiny_model: Path, tmp_path: Path, packing: bool
+    tiny_model: Path,
+    tmp_path: Path,
+    packing: bool,
+    takes_count: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows of different length, which a mean of means would weigh wrongly."""
+    # As Gemma 3n's and Gemma 4's classes say.
+    monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", takes_count, raising=False)
 
     def accumulated(batch: int, steps: int) -> dict[str, torch.Tensor]:
         return gradients(
@@ -166,6 +180,10 @@ def test_qlora_trains_and_merges_into_a_16_bit_model(tiny_model: Path, tmp_path:
     adapter = work.adapter
     trained = sft.fine_tune(work, Reporter())
     assert trained.metrics.base_parameters == 3_219_776
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    # In bfloat16 the low half of each number would be zeros.
+    assert all((value.view(torch.int32) & 0xFFFF).any() for value in saved.values())
     assert (trained.metrics.final_loss or 0) < (trained.metrics.train_loss or 0)
     write_model(ModelFolder(tiny_model), adapter, tmp_path / "merged")
     before = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()

@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.api import parse_duration
 from finetune_operator.api.finetunejob import DatasetSpec, FineTuneJobSpec
 from finetune_operator.api.observed import FineTuneJobStatus, LookCause, Phase
 from finetune_operator.manifests.stage_job import Attempt, stage_job
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan import Plan, Policy, plan
 from finetune_operator.settings import Settings
-from finetune_trainer.contract import Artifact, Hardware, Reason, Stage, VersionSummary
+from finetune_trainer.contract import (
+    Artifact,
+    Hardware,
+    Reason,
+    Stage,
+    VersionSummary,
+    parse_duration,
+)
 from tests.unit.operator.build import (
     ALL_DONE,
     DONE_MESSAGE,

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from finetune_operator.api import Condition
-from finetune_operator.api.observed import FineTuneJobStatus, Phase, StageState
-from finetune_operator.observe import ObservedFineTuneJob
+from finetune_operator.api.observed import FineTuneJobStatus, Phase
 from finetune_operator.plan import Plan, Policy, plan
-from finetune_trainer.contract import Reason, Stage
+from finetune_trainer.contract import Reason
 from tests.unit.operator.build import (
     ALL_DONE,
     DONE_MESSAGE,
     EXPORT,
-    FINE,
     FINISHED,
     NOT_YET,
     NOW,
     PREPARE,
     SETTINGS,
     TRAIN,
-    Claim,
     at,
-    conditions,
     dead,
     ended,
     exported,
     failing,
-    finetunejob,
     finished_status,
     job,
     pending,
@@ -39,8 +31,6 @@ from tests.unit.operator.build import (
     resolved,
     running,
     said,
-    spec,
-    stamp,
     status,
     succeeded,
     trouble,
@@ -59,88 +49,25 @@ from tests.unit.operator.expect import (
     decide,
     finished,
     normal,
-    start,
-    started,
     stop,
     stopped,
     unchanged,
     warning,
 )
-
-READY: Claim = (True, "Succeeded", DONE_MESSAGE)
-STOPS = "train is being stopped, as spec.suspend asks; a training saves its last step first."
-
-
-def suspended(before: FineTuneJobStatus, generation: int = 2, **changes: Any) -> Any:
-    """What is observed: the user has just set spec.suspend."""
-    given = spec(suspend=True, **changes)
-    return finetunejob(before, generation=generation, spec=given)
-
-
-def resting(
-    words: str,
-    *stages: Any,
-    ready: Claim | None = None,
-    degraded: Claim = FINE,
-    ready_since: int | None = None,
-    generation: int = 2,
-    **fields: Any,
-) -> FineTuneJobStatus:
-    """The status of a suspended job, in which nothing runs any more."""
-    claims = conditions(
-        ready=ready or (False, "Suspended", words),
-        progressing=(False, "Suspended", words),
-        degraded=degraded,
-        generation=generation,
-        ready_since=ready_since,
-    )
-    held = Condition(
-        type="Suspended",
-        status="True",
-        reason="Suspended",
-        message=words,
-        observed_generation=generation,
-        last_transition_time=stamp(0),
-    )
-    left = [each.name for each in stages if each.state is not StageState.SUCCEEDED]
-    given: FineTuneJobStatus = status(
-        Phase.SUSPENDED,
-        left[0] if left else EXPORT,
-        *stages,
-        generation=generation,
-        conditions=(*(each for each in claims if each.type != "Stalled"), held),
-        **{"planned": planned(1), **fields},
-    )
-    return given
-
-
-def stopping(*stages: Any, words: str = STOPS, **fields: Any) -> FineTuneJobStatus:
-    """The status while a stage saves its work."""
-    shown: Stage = next(each.name for each in stages if each.state is StageState.RUNNING)
-    phase = {PREPARE: Phase.PREPARING, TRAIN: Phase.TRAINING, EXPORT: Phase.EXPORTING}[shown]
-    given: FineTuneJobStatus = status(
-        phase,
-        shown,
-        *stages,
-        generation=2,
-        conditions=trouble(phase, ("Suspending", words), None, generation=2),
-        **{"planned": planned(1), **fields},
-    )
-    return given
-
-
-def waits(stage: str) -> str:
-    return f"{stage} is not started until spec.suspend is false."
-
-
-TRAIN_RUNS = running(TRAIN, fingerprint="train-a", since=-60)
-HALTED = pending(TRAIN, fingerprint="train-a", attempt=1)
-AT_REST = resting(waits("train"), DONE, HALTED, LAST, resolved=resolved())
-STOPPED_TRAIN = said(TRAIN, Reason.STOPPED, message="Stopped; it goes on from step 12.")
-LEAVING = pod(deleting=True, delete_by=at(100))
-LEAVES: dict[str, Any] = {"deleting": True, "pod": LEAVING}
-NOTHING = "Nothing is started until spec.suspend is false."
-
+from tests.unit.operator.suspending import (
+    AT_REST,
+    HALTED,
+    LEAVES,
+    NOTHING,
+    READY,
+    STOPPED_TRAIN,
+    STOPS,
+    TRAIN_RUNS,
+    resting,
+    stopping,
+    suspended,
+    waits,
+)
 
 CASES = [
     Case(
@@ -358,104 +285,6 @@ def test_a_lost_node_is_told_while_it_stops() -> None:
     degraded = {each.type: each for each in found.status.conditions}["Degraded"]
     assert (degraded.status, degraded.reason) == ("True", "NodeLost")
     assert "node-7" in degraded.message
-
-
-AGAIN: dict[str, Any] = {"generation": 3, "planned": planned(1)}
-RESUMED = normal("Resumed", "spec.suspend is false: what is left is started.")
-
-
-def resumed(before: FineTuneJobStatus, **changes: Any) -> ObservedFineTuneJob:
-    """What is observed: the user has just set spec.suspend to false again."""
-    return finetunejob(before, generation=3, spec=spec(**changes))
-
-
-RESUMES = [
-    Case(
-        "the training goes on, and nothing counts as a failure",
-        resumed(AT_REST),
-        [],
-        Plan(
-            status(
-                Phase.TRAINING,
-                TRAIN,
-                DONE,
-                running(TRAIN, attempt=2, fingerprint="train-a"),
-                LAST,
-                resolved=resolved(),
-                **AGAIN,
-            ),
-            actions=(start(TRAIN, attempt=2),),
-            events=(RESUMED, started(TRAIN, attempt=2)),
-        ),
-    ),
-    Case(
-        "an edit that came with it, or before, is looked at by prepare first",
-        resumed(AT_REST, training={"seed": 3}),
-        [],
-        Plan(
-            status(
-                Phase.PREPARING,
-                PREPARE,
-                running(PREPARE),
-                HALTED,
-                LAST,
-                resolved=resolved(),
-                generation=3,
-            ),
-            actions=(start(PREPARE, key="3"),),
-            events=(RESUMED, started(PREPARE)),
-        ),
-    ),
-    Case(
-        "a finished job has nothing to do",
-        resumed(resting(NOTHING, *ALL_DONE, ready=READY, **FINISHED)),
-        [],
-        Plan(finished_status(*ALL_DONE, **AGAIN), events=(RESUMED,)),
-    ),
-    Case(
-        "after a failure prepare looks again, as after any edit",
-        resumed(
-            resting(
-                waits("train"),
-                DONE,
-                failing(TRAIN, Reason.OUT_OF_MEMORY, "raise it", fingerprint="train-a"),
-                LAST,
-                resolved=resolved(),
-            )
-        ),
-        [],
-        Plan(
-            status(
-                Phase.PREPARING,
-                PREPARE,
-                running(PREPARE),
-                failing(TRAIN, Reason.OUT_OF_MEMORY, "raise it", fingerprint="train-a"),
-                LAST,
-                resolved=resolved(),
-                generation=3,
-                planned=planned(1).model_copy(update={"generation": 3}),
-            ),
-            actions=(start(PREPARE, key="3"),),
-            events=(RESUMED, started(PREPARE)),
-        ),
-    ),
-]
-
-
-@pytest.mark.parametrize("case", RESUMES, ids=lambda case: case.says)
-def test_a_job_that_goes_on(case: Case) -> None:
-    assert decide(case) == case.plan
-
-
-def test_resumed_while_it_still_stops_it_waits_for_its_pod() -> None:
-    before = stopping(DONE, TRAIN_RUNS, LAST, resolved=resolved())
-    jobs = [job(TRAIN, **LEAVES)]
-    found = plan(resumed(before), jobs, SETTINGS, Policy(), NOW)
-    assert (found.actions, found.events) == ((), ())
-    assert found.status.stages[1].disruptions == 0
-    after = plan(finetunejob(found.status, 3, spec=spec()), [], SETTINGS, Policy(), NOW)
-    assert after.actions == (start(TRAIN),)
-    assert after.status.stages[1].failures == 0
 
 
 def test_a_failed_stage_that_ended_while_it_was_stopped_is_told() -> None:

@@ -54,7 +54,7 @@ PODS = [
     ),
     pytest.param(
         {"phase": "Running", **container(running={"startedAt": "2026-11-24T12:00:05Z"})},
-        expected_pod(phase="Running", started=True),
+        expected_pod(phase="Running", started=True, started_at=moment("12:00:05")),
         id="a container that runs",
     ),
     pytest.param(

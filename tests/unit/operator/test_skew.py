@@ -161,8 +161,8 @@ def newer_status(before: FineTuneJobStatus, **fields: Any) -> dict[str, Any]:
     """A status that a newer operator wrote."""
     raw = written(before)
     for stage in raw["stages"]:
-        stage["usage"] = {"gpuSeconds": 7}
-    return {**raw, "usage": {"gpuSeconds": 7}, **fields}
+        stage["carbon"] = {"grams": 7}
+    return {**raw, "carbon": {"grams": 7}, **fields}
 
 
 def test_an_operator_that_was_rolled_back_starts_no_settled_job_anew() -> None:

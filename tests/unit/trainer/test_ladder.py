@@ -27,6 +27,7 @@ from finetune_trainer.train.link import (
     Trained,
     TrainingWork,
     read_lengths,
+    trained_steps,
     write_lengths,
 )
 from finetune_trainer.train.supervisor.ladder import (
@@ -35,7 +36,6 @@ from finetune_trainer.train.supervisor.ladder import (
     fewer_examples,
     latest_checkpoint,
     next_rung,
-    step_of,
 )
 
 TORCH = (
@@ -333,7 +333,7 @@ def test_the_latest_of_several_checkpoints(tmp_path: Path) -> None:
     at_9, at_10 = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
     assert latest_checkpoint([at_9, None, at_10]) == at_10
     assert latest_checkpoint([None]) is None
-    assert (step_of(None), step_of(at_9)) == (0, 9)
+    assert (trained_steps(None), trained_steps(at_9)) == (0, 9)
 
 
 # What counts as memory that ran out.

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_trainer.contract import Lora, TargetModule
-from finetune_trainer.memory.predict import Kept, Recipe, kept_by_layer
+from finetune_trainer.memory.predict import Kept, Recipe, kept_by_layer, scores
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.train.recipe.lora import lora_config, make_layers_faster
 
@@ -29,10 +29,12 @@ WIDTHS: dict[str, Any] = {
 }
 
 
-def saved(kind: str, layers: int, lora: Lora, *, bfloat16: bool, trimmed: bool) -> int:
+def saved(
+    kind: str, layers: int, lora: Lora, *, bfloat16: bool, trimmed: bool, attention: str = "sdpa"
+) -> int:
     """Bytes that autograd saves in a forward pass, parameters apart."""
     settings = AutoConfig.for_model(kind, **WIDTHS, num_hidden_layers=layers)
-    settings._attn_implementation = "sdpa"
+    settings._attn_implementation = attention
     model = AutoModelForCausalLM.from_config(settings)  # type: ignore[no-untyped-call] # transformers
     model = model.to(torch.bfloat16) if bfloat16 else model
     tuned = get_peft_model(model, lora_config(lora, model))
@@ -70,6 +72,24 @@ def test_a_layer_keeps_what_autograd_saves(
 @pytest.mark.parametrize("dropout", [0.05, 0.0])
 def test_dora_keeps_outputs_as_well(kind: str, how: str, dropout: float) -> None:
     compare(kind, how, Lora(r=8, dropout=dropout, use_dora=True))
+
+
+@pytest.mark.parametrize("how", ["float32", "bfloat16"])
+def test_attention_that_caps_its_scores_keeps_them(how: str) -> None:
+    """Gemma 2's, as it is loaded: eager."""
+    lora, bfloat16 = Lora(r=8, dropout=0), how == "bfloat16"
+    two, three = (
+        saved("gemma2", n, lora, bfloat16=bfloat16, trimmed=True, attention="eager") for n in (2, 3)
+    )
+    shape = Shape.from_config({"model_type": "gemma2", **WIDTHS, "num_hidden_layers": 3})
+    assert shape is not None
+    assert shape.capped
+    recipe = Recipe(lora, compute=2 if bfloat16 else 4, kept=Kept.ALL, casts=False)
+    # Three layers keep theirs, and a fourth share is for the gradient of one.
+    in_layer = scores(shape, recipe, TOKENS) / 4
+    kept = kept_by_layer(shape, recipe) * TOKENS + in_layer
+    assert in_layer > 0.3 * kept
+    assert kept == pytest.approx(three - two, rel=0.05)
 
 
 def compare(kind: str, how: str, lora: Lora) -> None:

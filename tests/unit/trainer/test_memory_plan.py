@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from finetune_trainer.contract import Hardware, Reason, StageError, Training, TrainingPlan
 from finetune_trainer.memory.plan import GPU_USEFUL, Lengths, plan
 from finetune_trainer.memory.remedies import Attempt
+from finetune_trainer.model.shape import Shape
 from tests.unit.trainer.test_memory_shape import shape
 
 GIB = 2**30
@@ -180,6 +182,11 @@ def test_the_prediction_grows_with_passes_and_lengths(
     assert attempt.needs(size, checkpointing) < longer.needs(size, checkpointing)
 
 
+GEMMA2_9B = Shape(
+    "gemma2", 42, 3584, 4096, 2048, 14_336, 256_000, tied=True, head=256, norms=4, capped=True
+)
+
+
 def refusal(training: Training, model: str, longest: int, hardware: Hardware) -> StageError:
     with pytest.raises(StageError) as raised:
         plan(training, shape(model), Lengths(longest), hardware)
@@ -191,7 +198,7 @@ def test_a_training_that_does_not_fit_says_what_would() -> None:
     assert error.reason is Reason.OUT_OF_GPU_MEMORY
     assert error.message == (
         "The training needs 17.1 GiB of GPU memory with one example of 2048 tokens a pass, and the "
-        "GPU has 12.0 GiB. Any of these would do: method: qlora (7.4 GiB); 4 such GPUs, which "
+        "GPU has 12.0 GiB. Any of these would do: method: qlora (7.5 GiB); 4 such GPUs, which "
         "share the model (fsdp, 8.5 GiB each); a GPU with 24 GiB; a model of at most 4 billion "
         "parameters."
     )
@@ -241,6 +248,30 @@ def test_a_pod_with_gpus_needs_memory_of_its_own(
     error = refusal(Training.model_validate(training), EIGHT, 512, hardware)
     assert error.reason is Reason.OUT_OF_MEMORY
     assert f"limits.memory to at least {need}" in error.message
+
+
+def test_a_model_that_auto_spreads_over_gpus_passes_through_the_pods_memory() -> None:
+    """As where fsdp is asked for by name."""
+    enough = gpus(80, 8).model_copy(update={"memory_bytes": 200 * GIB})
+    assert plan(Training(), shape("llama-3.3-70b"), Lengths(2048), enough).parallelism == "fsdp"
+    short = enough.model_copy(update={"memory_bytes": 64 * GIB})
+    error = refusal(Training(), "llama-3.3-70b", 2048, short)
+    assert error.reason is Reason.OUT_OF_MEMORY
+    assert "limits.memory to at least 140Gi" in error.message
+
+
+def test_scores_that_are_capped_make_passes_smaller() -> None:
+    """9 billion parameters by qlora in 24 GiB."""
+    spec = Training.model_validate({"method": "qlora", "batchSize": 4})
+    free = replace(GEMMA2_9B, capped=False)
+    assert plan(spec, free, Lengths(2048), gpus(24)).batch_size == 4
+    # Laid end to end, each row would be scored against all others as well.
+    assert plan(spec, GEMMA2_9B, Lengths(2048), gpus(24)).batch_size == 2
+    padded = spec.model_copy(update={"packing": False})
+    needs = [
+        plan(padded, each, Lengths(2048), gpus(24)).device_bytes or 0 for each in (free, GEMMA2_9B)
+    ]
+    assert needs[1] > needs[0] + 4 * GIB * 0.9
 
 
 @settings(max_examples=150)

@@ -32,6 +32,15 @@ def caused_by(cause: Exception) -> RuntimeError:
         (RuntimeError("I/O: No space left on device"), Reason.OUT_OF_DISK, 13, "ephemeral"),
         (torch.OutOfMemoryError("CUDA out of memory."), Reason.OUT_OF_GPU_MEMORY, 12, "qlora"),
         (RuntimeError("CUDA error: out of memory"), Reason.OUT_OF_GPU_MEMORY, 12, "batchSize to 1"),
+        (
+            torch.distributed.DistBackendError(
+                "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error\nLast error:\n"
+                "Cuda failure 2 'out of memory'"
+            ),
+            Reason.OUT_OF_GPU_MEMORY,
+            12,
+            "The GPU's memory is full",
+        ),
         (MemoryError(), Reason.OUT_OF_MEMORY, 16, "memory limit"),
         (ValueError("odd\nsecond line"), Reason.INTERNAL_ERROR, 1, "ValueError: odd"),
         (FileNotFoundError("s3://a/b is missing"), Reason.INTERNAL_ERROR, 1, "s3://a/b is missing"),

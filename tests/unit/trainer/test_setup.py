@@ -18,13 +18,17 @@ from finetune_trainer.contract import (
 from finetune_trainer.memory.gpus import Gpu
 from finetune_trainer.train.supervisor.setup import (
     EngineChoice,
+    beyond_context,
     choose_engine,
     count_devices,
     divide_step,
     missing_for_unsloth,
     read_model_type,
 )
-from finetune_trainer.train.supervisor.training_session import worker_command
+from finetune_trainer.train.supervisor.training_session import (
+    worker_command,
+    worker_environment,
+)
 
 H100 = Gpu("NVIDIA H100", 80 << 30, (9, 0))
 OLD = Gpu("Tesla P100", 16 << 30, (6, 0))
@@ -63,14 +67,14 @@ def test_unsloth_trains_where_it_can(
     choice = choose_engine(config(wanted), **case)
 
     assert choice.engine == ("unsloth" if obstacle is None else "transformers")
-    notice = choice.notice(wanted, len(case["gpus"]))
+    notice = choice.notice(wanted)
     if obstacle is None:
         assert choice.obstacle is None
         assert notice is None
     else:
         assert obstacle in str(choice.obstacle)
-        # Nobody expects Unsloth on a CPU unless it was asked for by name.
-        assert (notice is None) == (wanted == "auto" and not case["gpus"])
+        # Nobody expects Unsloth who has not asked for it by name.
+        assert (notice is None) == (wanted == "auto")
     if notice:
         assert notice.code == NoticeCode.ENGINE_FALLBACK
         assert str(choice.obstacle) in notice.evidence
@@ -82,7 +86,7 @@ def test_transformers_asked_for_is_no_fallback() -> None:
     )
 
     assert choice == EngineChoice("transformers")
-    assert choice.notice("transformers", 1) is None
+    assert choice.notice("transformers") is None
 
 
 def test_code_that_comes_with_a_model_is_left_to_transformers() -> None:
@@ -218,3 +222,31 @@ def test_one_process_is_started_directly_and_several_through_torchrun() -> None:
     assert several[2] == "finetune_trainer.train.recipe.processes"
     assert {"--nproc-per-node=4", "--shutdown-timeout=24"} <= set(several)
     assert several[-3:] == ["--module", "worker", "/work.json"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "given", "expected"),
+    [(1, None, "0"), (1, "2,3", "2"), (1, "", ""), (2, None, None), (2, "2,3", "2,3")],
+)
+def test_one_process_sees_one_gpu(processes: int, given: str | None, expected: str | None) -> None:
+    """With more the Trainer would use DataParallel, and TRL refuses that."""
+    environment = {"A": "b"} if given is None else {"A": "b", "CUDA_VISIBLE_DEVICES": given}
+
+    seen = worker_environment(processes, environment)
+
+    assert seen["A"] == "b"
+    assert seen.get("CUDA_VISIBLE_DEVICES") == expected
+
+
+@pytest.mark.parametrize(("longest", "context"), [(8192, 8192), (9000, None)])
+def test_rows_within_the_context_are_no_news(longest: int, context: int | None) -> None:
+    assert beyond_context(longest, context) is None
+
+
+def test_rows_beyond_the_models_context_are_said() -> None:
+    notice = beyond_context(9000, 8192)
+
+    assert notice is not None
+    assert notice.code == NoticeCode.BEYOND_CONTEXT
+    assert "9000 tokens" in notice.evidence
+    assert "maxSequenceLength to 8192" in notice.remedy

@@ -28,6 +28,7 @@ class NoticeCode(StrEnum):
     GRADIENT_CHECKPOINTING_ENABLED = "GradientCheckpointingEnabled"
     SEQUENCE_SHORTENED = "SequenceShortened"
 
+    BEYOND_CONTEXT = "BeyondContext"
     ENGINE_FALLBACK = "EngineFallback"
     EARLY_STOPPED = "EarlyStopped"
     RESUMED = "Resumed"

@@ -151,7 +151,7 @@ class Training(Base):
 
     engine: Literal["auto", "transformers", "unsloth"] = "auto"
     """`unsloth` is faster on one NVIDIA GPU and takes less memory; `transformers` runs everywhere.
-    `auto` takes Unsloth where it can run, and says in status why where it can't."""
+    `auto` takes Unsloth where it can run; the log says why where it can't."""
 
     parallelism: Literal["auto", "ddp", "fsdp"] = "auto"
     """With several GPUs in the pod: `ddp` keeps the whole model on each, `fsdp` spreads it over

@@ -95,14 +95,14 @@ def check_devices(training: Training, devices: int) -> None:
     )
 
 
-def check_host(training: Training, shape: Shape, hardware: Hardware) -> None:
+def check_host(shape: Shape, hardware: Hardware, attempt: Attempt) -> None:
     """A GPU's process needs some memory of the pod; with fsdp the whole model passes through it."""
     limit = hardware.memory_bytes
     if limit is None:
         return
     need = hardware.gpus * HOST_PROCESS
-    if hardware.gpus > 1 and training.parallelism == "fsdp":
-        need += 2 * shape.parameters
+    if attempt.parallelism == "fsdp":
+        need += (2 if attempt.half else 4) * shape.parameters
     if need > limit:
         raise StageError(
             Reason.OUT_OF_MEMORY,
@@ -121,16 +121,17 @@ def _on_gpus(
     training: Training, shape: Shape, lengths: Lengths, hardware: Hardware, *, half: bool
 ) -> TrainingPlan:
     memory, devices = hardware.gpu_memory_bytes, hardware.gpus
-    check_host(training, shape, hardware)
     attempts = [
         Attempt(training, shape, lengths.longest, devices=devices, parallelism=kind, half=half)
         for kind in _parallelisms(training, devices)
     ]
     if memory is None:
+        check_host(shape, hardware, attempts[0])
         return _as_written(training, attempts[0])
     for attempt in attempts:
         chosen = _choose(attempt, memory, GPU_SATURATED, GPU_USEFUL)
         if chosen is not None:
+            check_host(shape, hardware, attempt)
             return chosen
     raise StageError(Reason.OUT_OF_GPU_MEMORY, gpu_remedies(attempts[-1], memory))
 

@@ -70,6 +70,9 @@ class Recipe:
     shards: int = 1
     """Devices that the weights are spread over (FSDP)."""
 
+    rows: int = 1
+    """In a pass."""
+
     packed: bool = False
     """Whether several rows lie end to end, kept apart by a mask of tokens x tokens (on a CPU they
     are attended to one by one; with FlashAttention 2 on a GPU there is no mask either)."""
@@ -92,7 +95,6 @@ class Recipe:
             quantized=quantized,
             compute=compute,
             embedding=compute,
-            adapter=2 if quantized else 4,
             kept=Kept.INPUTS if checkpointing else Kept.ALL,
             shards=shards,
             casts=False,
@@ -103,12 +105,10 @@ class Recipe:
         """This trainer's on a CPU: float32, or bfloat16 where it has the instructions."""
         quantized = training.method == "qlora"
         compute = 2 if half else 4
-        adapter = 2 if quantized else 4
         return cls(
             lora=training.lora,
             quantized=quantized,
             compute=compute,
-            adapter=adapter,
             embedding=compute,
             mask=compute,  # on a CPU the mask has the type of what it masks
             kept=Kept.INPUTS if checkpointing else Kept.ALL,
@@ -143,7 +143,9 @@ def predict(shape: Shape, recipe: Recipe, tokens: int, labels: int | None = None
         weights=round(weights(shape, recipe)),
         adapter=round(adapter(shape, recipe)),
         activations=round(
-            recipe.heap * tokens * activations_per_token(shape, recipe) + mask(recipe, tokens)
+            recipe.heap
+            * (tokens * activations_per_token(shape, recipe) + scores(shape, recipe, tokens))
+            + mask(recipe, tokens)
         ),
         logits=round(logits(shape, recipe, tokens if labels is None else labels)),
         overhead=recipe.overhead,
@@ -193,6 +195,22 @@ def activations_per_token(shape: Shape, recipe: Recipe) -> float:
         return outside + shape.layers * layer + backward
     inputs = shape.layers * size * shape.hidden if recipe.kept is Kept.INPUTS else 0
     return outside + inputs + layer + backward
+
+
+def scores(shape: Shape, recipe: Recipe, tokens: int) -> int:
+    """What attention keeps that computes all scores (Gemma 2, which caps them).
+
+    For each head and pair of tokens of a row, or of a packed pass: the capped score, the
+    probability in float32, and once more in the compute type where that is another. One layer has
+    as much again while its gradient is computed.
+    """
+    if not shape.capped:
+        return 0
+    pairs = tokens * tokens if recipe.packed else tokens * tokens // recipe.rows
+    size = recipe.compute
+    each = 4 + size + (size if size < 4 else 0)
+    layers = shape.layers if recipe.kept is Kept.ALL else 1
+    return (layers + 1) * each * (shape.query // shape.head) * pairs
 
 
 def mask(recipe: Recipe, tokens: int) -> int:

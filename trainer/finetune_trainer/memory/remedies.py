@@ -52,7 +52,10 @@ class Attempt:
     def needs(self, size: int, checkpointing: bool) -> int:
         """Bytes on each device for passes of `size` of the longest examples."""
         recipe = self._recipe(checkpointing=checkpointing)
-        recipe = replace(recipe, packed=self.training.packing and size > 1 and not self.cpu)
+        # On a CPU packed rows are attended to one by one, unless their scores are capped.
+        whole = not self.cpu or self.shape.capped
+        packed = self.training.packing and size > 1 and whole
+        recipe = replace(recipe, rows=size, packed=packed)
         labels = None if self.labels is None else size * self.labels
         return predict(self.shape, recipe, size * self.longest, labels).total
 

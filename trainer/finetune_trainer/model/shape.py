@@ -80,6 +80,9 @@ class Shape:
     qk_norm: bool = False
     """Whether queries and keys are normalised."""
 
+    capped: bool = False
+    """Whether attention caps its scores, for which it has to compute all of them (Gemma 2)."""
+
     fused: bool = False
     """Whether query, key and value (and gate and up) are one linear layer."""
 
@@ -129,6 +132,7 @@ class Shape:
             mlp_bias=2 * mlp + hidden if config.get("mlp_bias") is True else 0,
             norms=_NORMS_PER_LAYER.get(kind, 2),
             qk_norm=kind in _NORM_ON_QUERY_AND_KEY,
+            capped=bool(config.get("attn_logit_softcapping", kind == "gemma2")),
             fused=kind in _FUSED,
         )
         if min(shape.layers, hidden, query, key_value, mlp, shape.vocabulary) <= 0:
@@ -201,6 +205,16 @@ class Shape:
             attention_bias=times(self.attention_bias) if self.attention_bias else 0,
             mlp_bias=times(self.mlp_bias) if self.mlp_bias else 0,
         )
+
+
+def context_length(model: Path) -> int | None:
+    """Tokens that the model in a folder was made for; None where its config.json doesn't say."""
+    config = json.loads((model / "config.json").read_bytes())
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        config = text
+    found = config.get("max_position_embeddings")
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def number_type(capability: tuple[int, int], model_type: str | None) -> NumberType:

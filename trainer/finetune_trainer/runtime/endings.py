@@ -25,10 +25,11 @@ _GPU_FULL = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA driver error: out of memory",
     "Failed to CUDA calloc",
-    "Cuda failure 'out of memory'",
     "Error out of memory at line",
 )
+_NCCL_FULL = re.compile(r"Cuda failure (\d+ )?'out of memory'")  # newer ones give the number
 _MEMORY_FULL = ("can't allocate memory", "Cannot allocate memory")
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
 _CAPACITY = re.compile(r"total capacity of ([\d.]+ \w+)")
@@ -55,7 +56,7 @@ def explain(error: Exception) -> StageError:
             "The disk is full: give the stage's pod more ephemeral storage (an export needs about "
             "four times the size of the model), or write fewer artifacts.",
         )
-    if any(sign in text for sign in _GPU_FULL) or type(error).__name__ == "OutOfMemoryError":
+    if _is_gpu_full(error, text):
         return MemoryFullError(
             Reason.OUT_OF_GPU_MEMORY, f"The GPU's memory is full{_allocation(text)}."
         )
@@ -63,6 +64,11 @@ def explain(error: Exception) -> StageError:
         return MemoryFullError(Reason.OUT_OF_MEMORY, "The memory is full.")
     first = text.strip().splitlines()[0]
     return StageError(Reason.INTERNAL_ERROR, f"{first:.500} (the log has the details)")
+
+
+def _is_gpu_full(error: Exception, text: str) -> bool:
+    known = any(sign in text for sign in _GPU_FULL) or _NCCL_FULL.search(text) is not None
+    return known or type(error).__name__ == "OutOfMemoryError"
 
 
 def _allocation(text: str) -> str:

@@ -140,6 +140,13 @@ def default_plan(config: RunConfig) -> TrainingPlan:
     )
 
 
+def trained_steps(checkpoint: Path | None) -> int:
+    """Optimizer steps that are done in a checkpoint; 0 without one."""
+    if checkpoint is None:
+        return 0
+    return int(json.loads((checkpoint / "trainer_state.json").read_bytes())["global_step"])
+
+
 def write_failure(workdir: Path, error: StageError) -> None:
     """Leave why the worker failed. Of several processes, the first to fail gives the reason."""
     own = workdir / f"{FAILED}.{os.getpid()}"

@@ -15,14 +15,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from finetune_trainer.contract import TrainingPlan
+from finetune_trainer.contract import StageError, TrainingPlan
 from finetune_trainer.runtime import child
+from finetune_trainer.runtime.endings import explain
 from finetune_trainer.runtime.startup import set_up_libraries
+from finetune_trainer.train.link import FAILED, write_failure
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 TIMEOUT = timedelta(minutes=30)  # the longest that one process may wait for another, e.g. to load
 
@@ -33,6 +37,8 @@ FSDP_CONFIG: dict[str, str | int | bool] = {
     "cpu_ram_efficient_loading": True,
     "state_dict_type": "FULL_STATE_DICT",
 }
+
+log = logging.getLogger(__name__)
 
 # What gloo and NCCL say in the processes that are left.
 _LOST_PEER = (
@@ -58,6 +64,17 @@ def is_lost_peer(error: BaseException) -> bool:
     """Whether the error only says that another process of the training is gone."""
     text = f"{type(error).__name__}: {error}"
     return world_size() > 1 and any(sign in text for sign in _LOST_PEER)
+
+
+def record_failure(error: BaseException) -> None:
+    """Leave the error, with its time, where torchrun looks for it."""
+    if world_size() == 1:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import (  # noqa: PLC0415 - see above
+        get_error_handler,
+    )
+
+    get_error_handler().record_exception(error)
 
 
 @contextmanager
@@ -126,19 +143,52 @@ def main(arguments: list[str], parent: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
     from torch.distributed.run import parse_args, run  # noqa: PLC0415
 
-    # The worker logs why it failed. torchrun would add a page.
+    # It would add a page to what is logged below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run(parse_args([*arguments, str(os.getpid())]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        # A killed worker takes the others with it, maybe before torchrun looks.
-        statuses = [failure.exitcode for failure in error.failures.values()]
-        status = next((status for status in statuses if status < 0), first.exitcode)
-        return status if status >= 0 else 128 - status
+        return _report(error, Path(arguments[-1]).parent)
     except SignalException as stop:
         return 128 + int(stop.sigval)
     return 0
+
+
+def _report(error: ChildFailedError, workdir: Path) -> int:
+    """Log the failures, the first one first; if none gave the reason, the first one's is it."""
+    failures = sorted(error.failures.items(), key=lambda each: _failed_at(each[1]))
+    for rank, failure in failures:
+        log.warning(
+            "Process %d ended with status %d: %s", rank, failure.exitcode, _first_line(failure)
+        )
+    _, first = failures[0]
+    # A killed worker takes the others with it, maybe before torchrun looks.
+    killed = next((failure.exitcode for _, failure in failures if failure.exitcode < 0), None)
+    if killed is not None:
+        return 128 - killed
+    if Path(first.error_file).exists() and not (workdir / FAILED).exists():
+        cause = explain(RuntimeError(_words(first)))
+        message = cause.message.removeprefix("RuntimeError: ")
+        write_failure(workdir, StageError(cause.reason, message))
+    return int(first.exitcode)
+
+
+def _failed_at(failure: ProcessFailure) -> int:
+    """Nanoseconds; what it notes itself is in whole seconds, and all may fail within one."""
+    file = Path(failure.error_file)
+    return file.stat().st_mtime_ns if file.exists() else failure.timestamp * 1_000_000_000
+
+
+def _first_line(failure: ProcessFailure) -> str:
+    if not Path(failure.error_file).exists() and failure.exitcode >= 0:
+        return "it left no error"
+    return f"{_words(failure).strip().splitlines()[0]:.500}"
+
+
+def _words(failure: ProcessFailure) -> str:
+    """Its message, which is wrapped where it comes from a file."""
+    found: Any = failure.message
+    return str(found["message"]) if isinstance(found, dict) else str(found)
 
 
 if __name__ == "__main__":

@@ -295,7 +295,11 @@ class CheckpointSaver(TrainerCallback, ExportableState):
 
     def _save_for_failed_peer(self) -> None:
         """Another process failed and may not save. The first one has the last step whole."""
-        folder = self.save_last_step()
+        try:
+            folder = self.save_last_step()
+        except Exception as error:  # e.g. a GPU that answers no more: the cause counts, not this
+            log.warning("The last step can't be saved: %s", error)
+            return
         if folder and self._channel:
             self._channel.checkpoint(self._trainer.state.global_step, folder)
 

@@ -87,7 +87,8 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     base_parameters = count_base_parameters(model)
     packed = settings.packing and prepare_packing(model)
     data = TrainingData(examples, held_out, packed=packed)
-    trainer = build_trainer(model, tokenizer, data, work=work, epochs=epochs)
+    with unsloth_engine.until_first_step(work, lambda: 0):
+        trainer = build_trainer(model, tokenizer, data, work=work, epochs=epochs)
     best = add_early_stopping(trainer, work, notify)
     trainer.add_callback(reporting.ProgressReport(reporter, trainer.schedule.tokens))
     trainer.add_callback(TrainingWatch(notify, settings, trainer.accelerator.scaler))
@@ -200,7 +201,6 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, dtype: torch.d
         max_length=None,
         packing=False,
         shuffle_dataset=False,
-        dataloader_num_workers=0,
         dataloader_pin_memory=gpu,
         # Numbers. Weights of the adapter stay float32; autocast computes in 16 bits. Gradients in
         # float16 are scaled up, or the small ones would be 0.
@@ -258,7 +258,8 @@ def train(
 ) -> TrainingTotals:
     """Train to the end and evaluate. StageError when the loss is no number any more."""
     began = time.monotonic()
-    result, resumed = train_with_checkpoints(trainer, work, channel)
+    with unsloth_engine.until_first_step(work, lambda: trainer.state.global_step):
+        result, resumed = train_with_checkpoints(trainer, work, channel)
     seconds = resumed.seconds + time.monotonic() - began
     if not math.isfinite(result.training_loss):
         raise StageError(

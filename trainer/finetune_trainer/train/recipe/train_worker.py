@@ -21,7 +21,12 @@ from finetune_trainer.runtime.startup import set_up_libraries
 from finetune_trainer.train.link import TRAINED, TrainingWork, show_stacks, write_failure
 from finetune_trainer.train.link.channel import Channel
 from finetune_trainer.train.recipe import unsloth_engine
-from finetune_trainer.train.recipe.processes import is_first, is_lost_peer, joined
+from finetune_trainer.train.recipe.processes import (
+    is_first,
+    is_lost_peer,
+    joined,
+    record_failure,
+)
 
 INTERVAL_SECONDS = 0.2  # between two lines to the stage, which speaks to the API server less often
 
@@ -50,16 +55,22 @@ def main(request: Path, parent: int) -> int:
             unsloth_engine.restart_with_transformers(work, request, error, channel)
             raise
         except Exception as error:  # the edge: nothing may end the worker without a reason
-            if is_lost_peer(error):
-                return int(ExitCode.OTHER)
-            failure = explain(error)
-            if failure.reason is Reason.INTERNAL_ERROR:
-                log.exception("The training failed")
-            write_failure(work.workdir, failure)
-            return int(failure.reason.exit_code)
+            return _fail(work, error)
     if is_first():
         (work.workdir / TRAINED).write_text(trained.model_dump_json(), encoding="utf-8")
     return 0
+
+
+def _fail(work: TrainingWork, error: Exception) -> int:
+    """Leave the reason, also for torchrun, which knows which process failed first."""
+    failure = explain(error)
+    record_failure(error)
+    if failure.reason is Reason.INTERNAL_ERROR:
+        log.exception("The training failed")
+        if is_lost_peer(error):
+            return int(ExitCode.OTHER)  # most likely another process has the reason
+    write_failure(work.workdir, failure)
+    return int(failure.reason.exit_code)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,13 @@ def loss_scaler(device: str) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device, init_scale=FIRST_SCALE)
 
 
+def hold_in_float32(model: torch.nn.Module) -> None:
+    """Hold the trained weights so; TRL rounds qlora's to bfloat16, and small updates are lost."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """What is trained and evaluated on."""
@@ -120,6 +127,10 @@ class RecipeTrainer(SFTTrainer):
             processing_class=processing_class,
             **options,
         )
+        # Gemma 3n and Gemma 4 say that they take no count of labels, and the Trainer would take the
+        # mean of the passes' means. The loss here takes the count, whatever the model says.
+        self.model_accepts_loss_kwargs = True
+        hold_in_float32(cast("torch.nn.Module", self.model))
         if self.is_fsdp_enabled:
             processes.reduce_in_float32(self.accelerator.state.fsdp_plugin)
         if self.accelerator.scaler is not None:
@@ -259,6 +270,7 @@ class RecipeTrainer(SFTTrainer):
             rows,
             batch_sampler=sampler,
             collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
             # Its own, so that an evaluation takes no random numbers from the training's dropout.
             generator=torch.Generator().manual_seed(self.args.seed),
         )

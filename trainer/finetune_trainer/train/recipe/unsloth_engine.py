@@ -1,7 +1,7 @@
 """Unsloth: its import, how it loads a model, and what to do where it fails.
 
 Written against Unsloth 2026.10's own source. It needs a GPU even to load a model, so tests cover
-only its import and what surrounds it. Whatever it raises before the first step lets the worker
+only its import and what surrounds it. Whatever it raises before a step is complete lets the worker
 start over with the transformers engine, unless memory or disk are full.
 """
 
@@ -12,12 +12,14 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer.contract import Reason
+from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.model.shape import context_length
 from finetune_trainer.runtime.endings import explain
-from finetune_trainer.train.link import TrainingWork, fallback_notice
+from finetune_trainer.train.link import TrainingWork, fallback_notice, trained_steps
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class UnslothFailedError(Exception):
-    """Unsloth can't be imported or can't load the model."""
+    """Unsloth can't be imported, can't load the model or can't train it."""
 
 
 def import_first(workdir: Path) -> None:
@@ -43,7 +45,7 @@ def import_first(workdir: Path) -> None:
     os.environ.setdefault(
         "UNSLOTH_COMPILE_LOCATION", str(workdir / "unsloth")
     )  # not the current folder
-    with _explaining("be imported"), contextlib.redirect_stdout(io.StringIO()):
+    with explaining("be imported"), contextlib.redirect_stdout(io.StringIO()):
         import unsloth  # noqa: F401, PLC0415
 
 
@@ -55,7 +57,7 @@ def load(work: TrainingWork, dtype: torch.dtype) -> Any:
     """
     settings, lora = work.config.training, work.config.training.lora
     recompute = "unsloth" if work.plan.gradient_checkpointing else False
-    with _explaining("load the model"), contextlib.redirect_stdout(io.StringIO()):
+    with explaining("load the model"), contextlib.redirect_stdout(io.StringIO()):
         from unsloth import FastLanguageModel  # noqa: PLC0415
 
         # Imports PEFT, which Unsloth has to be imported ahead of.
@@ -63,7 +65,7 @@ def load(work: TrainingWork, dtype: torch.dtype) -> Any:
 
         model, _ = FastLanguageModel.from_pretrained(
             model_name=str(work.model.path),
-            max_seq_length=work.max_sequence_length,
+            max_seq_length=sequence_limit(work),
             dtype=dtype,
             load_in_4bit=settings.method == "qlora",
             use_exact_model_name=True,  # else it takes a 4-bit model of its own from the Hub
@@ -88,6 +90,15 @@ def load(work: TrainingWork, dtype: torch.dtype) -> Any:
         )
     tuned.register_forward_pre_hook(_pass_row_lengths, with_kwargs=True)
     return tuned
+
+
+def sequence_limit(work: TrainingWork) -> int:
+    """At most what the model was made for.
+
+    Above that, Unsloth stretches the model's positions (linear RoPE scaling), which the export
+    knows nothing of: the adapter would fit another model.
+    """
+    return min(work.max_sequence_length, context_length(work.model.path) or sys.maxsize)
 
 
 def row_lengths(positions: torch.Tensor) -> torch.Tensor | None:
@@ -117,7 +128,7 @@ def restart_with_transformers(
 
     It never returns.
     """
-    if channel:
+    if channel and work.config.training.engine == "unsloth":
         channel.notice(fallback_notice(f"Unsloth can't {cause}"))
     other = work.model_copy(update={"engine": "transformers"})
     request.write_text(other.model_dump_json(indent=2), encoding="utf-8")
@@ -126,9 +137,34 @@ def restart_with_transformers(
 
 
 @contextlib.contextmanager
-def _explaining(what: str) -> Any:
+def until_first_step(work: TrainingWork, steps: Callable[[], int]) -> Iterator[None]:
+    """With this engine, its errors before a step is complete become an UnslothFailedError.
+
+    Its kernels are compiled in the first forward and backward pass, and fail there. `steps` says
+    how many steps are complete, also of those before a resume.
+    """
+    if work.engine != "unsloth":
+        yield
+        return
+    begun = trained_steps(work.resume_from)
     try:
         yield
+    except Exception:
+        if steps() > begun:
+            raise
+        with explaining("train the model"):
+            raise
+
+
+@contextlib.contextmanager
+def explaining(what: str) -> Iterator[None]:
+    """Turn what Unsloth raises into an UnslothFailedError, unless something else is the cause."""
+    try:
+        yield
+    except (StageError, UnslothFailedError) as error:
+        if isinstance(error, UnslothFailedError) or error.reason is not Reason.INTERNAL_ERROR:
+            raise
+        raise UnslothFailedError(f"{what}: {error.message}") from error
     except Exception as error:  # it raises whatever its checks and patches stumble upon
         if explain(error).reason in OTHER_CAUSES:
             raise

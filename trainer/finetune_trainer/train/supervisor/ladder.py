@@ -13,7 +13,6 @@ kills its worker for want of memory. (Where the kernel kills the whole pod, the 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from finetune_trainer.memory.remedies import (
     GENERAL_REMEDIES,
     remedies_after_ladder,
 )
-from finetune_trainer.train.link import Failed, Trained, TrainingWork, read_lengths
+from finetune_trainer.train.link import Failed, Trained, TrainingWork, read_lengths, trained_steps
 
 WORTH_IT = 0.9  # of the longest row; cutting less frees next to nothing
 
@@ -81,7 +80,7 @@ def descend(
         work, notice = rung
         work = work.model_copy(update={"resume_from": resume_from})
         announce(notice)
-        log.info("The training goes on from step %d", step_of(resume_from))
+        log.info("The training goes on from step %d", trained_steps(resume_from))
 
 
 def _run_or_killed(
@@ -174,14 +173,7 @@ def shorter_sequence(work: TrainingWork, lengths: Mapping[int, int]) -> int | No
 def latest_checkpoint(checkpoints: Iterable[Path | None]) -> Path | None:
     """The checkpoint of the latest step; of equals the first."""
     found = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
-    return max(found, key=step_of, default=None)
-
-
-def step_of(checkpoint: Path | None) -> int:
-    """Optimizer steps that are done in a checkpoint; 0 without one."""
-    if checkpoint is None:
-        return 0
-    return int(json.loads((checkpoint / "trainer_state.json").read_bytes())["global_step"])
+    return max(found, key=trained_steps, default=None)
 
 
 def _end_of_ladder(history: Sequence[FailedAttempt]) -> Failed:
@@ -209,7 +201,7 @@ def _end_of_ladder(history: Sequence[FailedAttempt]) -> Failed:
 
 def _may_free_memory(work: TrainingWork, failed: Failed, history: Sequence[FailedAttempt]) -> bool:
     """Whether this plan has worked for a step at least, and had no new process yet."""
-    if failed.step is None or failed.step <= step_of(work.resume_from):
+    if failed.step is None or failed.step <= trained_steps(work.resume_from):
         return False
     return not any(_same_plan(attempt.work, work) for attempt in history)
 

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from finetune_trainer.contract import (
     Hardware,
     Notice,
+    NoticeCode,
     Reason,
     RunConfig,
     StageError,
@@ -28,7 +29,7 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.memory.gpus import Gpu, check_gpus, describe_gpus, find_gpus
 from finetune_trainer.memory.plan import Lengths, describe, effective_batch, plan
-from finetune_trainer.model.shape import Shape, number_type
+from finetune_trainer.model.shape import Shape, context_length, number_type
 from finetune_trainer.train.link import Engine, TrainingWork, fallback_notice
 
 log = logging.getLogger(__name__)
@@ -74,13 +75,27 @@ def adapt_to_machine(
         model_type=read_model_type(work.model.path),
         missing=missing_for_unsloth() if gpus else None,
     )
-    notice = choice.notice(training.engine, len(gpus))
+    notices = [beyond_context(needs.longest, context_length(work.model.path))]
+    notice = choice.notice(training.engine)
     if choice.obstacle and notice is None:
         log.info("Engine: %s (%s)", choice.engine, choice.obstacle)
     else:
         log.info("Engine: %s", choice.engine)
     update = {"plan": divided, "processes": processes, "engine": choice.engine}
-    return work.model_copy(update=update), [notice] if notice else []
+    return work.model_copy(update=update), [each for each in (*notices, notice) if each]
+
+
+def beyond_context(longest: int, context: int | None) -> Notice | None:
+    """What people should know where an example has more tokens than the model was made for."""
+    if context is None or longest <= context:
+        return None
+    return Notice(
+        code=NoticeCode.BEYOND_CONTEXT,
+        evidence=f"the longest example has {longest} tokens, and the model was made for {context} "
+        "(max_position_embeddings)",
+        remedy=f"Set spec.training.maxSequenceLength to {context} or less, or take a model with a "
+        "longer context: beyond it, models answer poorly.",
+    )
 
 
 # --- Devices -----------------------------------------------------------------------------------
@@ -207,9 +222,9 @@ class EngineChoice:
     engine: Engine
     obstacle: str | None = None
 
-    def notice(self, wanted: str, gpus: int) -> Notice | None:
-        """What people should know: nothing where `auto` trains on a CPU, as it always does."""
-        if self.obstacle is None or (wanted == "auto" and gpus == 0):
+    def notice(self, wanted: str) -> Notice | None:
+        """What people should know: nothing where they left the choice to `auto`."""
+        if self.obstacle is None or wanted != "unsloth":
             return None
         return fallback_notice(f"Unsloth can't train here: {self.obstacle}")
 

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from finetune_trainer.contract import Notice, NoticeCode, Reason, StageError, TrainingPlan
+from finetune_trainer.memory.gpus import HIDING, first_visible
 from finetune_trainer.runtime import endings
 from finetune_trainer.runtime.endings import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter
@@ -209,7 +210,9 @@ class WorkerProcess:
         kills = count_oom_kills()
         # A session of its own: Ctrl-C is for the stage, which then tells the worker to save.
         with subprocess.Popen(
-            [*self._command(work, request), str(os.getpid())], start_new_session=True
+            [*self._command(work, request), str(os.getpid())],
+            start_new_session=True,
+            env=worker_environment(work.processes, os.environ),
         ) as process:
             self._process = process
             with watch.over(process):
@@ -235,6 +238,13 @@ class WorkerProcess:
 
     def _command(self, work: TrainingWork, request: Path) -> list[str]:
         return worker_command(self._module, request, work.processes, endings.save_seconds())
+
+
+def worker_environment(processes: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """One process sees one GPU: with more, the Trainer would split each pass between them."""
+    if processes > 1:
+        return dict(environment)
+    return {**environment, HIDING: first_visible(environment)}
 
 
 def worker_command(

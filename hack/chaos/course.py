@@ -1,0 +1,242 @@
+"""One run of chaos: FineTuneJobs and faults side by side, then rest, then the check."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+from hack import REPOSITORY
+from hack.chaos.api import Api, Away, Raw
+from hack.chaos.faults import Faults
+from hack.chaos.jobs import Subject, subjects, wrong_ends
+from hack.chaos.promises import Broken, Findings, check, orphans
+from hack.chaos.proxy import ChaosProxy
+from hack.chaos.recorder import Change, Recorder
+from hack.kwok.cluster import KwokCluster
+from hack.operator_process import Operator
+
+TICK_SECONDS = 0.1
+FAULT_PAUSE_SECONDS = 0.9  # between two faults, on average
+REST_SECONDS = 420.0  # after the last fault; a job that was hit often waits minutes before it tries
+LOOK_SECONDS = 2.0
+CALM_SECONDS = 5.0  # so long nothing may be left to do before the promises are checked
+LONG = 100  # from so many faults or FineTuneJobs on, there are some that take more than a minute
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Outcome:
+    """What a run has seen."""
+
+    version: str
+    seed: int
+    subjects: list[Subject]
+    findings: Findings
+    faults: Counter[str]
+    missed: Counter[str]
+    """Faults that found nothing to hit."""
+
+    ended_by_itself: int
+    gaps: int
+    seconds: float
+    rest_seconds: float
+    met: Counter[str] = field(default_factory=Counter)
+    """Requests and events that met a fault of the proxy."""
+
+
+class Run:
+    """The state of a run between its parts."""
+
+    def __init__(
+        self,
+        cluster: KwokCluster,
+        folder: Path,
+        *,
+        jobs: int,
+        faults: int,
+        seed: int,
+        checkout: Path = REPOSITORY,
+        say: Say = lambda _: None,
+    ) -> None:
+        self.cluster = cluster
+        self.random = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
+        self.seed = seed
+        self.namespace = f"chaos-{uuid4().hex[:8]}"
+        self.subjects = subjects(jobs, self.random, brief=jobs < LONG)
+        self.wanted = faults
+        self.say = say
+        self.done: Counter[str] = Counter()
+        self.missed: Counter[str] = Counter()
+        self.ended_by_itself = 0
+        self.log: list[tuple[datetime, str]] = []
+        self.history = folder / "history.jsonl"
+        settings = {"FINETUNE_RESYNC_SECONDS": "30", "FINETUNE_LOG_FORMAT": ""}
+        self.operator = Operator(cluster.plane, folder, checkout, **settings)
+        self._due: list[tuple[float, Subject, bool]] = []
+
+    def __call__(self) -> Outcome:
+        """Let it all happen, and check the promises."""
+        began = time.monotonic()
+        plane = self.cluster.plane
+        plane.kubectl("create", "namespace", self.namespace)
+        with ExitStack() as stack:
+            proxy = stack.enter_context(ChaosProxy(plane))
+            recorder = stack.enter_context(Recorder(plane, self.namespace))
+            api = Api(plane, self.namespace)
+            stack.callback(api.http.close)
+            self.operator.reach_through(proxy.port, "http")
+            self.operator.start()
+            stack.callback(self.operator.kill)
+            self._be_unkind(proxy, recorder, api)
+            proxy.be_kind()
+            calm = time.monotonic()
+            self.say(f"{sum(self.done.values())} faults are done; waiting until all is at rest")
+            wrong = self._rest(api, recorder)
+            now = time.monotonic()
+            findings = check(recorder.changes(), wrong, len(self.subjects))
+            if findings.broken:
+                self._write_history(recorder.changes())
+            return Outcome(
+                version=plane.version,
+                seed=self.seed,
+                subjects=self.subjects,
+                findings=findings,
+                faults=self.done,
+                missed=self.missed,
+                ended_by_itself=self.ended_by_itself,
+                gaps=recorder.gaps,
+                seconds=now - began,
+                rest_seconds=now - calm,
+                met=proxy.done,
+            )
+
+    def _be_unkind(self, proxy: ChaosProxy, recorder: Recorder, api: Api) -> None:
+        faults = Faults(
+            cluster=self.cluster,
+            proxy=proxy,
+            operator=self.operator,
+            recorder=recorder,
+            api=api,
+            subjects=self.subjects,
+            random_=self.random,
+        )
+        kinds = faults.kinds(brief=self.wanted < LONG)
+        order = self._order({name: weight for name, (weight, _) in kinds.items()})
+        self._schedule()
+        told = 0
+        while (count := sum(self.done.values())) < self.wanted:
+            if count >= told + 25:
+                told = count
+                self.say(f"{count} of {self.wanted} faults")
+            self._wait(self.random.expovariate(1 / FAULT_PAUSE_SECONDS), api)
+            name = next(order)
+            if all(not due for due in self._due) and not self._any_at_work(recorder):
+                break  # nothing is left that a fault could meet
+            faults.target, when = "", datetime.now(UTC)
+            try:
+                hit = kinds[name][1]()
+            except Away:
+                hit = False
+            (self.done if hit else self.missed)[name] += 1
+            if hit:
+                self.log.append((when, f"{name} {faults.target}".rstrip()))
+
+    def _order(self, weights: Mapping[str, int]) -> Iterator[str]:
+        """Kinds of faults without an end: each of them early on, and as often as it weighs."""
+        names = list(weights)
+        first = names + self.random.choices(names, list(weights.values()), k=len(names))
+        self.random.shuffle(first)
+        yield from first[: self.wanted]
+        while True:
+            yield self.random.choices(names, list(weights.values()))[0]
+
+    def _schedule(self) -> None:
+        """Spread the FineTuneJobs over the time that the faults will take; a few come at once."""
+        span = self.wanted * FAULT_PAUSE_SECONDS * 1.3
+        now = time.monotonic()
+        for number, subject in enumerate(self.subjects):
+            early = number < len(self.subjects) // 5
+            start = now + (0.0 if early else self.random.uniform(0, span))
+            self._due.append((start, subject, True))
+        self._due.sort(key=lambda due: due[0])
+
+    def _wait(self, seconds: float, api: Api) -> None:
+        """Let the users act, and the operator live, for a time."""
+        until = time.monotonic() + seconds
+        while True:
+            self._act(api)
+            self._revive()
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            time.sleep(min(left, TICK_SECONDS))
+
+    def _act(self, api: Api) -> None:
+        now = time.monotonic()
+        while self._due and self._due[0][0] <= now:
+            _, subject, new = self._due.pop(0)
+            again = now + 0.5
+            try:
+                if new:
+                    api.create("finetunejobs", subject.body())
+                    again = now + subject.after
+                else:
+                    subject.act(api)
+            except Away:
+                self._put(again, subject, new)
+                continue
+            if not subject.done:
+                self._put(again, subject, False)
+
+    def _put(self, when: float, subject: Subject, new: bool) -> None:
+        self._due.append((when, subject, new))
+        self._due.sort(key=lambda due: due[0])
+
+    def _revive(self) -> None:
+        """What a kubelet does when the operator ends by itself."""
+        if self.operator.has_ended():
+            self.ended_by_itself += 1
+            self.operator.start(wait=False)
+
+    def _any_at_work(self, recorder: Recorder) -> bool:
+        ends = ("Succeeded", "Failed")
+        present = recorder.present("finetunejobs")
+        return any(raw["status"].get("phase") not in ends for raw in present)
+
+    def _rest(self, api: Api, recorder: Recorder) -> list[Broken]:
+        """Wait until all is at its right end; what is not when the time is over."""
+        now = time.monotonic()
+        until, deadline = now + CALM_SECONDS, now + REST_SECONDS
+        while True:
+            self._wait(LOOK_SECONDS, api)
+            try:
+                wrong, moving = wrong_ends(self.subjects, api)
+            except Away:
+                continue
+            now = time.monotonic()
+            if moving or self._due or orphans(recorder.changes()):
+                until = now + CALM_SECONDS
+            if now > min(until, deadline):
+                return wrong
+
+    def _write_history(self, changes: list[Change]) -> None:
+        """Write down, by time, all that was done and seen, for whoever looks for the cause."""
+        rows = [(when, {"fault": words}) for when, words in self.log]
+        rows += [(each.seen, _row(each)) for each in changes]
+        with self.history.open("w") as sink:
+            for when, row in sorted(rows, key=lambda row: row[0]):
+                sink.write(json.dumps({"time": when.isoformat(), **row}) + "\n")
+
+
+def _row(change: Change) -> Raw:
+    about = {"resource": change.resource, "name": change.name, "version": change.version}
+    return {**about, "deleted": change.deleted, "missed": change.missed, **change.raw}

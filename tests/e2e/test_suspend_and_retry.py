@@ -1,0 +1,139 @@
+"""A real training is suspended in the middle and goes on; new data is trained on request."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+
+from hack.demo.environment import DATASETS, EXAMPLE, Environment
+from hack.demo.follow import poll, ready_message, stage_of
+
+NAME = "converging"
+KEY = "converging.csv"
+ROWS = 24
+RETRY = "finetune.dev/retry-requested-at"
+
+pytestmark = pytest.mark.timeout(1800)
+
+Job = dict[str, Any]
+
+
+def put_rows(environment: Environment, count: int) -> None:
+    """The first rows of the sample, under one key."""
+    lines = DATASETS[0].read_text(encoding="utf-8").splitlines(keepends=True)
+    body = "".join(lines[: count + 1])  # and the header
+    environment.store.client().put_object(Bucket="datasets", Key=KEY, Body=body.encode())
+
+
+def wait(read: Callable[[], Job], what: str, happened: Callable[[Job], Any], seconds: float) -> Job:
+    deadline = time.monotonic() + seconds
+    while not happened(job := read()):
+        assert time.monotonic() < deadline, f"{what}: {job.get('status')}"
+        time.sleep(0.5)
+    return job
+
+
+def step(job: Job) -> int:
+    progress = job.get("status", {}).get("progress", {})
+    return int(progress.get("step") or 0) if progress.get("stage") == "train" else 0
+
+
+def stages_of_pods(environment: Environment) -> list[str]:
+    """The stages of this job's pods that are there."""
+    pods = environment.items("pods", f"finetune.dev/job={NAME}")
+    return [pod["metadata"]["labels"]["finetune.dev/stage"] for pod in pods]
+
+
+def reasons(environment: Environment) -> list[str]:
+    """Reasons of the events about this job."""
+    events = environment.items("events")
+    return [each["reason"] for each in events if each["involvedObject"]["name"] == NAME]
+
+
+def checkpoints(environment: Environment) -> set[int]:
+    """Steps of the whole checkpoints in the store."""
+    prefix = f"{NAME}/stages/train/"
+    listing = environment.store.client().list_objects_v2(Bucket="artifacts", Prefix=prefix)
+    keys = [item["Key"] for item in listing.get("Contents", [])]
+    found = (re.search(r"/checkpoints/(\d+)/complete\.json$", key) for key in keys)
+    return {int(each[1]) for each in found if each}
+
+
+def set_suspend(environment: Environment, value: bool) -> None:
+    patch = json.dumps({"spec": {"suspend": value}})
+    environment.kubectl("patch", "ftj", NAME, "--type=merge", "-p", patch)
+
+
+def test_suspended_in_the_middle_of_a_training_it_goes_on_from_its_last_step(
+    environment: Environment,
+) -> None:
+    put_rows(environment, ROWS)
+    job = yaml.safe_load(EXAMPLE.read_text())
+    job["metadata"]["name"] = NAME
+    spec = job["spec"]
+    spec["dataset"] = {"source": f"s3://datasets/{KEY}"}
+    spec["training"] |= {"epochs": 4, "checkpointSteps": 4, "loggingSteps": 1}
+    spec["export"] = {"merged": False, "gguf": []}
+    spec["output"]["uri"] = f"s3://artifacts/{NAME}"
+    environment.kubectl("apply", "-f", "-", input=json.dumps(job))
+    read = environment.reader(NAME)
+    before = step(wait(read, "a step", lambda job: step(job) > 4, 600))
+
+    set_suspend(environment, True)
+    condition = "--for=condition=Suspended"
+    environment.kubectl("wait", condition, f"ftj/{NAME}", "--timeout=150s")
+    assert read()["status"]["phase"] == "Suspended"
+    assert stages_of_pods(environment) == ["prepare"]
+    saved = max(checkpoints(environment))
+    assert saved >= before, "the step that ran was saved in the grace period"
+
+    set_suspend(environment, False)
+    wait(read, "the training", lambda job: job["status"]["phase"] == "Training", 120)
+    *_, ended = poll(read, 900)
+    assert ended["status"]["phase"] == "Succeeded", ready_message(ended)
+    (resumed,) = [n for n in ended["status"]["notices"] if n["code"] == "Resumed"]
+    assert resumed["step"] == saved
+    train = stage_of(ended, "train")
+    assert (train["attempt"], train["failures"], train["disruptions"]) == (2, 0, 0)
+    pods = environment.items("pods", f"finetune.dev/job={NAME},finetune.dev/stage=train")
+    (name,) = [pod["metadata"]["name"] for pod in pods]
+    steps = [int(n) for n in re.findall(r" step (\d+)/", environment.kubectl("logs", name))]
+    assert steps[0] == saved + 1, "no step was trained twice"
+    assert "Suspended" in reasons(environment)
+
+
+def test_a_new_csv_under_the_same_key_is_trained_on_request(environment: Environment) -> None:
+    read = environment.reader(NAME)
+    before = read()
+    put_rows(environment, ROWS - 8)
+    environment.kubectl("annotate", "ftj", NAME, "--overwrite", f"{RETRY}=monday")
+    wait(
+        read,
+        "the request to be met",
+        lambda job: job["status"].get("lastHandledRetryAt") == "monday",
+        60,
+    )
+    *_, ended = poll(read, 900)
+    assert ended["status"]["phase"] == "Succeeded", ready_message(ended)
+    assert ended["metadata"]["generation"] == before["metadata"]["generation"]
+    rows = [each["status"]["lineage"]["datasetRows"] for each in (before, ended)]
+    assert rows[1] < rows[0]
+    assert ended["status"]["version"] != before["status"]["version"]
+    assert "RetryRequested" in reasons(environment)
+
+
+def test_the_same_request_is_met_once(environment: Environment) -> None:
+    """A GitOps tool applies it again and again."""
+    before = stages_of_pods(environment)
+    environment.kubectl("annotate", "ftj", NAME, "--overwrite", f"{RETRY}=monday")
+    environment.kubectl("label", "ftj", NAME, "touched=yes")
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        assert stages_of_pods(environment) == before
+        time.sleep(1)

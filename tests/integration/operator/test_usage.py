@@ -1,0 +1,95 @@
+"""What a FineTuneJob used, on the real API server, with lost pods and an operator that dies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from finetune_trainer.contract import Reason, Stage, StageResult
+from hack.cluster.control_plane import ControlPlane
+from tests.integration.operator.process import Operator
+from tests.integration.operator.stage import Namespace, exported, prepared, trained
+
+PREPARE, TRAIN, EXPORT = Stage.PREPARE, Stage.TRAIN, Stage.EXPORT
+RESOURCES = {"resources": {"limits": {"nvidia.com/gpu": 2, "cpu": "1500m"}}}
+
+
+@pytest.fixture
+def mortal(installed: ControlPlane, tmp_path: Path) -> Iterator[Operator]:
+    """An operator that the test may kill."""
+    operator = Operator(installed, tmp_path)
+    operator.start()
+    yield operator
+    operator.stop()
+
+
+@pytest.fixture
+def here(installed: ControlPlane) -> Iterator[Namespace]:
+    """An empty namespace."""
+    name = f"test-{uuid4().hex[:8]}"
+    installed.kubectl("create", "namespace", name)
+    namespace = Namespace(installed, name)
+    yield namespace
+    namespace.close()
+    installed.kubectl("delete", "namespace", name, "--wait=false")
+
+
+def stamp(seconds: float) -> str:
+    """So many seconds from now."""
+    moment = datetime.now(UTC) + timedelta(seconds=seconds)
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def ran(here: Namespace, result: StageResult, begin: float, end: float, attempt: int = 1) -> None:
+    """A pod ran between these moments, seen from now, and ended with a result."""
+    code = int(result.reason.exit_code)
+    state: dict[str, Any] = {
+        "exitCode": code,
+        "message": result.to_message().decode(),
+        "startedAt": stamp(begin),
+        "finishedAt": stamp(end),
+    }
+    phase = "Failed" if code else "Succeeded"
+    here.set_pod(here.pod(result.stage, attempt), phase, {"terminated": state})
+
+
+def usage(here: Namespace, stage: Stage | None = None) -> tuple[int, int, int]:
+    """GPU seconds, CPU seconds and attempts, in all or of a stage."""
+    found = here.status().get("usage") or {}
+    if stage is not None:
+        found = next((each for each in found["stages"] if each["name"] == stage), {})
+    return found.get("gpuSeconds", 0), found.get("cpuSeconds", 0), found.get("attempts", 0)
+
+
+def test_each_pod_is_counted_once(here: Namespace, mortal: Operator) -> None:
+    here.apply(stages={"train": RESOURCES})
+    ran(here, prepared(), 10, 17)
+    running = {"running": {"startedAt": stamp(20)}}
+    here.set_pod(here.pod(TRAIN), "Running", running)
+    here.wait("its pod", lambda: len((here.status().get("usage") or {}).get("pods", ())) == 2)
+    assert usage(here) == (0, 0, 2)
+
+    mortal.kill()
+    stopped = StageResult(stage=TRAIN, reason=Reason.INTERNAL_ERROR, message="no luck")
+    ran(here, stopped, 20, 120)
+    mortal.start()
+    here.wait("the first attempt", lambda: usage(here, TRAIN) == (200, 150, 1))
+    ran(here, trained(), 130, 160, attempt=2)
+    here.wait_phase("Exporting")
+    assert usage(here, TRAIN) == (260, 195, 2)
+    ran(here, exported(), 170, 180)
+    done = here.wait_phase("Succeeded")
+    assert usage(here) == (260, 195, 4)
+    assert done["usage"]["waitingSeconds"] > 0
+
+    mortal.kill()
+    here.plane.kubectl("delete", "jobs", "--all", "-n", here.name)  # as their time to live does
+    mortal.start()
+    here.apply(training={"seed": 3}, stages={"train": RESOURCES})
+    here.wait("the next look", lambda: here.jobs() == [("prepare", 1)])
+    assert here.status()["usage"] == done["usage"]
