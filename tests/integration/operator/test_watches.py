@@ -6,19 +6,19 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
 
 from finetune_trainer.contract import Stage
 from hack.cluster.control_plane import ControlPlane
+from tests.integration.operator.http_proxy import HttpProxy
 from tests.integration.operator.process import Operator
 from tests.integration.operator.stage import Namespace, prepared
-from tests.integration.operator.tcp_proxy import TcpProxy
 
 PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN
 RIGHTS = "clusterrolebinding/finetune-operator"
+SOME = 5
 OUTAGE_SECONDS = 52  # a client that tries again for some time only has given up by then
 
 
@@ -33,11 +33,11 @@ def here(installed: ControlPlane) -> Iterator[Namespace]:
     installed.kubectl("delete", "namespace", name, "--wait=false")
 
 
-def test_watches_that_are_forbidden_for_a_while_go_on_in_the_same_process(
+def test_watches_that_fail_for_a_while_go_on_in_the_same_process(
     installed: ControlPlane, here: Namespace, tmp_path: Path
 ) -> None:
-    server = urlsplit(installed.server)
-    with TcpProxy(server.port or 443) as proxy:
+    """Those of pods are answered with 503 meanwhile, all others with 403."""
+    with HttpProxy(installed) as proxy:
         operator = Operator(installed, tmp_path)
         operator.reach_through(proxy.port)
         operator.start()
@@ -48,6 +48,7 @@ def test_watches_that_are_forbidden_for_a_while_go_on_in_the_same_process(
             rights = json.loads(installed.kubectl("get", RIGHTS, "-o", "json"))
             del rights["metadata"]["resourceVersion"]
             installed.kubectl("delete", RIGHTS)
+            proxy.failing = "/pods"
             proxy.cut()
             until = time.monotonic() + OUTAGE_SECONDS
             here.wait("what the probe says", lambda: not operator.ready())
@@ -55,6 +56,8 @@ def test_watches_that_are_forbidden_for_a_while_go_on_in_the_same_process(
             while time.monotonic() < until:
                 operator.ready()  # raises when the process has ended
                 time.sleep(1)
+            assert proxy.failed >= SOME
+            proxy.failing = ""
             installed.kubectl("create", "-f", "-", input=json.dumps(rights))
             here.wait_phase("Training")
             here.wait("readiness", operator.ready)
