@@ -22,7 +22,7 @@ from hack.process import ClusterError, wait_until
 NAMESPACE = "finetune-system"
 RELEASE = "finetune-operator"
 CHART = Path("charts/finetune-operator")
-READY_SECONDS = 30
+READY_SECONDS = 120  # of which a busy machine takes most for the imports
 SECRET_GRACE_SECONDS = 2
 
 

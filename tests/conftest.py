@@ -34,11 +34,12 @@ settings.load_profile("finetune")
 INTEGRATION = Path("tests/integration")
 TRAINER = INTEGRATION / "trainer"
 # Native nodes of one machine share folders below /var/lib, so one worker has both, one by one.
-NODE_FILES = (Path("tests/e2e"), INTEGRATION / "test_cluster_native.py")
+END_TO_END = Path("tests/e2e")
+NODE_FILES = (END_TO_END, INTEGRATION / "test_cluster_native.py")
 # The order in which workers take the files. A long one at the end would run alone.
 LONG_FILES = [
-    Path("tests/e2e/test_main_job.py"),  # first of all, in an empty cluster
-    Path("tests/e2e"),
+    END_TO_END / "test_main_job.py",  # first of all, in an empty cluster
+    END_TO_END,
     TRAINER / "test_resume.py",
     TRAINER / "test_distributed.py",
     TRAINER / "test_architectures.py",
@@ -49,7 +50,6 @@ LONG_FILES = [
 
 
 def file_of(nodeid: str) -> Path:
-    """The file of a test."""
     return Path(nodeid.partition("::")[0])
 
 
@@ -60,7 +60,6 @@ def rank(file: Path) -> int:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --all-families."""
     parser.addoption(
         "--all-families", action="store_true", help="test every family of models instead of three"
     )

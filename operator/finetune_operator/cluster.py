@@ -54,7 +54,7 @@ class InvalidError(ClusterError):
 
 
 class DeniedError(ClusterError):
-    """A webhook or an admission policy refused the request; it may be mended."""
+    """A webhook or an admission policy refused the request, or can't be asked; it may be mended."""
 
 
 class ForbiddenError(DeniedError):
@@ -92,6 +92,7 @@ ERROR_BY_STATUS: dict[int, type[ClusterError]] = {
 }
 # How the API server says that a value can't be decoded, e.g. "cpu: lots".
 UNDECODABLE = "cannot be handled as a"
+WEBHOOK_AWAY = "failed calling webhook"  # one that must answer, and doesn't
 
 
 @dataclass(frozen=True)
@@ -309,6 +310,8 @@ def _convert(error: client.ApiException, what: str) -> ClusterError:
         kind = AlreadyExistsError
     if error.status in {400, 422} and _names_a_field(status, detail):
         kind = InvalidError
+    if error.status == 500 and WEBHOOK_AWAY in detail:
+        kind = DeniedError
     return kind(f"{what}: {detail}", detail)
 
 

@@ -20,7 +20,7 @@ from finetune_operator.api.observed import (
     StageStatus,
 )
 from finetune_trainer.contract import Notice, Reason, Stage
-from finetune_trainer.contract.verdict_words import quality_fault
+from finetune_trainer.contract.verdict import quality_fault
 
 PHASES = {
     Stage.PREPARE: Phase.PREPARING,

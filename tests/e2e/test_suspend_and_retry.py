@@ -19,7 +19,7 @@ KEY = "converging.csv"
 ROWS = 24
 RETRY = "finetune.dev/retry-requested-at"
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(3600)
 
 Job = dict[str, Any]
 

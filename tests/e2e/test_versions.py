@@ -17,7 +17,6 @@ import pytest
 import yaml
 
 from hack.demo.environment import EXAMPLE, Environment
-from hack.demo.follow import poll, ready_message
 
 NAME = "changing"
 OUTPUT = "s3://artifacts/changing"
@@ -91,20 +90,24 @@ def ready(status: dict[str, Any]) -> str:
     return str(next(c for c in status["conditions"] if c["type"] == "Ready")["status"])
 
 
+def state(status: dict[str, Any], stage: str) -> str:
+    """The state of a stage. The phase is no word to wait for: the next look may follow at once."""
+    return str(next(each for each in status["stages"] if each["name"] == stage)["state"])
+
+
 @pytest.fixture(scope="module")
 def old(changing: Environment) -> str:
     """The version of the first rows."""
-    *_, job = poll(changing.reader(NAME), SECONDS)
-    assert job["status"]["phase"] == "Succeeded", ready_message(job)
-    assert job["status"]["lineage"]["datasetRows"] == FEW
-    return str(job["status"]["version"])
+    status = wait(changing, "the first version", lambda status: ready(status) == "True")
+    assert status["lineage"]["datasetRows"] == FEW
+    return str(status["version"])
 
 
 @pytest.fixture(scope="module")
 def new(changing: Environment, old: str) -> str:
     """The version of more rows, which nobody has edited the spec for."""
     upload(changing, MORE)
-    status = wait(changing, "a training", lambda status: status["phase"] == "Training")
+    status = wait(changing, "a training", lambda status: state(status, "train") == "Running")
     assert (ready(status), status["version"]) == ("True", old)
     assert current_version(changing) == old
     status = wait(changing, "a new version", lambda status: status["version"] != old)
@@ -114,7 +117,7 @@ def new(changing: Environment, old: str) -> str:
 def test_new_rows_under_the_same_key_become_a_version_and_the_old_one_stays_until_then(
     changing: Environment, old: str, new: str
 ) -> None:
-    status = wait(changing, "its end", lambda status: status["phase"] == "Succeeded")
+    status = wait(changing, "its end", lambda status: status["version"] == new)
     assert current_version(changing) == new
     assert status["lineage"]["datasetRows"] == MORE
     told = [(each["version"], each["state"], each["datasetRows"]) for each in status["versions"]]
@@ -123,12 +126,14 @@ def test_new_rows_under_the_same_key_become_a_version_and_the_old_one_stays_unti
 
 
 def test_a_look_that_finds_nothing_new_starts_nothing(changing: Environment, new: str) -> None:
-    status = wait(changing, "rest", lambda status: status["phase"] == "Succeeded")
+    status = wait(changing, "a look", lambda status: state(status, "prepare") == "Succeeded")
     before, looks = trainings(changing), status["planned"]["look"]
     later = wait(
         changing,
         "the next look",
-        lambda status: status["planned"]["look"] > looks and status["phase"] == "Succeeded",
+        lambda status: (
+            status["planned"]["look"] > looks and state(status, "prepare") == "Succeeded"
+        ),
     )
     assert later["lastRefreshTime"] > status["lastRefreshTime"]
     assert later["version"] == new
@@ -141,16 +146,16 @@ def test_back_to_the_old_version_and_forth_without_a_training(
     before = trainings(changing)
     back = json.dumps({"spec": {"rollbackTo": old}})
     changing.kubectl("patch", "ftj", NAME, "--type=merge", "-p", back)
-    status = wait(changing, "the old version", lambda status: status["phase"] == "Succeeded")
-    assert (status["version"], current_version(changing)) == (old, old)
+    status = wait(changing, "the old version", lambda status: status["version"] == old)
+    assert current_version(changing) == old
     assert status["lineage"]["datasetRows"] == FEW
     assert "nextRefreshTime" not in status, "nothing is looked at meanwhile"
     assert [each["state"] for each in status["versions"]] == ["Available", "Current"]
 
     forth = json.dumps({"spec": {"rollbackTo": None}})
     changing.kubectl("patch", "ftj", NAME, "--type=merge", "-p", forth)
-    status = wait(changing, "the new version", lambda status: status["phase"] == "Succeeded")
-    assert (status["version"], current_version(changing)) == (new, new)
+    status = wait(changing, "the new version", lambda status: status["version"] == new)
+    assert current_version(changing) == new
     assert status["lineage"]["datasetRows"] == MORE
     assert trainings(changing) == before
 

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from finetune_trainer.contract import Csv, Dataset, EarlyStopping, Lora, NoticeCode, Training
-from finetune_trainer.prepare.reading import Problems, read_records
+from finetune_trainer.prepare.reading import Problems
+from tests.reading import read_records
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "training.md").read_text(encoding="utf-8")

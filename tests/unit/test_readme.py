@@ -1,4 +1,4 @@
-"""The README keeps up with the code."""
+"""The README and the table of reasons keep up with the code."""
 
 from __future__ import annotations
 
@@ -7,16 +7,25 @@ from pathlib import Path
 
 from finetune_trainer.contract import Reason
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+REASONS = OPERATIONS.partition("## Every reason")[2].partition("## ")[0]
+ROW = re.compile(r"^\| `([A-Z]\w+)` \| .+ \| (.+) \| (.+) \|$", re.MULTILINE)
 
 
 def test_every_reason_is_explained_and_no_other() -> None:
-    rows = re.findall(r"^\| `([A-Z]\w+)` \| .+ \| .+ \|$", README, re.MULTILINE)
+    rows = [reason for reason, _, _ in ROW.findall(REASONS)]
     assert sorted(rows) == sorted({str(reason) for reason in Reason} - {"Succeeded"})
 
 
+def test_what_is_tried_again_says_so() -> None:
+    for reason, does, _ in ROW.findall(REASONS):
+        assert not (does.startswith("Stops: ") and Reason(reason).retryable), reason
+
+
 def test_every_make_target_in_the_readme_exists() -> None:
-    makefile = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z][a-z0-9-]+)", README)) <= targets
 
@@ -27,7 +36,7 @@ RETRY = "↻"
 def test_a_remedy_outside_the_spec_says_how_it_is_tried_again() -> None:
     """Without an edit nothing would happen: not for an upload, a licence, a right or a Secret."""
     assert "finetune.dev/retry-requested-at" in README
-    rows = re.findall(r"^\| `([A-Z]\w+)` \| .+ \| (.+) \|$", README, re.MULTILINE)
+    rows = [(reason, remedy) for reason, _, remedy in ROW.findall(REASONS)]
     outside = (
         r"\b(Upload|Save|Correct the (header|rows)|Accept|Create it|Check the Secret|Delete)\b"
     )

@@ -210,7 +210,6 @@ def _finish(result: StageResult, termination_log: Path | None) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point of the command."""
     app()
 
 

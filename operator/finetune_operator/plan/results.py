@@ -27,7 +27,7 @@ from finetune_trainer.contract import (
     StageResult,
     version_folder,
 )
-from finetune_trainer.contract.verdict_words import quality_fault
+from finetune_trainer.contract.verdict import quality_fault
 
 OVER_LIMIT = "QualityLimitExceeded"  # the event about a file that `verify: warn` lets pass
 NOTICES_LIMIT = 50  # notices in status; the log has the others

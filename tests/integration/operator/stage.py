@@ -67,7 +67,7 @@ class Namespace:
             "spec": {**SPEC, **spec},
         }
         answer = self._http.post(self._path("finetunejobs"), json=body)
-        if answer.status_code == httpx.codes.CONFLICT:
+        while answer.status_code == httpx.codes.CONFLICT:  # it exists, or its status has changed
             current = self._get(self._path("finetunejobs", name))
             body["metadata"] = current["metadata"]
             answer = self._http.put(self._path("finetunejobs", name), json=body)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -11,7 +13,8 @@ import pytest
 
 from finetune_trainer.contract import Stage
 from hack.cluster.control_plane import ControlPlane
-from tests.integration.operator.stage import Namespace, prepared, trained
+from tests.integration.operator.admission import AdmissionServer, Answer, deny, patch
+from tests.integration.operator.stage import Namespace, exported, prepared, trained
 
 PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN
 
@@ -127,3 +130,79 @@ def test_a_policy_is_not_the_specs_fault(here: Namespace, policy: str) -> None:
     here.plane.kubectl("delete", policy)
     here.succeed(prepared())
     here.wait_phase("Training")
+
+
+@contextmanager
+def webhook(here: Namespace, folder: Path, kind: str, answer: Answer) -> Iterator[AdmissionServer]:
+    """A webhook that is asked about each new Job in the namespace, when it is in effect."""
+    name = f"jobs-{here.name}"
+    asked: list[str] = []
+
+    def note(request: dict[str, Any]) -> dict[str, Any]:
+        asked.append(request["name"])
+        return answer(request)
+
+    with AdmissionServer(folder, note) as server:
+        body = server.configuration(kind, name, here.name)
+        here.plane.kubectl("apply", "-f", "-", input=json.dumps(body))
+        probe = ("create", "job", "probe", "--image=x", "-n", here.name, "--dry-run=server")
+
+        def in_effect() -> bool:
+            succeeds(here.plane, *probe)
+            return bool(asked)
+
+        here.wait("the webhook", in_effect)
+        yield server
+    here.plane.kubectl("delete", kind, name, "--ignore-not-found")
+
+
+def test_a_webhooks_denial_is_not_the_specs_fault(here: Namespace, tmp_path: Path) -> None:
+    answers: list[dict[str, Any]] = [deny(400, "jobs need a cost centre")]
+    with webhook(here, tmp_path, "ValidatingWebhookConfiguration", lambda _: answers[-1]):
+        here.apply()
+        assert "jobs need a cost centre" in denied(here)
+        assert here.jobs() == []
+        answers.append({"allowed": True})
+        here.succeed(prepared())
+        here.wait_phase("Training")
+
+
+def test_a_webhook_that_is_away_is_told(here: Namespace, tmp_path: Path) -> None:
+    name = f"jobs-{here.name}"
+    with AdmissionServer(tmp_path, lambda _: {"allowed": True}) as gone:
+        body = gone.configuration("ValidatingWebhookConfiguration", name, here.name)
+    here.plane.kubectl("apply", "-f", "-", input=json.dumps(body))
+    probe = ("create", "job", "probe", "--image=x", "-n", here.name, "--dry-run=server")
+    here.wait("the webhook", lambda: not succeeds(here.plane, *probe))
+    here.apply()
+    assert "failed calling webhook" in denied(here)
+    here.plane.kubectl("delete", "validatingwebhookconfiguration", name)
+    here.succeed(prepared())
+    here.wait_phase("Training")
+
+
+def test_a_queue_that_suspends_each_new_job_is_waited_for(here: Namespace, tmp_path: Path) -> None:
+    """As Kueue does, until it is the Job's turn."""
+    held = patch({"op": "add", "path": "/spec/suspend", "value": True})
+    with webhook(here, tmp_path, "MutatingWebhookConfiguration", lambda _: held):
+        here.apply()
+        here.wait("the queue", lambda: here.condition("Progressing")[1] == "JobSuspended")
+        assert here.status()["phase"] == "Queued"
+        assert here.condition("Degraded")[0] == "False"
+        assert here.children("pods") == []
+        [job] = here.children("jobs")
+        turn = json.dumps({"spec": {"suspend": False}})
+        here.plane.kubectl("patch", "job", job["metadata"]["name"], "-n", here.name, "-p", turn)
+        here.start_pod(PREPARE)
+        here.wait_phase("Preparing")
+
+
+def test_the_stages_pods_are_admitted_under_pod_security_restricted(here: Namespace) -> None:
+    enforce = "pod-security.kubernetes.io/enforce=restricted"
+    here.plane.kubectl("label", "namespace", here.name, enforce)
+    plain = ("run", "plain", "--image=x", "-n", here.name, "--dry-run=server")
+    here.wait("Pod Security", lambda: not succeeds(here.plane, *plain))
+    here.apply()
+    for result in (prepared(), trained(), exported()):
+        here.succeed(result)
+    here.wait_phase("Succeeded")

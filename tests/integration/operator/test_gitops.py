@@ -114,6 +114,26 @@ def test_each_phase_is_what_it_is_to_flux_and_argo_cd(
     here.plane.kubectl(*patch, '{"metadata":{"finalizers":null}}')
 
 
+def condition(kind: str, status: str) -> dict[str, Any]:
+    return {"type": kind, "status": status, "reason": "Why", "message": "Words."}
+
+
+def test_a_suspended_job_is_neither_done_nor_broken(tmp_path: Path) -> None:
+    kinds = {"Ready": "False", "Progressing": "False", "Degraded": "False", "Suspended": "True"}
+    raw = {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "support", "namespace": "ml", "generation": 1},
+        "status": {
+            "observedGeneration": 1,
+            "phase": "Suspended",
+            "conditions": [condition(*each) for each in kinds.items()],
+        },
+    }
+    assert kstatus(raw) == "InProgress"
+    assert argo_health(raw, tmp_path) == ("Suspended", "spec.suspend is set.")
+
+
 def test_kubectl_shows_what_stands_in_the_way(here: Namespace, to_come: Operator) -> None:
     to_come.start()
     here.apply()

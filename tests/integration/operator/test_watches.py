@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
@@ -15,11 +14,12 @@ from finetune_trainer.contract import Stage
 from hack.cluster.control_plane import ControlPlane
 from hack.operator_process import Operator
 from hack.process import free_ports
+from tests.integration.operator.http_proxy import HttpProxy
 from tests.integration.operator.stage import Namespace, prepared
-from tests.integration.operator.tcp_proxy import TcpProxy
 
 PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN
 RIGHTS = "clusterrolebinding/finetune-operator"
+SOME = 5
 OUTAGE_SECONDS = 52  # a client that tries again for some time only has given up by then
 
 
@@ -45,18 +45,18 @@ def test_an_outage_at_the_start_is_waited_out(
         here.wait("its word", lambda: "Waiting for the API server" in operator.log.read_text())
         assert not operator.ready()
         assert operator.get("/healthz").text == "ok\n"
-        with TcpProxy(urlsplit(installed.server).port or 443, at=port):
+        with HttpProxy(installed, at=port):
             here.apply()
             here.wait_phase("Preparing")
     finally:
         operator.stop()
 
 
-def test_watches_that_are_forbidden_for_a_while_go_on_in_the_same_process(
+def test_watches_that_fail_for_a_while_go_on_in_the_same_process(
     installed: ControlPlane, here: Namespace, tmp_path: Path
 ) -> None:
-    server = urlsplit(installed.server)
-    with TcpProxy(server.port or 443) as proxy:
+    """Those of pods are answered with 503 meanwhile, all others with 403."""
+    with HttpProxy(installed) as proxy:
         operator = Operator(installed, tmp_path)
         operator.reach_through(proxy.port)
         operator.start()
@@ -67,6 +67,7 @@ def test_watches_that_are_forbidden_for_a_while_go_on_in_the_same_process(
             rights = json.loads(installed.kubectl("get", RIGHTS, "-o", "json"))
             del rights["metadata"]["resourceVersion"]
             installed.kubectl("delete", RIGHTS)
+            proxy.failing = "/pods"
             proxy.cut()
             until = time.monotonic() + OUTAGE_SECONDS
             here.wait("what the probe says", lambda: not operator.ready())
@@ -74,6 +75,8 @@ def test_watches_that_are_forbidden_for_a_while_go_on_in_the_same_process(
             while time.monotonic() < until:
                 operator.ready()  # raises when the process has ended
                 time.sleep(1)
+            assert proxy.failed >= SOME
+            proxy.failing = ""
             installed.kubectl("create", "-f", "-", input=json.dumps(rights))
             here.wait_phase("Training")
             here.wait("readiness", operator.ready)

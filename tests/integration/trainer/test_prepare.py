@@ -17,10 +17,9 @@ from finetune_trainer.model.tokenizer import (
     encode_batch,
 )
 from finetune_trainer.prepare.checks import check_template, describe_template
-from finetune_trainer.prepare.dataset_files import DataFile, DatasetRows
+from finetune_trainer.prepare.dataset_files import DataFile, DatasetRows, hold_out
 from finetune_trainer.prepare.examples import check_lengths, write_examples
 from finetune_trainer.prepare.findings import Findings
-from finetune_trainer.prepare.split import hold_out
 from finetune_trainer.store import LocalFolder
 from hack.object_store import Credentials
 from tests.integration.trainer import chats

@@ -22,13 +22,13 @@ from finetune_trainer.contract import (
     Storage,
     digest,
 )
-from finetune_trainer.export.export_stage import encoded, with_files
+from finetune_trainer.export.export_stage import encoded
 from finetune_trainer.export.publish import Publication
 from finetune_trainer.prepare import prepare_stage
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import MANIFEST
-from finetune_trainer.store.pruning import prune, settle
+from finetune_trainer.store.pruning import make_current_and_prune, prune
 from finetune_trainer.store.versions import current, list_versions, version_name
 from tests.dying_folder import contents
 from tests.integration.trainer.conftest import ALL_STORES, keys_of, use_keys
@@ -78,7 +78,7 @@ def publish(output: Folder, room: Path, name: str) -> None:
             file = room / f"{name}-{Path(path).name}"
             file.write_text(f"{path} of {name}")
             publication.add(file, path)
-        publication.commit(lambda files: encoded(with_files(manifest, files)))
+        publication.commit(lambda files: encoded(manifest, files))
 
 
 Config = dict[str, Any]
@@ -200,7 +200,7 @@ def test_without_rollback_the_version_of_the_spec_is_current_again(
 ) -> None:
     roll_back(config, tmp_path, version("one"))
     keep = Output(uri=config["output"]["uri"], keep_versions=2)
-    found = settle(output, keep, prints("two"))
+    found = make_current_and_prune(output, keep, prints("two"))
     assert found is not None
     now = current(output)
     assert now is not None

@@ -21,8 +21,8 @@ from finetune_trainer.model.tokenizer import (
     encode_batch,
 )
 from finetune_trainer.prepare.checks import check_template
+from finetune_trainer.prepare.dataset_files import hold_out
 from finetune_trainer.prepare.examples import write_examples
-from finetune_trainer.prepare.split import hold_out
 from finetune_trainer.train.recipe.data import tokenize
 from tests.integration.trainer.chats import (
     CHAT,

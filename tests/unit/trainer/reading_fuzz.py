@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from finetune_trainer.contract import Dataset, Reason, StageError, as_example
-from finetune_trainer.prepare.reading import Problems, Record, open_source
-from finetune_trainer.prepare.split import row_hash
+from finetune_trainer.prepare.dataset_files import row_hash
+from finetune_trainer.prepare.reading import Problems, Record
+from tests.reading import open_source
 
 URI = "s3://data/train.csv"
 HEADER = b"instruction,response\n"

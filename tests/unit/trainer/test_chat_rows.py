@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from finetune_trainer.contract import Dataset, Message, Reason, StageError, Tool, ToolCall
-from finetune_trainer.prepare.reading import Problems, Record, read_records
-from finetune_trainer.prepare.split import row_hash
+from finetune_trainer.prepare.dataset_files import row_hash
+from finetune_trainer.prepare.reading import Problems, Record
+from tests.reading import read_records
 
 CORPUS = Path(__file__).parents[2] / "data" / "corpus"
 WEATHER: Tool = {

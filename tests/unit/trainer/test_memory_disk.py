@@ -6,7 +6,7 @@ import pytest
 
 from finetune_trainer.contract import UNQUANTIZED, Export, Lora, Quantization, Reason, StageError
 from finetune_trainer.export.gguf.files import source_of
-from finetune_trainer.memory.disk import (
+from finetune_trainer.memory.predict import (
     DiskNeed,
     check_disk,
     downloaded,

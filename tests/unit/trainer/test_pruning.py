@@ -22,7 +22,7 @@ from finetune_trainer.store.marker import (
     Marker,
     write_marker,
 )
-from finetune_trainer.store.pruning import prune, settle
+from finetune_trainer.store.pruning import make_current_and_prune, prune
 from finetune_trainer.store.versions import (
     FIRST_MANIFEST,
     current,
@@ -179,14 +179,14 @@ def test_settling_makes_the_run_s_version_current_and_then_prunes(output: LocalF
     old, new = written(output, "old", "2026-01-01"), written(output, "new", "2026-01-02")
     make_current(output, new)
     settings = Output(uri=str(output.root))
-    assert settle(output, settings, prints("unknown")) is None
+    assert make_current_and_prune(output, settings, prints("unknown")) is None
     assert names(output) == [new.name, old.name]
-    settled = settle(output, settings, prints("old"))
+    settled = make_current_and_prune(output, settings, prints("old"))
     assert settled is not None
     assert settled.name == old.name
     now = current(output)
     assert now is not None
     assert now.name == old.name
     assert names(output) == [new.name, old.name], "without keepVersions all are kept"
-    settle(output, settings.model_copy(update={"keep_versions": 1}), prints("old"))
+    make_current_and_prune(output, settings.model_copy(update={"keep_versions": 1}), prints("old"))
     assert names(output) == [old.name]

@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from finetune_trainer.contract import Dataset, Reason, StageError
-from finetune_trainer.prepare.reading import Problems, Record, open_source, read_records
+from finetune_trainer.prepare.dataset_files import repeated, row_hash
+from finetune_trainer.prepare.reading import Problems, Record
 from finetune_trainer.prepare.reading.record import Oddities
-from finetune_trainer.prepare.split import repeated, row_hash
+from tests.reading import open_source, read_records
 
 DATA = Path(__file__).parents[2] / "data"
 CORPUS = DATA / "corpus"

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetune_trainer.contract import Dataset, Reason, StageError
-from finetune_trainer.prepare.reading import Problems, open_source, read_records
+from finetune_trainer.prepare.reading import Problems
+from tests.reading import open_source, read_records
 
 URI = "s3://data/train.csv"
 HEADER = "instruction,response\n"
@@ -31,7 +32,7 @@ import json, re, sys, time
 from pathlib import Path
 from finetune_trainer.contract import Dataset
 from finetune_trainer.contract import StageError
-from finetune_trainer.prepare.reading import Problems, open_source
+from finetune_trainer.prepare.reading import Problems, open_shards
 
 def peak():
     # Of this program alone: ru_maxrss also counts the process that it was forked from.
@@ -39,7 +40,7 @@ def peak():
 
 before, began, problems, count, message = peak(), time.process_time(), Problems(), 0, ""
 try:
-    source = open_source(Path(sys.argv[1]), Dataset(source="/data"), "/data")
+    source = open_shards([(Path(sys.argv[1]), "/data")], Dataset(source="/data"), "/data")
     for record in source.records(problems):
         count += 1
     source.summary(problems)

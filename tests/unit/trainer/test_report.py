@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from finetune_trainer.contract import FileVerdict, GateReport, Quantization, Sample
-from finetune_trainer.contract.verdict_words import Tone
+from finetune_trainer.contract.verdict import Tone
 from finetune_trainer.export.report import render_report, tables, visible, write_report
 from finetune_trainer.export.report.charts import MOST_POINTS, NARROW, WIDE, loss_chart, thin
 from finetune_trainer.export.report.facts import LossPoint

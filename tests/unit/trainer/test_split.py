@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_trainer.contract import Message
-from finetune_trainer.prepare.split import Hashes, hold_out, repeated, row_hash, share, shared
+from finetune_trainer.prepare.dataset_files import (
+    Hashes,
+    hold_out,
+    repeated,
+    row_hash,
+    share,
+    shared,
+)
 
 
 def hashes(count: int, seed: int = 42, start: int = 0) -> Hashes:

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune_trainer.contract import Reason, StageError, Storage
-from finetune_trainer.store import Folder, open_folder, split
-from finetune_trainer.store.folder import PARTIAL
+from finetune_trainer.store import PARTIAL, Folder, open_folder, split
 
 
 @pytest.fixture

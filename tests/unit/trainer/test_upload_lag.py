@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.train.link import upload_lag
-from finetune_trainer.train.link.upload_lag import UploadLag, read_stored_step, write_stored_step
+from finetune_trainer.train.link import channel
+from finetune_trainer.train.link.channel import UploadLag, read_stored_step, write_stored_step
 
 
 class Clock:
@@ -76,12 +76,12 @@ def test_without_a_number_of_steps_the_clock_counts(tmp_path: Path) -> None:
     write_stored_step(tmp_path, 0)
     ahead = UploadLag(None, tmp_path, clock)
     ahead.start_from(0)
-    clock.now += upload_lag.INTERVAL_SECONDS / 2 - 1
+    clock.now += channel.INTERVAL_SECONDS / 2 - 1
     assert not ahead.is_due(7)
     clock.now += 1
     assert ahead.is_due(8)
     ahead.add_written(8)
-    clock.now += upload_lag.INTERVAL_SECONDS / 2
+    clock.now += channel.INTERVAL_SECONDS / 2
     assert ahead.is_due(16)
     ahead.add_written(16)
     assert ahead.must_wait()
@@ -136,4 +136,4 @@ def test_the_step_is_never_read_half_written(tmp_path: Path) -> None:
     for step in itertools.chain(range(5), [1_000_000]):
         write_stored_step(tmp_path, step)
         assert read_stored_step(tmp_path) == step
-    assert [file.name for file in tmp_path.iterdir()] == [upload_lag.STORED_STEP]
+    assert [file.name for file in tmp_path.iterdir()] == [channel.STORED_STEP]

@@ -6,8 +6,8 @@ run             run.json as a whole, and what `prepare` adds to it
 outcome         reasons, exit codes, and the termination message
 progress        status.progress, with what a training says about itself; metrics.json
 dataset_report  what `prepare` found in the dataset
-artifacts       the files that come out, the gate's verdict on each, and manifest.json
-verdict_words   that verdict in words, for status, the report and a terminal
+artifacts       the files that come out, and manifest.json
+verdict         the gate's verdict on a GGUF file, and its words in status, report and terminal
 fingerprint     what a stage's result depends on
 
 It is all that the operator knows of the trainer, and imports pydantic alone.
@@ -16,15 +16,10 @@ It is all that the operator knows of the trainer, and imports pydantic alone.
 from __future__ import annotations
 
 from finetune_trainer.contract.artifacts import (
-    REJECTED,
     VERSIONS,
     Artifact,
-    FileVerdict,
-    GateReport,
     Lineage,
     Manifest,
-    Quality,
-    Sample,
     VersionSummary,
     version_folder,
 )
@@ -120,6 +115,7 @@ from finetune_trainer.contract.training import (
     Training,
     display_name,
 )
+from finetune_trainer.contract.verdict import REJECTED, FileVerdict, GateReport, Quality, Sample
 
 __all__ = [
     "GROUP",

@@ -22,7 +22,7 @@ from finetune_trainer.contract import (
     TrainingRecord,
     display_name,
 )
-from finetune_trainer.contract.verdict_words import explain_failures
+from finetune_trainer.contract.verdict import explain_failures
 from finetune_trainer.export.pipeline import (
     MERGED,
     AddFile,
@@ -56,8 +56,6 @@ _PACKAGES = ("finetune-operator", "torch", "transformers", "trl", "peft", "llama
 
 @dataclass(frozen=True)
 class ExportRun:
-    """One export of the stage."""
-
     config: PreparedRunConfig
     inputs: ExportInputs
     workspace: Path
@@ -109,7 +107,7 @@ def make_and_publish(
     with Publication(output, fingerprint, reporter) as publication:
         manifest = make_all(ExportRun(config, inputs, workspace, publication, reporter))
         check_owner(output, config.output, config.job)  # hours may have passed
-        return publication.commit(lambda files: encoded(with_files(manifest, files)), sign)
+        return publication.commit(lambda files: encoded(manifest, files), sign)
 
 
 def make_all(export: ExportRun) -> Manifest:
@@ -223,13 +221,10 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def with_files(manifest: Manifest, files: tuple[Artifact, ...]) -> Manifest:
-    return manifest.model_copy(update={"files": files})
-
-
-def encoded(manifest: Manifest) -> bytes:
-    """The bytes of manifest.json."""
-    return manifest.model_dump_json(indent=2, exclude_none=True).encode() + b"\n"
+def encoded(manifest: Manifest, files: tuple[Artifact, ...]) -> bytes:
+    """The bytes of manifest.json, with the list of files."""
+    whole = manifest.model_copy(update={"files": files})
+    return whole.model_dump_json(indent=2, exclude_none=True).encode() + b"\n"
 
 
 def result_of(config: PreparedRunConfig, output: Folder, published: Published) -> StageResult:

@@ -187,7 +187,6 @@ class ChatShape:
     """Whether the template removes blank space around what is said."""
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Put a conversation together."""
         rest = list(messages)
         prompt = rest.pop(0)["content"] if rest[0]["role"] == "system" else ""
         parts = [self.head]

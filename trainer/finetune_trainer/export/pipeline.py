@@ -53,8 +53,8 @@ from finetune_trainer.export.merge.model_folder import (
     write_merged,
 )
 from finetune_trainer.export.ollama import write_modelfile
-from finetune_trainer.memory.disk import check_disk, export_disk
 from finetune_trainer.memory.machine import free_memory
+from finetune_trainer.memory.predict import check_disk, export_disk
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import use_available_cpus
 from finetune_trainer.model.shape import Shape
@@ -67,7 +67,6 @@ from finetune_trainer.store.marker import (
     EXAMPLES,
     HELD_OUT,
     METRICS,
-    StageFiles,
     open_stage,
 )
 
@@ -122,8 +121,6 @@ def open_tuned_model(
 
 @dataclass(frozen=True)
 class ExportContext:
-    """What all steps need."""
-
     config: RunConfig
     model: TunedModel
     examples: ExampleFiles
@@ -306,7 +303,7 @@ def fetch_inputs(config: PreparedRunConfig, output: Folder, workspace: Path) -> 
     prepared = open_stage(output, Stage.PREPARE, prints.prepare)
     return ExportInputs(
         adapter=trained.fetch_folder("adapter", workspace / "adapter"),
-        examples=_fetch_examples(config, prepared, workspace),
+        examples=fetch_examples(config, output, workspace),
         training=TrainingRecord.model_validate_json(trained.read(METRICS)),
         dataset_report=prepared.fetch(DATASET_REPORT, workspace / DATASET_REPORT),
     )
@@ -315,12 +312,6 @@ def fetch_inputs(config: PreparedRunConfig, output: Folder, workspace: Path) -> 
 def fetch_examples(config: PreparedRunConfig, output: Folder, workspace: Path) -> ExampleFiles:
     """Bring the examples to the folder `workspace`; StageError if they changed."""
     prepared = open_stage(output, Stage.PREPARE, config.resolved.fingerprints.prepare)
-    return _fetch_examples(config, prepared, workspace)
-
-
-def _fetch_examples(
-    config: PreparedRunConfig, prepared: StageFiles, workspace: Path
-) -> ExampleFiles:
     trained = prepared.fetch(EXAMPLES, workspace / EXAMPLES)
     held_out = None
     if config.resolved.eval_rows:

@@ -37,7 +37,7 @@ from finetune_trainer.contract import (
     StageError,
     StageResult,
 )
-from finetune_trainer.contract.verdict_words import Statement, Tone, explain_failures, word_for
+from finetune_trainer.contract.verdict import Statement, Tone, explain_failures, word_for
 from finetune_trainer.export.gguf import MODELFILE
 from finetune_trainer.local.fields import apply_settings, settable_fields
 from finetune_trainer.memory.machine import this_machine

@@ -68,7 +68,6 @@ def plan(
 
 
 def describe(made: TrainingPlan, hardware: Hardware) -> str:
-    """One line for people."""
     parts = [f"{made.batch_size} examples a pass, {made.gradient_accumulation_steps} passes a step"]
     if hardware.gpus > 1:
         parts[0] += f" on each of {hardware.gpus} GPUs ({made.parallelism})"

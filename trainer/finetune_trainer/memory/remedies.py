@@ -154,7 +154,6 @@ def _fits(attempt: Attempt, memory: int) -> bool:
 
 
 def _settings(attempt: Attempt, memory: int) -> Iterator[str]:
-    """Fields of spec.training."""
     training = attempt.training
     if training.gradient_checkpointing == "never":
         other = attempt.changed(gradient_checkpointing="auto")

@@ -15,9 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from finetune_trainer.contract import Dataset, Example, Reason, StageError, allowed
 from finetune_trainer.model.rendering import NotRenderedError
 from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_batch
-from finetune_trainer.prepare.dataset_files import DatasetRows
+from finetune_trainer.prepare.dataset_files import DatasetRows, Mask
 from finetune_trainer.prepare.findings import TokenCounts, length_that_fits, percentile
-from finetune_trainer.prepare.split import Mask
 from finetune_trainer.store.marker import EXAMPLES, HELD_OUT
 
 BATCH = 256  # rows that are tokenized together

@@ -21,8 +21,7 @@ from finetune_trainer.contract import (
     RunConfig,
     Split,
 )
-from finetune_trainer.prepare.dataset_files import DatasetRows
-from finetune_trainer.prepare.split import Mask, repeated, shared
+from finetune_trainer.prepare.dataset_files import DatasetRows, Mask, repeated, shared
 from finetune_trainer.store.marker import DATASET_REPORT
 
 if TYPE_CHECKING:  # it imports transformers, which takes seconds
@@ -37,8 +36,6 @@ BINS = 32  # of a histogram
 
 
 class LengthBin(Base):
-    """One bar of a histogram."""
-
     up_to: int
     """The longest length that counts here, in tokens; the bin before ends where this begins."""
 
@@ -138,7 +135,6 @@ class Findings:
     template: ChatTemplate | None = None
 
     def all_rows(self) -> list[DatasetRows]:
-        """The files that are read."""
         return [self.rows, *([self.eval_rows] if self.eval_rows else [])]
 
     def summary(self) -> DatasetSummary:
@@ -169,7 +165,6 @@ class Findings:
         return token_stats(self.examples.trained, self.examples.limit)
 
     def prepared(self) -> Prepared:
-        """What summary.json holds."""
         found = [e for e in (self.examples, self.eval_examples) if e]
         return Prepared(
             dataset=self.summary(),

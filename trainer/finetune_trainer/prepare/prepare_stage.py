@@ -27,17 +27,16 @@ from finetune_trainer.contract import (
     StageResult,
     TrainingPlan,
 )
-from finetune_trainer.memory.disk import check_disk, downloaded, training_disk
 from finetune_trainer.memory.plan import Lengths, describe, plan
+from finetune_trainer.memory.predict import check_disk, downloaded, training_disk
 from finetune_trainer.model import ModelFolder, base_model
 from finetune_trainer.model.base_model import BaseModelFiles
 from finetune_trainer.model.shape import Shape
-from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_data_files
+from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_data_files, hold_out
 from finetune_trainer.prepare.findings import Findings, Prepared
 from finetune_trainer.prepare.reading.encoding import check_encoding
 from finetune_trainer.prepare.reading.layout import check_columns
 from finetune_trainer.prepare.rollback import roll_back
-from finetune_trainer.prepare.split import hold_out
 from finetune_trainer.prepare.stored import (
     CompleteStages,
     StoredRun,
@@ -56,7 +55,7 @@ from finetune_trainer.store.marker import (
     stage_folder,
 )
 from finetune_trainer.store.owner import claim
-from finetune_trainer.store.pruning import settle
+from finetune_trainer.store.pruning import make_current_and_prune
 from finetune_trainer.store.versions import summarize_versions
 
 ROWS_READ_BY_LLAMA_CPP = 16  # before the training; the export compares held-out rows as well
@@ -114,7 +113,9 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         model_commit=inputs.model.commit,
         examples=contents_of(marker, prepared).short_digest,
     )
-    exported = settle(output, config.output, prints) if Stage.EXPORT in complete else None
+    exported = (
+        make_current_and_prune(output, config.output, prints) if Stage.EXPORT in complete else None
+    )
     return StageResult(
         stage=Stage.PREPARE,
         reason=Reason.SUCCEEDED,

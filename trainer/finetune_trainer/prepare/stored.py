@@ -211,7 +211,6 @@ class FormerRun:
 
     @cached_property
     def prints(self) -> Fingerprints:
-        """Its fingerprints."""
         revision = former_revision(self.model, self.config.model_storage)
         return former_fingerprints(self.config, self.dataset_etag, revision, self.eval_etag)
 

@@ -46,8 +46,6 @@ _running: set[subprocess.Popen[str]] = set()
 
 @dataclass(frozen=True)
 class Finished:
-    """How a child ended."""
-
     status: int
     """Exit status; negative when a signal ended it."""
 

@@ -238,7 +238,6 @@ class Transfer:
         reporter.message(f"{what} ({size(total_bytes)})")
 
     def __call__(self, count: int) -> None:
-        """Add `count` bytes."""
         with self._lock:
             self._done += count
             percent = min(100 * self._done // self._total, 100)

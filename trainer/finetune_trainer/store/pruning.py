@@ -30,7 +30,9 @@ _IN_VERSION = re.compile(rf"{VERSIONS}/[0-9a-f]{{12}}(?=/)")  # other folders ar
 log = logging.getLogger(__name__)
 
 
-def settle(output: Folder, settings: Output, present: Fingerprints) -> Version | None:
+def make_current_and_prune(
+    output: Folder, settings: Output, present: Fingerprints
+) -> Version | None:
     """Make the version of the `present` run current, and keep as many as the settings say.
 
     Returns it; None where it isn't there as a whole.
@@ -119,7 +121,6 @@ def _folders_of(output: Folder, stage: Stage, fingerprint: str) -> set[str]:
 
 
 def _stage_folders(output: Folder, stage: Stage) -> set[str]:
-    """Folders of a stage's results."""
     base = f"{STAGES}/{stage}/"
     paths = [info.path.removeprefix(base) for info in output.list(base)]
     return {base + path.partition("/")[0] for path in paths if "/" in path}

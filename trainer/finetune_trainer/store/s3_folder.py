@@ -26,7 +26,7 @@ from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
 
 from finetune_trainer.contract import Storage
-from finetune_trainer.store.folder import (
+from finetune_trainer.store import (
     ChangedFileError,
     FileInfo,
     Folder,
@@ -65,8 +65,6 @@ log = logging.getLogger(__name__)
 
 
 class S3Folder(Folder):
-    """A prefix of a bucket."""
-
     def __init__(self, bucket: str, prefix: str, settings: Storage) -> None:
         self.bucket = bucket
         self.prefix = prefix

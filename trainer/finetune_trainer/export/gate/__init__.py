@@ -37,7 +37,7 @@ from finetune_trainer.contract import (
     Sample,
     StageError,
 )
-from finetune_trainer.contract.verdict_words import over_limit
+from finetune_trainer.contract.verdict import over_limit
 from finetune_trainer.export import llama
 from finetune_trainer.export.gate import file_checks, thresholds
 from finetune_trainer.export.gate.file_checks import TrainedText

@@ -28,8 +28,6 @@ INPUT_SUMS, INPUT_COUNTS = ".in_sum2", ".counts"
 
 
 class ConvertRequest(Base):
-    """For convert_worker."""
-
     llama: Path
     """Folder of llama.cpp's converter."""
 
@@ -46,8 +44,6 @@ class ConvertRequest(Base):
 
 
 class QuantizeRequest(Base):
-    """For quantize_worker."""
-
     source: Path
     target: Path
     kind: Quantization
@@ -60,8 +56,6 @@ class QuantizeRequest(Base):
 
 
 class ImportanceRequest(Base):
-    """For importance."""
-
     base: ModelFolder
     adapter: Path | None
     file: Path

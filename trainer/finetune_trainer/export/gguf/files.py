@@ -24,7 +24,7 @@ from finetune_trainer.model.loading import available_cpus
 from finetune_trainer.runtime import child
 from finetune_trainer.runtime.child import as_transfer
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.store.folder import replacing
+from finetune_trainer.store import replacing
 
 CONVERT_WORKER = "finetune_trainer.export.gguf.convert_worker"
 QUANTIZE_WORKER = "finetune_trainer.export.gguf.quantize_worker"

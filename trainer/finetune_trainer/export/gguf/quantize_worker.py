@@ -68,8 +68,6 @@ def listen(total: int) -> Any:
 
 @dataclass(frozen=True)
 class ImportanceMatrix:
-    """What llama_model_quantize takes."""
-
     data: Any
     """Array of llama_model_imatrix_data, the last one empty."""
 

@@ -65,8 +65,6 @@ class CheckRequest(Base):
 
 
 class CheckAnswer(Base):
-    """What came out of a check."""
-
     reading: Reading
     measurement: Measurement
 

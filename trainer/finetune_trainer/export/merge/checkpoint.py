@@ -21,8 +21,6 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a model."""
-
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -31,7 +29,6 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 

@@ -30,8 +30,7 @@ from finetune_trainer.export.merge.checkpoint import (
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import use_available_cpus
 from finetune_trainer.model.tokenizer import end_of_turn_ids, load_tokenizer, save_tokenizer
-from finetune_trainer.store import OnBytes
-from finetune_trainer.store.folder import replacing
+from finetune_trainer.store import OnBytes, replacing
 
 GENERATION = "generation_config.json"
 

@@ -201,7 +201,7 @@ class Publication:
                 "has confirmed it: look at the store's own log. The next attempt sends it again.",
             )
         self._output.write(manifest_path(version.name), manifest)
-        return _settle(self._output, version)
+        return _make_current_and_clean(self._output, version)
 
     def close(self) -> None:
         """End the background work; a file on its way is left to a later attempt."""
@@ -290,10 +290,10 @@ def finish(output: Folder, fingerprint: str) -> Published | None:
     What earlier attempts, and exports that were given up, have left is deleted.
     """
     version = find_version(output, fingerprint)
-    return _settle(output, version) if version else None
+    return _make_current_and_clean(output, version) if version else None
 
 
-def _settle(output: Folder, version: Version) -> Published:
+def _make_current_and_clean(output: Folder, version: Version) -> Published:
     now = make_current(output, version)
     discard_unfinished(output)
     output.delete(info.path for info in output.list(f"{STAGES}/{Stage.EXPORT}/"))

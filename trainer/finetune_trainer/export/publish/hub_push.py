@@ -90,8 +90,6 @@ def push(
 
 
 class _Push:
-    """One commit."""
-
     def __init__(self, hub: Hub, output: Folder, version: Version, workspace: Path) -> None:
         self._hub = hub
         self._output = output

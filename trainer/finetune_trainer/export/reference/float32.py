@@ -44,8 +44,6 @@ ANSWERS_OF_PASS = 128  # what bounds the logits
 
 
 class ReferenceRequest(Base):
-    """What to compute."""
-
     base: ModelFolder
     adapter: Path | None
     rows: tuple[MeasuredRow, ...]

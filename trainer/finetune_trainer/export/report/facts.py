@@ -31,7 +31,6 @@ class LossPoint(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """e to the loss."""
         return perplexity(self.loss)
 
 
@@ -51,12 +50,10 @@ class Change:
 
     @property
     def base_perplexity(self) -> float:
-        """Of the base model."""
         return perplexity(self.base_loss)
 
     @property
     def tuned_perplexity(self) -> float:
-        """Of the tuned model."""
         return perplexity(self.tuned_loss)
 
 
@@ -88,17 +85,14 @@ class Facts:
 
     @property
     def metrics(self) -> TrainingMetrics:
-        """Of the training."""
         return self.trained.metrics
 
     @property
     def notices(self) -> tuple[Notice, ...]:
-        """Of the training."""
         return self.trained.notices
 
     @property
     def losses(self) -> tuple[LossPoint, ...]:
-        """Training loss by step."""
         return tuple(LossPoint(e.step, e.loss) for e in self.trained.history if e.loss is not None)
 
     @property
@@ -124,7 +118,6 @@ class Facts:
 
     @property
     def base_name(self) -> str:
-        """The base model's short name."""
         return display_name(self.config.model.source)
 
     @property

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from finetune_trainer.contract.verdict_words import Statement, Tone, summary_of
+from finetune_trainer.contract.verdict import Statement, Tone, summary_of
 from finetune_trainer.export.gguf import MODELFILE
 from finetune_trainer.export.gguf.files import preferred
 from finetune_trainer.export.report import tables

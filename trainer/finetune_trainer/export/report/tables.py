@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from finetune_trainer.contract import LengthSpread, ListedRows, Training
-from finetune_trainer.contract.verdict_words import Tone, word_for
+from finetune_trainer.contract.verdict import Tone, word_for
 from finetune_trainer.export.report.facts import Facts, GgufFile, LossPoint
 from finetune_trainer.runtime import duration, size
 

@@ -14,13 +14,11 @@ closed, a file that is cut off), nothing is left out: the run fails.
 from __future__ import annotations
 
 from finetune_trainer.prepare.reading.record import Problems, Record
-from finetune_trainer.prepare.reading.source import Source, open_shards, open_source, read_records
+from finetune_trainer.prepare.reading.source import Source, open_shards
 
 __all__ = [
     "Problems",
     "Record",
     "Source",
     "open_shards",
-    "open_source",
-    "read_records",
 ]

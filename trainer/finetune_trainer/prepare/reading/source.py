@@ -214,16 +214,6 @@ def _line(number: int, line: int) -> str:
     return "" if line == number else f" (line {line} of the file)"
 
 
-def read_records(file: Path, dataset: Dataset, uri: str, problems: Problems) -> Iterator[Record]:
-    """Open the file and read its records, as Source.records does."""
-    return open_source(file, dataset, uri).records(problems)
-
-
-def open_source(file: Path, dataset: Dataset, uri: str) -> Source:
-    """A dataset of one file; raises as open_shards."""
-    return open_shards([(file, uri)], dataset, uri)
-
-
 def open_shards(files: Sequence[tuple[Path, str]], dataset: Dataset, uri: str) -> Source:
     """Find out what the files of a dataset are, each with its URI.
 

@@ -36,8 +36,6 @@ Fit = Callable[[list[str]], int]
 
 
 class CsvReader(Protocol):
-    """What csv.reader returns."""
-
     line_num: int
 
     def __iter__(self) -> Iterator[list[str]]: ...

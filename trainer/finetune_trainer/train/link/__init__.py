@@ -2,8 +2,7 @@
 
 Below is what the supervisor asks for, and what the worker leaves: JSON files in the workdir.
 
-channel     progress, notices and checkpoints on their way up: JSON lines through a FIFO
-upload_lag  how far a training may run ahead of its checkpoints in the store
+channel  progress, notices and checkpoints on their way up; the step that is stored on its way down
 """
 
 from __future__ import annotations
@@ -82,7 +81,6 @@ class TrainingWork(Base):
 
     @property
     def tensorboard(self) -> Path:
-        """Where TensorBoard's files go."""
         return self.workdir / "tensorboard"
 
 
@@ -98,8 +96,6 @@ class Trained(Base):
 
 
 class Failed(Base):
-    """Why the worker gave up."""
-
     reason: Reason
     message: str
     step: int | None = None

@@ -158,7 +158,6 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """Steps in an epoch."""
         return math.ceil(len(self.lengths) / self.batch)
 
     def order(self, epoch: int) -> NDArray[np.int64]:

@@ -50,7 +50,6 @@ class ProgressReport(TrainerCallback):
         self._reporter.steps(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Report an optimizer step."""
         self._reporter.steps(
             state.global_step, state.max_steps, eta_seconds=self._seconds_left(state)
         )

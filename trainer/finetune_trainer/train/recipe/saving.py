@@ -4,7 +4,7 @@
                     optimizer.pt  scheduler.pt  rng_state.pth        to go on bit for bit
                     trainer_state.json                               step, log, our counters
 
-`link.upload_lag` says when one is due, and when the training has to wait for the store.
+`link.channel.UploadLag` says when one is due, and when the training has to wait for the store.
 
 A step at the end of an epoch is saved after the epoch's evaluation, so that a resumed run neither
 repeats nor misses it. What the Trainer forgets (running sums of the loss, the time, the state of
@@ -40,8 +40,7 @@ from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.runtime import size
 from finetune_trainer.runtime.endings import explain
 from finetune_trainer.train.link import InterruptedTrainingError, TrainingWork
-from finetune_trainer.train.link.channel import Channel
-from finetune_trainer.train.link.upload_lag import UploadLag
+from finetune_trainer.train.link.channel import Channel, UploadLag
 from finetune_trainer.train.recipe.processes import is_lost_peer
 
 POLL_SECONDS = 0.05  # while the store is behind

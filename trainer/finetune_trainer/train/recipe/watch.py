@@ -91,7 +91,6 @@ class TrainingWatch(TrainerCallback):
             raise self._diverged(state)
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Judge the curves."""
         lines = len(state.log_history)
         if self._notify is None or lines < self._judge_at_lines:
             return

@@ -283,7 +283,6 @@ def missing_for_unsloth() -> str | None:
 
 
 def read_model_type(folder: Path) -> str | None:
-    """The model_type of config.json."""
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

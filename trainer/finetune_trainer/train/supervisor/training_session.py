@@ -19,8 +19,7 @@ from finetune_trainer.runtime import endings
 from finetune_trainer.runtime.endings import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link import FAILED, TRAINED, WORKERS, Failed, Trained, TrainingWork
-from finetune_trainer.train.link.channel import WorkerMessage, listening
-from finetune_trainer.train.link.upload_lag import write_stored_step
+from finetune_trainer.train.link.channel import WorkerMessage, listening, write_stored_step
 from finetune_trainer.train.supervisor.checkpoints import (
     CheckpointMarker,
     CheckpointStore,

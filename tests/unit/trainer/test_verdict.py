@@ -12,7 +12,7 @@ from finetune_trainer.contract import (
     Quality,
     Quantization,
 )
-from finetune_trainer.contract.verdict_words import explain_failures, word_for
+from finetune_trainer.contract.verdict import explain_failures, word_for
 
 GOOD = Quality(kl_divergence=0.01, same_top_token=0.97, perplexity=5.5, max_kl_divergence=0.08)
 BAD = GOOD.model_copy(update={"kl_divergence": 0.4, "passed": False})
