@@ -26,6 +26,7 @@ from hack.process import ClusterError, wait_until
 
 TICK_SECONDS = 0.1
 START_SECONDS = 120  # of the first operator, on a machine that is busy with other tests
+LATEST = 0.95  # the last FineTuneJob is created when this share of the faults is done
 FAULT_PAUSE_SECONDS = 0.9  # between two faults, on average
 REST_SECONDS = 420.0  # after the last fault; a job that was hit often waits minutes before it tries
 LOOK_SECONDS = 2.0
@@ -86,6 +87,7 @@ class Run:
         self.history = folder / "history.jsonl"
         settings = {"FINETUNE_RESYNC_SECONDS": "30", "FINETUNE_LOG_FORMAT": ""}
         self.operator = Operator(cluster.plane, folder, checkout, **settings)
+        self._waiting: list[tuple[float, Subject]] = []
         self._due: list[tuple[float, Subject, bool]] = []
 
     def __call__(self) -> Outcome:
@@ -147,8 +149,6 @@ class Run:
             name = next(order)
             if self.random.random() < PATIENCE:
                 self._wait_for_operator(api)
-            if all(not due for due in self._due) and not self._any_at_work(recorder):
-                break  # nothing is left that a fault could meet
             faults.target, when = "", datetime.now(UTC)
             try:
                 hit = kinds[name][1]()
@@ -168,14 +168,12 @@ class Run:
             yield self.random.choices(names, list(weights.values()))[0]
 
     def _schedule(self) -> None:
-        """Spread the FineTuneJobs over the time that the faults will take; a few come at once."""
-        span = self.wanted * FAULT_PAUSE_SECONDS * 1.3
-        now = time.monotonic()
+        """Spread the FineTuneJobs over the faults, however long they take; a few come at once."""
+        early = len(self.subjects) // 5
         for number, subject in enumerate(self.subjects):
-            early = number < len(self.subjects) // 5
-            start = now + (0.0 if early else self.random.uniform(0, span))
-            self._due.append((start, subject, True))
-        self._due.sort(key=lambda due: due[0])
+            faults = 0.0 if number < early else self.random.uniform(0, LATEST * self.wanted)
+            self._waiting.append((faults, subject))
+        self._waiting.sort(key=lambda each: each[0])
 
     def _wait(self, seconds: float, api: Api) -> None:
         """Let the users act, and the operator live, for a time."""
@@ -203,6 +201,8 @@ class Run:
 
     def _act(self, api: Api) -> None:
         now = time.monotonic()
+        while self._waiting and self._waiting[0][0] <= self.done.total():
+            self._put(now, self._waiting.pop(0)[1], True)
         while self._due and self._due[0][0] <= now:
             _, subject, new = self._due.pop(0)
             again = now + 0.5
@@ -227,11 +227,6 @@ class Run:
         if not self.operator.is_alive():
             self.ended_by_itself += self.operator.has_ended()
             self.operator.start(wait=False)
-
-    def _any_at_work(self, recorder: Recorder) -> bool:
-        ends = ("Succeeded", "Failed")
-        present = recorder.present("finetunejobs")
-        return any(raw["status"].get("phase") not in ends for raw in present)
 
     def _rest(self, api: Api, recorder: Recorder) -> list[Broken]:
         """Wait until all is at its right end; what is not when the time is over."""
