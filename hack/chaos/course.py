@@ -17,7 +17,7 @@ from hack import REPOSITORY
 from hack.chaos.api import Api, Away, Raw
 from hack.chaos.faults import Faults
 from hack.chaos.jobs import Subject, subjects, wrong_ends
-from hack.chaos.promises import Broken, Findings, check, orphans
+from hack.chaos.promises import Broken, Findings, check, left_behind, orphans
 from hack.chaos.proxy import ChaosProxy
 from hack.chaos.recorder import Change, Recorder
 from hack.kwok.cluster import KwokCluster
@@ -33,6 +33,7 @@ LOOK_SECONDS = 2.0
 PATIENCE = 0.5  # how often the operator is given the time to go to work before the next fault
 READY_SECONDS = 20.0
 WORK_SECONDS = 3.0
+COLLECTED_SECONDS = 60.0  # the garbage collector has this time for what is left
 CALM_SECONDS = 5.0  # so long nothing may be left to do before the promises are checked
 LONG = 100  # from so many faults or FineTuneJobs on, there are some that take more than a minute
 
@@ -232,11 +233,15 @@ class Run:
         """Wait until all is at its right end; what is not when the time is over."""
         now = time.monotonic()
         until, deadline = now + CALM_SECONDS, now + REST_SECONDS
+        collected = now
         while True:
             self._wait(LOOK_SECONDS, api)
             wrong, moving = wrong_ends(self.subjects, recorder.present("finetunejobs"))
             now = time.monotonic()
-            if moving or self._due or orphans(recorder.all_present()):
+            present = recorder.all_present()
+            if moving or self._due or orphans(present):
+                until, collected = now + CALM_SECONDS, now + COLLECTED_SECONDS
+            elif now < collected and left_behind(present):
                 until = now + CALM_SECONDS
             if now > min(until, deadline):
                 return wrong

@@ -50,7 +50,7 @@ class Findings:
     """For each promise, on how much it was checked."""
 
     excused: list[str] = field(default_factory=list)
-    """Stages that ran again through no fault of the operator's, and why."""
+    """What looks like a broken promise and is no fault of the operator's, with its cause."""
 
 
 @dataclass
@@ -97,6 +97,10 @@ def check(changes: Sequence[Change], wrong_ends: Iterable[Broken], jobs: int) ->
     _completed_twice(changes, completed, found)
     found.broken += backwards(statuses)
     found.broken += orphans(changes)
+    found.excused += [
+        f"missed by the garbage collector: {each.job}: {each.words}"
+        for each in left_behind(changes)
+    ]
     children = {each.uid for each in changes if each.resource != "finetunejobs"}
     found.checked = {
         RIGHT_END: f"{jobs} jobs",
@@ -195,9 +199,11 @@ def _completed_twice(
         words = f"{pod.stage}: {before.words()} and {pod.words()}"
         lost = min(before.gone or 1 << 62, jobs_gone.get(before.controller, 1 << 62), pod.created)
         if lost < min(known.get(key, 1 << 62), pod.created):
-            found.excused.append(f"its result was deleted: {pod.job}: {words}")
+            found.excused.append(f"ran again, since its result was deleted: {pod.job}: {words}")
         elif pod.controller == before.controller:
-            found.excused.append(f"the Job controller made two pods: {pod.job}: {words}")
+            found.excused.append(
+                f"ran again, since the Job controller made two pods: {pod.job}: {words}"
+            )
         else:
             found.broken.append(Broken(COMPLETED_TWICE, pod.job, words))
 
@@ -272,11 +278,20 @@ def _ready(status: Raw) -> bool:
 
 
 def orphans(changes: Iterable[Change]) -> list[Broken]:
-    """Jobs at work and pods, at the end of all, of a FineTuneJob that is gone or settled."""
+    """Jobs and pods at work, at the end of all, of a FineTuneJob that is gone or settled."""
+    return [found for found, at_work in _without_owner_at_work(changes) if at_work]
+
+
+def left_behind(changes: Iterable[Change]) -> list[Broken]:
+    """Ended Jobs and pods of a FineTuneJob that is gone, which the garbage collector has missed."""
+    return [found for found, at_work in _without_owner_at_work(changes) if not at_work]
+
+
+def _without_owner_at_work(changes: Iterable[Change]) -> Iterator[tuple[Broken, bool]]:
+    """What its FineTuneJob has no need of any more, and whether it is at work."""
     last = {(change.resource, change.uid): change for change in changes}
     present = {key: change for key, change in last.items() if not change.deleted}
     jobs = {uid: c for (resource, uid), c in present.items() if resource == "finetunejobs"}
-    found = []
     for (resource, _), change in present.items():
         labels = change.raw["metadata"].get("labels") or {}
         if resource == "finetunejobs" or STAGE_LABEL not in labels:
@@ -286,11 +301,11 @@ def orphans(changes: Iterable[Change]) -> list[Broken]:
         )
         what = f"{resource.removesuffix('s')} {change.name} of {labels[STAGE_LABEL]}"
         owner = jobs.get(labels.get(FINETUNEJOB_UID_LABEL, ""))
+        at_work = _at_work(resource, change.raw)
         if owner is None:
-            found.append(Broken(ORPHAN, name, f"{what} is left, and its FineTuneJob is gone"))
-        elif owner.raw["status"].get("phase") in ENDS and _at_work(resource, change.raw):
-            found.append(Broken(ORPHAN, name, f"{what} goes on though all is over"))
-    return found
+            yield Broken(ORPHAN, name, f"{what} is left, and its FineTuneJob is gone"), at_work
+        elif owner.raw["status"].get("phase") in ENDS and at_work:
+            yield Broken(ORPHAN, name, f"{what} goes on though all is over"), at_work
 
 
 def _at_work(resource: str, raw: Raw) -> bool:

@@ -242,10 +242,18 @@ def test_what_goes_on_when_all_is_over_is_an_orphan() -> None:
     assert "job support-job-2 of train goes on" in words
 
 
-def test_what_is_left_of_a_deleted_finetunejob_is_an_orphan() -> None:
-    found = broken(*WELL, finetunejob(8, "Succeeded", deleted=True))
-    assert {promise for promise, _ in found} == {ORPHAN}
-    assert len(found) == 2
+def test_what_goes_on_without_its_finetunejob_is_an_orphan() -> None:
+    [(promise, words)] = broken(
+        *WELL[:3], finetunejob(8, "Training", deleted=True), job(9, "job-1", ends="Failed")
+    )
+    assert promise == ORPHAN
+    assert "pod support-pod-1 of train is left" in words
+
+
+def test_what_has_ended_and_is_left_is_the_garbage_collectors() -> None:
+    found = check([*WELL, finetunejob(8, "Succeeded", deleted=True)], [], 1)
+    assert found.broken == []
+    assert [each.split(":")[0] for each in found.excused] == 2 * ["missed by the garbage collector"]
 
 
 def test_the_same_seed_gives_the_same_jobs() -> None:
