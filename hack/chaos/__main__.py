@@ -74,7 +74,7 @@ def figures(outcome: Outcome) -> str:
         rows.append(f"The operator has ended by itself {outcome.ended_by_itself} times.")
     if outcome.gaps:
         rows.append(f"The recorder's watches began anew {outcome.gaps} times.")
-    rows += [f"ran again, since its result was deleted: {e}" for e in outcome.findings.forgotten]
+    rows += [f"ran again, since {each}" for each in outcome.findings.excused]
     rows += [f"BROKEN {e.promise}: {e.job}: {e.words}" for e in outcome.findings.broken]
     return "\n".join(rows)
 

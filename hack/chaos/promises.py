@@ -49,8 +49,8 @@ class Findings:
     checked: dict[str, str] = field(default_factory=dict)
     """For each promise, on how much it was checked."""
 
-    forgotten: list[str] = field(default_factory=list)
-    """Stages that ran again because somebody deleted their result before it was read."""
+    excused: list[str] = field(default_factory=list)
+    """Stages that ran again through no fault of the operator's, and why."""
 
 
 @dataclass
@@ -175,8 +175,9 @@ def _completed_twice(
 ) -> None:
     """A stage that was done, for the same inputs, once more.
 
-    A result that was deleted before the operator had written it down is lost, through no fault of
-    the operator's. (A trainer would find its work in the bucket, and end.)
+    Two causes are not the operator's: a result was deleted before the operator had written it down,
+    or the Job controller, whose cache may be old after an outage of the API server, has made two
+    pods of one Job. (A trainer would find its work in the bucket, and end.)
     """
     keys = {
         each.uid: (each.raw["metadata"].get("annotations") or {}).get(STAGE_KEY_ANNOTATION)
@@ -194,7 +195,9 @@ def _completed_twice(
         words = f"{pod.stage}: {before.words()} and {pod.words()}"
         lost = min(before.gone or 1 << 62, jobs_gone.get(before.controller, 1 << 62), pod.created)
         if lost < min(known.get(key, 1 << 62), pod.created):
-            found.forgotten.append(f"{pod.job}: {words}")
+            found.excused.append(f"its result was deleted: {pod.job}: {words}")
+        elif pod.controller == before.controller:
+            found.excused.append(f"the Job controller made two pods: {pod.job}: {words}")
         else:
             found.broken.append(Broken(COMPLETED_TWICE, pod.job, words))
 

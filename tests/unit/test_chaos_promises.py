@@ -168,7 +168,13 @@ def test_a_result_that_was_deleted_before_it_was_read_is_made_again() -> None:
         1,
     )
     assert found.broken == []
-    assert len(found.forgotten) == 1
+    assert len(found.excused) == 1
+
+
+def test_a_second_pod_of_the_same_job_is_the_job_controllers() -> None:
+    found = check([*WELL[:6], pod(8, "pod-2", "job-1", "terminated"), WELL[-1]], [], 1)
+    assert found.broken == []
+    assert "the Job controller made two pods: support: train" in found.excused[0]
 
 
 def test_a_result_that_was_deleted_after_it_was_read_is_not_made_again() -> None:
