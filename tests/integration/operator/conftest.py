@@ -10,8 +10,8 @@ from uuid import uuid4
 import pytest
 
 from hack.cluster.control_plane import ControlPlane
+from hack.operator_process import Operator, install
 from tests.fixtures import require_supported
-from tests.integration.operator.process import Operator, install
 from tests.integration.operator.stage import Namespace
 
 

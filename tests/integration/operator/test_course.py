@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finetune_trainer.contract import Reason, Stage
-from tests.integration.operator.process import Operator
+from hack.operator_process import Operator
 from tests.integration.operator.stage import (
     EXPORTED_VERSION,
     VERSION_FOLDER,

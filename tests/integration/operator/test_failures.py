@@ -7,7 +7,7 @@ import time
 import pytest
 
 from finetune_trainer.contract import Reason, Stage
-from tests.integration.operator.process import SECRET_GRACE_SECONDS
+from hack.operator_process import SECRET_GRACE_SECONDS
 from tests.integration.operator.stage import Namespace, prepared, trained
 
 PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN

@@ -15,9 +15,9 @@ import yaml
 
 from finetune_trainer.contract import Reason, Stage
 from hack.cluster.control_plane import ControlPlane
+from hack.operator_process import Operator
 from tests.fixtures import start_or_leave_out
 from tests.gitops import argo_health, find_programs, kstatus, programs
-from tests.integration.operator.process import Operator
 from tests.integration.operator.stage import SPEC, Namespace, exported, prepared, trained
 
 PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN

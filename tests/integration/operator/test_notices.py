@@ -8,7 +8,7 @@ import pytest
 
 from finetune_trainer.contract import BadRow, DatasetSummary, Notice, NoticeCode, Reason, Stage
 from hack.cluster.control_plane import ControlPlane
-from tests.integration.operator.process import Operator
+from hack.operator_process import Operator
 from tests.integration.operator.stage import Namespace, prepared, resolved, trained
 
 PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN

@@ -9,8 +9,8 @@ import pytest
 
 from finetune_trainer.contract import Stage
 from hack.cluster.control_plane import ControlPlane
+from hack.operator_process import NAMESPACE, RELEASE
 from hack.process import CommandFailed
-from tests.integration.operator.process import NAMESPACE, RELEASE
 from tests.integration.operator.stage import Namespace
 
 OPERATOR = f"system:serviceaccount:{NAMESPACE}:{RELEASE}"

@@ -18,8 +18,8 @@ import pytest
 
 from finetune_trainer.contract import Stage
 from hack.cluster.control_plane import ControlPlane
+from hack.operator_process import Operator
 from hack.process import CommandFailed
-from tests.integration.operator.process import Operator
 from tests.integration.operator.stage import Namespace, exported, prepared, trained
 
 PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN

@@ -12,7 +12,7 @@ import pytest
 
 from finetune_trainer.contract import Reason, Stage, StageResult
 from hack.cluster.control_plane import ControlPlane
-from tests.integration.operator.process import Operator
+from hack.operator_process import Operator
 from tests.integration.operator.stage import Namespace, exported, prepared, trained
 
 PREPARE, TRAIN, EXPORT = Stage.PREPARE, Stage.TRAIN, Stage.EXPORT

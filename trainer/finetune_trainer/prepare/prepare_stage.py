@@ -36,13 +36,13 @@ from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_
 from finetune_trainer.prepare.findings import Findings, Prepared
 from finetune_trainer.prepare.reading.encoding import check_encoding
 from finetune_trainer.prepare.reading.layout import check_columns
-from finetune_trainer.prepare.rollback import roll_back
 from finetune_trainer.prepare.stored import (
     CompleteStages,
     StoredRun,
     contents_of,
     metrics_of,
     read_prepared,
+    roll_back,
     stored_run,
 )
 from finetune_trainer.runtime.reporter import Reporter

@@ -1,4 +1,4 @@
-"""What the store already holds for a run, and the fingerprints that tell.
+"""What the store already holds for a run, and the fingerprints that tell; going back to a version.
 
 A bucket that 0.1.0 wrote is found by the fingerprints of then, and kept: it let a training depend
 on how its rows were asked for, and on a Hub model's commit. Its markers are read once and written
@@ -14,12 +14,17 @@ from functools import cached_property
 from pydantic import ValidationError
 
 from finetune_trainer.contract import (
+    DatasetSummary,
     ExampleContents,
     Fingerprints,
     Hub,
+    Manifest,
+    Reason,
+    Resolved,
     RunConfig,
     Stage,
     StageError,
+    StageResult,
     TrainingRecord,
     digest,
     later_fingerprints,
@@ -28,10 +33,12 @@ from finetune_trainer.contract import (
 from finetune_trainer.model.base_model import BaseModelFiles, former_revision
 from finetune_trainer.prepare.dataset_files import DataFiles
 from finetune_trainer.prepare.findings import Prepared
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder
 from finetune_trainer.store.marker import (
     EXAMPLES,
     HELD_OUT,
+    MANIFEST,
     METRICS,
     SUMMARY,
     Marker,
@@ -40,7 +47,15 @@ from finetune_trainer.store.marker import (
     stage_folder,
     write_marker,
 )
-from finetune_trainer.store.versions import adopt_first_manifest, find_pushed, find_version
+from finetune_trainer.store.versions import (
+    adopt_first_manifest,
+    find_pushed,
+    find_rollback,
+    find_version,
+    make_current,
+    manifest_of,
+    summarize_versions,
+)
 
 log = logging.getLogger(__name__)
 
@@ -266,3 +281,60 @@ class FormerRun:
         return former is None or all(
             former.sha256_of(name) == prepared.sha256_of(name) for name in names
         )
+
+
+def roll_back(output: Folder, name: str, reporter: Reporter) -> StageResult:
+    """Let manifest.json name this version; the result is as if its own spec had been asked for.
+
+    Nothing is computed and nothing deleted, whatever `output.keepVersions` says: the version of the
+    spec itself is there when `rollbackTo` goes.
+
+    Raises StageError(VersionNotFound) unless the version is there as a whole.
+    """
+    reporter.message(f"Going back to version {name}")
+    version = find_rollback(output, name)
+    manifest = manifest_of(version)
+    if manifest is None:
+        raise StageError(
+            Reason.VERSION_NOT_FOUND,
+            f"spec.rollbackTo: {output.uri_of(version.manifest_path)} is a manifest of another "
+            "release, which this trainer image can't read. Use the image that wrote it.",
+        )
+    make_current(output, version)
+    log.info("%s names version %s", output.uri_of(MANIFEST), name)
+    return StageResult(
+        stage=Stage.PREPARE,
+        reason=Reason.SUCCEEDED,
+        message=f"rolled back to version {name} of {manifest.created}",
+        resolved=_resolved_then(manifest),
+        complete=tuple(Stage),
+        artifacts=version.marker.files,
+        version=name,
+        manifest_uri=output.uri_of(version.manifest_path),
+        versions=summarize_versions(output),
+        metrics=manifest.metrics,
+        dataset=_dataset_then(output, manifest),
+    )
+
+
+def _resolved_then(manifest: Manifest) -> Resolved:
+    """What `prepare` found out then."""
+    lineage = manifest.lineage
+    return Resolved(
+        fingerprints=lineage.fingerprints,
+        dataset_etag=lineage.dataset_etag,
+        dataset_rows=lineage.dataset_rows,
+        eval_rows=lineage.eval_rows,
+        model_revision=lineage.model_revision,
+        model_commit=lineage.model_commit,
+    )
+
+
+def _dataset_then(output: Folder, manifest: Manifest) -> DatasetSummary | None:
+    """What it found in the dataset, where the store still knows."""
+    marker = find_complete(output, Stage.PREPARE, manifest.lineage.fingerprints.prepare)
+    try:
+        return read_prepared(output, marker).dataset if marker else None
+    except (StageError, ValueError) as error:
+        log.warning("What the dataset was like then can't be read: %s", error)
+        return None
