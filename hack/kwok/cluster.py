@@ -121,7 +121,8 @@ class KwokCluster:
 
     def _is_ready(self, name: str) -> bool:
         node = json.loads(self.plane.kubectl("get", "node", name, "-o", "json"))
-        conditions = {each["type"]: each["status"] for each in node["status"]["conditions"] or []}
+        told = node["status"].get("conditions") or []
+        conditions = {each["type"]: each["status"] for each in told}
         taints = {each["key"] for each in node["spec"].get("taints") or []}
         return conditions.get("Ready") == "True" and "node.kubernetes.io/not-ready" not in taints
 

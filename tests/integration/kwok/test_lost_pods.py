@@ -276,7 +276,7 @@ def test_a_busy_job_controller_is_no_trouble(here: Namespace) -> None:
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {"generateName": "other-"},
-        "spec": {"parallelism": 160, "template": {"spec": pod}},
+        "spec": {"parallelism": 240, "template": {"spec": pod}},
     }
     here.create("/apis/batch/v1", "jobs", job, times=5)
     here.apply()

@@ -57,6 +57,7 @@ def test_a_restart_in_the_middle_of_nothing_changes_nothing(
     here.succeed(prepared())
     pod = here.start_pod(TRAIN)["metadata"]["uid"]
     here.wait("train", lambda: here.stage(TRAIN).get("state") == "Running")
+    here.wait("both pods' usage", lambda: len(here.status()["usage"]["pods"]) == 2)
     before = here.status()
     mortal.kill()
     mortal.start()
