@@ -152,6 +152,13 @@ class Cluster:
         """Read an object; raises NotFoundError."""
         return await self._request("GET", f"{_path(kind, {'namespace': namespace})}/{name}")
 
+    async def pods(self, namespace: str, labels: Mapping[str, str]) -> list[JsonObject]:
+        """The children's pods with these labels, as the API server has them now."""
+        wanted = ",".join([CHILDREN_SELECTOR, *(f"{key}={value}" for key, value in labels.items())])
+        query = {"labelSelector": wanted}
+        found = await self._request("GET", _collection("Pod", namespace), query=query)
+        return list(found["items"] or ())
+
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
         """Delete the Job with this uid, after its pods; no error if it is gone."""
         body = {

@@ -14,7 +14,13 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-from finetune_operator.api import KIND, JsonObject
+from finetune_operator.api import (
+    FINETUNEJOB_LABEL,
+    FINETUNEJOB_NAME_ANNOTATION,
+    KIND,
+    STAGE_LABEL,
+    JsonObject,
+)
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.cluster import (
     AlreadyExistsError,
@@ -228,11 +234,29 @@ class Reconciler:
         for action in decided.actions:
             if isinstance(action, StartStage):
                 objects = await self._objects(finetunejob, action)
+                await self._make_sure_that_no_pod_works(finetunejob, objects.job)
                 for body in (*objects.access, objects.config_map):
                     await self._ensure(finetunejob, body)
                 await self._ensure(finetunejob, objects.job, dry_run=True)
                 return objects.job
         return None
+
+    async def _make_sure_that_no_pod_works(
+        self, finetunejob: ObservedFineTuneJob, job: JsonObject
+    ) -> None:
+        """Raise ConflictError if the API server has a pod at work that the watch doesn't show yet.
+
+        Jobs and pods are watched separately: a Job may be seen to be gone before its pod is seen to
+        be there. `job` is the one to start.
+        """
+        labels = {
+            each: job["metadata"]["labels"][each] for each in (FINETUNEJOB_LABEL, STAGE_LABEL)
+        }
+        for pod in await self._cluster.pods(finetunejob.namespace, labels):
+            meta = pod["metadata"]
+            mine = meta.get("annotations", {}).get(FINETUNEJOB_NAME_ANNOTATION) == finetunejob.name
+            if mine and observe_pod(pod).may_work:
+                raise ConflictError(f"the pod {meta['name']} is at work")
 
     async def _make_sure_of(self, finetunejob: ObservedFineTuneJob) -> None:
         """Raise ConflictError unless the API server still holds what the watch shows."""

@@ -33,6 +33,7 @@ from finetune_operator.settings import Settings
 from finetune_operator.status import timestamp
 from finetune_trainer.contract import Hardware, RunConfig
 from tests.unit.operator.build import SPEC
+from tests.unit.operator.raw import raw_pod
 
 KEY = "ml/support"
 MADE = ["ServiceAccount", "Role", "RoleBinding", "ConfigMap", "Job"]
@@ -50,6 +51,7 @@ class FakeCluster:
         self.said: list[tuple[str, str]] = []
         self.version = 7
         self.live_version = "7"
+        self.live_pods: list[dict[str, Any]] = []
 
     def _call(self, verb: str, what: str) -> None:
         self.calls.append((verb, what))
@@ -71,6 +73,10 @@ class FakeCluster:
             return {"metadata": {"resourceVersion": self.live_version}}
         found: dict[str, Any] = self.existing[kind]
         return {**found, "metadata": {**found["metadata"], "name": name, "namespace": namespace}}
+
+    async def pods(self, namespace: str, labels: dict[str, str]) -> list[dict[str, Any]]:
+        self._call("pods", f"{namespace}/{labels['finetune.dev/stage']}")
+        return self.live_pods
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
         self._call("delete", f"{namespace}/{name}/{uid}")
@@ -151,6 +157,7 @@ def world() -> World:
 async def test_a_job_starts_only_once_status_says_so(world: World) -> None:
     assert await world.reconcile(KEY) is None
     assert world.cluster.calls == [
+        ("pods", "ml/prepare"),
         *(("create", kind) for kind in MADE[:-1]),
         ("rehearse", "Job"),
         ("patch", "ml/support@7"),
@@ -273,6 +280,22 @@ async def test_a_denial_of_the_next_stage_leaves_the_running_one_alone(world: Wo
         await world.reconcile(KEY)
     assert world.calls("delete") == []
     assert world.cluster.patches[0]["stages"][1]["state"] == "Running"
+
+
+@pytest.mark.parametrize(
+    ("state", "starts"), [({"running": {}}, False), ({"terminated": {"exitCode": 14}}, True)]
+)
+async def test_nothing_is_started_beside_a_pod_that_the_watch_does_not_show_yet(
+    world: World, state: dict[str, Any], starts: bool
+) -> None:
+    known = {"annotations": {"finetune.dev/job-name": "support"}}
+    statuses = [{"name": "trainer", "state": state}]
+    left = raw_pod(containerStatuses=statuses)
+    world.cluster.live_pods = [{**left, "metadata": {**left["metadata"], **known}}]
+    await world.reconcile(KEY)
+    assert world.calls("pods") == ["ml/prepare"]
+    assert ("Job" in world.calls("create")) is starts
+    assert bool(world.cluster.patches) is starts
 
 
 async def test_nothing_is_started_on_a_status_that_has_changed(world: World) -> None:
