@@ -17,6 +17,7 @@ from hack.cluster.pki import Authority
 LOOPBACK = "127.0.0.1"
 KEPT = {"Authorization", "Accept", "Content-Type", "User-Agent"}
 STARTED_SECONDS = 60
+CLOSING_SECONDS = 0.5  # until the sockets of both sides are closed
 AWAY = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "ServiceUnavailable"}
 
 
@@ -89,6 +90,7 @@ class HttpProxy:
             self._ready.set()
             await self._done.wait()
             await runner.cleanup()
+        await asyncio.sleep(CLOSING_SECONDS)
 
     async def _answer(
         self, session: aiohttp.ClientSession, request: web.Request
@@ -101,6 +103,10 @@ class HttpProxy:
         self._answers.add(task)
         try:
             return await self._pass_on(session, request)
+        except asyncio.CancelledError:
+            if request.transport is not None:
+                request.transport.abort()  # the server leaves it open
+            raise
         finally:
             self._answers.discard(task)
 

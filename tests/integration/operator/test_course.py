@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from finetune_trainer.contract import Reason, Stage
@@ -96,6 +98,7 @@ def test_a_training_whose_job_was_deleted_by_hand_starts_again_when_its_pod_has_
     here.bind(pod, "a-node")  # from now on it has its grace period
     here.start_pod(TRAIN)
     here.wait("train", lambda: here.stage(TRAIN).get("state") == "Running")
+    time.sleep(1.1)  # starts within one second would be one Event
     here.plane.kubectl("delete", "jobs", "-n", here.name, "-l", "finetune.dev/stage=train")
     # The Job is gone at once, its pod is not: it saves its last checkpoint.
     here.wait("the operator to wait", lambda: here.condition("Progressing")[1] == "Stopping")
