@@ -41,6 +41,9 @@ class Run:
     trained: Trained | None = None
     error: StageError | None = None
 
+    def alive(self) -> None:
+        """The worker's channel."""
+
     def notice(self, notice: Notice) -> None:
         """The worker's channel."""
         self.notices.append(notice)

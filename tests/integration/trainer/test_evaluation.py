@@ -37,6 +37,9 @@ class Listener:
         self.notices: list[Notice] = []
         self.evaluations: list[tuple[int, float]] = []
 
+    def alive(self) -> None:
+        """The worker's channel."""
+
     def notice(self, notice: Notice) -> None:
         self.notices.append(notice)
 

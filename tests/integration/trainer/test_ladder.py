@@ -79,6 +79,9 @@ class Heard:
     def __init__(self) -> None:
         self.newest: Path | None = None
 
+    def alive(self) -> None:
+        """The worker's channel."""
+
     def notice(self, notice: Notice) -> None:
         raise AssertionError(notice.text)
 

@@ -137,6 +137,9 @@ def test_only_who_named_it_is_told_that_it_failed(
     monkeypatch.setattr(os, "execv", lambda *command: started.append(command))
 
     class Heard:
+        def alive(self) -> None:
+            """The worker's channel."""
+
         def notice(self, notice: Notice) -> None:
             notices.append(notice)
 
