@@ -93,7 +93,7 @@ def test_a_pod_whose_gpu_nobody_knew_finds_out_before_it_loads_the_model(
         monkeypatch.setattr(setup, "find_gpus", lambda _wanted: Gpus(torch=small))
         asked: list[TrainingPlan] = []
 
-        def run(_: training_session.WorkerProcess, work: TrainingWork) -> Failed:
+        def run(_: training_session.WorkerProcess, work: TrainingWork, *__: object) -> Failed:
             asked.append(work.plan)
             return Failed(reason=Reason.STOPPED, message="This worker trains nothing.")
 
