@@ -151,8 +151,8 @@ def at_once(pods: Iterable[PodLife]) -> list[Broken]:
     """Two trainers of one stage at work, which would write the same files."""
     found = []
     at_work: dict[tuple[str, str], list[PodLife]] = defaultdict(list)
-    began = sorted((pod for pod in pods if pod.runs), key=lambda pod: pod.runs.version)  # type: ignore[union-attr]
-    for pod in began:
+    began = [(pod.runs.version, pod) for pod in pods if pod.runs]
+    for _, pod in sorted(began, key=lambda pair: pair[0]):
         others = at_work[pod.job, pod.stage]
         for other in others:
             if _overlap(other, pod):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from uuid import uuid4
 
 import pytest
 
 from hack.kwok.cluster import KwokCluster
 from hack.operator_process import Operator, install
 from tests.fixtures import start_or_leave_out
-from tests.integration.operator.stage import Namespace
+from tests.integration.operator.stage import Namespace, new_namespace
 
 NODE = "fake-1"
 
@@ -44,10 +43,6 @@ def operator(
 @pytest.fixture
 def here(kwok_cluster: KwokCluster, operator: Operator) -> Iterator[Namespace]:
     """An empty namespace that the running operator watches."""
-    name = f"test-{uuid4().hex[:8]}"
-    kwok_cluster.plane.kubectl("create", "namespace", name)
-    namespace = Namespace(kwok_cluster.plane, name)
-    yield namespace
-    operator.ready()  # no test may leave a dead operator behind
-    namespace.close()
-    kwok_cluster.plane.kubectl("delete", "namespace", name, "--wait=false")
+    with new_namespace(kwok_cluster.plane) as namespace:
+        yield namespace
+        operator.ready()  # no test may leave a dead operator behind

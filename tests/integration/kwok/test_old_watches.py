@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
@@ -14,7 +13,7 @@ from hack.chaos.recorder import Recorder
 from hack.kwok import stages
 from hack.kwok.cluster import KwokCluster
 from hack.operator_process import Operator
-from tests.integration.operator.stage import Namespace
+from tests.integration.operator.stage import Namespace, new_namespace
 
 HELD_SECONDS = 8.0
 
@@ -22,11 +21,8 @@ HELD_SECONDS = 8.0
 @pytest.fixture
 def here(kwok_cluster: KwokCluster) -> Iterator[Namespace]:
     """An empty namespace."""
-    namespace = Namespace(kwok_cluster.plane, f"test-{uuid4().hex[:8]}")
-    kwok_cluster.plane.kubectl("create", "namespace", namespace.name)
-    yield namespace
-    namespace.close()
-    kwok_cluster.plane.kubectl("delete", "namespace", namespace.name, "--wait=false")
+    with new_namespace(kwok_cluster.plane) as namespace:
+        yield namespace
 
 
 def test_a_deleted_job_whose_pod_was_never_seen_has_no_second_pod_beside_it(

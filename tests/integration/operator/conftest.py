@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
 from hack.cluster.control_plane import ControlPlane
 from hack.operator_process import Operator, install
 from tests.fixtures import require_supported
-from tests.integration.operator.stage import Namespace
+from tests.integration.operator.stage import Namespace, new_namespace
 
 
 @pytest.fixture(scope="session")
@@ -69,10 +69,15 @@ def without_rules(node: Any) -> Any:
 @pytest.fixture
 def here(installed: ControlPlane, operator: Operator) -> Iterator[Namespace]:
     """An empty namespace that the running operator watches."""
-    name = f"test-{uuid4().hex[:8]}"
-    installed.kubectl("create", "namespace", name)
-    namespace = Namespace(installed, name)
-    yield namespace
-    operator.ready()  # no test may leave a dead operator behind
-    namespace.close()
-    installed.kubectl("delete", "namespace", name, "--wait=false")
+    with new_namespace(installed) as namespace:
+        yield namespace
+        operator.ready()  # no test may leave a dead operator behind
+
+
+@pytest.fixture
+def mortal(installed: ControlPlane, tmp_path: Path) -> Iterator[Operator]:
+    """An operator that the test may kill."""
+    operator = Operator(installed, tmp_path)
+    operator.start()
+    yield operator
+    operator.stop()

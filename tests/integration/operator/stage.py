@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import httpx
 
@@ -37,6 +39,16 @@ CHILDREN = {
 MANAGED = "app.kubernetes.io/managed-by=finetune-operator"
 
 Raw = dict[str, Any]
+
+
+@contextmanager
+def new_namespace(plane: ControlPlane) -> Iterator[Namespace]:
+    """An empty namespace, which is deleted at the end."""
+    namespace = Namespace(plane, f"test-{uuid4().hex[:8]}")
+    plane.kubectl("create", "namespace", namespace.name)
+    yield namespace
+    namespace.close()
+    plane.kubectl("delete", "namespace", namespace.name, "--wait=false")
 
 
 class Namespace:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 import yaml
@@ -18,7 +17,14 @@ from hack.cluster.control_plane import ControlPlane
 from hack.operator_process import Operator
 from tests.fixtures import start_or_leave_out
 from tests.gitops import argo_health, find_programs, kstatus, programs
-from tests.integration.operator.stage import SPEC, Namespace, exported, prepared, trained
+from tests.integration.operator.stage import (
+    SPEC,
+    Namespace,
+    exported,
+    new_namespace,
+    prepared,
+    trained,
+)
 
 PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN
 NO_NODE = {
@@ -41,12 +47,8 @@ def tools(request: pytest.FixtureRequest) -> None:
 @pytest.fixture
 def here(installed: ControlPlane) -> Iterator[Namespace]:
     """An empty namespace that no operator looks at yet."""
-    name = f"test-{uuid4().hex[:8]}"
-    installed.kubectl("create", "namespace", name)
-    namespace = Namespace(installed, name)
-    yield namespace
-    namespace.close()
-    installed.kubectl("delete", "namespace", name, "--wait=false")
+    with new_namespace(installed) as namespace:
+        yield namespace
 
 
 @pytest.fixture

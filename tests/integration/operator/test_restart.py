@@ -4,36 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
 from finetune_trainer.contract import Stage
 from hack.cluster.control_plane import ControlPlane
 from hack.operator_process import Operator
-from tests.integration.operator.stage import Namespace, exported, prepared, trained
+from tests.integration.operator.stage import Namespace, exported, new_namespace, prepared, trained
 
 PREPARE, TRAIN, EXPORT = Stage.PREPARE, Stage.TRAIN, Stage.EXPORT
 
 
 @pytest.fixture
-def mortal(installed: ControlPlane, tmp_path: Path) -> Iterator[Operator]:
-    """An operator that the test may kill."""
-    operator = Operator(installed, tmp_path)
-    operator.start()
-    yield operator
-    operator.stop()
-
-
-@pytest.fixture
 def here(installed: ControlPlane) -> Iterator[Namespace]:
     """An empty namespace."""
-    name = f"test-{uuid4().hex[:8]}"
-    installed.kubectl("create", "namespace", name)
-    namespace = Namespace(installed, name)
-    yield namespace
-    namespace.close()
-    installed.kubectl("delete", "namespace", name, "--wait=false")
+    with new_namespace(installed) as namespace:
+        yield namespace
 
 
 def test_what_happened_while_it_was_dead_is_taken_in(here: Namespace, mortal: Operator) -> None:

@@ -10,9 +10,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
@@ -20,7 +18,7 @@ from finetune_trainer.contract import Stage
 from hack.cluster.control_plane import ControlPlane
 from hack.operator_process import Operator
 from hack.process import CommandFailed
-from tests.integration.operator.stage import Namespace, exported, prepared, trained
+from tests.integration.operator.stage import Namespace, exported, new_namespace, prepared, trained
 
 PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN
 NAME = "crd/finetunejobs.finetune.dev"
@@ -54,23 +52,10 @@ def with_a_later_field(schema: Schema) -> None:
 
 
 @pytest.fixture
-def mortal(installed: ControlPlane, tmp_path: Path) -> Iterator[Operator]:
-    """An operator that the test may kill."""
-    operator = Operator(installed, tmp_path)
-    operator.start()
-    yield operator
-    operator.stop()
-
-
-@pytest.fixture
 def here(installed: ControlPlane) -> Iterator[Namespace]:
     """An empty namespace."""
-    name = f"test-{uuid4().hex[:8]}"
-    installed.kubectl("create", "namespace", name)
-    namespace = Namespace(installed, name)
-    yield namespace
-    namespace.close()
-    installed.kubectl("delete", "namespace", name, "--wait=false")
+    with new_namespace(installed) as namespace:
+        yield namespace
 
 
 def skew(here: Namespace) -> str:

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
@@ -15,7 +14,7 @@ from hack.cluster.control_plane import ControlPlane
 from hack.operator_process import Operator
 from hack.process import free_ports
 from tests.integration.operator.http_proxy import HttpProxy
-from tests.integration.operator.stage import Namespace, prepared
+from tests.integration.operator.stage import Namespace, new_namespace, prepared
 
 PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN
 RIGHTS = "clusterrolebinding/finetune-operator"
@@ -26,12 +25,8 @@ OUTAGE_SECONDS = 52  # a client that tries again for some time only has given up
 @pytest.fixture
 def here(installed: ControlPlane) -> Iterator[Namespace]:
     """An empty namespace."""
-    name = f"test-{uuid4().hex[:8]}"
-    installed.kubectl("create", "namespace", name)
-    namespace = Namespace(installed, name)
-    yield namespace
-    namespace.close()
-    installed.kubectl("delete", "namespace", name, "--wait=false")
+    with new_namespace(installed) as namespace:
+        yield namespace
 
 
 def test_an_outage_at_the_start_is_waited_out(
