@@ -108,6 +108,7 @@ from finetune_trainer.contract.run import (
 )
 from finetune_trainer.contract.storage import DatasetStorage, Encryption, ModelStorage, Storage
 from finetune_trainer.contract.training import (
+    ALL_LINEAR,
     EarlyStopping,
     Lora,
     Model,
@@ -119,6 +120,7 @@ from finetune_trainer.contract.training import (
 from finetune_trainer.contract.verdict import REJECTED, FileVerdict, GateReport, Quality, Sample
 
 __all__ = [
+    "ALL_LINEAR",
     "GROUP",
     "HUB_DATASETS",
     "LOCATION_RULE",

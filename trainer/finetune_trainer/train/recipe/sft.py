@@ -30,6 +30,7 @@ from transformers import (
 from trl.trainer.sft_config import SFTConfig
 
 from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.model.adapter import lora_config
 from finetune_trainer.model.loading import (
     compute_dtype_of,
     device_name,
@@ -45,7 +46,6 @@ from finetune_trainer.train.recipe.data import TokenizedRows, check_rows, tokeni
 from finetune_trainer.train.recipe.lora import (
     count_base_parameters,
     count_trainable_parameters,
-    lora_config,
     make_layers_faster,
 )
 from finetune_trainer.train.recipe.packing import prepare_packing
