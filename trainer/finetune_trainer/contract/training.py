@@ -87,6 +87,36 @@ class Lora(Base):
         return names
 
 
+ModelSource = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=1024,
+        json_schema_extra=cel(
+            "self.startsWith('s3://') || self.startsWith('/')"
+            " || self.matches('^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')",
+            "must be org/name on the Hugging Face Hub, s3://bucket/folder, "
+            "or the absolute path of a mounted folder",
+        ),
+    ),
+]
+
+
+class InitFrom(Base):
+    """An adapter to go on from, instead of one that changes nothing yet."""
+
+    source: ModelSource
+    """Folder with adapter_config.json and adapter_model.safetensors, or with a version of a job:
+    `s3://bucket/models/faq/versions/0123456789ab` (reached by spec.storage), `org/name` on the
+    Hugging Face Hub, or the absolute path of a mounted folder. It must be of this base model, and
+    spec.training.lora must say what it is: the same r, alpha, useRslora, useDora and
+    targetModules."""
+
+    revision: Annotated[str, Field(min_length=1, max_length=256)] = "main"
+    """Branch, tag or commit of a Hub repository. What is in the files decides whether the training
+    runs again, not their name."""
+
+
 class EarlyStopping(Base):
     """When to stop before all epochs are trained."""
 
@@ -117,6 +147,10 @@ class Training(Base):
 
     lora: Lora = Lora()
     """Size and place of the adapter."""
+
+    init_from: InitFrom | None = None
+    """The adapter to go on from, such as that of an earlier version. Left out, the training begins
+    with the base model."""
 
     epochs: Annotated[
         int | Literal["auto"],
@@ -248,19 +282,7 @@ class Training(Base):
 class Model(Base):
     """The base model to fine-tune."""
 
-    source: Annotated[
-        str,
-        Field(
-            min_length=1,
-            max_length=1024,
-            json_schema_extra=cel(
-                "self.startsWith('s3://') || self.startsWith('/')"
-                " || self.matches('^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')",
-                "must be org/name on the Hugging Face Hub, s3://bucket/folder, "
-                "or the absolute path of a mounted folder",
-            ),
-        ),
-    ]
+    source: ModelSource
     """Where the base model is: `org/name` on the Hugging Face Hub, `s3://bucket/folder`, or the
     absolute path of a folder that is mounted into the pods. It must hold safetensors weights."""
 
