@@ -110,6 +110,7 @@ from finetune_trainer.contract.storage import DatasetStorage, Encryption, ModelS
 from finetune_trainer.contract.training import (
     ALL_LINEAR,
     EarlyStopping,
+    InitFrom,
     Lora,
     Model,
     TargetModule,
@@ -159,6 +160,7 @@ __all__ = [
     "GateReport",
     "Hardware",
     "Hub",
+    "InitFrom",
     "JobReference",
     "LengthSpread",
     "Lineage",

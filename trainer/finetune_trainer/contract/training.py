@@ -70,6 +70,15 @@ class Lora(Base):
     (Phi-3, Phi-4) q_proj, k_proj and v_proj stand for qkv_proj, gate_proj and up_proj for
     gate_up_proj. With dots a name means fewer layers, e.g. layers.0.self_attn.q_proj."""
 
+    modules_to_save: Annotated[
+        tuple[ModuleName, ...],
+        Field(max_length=2, json_schema_extra={"x-kubernetes-list-type": "set"}),
+    ] = ()
+    """Modules that are trained as a whole beside the adapter, with all of their weights: the input
+    embedding (embed_tokens), the output layer (lm_head), or both. For tokens that the base model
+    knows no meaning of, e.g. those of another chat template. It takes 16 bytes a weight, and
+    llama.cpp can't apply such an adapter alone; the merged files are as usual."""
+
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r (rank-stabilized LoRA), so that large ranks
     learn as they should."""
@@ -85,6 +94,36 @@ class Lora(Base):
         if ALL_LINEAR in names and len(names) > 1:
             raise ValueError(_ALONE)
         return names
+
+
+ModelSource = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=1024,
+        json_schema_extra=cel(
+            "self.startsWith('s3://') || self.startsWith('/')"
+            " || self.matches('^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')",
+            "must be org/name on the Hugging Face Hub, s3://bucket/folder, "
+            "or the absolute path of a mounted folder",
+        ),
+    ),
+]
+
+
+class InitFrom(Base):
+    """An adapter to go on from, instead of one that changes nothing yet."""
+
+    source: ModelSource
+    """Folder with adapter_config.json and adapter_model.safetensors, or with a version of a job:
+    `s3://bucket/models/faq/versions/0123456789ab` (reached by spec.storage), `org/name` on the
+    Hugging Face Hub, or the absolute path of a mounted folder. It must be of this base model, and
+    spec.training.lora must say what it is: the same r, alpha, useRslora, useDora and
+    targetModules."""
+
+    revision: Annotated[str, Field(min_length=1, max_length=256)] = "main"
+    """Branch, tag or commit of a Hub repository. What is in the files decides whether the training
+    runs again, not their name."""
 
 
 class EarlyStopping(Base):
@@ -117,6 +156,10 @@ class Training(Base):
 
     lora: Lora = Lora()
     """Size and place of the adapter."""
+
+    init_from: InitFrom | None = None
+    """The adapter to go on from, such as that of an earlier version. Left out, the training begins
+    with the base model."""
 
     epochs: Annotated[
         int | Literal["auto"],
@@ -248,19 +291,7 @@ class Training(Base):
 class Model(Base):
     """The base model to fine-tune."""
 
-    source: Annotated[
-        str,
-        Field(
-            min_length=1,
-            max_length=1024,
-            json_schema_extra=cel(
-                "self.startsWith('s3://') || self.startsWith('/')"
-                " || self.matches('^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')",
-                "must be org/name on the Hugging Face Hub, s3://bucket/folder, "
-                "or the absolute path of a mounted folder",
-            ),
-        ),
-    ]
+    source: ModelSource
     """Where the base model is: `org/name` on the Hugging Face Hub, `s3://bucket/folder`, or the
     absolute path of a folder that is mounted into the pods. It must hold safetensors weights."""
 

@@ -30,11 +30,45 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 WORKER = "finetune_trainer.model.adapter"  # this module as a program
-PREFIX = "base_model.model."  # of the names in an adapter's file
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of the names in the latter
 FIELD = "spec.training.lora.targetModules"
 EXPERT_DIMENSIONS = 3  # of a parameter: experts, outputs and inputs
 
+_OTHER_RESULT = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+"""Fields of PEFT 0.21's LoraConfig that change what an adapter stands for."""
+
+_PLAIN_START = (True, False, None, "gaussian")
+"""Values of init_lora_weights that leave the base model's weights as they are."""
+
 log = logging.getLogger(__name__)
+
+
+def other_kind(config: dict[str, Any]) -> str | None:
+    """What an adapter_config.json sets that plain LoRA, rsLoRA and DoRA don't; None if nothing."""
+    if (kind := config.get("peft_type")) != "LORA":
+        return f"peft_type {kind}"
+    if found := [name for name in _OTHER_RESULT if config.get(name)]:
+        return ", ".join(found)
+    if config.get("bias") not in ("none", None):
+        return f"bias {config['bias']}"
+    if (start := config.get("init_lora_weights")) not in _PLAIN_START:
+        return f"init_lora_weights {start}"
+    return None
 
 
 class Layers(Base):
@@ -96,7 +130,7 @@ def told_by_files(lora: Lora, tensors: Iterable[str]) -> bool:
 
     They don't tell linear layers from others, nor how transformers holds experts.
     """
-    usual = set(lora.target_modules) <= set(TargetModule)
+    usual = set(lora.target_modules) <= set(TargetModule) and not lora.modules_to_save
     return usual and not any(".experts." in name for name in tensors)
 
 
@@ -117,6 +151,31 @@ def resolve_targets(lora: Lora, layers: Layers) -> list[str]:
     if fused := [f"{own} for {name}" for name, own in found.items() if name != own]:
         log.info("The model fuses layers: the adapter goes to %s", ", ".join(fused))
     return sorted({own for own in found.values() if own})
+
+
+def resolve_whole(lora: Lora, layers: Layers) -> list[str]:
+    """The modules that are trained as a whole, as PEFT takes them.
+
+    Where input embedding and output layer are one, either name stands for it. Raises
+    StageError(InvalidConfig) for any other module.
+    """
+    own = {"embedding": layers.embedding, "output": layers.output}
+    found = {
+        kind: name
+        for kind, module in own.items()
+        for name in lora.modules_to_save
+        if module and is_meant(module, [name])
+    }
+    if missing := sorted(set(lora.modules_to_save) - set(found.values())):
+        names = " and ".join(_short(each) for each in own.values() if each) or "none"
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"spec.training.lora.modulesToSave: {', '.join(missing)} is neither the base model's "
+            f"input embedding nor its output layer, which are {names}.",
+        )
+    if found and layers.tied and layers.embedding:
+        return [_short(layers.embedding)]
+    return [*found.values()]
 
 
 def is_meant(name: str, targets: Collection[str]) -> bool:
@@ -168,6 +227,8 @@ def lora_config(lora: Lora, model: torch.nn.Module) -> LoraConfig:
     from peft import LoraConfig  # noqa: PLC0415
 
     linear = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    layers = Layers.of(model)
+    whole = resolve_whole(lora, layers)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -175,7 +236,9 @@ def lora_config(lora: Lora, model: torch.nn.Module) -> LoraConfig:
         lora_dropout=lora.dropout,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        target_modules=resolve_targets(lora, Layers.of(model)),
+        target_modules=resolve_targets(lora, layers),
+        modules_to_save=whole or None,
+        ensure_weight_tying=bool(whole) and layers.tied,
         exclude_modules=None if of_text(linear) == linear else NO_TEXT,
         bias="none",
     )

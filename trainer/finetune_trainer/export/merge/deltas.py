@@ -12,7 +12,14 @@ import torch
 from safetensors import SafetensorError
 
 from finetune_trainer.contract import Reason, StageError
-from finetune_trainer.export.merge.checkpoint import open_file, shortened
+from finetune_trainer.export.merge.checkpoint import OUTPUT_LAYERS, open_file, shortened
+from finetune_trainer.model.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PREFIX,
+    is_meant,
+    other_kind,
+)
 
 ALIGNED = 64  # rows
 
@@ -54,6 +61,30 @@ class Delta:
         return total
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """The weight of a module that was trained as a whole (PEFT's modules_to_save)."""
+
+    weight: torch.Tensor
+    """(out, in)"""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the weight that it replaces."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        return (self.weight,)
+
+    def merge(self, base: torch.Tensor, start: int) -> torch.Tensor:
+        """The rows in place of `base`, which are those from `start` on, in float32."""
+        return self.weight[start : start + base.shape[0]].float()
+
+
+WeightChange = Delta | Replacement
+
+
 def _enough_rows(start: int, stop: int, rows: int) -> tuple[int, int]:
     """The rows to compute so that `start` to `stop` get the bits that they have among all."""
     low = start // ALIGNED * ALIGNED
@@ -63,52 +94,53 @@ def _enough_rows(start: int, stop: int, rows: int) -> tuple[int, int]:
     return low, high
 
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-
+_WEIGHT = ".weight"
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
-_OTHER_RESULT = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "fan_in_fan_out",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "megatron_config",
-    "modules_to_save",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
-"""Fields of PEFT 0.21's LoraConfig that change what a merge gives, or forbid one."""
 
-_PLAIN_START = (True, False, None, "gaussian")
-"""Values of init_lora_weights that leave the base model's weights as they are."""
+def read_adapter(folder: Path) -> dict[str, WeightChange]:
+    """What the adapter changes, by module such as model.layers.0.self_attn.q_proj.
 
-
-def read_adapter(folder: Path) -> dict[str, Delta]:
-    """The adapter's deltas by module, e.g. model.layers.0.self_attn.q_proj; raises StageError."""
-    config = _read_config(folder / CONFIG)
+    Raises StageError(ModelUnsupported) where it can't be merged.
+    """
+    config = _read_config(folder / ADAPTER_CONFIG)
     _refuse_other_kinds(config)
     if missing := [key for key in ("r", "lora_alpha") if not config.get(key)]:
-        raise _unusable(f"{CONFIG} has no {shortened(missing)}")
-    tensors = _read_tensors(folder / WEIGHTS)
+        raise _unusable(f"{ADAPTER_CONFIG} has no {shortened(missing)}")
+    tensors = _read_tensors(folder / ADAPTER_WEIGHTS)
     modules = {name.removesuffix(_A) for name in tensors if name.endswith(_A)}
     used = {f"{m}{part}" for m in modules for part in (_A, _B, _MAGNITUDE)}
-    if unknown := sorted(set(tensors) - used):
+    whole = {name for name in tensors if _is_whole(name, config)}
+    if unknown := sorted(set(tensors) - used - whole):
         raise StageError(
             Reason.MODEL_UNSUPPORTED,
             f"The adapter can't be merged: it holds {shortened(unknown)} besides the LoRA weights "
-            "of linear layers. Leave embed_tokens and lm_head out of the target modules.",
+            "of linear layers. Leave embed_tokens and lm_head out of the target modules; "
+            "modules_to_save may name them.",
         )
     if not modules:
         raise _unusable("it holds no LoRA layer")
-    return {m.removeprefix(PREFIX): _delta(m, tensors, config) for m in sorted(modules)}
+    _check_whole(config, whole)
+    found: dict[str, WeightChange] = {m: _delta(m, tensors, config) for m in sorted(modules)}
+    found |= {n.removesuffix(_WEIGHT): Replacement(tensors[n]) for n in sorted(whole)}
+    return {module.removeprefix(PREFIX): change for module, change in found.items()}
+
+
+def _check_whole(config: dict[str, Any], whole: set[str]) -> None:
+    """Each module that was trained as a whole must be there."""
+    there = [name.removesuffix(_WEIGHT) for name in whole]
+    for name in config.get("modules_to_save") or ():
+        if not any(is_meant(module, [name]) for module in there):
+            raise _unusable(f"modules_to_save names {name}, whose weight is missing")
+
+
+def _is_whole(name: str, config: dict[str, Any]) -> bool:
+    """Whether a tensor is the weight of a module that was trained as a whole."""
+    module = name.removesuffix(_WEIGHT)
+    named = config.get("modules_to_save") or ()
+    tied = bool(named) and bool(config.get("ensure_weight_tying"))
+    targets = (*named, *(OUTPUT_LAYERS if tied else ()))  # saved once more under that name
+    return module != name and ".lora_" not in name and is_meant(module, targets)
 
 
 def _delta(module: str, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Delta:
@@ -158,21 +190,15 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _refuse_other_kinds(config: dict[str, Any]) -> None:
-    if (kind := config.get("peft_type")) != "LORA":
-        raise _refused(f"peft_type {kind}")
-    if found := [name for name in _OTHER_RESULT if config.get(name)]:
-        raise _refused(shortened(found))
-    if config.get("bias") not in ("none", None):
-        raise _refused(f"bias {config['bias']}")
-    if (start := config.get("init_lora_weights")) not in _PLAIN_START:
-        raise _refused(f"init_lora_weights {start}")
+    if kind := other_kind(config):
+        raise _refused(kind)
 
 
 def _refused(what: str) -> StageError:
     return StageError(
         Reason.MODEL_UNSUPPORTED,
-        f"The adapter can't be merged: its {CONFIG} sets {what}. Train plain LoRA, rsLoRA or DoRA "
-        "without it, or merge this adapter with PEFT itself.",
+        f"The adapter can't be merged: its {ADAPTER_CONFIG} sets {what}. Train plain LoRA, rsLoRA "
+        "or DoRA without it, or merge this adapter with PEFT itself.",
     )
 
 

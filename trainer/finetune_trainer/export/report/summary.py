@@ -55,6 +55,12 @@ def overall(facts: Facts) -> Statement:
 def compared_with_base(facts: Facts) -> Statement:
     """Whether the tuned model is better than its base on rows that it never saw."""
     change = facts.change
+    if change is None and facts.lineage.init_from:
+        return Statement(
+            Tone.PLAIN,
+            "It was not compared with its base model: the training went on from an adapter, and "
+            "the gate measured no held-out rows.",
+        )
     if change is None:
         return Statement(
             Tone.PLAIN,
@@ -169,7 +175,7 @@ def _adapter(facts: Facts) -> Iterator[LoadingCommand]:
     )
     lora = facts.config.training.lora
     rank = next((rank for rank in VLLM_RANKS if rank >= lora.r), None)
-    if rank is None or lora.use_dora:  # neither is served by vLLM
+    if rank is None or lora.use_dora or lora.modules_to_save:  # neither is served by vLLM
         return
     name = shlex.quote(f"{facts.name}=./adapter")
     yield LoadingCommand(

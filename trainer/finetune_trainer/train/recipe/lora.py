@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.model.adapter import ADAPTER_WEIGHTS
+
+log = logging.getLogger(__name__)
 
 RANDOM_BITS = 16  # for each value
 
@@ -28,6 +36,23 @@ def count_trainable_parameters(model: torch.nn.Module) -> int:
     return count
 
 
+def start_from(model: PeftModel, folder: Path) -> None:
+    """Take the weights of an adapter in a folder, which has the same layers and rank.
+
+    Raises StageError(InvalidConfig) where it has others.
+    """
+    saved = load_file(folder / ADAPTER_WEIGHTS)
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in wanted.items()}:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            "spec.training.initFrom: the adapter has not the layers and shapes of this training: "
+            "set spec.training.lora as it was trained with.",
+        )
+    set_peft_model_state_dict(model, saved)
+    log.info("The training goes on from an adapter with %d tensors", len(saved))
+
+
 def make_layers_faster(model: torch.nn.Module) -> None:
     """Let LoRA layers take their input as it is, and drop out faster on a CPU.
 
@@ -41,6 +66,18 @@ def make_layers_faster(model: torch.nn.Module) -> None:
         for name, module in layer.lora_dropout.items():
             if isinstance(module, torch.nn.Dropout):
                 layer.lora_dropout[name] = FastDropout(module.p)
+
+
+def embed_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let the input embedding give its rows in this type, also where it is trained in float32.
+
+    All layers after it would compute in float32 otherwise, or in two types at once.
+    """
+
+    def cast(_: torch.nn.Module, __: object, rows: torch.Tensor) -> torch.Tensor:
+        return rows.to(dtype)
+
+    model.get_input_embeddings().register_forward_hook(cast)
 
 
 class FastDropout(torch.nn.Module):
