@@ -6,14 +6,12 @@ one is computed.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -23,10 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from finetune_trainer.contract import (
     REJECTED,
     DatasetReport,
-    Example,
     FileVerdict,
     GateReport,
-    ListedRows,
     PreparedRunConfig,
     Quality,
     Quantization,
@@ -40,6 +36,7 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.export.gate import DerivedGate, SourceGate, rejects
 from finetune_trainer.export.gate.expected import GateInputs
+from finetune_trainer.export.gate.rows import ExampleFiles, count_lines, read_examples
 from finetune_trainer.export.gguf.files import (
     IMPORTANCE_TYPES,
     GgufSource,
@@ -320,36 +317,6 @@ def make_modelfile(context: ExportContext, files: list[CheckedFile]) -> None:
     context.add_file(file, file.name)
 
 
-MOST_ROWS = 5000
-"""Examples in memory, more than the gate or an importance matrix measures on."""
-
-
-@dataclass(frozen=True)
-class ExampleFiles:
-    """What `prepare` made of the dataset: files with one example as JSON a line."""
-
-    trained: Path
-    held_out: Path | None
-
-    numbers: ListedRows | None = None
-    """Of the held-out rows in the dataset, where they were taken out of it."""
-
-    def measured(self) -> list[Example]:
-        """The rows that files are measured on: the held-out ones, or else those trained on."""
-        return read_examples(self.held_out or self.trained)
-
-    def names(self) -> list[str]:
-        """What people call each row of `measured`."""
-        file = self.held_out or self.trained
-        if self.held_out and self.numbers:
-            found = [f"row {row}" for row in self.numbers.rows or ()]
-            for name, rows in (self.numbers.files or {}).items():
-                found += [f"{name}:{row}" for row in rows]
-        else:
-            found = [f"line {number} of {file.name}" for number in range(1, count_lines(file) + 1)]
-        return every(found, len(found))
-
-
 @dataclass(frozen=True)
 class ExportInputs:
     """What the stages before left."""
@@ -392,23 +359,6 @@ def fetch_examples(config: PreparedRunConfig, output: Folder, workspace: Path) -
     listed = split.held_out if split else None
     known = listed is not None and listed.count == count_lines(held_out)
     return ExampleFiles(trained, held_out, listed if known else None)
-
-
-def read_examples(file: Path) -> list[Example]:
-    """At most MOST_ROWS of a file's examples, one a line as JSON, at equal distances."""
-    total = count_lines(file)
-    with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in every(lines, total)]
-
-
-def count_lines(file: Path) -> int:
-    with file.open(encoding="utf-8") as lines:
-        return sum(1 for _ in lines)
-
-
-def every(items: Iterable[T], total: int) -> list[T]:
-    """At most MOST_ROWS of so many items, at equal distances."""
-    return list(islice(items, 0, None, -(-total // MOST_ROWS) or 1))
 
 
 MEMORY_BYTES = 3 * GIB // 2

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
+from itertools import islice, takewhile
+from pathlib import Path
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Example, Message, Sample
+from finetune_trainer.contract import Example, ListedRows, Message, Sample
 from finetune_trainer.export.reference import MeasuredRow
 from finetune_trainer.model.rendering import render_example, render_prompt
 from finetune_trainer.model.tokenizer import IGNORED, Encoded, common_length, encode_batch
@@ -39,6 +40,53 @@ billion parameters computes 16 GFLOP for each, twice in float32 for the referenc
 file."""
 BLOCK_TOKENS = 16
 """Neighbouring tokens of a row that count as one observation, since they depend on each other."""
+
+
+MOST_ROWS = 5000
+"""Examples in memory, more than the gate or an importance matrix measures on."""
+
+
+@dataclass(frozen=True)
+class ExampleFiles:
+    """What `prepare` made of the dataset: files with one example as JSON a line."""
+
+    trained: Path
+    held_out: Path | None
+
+    numbers: ListedRows | None = None
+    """Of the held-out rows in the dataset, where they were taken out of it."""
+
+    def measured(self) -> list[Example]:
+        """The rows that files are measured on: the held-out ones, or else those trained on."""
+        return read_examples(self.held_out or self.trained)
+
+    def names(self) -> list[str]:
+        """What people call each row of `measured`."""
+        file = self.held_out or self.trained
+        if self.held_out and self.numbers:
+            found = [f"row {row}" for row in self.numbers.rows or ()]
+            for name, rows in (self.numbers.files or {}).items():
+                found += [f"{name}:{row}" for row in rows]
+        else:
+            found = [f"line {number} of {file.name}" for number in range(1, count_lines(file) + 1)]
+        return every(found, len(found))
+
+
+def read_examples(file: Path) -> list[Example]:
+    """At most MOST_ROWS of a file's examples, one a line as JSON, at equal distances."""
+    total = count_lines(file)
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in every(lines, total)]
+
+
+def count_lines(file: Path) -> int:
+    with file.open(encoding="utf-8") as lines:
+        return sum(1 for _ in lines)
+
+
+def every(items: Iterable[T], total: int) -> list[T]:
+    """At most MOST_ROWS of so many items, at equal distances."""
+    return list(islice(items, 0, None, -(-total // MOST_ROWS) or 1))
 
 
 @dataclass(frozen=True)

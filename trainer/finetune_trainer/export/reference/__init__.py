@@ -9,11 +9,11 @@ Below is how log-probabilities of the next token are kept in a file, and how far
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,14 @@ class Generated(Base):
     tokens: int
     stopped: bool
     """Whether the model ended it itself."""
+
+    @classmethod
+    def of(cls, tokenizer: Any, tokens: Sequence[int], ends: Collection[int]) -> Self:
+        """Of the tokens of an answer, which one of `ends` ends."""
+        at = next((place for place, token in enumerate(tokens) if token in ends), None)
+        said = list(tokens[:at])
+        text = tokenizer.decode(said, skip_special_tokens=True)
+        return cls(text=text, tokens=len(said), stopped=at is not None)
 
 
 def passes(rows: Sequence[MeasuredRow]) -> Iterator[list[MeasuredRow]]:

@@ -70,10 +70,7 @@ def compute_reference(
     return Reference(
         tuned_file=request.tuned_file,
         base_file=request.base_file if answer.base else None,
-        tuned=answer.tuned,
-        base=answer.base,
-        merged=answer.merged,
-        answers=answer.answers,
+        **dict(answer),
     )
 
 
@@ -225,10 +222,7 @@ def logits_of_both(model: PeftModel, rows: Sequence[MeasuredRow]) -> torch.Tenso
 def answer_prompts(
     model: PreTrainedModel | PeftModel, request: ReferenceRequest
 ) -> tuple[Generated, ...]:
-    """Answer the prompts greedily, as transformers does with the folder's own settings.
-
-    Nothing is answered where reading the prompts alone takes longer than there is time.
-    """
+    """Answer the prompts greedily, as transformers does with the folder's own settings."""
     tokenizer = load_tokenizer(cast("ModelFolder", request.merged))
     width = max(len(prompt) for prompt in request.prompts)
     ids = torch.full((len(request.prompts), width), int(tokenizer.pad_token_id))
@@ -246,14 +240,7 @@ def answer_prompts(
         max_time=request.answer_seconds,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return tuple(_generated(tokenizer, answer[width:].tolist(), ends) for answer in found)
-
-
-def _generated(tokenizer: Any, tokens: list[int], ends: set[int]) -> Generated:
-    at = next((place for place, token in enumerate(tokens) if token in ends), None)
-    said = tokens if at is None else tokens[:at]
-    text = tokenizer.decode(said, skip_special_tokens=True)
-    return Generated(text=text, tokens=len(said), stopped=at is not None)
+    return tuple(Generated.of(tokenizer, answer[width:].tolist(), ends) for answer in found)
 
 
 BLOCK_VALUES = 1 << 24
