@@ -275,7 +275,7 @@ def test_the_process_that_fails_gives_the_reason_for_all(
 def test_memory_that_runs_out_in_one_process_makes_the_passes_of_all_smaller(
     alone: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No process can save: one has failed, the other waits for it. The newest checkpoint is left."""
+    """No process can save: one failed, the other waits for it. The newest checkpoint is left."""
     monkeypatch.setenv("FAIL", "1:3:crowded")
     asked: list[TrainingWork] = []
     written: list[Path] = []

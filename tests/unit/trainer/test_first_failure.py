@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from finetune_trainer.contract import Reason
 from finetune_trainer.train.link import Failed, WorkerMessage
 from finetune_trainer.train.recipe import processes
-from finetune_trainer.train.supervisor.training_session import LastWords
+from finetune_trainer.train.supervisor.training_session import ending_of
 
 NCCL = "DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled system error"
 LOST = "RuntimeError: Connection closed by peer"
@@ -47,11 +47,11 @@ def said(message: str, *, at: float, lost_peer: bool = False) -> Failed:
 
 
 def ending(status: int, *failures: Failed) -> Failed:
-    words = LastWords()
-    for failure in failures:
-        words.heard(WorkerMessage(failed=failure))
-    found = words.ending(status, may_be_memory=True)
+    said = [WorkerMessage(lengths={3: 1, 5: 2})]
+    said += [WorkerMessage(failed=failure) for failure in failures]
+    found = ending_of(said, status, may_be_memory=True)
     assert isinstance(found, Failed)
+    assert found.lengths == {3: 1, 5: 2}
     return found
 
 
@@ -83,11 +83,3 @@ def test_the_earlier_error_counts_and_before_it_one_that_is_no_loss_of_a_peer() 
     for order in itertools.permutations([first, second, own]):
         assert ending(1, *order).message == own.message
         assert ending(143, *order).message == own.message
-
-
-def test_how_long_the_examples_are_is_known_also_of_a_worker_that_was_killed() -> None:
-    words = LastWords()
-    words.heard(WorkerMessage(lengths={3: 1, 5: 2}))
-    found = words.ending(-signal.SIGKILL, may_be_memory=True)
-    assert isinstance(found, Failed)
-    assert found.lengths == {3: 1, 5: 2}

@@ -18,10 +18,10 @@ import socket
 import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Client, Connection, Pipe, wait
+from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
 from typing import Literal
 
@@ -259,7 +259,7 @@ class Channel:
 
 # --- The stage's end ---------------------------------------------------------------------------
 
-DRAIN_SECONDS = 2.0
+CLOSE_SECONDS = 2.0  # for what has come and isn't handled
 LONGEST_FOLDER = 80  # bytes; the path of a socket has about a hundred at most
 
 Handler = Callable[[WorkerMessage], None]
@@ -303,11 +303,9 @@ class StageLink:
         self._server = socket.socket(socket.AF_UNIX)
         self._server.bind(str(address))
         self._server.listen()
-        self._woken, self._wake = Pipe(duplex=False)
         self._lock = threading.Lock()
         self._workers: list[Connection] = []
-        self._drains: deque[threading.Event] = deque()
-        self._closed = False
+        self._closing = False
         self._thread = threading.Thread(target=self._read, name="messages", daemon=True)
         self._thread.start()
 
@@ -317,36 +315,22 @@ class StageLink:
             for worker in self._workers:
                 self._answer(worker, json.dumps(self._stored_step()))
 
-    def drain(self) -> None:
-        """Wait, in any thread, until all that was sent so far is handled."""
-        done = threading.Event()
-        with self._lock:
-            if self._closed:
-                return
-            self._drains.append(done)
-            self._wake.send_bytes(b"drain")
-        done.wait(DRAIN_SECONDS)
-
     def close(self) -> None:
-        self.drain()
-        with self._lock:
-            self._closed = True
-            self._wake.send_bytes(b"end")
-        self._thread.join(DRAIN_SECONDS)
+        self._closing = True
+        with Client(str(self.address)):  # which wakes the thread
+            self._thread.join(CLOSE_SECONDS)
         self._server.close()
         for worker in self._workers:
             worker.close()
 
     def _read(self) -> None:
         while True:
-            ready = wait([self._server, self._woken, *self._workers])
+            ready = wait([self._server, *self._workers])
+            self._receive()
+            if self._closing:
+                return
             if self._server in ready:
                 self._accept()
-            self._receive()
-            if self._woken in ready:
-                if self._woken.recv_bytes() == b"end":
-                    return
-                self._drains.popleft().set()
 
     def _accept(self) -> None:
         connected, _ = self._server.accept()

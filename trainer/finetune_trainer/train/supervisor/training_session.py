@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from finetune_trainer.memory.gpus import HIDING, first_visible
 from finetune_trainer.runtime import endings
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link import (
+    CLOSE_SECONDS,
     Failed,
     Handler,
     StageLink,
@@ -196,40 +198,37 @@ class WorkerProcess:
         self._module = module
         self._process: subprocess.Popen[bytes] | None = None
         self._link: StageLink | None = None
+        self._over = threading.Event()
+        self._over.set()
         self._stored_step: int | None = None
 
     def run(self, work: TrainingWork, handle: Handler = lambda _: None) -> Trained | Failed:
         """Run it to its end. `handle` hears, in a thread, what it says."""
-        watch, said = StallWatch(work.config.training), LastWords()
+        watch, said = StallWatch(work.config.training), list[WorkerMessage]()
 
         def hear(message: WorkerMessage) -> None:
             watch.heard(message)
-            said.heard(message)
+            if message.lengths or message.trained or message.failed:
+                said.append(message)
             handle(message)
 
         endings.wait_if_stopping()
         kills = count_oom_kills()
-        # A session of its own: Ctrl-C is for the stage, which then tells the worker to save.
-        with (
-            listening(work, hear, lambda: self._stored_step) as self._link,
-            subprocess.Popen(
-                [*self._command(work, self._link.address), str(os.getpid())],
-                start_new_session=True,
-                env=worker_environment(work.processes, os.environ),
-            ) as process,
-        ):
-            self._process = process
-            with watch.over(process):
-                status = process.wait()
+        self._over.clear()
+        try:
+            with listening(work, hear, lambda: self._stored_step) as self._link:
+                status = self._run(self._command(work, self._link.address), work.processes, watch)
+        finally:
+            self._over.set()
         # A worker that was told to stop ends as well. Then the stop has the last word.
         endings.wait_if_stopping()
         if watch.stalled and status != 0:
             return Failed(reason=Reason.STALLED, message=watch.words)
-        return said.ending(status, may_be_memory=kills is None or kills != count_oom_kills())
+        return ending_of(said, status, may_be_memory=kills is None or kills != count_oom_kills())
 
     def stop(self, deadline: float) -> bool:
         """Tell the worker to save and end. Returns whether it did so before the deadline."""
-        process, link = self._process, self._link
+        process = self._process
         ended = process is None or process.poll() is not None
         if process and not ended:
             process.send_signal(signal.SIGTERM)
@@ -238,8 +237,7 @@ class WorkerProcess:
                 ended = True
             except subprocess.TimeoutExpired:
                 process.kill()
-        if link:
-            link.drain()
+        self._over.wait(CLOSE_SECONDS)  # until all that it said is handled
         return ended
 
     def tell_stored_step(self, step: int) -> None:
@@ -248,47 +246,20 @@ class WorkerProcess:
         if self._link:
             self._link.tell_stored_step()
 
+    def _run(self, command: list[str], processes: int, watch: StallWatch) -> int:
+        # A session of its own: Ctrl-C is for the stage, which then tells the worker to save.
+        with (
+            subprocess.Popen(
+                [*command, str(os.getpid())],
+                start_new_session=True,
+                env=worker_environment(processes, os.environ),
+            ) as self._process,
+            watch.over(self._process),
+        ):
+            return self._process.wait()
+
     def _command(self, work: TrainingWork, address: Path) -> list[str]:
         return worker_command(self._module, address, work.processes, endings.save_seconds())
-
-
-class LastWords:
-    """What the workers said before they ended."""
-
-    def __init__(self) -> None:
-        self._trained: Trained | None = None
-        self._failed: list[Failed] = []
-        self._lengths: dict[int, int] = {}
-
-    def heard(self, message: WorkerMessage) -> None:
-        if message.lengths:
-            self._lengths = message.lengths
-        if message.trained:
-            self._trained = message.trained
-        if message.failed:
-            self._failed.append(message.failed)
-
-    def ending(self, status: int, *, may_be_memory: bool) -> Trained | Failed:
-        """How the training ended: of several processes, the first to fail gives the reason."""
-        if status == 0 and self._trained:
-            return self._trained
-        return self._reason(status, may_be_memory).model_copy(update={"lengths": self._lengths})
-
-    def _reason(self, status: int, may_be_memory: bool) -> Failed:
-        # Whoever is killed says nothing, and those that lose it say that.
-        killed = status < 0 or status > 128
-        known = [each for each in self._failed if not (each.lost_peer and killed)]
-        if known:
-            return min(known, key=lambda each: (each.lost_peer, each.at))
-        if status in (-signal.SIGKILL, 128 + signal.SIGKILL) and may_be_memory:
-            return Failed(
-                reason=Reason.OOM_KILLED,
-                message="The training process was killed, most likely for want of memory.",
-            )
-        return Failed(
-            reason=Reason.INTERNAL_ERROR,
-            message=f"The training process ended with status {status} (the log has the details).",
-        )
 
 
 def worker_environment(processes: int, environment: Mapping[str, str]) -> dict[str, str]:
@@ -328,3 +299,29 @@ def count_oom_kills() -> int | None:
         return int(counters["oom_kill"])
     except (OSError, ValueError, KeyError):
         return None
+
+
+def ending_of(
+    said: Sequence[WorkerMessage], status: int, *, may_be_memory: bool
+) -> Trained | Failed:
+    """How a training ended, by its workers' words. The first of them to fail gives the reason."""
+    trained = [each.trained for each in said if each.trained]
+    if status == 0 and trained:
+        return trained[0]
+    killed = status < 0 or status > 128  # it said nothing, and those that lost it say that
+    failures = [each.failed for each in said if each.failed]
+    known = [each for each in failures if not (each.lost_peer and killed)]
+    if known:
+        failed = min(known, key=lambda each: (each.lost_peer, each.at))
+    elif status in (-signal.SIGKILL, 128 + signal.SIGKILL) and may_be_memory:
+        failed = Failed(
+            reason=Reason.OOM_KILLED,
+            message="The training process was killed, most likely for want of memory.",
+        )
+    else:
+        failed = Failed(
+            reason=Reason.INTERNAL_ERROR,
+            message=f"The training process ended with status {status} (the log has the details).",
+        )
+    lengths = next((each.lengths for each in said if each.lengths), {})
+    return failed.model_copy(update={"lengths": lengths})
