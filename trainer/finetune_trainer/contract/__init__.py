@@ -75,6 +75,7 @@ from finetune_trainer.contract.fingerprint import (
 )
 from finetune_trainer.contract.outcome import ExitCode, Reason, StageError, StageResult
 from finetune_trainer.contract.output import (
+    SIGNING_KEY_FILE,
     UNQUANTIZED,
     Export,
     Hub,
@@ -107,7 +108,9 @@ from finetune_trainer.contract.run import (
 )
 from finetune_trainer.contract.storage import DatasetStorage, Encryption, ModelStorage, Storage
 from finetune_trainer.contract.training import (
+    ALL_LINEAR,
     EarlyStopping,
+    InitFrom,
     Lora,
     Model,
     TargetModule,
@@ -118,12 +121,14 @@ from finetune_trainer.contract.training import (
 from finetune_trainer.contract.verdict import REJECTED, FileVerdict, GateReport, Quality, Sample
 
 __all__ = [
+    "ALL_LINEAR",
     "GROUP",
     "HUB_DATASETS",
     "LOCATION_RULE",
     "NEWS",
     "PLURAL",
     "REJECTED",
+    "SIGNING_KEY_FILE",
     "UNCHANGING",
     "UNQUANTIZED",
     "VERSION",
@@ -155,6 +160,7 @@ __all__ = [
     "GateReport",
     "Hardware",
     "Hub",
+    "InitFrom",
     "JobReference",
     "LengthSpread",
     "Lineage",

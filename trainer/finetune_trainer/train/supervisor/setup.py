@@ -17,12 +17,14 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from finetune_trainer.contract import (
+    ALL_LINEAR,
     Hardware,
     Notice,
     NoticeCode,
     Reason,
     RunConfig,
     StageError,
+    TargetModule,
     Tracker,
     Training,
     TrainingPlan,
@@ -181,7 +183,7 @@ def divide_step(
     if parallelism == "none" and processes > 1:
         parallelism = "fsdp" if training.parallelism == "fsdp" else "ddp"
     if parallelism == "fsdp":
-        _check_fsdp(training, batch, processes, devices)
+        _check_fsdp(batch, processes, devices)
     share = batch // processes
     rows = next(n for n in range(min(planned.batch_size, share), 0, -1) if share % n == 0)
     split = {
@@ -192,13 +194,7 @@ def divide_step(
     return planned.model_copy(update=split), processes
 
 
-def _check_fsdp(training: Training, batch: int, processes: int, devices: int) -> None:
-    if training.method == "qlora" and devices > 1:
-        raise StageError(
-            Reason.INVALID_CONFIG,
-            "training.method qlora can't be spread over several GPUs: set training.parallelism to "
-            "ddp (4-bit weights take a quarter of the memory), or training.method to lora.",
-        )
+def _check_fsdp(batch: int, processes: int, devices: int) -> None:
     if processes < devices:
         raise StageError(
             Reason.INVALID_CONFIG,
@@ -213,6 +209,7 @@ def _check_fsdp(training: Training, batch: int, processes: int, devices: int) ->
 # Model types with kernels of Unsloth's own (unsloth/models/loader.py, 2026.10). All others go
 # through a general path that compiles transformers' code.
 UNSLOTH_MODEL_TYPES = frozenset({"llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"})
+UNSLOTH_TARGETS = {ALL_LINEAR, *(each.value for each in TargetModule)}
 UNSLOTH_CAPABILITY = (7, 0)  # Volta: the oldest that its Triton kernels run on
 
 
@@ -260,6 +257,8 @@ def _unsloth_obstacle(
     if model_type not in UNSLOTH_MODEL_TYPES:
         known = ", ".join(sorted(UNSLOTH_MODEL_TYPES))
         return f"the model type {model_type} has no fast path in it ({known} have)"
+    if other := set(config.training.lora.target_modules) - UNSLOTH_TARGETS:
+        return f"it adapts no layers by other names ({', '.join(sorted(other)):.200})"
     return None
 
 
