@@ -127,7 +127,7 @@ def _read_driver(nvml: Any) -> Driver:
 
 
 def _ask_torch() -> tuple[TorchBuild | None, str | None]:
-    command = [sys.executable, "-m", __spec__.name]
+    command = [sys.executable, "-m", __name__]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False

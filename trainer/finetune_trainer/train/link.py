@@ -278,7 +278,9 @@ def listening(
     """
     usual = tempfile.gettempdir()
     place = usual if len(os.fsencode(usual)) <= LONGEST_FOLDER else "/tmp"  # noqa: S108 - a folder for its owner only
-    with tempfile.TemporaryDirectory(prefix="training-", dir=place) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="training-", dir=place, ignore_cleanup_errors=True
+    ) as folder:
         link = StageLink(Path(folder, "socket"), work, handle, stored_step)
         try:
             yield link
