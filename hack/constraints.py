@@ -20,7 +20,7 @@ FOLDER = REPOSITORY / "constraints"
 EXTRAS = {
     "operator": "operator",
     "trainer": "trainer,gguf,trackers,signing",
-    "unsloth": "trainer,gguf,trackers,signing,unsloth",
+    "unsloth": "trainer,gguf,trackers,signing,liger,unsloth",
     "dev": "operator,trainer,gguf,trackers,signing,dev,integration",
 }
 
