@@ -55,8 +55,10 @@ from finetune_trainer.train.recipe.saving import train_with_checkpoints
 from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData
 from finetune_trainer.train.recipe.training_log import (
     TrainingTotals,
+    begin_memory_peaks,
     evaluations_of,
     history,
+    memory_peaks,
     training_metrics,
 )
 from finetune_trainer.train.recipe.watch import (
@@ -74,6 +76,7 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     settings = work.config.training
     notify = channel.notice if channel else None
     use_available_cpus()
+    begin_memory_peaks()
     log.info("Device: %s", device_name())
     log.info("Model: %s (%s)", work.config.model.source, settings.method)
 
@@ -113,6 +116,7 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     counts: dict[str, float | None] = {
         "trainable_parameters": float(trainable),
         "base_parameters": float(base_parameters),
+        **memory_peaks(work.plan.device_bytes),
     }
     if work.initial_adapter:  # the evaluation at the start was of that
         counts |= {"base_eval_loss": None, "base_perplexity": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -85,6 +86,11 @@ def computes_some_logits(model: torch.nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on it; a CPU interprets them, where it is told to."""
+    return device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def loss_scaler(device: str) -> torch.amp.GradScaler:
     """For float16. PyTorch begins at 65536, and would leave out the first steps of many models."""
     return torch.amp.GradScaler(device, init_scale=FIRST_SCALE)
@@ -131,6 +137,9 @@ class RecipeTrainer(SFTTrainer):
         self._some_logits = computes_some_logits(model)
         self.on_pass: Callable[[], None] = lambda: None
         """Called before each forward pass, in training and evaluation."""
+
+        self.fused_head = runs_triton(args.device)
+        """Whether TRL's output layer computes the loss in tiles (Triton), or `answer_loss`."""
 
         collator = PackingCollator if data.packed else PaddingCollator
         super().__init__(
@@ -203,15 +212,14 @@ class RecipeTrainer(SFTTrainer):
         self.on_pass()
         if self._engine_loss:
             return self._engine_loss(model, inputs, num_items_in_batch)
-        on_gpu = self.args.device.type != "cpu"
-        if on_gpu and self.aux_loss_enabled:  # a mixture of experts whose configuration asks for it
+        if self.fused_head and self.aux_loss_enabled:  # experts whose configuration asks for it
             return super().compute_loss(  # type: ignore[no-untyped-call]
                 model, inputs, return_outputs, num_items_in_batch
             )
         assert not return_outputs, "the evaluation below asks for the loss only"  # noqa: S101
         labels = (inputs["labels"][:, 1:] != IGNORED).sum()
         count = labels if num_items_in_batch is None else num_items_in_batch
-        if on_gpu:
+        if self.fused_head:
             total = tiled_loss(model, inputs)
         else:
             total = answer_loss(model, inputs, some_logits=self._some_logits)
