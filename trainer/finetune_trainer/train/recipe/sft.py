@@ -39,8 +39,7 @@ from finetune_trainer.model.loading import (
 )
 from finetune_trainer.model.tokenizer import load_tokenizer
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.train.link import Trained, TrainingWork, write_lengths
-from finetune_trainer.train.link.channel import Channel
+from finetune_trainer.train.link import Channel, Trained, TrainingWork
 from finetune_trainer.train.recipe import processes, reporting, unsloth_engine
 from finetune_trainer.train.recipe.data import TokenizedRows, check_rows, tokenize
 from finetune_trainer.train.recipe.lora import (
@@ -80,8 +79,8 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     reporter.message("Tokenizing the examples")
     tokenizer = load_tokenizer(work.model)
     examples, held_out = read_rows(work, tokenizer)
-    if processes.is_first():
-        write_lengths(work.workdir, examples.lengths)  # for the memory ladder
+    if channel:
+        channel.lengths(examples.lengths)
     epochs = resolve_epochs(settings.epochs, len(examples))
 
     reporter.message("Loading the base model")
