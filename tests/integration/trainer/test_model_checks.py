@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from finetune_trainer.contract import (
     Example,
@@ -219,6 +220,70 @@ def test_names_beyond_the_usual_ones_are_looked_up_in_the_model(
     message = refused_targets(names, ModelFolder(good), [])
     assert words in message
     assert "are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj:" in message
+
+
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+DEEPSEEK = {
+    **SHAPE,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+# As Mixtral's files name the layers of each expert; transformers holds all of them in one tensor.
+OF_AN_EXPERT = ["model.layers.0.block_sparse_moe.experts.0.w1.weight"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "names", "words"),
+    [
+        ("mixtral", {**SHAPE, "num_local_experts": 4}, ["all-linear"], None),
+        ("mixtral", {**SHAPE, "num_local_experts": 4}, ["q_proj", "v_proj"], None),
+        (
+            "mixtral",
+            {**SHAPE, "num_local_experts": 4},
+            ["experts.down_proj"],
+            "experts.down_proj holds all experts of a layer at once, and gets no adapter here",
+        ),
+        (
+            "mixtral",
+            {**SHAPE, "num_local_experts": 4},
+            ["q_proj", "gate_proj"],
+            "no linear layer gate_proj. Its linear layers are k_proj, o_proj, q_proj, v_proj",
+        ),
+        ("deepseek_v3", DEEPSEEK, ["q_a_proj", "kv_b_proj"], None),
+        ("deepseek_v3", DEEPSEEK, ["all-linear"], "adapt model.layers.1.mlp.experts as well"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")
+def test_experts_are_refused_by_name_and_what_is_around_them_is_adapted(
+    kind: str, shape: dict[str, Any], names: list[str], words: str | None, tmp_path: Path
+) -> None:
+    AutoConfig.for_model(kind, **shape).save_pretrained(tmp_path)
+    lora = Lora(target_modules=tuple(names), dropout=0)
+    assert not adapter.told_by_files(lora, OF_AN_EXPERT)
+    if words is None:
+        outline = outline_in_this_process(ModelFolder(tmp_path), lora)
+        assert not [name for name in outline.tensors if "experts" in name]
+        return
+    with pytest.raises(StageError, match=re.escape(words)) as caught:
+        outline_in_this_process(ModelFolder(tmp_path), lora)
+    assert caught.value.reason is Reason.INVALID_CONFIG
 
 
 def test_only_embedding_and_output_layer_are_trained_as_a_whole(
