@@ -17,6 +17,7 @@ comma      := ,
 DATASET    ?=
 BASE_MODEL ?=
 EPOCHS     ?=
+METHOD     ?=
 OUTPUT     ?= models
 # Any other field: --set training.learningRate=1e-3; `finetune-trainer local fields` lists them.
 TRAIN_ARGS ?=
@@ -55,10 +56,10 @@ doctor: build ## What a training finds here: GPUs, driver, torch, memory, disk, 
 	$(BIN)/finetune-trainer doctor
 
 .PHONY: train
-train: build ## Fine-tune: make train DATASET=my.csv BASE_MODEL=org/name-or-folder
+train: build ## Fine-tune: make train DATASET=my.csv BASE_MODEL=org/name-or-folder METHOD=lora
 	$(BIN)/finetune-trainer local train --output "$(OUTPUT)" \
 	  $(if $(DATASET),--dataset "$(DATASET)") $(if $(BASE_MODEL),--base-model "$(BASE_MODEL)") \
-	  $(if $(EPOCHS),--epochs "$(EPOCHS)") $(TRAIN_ARGS)
+	  $(if $(EPOCHS),--epochs "$(EPOCHS)") $(if $(METHOD),--set "training.method=$(METHOD)") $(TRAIN_ARGS)
 
 .PHONY: merge
 merge: build ## Merge the adapter of the last `make train` into its base model

@@ -107,6 +107,8 @@ from finetune_trainer.contract.run import (
 )
 from finetune_trainer.contract.storage import DatasetStorage, Encryption, ModelStorage, Storage
 from finetune_trainer.contract.training import (
+    ADAPTER,
+    WHOLE_MODEL,
     EarlyStopping,
     Lora,
     Model,
@@ -114,10 +116,12 @@ from finetune_trainer.contract.training import (
     Tracker,
     Training,
     display_name,
+    usual_rate,
 )
 from finetune_trainer.contract.verdict import REJECTED, FileVerdict, GateReport, Quality, Sample
 
 __all__ = [
+    "ADAPTER",
     "GROUP",
     "HUB_DATASETS",
     "LOCATION_RULE",
@@ -128,6 +132,7 @@ __all__ = [
     "UNQUANTIZED",
     "VERSION",
     "VERSIONS",
+    "WHOLE_MODEL",
     "Artifact",
     "BadRow",
     "Base",
@@ -210,5 +215,6 @@ __all__ = [
     "read_readable",
     "read_run_config",
     "status_path",
+    "usual_rate",
     "version_folder",
 ]

@@ -121,7 +121,8 @@ def check_model(
     spec.export.gguf asks for.
     """
     headers = rehearsal.read_headers(model, config.model_storage)
-    check_targets(config.training.lora, rehearsal.tensor_names(headers))
+    if config.training.method != "full":
+        check_targets(config.training.lora, rehearsal.tensor_names(headers))
     if not config.export.gguf:
         return
     reporter.message("Checking that llama.cpp can convert the model")

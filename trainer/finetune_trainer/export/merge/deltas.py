@@ -1,4 +1,5 @@
-"""A LoRA adapter as PEFT saves it, and what it adds to each weight."""
+"""What a training left, and what it makes of each weight: a LoRA adapter as PEFT saves it adds to
+it, a whole model (method full) takes its place."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 
 from finetune_trainer.contract import Reason, StageError
-from finetune_trainer.export.merge.checkpoint import open_file, shortened
+from finetune_trainer.export.merge.checkpoint import CONFIG as MODEL_CONFIG
+from finetune_trainer.export.merge.checkpoint import open_file, read_checkpoint, shortened
 
 ALIGNED = 64  # rows
 
@@ -52,6 +54,41 @@ class Delta:
             norm = torch.linalg.norm(total, dim=1)
             total.mul_((self.magnitude[start:stop].float() / norm).unsqueeze(1))
         return total
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A weight that was trained itself."""
+
+    tensor: torch.Tensor
+    """In float32."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that it replaces."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        return (self.tensor,)
+
+    def merge(self, base: torch.Tensor, start: int) -> torch.Tensor:
+        """The trained rows; `base` are rows of the base model from `start` on."""
+        return self.tensor[start : start + base.shape[0]]
+
+
+Change = Delta | Replacement
+"""What a training makes of one weight."""
+
+
+def is_whole_model(folder: Path) -> bool:
+    """Whether a training left a whole model there, and no adapter."""
+    return (folder / MODEL_CONFIG).is_file() and not (folder / CONFIG).is_file()
+
+
+def read_whole_model(folder: Path) -> dict[str, Replacement]:
+    """The trained weights by their names in the base model's files; raises StageError."""
+    return {name: Replacement(item.tensor) for name, item in read_checkpoint(folder).items()}
 
 
 def _enough_rows(start: int, stop: int, rows: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from finetune_trainer.contract import Base, Reason, StageError
+from finetune_trainer.export.merge.deltas import is_whole_model
 from finetune_trainer.export.reference import (
     MeasuredRow,
     Measurement,
@@ -136,10 +137,13 @@ def measure_in_child(request: ReferenceRequest) -> ReferenceAnswer:
 def measure_here(request: ReferenceRequest) -> ReferenceAnswer:
     """What the child process does."""
     model = load_streamed(request.base, request.adapter)
-    tuned, base = _measure(model, request.rows, request.tuned_file, None), None
-    if isinstance(model, PeftModel) and tuned.finite:
-        with model.disable_adapter():
-            base = _measure(model, request.rows, request.base_file, request.tuned_file)
+    tuned = _measure(model, request.rows, request.tuned_file, None)
+    if request.adapter is None or not tuned.finite:
+        return ReferenceAnswer(tuned=tuned)
+    adapter = isinstance(model, PeftModel)
+    with model.disable_adapter() if adapter else contextlib.nullcontext():
+        before = model if adapter else load_streamed(request.base, None)
+        base = _measure(before, request.rows, request.base_file, request.tuned_file)
     return ReferenceAnswer(tuned=tuned, base=base)
 
 
@@ -288,11 +292,15 @@ _BLOCKWISE: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
 def load_streamed(base: ModelFolder, adapter: Path | None) -> PreTrainedModel | PeftModel:
     """The base model, with the adapter beside it unmerged if there is one, ready to evaluate.
 
+    Of a full training, `adapter` is the whole model that it left in float32.
+
     Raises StageError(ModelUnsupported) when transformers can't load the base model.
     """
-    model = load_model(base, "auto", "cpu")
+    whole = adapter is not None and is_whole_model(adapter)
+    model = load_model(replace(base, path=adapter) if whole else base, "auto", "cpu")
     _compute_in_float32(model)
-    tuned = model if adapter is None else PeftModel.from_pretrained(model, adapter)
+    with_adapter = adapter is not None and not whole
+    tuned = PeftModel.from_pretrained(model, adapter) if with_adapter else model
     tuned.train(False)
     return tuned
 

@@ -121,6 +121,18 @@ class Facts:
         return display_name(self.config.model.source)
 
     @property
+    def how_trained(self) -> str:
+        """How the base model was fine-tuned, after that word."""
+        return {"qlora": "with QLoRA", "lora": "with LoRA"}.get(
+            self.config.training.method, "in full, all of its weights,"
+        )
+
+    @property
+    def trained_part(self) -> str:
+        """What the training left."""
+        return "model" if self.config.training.method == "full" else "adapter"
+
+    @property
     def parameters(self) -> float:
         """Of the base model; 0 where the training didn't count them."""
         return self.metrics.base_parameters or 0

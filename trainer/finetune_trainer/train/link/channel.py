@@ -168,6 +168,7 @@ class _Listener:
 # --- The way down ------------------------------------------------------------------------------
 
 INTERVAL_SECONDS = 600.0  # where training.checkpointSteps is left out
+FULL_INTERVAL_SECONDS = 3600.0  # of all weights, whose checkpoints are large
 STORED_STEP = "stored-step"
 
 
@@ -199,13 +200,18 @@ class UploadLag:
     """The checkpoints on disk, from the newest one in the store on."""
 
     def __init__(
-        self, steps: int | None, workdir: Path, clock: Callable[[], float] = time.monotonic
+        self,
+        steps: int | None,
+        workdir: Path,
+        clock: Callable[[], float] = time.monotonic,
+        seconds: float = INTERVAL_SECONDS,
     ) -> None:
+        """An interval is so many steps, or so many seconds where they are left out."""
         self._steps = steps
         self._workdir = workdir
         self._clock = clock
-        self._interval = float(steps) if steps else INTERVAL_SECONDS
-        self._half = float(max(steps // 2, 1)) if steps else INTERVAL_SECONDS / 2
+        self._interval = float(steps) if steps else seconds
+        self._half = float(max(steps // 2, 1)) if steps else seconds / 2
         self._written: list[WrittenCheckpoint] = []
         self.start_from(0)
 

@@ -1,4 +1,4 @@
-"""The adapter: which layers get one, and what makes it faster on a CPU."""
+"""What is trained: which layers get an adapter, or which weights are; and a faster adapter."""
 
 from __future__ import annotations
 
@@ -48,6 +48,13 @@ def target_modules(lora: Lora, linear: list[str]) -> list[str]:
     if fused := [f"{found} for {name}" for name, found in targets.items() if name != found]:
         log.info("The model fuses layers: the adapter goes to %s", ", ".join(fused))
     return sorted(set(targets.values()))
+
+
+def freeze_other_senses(model: torch.nn.Module) -> None:
+    """Of a model that is trained itself, leave alone what no text passes through."""
+    for name, parameter in model.named_parameters():
+        if not of_text([name]):
+            parameter.requires_grad_(False)
 
 
 def count_base_parameters(model: PreTrainedModel) -> int:

@@ -1,6 +1,7 @@
 """Checkpoints as the worker writes them: in the Trainer's own format, when they are due.
 
     checkpoint-40/  adapter_config.json  adapter_model.safetensors   the adapter
+                    weights.safetensors                              or all weights (full)
                     optimizer.pt  scheduler.pt  rng_state.pth        to go on bit for bit
                     trainer_state.json                               step, log, our counters
 
@@ -40,7 +41,12 @@ from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.runtime import size
 from finetune_trainer.runtime.endings import explain
 from finetune_trainer.train.link import InterruptedTrainingError, TrainingWork
-from finetune_trainer.train.link.channel import Channel, UploadLag
+from finetune_trainer.train.link.channel import (
+    FULL_INTERVAL_SECONDS,
+    INTERVAL_SECONDS,
+    Channel,
+    UploadLag,
+)
 from finetune_trainer.train.recipe.processes import is_lost_peer
 
 POLL_SECONDS = 0.05  # while the store is behind
@@ -161,7 +167,9 @@ class CheckpointSaver(TrainerCallback, ExportableState):
         self._work = work
         self._channel = channel
         self._clock = clock
-        self._lag = UploadLag(work.config.training.checkpoint_steps, work.workdir, clock)
+        settings = work.config.training
+        seconds = FULL_INTERVAL_SECONDS if settings.method == "full" else INTERVAL_SECONDS
+        self._lag = UploadLag(settings.checkpoint_steps, work.workdir, clock, seconds)
         self._began = clock()
         self._stop_requested = False
         self._in_optimizer = False

@@ -249,6 +249,8 @@ def choose_engine(
 def _unsloth_obstacle(
     config: RunConfig, gpu: Gpu, processes: int, model_type: str | None
 ) -> str | None:
+    if config.training.method == "full":
+        return "here it trains adapters only (training.method full)"
     if processes > 1:
         return f"it trains on one GPU, and here are {processes}"
     if gpu.capability < UNSLOTH_CAPABILITY:

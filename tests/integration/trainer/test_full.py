@@ -1,0 +1,139 @@
+"""Full fine-tuning: every weight is trained, and no adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import load, load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+
+from finetune_trainer.model import ModelFolder
+from finetune_trainer.model.tokenizer import load_tokenizer, message_pair
+from finetune_trainer.train.recipe import sft
+from finetune_trainer.train.recipe.data import PaddingCollator
+from hack.object_store import Credentials
+from tests.integration.trainer.conftest import ROWS
+from tests.integration.trainer.conftest import Trainer as RunTrainer
+from tests.integration.trainer.recipe import build, tokenized
+
+EXAMPLES = [message_pair(*row) for row in ROWS]
+RATE, STEPS = 1e-3, 4
+
+
+def trained(trainer: Any) -> dict[str, torch.Tensor]:
+    trainer.args.num_train_epochs = STEPS
+    trainer.train()
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def test_it_trains_as_transformers_own_trainer_does(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of all rows, so that their order doesn't matter; packed here, padded there."""
+    monkeypatch.setattr(sft, "compute_dtype_of", lambda _: torch.float32)
+    ours = build(
+        tiny_model,
+        tmp_path,
+        EXAMPLES,
+        method="full",
+        lora={},
+        learningRate=RATE,
+        batchSize=2,
+        gradientAccumulationSteps=3,
+        scheduler="constant",
+        warmupRatio=0,
+        loggingSteps=1,
+    )
+    rows = tokenized(tiny_model, tmp_path, EXAMPLES).rows
+    base = cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto"))
+    before = {name: p.detach().float().clone() for name, p in base.named_parameters()}
+    theirs = Trainer(
+        model=base.float(),
+        args=TrainingArguments(
+            output_dir=str(tmp_path / "theirs"),
+            per_device_train_batch_size=len(EXAMPLES),
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            num_train_epochs=STEPS,
+            optim="adamw_torch",
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=rows,
+        data_collator=PaddingCollator(
+            cast("int", load_tokenizer(ModelFolder(tiny_model)).pad_token_id)
+        ),
+    )
+    found, expected = trained(ours), trained(theirs)
+
+    assert found.keys() == expected.keys()
+    assert all(p.requires_grad and p.dtype is torch.float32 for p in ours.model.parameters())
+    moved = STEPS * RATE  # Adam's first steps are as long as the rate
+    for name, value in expected.items():
+        assert float((value - before[name]).abs().max()) > 0.5 * RATE, name
+        assert float((found[name] - value).abs().max()) < 0.02 * moved, name
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (ours, theirs)]
+    assert len(losses[0]) == STEPS
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_csv_becomes_a_gguf_without_an_adapter(
+    trainer: RunTrainer, run_config: dict[str, Any], moto: Credentials, tiny_model: Path
+) -> None:
+    run_config["training"] = {
+        "method": "full",
+        "learningRate": 1e-3,
+        "epochs": 30,
+        "gradientAccumulationSteps": 1,
+    }
+    run_config["dataset"]["evalSource"] = "s3://trainer-bucket/data/eval.csv"
+    bucket, _, prefix = run_config["output"]["uri"].removeprefix("s3://").partition("/")
+    client = moto.client()
+    held_out = "instruction,response\nWho made it?,It was made by Odalys.\n"
+    client.put_object(Bucket=bucket, Key="data/eval.csv", Body=held_out.encode())
+
+    for stage in ("prepare", "train", "export"):
+        run = trainer(stage, run_config)
+        assert run.code == 0, run.output
+        assert run.result is not None
+        if stage == "prepare":
+            assert run.result.resolved is not None
+            run_config["resolved"] = run.result.resolved.model_dump(mode="json")
+        if stage == "train":
+            assert run.result.metrics["trainableParameters"] == 3_219_776
+    folder = f"{prefix}/versions/{run.result.version}"
+
+    def read(path: str) -> bytes:
+        found: bytes = client.get_object(Bucket=bucket, Key=f"{folder}/{path}")["Body"].read()
+        return found
+
+    manifest = json.loads(read("manifest.json"))
+    paths = {item["path"] for item in manifest["files"]}
+    assert {"gguf/tiny-F16.gguf", "gguf/tiny-Q8_0.gguf", "merged/model.safetensors"} <= paths
+    assert not [path for path in paths if "adapter" in path or "LoRA" in path]
+    gate = manifest["gate"]
+    assert [check["file"] for check in gate["files"]] == ["tiny-F16.gguf", "tiny-Q8_0.gguf"]
+    assert all(check["quality"]["passed"] for check in gate["files"])
+    assert gate["basePerplexity"] > 2 * gate["tunedPerplexity"], "the base model is measured too"
+    assert "lora" not in manifest["lineage"]["hyperparameters"]
+    assert manifest["lineage"]["hyperparameters"]["learningRate"] == 1e-3
+    card = read("README.md").decode()
+    assert "fine-tuned in full, all of its weights, on 6 examples" in card
+    assert "PeftModel" not in card
+    assert "\n- lora\n" not in card
+    print(card)
+    # The merge is a copy, in the base model's type.
+    train = f"{prefix}/stages/train/{run_config['resolved']['fingerprints']['train']}"
+    whole = client.get_object(Bucket=bucket, Key=f"{train}/tuned/model.safetensors")["Body"].read()
+    trained, merged = load(whole), load(read("merged/model.safetensors"))
+    assert trained.keys() == merged.keys() == load_file(tiny_model / "model.safetensors").keys()
+    for name, value in trained.items():
+        assert value.dtype is torch.float32
+        assert torch.equal(merged[name], value.half()), name
