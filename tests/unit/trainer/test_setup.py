@@ -34,13 +34,15 @@ H100 = Gpu("NVIDIA H100", 80 << 30, (9, 0))
 OLD = Gpu("Tesla P100", 16 << 30, (6, 0))
 
 
-def config(engine: str = "auto", **model: Any) -> RunConfig:
+def config(
+    engine: str = "auto", training: dict[str, Any] | None = None, **model: Any
+) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"source": "org/name", **model},
             "dataset": {"source": "/data.csv"},
             "output": {"uri": "/out"},
-            "training": {"engine": engine},
+            "training": {"engine": engine, **(training or {})},
         }
     )
 
@@ -57,14 +59,16 @@ def config(engine: str = "auto", **model: Any) -> RunConfig:
         pytest.param({"gpus": (OLD,)}, "compute capability 6.0", id="too old a GPU"),
         pytest.param({"model_type": "gpt2"}, "the model type gpt2", id="another model type"),
         pytest.param({"model_type": None}, "the model type None", id="no model type"),
+        pytest.param({"method": "full"}, "it trains adapters only", id="all weights"),
     ],
 )
 def test_unsloth_trains_where_it_can(
     wanted: str, changed: dict[str, Any], obstacle: str | None
 ) -> None:
     case = {"gpus": (H100,), "processes": 1, "model_type": "llama", "missing": None, **changed}
+    training = {"method": case.pop("method", "lora")}
 
-    choice = choose_engine(config(wanted), **case)
+    choice = choose_engine(config(wanted, training), **case)
 
     assert choice.engine == ("unsloth" if obstacle is None else "transformers")
     notice = choice.notice(wanted)
@@ -198,18 +202,10 @@ def test_the_effective_batch_stays_however_many_share_it(
     assert processes * rows * passes == spec.batch_size * spec.gradient_accumulation_steps
 
 
-@pytest.mark.parametrize(
-    ("spec", "devices", "remedy"),
-    [
-        (training(2, 4, method="qlora"), 2, "set training.parallelism to ddp"),
-        (training(1, 3), 2, "set training.gradientAccumulationSteps to a multiple of 2"),
-    ],
-)
-def test_a_model_that_needs_all_devices_is_not_squeezed_into_fewer(
-    spec: Training, devices: int, remedy: str
-) -> None:
+def test_a_model_that_needs_all_devices_is_not_squeezed_into_fewer() -> None:
+    remedy = "set training.gradientAccumulationSteps to a multiple of 2"
     with pytest.raises(StageError, match=remedy) as caught:
-        divide_step(spec, plan(1, "fsdp"), devices)
+        divide_step(training(1, 3), plan(1, "fsdp"), 2)
 
     assert caught.value.reason is Reason.INVALID_CONFIG
 
