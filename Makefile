@@ -133,15 +133,17 @@ format: $(LIGHT) ## Let ruff put the code in order
 	$(BIN)/ruff format
 
 .PHONY: generate
-generate: $(LIGHT) ## Write crds/, the chart's copy and a table in docs/ from the API's types
+generate: $(LIGHT) ## Write crds/, the chart's copy and tables in docs/ from the API's types
 	$(BIN)/python -m finetune_operator.api.crd .
 	$(BIN)/python -m hack.stage_table .
+	$(BIN)/python -m hack.gpu_table .
 
 .PHONY: verify
 verify: $(LIGHT) ## Prove, in a temporary folder, that generated files are fresh
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cp -r crds charts docs "$$folder"; \
 	$(BIN)/python -m finetune_operator.api.crd "$$folder"; \
 	$(BIN)/python -m hack.stage_table "$$folder"; \
+	$(BIN)/python -m hack.gpu_table "$$folder"; \
 	for part in crds charts docs; do \
 	  diff -r "$$part" "$$folder/$$part" || { echo 'Generated files are stale: run `make generate`.'; exit 1; }; \
 	done; echo 'Generated files are fresh.'

@@ -6,6 +6,7 @@ import pytest
 
 from finetune_trainer.contract import (
     UNQUANTIZED,
+    EarlyStopping,
     Export,
     Quantization,
     Reason,
@@ -55,6 +56,19 @@ def test_a_training_needs_the_model_and_some_checkpoints() -> None:
     need = training_disk(shape("llama-3.2-1b"), Training(), 2_500_000_000)
     assert need.model == 2_500_000_000
     assert need.work == 11 * 4 * 3_407_872
+
+
+def test_checkpoints_of_all_weights_are_whole() -> None:
+    """Weights and two moments, with earlyStopping the best weights as well; in float32."""
+    one, full = shape("llama-3.2-1b"), Training(method="full")
+    stopping = full.model_copy(update={"early_stopping": EarlyStopping()})
+    assert training_disk(one, full, 0).work == 11 * 4 * one.parameters
+    assert training_disk(one, stopping, 0).work == 14 * 4 * one.parameters
+    need = export_disk(one, full, Export(gguf=()), 0)
+    assert need.work == (4 + 2) * one.parameters
+    adapter = Export(gguf=(Q.F16,)), Export(gguf=(Q.F16,), adapter_gguf=False)
+    with_gguf, without = (export_disk(one, full, export, 0).work for export in adapter)
+    assert with_gguf == without, "there is no adapter to convert"
 
 
 def test_an_export_needs_the_base_and_what_it_writes() -> None:

@@ -34,9 +34,7 @@ H100 = Gpu("NVIDIA H100", 80 << 30, (9, 0))
 OLD = Gpu("Tesla P100", 16 << 30, (6, 0))
 
 
-def config(
-    engine: str = "auto", training: dict[str, Any] | None = None, **model: Any
-) -> RunConfig:
+def config(engine: str = "auto", training: dict[str, Any] | None = None, **model: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"source": "org/name", **model},
