@@ -73,6 +73,7 @@ VALUES: tuple[Any, ...] = (
     "0123456789ab",
     *(";", "latin-1", "0.5", {"name": "other"}, {"name": "other", "key": "other"}),
     {"secretRef": {"name": "other"}},
+    ["other"],
     [{"quantization": "Q8_0", "maxKLDivergence": 1}],
     {"train": {"nodeSelector": {"disk": "fast"}}},
 )

@@ -70,6 +70,7 @@ ALL, LATER = {"prepare", "train", "export"}, {"train", "export"}
             {"training": {"lora": {"targetModules": ["o_proj", "v_proj", "k_proj", "q_proj"]}}},
             set(),
         ),
+        ("layers by other names", {"training": {"lora": {"targetModules": ["q_a_proj"]}}}, LATER),
         ("other layers", {"training": {"lora": {"targetModules": ["q_proj"]}}}, LATER),
         ("another quantization", {"export": {"gguf": ["Q6_K"]}}, {"export"}),
         ("no merged model", {"export": {"merged": False}}, {"export"}),
@@ -177,3 +178,10 @@ def test_fingerprints_stay_the_same_between_versions() -> None:
         "train": "aa37a2e6e514",
         "export": "a20a2f6ce768",
     }
+
+
+def test_the_order_of_layers_with_other_names_does_not_matter() -> None:
+    names = ["q_b_proj", "o_proj", "q_a_proj"]
+    before = prints(training={"lora": {"targetModules": names}})
+    assert changed(before, prints(training={"lora": {"targetModules": names[::-1]}})) == set()
+    assert changed(before, prints(training={"lora": {"targetModules": names[:2]}})) == LATER

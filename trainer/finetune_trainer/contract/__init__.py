@@ -109,6 +109,7 @@ from finetune_trainer.contract.run import (
 from finetune_trainer.contract.storage import DatasetStorage, Encryption, ModelStorage, Storage
 from finetune_trainer.contract.training import (
     ADAPTER,
+    ALL_LINEAR,
     WHOLE_MODEL,
     EarlyStopping,
     Lora,
@@ -123,6 +124,7 @@ from finetune_trainer.contract.verdict import REJECTED, FileVerdict, GateReport,
 
 __all__ = [
     "ADAPTER",
+    "ALL_LINEAR",
     "GROUP",
     "HUB_DATASETS",
     "LOCATION_RULE",

@@ -158,7 +158,8 @@ def later_fingerprints(
 def _changing(config: RunConfig, contents: ExampleContents) -> dict[str, Any]:
     """What of spec.training can change the result, in one spelling; defaults are left out."""
     training = config.training
-    in_order = tuple(each for each in TargetModule if each in training.lora.target_modules)
+    given, usual = training.lora.target_modules, list(TargetModule)
+    in_order = (*(n.value for n in usual if n in given), *sorted(set(given).difference(usual)))
     lora = training.lora.model_copy(update={"target_modules": in_order})
     found: dict[str, Any] = training.model_copy(update={"lora": lora}).model_dump(
         mode="json", exclude=UNCHANGING | CONDITIONAL, exclude_defaults=True

@@ -1,53 +1,15 @@
-"""What is trained: which layers get an adapter, or which weights are; and a faster adapter."""
+"""What is trained: parameters, those of the adapter or of the model; and a faster adapter."""
 
 from __future__ import annotations
 
-import logging
-
 import torch
-from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
-from finetune_trainer.contract import Lora, Reason, StageError
-from finetune_trainer.model.shape import NO_TEXT, of_text, resolve_targets
+from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.model.shape import of_text
 
 RANDOM_BITS = 16  # for each value
-
-log = logging.getLogger(__name__)
-
-
-def lora_config(lora: Lora, model: torch.nn.Module) -> LoraConfig:
-    """The adapter: W x + s B A x in each target module, with B = 0 at the start.
-
-    The scale s is alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732). Raises StageError
-    where the model lacks a target module.
-    """
-    linear = linear_layers(model)
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        target_modules=target_modules(lora, linear),
-        exclude_modules=None if of_text(linear) == linear else NO_TEXT,
-        bias="none",
-    )
-
-
-def linear_layers(model: torch.nn.Module) -> list[str]:
-    """Names of the modules that can get an adapter."""
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-
-
-def target_modules(lora: Lora, linear: list[str]) -> list[str]:
-    """The last parts of the names of the modules that get an adapter."""
-    targets = resolve_targets(lora.target_modules, linear)
-    if fused := [f"{found} for {name}" for name, found in targets.items() if name != found]:
-        log.info("The model fuses layers: the adapter goes to %s", ", ".join(fused))
-    return sorted(set(targets.values()))
 
 
 def freeze_other_senses(model: torch.nn.Module) -> None:

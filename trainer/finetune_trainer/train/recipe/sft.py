@@ -33,6 +33,7 @@ from transformers import (
 from trl.trainer.sft_config import SFTConfig
 
 from finetune_trainer.contract import Reason, StageError, Training
+from finetune_trainer.model.adapter import lora_config
 from finetune_trainer.model.loading import (
     compute_dtype_of,
     device_name,
@@ -49,7 +50,6 @@ from finetune_trainer.train.recipe.lora import (
     count_base_parameters,
     count_trainable_parameters,
     freeze_other_senses,
-    lora_config,
     make_layers_faster,
 )
 from finetune_trainer.train.recipe.packing import prepare_packing

@@ -17,12 +17,14 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from finetune_trainer.contract import (
+    ALL_LINEAR,
     Hardware,
     Notice,
     NoticeCode,
     Reason,
     RunConfig,
     StageError,
+    TargetModule,
     Tracker,
     Training,
     TrainingPlan,
@@ -206,6 +208,7 @@ def _check_fsdp(batch: int, processes: int, devices: int) -> None:
 # Model types with kernels of Unsloth's own (unsloth/models/loader.py, 2026.10). All others go
 # through a general path that compiles transformers' code.
 UNSLOTH_MODEL_TYPES = frozenset({"llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"})
+UNSLOTH_TARGETS = {ALL_LINEAR, *(each.value for each in TargetModule)}
 UNSLOTH_CAPABILITY = (7, 0)  # Volta: the oldest that its Triton kernels run on
 
 
@@ -236,15 +239,14 @@ def choose_engine(
         return EngineChoice("transformers")
     if not gpus:
         return EngineChoice("transformers", "there is no NVIDIA GPU")
-    obstacle = missing or _unsloth_obstacle(config, gpus[0], processes, model_type)
+    only_adapters = "here it trains adapters only" if config.training.method == "full" else None
+    obstacle = missing or only_adapters or _unsloth_obstacle(config, gpus[0], processes, model_type)
     return EngineChoice("unsloth" if obstacle is None else "transformers", obstacle)
 
 
 def _unsloth_obstacle(
     config: RunConfig, gpu: Gpu, processes: int, model_type: str | None
 ) -> str | None:
-    if config.training.method == "full":
-        return "here it trains adapters only (training.method full)"
     if processes > 1:
         return f"it trains on one GPU, and here are {processes}"
     if gpu.capability < UNSLOTH_CAPABILITY:
@@ -255,6 +257,8 @@ def _unsloth_obstacle(
     if model_type not in UNSLOTH_MODEL_TYPES:
         known = ", ".join(sorted(UNSLOTH_MODEL_TYPES))
         return f"the model type {model_type} has no fast path in it ({known} have)"
+    if other := set(config.training.lora.target_modules) - UNSLOTH_TARGETS:
+        return f"it adapts no layers by other names ({', '.join(sorted(other)):.200})"
     return None
 
 
