@@ -15,7 +15,9 @@ from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import load_tokenizer, message_pair
 from finetune_trainer.train.recipe import sft
 from finetune_trainer.train.recipe.data import PaddingCollator
+from finetune_trainer.train.recipe.trainer import RecipeTrainer, loss_scaler
 from hack.object_store import Credentials
+from tests.integration.trainer.architectures import in_dtype
 from tests.integration.trainer.conftest import ROWS
 from tests.integration.trainer.conftest import Trainer as RunTrainer
 from tests.integration.trainer.recipe import build, tokenized
@@ -30,14 +32,14 @@ def trained(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-def test_it_trains_as_transformers_own_trainer_does(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Steps of all rows, so that their order doesn't matter; packed here, padded there."""
-    monkeypatch.setattr(sft, "compute_dtype_of", lambda _: torch.float32)
-    ours = build(
-        tiny_model,
-        tmp_path,
+def full(
+    model: Path, folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> RecipeTrainer:
+    """The trainer, on hardware that computes in this type."""
+    monkeypatch.setattr(sft, "compute_dtype_of", lambda _: dtype)
+    return build(
+        model,
+        folder,
         EXAMPLES,
         method="full",
         lora={},
@@ -48,11 +50,26 @@ def test_it_trains_as_transformers_own_trainer_does(
         warmupRatio=0,
         loggingSteps=1,
     )
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_it_trains_as_transformers_own_trainer_does(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of all rows, so that their order doesn't matter; packed here, padded there.
+
+    In 16 bits it learns nearly the same, from weights in float32. On a CPU accelerate has no scaler
+    for float16, so that PyTorch's own takes its place.
+    """
+    ours = full(tiny_model, tmp_path, torch.float32, monkeypatch)
     rows = tokenized(tiny_model, tmp_path, EXAMPLES).rows
     base = cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto"))
     before = {name: p.detach().float().clone() for name, p in base.named_parameters()}
     theirs = Trainer(
-        model=base.float(),
+        model=in_dtype(base, torch.float32),
         args=TrainingArguments(
             output_dir=str(tmp_path / "theirs"),
             per_device_train_batch_size=len(EXAMPLES),
@@ -74,14 +91,29 @@ def test_it_trains_as_transformers_own_trainer_does(
     found, expected = trained(ours), trained(theirs)
 
     assert found.keys() == expected.keys()
-    assert all(p.requires_grad and p.dtype is torch.float32 for p in ours.model.parameters())
+    assert all(
+        p.requires_grad and p.dtype is torch.float32
+        for p in cast("torch.nn.Module", ours.model).parameters()
+    )
     moved = STEPS * RATE  # Adam's first steps are as long as the rate
     for name, value in expected.items():
         assert float((value - before[name]).abs().max()) > 0.5 * RATE, name
         assert float((found[name] - value).abs().max()) < 0.02 * moved, name
-    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (ours, theirs)]
-    assert len(losses[0]) == STEPS
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(losses(ours)) == STEPS
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-4)
+
+    for dtype in (torch.bfloat16, torch.float16):
+        rough = full(tiny_model, tmp_path, dtype, monkeypatch)
+        assert rough.args.bf16 is (dtype is torch.bfloat16)
+        assert rough.args.fp16 is (dtype is torch.float16)
+        if rough.args.fp16:
+            rough.accelerator.scaler, rough.accelerator.native_amp = loss_scaler("cpu"), True
+        found = trained(rough)
+        assert losses(rough) == pytest.approx(losses(ours), rel=0.02)
+        for name, value in expected.items():
+            assert found[name].dtype is torch.float32
+            # Adam divides gradients by themselves: one that is rounded to 0 is a step less.
+            assert float((found[name] - value).abs().mean()) < 0.5 * RATE, name
 
 
 def test_a_csv_becomes_a_gguf_without_an_adapter(
@@ -89,8 +121,8 @@ def test_a_csv_becomes_a_gguf_without_an_adapter(
 ) -> None:
     run_config["training"] = {
         "method": "full",
-        "learningRate": 1e-3,
-        "epochs": 30,
+        "learningRate": 2e-3,
+        "epochs": 15,
         "gradientAccumulationSteps": 1,
     }
     run_config["dataset"]["evalSource"] = "s3://trainer-bucket/data/eval.csv"
@@ -108,7 +140,8 @@ def test_a_csv_becomes_a_gguf_without_an_adapter(
             run_config["resolved"] = run.result.resolved.model_dump(mode="json")
         if stage == "train":
             assert run.result.metrics["trainableParameters"] == 3_219_776
-    folder = f"{prefix}/versions/{run.result.version}"
+    version = run_config["resolved"]["fingerprints"]["export"][:12]
+    folder = f"{prefix}/versions/{version}"
 
     def read(path: str) -> bytes:
         found: bytes = client.get_object(Bucket=bucket, Key=f"{folder}/{path}")["Body"].read()
@@ -123,12 +156,11 @@ def test_a_csv_becomes_a_gguf_without_an_adapter(
     assert all(check["quality"]["passed"] for check in gate["files"])
     assert gate["basePerplexity"] > 2 * gate["tunedPerplexity"], "the base model is measured too"
     assert "lora" not in manifest["lineage"]["hyperparameters"]
-    assert manifest["lineage"]["hyperparameters"]["learningRate"] == 1e-3
+    assert manifest["lineage"]["hyperparameters"]["learningRate"] == 2e-3
     card = read("README.md").decode()
     assert "fine-tuned in full, all of its weights, on 6 examples" in card
     assert "PeftModel" not in card
     assert "\n- lora\n" not in card
-    print(card)
     # The merge is a copy, in the base model's type.
     train = f"{prefix}/stages/train/{run_config['resolved']['fingerprints']['train']}"
     whole = client.get_object(Bucket=bucket, Key=f"{train}/tuned/model.safetensors")["Body"].read()

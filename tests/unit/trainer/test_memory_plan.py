@@ -213,7 +213,7 @@ def test_all_weights_take_18_bytes_each_and_are_shared_by_gpus() -> None:
     alone = predict(eight, Recipe.on_gpu(full, checkpointing=True), 1)
     assert (alone.weights + alone.adapter) / eight.parameters == pytest.approx(18, abs=0.3)
     shared = predict(eight, Recipe.on_gpu(full, checkpointing=True, shards=8), 1)
-    assert alone.weights + alone.adapter > 6 * (shared.weights + shared.adapter)
+    assert alone.weights + alone.adapter > 5 * (shared.weights + shared.adapter)
     together = predict(eight, Recipe.on_gpu(full, checkpointing=True, buckets=True), 1)
     more = 4 * (eight.parameters - eight.vocabulary * eight.hidden)
     assert together.adapter - alone.adapter == pytest.approx(more)
@@ -222,9 +222,9 @@ def test_all_weights_take_18_bytes_each_and_are_shared_by_gpus() -> None:
 
 
 def test_what_all_weights_do_not_fit_says_that_an_adapter_would() -> None:
-    error = refusal(Training(method="full"), EIGHT, 2048, gpus(24))
+    error = refusal(Training(method="full"), EIGHT, 2048, gpus(40))
     assert "method: lora (17.1 GiB)" in error.message
-    assert "such GPUs, which share the model" in error.message
+    assert "8 such GPUs, which share the model" in error.message
     error = refusal(Training(method="full"), EIGHT, 2048, gpus(12))
     assert "method: qlora" in error.message
 

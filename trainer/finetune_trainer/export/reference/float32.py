@@ -140,9 +140,11 @@ def measure_here(request: ReferenceRequest) -> ReferenceAnswer:
     tuned = _measure(model, request.rows, request.tuned_file, None)
     if request.adapter is None or not tuned.finite:
         return ReferenceAnswer(tuned=tuned)
-    adapter = isinstance(model, PeftModel)
-    with model.disable_adapter() if adapter else contextlib.nullcontext():
-        before = model if adapter else load_streamed(request.base, None)
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            base = _measure(model, request.rows, request.base_file, request.tuned_file)
+    else:
+        before = load_streamed(request.base, None)
         base = _measure(before, request.rows, request.base_file, request.tuned_file)
     return ReferenceAnswer(tuned=tuned, base=base)
 
@@ -296,11 +298,11 @@ def load_streamed(base: ModelFolder, adapter: Path | None) -> PreTrainedModel | 
 
     Raises StageError(ModelUnsupported) when transformers can't load the base model.
     """
-    whole = adapter is not None and is_whole_model(adapter)
-    model = load_model(replace(base, path=adapter) if whole else base, "auto", "cpu")
+    if adapter is not None and is_whole_model(adapter):
+        base, adapter = replace(base, path=adapter), None
+    model = load_model(base, "auto", "cpu")
     _compute_in_float32(model)
-    with_adapter = adapter is not None and not whole
-    tuned = PeftModel.from_pretrained(model, adapter) if with_adapter else model
+    tuned = model if adapter is None else PeftModel.from_pretrained(model, adapter)
     tuned.train(False)
     return tuned
 

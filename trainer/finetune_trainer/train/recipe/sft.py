@@ -312,7 +312,7 @@ def save_result(
     else:
         # In float32, for the export to round. Its settings are the base model's, which the export
         # takes from there: transformers refuses to save some that it loads.
-        tuned.generation_config = GenerationConfig()
+        tuned.generation_config = GenerationConfig()  # type: ignore[no-untyped-call] # transformers
         tuned.save_pretrained(folder, state_dict=dict(trained_weights(tuned, state)))
     tokenizer.save_pretrained(folder)  # an adapter's class goes by config.json, which isn't there
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card

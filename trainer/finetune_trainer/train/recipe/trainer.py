@@ -187,7 +187,7 @@ class RecipeTrainer(SFTTrainer):
         state = processes.gathered_state(model)
         if not isinstance(model, PeftModel):
             if self.args.should_save:
-                save_weights(model, state, Path(output_dir or self.args.output_dir))
+                save_weights(model, state, Path(output_dir or str(self.args.output_dir)))
         elif state is None:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
