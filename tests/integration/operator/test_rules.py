@@ -37,7 +37,7 @@ REFUSED: dict[str, Any] = {
     "must be org/name of a repository on the Hugging Face Hub": "tuned",
     "must be namespace/name of the FineTuneJob that the folder belongs to": "support",
     "must have exactly one of value and valueFrom": {"name": "WANDB_API_KEY"},
-    "must leave out lora with method full, which trains the model itself and no adapter": {
+    "must leave out lora and initFrom with method full, which trains no adapter": {
         "method": "full",
         "lora": {"r": 8},
     },
@@ -194,8 +194,17 @@ def test_types_sets_and_keys_of_lists_are_checked(
         ("dataset.csv", {"quote": "'", "escape": "'"}, "must have three different characters"),
         ("training", {"method": "full"}, ""),
         ("training", {"method": "full", "lora": {}}, ""),
-        ("training", {"method": "full", "lora": {"dropout": 0}}, "must leave out lora with method"),
+        (
+            "training",
+            {"method": "full", "lora": {"dropout": 0}},
+            "must leave out lora and",
+        ),
         ("training", {"method": "qlora", "lora": {"dropout": 0}}, ""),
+        (
+            "training",
+            {"method": "full", "initFrom": {"source": "s3://models/adapter"}},
+            "must leave out lora and",
+        ),
         ("dataset.refresh", "onEdit", ""),
         ("dataset.refresh", "1m", ""),
         ("dataset.refresh", "1h30m", ""),

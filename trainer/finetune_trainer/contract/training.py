@@ -87,6 +87,36 @@ class Lora(Base):
         return names
 
 
+ModelSource = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=1024,
+        json_schema_extra=cel(
+            "self.startsWith('s3://') || self.startsWith('/')"
+            " || self.matches('^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')",
+            "must be org/name on the Hugging Face Hub, s3://bucket/folder, "
+            "or the absolute path of a mounted folder",
+        ),
+    ),
+]
+
+
+class InitFrom(Base):
+    """An adapter to go on from, instead of one that changes nothing yet."""
+
+    source: ModelSource
+    """Folder with adapter_config.json and adapter_model.safetensors, or with a version of a job:
+    `s3://bucket/models/faq/versions/0123456789ab` (reached by spec.storage), `org/name` on the
+    Hugging Face Hub, or the absolute path of a mounted folder. It must be of this base model, and
+    spec.training.lora must say what it is: the same r, alpha, useRslora, useDora and
+    targetModules."""
+
+    revision: Annotated[str, Field(min_length=1, max_length=256)] = "main"
+    """Branch, tag or commit of a Hub repository. What is in the files decides whether the training
+    runs again, not their name."""
+
+
 class EarlyStopping(Base):
     """When to stop before all epochs are trained."""
 
@@ -133,7 +163,7 @@ def _has_default(path: str, default: Any) -> str:
     return f"{path} == {repr(default).lower()}"
 
 
-_NO_ADAPTER = "must leave out lora with method full, which trains the model itself and no adapter"
+_NO_ADAPTER = "must leave out lora and initFrom with method full, which trains no adapter"
 
 
 class Training(Base):
@@ -141,7 +171,8 @@ class Training(Base):
 
     model_config = ConfigDict(
         json_schema_extra=cel(
-            f"self.method != 'full' || ({_at_defaults(Lora, 'self.lora')})", _NO_ADAPTER
+            f"self.method != 'full' || (!has(self.initFrom) && {_at_defaults(Lora, 'self.lora')})",
+            _NO_ADAPTER,
         )
     )
 
@@ -153,6 +184,10 @@ class Training(Base):
 
     lora: Lora = Lora()
     """Size and place of the adapter; not with method full."""
+
+    init_from: InitFrom | None = None
+    """The adapter to go on from, such as that of an earlier version. Left out, the training begins
+    with the base model. Not with method full."""
 
     epochs: Annotated[
         int | Literal["auto"],
@@ -282,7 +317,8 @@ class Training(Base):
         usual = Lora()
         same_layers = set(self.lora.target_modules) == set(usual.target_modules)
         others = self.lora.model_copy(update={"target_modules": usual.target_modules})
-        if self.method == "full" and not (same_layers and others == usual):
+        no_adapter = same_layers and others == usual and self.init_from is None
+        if self.method == "full" and not no_adapter:
             raise ValueError(_NO_ADAPTER)
         return self
 
@@ -313,19 +349,7 @@ def usual_rate(method: str) -> float:
 class Model(Base):
     """The base model to fine-tune."""
 
-    source: Annotated[
-        str,
-        Field(
-            min_length=1,
-            max_length=1024,
-            json_schema_extra=cel(
-                "self.startsWith('s3://') || self.startsWith('/')"
-                " || self.matches('^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')",
-                "must be org/name on the Hugging Face Hub, s3://bucket/folder, "
-                "or the absolute path of a mounted folder",
-            ),
-        ),
-    ]
+    source: ModelSource
     """Where the base model is: `org/name` on the Hugging Face Hub, `s3://bucket/folder`, or the
     absolute path of a folder that is mounted into the pods. It must hold safetensors weights."""
 

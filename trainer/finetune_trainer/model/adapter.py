@@ -30,11 +30,46 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 WORKER = "finetune_trainer.model.adapter"  # this module as a program
-PREFIX = "base_model.model."  # of the names in an adapter's file
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of the names in the latter
 FIELD = "spec.training.lora.targetModules"
 EXPERT_DIMENSIONS = 3  # of a parameter: experts, outputs and inputs
 
+_OTHER_RESULT = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "megatron_config",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+"""Fields of PEFT 0.21's LoraConfig that change what an adapter stands for."""
+
+_PLAIN_START = (True, False, None, "gaussian")
+"""Values of init_lora_weights that leave the base model's weights as they are."""
+
 log = logging.getLogger(__name__)
+
+
+def other_kind(config: dict[str, Any]) -> str | None:
+    """What an adapter_config.json sets that plain LoRA, rsLoRA and DoRA don't; None if nothing."""
+    if (kind := config.get("peft_type")) != "LORA":
+        return f"peft_type {kind}"
+    if found := [name for name in _OTHER_RESULT if config.get(name)]:
+        return ", ".join(found)
+    if config.get("bias") not in ("none", None):
+        return f"bias {config['bias']}"
+    if (start := config.get("init_lora_weights")) not in _PLAIN_START:
+        return f"init_lora_weights {start}"
+    return None
 
 
 class Layers(Base):

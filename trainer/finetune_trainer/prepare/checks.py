@@ -21,7 +21,7 @@ from finetune_trainer.contract import (
     StageError,
     display_name,
 )
-from finetune_trainer.model import ModelFolder, rehearsal
+from finetune_trainer.model import ModelFolder, initial_adapter, rehearsal
 from finetune_trainer.model.adapter import (
     Layers,
     outline_adapter,
@@ -129,6 +129,7 @@ def check_model(
     headers = rehearsal.read_headers(model, config.model_storage)
     if config.training.method != "full":
         check_targets(config.training.lora, base, rehearsal.tensor_names(headers))
+        initial_adapter.check(config, base, model.revision)
     if not config.export.gguf:
         return
     reporter.message("Checking that llama.cpp can convert the model")

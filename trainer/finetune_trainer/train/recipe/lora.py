@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.model.adapter import ADAPTER_WEIGHTS
 from finetune_trainer.model.shape import of_text
+
+log = logging.getLogger(__name__)
 
 RANDOM_BITS = 16  # for each value
 
@@ -34,6 +42,23 @@ def count_trainable_parameters(model: torch.nn.Module) -> int:
             "No parameter is trainable: none of training.lora.targetModules is in this model.",
         )
     return count
+
+
+def start_from(model: PeftModel, folder: Path) -> None:
+    """Take the weights of an adapter in a folder, which has the same layers and rank.
+
+    Raises StageError(InvalidConfig) where it has others.
+    """
+    saved = load_file(folder / ADAPTER_WEIGHTS)
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in wanted.items()}:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            "spec.training.initFrom: the adapter has not the layers and shapes of this training: "
+            "set spec.training.lora as it was trained with.",
+        )
+    set_peft_model_state_dict(model, saved)
+    log.info("The training goes on from an adapter with %d tensors", len(saved))
 
 
 def make_layers_faster(model: torch.nn.Module) -> None:

@@ -51,6 +51,7 @@ from finetune_trainer.train.recipe.lora import (
     count_trainable_parameters,
     freeze_other_senses,
     make_layers_faster,
+    start_from,
 )
 from finetune_trainer.train.recipe.packing import prepare_packing
 from finetune_trainer.train.recipe.saving import train_with_checkpoints
@@ -110,7 +111,12 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
 
     save_result(trainer, tokenizer, work)
     best_step = (best.best_step or trainer.state.global_step) if best else None
-    counts = {"trainable_parameters": float(trainable), "base_parameters": float(base_parameters)}
+    counts: dict[str, float | None] = {
+        "trainable_parameters": float(trainable),
+        "base_parameters": float(base_parameters),
+    }
+    if work.initial_adapter:  # the evaluation at the start was of that
+        counts |= {"base_eval_loss": None, "base_perplexity": None}
     return Trained(
         metrics=training_metrics(trainer, totals, best_step).model_copy(update=counts).rounded(),
         hyperparameters=applied(settings, epochs),
@@ -144,7 +150,8 @@ def resolve_epochs(epochs: int | str, rows: int) -> int:
 
 def applied(settings: Training, epochs: int) -> dict[str, JsonValue]:
     """The hyperparameters as they were applied, by their names in the spec."""
-    unused = {"lora"} if settings.method == "full" else set()
+    # Where it began is a place, in the lineage.
+    unused = {"init_from", "lora"} if settings.method == "full" else {"init_from"}
     named = settings.model_dump(mode="json", exclude=unused)
     return {**named, "epochs": epochs, "learningRate": settings.peak_learning_rate}
 
@@ -194,6 +201,8 @@ def build_trainer(
     reporting.guard_trackers(trainer)
     if model.dtype is not torch.float32 and not unsloth:
         make_layers_faster(cast("torch.nn.Module", trainer.model))
+    if work.initial_adapter and work.resume_from is None:
+        start_from(cast("PeftModel", trainer.model), work.initial_adapter)
     return trainer
 
 
