@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
+from finetune_trainer.local import merge_adapter, train_adapter
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import load_tokenizer, message_pair
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.recipe import sft
 from finetune_trainer.train.recipe.data import PaddingCollator
 from finetune_trainer.train.recipe.trainer import RecipeTrainer, loss_scaler
 from hack.object_store import Credentials
 from tests.integration.trainer.architectures import in_dtype
-from tests.integration.trainer.conftest import ROWS
+from tests.integration.trainer.conftest import ROWS, write_csv
 from tests.integration.trainer.conftest import Trainer as RunTrainer
 from tests.integration.trainer.recipe import build, tokenized
 
@@ -169,3 +171,26 @@ def test_a_csv_becomes_a_gguf_without_an_adapter(
     for name, value in trained.items():
         assert value.dtype is torch.float32
         assert torch.equal(merged[name], value.half()), name
+
+
+def test_on_one_machine_the_whole_model_lies_where_the_adapter_would(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    models, data = tmp_path / "models", tmp_path / "my.csv"
+    write_csv(data)
+    settings = [
+        f"dataset.source={data}",
+        f"model.source={tiny_model}",
+        "training.method=full",
+        "training.epochs=1",
+        "training.learningRate=1e-3",
+    ]
+    with Reporter() as reporter:
+        said = train_adapter(settings, models, reporter)
+        assert said.message == f"the tuned model is in {models / 'tuned'}"
+        assert not (models / "lora_adapter").exists()
+        merge_adapter(models, reporter)
+    trained = load_file(models / "tuned" / "model.safetensors")
+    merged = load_file(models / "merged" / "model.safetensors")
+    assert merged.keys() == trained.keys()
+    assert all(torch.equal(merged[name], value.half()) for name, value in trained.items())
