@@ -149,11 +149,13 @@ def check_config(config: RunConfig) -> None:
             "spec.export.adapterGguf: llama.cpp can't apply a DoRA adapter. Leave adapterGguf out "
             "(the merged files are as usual), or leave out training.lora.useDora.",
         )
+    if config.training.lora.modules_to_save:
+        _check_whole_modules(config)
     if config.training.method == "full":
-        check_full(config)
+        _check_full(config)
 
 
-def check_full(config: RunConfig) -> None:
+def _check_full(config: RunConfig) -> None:
     """Raise StageError(InvalidConfig) for what full fine-tuning can't do."""
     if config.export.adapter_gguf:
         raise StageError(
@@ -172,6 +174,22 @@ def check_full(config: RunConfig) -> None:
             Reason.INVALID_CONFIG,
             "spec.training.method: full is not supported for a model that brings its own code "
             "(model.trustRemoteCode). Set training.method to lora.",
+        )
+
+
+def _check_whole_modules(config: RunConfig) -> None:
+    field = "spec.training.lora.modulesToSave"
+    if config.export.adapter_gguf:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"spec.export.adapterGguf: llama.cpp can't apply an adapter with {field}. Leave "
+            "adapterGguf out (the merged files are as usual), or leave out modulesToSave.",
+        )
+    if config.training.parallelism == "fsdp":
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"spec.training.parallelism: fsdp can't spread a model with {field}. Set it to ddp, or "
+            "leave out modulesToSave.",
         )
 
 

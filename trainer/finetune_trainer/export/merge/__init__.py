@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.export.merge.checkpoint import (
     FLOAT16_SAFE,
+    OUTPUT_LAYERS,
     BaseTensor,
     TensorInfo,
     other_model_error,
@@ -35,8 +36,8 @@ from finetune_trainer.export.merge.checkpoint import (
 )
 from finetune_trainer.export.merge.deltas import (
     ALIGNED,
-    Change,
     Replacement,
+    WeightChange,
     is_whole_model,
     read_adapter,
     read_whole_model,
@@ -60,7 +61,10 @@ class MergedWeights:
     """
 
     def __init__(
-        self, stored: Mapping[str, BaseTensor], deltas: Mapping[str, Change], dtype: torch.dtype
+        self,
+        stored: Mapping[str, BaseTensor],
+        deltas: Mapping[str, WeightChange],
+        dtype: torch.dtype,
     ) -> None:
         self._stored = stored
         self._deltas = deltas
@@ -90,7 +94,7 @@ class MergedWeights:
         config = read_config(base)
         stored = _without_tied_copy(read_checkpoint(base), config)
         known = sixteen_bit_type(config, (item.tensor for item in stored.values()))
-        deltas = {} if adapter is None else _changes(base, adapter, stored)
+        deltas = {} if adapter is None else _what_changes(base, adapter, stored)
         dtype = known or dtype or cls(stored, deltas, torch.float32)._narrowest()
         return cls(stored, deltas, dtype)
 
@@ -126,7 +130,7 @@ class MergedWeights:
         for name, delta in self._deltas.items():
             if not all(is_finite(part) for part in delta.parts):
                 raise _broken(name)
-        if any(isinstance(delta, Replacement) for delta in self._deltas.values()):
+        if all(isinstance(delta, Replacement) for delta in self._deltas.values()):
             if not any(map(self._changes, self._deltas)):
                 raise _unchanged(list(self._deltas), len(self._deltas))
             return
@@ -187,16 +191,18 @@ def _without_tied_copy(
     return {name: item for name, item in stored.items() if name != output}
 
 
-def _changes(base: Path, trained: Path, stored: Mapping[str, BaseTensor]) -> dict[str, Change]:
+def _what_changes(
+    base: Path, trained: Path, stored: Mapping[str, BaseTensor]
+) -> dict[str, WeightChange]:
     """What the training changed, by the names of the weights in the base model's files."""
-    found: Mapping[str, Change]
+    found: Mapping[str, WeightChange]
     if is_whole_model(trained):
         found = read_whole_model(trained)
         if unknown := sorted(found.keys() - stored.keys()):
             raise other_model_error(f"it has no {shortened(unknown)}")
         names = dict(zip(found, found, strict=True))
     else:
-        found = read_adapter(trained)
+        found = _without_tied_output(read_adapter(trained), stored)
         names = weight_names(base, found, stored.keys())
     for module, change in found.items():
         shape = tuple(stored[names[module]].tensor.shape)
@@ -205,6 +211,22 @@ def _changes(base: Path, trained: Path, stored: Mapping[str, BaseTensor]) -> dic
                 f"its {names[module]} has shape {shape} instead of {change.shape}"
             )
     return {names[module]: change for module, change in found.items()}
+
+
+def _without_tied_output(
+    modules: dict[str, WeightChange], stored: Collection[str]
+) -> dict[str, WeightChange]:
+    """Leave out an output layer that is the input embedding, which PEFT saves under both names."""
+    whole = {m: c.weight for m, c in modules.items() if isinstance(c, Replacement)}
+    outputs = [
+        m for m in whole if m.rpartition(".")[2] in OUTPUT_LAYERS and f"{m}.weight" not in stored
+    ]
+    inputs = [m for m in whole if m not in outputs]
+    if len(outputs) != 1 or len(inputs) != 1:
+        return modules
+    if not torch.equal(whole[outputs[0]], whole[inputs[0]]):
+        return modules
+    return {m: change for m, change in modules.items() if m != outputs[0]}
 
 
 def _spans(start: int, stop: int, tensor: torch.Tensor) -> Iterator[tuple[int, int]]:

@@ -49,6 +49,7 @@ from finetune_trainer.train.recipe.data import TokenizedRows, check_rows, tokeni
 from finetune_trainer.train.recipe.lora import (
     count_base_parameters,
     count_trainable_parameters,
+    embed_in,
     freeze_other_senses,
     make_layers_faster,
     start_from,
@@ -201,6 +202,8 @@ def build_trainer(
     reporting.guard_trackers(trainer)
     if model.dtype is not torch.float32 and not unsloth:
         make_layers_faster(cast("torch.nn.Module", trainer.model))
+        if work.config.training.lora.modules_to_save:
+            embed_in(cast("PreTrainedModel", trainer.model), model.dtype)
     if work.initial_adapter and work.resume_from is None:
         start_from(cast("PeftModel", trainer.model), work.initial_adapter)
     return trainer
