@@ -180,7 +180,9 @@ class Training(Base):
 
     model_config = ConfigDict(
         json_schema_extra=cel(
-            f"self.method != 'full' || (!has(self.initFrom) && {_at_defaults(Lora, 'self.lora')})",
+            # The server tries the rule on the empty default of this part as well.
+            "!has(self.method) || self.method != 'full' || "
+            f"(!has(self.initFrom) && {_at_defaults(Lora, 'self.lora')})",
             _NO_ADAPTER,
         )
     )
