@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,17 @@ def run_config(folder: Path | str, **parts: Any) -> RunConfig:
     )
 
 
-def check(folder: Path, workspace: Path, rows: Sequence[Example] = (), **parts: Any) -> None:
+def check(
+    folder: Path, workspace: Path, rows: Mapping[str, Example] | None = None, **parts: Any
+) -> str:
     config = run_config(folder, **parts)
     files = base_model.find(config.model, config.storage)
-    checks.check_model(config, files, ModelFolder(folder), workspace, Reporter(), rows=rows)
+    return checks.check_model(config, files, ModelFolder(folder), workspace, Reporter(), rows=rows)
 
 
-def refused(folder: Path, workspace: Path, rows: Sequence[Example] = ()) -> str:
+def refused(folder: Path, workspace: Path) -> str:
     with pytest.raises(StageError) as caught:
-        check(folder, workspace, rows)
+        check(folder, workspace)
     assert caught.value.reason is Reason.MODEL_UNSUPPORTED
     assert "leave spec.export.gguf empty" in caught.value.message
     check(folder, workspace, export={"gguf": []})
@@ -119,9 +121,23 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (folder / name).read_text()
         (folder / name).write_text(re.sub(r'("rstrip": ?)true', r"\1false", text))
-    message = refused(folder, tmp_path, rows=[message_pair("Is it hot?", "Yes.")])
+    message = refused(folder, tmp_path)
     assert "splits 1 of 6 texts into other tokens" in message
-    assert "in '<|user|>\\nIs it hot?" in message
+    assert "in '<|user|>\\n3 33 333" in message
+    assert "set spec.export.verify to off" in message
+    check(folder, tmp_path, export={"verify": "off"})
+
+
+def test_a_row_that_the_tokenizer_normalises_is_no_fault_of_the_model(tmp_path: Path) -> None:
+    """Qwen's tokenizer composes characters (NFC), and llama.cpp doesn't."""
+    folder = write_family(FAMILIES["qwen2.5"], tmp_path / "qwen")
+    rows = {
+        "row 3": message_pair("What does it draw?", "Five amperes."),
+        "row 7": message_pair("How large is the resistor?", "It has 10 \N{OHM SIGN}."),
+    }
+    said = check(folder, tmp_path, rows)
+    assert "splits some rows into other tokens than the training: row 7. " in said
+    assert "normal form C" in said
 
 
 def test_a_tensor_that_the_converter_does_not_know(changed: Path, tmp_path: Path) -> None:

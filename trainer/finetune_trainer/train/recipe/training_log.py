@@ -6,12 +6,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from finetune_trainer.contract import LogEntry, TrainingMetrics
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from finetune_trainer.train.recipe.trainer import RecipeTrainer
 
 BINS = 32
@@ -166,6 +171,26 @@ def training_metrics(
     )
 
 
+def begin_memory_peaks() -> None:
+    """Forget what this process held of the GPU's memory before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory_peaks(predicted: int | None) -> dict[str, float]:
+    """What the training held at most, and what was predicted: figures of TrainingMetrics."""
+    found: dict[str, float] = {"predicted_memory_bytes": predicted} if predicted else {}
+    if torch.cuda.is_available():
+        found["peak_memory_bytes"] = torch.cuda.max_memory_reserved()
+        found["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+    else:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        peaks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+        if peaks:  # not every kernel tells
+            found["peak_memory_bytes"] = peaks[0]
+    return found
+
+
 def history(trainer: RecipeTrainer) -> tuple[LogEntry, ...]:
     """What the Trainer logged at each step, without figures that are not finite."""
     points = [asdict(point) for point in log_points(trainer.state.log_history)]
@@ -173,3 +198,35 @@ def history(trainer: RecipeTrainer) -> tuple[LogEntry, ...]:
         LogEntry(**{name: value for name, value in point.items() if is_finite(value)})
         for point in points
     )
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """The Trainer's sums of the loss, which its checkpoints leave out.
+
+    It has them in private attributes only. Without them the loss at the first logging step after a
+    resume would be the mean of the steps since the resume, and the total would miss all before it.
+    """
+
+    running_loss: float
+    """Sum since the last logging step."""
+
+    total_loss: float
+    """Sum of all steps up to the last logging step."""
+
+    last_logged: int
+    """The last logging step."""
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> LossSums:
+        """Before the training begins there are none."""
+        return cls(
+            float(getattr(trainer, "_tr_loss", 0.0)),
+            float(getattr(trainer, "_total_loss_scalar", 0.0)),
+            int(getattr(trainer, "_globalstep_last_logged", 0)),
+        )
+
+    def put_back(self, trainer: Trainer) -> None:
+        trainer._tr_loss += self.running_loss
+        trainer._total_loss_scalar = self.total_loss
+        trainer._globalstep_last_logged = self.last_logged

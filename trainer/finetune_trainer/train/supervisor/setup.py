@@ -30,7 +30,8 @@ from finetune_trainer.contract import (
     Training,
     TrainingPlan,
 )
-from finetune_trainer.memory.gpus import Gpu, check_gpus, describe_gpus, find_gpus
+from finetune_trainer.memory.gpus import Gpu, check_gpus, describe_gpus
+from finetune_trainer.memory.machine import find_gpus
 from finetune_trainer.memory.plan import Lengths, describe, effective_batch, plan
 from finetune_trainer.model.shape import Shape, context_length, number_type
 from finetune_trainer.train.link import Engine, TrainingWork, fallback_notice
