@@ -17,6 +17,7 @@ comma      := ,
 DATASET    ?=
 BASE_MODEL ?=
 EPOCHS     ?=
+METHOD     ?=
 OUTPUT     ?= models
 # Any other field: --set training.learningRate=1e-3; `finetune-trainer local fields` lists them.
 TRAIN_ARGS ?=
@@ -55,10 +56,10 @@ doctor: build ## What a training finds here: GPUs, driver, torch, memory, disk, 
 	$(BIN)/finetune-trainer doctor
 
 .PHONY: train
-train: build ## Fine-tune: make train DATASET=my.csv BASE_MODEL=org/name-or-folder
+train: build ## Fine-tune: make train DATASET=my.csv BASE_MODEL=org/name-or-folder METHOD=lora
 	$(BIN)/finetune-trainer local train --output "$(OUTPUT)" \
 	  $(if $(DATASET),--dataset "$(DATASET)") $(if $(BASE_MODEL),--base-model "$(BASE_MODEL)") \
-	  $(if $(EPOCHS),--epochs "$(EPOCHS)") $(TRAIN_ARGS)
+	  $(if $(EPOCHS),--epochs "$(EPOCHS)") $(if $(METHOD),--set "training.method=$(METHOD)") $(TRAIN_ARGS)
 
 .PHONY: merge
 merge: build ## Merge the adapter of the last `make train` into its base model
@@ -141,15 +142,17 @@ format: $(LIGHT) ## Let ruff put the code in order
 	$(BIN)/ruff format
 
 .PHONY: generate
-generate: $(LIGHT) ## Write crds/, the chart's copy and a table in docs/ from the API's types
+generate: $(LIGHT) ## Write crds/, the chart's copy and tables in docs/ from the API's types
 	$(BIN)/python -m finetune_operator.api.crd .
 	$(BIN)/python -m hack.stage_table .
+	$(BIN)/python -m hack.gpu_table .
 
 .PHONY: verify
 verify: $(LIGHT) ## Prove, in a temporary folder, that generated files are fresh
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cp -r crds charts docs "$$folder"; \
 	$(BIN)/python -m finetune_operator.api.crd "$$folder"; \
 	$(BIN)/python -m hack.stage_table "$$folder"; \
+	$(BIN)/python -m hack.gpu_table "$$folder"; \
 	for part in crds charts docs; do \
 	  diff -r "$$part" "$$folder/$$part" || { echo 'Generated files are stale: run `make generate`.'; exit 1; }; \
 	done; echo 'Generated files are fresh.'

@@ -136,7 +136,7 @@ def _ours(folder: Path, batch_size: int | None) -> Trained:
     data = TrainingData(examples, None, packed=prepare_packing(model))
     trainer = sft.build_trainer(model, tokenizer, data, work=work, epochs=1)
     measured = _timed(trainer.train, examples.tokens)
-    sft.save_adapter(trainer, tokenizer, work)
+    sft.save_result(trainer, tokenizer, work)
     return measured
 
 

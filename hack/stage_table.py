@@ -175,13 +175,13 @@ def table() -> str:
     return "\n".join([*lines, "", f"{NOTHING}", "", f"{named}."])
 
 
-def write_into(page: Path) -> None:
-    """Put the table where the page has room for it."""
+def write_into(page: Path, text: str | None = None) -> None:
+    """Put the table, or another text, where the page has room for it."""
     before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{page} has no {BEGIN} … {END}")
-    page.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n\n{text or table()}\n\n{END}{after}", encoding="utf-8")
 
 
 def _shortest(path: str, counting: list[str]) -> str:

@@ -37,6 +37,10 @@ REFUSED: dict[str, Any] = {
     "must be org/name of a repository on the Hugging Face Hub": "tuned",
     "must be namespace/name of the FineTuneJob that the folder belongs to": "support",
     "must have exactly one of value and valueFrom": {"name": "WANDB_API_KEY"},
+    "must leave out lora and initFrom with method full, which trains no adapter": {
+        "method": "full",
+        "lora": {"r": 8},
+    },
 }
 
 
@@ -188,6 +192,19 @@ def test_types_sets_and_keys_of_lists_are_checked(
         ("dataset.csv.delimiter", "\n", "should match"),
         ("dataset.csv", {"delimiter": '"'}, "must have three different characters"),
         ("dataset.csv", {"quote": "'", "escape": "'"}, "must have three different characters"),
+        ("training", {"method": "full"}, ""),
+        ("training", {"method": "full", "lora": {}}, ""),
+        (
+            "training",
+            {"method": "full", "lora": {"dropout": 0}},
+            "must leave out lora and",
+        ),
+        ("training", {"method": "qlora", "lora": {"dropout": 0}}, ""),
+        (
+            "training",
+            {"method": "full", "initFrom": {"source": "s3://models/adapter"}},
+            "must leave out lora and",
+        ),
         ("dataset.refresh", "onEdit", ""),
         ("dataset.refresh", "1m", ""),
         ("dataset.refresh", "1h30m", ""),

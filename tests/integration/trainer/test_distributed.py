@@ -44,7 +44,8 @@ SETTINGS: dict[str, Any] = {
     "lora": {"r": 8, "dropout": 0},
 }
 DROPPING: dict[str, Any] = {"lora": {"r": 8, "dropout": 0.3}}
-RECOMPUTED: dict[str, Any] = {**DROPPING, "gradientCheckpointing": "always"}
+ALWAYS: dict[str, Any] = {"gradientCheckpointing": "always"}
+RECOMPUTED: dict[str, Any] = {**DROPPING, **ALWAYS}
 
 
 def sentence(dice: random.Random, most: int) -> str:
@@ -89,6 +90,12 @@ class Run:
         from safetensors.torch import load_file
 
         return load_file(self.work.adapter / "adapter_model.safetensors")
+
+    def weights(self) -> Any:
+        """Of a whole model."""
+        from safetensors.torch import load_file
+
+        return load_file(self.work.adapter / "model.safetensors")
 
     def series(self, name: str) -> list[float]:
         found = (getattr(entry, name) for entry in self.trained.history)
@@ -267,6 +274,34 @@ def test_a_stop_leaves_one_checkpoint_of_all_processes_to_go_on_from(
 
     assert resumed.series("loss") == pytest.approx(expected.series("loss"), abs=LOSS_TOLERANCE)
     assert_same_adapter(resumed, expected)
+
+
+FULL: dict[str, Any] = {"method": "full", "lora": {}, "learningRate": 1e-4, "epochs": 1}
+
+
+def test_two_processes_train_all_weights_like_one(tiny_model: Path, tmp_path: Path) -> None:
+    """With ddp, and spread over both (fsdp), where a stopped training goes on as well."""
+    alone = run(work_of(tiny_model, tmp_path / "alone", 1, **FULL))
+    together = run(work_of(tiny_model, tmp_path / "together", 2, "ddp", **FULL))
+    spread = work_of(
+        tiny_model, tmp_path / "spread", 2, "fsdp", **FULL, **ALWAYS, checkpointSteps=2
+    )
+    whole = run(spread)
+    reached = [message.checkpoint for message in whole.messages if message.checkpoint]
+    rest = work_of(tiny_model, tmp_path / "rest", 2, "fsdp", **FULL, **ALWAYS)
+    resumed = run(rest.model_copy(update={"resume_from": reached[1].folder}))
+
+    assert trained_steps(reached[1].folder) == 2
+    expected = alone.weights()
+    for each in (together, whole, resumed):
+        assert each.series("loss") == pytest.approx(alone.series("loss"), abs=LOSS_TOLERANCE)
+        assert each.trained.metrics.trainable_parameters == 3_219_776
+        found = each.weights()
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert float((found[name] - value).abs().max()) < WEIGHT_TOLERANCE, name
+    note = json.loads((whole.work.workdir / NOTE.format(0)).read_text())
+    assert note["held"] < 0.6 * note["all"], "each holds about half"
 
 
 @pytest.mark.parametrize(

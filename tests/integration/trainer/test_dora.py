@@ -64,7 +64,7 @@ def make(model: Path, tmp_path: Path) -> Make:
 
 def trained(trainer: RecipeTrainer, work: TrainingWork) -> dict[str, torch.Tensor]:
     saving.train_with_checkpoints(trainer, work, None)
-    sft.save_adapter(trainer, load_tokenizer(work.model), work)
+    sft.save_result(trainer, load_tokenizer(work.model), work)
     return load_file(work.adapter / "adapter_model.safetensors")
 
 

@@ -74,7 +74,7 @@ def test_train_merge_and_convert(local: Local, tiny_model: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     } <= local.files("lora_adapter")
-    assert "it is taken as it is" in local(*train)
+    assert "its result is taken as it is" in local(*train)
 
     local("merge")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= local.files("merged")

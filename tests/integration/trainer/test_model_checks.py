@@ -286,6 +286,27 @@ def test_experts_are_refused_by_name_and_what_is_around_them_is_adapted(
     assert caught.value.reason is Reason.INVALID_CONFIG
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"export": {"adapterGguf": True}}, "spec.export.adapterGguf: training.method full"),
+        ({"export": {"merged": False, "gguf": []}}, "nothing would be published"),
+        ({"trust": True}, "a model that brings its own code"),
+    ],
+)
+def test_what_full_fine_tuning_cannot_do_is_refused(changes: dict[str, Any], said: str) -> None:
+    full: dict[str, Any] = {"training": {"method": "full"}}
+    check_config(run_config("/model", **full))
+    check_config(run_config("/model", **full, export={"merged": False, "gguf": ["F16"]}))
+    trust = changes.pop("trust", False)
+    config = run_config("/model", **full, **changes)
+    model = config.model.model_copy(update={"trust_remote_code": trust})
+    with pytest.raises(StageError, match="full") as caught:
+        check_config(config.model_copy(update={"model": model}))
+    assert caught.value.reason is Reason.INVALID_CONFIG
+    assert said in caught.value.message
+
+
 def test_only_embedding_and_output_layer_are_trained_as_a_whole(
     good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,40 @@ def test_killed_at_random_moments_the_adapter_is_the_uninterrupted_one_bit_for_b
     assert killed.read(adapter) == whole.read(adapter)
 
 
+def test_a_full_training_that_is_killed_ends_with_the_same_weights_bit_for_bit(
+    trainings: Trainings,
+) -> None:
+    settings: dict[str, Any] = {
+        **{"method": "full", "lora": {}, "epochs": 3},
+        "earlyStopping": {"patience": 100},
+    }
+    whole = trainings("whole-full", **settings)
+    expected = finish(whole)
+    killed = trainings("killed-full", **settings, checkpointSteps=10)
+    attempt = killed.start()
+    attempt.wait_for_step(12)
+    attempt.kill("pod")
+    newest = killed.newest()
+    assert newest in (5, 10)
+    files = {path for path in killed.objects() if path.startswith(f"checkpoints/{newest}/")}
+    assert files == {
+        f"checkpoints/{newest}/{name}"
+        for name in (
+            *("weights.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"),
+            *("trainer_state.json", "complete.json"),
+            *(["best_adapter.safetensors"] if newest > 7 else []),  # of the first epoch
+        )
+    }
+
+    found = finish(killed)
+    assert killed.attempts[-1].began_at == newest
+    assert found["history"] == expected["history"]
+    assert lasting(found["metrics"]) == lasting(expected["metrics"])
+    weights = "tuned/model.safetensors"
+    assert killed.read(weights) == whole.read(weights)
+    assert not any("adapter" in path for path in killed.objects())
+
+
 def test_sigterm_saves_the_step_that_runs_and_the_next_attempt_goes_on_from_it(
     trainings: Trainings,
 ) -> None:

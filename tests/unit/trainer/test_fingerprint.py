@@ -55,6 +55,7 @@ ALL, LATER = {"prepare", "train", "export"}, {"train", "export"}
             {"dataset": {"source": "s3://data/train.csv", "columns": {"input": "input"}}},
             {"prepare"},
         ),
+        ("the method", {"training": {"method": "full"}}, LATER),
         ("the learning rate", {"training": {"learningRate": 1e-3}}, LATER),
         ("the seed, which also holds out", {"training": {"seed": 1}}, ALL),
         ("the engine", {"training": {"engine": "unsloth"}}, LATER),

@@ -31,14 +31,22 @@ WIDTHS: dict[str, Any] = {
 
 
 def saved(
-    kind: str, layers: int, lora: Lora, *, bfloat16: bool, trimmed: bool, attention: str = "sdpa"
+    kind: str,
+    layers: int,
+    lora: Lora | None,
+    *,
+    bfloat16: bool,
+    trimmed: bool,
+    attention: str = "sdpa",
 ) -> int:
-    """Bytes that autograd saves in a forward pass, parameters apart."""
+    """Bytes that autograd saves in a forward pass, parameters apart; without `lora` of a model that
+    is trained itself, in float32."""
     settings = AutoConfig.for_model(kind, **WIDTHS, num_hidden_layers=layers)
     settings._attn_implementation = attention
-    model = AutoModelForCausalLM.from_config(settings)  # type: ignore[no-untyped-call] # transformers
-    model = model.to(torch.bfloat16) if bfloat16 else model
-    tuned = get_peft_model(model, lora_config(lora, model))
+    tuned = model = AutoModelForCausalLM.from_config(settings)  # type: ignore[no-untyped-call] # transformers
+    if lora is not None:
+        model = model.to(torch.bfloat16) if bfloat16 else model
+        tuned = get_peft_model(model, lora_config(lora, model))
     if trimmed:
         make_layers_faster(tuned)
     parameters = {p.untyped_storage().data_ptr() for p in tuned.parameters()}
@@ -91,6 +99,19 @@ def test_attention_that_caps_its_scores_keeps_them(how: str) -> None:
     kept = kept_by_layer(shape, recipe) * TOKENS + in_layer
     assert in_layer > 0.3 * kept
     assert kept == pytest.approx(three - two, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["float32", "bfloat16"])
+def test_a_layer_that_is_trained_itself_keeps_the_inputs_of_its_weights(
+    kind: str, how: str
+) -> None:
+    bfloat16 = how == "bfloat16"
+    two, three = (saved(kind, n, None, bfloat16=bfloat16, trimmed=False) for n in (2, 3))
+    shape = Shape.from_config({"model_type": kind, **WIDTHS, "num_hidden_layers": 2})
+    assert shape is not None
+    recipe = Recipe(Lora(), full=True, compute=2 if bfloat16 else 4, kept=Kept.ALL)
+    assert kept_by_layer(shape, recipe) == pytest.approx((three - two) / TOKENS, rel=0.03)
 
 
 def compare(kind: str, how: str, lora: Lora) -> None:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from finetune_trainer.contract import UNQUANTIZED, Export, Lora, Quantization, Reason, StageError
+from finetune_trainer.contract import (
+    UNQUANTIZED,
+    EarlyStopping,
+    Export,
+    Quantization,
+    Reason,
+    StageError,
+    Training,
+)
 from finetune_trainer.export.gguf.files import source_of
-from finetune_trainer.memory.predict import (
+from finetune_trainer.memory.disk import (
     DiskNeed,
     check_disk,
     downloaded,
@@ -45,14 +53,27 @@ def test_the_size_of_a_gguf_file(file: tuple[str, Quantization], size: float) ->
 
 
 def test_a_training_needs_the_model_and_some_checkpoints() -> None:
-    need = training_disk(shape("llama-3.2-1b"), Lora(), 2_500_000_000)
+    need = training_disk(shape("llama-3.2-1b"), Training(), 2_500_000_000)
     assert need.model == 2_500_000_000
     assert need.work == 11 * 4 * 3_407_872
 
 
+def test_checkpoints_of_all_weights_are_whole() -> None:
+    """Weights and two moments, with earlyStopping the best weights as well; in float32."""
+    one, full = shape("llama-3.2-1b"), Training(method="full")
+    stopping = full.model_copy(update={"early_stopping": EarlyStopping()})
+    assert training_disk(one, full, 0).work == 11 * 4 * one.parameters
+    assert training_disk(one, stopping, 0).work == 14 * 4 * one.parameters
+    need = export_disk(one, full, Export(gguf=()), 0)
+    assert need.work == (4 + 2) * one.parameters
+    adapter = Export(gguf=(Q.F16,)), Export(gguf=(Q.F16,), adapter_gguf=False)
+    with_gguf, without = (export_disk(one, full, export, 0).work for export in adapter)
+    assert with_gguf == without, "there is no adapter to convert"
+
+
 def test_an_export_needs_the_base_and_what_it_writes() -> None:
     one = shape("llama-3.1-8b")
-    need = export_disk(one, Lora(), Export(), 16_060_000_000)
+    need = export_disk(one, Training(), Export(), 16_060_000_000)
     files = [gguf_bytes(one, kind) for kind in (Q.F16, Q.Q8_0, Q.Q4_K_M)]
     assert need.model == 16_060_000_000
     assert need.work == pytest.approx(2 * one.parameters + sum(files), rel=0.02)
@@ -60,25 +81,25 @@ def test_an_export_needs_the_base_and_what_it_writes() -> None:
 
 def test_without_the_merged_model_an_export_needs_its_files_only() -> None:
     one = shape("llama-3.1-8b")
-    need = export_disk(one, Lora(), Export(merged=False), 0)
+    need = export_disk(one, Training(), Export(merged=False), 0)
     files = [gguf_bytes(one, kind) for kind in (Q.F16, Q.Q8_0, Q.Q4_K_M)]
     assert sum(files) < need.work < 1.02 * sum(files)
-    without = export_disk(one, Lora(), Export(merged=False, adapter_gguf=False), 0)
-    assert need.work - without.work == 4 * one.adapter(Lora())
+    without = export_disk(one, Training(), Export(merged=False, adapter_gguf=False), 0)
+    assert need.work - without.work == 4 * one.adapter(Training().lora)
 
 
 @pytest.mark.parametrize("serving", UNQUANTIZED)
 def test_a_quantized_file_alone_needs_its_16_bit_original_beside_it(serving: Quantization) -> None:
     one = shape("llama-3.2-1b")
-    alone = export_disk(one, Lora(), Export(gguf=(Q.Q4_K_M,)), 0)
-    both = export_disk(one, Lora(), Export(gguf=(serving, Q.Q4_K_M)), 0)
+    alone = export_disk(one, Training(), Export(gguf=(Q.Q4_K_M,)), 0)
+    both = export_disk(one, Training(), Export(gguf=(serving, Q.Q4_K_M)), 0)
     more = gguf_bytes(one, serving) - gguf_bytes(one, Q.F16)
     assert both.total - alone.total == more
     assert source_of((serving, Q.Q4_K_M), Q.BF16) is serving
 
 
 def test_an_adapter_alone_needs_next_to_nothing() -> None:
-    need = export_disk(shape("llama-3.1-8b"), Lora(), Export(merged=False, gguf=()), 16 * GIB)
+    need = export_disk(shape("llama-3.1-8b"), Training(), Export(merged=False, gguf=()), 16 * GIB)
     assert need.total < GIB
 
 

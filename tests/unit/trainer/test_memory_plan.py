@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_trainer.contract import Hardware, Reason, StageError, Training, TrainingPlan
-from finetune_trainer.memory.plan import GPU_USEFUL, Lengths, plan
+from finetune_trainer.memory.plan import GPU_USEFUL, HOST_PROCESS, Lengths, plan
+from finetune_trainer.memory.predict import Recipe, predict
 from finetune_trainer.memory.remedies import Attempt
 from finetune_trainer.model.shape import Shape
 from tests.unit.trainer.test_memory_shape import shape
@@ -121,7 +123,7 @@ def test_gpus_that_can_not_share_a_step_evenly(devices: int, fewer: int) -> None
 
 trainings = st.builds(
     Training,
-    method=st.sampled_from(["lora", "qlora"]),
+    method=st.sampled_from(["lora", "qlora", "full"]),
     batch_size=st.integers(1, 12),
     gradient_accumulation_steps=st.integers(1, 12),
     gradient_checkpointing=st.sampled_from(["auto", "always", "never"]),
@@ -202,6 +204,45 @@ def test_a_training_that_does_not_fit_says_what_would() -> None:
         "share the model (fsdp, 8.5 GiB each); a GPU with 24 GiB; a model of at most 4 billion "
         "parameters."
     )
+
+
+def test_all_weights_take_18_bytes_each_and_are_shared_by_gpus() -> None:
+    """4 + 2 of the weights, 4 of the gradients, 8 of AdamW: as transformers' documentation counts
+    mixed precision (Model memory anatomy)."""
+    full, eight = Training(method="full"), shape(EIGHT)
+    alone = predict(eight, Recipe.on_gpu(full, checkpointing=True), 1)
+    assert (alone.weights + alone.adapter) / eight.parameters == pytest.approx(18, abs=0.3)
+    shared = predict(eight, Recipe.on_gpu(full, checkpointing=True, shards=8), 1)
+    assert alone.weights + alone.adapter > 5 * (shared.weights + shared.adapter)
+    together = predict(eight, Recipe.on_gpu(full, checkpointing=True, buckets=True), 1)
+    more = 4 * (eight.parameters - eight.vocabulary * eight.hidden)
+    assert together.adapter - alone.adapter == pytest.approx(more)
+    assert brief(plan(full, shape("llama-3.2-1b"), Lengths(2048), gpus(40)))[3] == "none"
+    assert brief(plan(full, eight, Lengths(2048), gpus(80, 4)))[3] == "fsdp"
+
+
+def test_what_all_weights_do_not_fit_says_that_an_adapter_would() -> None:
+    error = refusal(Training(method="full"), EIGHT, 2048, gpus(40))
+    assert "method: lora (17.1 GiB)" in error.message
+    assert "8 such GPUs, which share the model" in error.message
+    error = refusal(Training(method="full"), EIGHT, 2048, gpus(12))
+    assert "method: qlora" in error.message
+
+
+@pytest.mark.parametrize(
+    ("stopping", "count", "numbers"), [({}, 1, 4), ({"early_stopping": {}}, 1, 8), ({}, 4, 8)]
+)
+def test_all_weights_pass_through_the_pods_memory(
+    stopping: dict[str, Any], count: int, numbers: int
+) -> None:
+    """When they are saved; with fsdp AdamW's moments as well, which are twice as large."""
+    full = Training.model_validate({"method": "full", **stopping})
+    name = EIGHT if count > 1 else "llama-3.2-1b"
+    need = count * HOST_PROCESS + numbers * shape(name).parameters
+    enough = Hardware(gpus=count, gpu_memory_bytes=80 * GIB, memory_bytes=need)
+    plan(full, shape(name), Lengths(512), enough)
+    with pytest.raises(StageError, match="memory beside that of the GPUs"):
+        plan(full, shape(name), Lengths(512), enough.model_copy(update={"memory_bytes": need - 1}))
 
 
 def test_a_shorter_sequence_is_named_where_it_helps() -> None:

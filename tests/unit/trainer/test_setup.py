@@ -34,13 +34,13 @@ H100 = Gpu("NVIDIA H100", 80 << 30, (9, 0))
 OLD = Gpu("Tesla P100", 16 << 30, (6, 0))
 
 
-def config(engine: str = "auto", **model: Any) -> RunConfig:
+def config(engine: str = "auto", training: dict[str, Any] | None = None, **model: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"source": "org/name", **model},
             "dataset": {"source": "/data.csv"},
             "output": {"uri": "/out"},
-            "training": {"engine": engine},
+            "training": {"engine": engine, **(training or {})},
         }
     )
 
@@ -57,14 +57,16 @@ def config(engine: str = "auto", **model: Any) -> RunConfig:
         pytest.param({"gpus": (OLD,)}, "compute capability 6.0", id="too old a GPU"),
         pytest.param({"model_type": "gpt2"}, "the model type gpt2", id="another model type"),
         pytest.param({"model_type": None}, "the model type None", id="no model type"),
+        pytest.param({"method": "full"}, "it trains adapters only", id="all weights"),
     ],
 )
 def test_unsloth_trains_where_it_can(
     wanted: str, changed: dict[str, Any], obstacle: str | None
 ) -> None:
     case = {"gpus": (H100,), "processes": 1, "model_type": "llama", "missing": None, **changed}
+    training = {"method": case.pop("method", "lora")}
 
-    choice = choose_engine(config(wanted), **case)
+    choice = choose_engine(config(wanted, training), **case)
 
     assert choice.engine == ("unsloth" if obstacle is None else "transformers")
     notice = choice.notice(wanted)

@@ -108,7 +108,9 @@ from finetune_trainer.contract.run import (
 )
 from finetune_trainer.contract.storage import DatasetStorage, Encryption, ModelStorage, Storage
 from finetune_trainer.contract.training import (
+    ADAPTER,
     ALL_LINEAR,
+    WHOLE_MODEL,
     EarlyStopping,
     InitFrom,
     Lora,
@@ -117,10 +119,12 @@ from finetune_trainer.contract.training import (
     Tracker,
     Training,
     display_name,
+    usual_rate,
 )
 from finetune_trainer.contract.verdict import REJECTED, FileVerdict, GateReport, Quality, Sample
 
 __all__ = [
+    "ADAPTER",
     "ALL_LINEAR",
     "GROUP",
     "HUB_DATASETS",
@@ -133,6 +137,7 @@ __all__ = [
     "UNQUANTIZED",
     "VERSION",
     "VERSIONS",
+    "WHOLE_MODEL",
     "Artifact",
     "BadRow",
     "Base",
@@ -216,5 +221,6 @@ __all__ = [
     "read_readable",
     "read_run_config",
     "status_path",
+    "usual_rate",
     "version_folder",
 ]

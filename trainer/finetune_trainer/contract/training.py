@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from finetune_trainer.contract.base import Base, cel, parse_duration
 from finetune_trainer.contract.storage import ModelStorage
@@ -147,19 +147,58 @@ class Tracker(StrEnum):
 _STALL_SAID = "must be a duration of 1s or more, such as 30m or 1h30m"
 
 
+ADAPTER_RATE, FULL_RATE = 2e-4, 2e-5
+"""Peak learning rates where the spec names none. "LoRA Without Regret" (Thinking Machines, 2025)
+found LoRA's best rate to be about ten times that of full fine-tuning; Stanford Alpaca trained all
+weights of LLaMA 7B with 2e-5."""
+
+ADAPTER, WHOLE_MODEL = "adapter", "tuned"
+"""Folders that a training leaves its result in: an adapter, or a whole model (`full`)."""
+
+
+def _at_defaults(model: type[Base], path: str) -> str:
+    """CEL that holds where no field below `path` has another value than its default."""
+    return " && ".join(
+        _has_default(f"{path}.{info.alias}", info.get_default(call_default_factory=True))
+        for info in model.model_fields.values()
+    )
+
+
+def _has_default(path: str, default: Any) -> str:
+    if default is None or default == ():
+        return f"!has({path})"
+    if isinstance(default, tuple):
+        return f"{path} == [{', '.join(repr(str(each)) for each in default)}]"
+    return f"{path} == {repr(default).lower()}"
+
+
+_NO_ADAPTER = "must leave out lora and initFrom with method full, which trains no adapter"
+
+
 class Training(Base):
     """Hyperparameters of the supervised fine-tuning, with the defaults of the guide."""
 
-    method: Literal["lora", "qlora"] = "lora"
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            # The server tries the rule on the empty default of this part as well.
+            "!has(self.method) || self.method != 'full' || "
+            f"(!has(self.initFrom) && {_at_defaults(Lora, 'self.lora')})",
+            _NO_ADAPTER,
+        )
+    )
+
+    method: Literal["lora", "qlora", "full"] = "lora"
     """`lora` keeps the base model in 16 bit; `qlora` loads it in 4 bit (NF4), which takes about a
-    quarter of the memory for the weights and is slower. Both are merged into a 16-bit model."""
+    quarter of the memory for the weights and is slower. Both are merged into a 16-bit model. `full`
+    trains every weight and no adapter: for small models, since it takes 16 to 18 bytes of memory
+    for each parameter."""
 
     lora: Lora = Lora()
-    """Size and place of the adapter."""
+    """Size and place of the adapter; not with method full."""
 
     init_from: InitFrom | None = None
     """The adapter to go on from, such as that of an earlier version. Left out, the training begins
-    with the base model."""
+    with the base model. Not with method full."""
 
     epochs: Annotated[
         int | Literal["auto"],
@@ -176,8 +215,9 @@ class Training(Base):
     """Passes over the data, 1 to 1000, or `auto`: 5 for under 500 rows, 3 for up to 5,000 rows,
     2 above."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
-    """Peak learning rate of AdamW, above 0 and up to 1. If the loss rises, lower it."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = ADAPTER_RATE
+    """Peak learning rate of AdamW, above 0 and up to 1. If the loss rises, lower it. With method
+    full the default is 2e-5, and 2e-4, which suits adapters only, counts as left out."""
 
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 2
     """Examples in one forward pass. Times gradientAccumulationSteps it is the effective batch,
@@ -216,17 +256,19 @@ class Training(Base):
     the training and one after every epoch."""
 
     early_stopping: EarlyStopping | None = None
-    """Stop when the loss on the held-out rows no longer falls, and keep the best adapter. Left
-    out, all epochs are trained."""
+    """Stop when the loss on the held-out rows no longer falls, and keep the best adapter (with
+    method full, the best weights). Left out, all epochs are trained."""
 
     checkpoint_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """How many optimizer steps may be lost, and trained twice, when the training is killed: there
     is a checkpoint for every half of it, and no step begins that many ahead of the newest one in
-    the object store. Left out, ten minutes are."""
+    the object store. Left out, ten minutes are, and an hour with method full, whose checkpoints
+    hold 12 bytes for each parameter."""
 
     engine: Literal["auto", "transformers", "unsloth"] = "auto"
     """`unsloth` is faster on one NVIDIA GPU and takes less memory; `transformers` runs everywhere.
-    `auto` takes Unsloth where it can run; the log says why where it can't."""
+    `auto` takes Unsloth where it can run (not with method full); the log says why where it
+    can't."""
 
     parallelism: Literal["auto", "ddp", "fsdp"] = "auto"
     """With several GPUs in the pod: `ddp` keeps the whole model on each, `fsdp` spreads it over
@@ -269,6 +311,28 @@ class Training(Base):
     logging_steps: Annotated[int, Field(ge=1, le=100_000)] = 10
     """Optimizer steps between two lines of loss, learning rate and epoch in the log."""
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate as it is applied. The API server writes the default of adapters into
+        every object, so that nothing tells it from a value that somebody chose."""
+        usual = self.learning_rate == ADAPTER_RATE
+        return usual_rate(self.method) if usual else self.learning_rate
+
+    @property
+    def result_folder(self) -> str:
+        """Name of the folder that the training leaves its result in."""
+        return WHOLE_MODEL if self.method == "full" else ADAPTER
+
+    @model_validator(mode="after")
+    def _has_no_adapter_in_full(self) -> Self:
+        usual = Lora()
+        same_layers = set(self.lora.target_modules) == set(usual.target_modules)
+        others = self.lora.model_copy(update={"target_modules": usual.target_modules})
+        no_adapter = same_layers and others == usual and self.init_from is None
+        if self.method == "full" and not no_adapter:
+            raise ValueError(_NO_ADAPTER)
+        return self
+
     @field_validator("epochs")
     @classmethod
     def _epochs_in_range(cls, value: int | str) -> int | str:
@@ -286,6 +350,11 @@ class Training(Base):
         if short:
             raise ValueError(_STALL_SAID)
         return value
+
+
+def usual_rate(method: str) -> float:
+    """The peak learning rate of a method where the spec names none."""
+    return FULL_RATE if method == "full" else ADAPTER_RATE
 
 
 class Model(Base):

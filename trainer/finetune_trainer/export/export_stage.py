@@ -73,7 +73,7 @@ def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> Stage
     A version that stands is not made again, also if the quality gate refused one of its files.
     Raises StageError; a push that failed is all that the next attempt has to do.
     """
-    reporter.begin(Stage.EXPORT, "Fetching the adapter")
+    reporter.begin(Stage.EXPORT, "Fetching what was trained")
     sign = signer_for(config.export, display_name(config.model.source))
     check_token(config.output.hub)
     output = open_folder(config.output.folder, config.storage)
@@ -113,7 +113,8 @@ def make_all(export: ExportRun) -> Manifest:
     """Make all files; returns the manifest but for their list."""
     config, inputs = export.config, export.inputs
     export.result.mkdir()
-    publish_folder(export.publication.add, inputs.adapter)
+    if config.training.method != "full":
+        publish_folder(export.publication.add, inputs.adapter)
     export.publication.add(inputs.dataset_report, inputs.dataset_report.name)
     base, gate = None, GateReport()
     if config.export.merged or config.export.gguf:

@@ -46,14 +46,15 @@ from finetune_trainer.export.gguf.files import (
 )
 from finetune_trainer.export.gguf.importance import write_importance
 from finetune_trainer.export.merge import MergedWeights
+from finetune_trainer.export.merge.deltas import is_whole_model
 from finetune_trainer.export.merge.model_folder import (
     assemble,
     generation_settings,
     write_merged,
 )
 from finetune_trainer.export.ollama import write_modelfile
+from finetune_trainer.memory.disk import check_disk, export_disk
 from finetune_trainer.memory.machine import free_memory
-from finetune_trainer.memory.predict import check_disk, export_disk
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import use_available_cpus
 from finetune_trainer.model.shape import Shape
@@ -194,7 +195,13 @@ def make_merged(context: ExportContext) -> ModelFolder:
     total = sum(
         math.prod(each.shape) * each.dtype.itemsize for each in model.weights.infos.values()
     )
-    moved = context.reporter.transfer("Merging the adapter into the base model", total)
+    full = context.config.training.method == "full"
+    what = (
+        "Copying the trained model in 16 bits"
+        if full
+        else "Merging the adapter into the base model"
+    )
+    moved = context.reporter.transfer(what, total)
     write_merged(model.weights, model.files.folder.path, moved)
     return model.files.folder
 
@@ -249,9 +256,10 @@ def make_gguf(context: ExportContext, source_gate: SourceGate) -> GateReport:
 
 
 def make_adapter(context: ExportContext) -> Path | None:
-    """The adapter alone as GGUF; None if llama.cpp can't apply it and the spec doesn't ask."""
+    """The adapter alone as GGUF; None if there is none, or llama.cpp can't apply it and the spec
+    doesn't ask."""
     model = context.model.files
-    if model.adapter is None:
+    if model.adapter is None or is_whole_model(model.adapter):
         return None
     target = context.result / GGUF / adapter_file_name(model.name)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -322,7 +330,7 @@ class ExportInputs:
     """What the stages before left."""
 
     adapter: Path
-    """Folder with the adapter and its tokenizer."""
+    """Folder with the adapter, or the whole model of a full training, and its tokenizer."""
 
     examples: ExampleFiles
 
@@ -337,11 +345,11 @@ class ExportInputs:
 
 def fetch_inputs(config: PreparedRunConfig, output: Folder, workspace: Path) -> ExportInputs:
     """Bring what the stages before left to the folder `workspace`; StageError if it changed."""
-    prints = config.resolved.fingerprints
+    prints, folder = config.resolved.fingerprints, config.training.result_folder
     trained = open_stage(output, Stage.TRAIN, prints.train)
     prepared = open_stage(output, Stage.PREPARE, prints.prepare)
     return ExportInputs(
-        adapter=trained.fetch_folder("adapter", workspace / "adapter"),
+        adapter=trained.fetch_folder(folder, workspace / folder),
         examples=fetch_examples(config, output, workspace),
         training=TrainingRecord.model_validate_json(trained.read(METRICS)),
         dataset_report=prepared.fetch(DATASET_REPORT, workspace / DATASET_REPORT),
@@ -386,7 +394,7 @@ def check_space(config: RunConfig, base: Path, workspace: Path) -> None:
     shape = Shape.of_model(base)
     if shape is None:
         return
-    need = export_disk(shape, config.training.lora, config.export, 0)
+    need = export_disk(shape, config.training, config.export, 0)
     # Nothing here is downloaded any more, so that no slack is needed for it.
     need = replace(need, slack=0)
     limit = "set stages.export.resources.limits.ephemeral-storage (or the volume) to"

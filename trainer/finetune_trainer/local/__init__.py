@@ -4,6 +4,7 @@ The stages are those of the cluster, with the folder `models/.finetune` as their
 the results laid out where people look for them:
 
     models/lora_adapter/    adapter and tokenizer      (local train)
+    models/tuned/           in its place: the whole model in float32, with training.method full
     models/merged/          16-bit safetensors         (local merge)
     models/gguf/            GGUF files                 (local gguf)
 """
@@ -25,8 +26,10 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from finetune_trainer.contract import (
+    ADAPTER,
     HUB_DATASETS,
     REJECTED,
+    WHOLE_MODEL,
     Artifact,
     Export,
     PreparedRunConfig,
@@ -52,6 +55,9 @@ from finetune_trainer.store.marker import describe_file, open_stage
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 SAMPLE = EXAMPLES / "data" / "lumora-nest.csv"
 SAMPLE_EVAL = EXAMPLES / "data" / "lumora-nest-eval.csv"
+
+RESULTS = {ADAPTER: "lora_adapter", WHOLE_MODEL: "tuned"}
+"""What the folders of a training's result are called here."""
 
 TITLE = "GGUF files against what they were made of"
 WIDTH = 120  # of a log, which has none of its own
@@ -92,7 +98,7 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Fine-tune: leaves OUTPUT/lora_adapter."""
+    """Fine-tune: leaves OUTPUT/lora_adapter, or OUTPUT/tuned with the method full."""
     flags = {"dataset.source": dataset, "model.source": base_model, "training.epochs": epochs}
     given = [f"{path}={value}" for path, value in flags.items() if value is not None]
     given += settings or []
@@ -101,7 +107,8 @@ def train(
 
 @app.command()
 def merge(output: OutputOption = DEFAULT_OUTPUT) -> None:
-    """Merge the adapter into its base model: leaves OUTPUT/merged."""
+    """Merge the adapter into its base model, or round the whole model that was trained to 16 bits:
+    leaves OUTPUT/merged."""
     _finish(Stage.EXPORT, lambda reporter: merge_adapter(output.resolve(), reporter))
 
 
@@ -142,34 +149,35 @@ def _finish(stage: Stage, work: Callable[[Reporter], StageResult]) -> None:
 
 
 def train_adapter(settings: Sequence[str], folder: Path, reporter: Reporter) -> StageResult:
-    """Prepare and train, and lay the adapter out as `lora_adapter`."""
+    """Prepare and train, and lay out the adapter as `lora_adapter` or the model as `tuned`."""
     given = run_config(settings, folder)
     prepared = perform(Stage.PREPARE, given, _workspace(folder), reporter)
     log.info("Dataset: %s: %s", given.dataset.source, prepared.message)
     config = as_prepared(given.model_copy(update={"resolved": prepared.resolved}))
     if Stage.TRAIN in prepared.complete:
-        log.info("Nothing changed since this adapter was trained; it is taken as it is")
+        log.info("Nothing changed since this training; its result is taken as it is")
     else:
         perform(Stage.TRAIN, config, _workspace(folder), reporter)
     _run_file(folder).write_text(config.model_dump_json(indent=2))
-    adapter = folder / "lora_adapter"
-    shutil.rmtree(adapter, ignore_errors=True)
+    for former in RESULTS.values():
+        shutil.rmtree(folder / former, ignore_errors=True)
+    target = _result(config, folder)
     store = LocalFolder(_store_folder(folder))
     trained = open_stage(store, Stage.TRAIN, config.resolved.fingerprints.train)
-    trained.fetch_folder("adapter", adapter)
-    return _done(Stage.TRAIN, f"the adapter is in {adapter}")
+    trained.fetch_folder(config.training.result_folder, target)
+    return _done(Stage.TRAIN, f"the {_result_noun(config)} is in {target}")
 
 
 def merge_adapter(folder: Path, reporter: Reporter) -> StageResult:
-    """Merge `lora_adapter` into its base model, as `merged`."""
+    """Merge `lora_adapter` into its base model, as `merged`; or copy `tuned` in 16 bits."""
     config = _last_run(folder)
     from finetune_trainer.export.merge.model_folder import write_model  # noqa: PLC0415 - imports torch
 
     base = base_model.fetch_resolved(config, _workspace(folder) / "model", reporter)
     target = folder / "merged"
     shutil.rmtree(target, ignore_errors=True)
-    reporter.message(f"Merging the adapter into {config.model.source}")
-    write_model(base, folder / "lora_adapter", target)
+    reporter.message(f"Merging the {_result_noun(config)} into {config.model.source}")
+    write_model(base, _result(config, folder), target)
     return _done(Stage.EXPORT, f"the merged model is in {target}")
 
 
@@ -223,6 +231,8 @@ def run_config(settings: Sequence[str], folder: Path) -> RunConfig:
         "output": {"uri": str(_store_folder(folder))},
     }
     apply_settings(fields, settings)
+    if fields.get("training", {}).get("method") == "full":
+        fields["export"]["merged"] = True  # what it leaves is no result by itself
     model, dataset = fields["model"], fields["dataset"]
     if "source" not in dataset:
         if not SAMPLE.is_file():
@@ -269,11 +279,22 @@ def _run_file(folder: Path) -> Path:
 
 
 def _last_run(folder: Path) -> PreparedRunConfig:
-    if not (folder / "lora_adapter").is_dir() or not _run_file(folder).is_file():
-        raise StageError(
-            Reason.INVALID_CONFIG, f"There is no adapter in {folder}: run `make train` first."
-        )
-    return PreparedRunConfig.model_validate_json(_run_file(folder).read_bytes())
+    if _run_file(folder).is_file():
+        config = PreparedRunConfig.model_validate_json(_run_file(folder).read_bytes())
+        if _result(config, folder).is_dir():
+            return config
+    raise StageError(
+        Reason.INVALID_CONFIG, f"There is no adapter in {folder}: run `make train` first."
+    )
+
+
+def _result(config: RunConfig, folder: Path) -> Path:
+    """Where the training's result is laid out."""
+    return folder / RESULTS[config.training.result_folder]
+
+
+def _result_noun(config: RunConfig) -> str:
+    return "tuned model" if config.training.method == "full" else "adapter"
 
 
 def _done(stage: Stage, message: str) -> StageResult:

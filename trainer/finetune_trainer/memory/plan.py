@@ -105,7 +105,9 @@ def check_host(shape: Shape, hardware: Hardware, attempt: Attempt) -> None:
     if limit is None:
         return
     need = hardware.gpus * HOST_PROCESS
-    if attempt.parallelism == "fsdp":
+    if attempt.training.method == "full":
+        need += _host_bytes_of_full(shape, attempt)
+    elif attempt.parallelism == "fsdp":
         need += model_on_host(shape, attempt.recipe(checkpointing=True))
     if need > limit:
         raise StageError(
@@ -114,6 +116,14 @@ def check_host(shape: Shape, hardware: Hardware, attempt: Attempt) -> None:
             f"the pod has {binary(limit)}: set stages.train.resources.limits.memory to at least "
             f"{binary(need, up=True)}.",
         )
+
+
+def _host_bytes_of_full(shape: Shape, attempt: Attempt) -> int:
+    """Weights pass through the host's memory when they are saved, and with fsdp the optimizer's
+    state as well; with earlyStopping the best weights stay there. In float32."""
+    numbers = 2 if attempt.parallelism == "fsdp" else 1
+    best = 1 if attempt.training.early_stopping else 0
+    return 4 * (numbers + best) * shape.parameters
 
 
 def effective_batch(training: Training) -> int:

@@ -1,4 +1,4 @@
-"""How many bytes a training takes at its peak, term by term; and training and export on disk.
+"""How many bytes a training takes at its peak, term by term.
 
 A pass of T tokens keeps, for the backward pass, what autograd saves of every layer: `kept_by_layer`
 counts it exactly (tests/unit/trainer/test_memory_activations.py compares it with autograd). With
@@ -10,23 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import PurePosixPath
 from typing import Self
 
-from finetune_trainer.contract import (
-    UNQUANTIZED,
-    Export,
-    Lora,
-    Quantization,
-    Reason,
-    StageError,
-    Training,
-)
+from finetune_trainer.contract import Lora, Training
 from finetune_trainer.model.shape import Shape
-from finetune_trainer.runtime import binary
 
 NF4 = 0.516  # bytes a weight: 4 bits, and 0.127 bits of doubly quantized scales (QLoRA, section 3)
 NF4_SCALES = NF4 - 0.5
+FLOAT32 = 4  # bytes
 GPU_OVERHEAD = 600_000_000  # CUDA context, cuBLAS workspace, fragments; fitted on published tables
 CPU_OVERHEAD = 600_000_000  # Python, torch, transformers and TRL; benchmarks/memory.py
 FULL_LOGITS = 15  # bytes per token and word of the vocabulary; fitted on published tables
@@ -65,6 +56,9 @@ class Recipe:
     """What decides on the memory, apart from model and batch. Sizes are bytes an element."""
 
     lora: Lora
+    full: bool = False
+    """Whether the model itself is trained, in float32, computing in `compute` under autocast."""
+
     quantized: bool = False
     compute: int = 2
     """Of 16-bit or 32-bit weights, and of activations."""
@@ -82,6 +76,9 @@ class Recipe:
     shards: int = 1
     """Devices that the weights are spread over (FSDP)."""
 
+    buckets: bool = False
+    """Whether gradients are copied to be exchanged, as DDP does."""
+
     rows: int = 1
     """In a pass."""
 
@@ -97,18 +94,26 @@ class Recipe:
 
     @classmethod
     def on_gpu(
-        cls, training: Training, *, checkpointing: bool, shards: int = 1, half: bool = True
+        cls,
+        training: Training,
+        *,
+        checkpointing: bool,
+        shards: int = 1,
+        buckets: bool = False,
+        half: bool = True,
     ) -> Self:
         """This trainer's on a GPU: 16 bits where it computes in them (`half`), else float32."""
         quantized = training.method == "qlora"
         compute = 2 if half else 4
         return cls(
             lora=training.lora,
+            full=training.method == "full",
             quantized=quantized,
             compute=compute,
             embedding=compute,
             kept=Kept.INPUTS if checkpointing else Kept.ALL,
             shards=shards,
+            buckets=buckets,
             casts=False,
         )
 
@@ -119,6 +124,7 @@ class Recipe:
         compute = 2 if half else 4
         return cls(
             lora=training.lora,
+            full=training.method == "full",
             quantized=quantized,
             compute=compute,
             embedding=compute,
@@ -137,7 +143,8 @@ class Prediction:
 
     weights: int
     adapter: int
-    """The adapter with its gradients and the optimizer's state."""
+    """The adapter with its gradients and the optimizer's state. With full fine-tuning it is the
+    gradients and the optimizer's state of the weights."""
 
     activations: int
     logits: int
@@ -165,6 +172,8 @@ def predict(shape: Shape, recipe: Recipe, tokens: int, labels: int | None = None
 
 def weights(shape: Shape, recipe: Recipe) -> float:
     """The frozen model; QLoRA holds the linear layers in 4 bits, embeddings and norms in full."""
+    if recipe.full:
+        return _trained_weights(shape, recipe)
     rest = (shape.embedding + shape.other) * recipe.embedding
     linear, alone = float(shape.linear * recipe.compute), 0.0
     if recipe.quantized:
@@ -189,8 +198,34 @@ def model_on_host(shape: Shape, recipe: Recipe) -> int:
     return round(recipe.shards * (NF4 * shape.linear + rest))
 
 
+def _trained_weights(shape: Shape, recipe: Recipe) -> float:
+    """Float32, and what autocast makes of it for the compute type, which stays for a whole pass.
+
+    FSDP gathers in the compute type: the layer at work, the one after it, and the embeddings.
+    """
+    head = shape.vocabulary * shape.hidden
+    if recipe.shards > 1:
+        gathered = 2 * shape.linear / shape.layers + shape.embedding
+        return FLOAT32 * shape.parameters / recipe.shards + recipe.compute * gathered
+    copy = recipe.compute * (shape.linear + head) if recipe.compute != FLOAT32 else 0
+    return FLOAT32 * shape.parameters + copy
+
+
+def _gradients_and_moments(shape: Shape, recipe: Recipe) -> float:
+    """Three numbers a weight. The largest weight's gradient exists twice while it is added up."""
+    whole = 3.0 * FLOAT32 * shape.parameters
+    if recipe.shards > 1:
+        # A layer's gradients, and those of the embeddings, are whole until they are shared out.
+        layer = shape.linear / shape.layers + shape.embedding
+        return whole / recipe.shards + (FLOAT32 + recipe.compute) * layer
+    copies = shape.parameters if recipe.buckets else shape.vocabulary * shape.hidden
+    return whole + FLOAT32 * copies
+
+
 def adapter(shape: Shape, recipe: Recipe) -> float:
     """Weights, gradients and AdamW's two moments; autocast adds a copy in the compute type."""
+    if recipe.full:
+        return _gradients_and_moments(shape, recipe)
     copy = recipe.compute if recipe.adapter != recipe.compute else 0
     kept = shape.adapter(recipe.lora) * (4 * recipe.adapter / recipe.shards + copy)
     return kept + (_norms_of_dora(shape, recipe) if recipe.lora.use_dora else 0)
@@ -214,7 +249,8 @@ def activations_per_token(shape: Shape, recipe: Recipe) -> float:
     outside = (4 + 2 * size) * shape.hidden  # embedding and last norm
     if recipe.kept is Kept.ALL:
         return outside + shape.layers * layer + backward
-    inputs = shape.layers * size * shape.hidden if recipe.kept is Kept.INPUTS else 0
+    stream = FLOAT32 if recipe.full else size  # under autocast the layers hand on float32
+    inputs = shape.layers * stream * shape.hidden if recipe.kept is Kept.INPUTS else 0
     return outside + inputs + layer + backward
 
 
@@ -257,7 +293,25 @@ def kept_by_layer(shape: Shape, recipe: Recipe) -> float:
     if shape.fused:
         # The value is a part of the fused layer's output, which is kept as a whole.
         total += size * (shape.query + shape.key_value)
-    return total + _kept_by_adapters(shape, recipe)
+    return total + (_kept_for_weights if recipe.full else _kept_by_adapters)(shape, recipe)
+
+
+def _kept_for_weights(shape: Shape, recipe: Recipe) -> float:
+    """The gradient of a weight takes the layer's input; a norm's, what it has normalised.
+
+    Autocast casts the input once for each layer that reads it. Attention's output, the input of
+    o_proj, is saved already (not where query, key and value are parts of one layer's output).
+    """
+    size = recipe.compute
+    total = 4.0 * shape.norms * shape.hidden + size * shape.mlp
+    if shape.qk_norm:
+        # Gemma multiplies what it has normalised in float32, Qwen in the compute type.
+        normalised = FLOAT32 if shape.model_type.startswith("gemma") else size
+        total += normalised * (shape.query + shape.key_value)
+    if shape.fused:
+        total += size * shape.query
+    readers = 2 if shape.fused or size == FLOAT32 else 5  # of the hidden states: q, k, v; gate, up
+    return total + size * readers * shape.hidden
 
 
 def _kept_by_adapters(shape: Shape, recipe: Recipe) -> float:
@@ -302,121 +356,3 @@ def logits(shape: Shape, recipe: Recipe, labels: int) -> float:
     tile = min(labels, TILE_TOKENS) * min(shape.vocabulary, TILE_WORDS) * recipe.compute
     # The hidden states at the labels, and their gradient in float32 and in the compute type.
     return tile + labels * shape.hidden * (4 + 2 * recipe.compute)
-
-
-# --- On disk -------------------------------------------------------------------------------------
-# The bits a weight of each GGUF type are llama.cpp's own: a type's blocks, and what its mixtures
-# (K_M) come to over whole models. Models whose width is no multiple of 256 get other blocks.
-
-BLOCK = 256  # weights in one block of the K types
-CHECKPOINTS = 3  # two kept and one being written
-GATE_BYTES = 3 * 512 * 2
-"""For each token of the vocabulary: log-probabilities in 16 bits over 512 answer tokens, of base,
-tuned model and largest GGUF file."""
-
-SLACK = 256 * 2**20  # tokenizer, examples, logs, caches of datasets
-
-_BITS: dict[Quantization, tuple[float, float]] = {
-    # Of the linear layers, and of the output layer (the embedding, where they are one).
-    Quantization.F32: (32, 32),
-    Quantization.F16: (16, 16),
-    Quantization.BF16: (16, 16),
-    Quantization.Q8_0: (8.5, 8.5),
-    Quantization.Q6_K: (6.5625, 6.5625),
-    Quantization.Q5_K_M: (5.67, 6.5625),
-    Quantization.Q4_K_M: (4.87, 6.5625),
-    Quantization.IQ4_XS: (4.32, 6.5625),
-    Quantization.Q3_K_M: (3.85, 6.5625),
-}
-_FALLBACK: dict[Quantization, tuple[float, float]] = {
-    Quantization.Q6_K: (8.5, 8.5),
-    Quantization.Q5_K_M: (6.7, 8.5),
-    Quantization.Q4_K_M: (5.7, 8.5),
-    Quantization.IQ4_XS: (4.6, 8.5),
-    Quantization.Q3_K_M: (4.9, 8.5),
-}
-_BASE_BITS = {
-    Quantization.Q5_K_M: 5.5,
-    Quantization.Q4_K_M: 4.5,
-    Quantization.IQ4_XS: 4.25,
-    Quantization.Q3_K_M: 3.4375,
-}
-"""Of an input embedding that is not the output layer as well."""
-
-
-@dataclass(frozen=True)
-class DiskNeed:
-    """Bytes at the peak, by what they are for."""
-
-    model: int
-    """The base model as it is downloaded; nothing for a mounted folder."""
-
-    work: int
-    """Checkpoints and adapter, or merged model and GGUF files."""
-
-    slack: int = SLACK
-
-    @property
-    def total(self) -> int:
-        return self.model + self.work + self.slack
-
-
-def downloaded(source: str, sizes: dict[str, int]) -> int:
-    """Bytes of a base model that end on the pod's disk; a mounted folder is used where it is."""
-    return 0 if PurePosixPath(source).is_absolute() else sum(sizes.values())
-
-
-def training_disk(shape: Shape, lora: Lora, model_bytes: int) -> DiskNeed:
-    """Checkpoints hold the float32 adapter and two moments of it each; the adapter is saved once
-    for itself and once on its way to the store."""
-    adapter = 4 * shape.adapter(lora)
-    return DiskNeed(model=model_bytes, work=CHECKPOINTS * 3 * adapter + 2 * adapter)
-
-
-def export_disk(shape: Shape, lora: Lora, export: Export, model_bytes: int) -> DiskNeed:
-    """Adapter, the merged model where it is asked for, GGUF files and what their gate compares.
-
-    GGUF files are made of the base model and the adapter, so that no merged model is needed for
-    them; where none of their types can serve as the source of the others, a temporary one is.
-    """
-    adapter = 4 * shape.adapter(lora)
-    if not (export.merged or export.gguf):
-        return DiskNeed(model=0, work=adapter)
-    work = adapter + (2 * shape.parameters if export.merged else 0)
-    if export.gguf:
-        work += sum(gguf_bytes(shape, kind) for kind in export.gguf)
-        if not any(kind in UNQUANTIZED for kind in export.gguf):
-            work += gguf_bytes(shape, Quantization.F16)
-        if export.adapter_gguf is not False:
-            work += adapter
-        work += GATE_BYTES * shape.vocabulary
-    return DiskNeed(model=model_bytes, work=work)
-
-
-def gguf_bytes(shape: Shape, kind: Quantization) -> int:
-    """Size of a GGUF file, without the vocabulary's few megabytes."""
-    linear, output = _BITS[kind]
-    embedding = _BASE_BITS.get(kind, output)
-    if shape.hidden % BLOCK and kind in _FALLBACK:
-        linear, output = _FALLBACK[kind]
-        embedding = linear
-    table = shape.vocabulary * shape.hidden
-    bits = shape.linear * linear + table * output + shape.other * 32
-    if not shape.tied:
-        bits += table * embedding
-    return round(bits / 8)
-
-
-def check_disk(need: DiskNeed, available: int, what: str, remedy: str) -> None:
-    """Raise StageError(OutOfDisk) when `need` is more than `available`.
-
-    `what` is the work that needs it; `remedy` says which limit to raise.
-    """
-    if need.total <= available:
-        return
-    model = f" (the base model alone is {binary(need.model)})" if need.model else ""
-    raise StageError(
-        Reason.OUT_OF_DISK,
-        f"{what} needs {binary(need.total)} of disk{model}, and there are {binary(available)}: "
-        f"{remedy} at least {binary(need.total, up=True)}.",
-    )

@@ -74,7 +74,11 @@ class Attempt:
             return Recipe.on_cpu(self.training, checkpointing=checkpointing, half=self.half)
         shards = self.devices if self.parallelism == "fsdp" else 1
         return Recipe.on_gpu(
-            self.training, checkpointing=checkpointing, shards=shards, half=self.half
+            self.training,
+            checkpointing=checkpointing,
+            shards=shards,
+            buckets=self.parallelism == "ddp",
+            half=self.half,
         )
 
     def least(self) -> int:
@@ -122,8 +126,8 @@ GENERAL_REMEDIES = {
     Reason.OOM_KILLED: _RAISE_LIMIT,
 }
 BASE_MODEL_TOO_LARGE = (
-    "The base model alone does not fit: choose a smaller one, set spec.training.method to qlora, "
-    "or use a GPU with more memory."
+    "The base model alone does not fit: choose a smaller one, set spec.training.method to qlora "
+    "(or lora in place of full), or use a GPU with more memory."
 )
 
 
@@ -146,6 +150,8 @@ def remedies_after_ladder(
     elif training.min_sequence_length < max_sequence_length:
         options.append("allow more cut examples by spec.dataset.maxTruncatedRows")
     options.append("choose a smaller base model")
+    if training.method == "full":
+        options.append("set spec.training.method to lora")
     if training.method == "lora" and on_gpu:
         options.append("set spec.training.method to qlora")
     options.append("use a GPU with more memory" if on_gpu else "raise the pod's memory limit")
@@ -169,10 +175,11 @@ def _settings(attempt: Attempt, memory: int) -> Iterator[str]:
         other = attempt.changed(gradient_checkpointing="auto")
         if _fits(other, memory):
             yield f"gradientCheckpointing: auto ({binary(other.least())})"
-    if training.method == "lora":
-        other = attempt.changed(method="qlora")
+    for method in {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(training.method, ()):
+        other = attempt.changed(method=method)
         if _fits(other, memory):
-            yield f"method: qlora ({binary(other.least())})"
+            yield f"method: {method} ({binary(other.least())})"
+            break
     for length in SHORTER:
         other = attempt.shortened(length)
         if length < attempt.longest and _fits(other, memory):

@@ -128,8 +128,9 @@ def check_model(
     module, ModelUnsupported where llama.cpp can't do what spec.export.gguf asks for.
     """
     headers = rehearsal.read_headers(model, config.model_storage)
-    check_targets(config.training.lora, base, rehearsal.tensor_names(headers))
-    initial_adapter.check(config, base, model.revision)
+    if config.training.method != "full":
+        check_targets(config.training.lora, base, rehearsal.tensor_names(headers))
+        initial_adapter.check(config, base, model.revision)
     if not config.export.gguf:
         return ""
     reporter.message("Checking that llama.cpp can convert the model")

@@ -27,8 +27,8 @@ from finetune_trainer.contract import (
     StageResult,
     TrainingPlan,
 )
+from finetune_trainer.memory.disk import check_disk, downloaded, training_disk
 from finetune_trainer.memory.plan import Lengths, describe, plan
-from finetune_trainer.memory.predict import check_disk, downloaded, training_disk
 from finetune_trainer.model import ModelFolder, base_model
 from finetune_trainer.model.base_model import BaseModelFiles
 from finetune_trainer.model.shape import Shape
@@ -151,6 +151,30 @@ def check_config(config: RunConfig) -> None:
         )
     if config.training.lora.modules_to_save:
         _check_whole_modules(config)
+    if config.training.method == "full":
+        _check_full(config)
+
+
+def _check_full(config: RunConfig) -> None:
+    """Raise StageError(InvalidConfig) for what full fine-tuning can't do."""
+    if config.export.adapter_gguf:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            "spec.export.adapterGguf: training.method full trains the model itself, and no "
+            "adapter. Leave adapterGguf out, or set training.method to lora.",
+        )
+    if not (config.export.merged or config.export.gguf):
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            "spec.export: training.method full leaves no adapter, so nothing would be published. "
+            "Leave export.merged at true, or name types in export.gguf.",
+        )
+    if config.model.trust_remote_code:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            "spec.training.method: full is not supported for a model that brings its own code "
+            "(model.trustRemoteCode). Set training.method to lora.",
+        )
 
 
 def _check_whole_modules(config: RunConfig) -> None:
@@ -307,9 +331,7 @@ def plan_training(
         )
         return None
     if hardware.ephemeral_storage_bytes is not None:
-        need = training_disk(
-            shape, config.training.lora, downloaded(config.model.source, model.sizes)
-        )
+        need = training_disk(shape, config.training, downloaded(config.model.source, model.sizes))
         limit = "set stages.train.resources.limits.ephemeral-storage to"
         check_disk(need, hardware.ephemeral_storage_bytes, "The training", limit)
     training_plan = plan(config.training, shape, Lengths(longest), hardware)

@@ -80,8 +80,8 @@ class TrainingWork(Base):
 
     @property
     def adapter(self) -> Path:
-        """Where the adapter and the tokenizer go."""
-        return self.workdir / "adapter"
+        """Where the adapter, or the whole model, and the tokenizer go."""
+        return self.workdir / self.config.training.result_folder
 
     @property
     def checkpoints(self) -> Path:

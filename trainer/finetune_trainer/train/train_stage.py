@@ -60,7 +60,7 @@ def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> Stage
         trained = train(session.resume(work), session)
         result = workspace / "result"
         result.mkdir()
-        work.adapter.rename(result / "adapter")
+        work.adapter.rename(result / work.adapter.name)
         if work.tensorboard.is_dir():
             work.tensorboard.rename(result / "tensorboard")
         record = TrainingRecord(

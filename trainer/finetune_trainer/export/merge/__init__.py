@@ -1,9 +1,9 @@
-"""The merged model's weights, computed as they are read: base shards plus the adapter's deltas.
+"""The merged model's weights, computed as they are read: base shards plus what a training changed.
 
 MergedWeights, below, reads rows of the merged model by blocks.
 
 checkpoint    the base's safetensors, memory-mapped; names of weights; the type to store them in
-deltas        what the adapter adds to each weight
+deltas        what the adapter adds to each weight, or what a full training put in its place
 model_folder  the merged model as a folder: shards, configuration, tokenizer
 
 Nothing here loads a model. Whatever its size, only some blocks of rows are in memory.
@@ -34,7 +34,14 @@ from finetune_trainer.export.merge.checkpoint import (
     sixteen_bit_type,
     weight_names,
 )
-from finetune_trainer.export.merge.deltas import ALIGNED, Replacement, WeightChange, read_adapter
+from finetune_trainer.export.merge.deltas import (
+    ALIGNED,
+    Replacement,
+    WeightChange,
+    is_whole_model,
+    read_adapter,
+    read_whole_model,
+)
 
 __all__ = ["MergedWeights", "TensorInfo", "is_finite"]
 
@@ -48,7 +55,10 @@ _T = TypeVar("_T")
 
 
 class MergedWeights:
-    """Base model and adapter, merged as they are read. Reading is safe from several threads."""
+    """Base model and adapter, merged as they are read. Reading is safe from several threads.
+
+    In place of the adapter there may be the whole model that a full training left.
+    """
 
     def __init__(
         self,
@@ -73,7 +83,7 @@ class MergedWeights:
         """The merged model's tensors by name, in the order of the base's files."""
 
         self.targets = frozenset(deltas)
-        """Names of the weights that the adapter changes."""
+        """Names of the weights that the training changes."""
 
     @classmethod
     def open(cls, base: Path, adapter: Path | None, dtype: torch.dtype | None = None) -> Self:
@@ -84,7 +94,7 @@ class MergedWeights:
         config = read_config(base)
         stored = _without_tied_copy(read_checkpoint(base), config)
         known = sixteen_bit_type(config, (item.tensor for item in stored.values()))
-        deltas = {} if adapter is None else _deltas(base, read_adapter(adapter), stored)
+        deltas = {} if adapter is None else _what_changes(base, adapter, stored)
         dtype = known or dtype or cls(stored, deltas, torch.float32)._narrowest()
         return cls(stored, deltas, dtype)
 
@@ -113,10 +123,17 @@ class MergedWeights:
         return out
 
     def check_changes(self) -> None:
-        """Raise StageError(QualityGateFailed) when a target stays as it is, or isn't finite."""
+        """Raise StageError(QualityGateFailed) when a target stays as it is, or isn't finite.
+
+        Of a full training some may, such as norms, whose small steps 16 bits don't show.
+        """
         for name, delta in self._deltas.items():
             if not all(is_finite(part) for part in delta.parts):
                 raise _broken(name)
+        if all(isinstance(delta, Replacement) for delta in self._deltas.values()):
+            if not any(map(self._changes, self._deltas)):
+                raise _unchanged(list(self._deltas), len(self._deltas))
+            return
         changed = _in_threads(self._changes, self._deltas)
         same = [n for n, c in zip(self._deltas, changed, strict=True) if not c]
         if same := [name for name in same if not _UNREACHED.search(name)]:
@@ -174,19 +191,26 @@ def _without_tied_copy(
     return {name: item for name, item in stored.items() if name != output}
 
 
-def _deltas(
-    base: Path, modules: dict[str, WeightChange], stored: Mapping[str, BaseTensor]
+def _what_changes(
+    base: Path, trained: Path, stored: Mapping[str, BaseTensor]
 ) -> dict[str, WeightChange]:
-    """What the adapter changes, by the names of the weights."""
-    modules = _without_tied_output(modules, stored)
-    names = weight_names(base, modules, stored.keys())
-    for module, delta in modules.items():
+    """What the training changed, by the names of the weights in the base model's files."""
+    found: Mapping[str, WeightChange]
+    if is_whole_model(trained):
+        found = read_whole_model(trained)
+        if unknown := sorted(found.keys() - stored.keys()):
+            raise other_model_error(f"it has no {shortened(unknown)}")
+        names = dict(zip(found, found, strict=True))
+    else:
+        found = _without_tied_output(read_adapter(trained), stored)
+        names = weight_names(base, found, stored.keys())
+    for module, change in found.items():
         shape = tuple(stored[names[module]].tensor.shape)
-        if shape != delta.shape:
+        if shape != change.shape:
             raise other_model_error(
-                f"its {names[module]} has shape {shape} instead of {delta.shape}"
+                f"its {names[module]} has shape {shape} instead of {change.shape}"
             )
-    return {names[module]: delta for module, delta in modules.items()}
+    return {names[module]: change for module, change in found.items()}
 
 
 def _without_tied_output(
@@ -242,7 +266,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 def _broken(name: str) -> StageError:
     return StageError(
         Reason.QUALITY_GATE_FAILED,
-        f"The adapter holds values that are not finite (for {name}): lower "
+        f"The training left values that are not finite (for {name}): lower "
         "spec.training.learningRate and train again.",
     )
 
@@ -251,6 +275,6 @@ def _unchanged(names: list[str], targets: int) -> StageError:
     modules = shortened(name.removesuffix(".weight") for name in names)
     return StageError(
         Reason.QUALITY_GATE_FAILED,
-        f"The training changed nothing in {len(names)} of {targets} target modules ({modules}): "
+        f"The training changed nothing in {len(names)} of {targets} targets ({modules}): "
         "raise spec.training.learningRate or epochs.",
     )

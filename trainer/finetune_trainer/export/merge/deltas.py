@@ -1,4 +1,5 @@
-"""A LoRA adapter as PEFT saves it, and what it adds to each weight."""
+"""What a training left, and what it makes of each weight: a LoRA adapter as PEFT saves it adds to
+it, a whole model (method full) takes its place."""
 
 from __future__ import annotations
 
@@ -12,7 +13,13 @@ import torch
 from safetensors import SafetensorError
 
 from finetune_trainer.contract import Reason, StageError
-from finetune_trainer.export.merge.checkpoint import OUTPUT_LAYERS, open_file, shortened
+from finetune_trainer.export.merge.checkpoint import (
+    CONFIG,
+    OUTPUT_LAYERS,
+    open_file,
+    read_checkpoint,
+    shortened,
+)
 from finetune_trainer.model.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -63,15 +70,15 @@ class Delta:
 
 @dataclass(frozen=True)
 class Replacement:
-    """The weight of a module that was trained as a whole (PEFT's modules_to_save)."""
+    """A weight that was trained as a whole (PEFT's modules_to_save, or method full)."""
 
     weight: torch.Tensor
-    """(out, in)"""
+    """(out, in), or (out,) of norms and biases"""
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """The shape of the weight that it replaces."""
-        return self.weight.shape[0], self.weight.shape[1]
+        return tuple(self.weight.shape)
 
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
@@ -83,6 +90,16 @@ class Replacement:
 
 
 WeightChange = Delta | Replacement
+
+
+def is_whole_model(folder: Path) -> bool:
+    """Whether a training left a whole model there, and no adapter."""
+    return (folder / CONFIG).is_file() and not (folder / ADAPTER_CONFIG).is_file()
+
+
+def read_whole_model(folder: Path) -> dict[str, Replacement]:
+    """The trained weights by their names in the base model's files; raises StageError."""
+    return {name: Replacement(item.tensor) for name, item in read_checkpoint(folder).items()}
 
 
 def _enough_rows(start: int, stop: int, rows: int) -> tuple[int, int]:

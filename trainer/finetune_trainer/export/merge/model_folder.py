@@ -65,15 +65,16 @@ def write_model(
 ) -> None:
     """Merge the adapter into the base model, as a whole folder that transformers loads.
 
-    Raises StageError: QualityGateFailed when the adapter changes nothing or isn't finite,
-    ModelUnsupported when it can't be merged into this base.
+    In place of an adapter there may be a whole model, which is copied in the base model's types and
+    shards. Raises StageError: QualityGateFailed when the training changed nothing or left what
+    isn't finite, ModelUnsupported when it can't be merged into this base.
     """
     use_available_cpus()
     weights = MergedWeights.open(base.path, adapter)
     weights.check_changes()
     assemble(base, adapter, target, dtype=weights.dtype)
     write_merged(weights, target, on_bytes)
-    log.info("Merged the adapter into %d weights", len(weights.targets))
+    log.info("Merged what was trained into %d weights", len(weights.targets))
 
 
 def assemble(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.export.merge.deltas import is_whole_model
 from finetune_trainer.export.reference import (
     Generated,
     MeasuredRow,
@@ -127,11 +129,15 @@ def _measure_tuned(
     if not groups:
         return Measurement(()), None
     model = load_streamed(request.base, request.adapter)
-    if not isinstance(model, PeftModel):
-        (tuned,) = _measure(partial(logits_of, model), groups, [request.tuned_file], None, step)
-        return tuned, None
     files = [request.tuned_file, request.base_file]
-    tuned, base = _measure(partial(logits_of_both, model), groups, files, None, step)
+    if isinstance(model, PeftModel):
+        logits_of_group = partial(logits_of_both, model)
+    elif request.adapter is not None:  # a whole model, beside its base
+        logits_of_group = partial(logits_of_two, model, load_streamed(request.base, None))
+    else:
+        (tuned,) = _measure(partial(logits_of, model), groups, files[:1], None, step)
+        return tuned, None
+    tuned, base = _measure(logits_of_group, groups, files, None, step)
     return tuned, base
 
 
@@ -216,6 +222,13 @@ def logits_of_both(model: PeftModel, rows: Sequence[MeasuredRow]) -> torch.Tenso
     tuned = logits_of(model, rows)
     with model.disable_adapter():
         return torch.cat([tuned, logits_of(model, rows)])
+
+
+def logits_of_two(
+    tuned: PreTrainedModel, base: PreTrainedModel, rows: Sequence[MeasuredRow]
+) -> torch.Tensor:
+    """The same of two models, whose weights both stay in their files."""
+    return torch.cat([logits_of(tuned, rows), logits_of(base, rows)])
 
 
 @torch.no_grad()
@@ -332,8 +345,12 @@ _BLOCKWISE: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
 def load_streamed(base: ModelFolder, adapter: Path | None) -> PreTrainedModel | PeftModel:
     """The base model, with the adapter beside it unmerged if there is one, ready to evaluate.
 
+    Of a full training, `adapter` is the whole model that it left in float32.
+
     Raises StageError(ModelUnsupported) when transformers can't load the base model.
     """
+    if adapter is not None and is_whole_model(adapter):
+        base, adapter = replace(base, path=adapter), None
     model = load_model(base, "auto", "cpu")
     _compute_in_float32(model)
     tuned = model if adapter is None else PeftModel.from_pretrained(model, adapter)

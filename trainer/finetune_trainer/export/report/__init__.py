@@ -140,7 +140,7 @@ def metadata(facts: Facts) -> ModelCardData:
     return ModelCardData(
         base_model=source if is_hub(source) else None,
         eval_results=measured,
-        library_name="transformers" if facts.has("merged") else "peft",
+        library_name="peft" if facts.has("adapter") and not facts.has("merged") else "transformers",
         license=facts.license,
         model_name=facts.name if measured else None,
         pipeline_tag="text-generation",
@@ -153,7 +153,8 @@ def tags(facts: Facts) -> list[str]:
     """Tags of the model on the Hub."""
     lora = facts.config.training.lora
     kinds = {
-        "lora": True,
+        "lora": facts.config.training.method != "full",
+        "full-fine-tuning": facts.config.training.method == "full",
         "qlora": facts.config.training.method == "qlora",
         "dora": lora.use_dora,
         "rslora": lora.use_rslora,

@@ -122,6 +122,18 @@ class Facts:
         return display_name(self.config.model.source)
 
     @property
+    def how_trained(self) -> str:
+        """How the base model was fine-tuned, after that word."""
+        return {"qlora": "with QLoRA", "lora": "with LoRA"}.get(
+            self.config.training.method, "in full, all of its weights,"
+        )
+
+    @property
+    def trained_part(self) -> str:
+        """What the training left."""
+        return "model" if self.config.training.method == "full" else "adapter"
+
+    @property
     def initial_adapter(self) -> str | None:
         """What the adapter that the training went on from is called; a bucket's name is private."""
         source = self.lineage.init_from

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from finetune_trainer.contract import LengthSpread, Lineage, ListedRows, Training
+from finetune_trainer.contract import LengthSpread, Lineage, ListedRows, Training, usual_rate
 from finetune_trainer.contract.verdict import Tone, word_for
 from finetune_trainer.export.report.facts import Facts, GgufFile, LossPoint
 from finetune_trainer.runtime import duration, size
@@ -175,6 +175,7 @@ def listed_evaluations(facts: Facts) -> tuple[LossPoint, ...]:
 def hyperparameter_rows(facts: Facts) -> tuple[TableRow, ...]:
     """The settings as they were applied, by their names in the spec."""
     usual = dict(_flat(Training().model_dump(mode="json")))
+    usual["learningRate"] = usual_rate(facts.config.training.method)
     return tuple(
         TableRow(name, setting(value), changed=name in usual and usual[name] != value)
         for name, value in _flat(facts.trained.hyperparameters)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean, median
 
-from finetune_trainer.contract import Notice, NoticeCode, Training
+from finetune_trainer.contract import Notice, NoticeCode, Training, usual_rate
 from finetune_trainer.train.recipe.training_log import (
     LogPoint,
     binned_losses,
@@ -94,9 +94,8 @@ TRAIN_FALL = 0.2
 UNMOVED = 0.9
 """Of the first loss; a plateau above it means that hardly anything was learnt at all."""
 
-DEFAULT_RATE: float = Training.model_fields["learning_rate"].default
-HIGH_RATE = 10 * DEFAULT_RATE
-"""Raising what is higher is no advice."""
+HIGH_RATE = 10
+"""Times the usual rate of the method. Raising what is higher is no advice."""
 
 
 def diagnose(history: Sequence[LogPoint], settings: Training) -> list[Notice]:
@@ -228,9 +227,9 @@ def find_overfitting(
         step=last.step,
         evidence=f"eval loss rose from {eval_loss_of(best):.3g} at step {best.step} to "
         f"{eval_loss_of(last):.3g} while the training loss fell from {then:.3g} to {now:.3g}",
-        remedy=f"Set spec.training.earlyStopping to keep the adapter of step {best.step}, or "
+        remedy=f"Set spec.training.earlyStopping to keep what step {best.step} had learnt, or "
         f"{epochs}; more rows help most, a lower spec.training.learningRate "
-        f"({settings.learning_rate:g}) as well.",
+        f"({settings.peak_learning_rate:g}) as well.",
     )
 
 
@@ -259,7 +258,8 @@ def find_flat_loss(
         f"{b.loss:.4g} to epoch {b.epoch:.3g}" for b in (last[0], last[half], last[-1])
     )
     start = loss_of(train[0])
-    rate, high = settings.learning_rate, settings.learning_rate > HIGH_RATE
+    rate = settings.peak_learning_rate
+    high = rate > HIGH_RATE * usual_rate(settings.method)
     if level > UNMOVED * start:
         change = (
             lower_rate(settings)
@@ -274,6 +274,8 @@ def find_flat_loss(
         change = (
             lower_rate(settings)
             if high
+            else f"Or raise spec.training.learningRate ({rate:g})"
+            if settings.method == "full"
             else f"Or raise spec.training.lora.r ({settings.lora.r}) or learningRate ({rate:g})"
         )
         remedy = (
@@ -290,8 +292,8 @@ def find_flat_loss(
 
 def lower_rate(settings: Training) -> str:
     """The advice for a learning rate that is too high: a tenth of it, at most the default."""
-    rate = settings.learning_rate
-    return f"Lower spec.training.learningRate from {rate:g} to {min(rate / 10, DEFAULT_RATE):g}"
+    rate, usual = settings.peak_learning_rate, usual_rate(settings.method)
+    return f"Lower spec.training.learningRate from {rate:g} to {min(rate / 10, usual):g}"
 
 
 def _rising_notice(step: int, evidence: str, settings: Training) -> Notice:

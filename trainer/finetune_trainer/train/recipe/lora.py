@@ -1,4 +1,4 @@
-"""The adapter as it trains: its parameters, and what makes it and the layers around it faster."""
+"""What is trained: parameters, those of the adapter or of the model; and what makes it faster."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.model.adapter import ADAPTER_WEIGHTS
+from finetune_trainer.model.shape import of_text
 from finetune_trainer.train.recipe.packing import (
     ROUGH_TOLERANCE,
     TOLERANCE,
@@ -27,6 +28,13 @@ from finetune_trainer.train.recipe.processes import is_first
 RANDOM_BITS = 16  # for each value
 
 log = logging.getLogger(__name__)
+
+
+def freeze_other_senses(model: torch.nn.Module) -> None:
+    """Of a model that is trained itself, leave alone what no text passes through."""
+    for name, parameter in model.named_parameters():
+        if not of_text([name]):
+            parameter.requires_grad_(False)
 
 
 def count_base_parameters(model: PreTrainedModel) -> int:

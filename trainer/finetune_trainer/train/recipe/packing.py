@@ -71,6 +71,8 @@ def packed_attention(
     _refuse_special(module, query, others)
     ends = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Of a model in float32 under autocast, the positions make query and key float32 again.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     out = _PackedAttention.apply(  # type: ignore[no-untyped-call]
         query[0], key[0], value[0], scale, sliding_window, list(pairwise(ends))
     )

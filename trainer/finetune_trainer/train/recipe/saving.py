@@ -1,6 +1,7 @@
 """Checkpoints as the worker writes them: in the Trainer's own format, when they are due.
 
     checkpoint-40/  adapter_config.json  adapter_model.safetensors   the adapter
+                    weights.safetensors                              or all weights (full)
                     optimizer.pt  scheduler.pt  rng_state.pth        to go on bit for bit
                     trainer_state.json                               step, log, our counters
 
@@ -52,6 +53,7 @@ from finetune_trainer.train.link import Channel, InterruptedTrainingError, Train
 from finetune_trainer.train.recipe.training_log import LossSums
 
 INTERVAL_SECONDS = 600.0  # where training.checkpointSteps is left out
+FULL_INTERVAL_SECONDS = 3600.0  # of all weights, whose checkpoints are large
 WAIT_SECONDS = 0.2  # at most, between two looks at a store that is behind
 FULL_BYTES = 1 << 20  # a disk with less is full
 
@@ -142,12 +144,14 @@ class UploadLag:
         steps: int | None,
         stored_step: Callable[[], int | None],
         clock: Callable[[], float] = time.monotonic,
+        seconds: float = INTERVAL_SECONDS,
     ) -> None:
+        """An interval is so many steps, or so many seconds where they are left out."""
         self._steps = steps
         self._stored_step = stored_step
         self._clock = clock
-        self._interval = float(steps) if steps else INTERVAL_SECONDS
-        self._half = float(max(steps // 2, 1)) if steps else INTERVAL_SECONDS / 2
+        self._interval = float(steps) if steps else seconds
+        self._half = float(max(steps // 2, 1)) if steps else seconds / 2
         self._written: list[WrittenCheckpoint] = []
         self.start_from(0)
 
@@ -197,7 +201,9 @@ class CheckpointSaver(TrainerCallback, ExportableState):
         self._channel = channel
         self._clock = clock
         stored_step = channel.stored_step if channel else lambda: None
-        self._lag = UploadLag(work.config.training.checkpoint_steps, stored_step, clock)
+        settings = work.config.training
+        seconds = FULL_INTERVAL_SECONDS if settings.method == "full" else INTERVAL_SECONDS
+        self._lag = UploadLag(settings.checkpoint_steps, stored_step, clock, seconds)
         self._began = clock()
         self._stop_requested = False
         self._in_optimizer = False

@@ -1,14 +1,15 @@
-"""The recipe: supervised fine-tuning of a LoRA adapter. Read it from top to bottom.
+"""The recipe: supervised fine-tuning of a LoRA adapter, or of all weights. Read it from the top.
 
     rows of {prompt: [..., user message], completion: [assistant message]}
       -> the tokenizer's chat template -> token ids, labels = answers and their ends of turn only
       -> frozen base model (16 or 32 bit; 4-bit NF4 for qlora) + trainable low-rank matrices
-      -> evaluation, steps of AdamW, evaluation -> adapter_model.safetensors
+         or, with method full, the model itself in float32
+      -> evaluation, steps of AdamW, evaluation -> adapter_model.safetensors or model.safetensors
 
 No library's default decides on the result: the recipe passes every hyperparameter by name.
 
-A row is one example. A step is one update of the adapter, on as many rows as the effective batch
-has (batchSize x gradientAccumulationSteps). The plan splits a step into passes and processes, as
+A row is one example. A step is one update of the trained weights, on as many rows as the effective
+batch has (batchSize x gradientAccumulationSteps). The plan splits it into passes and processes, as
 memory allows, and never changes which rows are in it. A loss is a mean in nats per answer token.
 """
 
@@ -21,7 +22,9 @@ from typing import cast
 
 import torch
 from peft import PeftModel
+from pydantic import JsonValue
 from transformers import (
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -29,7 +32,7 @@ from transformers import (
 )
 from trl.trainer.sft_config import SFTConfig
 
-from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.contract import Reason, StageError, Training
 from finetune_trainer.model.adapter import lora_config
 from finetune_trainer.model.loading import (
     compute_dtype_of,
@@ -46,13 +49,14 @@ from finetune_trainer.train.recipe.lora import (
     count_base_parameters,
     count_trainable_parameters,
     embed_in,
+    freeze_other_senses,
     make_layers_faster,
     start_from,
     use_liger,
 )
 from finetune_trainer.train.recipe.packing import pass_limits, prepare_packing
 from finetune_trainer.train.recipe.saving import train_with_checkpoints
-from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData
+from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData, trained_weights
 from finetune_trainer.train.recipe.training_log import (
     TrainingTotals,
     begin_memory_peaks,
@@ -72,7 +76,7 @@ log = logging.getLogger(__name__)
 
 
 def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = None) -> Trained:
-    """Train on the rows of `work.examples`. Adapter and tokenizer go to `work.adapter`."""
+    """Train on the rows of `work.examples`. The result and the tokenizer go to `work.adapter`."""
     settings = work.config.training
     notify = channel.notice if channel else None
     use_available_cpus()
@@ -111,7 +115,7 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     if (notice := find_unrelated_answers(trainer, work, tokenizer)) and notify:
         notify(notice)
 
-    save_adapter(trainer, tokenizer, work)
+    save_result(trainer, tokenizer, work)
     best_step = (best.best_step or trainer.state.global_step) if best else None
     counts: dict[str, float | None] = {
         "trainable_parameters": float(trainable),
@@ -122,10 +126,7 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
         counts |= {"base_eval_loss": None, "base_perplexity": None}
     return Trained(
         metrics=training_metrics(trainer, totals, best_step).model_copy(update=counts).rounded(),
-        hyperparameters={
-            **settings.model_dump(mode="json", exclude={"init_from"}),  # a place, in the lineage
-            "epochs": epochs,
-        },
+        hyperparameters=applied(settings, epochs),
         history=history(trainer),
     )
 
@@ -154,8 +155,23 @@ def resolve_epochs(epochs: int | str, rows: int) -> int:
     return 3 if rows <= 5000 else 2
 
 
+def applied(settings: Training, epochs: int) -> dict[str, JsonValue]:
+    """The hyperparameters as they were applied, by their names in the spec."""
+    # Where it began is a place, in the lineage.
+    unused = {"init_from", "lora"} if settings.method == "full" else {"init_from"}
+    named = settings.model_dump(mode="json", exclude=unused)
+    return {**named, "epochs": epochs, "learningRate": settings.peak_learning_rate}
+
+
 def load(work: TrainingWork) -> PreTrainedModel:
-    """The base model, frozen later by PEFT. From Unsloth it comes with its adapter."""
+    """The base model: in float32 if it is trained itself, else frozen later by PEFT.
+
+    From Unsloth it comes with its adapter.
+    """
+    if work.config.training.method == "full":
+        model = load_model(work.model, torch.float32, processes.loading_device(work.plan))
+        freeze_other_senses(model)
+        return model
     if work.engine == "unsloth":
         return cast("PreTrainedModel", unsloth_engine.load(work, compute_dtype_of(work.model)))
     return load_model(
@@ -176,14 +192,15 @@ def build_trainer(
     epochs: int,
 ) -> RecipeTrainer:
     """Put model, adapter, data and hyperparameters together."""
-    unsloth = work.engine == "unsloth"
+    unsloth, full = work.engine == "unsloth", work.config.training.method == "full"
+    dtype = compute_dtype_of(work.model) if full else model.dtype
     trainer = RecipeTrainer(
         data=data,
         model=model,
-        args=arguments(work, epochs, evaluate=data.held_out is not None, dtype=model.dtype),
+        args=arguments(work, epochs, evaluate=data.held_out is not None, dtype=dtype),
         processing_class=tokenizer,
         limits=pass_limits(work, model, data.examples.lengths, packed=data.packed),
-        peft_config=None if unsloth else lora_config(work.config.training.lora, model),
+        peft_config=None if unsloth or full else lora_config(work.config.training.lora, model),
         engine_loss=unsloth_engine.loss if unsloth else None,
     )
     # ProgressReport takes their place.
@@ -208,7 +225,7 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, dtype: torch.d
         output_dir=str(work.checkpoints),
         # Optimization. To the Trainer a step is one batch; RecipeTrainer divides it into passes.
         num_train_epochs=epochs,
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.peak_learning_rate,
         lr_scheduler_type=settings.scheduler,
         warmup_steps=settings.warmup_ratio,  # below 1 it is the share of all steps
         per_device_train_batch_size=plan.batch_size * plan.gradient_accumulation_steps,
@@ -227,8 +244,8 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, dtype: torch.d
         dataloader_pin_memory=gpu,
         dataloader_num_workers=int(gpu),
         dataloader_prefetch_factor=2 if gpu else None,
-        # Numbers. Weights of the adapter stay float32; autocast computes in 16 bits. Gradients in
-        # float16 are scaled up, or the small ones would be 0.
+        # Numbers. Weights that are trained stay float32; autocast computes in 16 bits. Gradients
+        # in float16 are scaled up, or the small ones would be 0.
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         tf32=True if gpu and torch.cuda.get_device_capability() >= (8, 0) else None,
@@ -291,7 +308,7 @@ def train(
         raise StageError(
             Reason.TRAINING_DIVERGED,
             f"The loss became {result.training_loss}: lower training.learningRate "
-            f"({work.config.training.learning_rate:g}).",
+            f"({work.config.training.peak_learning_rate:g}).",
         )
     evaluations = evaluations_of(trainer)
     if trainer.data.held_out and trainer.state.global_step not in evaluations:
@@ -302,20 +319,25 @@ def train(
     return TrainingTotals(result.training_loss, seconds, seconds - evaluating)
 
 
-def save_adapter(
+def save_result(
     trainer: RecipeTrainer, tokenizer: PreTrainedTokenizerBase, work: TrainingWork
 ) -> None:
-    """Write adapter_config.json, adapter_model.safetensors and the tokenizer's files."""
-    tuned = cast("PeftModel", trainer.model)
+    """Write the adapter or the whole model, with its config, and the tokenizer's files."""
+    tuned, folder = cast("PeftModel | PreTrainedModel", trainer.model), work.adapter
     state = processes.gathered_state(tuned)  # every process takes part
     if not processes.is_first():
         return
-    adapter = work.adapter
-    # The model as the user named it. PEFT would write the folder that it was fetched to.
-    tuned.active_peft_config.base_model_name_or_path = work.config.model.source
-    # Else PEFT asks the Hub, by network, whether the embeddings were changed.
-    tuned.save_pretrained(str(adapter), state_dict=state, save_embedding_layers=False)
-    tokenizer.save_pretrained(adapter)  # its class goes by config.json, which isn't there
-    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
-    for file in adapter.iterdir():
+    if isinstance(tuned, PeftModel):
+        # The model as the user named it. PEFT would write the folder that it was fetched to.
+        tuned.active_peft_config.base_model_name_or_path = work.config.model.source
+        # Else PEFT asks the Hub, by network, whether the embeddings were changed.
+        tuned.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+    else:
+        # In float32, for the export to round. Its settings are the base model's, which the export
+        # takes from there: transformers refuses to save some that it loads.
+        tuned.generation_config = GenerationConfig()  # type: ignore[no-untyped-call] # transformers
+        tuned.save_pretrained(folder, state_dict=dict(trained_weights(tuned, state)))
+    tokenizer.save_pretrained(folder)  # an adapter's class goes by config.json, which isn't there
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+    for file in folder.iterdir():
         file.chmod(0o644)  # safetensors are saved for their owner only

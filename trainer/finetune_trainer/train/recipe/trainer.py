@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from safetensors.torch import load_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -228,9 +229,13 @@ class RecipeTrainer(SFTTrainer):
         return loss * (1 if num_items_in_batch is None else self.args.world_size)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter. Of a model spread over processes, gather the adapter and no more."""
-        state = processes.gathered_state(cast("torch.nn.Module", self.model))
-        if state is None:
+        """Save what is trained. Of a model spread over processes, gather that and no more."""
+        model = cast("torch.nn.Module", self.model)
+        state = processes.gathered_state(model)
+        if not isinstance(model, PeftModel):
+            if self.args.should_save:
+                save_weights(model, state, Path(output_dir or str(self.args.output_dir)))
+        elif state is None:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self._save(output_dir, state_dict=state)
@@ -256,14 +261,19 @@ class RecipeTrainer(SFTTrainer):
         else:
             parts[OPTIMIZER_NAME] = self.optimizer
         for name, part in parts.items():
-            saved = torch.load(folder / name, map_location="cpu", weights_only=True)
+            # Mapped into memory where it is copied to a device anyway: it may be of a whole model.
+            mapped = self.args.device.type != "cpu"
+            saved = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=mapped)
             part.load_state_dict(saved)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
+        weights, folder = self._parts()[0], Path(resume_from_checkpoint)
         if self.is_fsdp_enabled:
-            load_adapter(self._parts()[0], Path(resume_from_checkpoint))
+            load_sharded(weights, folder)
+        elif not isinstance(weights, PeftModel):
+            load_weights(weights, folder)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -360,6 +370,44 @@ class EvaluationSampler(Sampler[RowNumbers]):
         return iter(self._passes)
 
 
+# --- Checkpoints of a model that is trained itself (full) ----------------------------------------
+
+WEIGHTS = "weights.safetensors"
+
+
+def trained_weights(
+    model: torch.nn.Module, state: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and value of each weight that is trained, a shared one once; from `state` if given."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter.detach() if state is None else state[name]
+
+
+def save_weights(
+    model: torch.nn.Module, state: Mapping[str, torch.Tensor] | None, folder: Path
+) -> None:
+    """Write the trained weights by the names that the model has in memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {name: value.contiguous() for name, value in trained_weights(model, state)}
+    save_file(values, folder / WEIGHTS)
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Take the weights of a checkpoint. RuntimeError when it has other ones."""
+    own = dict(trained_weights(model))
+    saved = load_file(folder / WEIGHTS)  # mapped into memory
+    _check_names(set(own), set(saved), folder / WEIGHTS)
+    for name, value in own.items():
+        value.copy_(saved[name])
+
+
+def _check_names(own: set[str], saved: set[str], file: Path) -> None:
+    if own != saved:
+        raise RuntimeError(f"{file.name} in {file.parent} is not of this model's layers")
+
+
 # --- A model spread over processes (fsdp) --------------------------------------------------------
 
 ADAPTER = "adapter_model.safetensors"
@@ -379,19 +427,19 @@ def save_optimizer(
 
 def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Take this process's part of the moments."""
-    state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
     set_optimizer_state_dict(model, optimizer, state, options=options)
 
 
-def load_adapter(model: torch.nn.Module, folder: Path) -> None:
-    """Take this process's part of the adapter. RuntimeError when it has other layers."""
-    saved = load_file(folder / ADAPTER)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+def load_sharded(model: torch.nn.Module, folder: Path) -> None:
+    """Take this process's part of what is trained. RuntimeError when it has other layers."""
+    file = folder / (ADAPTER if isinstance(model, PeftModel) else WEIGHTS)
+    saved = load_file(file)
+    trained = [name for name, _ in trained_weights(model)]
     # PEFT's files leave out the adapter's own name.
     names_in_file = {name: name.replace(".default.", ".") for name in trained}
-    if set(names_in_file.values()) != saved.keys():
-        raise RuntimeError(f"{ADAPTER} in {folder} is not of this model's layers")
+    _check_names(set(names_in_file.values()), set(saved), file)
     state: dict[str, Any] = {name: saved[short] for name, short in names_in_file.items()}
     options = StateDictOptions(full_state_dict=True, strict=False, ignore_frozen_params=True)
     set_model_state_dict(model, state, options=options)

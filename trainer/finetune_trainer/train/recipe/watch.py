@@ -151,11 +151,11 @@ def _parameters(optimizer: Any) -> list[torch.nn.Parameter]:
 
 # --- Early stopping ----------------------------------------------------------------------------
 
-BEST_ADAPTER = "best_adapter.safetensors"  # in a checkpoint's folder
+BEST_ADAPTER = "best_adapter.safetensors"  # in a checkpoint's folder; or the best weights of all
 
 
 class BestAdapter(TrainerCallback, ExportableState):
-    """Stops when the held-out loss gets no better, and keeps the adapter of the lowest loss.
+    """Stops when the held-out loss gets no better, and keeps the weights of the lowest loss.
 
     The base model (step 0) is no candidate: an adapter that changes nothing is none. The weights
     are held in memory (on the CPU) and go into every checkpoint. With fsdp each process keeps its
@@ -219,7 +219,7 @@ class BestAdapter(TrainerCallback, ExportableState):
         with torch.no_grad():
             for name, parameter in self._trained():
                 parameter.copy_(self._weights[name])
-        log.info("The adapter of step %d is kept (loss %.4f)", self.best_step, self.best_loss)
+        log.info("What step %d had learnt is kept (loss %.4f)", self.best_step, self.best_loss)
 
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
@@ -234,7 +234,7 @@ class BestAdapter(TrainerCallback, ExportableState):
                 evidence=f"the loss on the held-out rows is {loss:.4f} at step {step} of {steps}, "
                 f"and was {self.best_loss:.4f} at step {self.best_step}: "
                 f"{self.without_gain} evaluations without a gain",
-                remedy=f"The training stopped, and the adapter of step {self.best_step} is kept.",
+                remedy=f"The training stopped, and what step {self.best_step} had learnt is kept.",
             )
         )
 
