@@ -28,8 +28,6 @@ from finetune_trainer.export.pipeline import (
     AddFile,
     ExportContext,
     ExportInputs,
-    check_memory,
-    check_space,
     fetch_examples,
     fetch_inputs,
     make_gguf,
@@ -37,6 +35,7 @@ from finetune_trainer.export.pipeline import (
     open_tuned_model,
     publish_folder,
 )
+from finetune_trainer.export.preflight import check_memory, check_space
 from finetune_trainer.export.publish import Publication, Published, Sign, finish
 from finetune_trainer.export.publish.hub_push import check_token, push
 from finetune_trainer.export.publish.signing import signer_for
@@ -137,20 +136,21 @@ def make_all(export: ExportRun) -> Manifest:
 def make_models(export: ExportRun, base: ModelFolder) -> GateReport:
     """Write the merged model and GGUF files. Each is uploaded when it is finished."""
     config, inputs = export.config, export.inputs
-    check_memory()
-    check_space(config, base.path, export.workspace)
     folder = (export.result if config.export.merged else export.workspace) / MERGED
+    model = open_tuned_model(config, base, inputs.adapter, folder)
+    check_memory(model.weights, config.export)
+    check_space(config, base.path, export.workspace, model.files.own_type)
     context = ExportContext(
         config=config,
-        model=open_tuned_model(config, base, inputs.adapter, folder),
+        model=model,
         examples=inputs.examples,
         result=export.result,
         workspace=export.workspace,
         add_file=export.publication.add,
         reporter=export.reporter,
+        discard=export.publication.discard,
     )
-    if config.export.merged:
-        make_merged(context)
+    make_merged(context)
     return make_gguf(context) if config.export.gguf else GateReport()
 
 

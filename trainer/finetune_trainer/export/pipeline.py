@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -29,7 +29,6 @@ from finetune_trainer.contract import (
     PreparedRunConfig,
     Quality,
     Quantization,
-    Reason,
     RunConfig,
     Sample,
     Stage,
@@ -42,6 +41,7 @@ from finetune_trainer.export.gguf.files import (
     IMPORTANCE_TYPES,
     GgufSource,
     adapter_file_name,
+    beyond_float16,
     write_adapter,
     write_files,
 )
@@ -53,13 +53,9 @@ from finetune_trainer.export.merge.model_folder import (
     write_merged,
 )
 from finetune_trainer.export.ollama import write_modelfile
-from finetune_trainer.memory.machine import free_memory
-from finetune_trainer.memory.predict import check_disk, export_disk
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import use_available_cpus
-from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import begins_with_bos, load_tokenizer
-from finetune_trainer.runtime import GIB, binary
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder
 from finetune_trainer.store.marker import (
@@ -130,6 +126,8 @@ class ExportContext:
     workspace: Path
     add_file: AddFile
     reporter: Reporter
+    discard: Callable[[Path], object] = lambda _: None
+    """Takes a file that nothing here reads any more."""
 
 
 class CheckedFile(NamedTuple):
@@ -147,14 +145,16 @@ def publish_folder(add_file: AddFile, folder: Path) -> None:
 
 
 def make_merged(context: ExportContext) -> None:
-    """Write the merged model's weights beside its configuration, and publish the folder."""
+    """Write the merged model's weights beside its configuration, and publish the folder if it is
+    asked for: GGUF files are made of it as well."""
     model = context.model
     total = sum(
         math.prod(each.shape) * each.dtype.itemsize for each in model.weights.infos.values()
     )
     moved = context.reporter.transfer("Merging the adapter into the base model", total)
     write_merged(model.weights, model.files.folder.path, moved)
-    publish_folder(context.add_file, model.files.folder.path)
+    if context.config.export.merged:
+        publish_folder(context.add_file, model.files.folder.path)
 
 
 def make_gguf(context: ExportContext) -> GateReport:
@@ -178,6 +178,7 @@ def make_gguf(context: ExportContext) -> GateReport:
         config.export.gguf,
         importance=importance,
         reporter=reporter,
+        converted=partial(discard_merged, context),
     )
     with ThreadPoolExecutor(1, "adapter") as beside:  # each imports for seconds on one CPU
         adapter_made = beside.submit(make_adapter, context)
@@ -205,6 +206,14 @@ def make_gguf(context: ExportContext) -> GateReport:
     return gate.report([*adapter_verdicts, *(each.verdict for each in derived)], samples)
 
 
+def discard_merged(context: ExportContext) -> None:
+    """Let the merged weights leave this disk, unless they were the base model from the start."""
+    model = context.model.files
+    if model.folder.path != model.base.path:
+        for file in model.folder.path.glob("*.safetensors"):
+            context.discard(file)
+
+
 def make_adapter(context: ExportContext) -> Path | None:
     """The adapter alone as GGUF; None if llama.cpp can't apply it and the spec doesn't ask."""
     model = context.model.files
@@ -226,10 +235,20 @@ def check_derived(
     context: ExportContext, gate: DerivedGate, written: Iterator[tuple[Quantization, Path]]
 ) -> Iterator[CheckedFile]:
     """Check and publish each file before the next one is asked for."""
+    kept: Path | None = None  # on which the Modelfile's template is tried
     for kind, file in written:
         context.reporter.message(f"Checking {file.name}")
         verdict = gate.check(file, kind)
+        if kind is Quantization.F16 and (beyond := beyond_float16(file)):
+            words = f"{beyond} has values that F16 can't hold (its largest is 65,504): take BF16"
+            verdict = verdict.model_copy(update={"problems": (words, *verdict.problems)})
         publish_file(context, file, verdict)
+        if kept is None or verdict.passed:
+            former, kept = kept, file
+        else:
+            former = file
+        if former is not None:
+            context.discard(former)
         yield CheckedFile(kind, file, verdict)
 
 
@@ -254,6 +273,7 @@ def make_modelfile(context: ExportContext, files: list[CheckedFile]) -> None:
     file = write_modelfile(
         context.result,
         {each.kind: each.file for each in good},
+        next(each.file for each in reversed(good) if each.file.exists()),
         model.tokenizer,
         config,
         parameters=sum(math.prod(info.shape) for info in model.weights.infos.values()),
@@ -326,35 +346,3 @@ def read_examples(file: Path, most: int = MOST_ROWS) -> list[Example]:
     step = -(-total // most) or 1
     with file.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in islice(lines, 0, None, step)]
-
-
-MEMORY_BYTES = 3 * GIB // 2
-"""For all processes of an export, beside mapped files: 1.16 GB were measured with the gate, an
-importance matrix and the adapter's file at 1.07 billion parameters; layers are streamed."""
-
-
-def check_memory() -> None:
-    """Raise StageError(OutOfMemory) when the pod has less than an export takes."""
-    free = free_memory()
-    if free < MEMORY_BYTES:
-        raise StageError(
-            Reason.OUT_OF_MEMORY,
-            f"The export needs {binary(MEMORY_BYTES)} of memory, and there are {binary(free)}: set "
-            f"spec.stages.export.resources.limits.memory to at least "
-            f"{binary(MEMORY_BYTES, up=True)}.",
-        )
-
-
-def check_space(config: RunConfig, base: Path, workspace: Path) -> None:
-    """Raise StageError(OutOfDisk) when merged model and GGUF files will not fit beside the base.
-
-    `base` is the folder with the base model; where its widths can't be read, nothing is checked.
-    """
-    shape = Shape.of_model(base)
-    if shape is None:
-        return
-    need = export_disk(shape, config.training.lora, config.export, 0)
-    # Nothing here is downloaded any more, so that no slack is needed for it.
-    need = replace(need, slack=0)
-    limit = "set stages.export.resources.limits.ephemeral-storage (or the volume) to"
-    check_disk(need, shutil.disk_usage(workspace).free, "The export", limit)

@@ -14,7 +14,6 @@ from pathlib import PurePosixPath
 from typing import Self
 
 from finetune_trainer.contract import (
-    UNQUANTIZED,
     Export,
     Lora,
     Quantization,
@@ -368,23 +367,32 @@ def training_disk(shape: Shape, lora: Lora, model_bytes: int) -> DiskNeed:
     return DiskNeed(model=model_bytes, work=CHECKPOINTS * 3 * adapter + 2 * adapter)
 
 
-def export_disk(shape: Shape, lora: Lora, export: Export, model_bytes: int) -> DiskNeed:
-    """Adapter, the merged model where it is asked for, GGUF files and what their gate compares.
+def export_disk(
+    shape: Shape,
+    lora: Lora,
+    export: Export,
+    model_bytes: int,
+    own: Quantization = Quantization.BF16,
+) -> DiskNeed:
+    """Adapter, the merged model, GGUF files and what their gate compares.
 
-    GGUF files are made of the base model and the adapter, so that no merged model is needed for
-    them; where none of their types can serve as the source of the others, a temporary one is.
+    `own` is the 16-bit type of the model's weights: GGUF files are made of the merged model, and
+    the quantizations of one in this type, both of which are temporary where nobody asked for them.
+    The merged weights are gone by then. What has been uploaded leaves the disk as well; that isn't
+    counted, since an upload may be slow.
     """
     adapter = 4 * shape.adapter(lora)
     if not (export.merged or export.gguf):
         return DiskNeed(model=0, work=adapter)
-    work = adapter + (2 * shape.parameters if export.merged else 0)
-    if export.gguf:
-        work += sum(gguf_bytes(shape, kind) for kind in export.gguf)
-        if not any(kind in UNQUANTIZED for kind in export.gguf):
-            work += gguf_bytes(shape, Quantization.F16)
-        if export.adapter_gguf is not False:
-            work += adapter
-        work += GATE_BYTES * shape.vocabulary
+    merged = 2 * shape.parameters
+    if not export.gguf:
+        return DiskNeed(model=model_bytes, work=adapter + merged)
+    size = {kind: gguf_bytes(shape, kind) for kind in {*export.gguf, own}}
+    converted = sum(size[kind] for kind in {own, *export.gguf} & {own, Quantization.F16})
+    files = sum(size.values()) + (merged if export.merged else 0)
+    work = adapter + max(merged + converted, files) + GATE_BYTES * shape.vocabulary
+    if export.adapter_gguf is not False:
+        work += adapter
     return DiskNeed(model=model_bytes, work=work)
 
 

@@ -6,12 +6,12 @@ import errno
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.model import ModelFolder
@@ -50,6 +50,7 @@ def run(
     *,
     model: ModelFolder,
     on_progress: child.OnProgress | None = None,
+    shows: child.ReadProgress | None = None,
 ) -> str:
     """Run a program that works with the converter, and return what it said.
 
@@ -57,14 +58,14 @@ def run(
     full.
     """
     environment = {} if model.trust_remote_code else {"HF_HUB_OFFLINE": "1"}
-    done = child.run(command, request, environment, on_progress)
+    if shows:
+        environment["TQDM_DISABLE"] = ""
+    done = child.run(command, request, environment, on_progress, shows)
     if done.status == 0:
         return done.output
     log.error("llama.cpp's converter failed:\n%s", (done.output + done.errors)[-4000:])
     if "No space left on device" in done.errors:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if refused := _refusal(done.output):
-        raise refused
     cause = done.last_line().removeprefix("ERROR:hf-to-gguf:").rstrip(" .")
     raise StageError(
         Reason.MODEL_UNSUPPORTED,
@@ -73,18 +74,17 @@ def run(
     )
 
 
-def end_with(error: StageError) -> NoReturn:
-    """In the program: hand an error over to the trainer, and end."""
-    json.dump({"reason": error.reason, "message": error.message}, sys.stdout)
-    sys.exit(1)
+_BAR = re.compile(r"Writing: .*\| *([0-9.]+)([kMGTP]?)/([0-9.]+)([kMGTP]?) ")
+_UNITS = ("", "k", "M", "G", "T", "P")
 
 
-def _refusal(output: str) -> StageError | None:
-    try:
-        said = json.loads(output)
-        return StageError(Reason(said["reason"]), said["message"])
-    except (ValueError, KeyError, TypeError):
+def shown_bytes(line: str) -> tuple[int, int] | None:
+    """Bytes done and in all, if a line is the progress bar of the converter that writes a file."""
+    found = _BAR.match(line)
+    if found is None:
         return None
+    done, total = (round(float(found[n]) * 1000 ** _UNITS.index(found[n + 1])) for n in (1, 3))
+    return done, total
 
 
 @contextmanager

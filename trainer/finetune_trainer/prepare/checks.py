@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -37,6 +39,11 @@ from finetune_trainer.runtime.reporter import Reporter
 
 BLOCK = 32  # values that each quantized block has at least (Q8_0)
 K_BLOCK = 256  # of all types below Q8_0; llama.cpp takes a larger type where rows don't divide
+
+NARROW_TYPES = {
+    *("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+}
+"""The safetensors format's names of floating types below 16 bits."""
 
 _MARK = "\N{SNOWMAN}"  # in no template
 _SYSTEM_REMEDY = (
@@ -121,6 +128,8 @@ def check_model(
     spec.export.gguf asks for.
     """
     headers = rehearsal.read_headers(model, config.model_storage)
+    if config.export.merged or config.export.gguf:
+        check_whole(json.loads((base.path / "config.json").read_bytes()), headers)
     check_targets(config.training.lora, rehearsal.tensor_names(headers))
     if not config.export.gguf:
         return
@@ -155,6 +164,24 @@ def check_tokens(texts: list[str], ours: list[list[int]], theirs: list[list[int]
             Reason.MODEL_UNSUPPORTED,
             f"{different}, so its GGUF files would answer worse. Choose another base model, or "
             "leave spec.export.gguf empty to get the adapter and the merged model only.",
+        )
+
+
+def check_whole(config: dict[str, Any], headers: rehearsal.Headers) -> None:
+    """Raise StageError(ModelUnsupported) for weights of fewer than 16 bits.
+
+    A merge would round twice: to what the weights say, and to what they were made of no more.
+    """
+    quantization = config.get("quantization_config") or {}
+    kind = quantization.get("quant_method") or quantization.get("format")
+    types = {tensor.dtype for header in headers.values() for tensor in header.values()}
+    narrow = sorted(types & NARROW_TYPES)
+    if quantization or narrow:
+        raise StageError(
+            Reason.MODEL_UNSUPPORTED,
+            f"The base model is quantized ({kind or ', '.join(narrow) or 'quantization_config'}), "
+            "and an adapter can't be merged into it without loss: name in spec.model.source the "
+            "model in 16 bits that it was made of.",
         )
 
 

@@ -26,6 +26,7 @@ from finetune_trainer.export.merge.checkpoint import (
     FLOAT16_SAFE,
     BaseTensor,
     TensorInfo,
+    kept_whole,
     other_model_error,
     read_checkpoint,
     read_config,
@@ -55,18 +56,22 @@ class MergedWeights:
         self._stored = stored
         self._deltas = deltas
         self.dtype = dtype
-        """The 16-bit type of all floating weights after the merge."""
+        """The 16-bit type of floating weights after the merge."""
 
+        kept = kept_whole(item.tensor for item in stored.values())
         self.infos = {
             name: TensorInfo(
                 name,
-                dtype if item.tensor.is_floating_point() else item.tensor.dtype,
+                item.tensor.dtype
+                if not item.tensor.is_floating_point() or (kept(item.tensor) and name not in deltas)
+                else dtype,
                 tuple(item.tensor.shape),
                 item.shard,
             )
             for name, item in stored.items()
         }
-        """The merged model's tensors by name, in the order of the base's files."""
+        """The merged model's tensors by name, in the order of the base's files. What a base in 16
+        bits keeps in float32 (a router's bias) stays so."""
 
         self.targets = frozenset(deltas)
         """Names of the weights that the adapter changes."""

@@ -53,6 +53,7 @@ _NAMES = {
     torch.int32: "I32",
     torch.int64: "I64",
     torch.float16: "F16",
+    torch.float32: "F32",
     torch.bfloat16: "BF16",
 }
 """The format's names of the types that a merged model can hold."""

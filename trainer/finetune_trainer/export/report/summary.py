@@ -21,9 +21,10 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 def statements(facts: Facts) -> tuple[Statement, ...]:
     """What was learnt, which files may be used, and what the training noticed."""
     found = [compared_with_base(facts)]
-    if facts.gate.files:
-        rejected = any(each.artifact and each.artifact.rejected for each in facts.ggufs)
-        found.append(summary_of(facts.gate.files, some_rejected=rejected))
+    published = [each for each in facts.ggufs if each.artifact]
+    if published:
+        rejected = any(each.artifact and each.artifact.rejected for each in published)
+        found.append(summary_of([each.verdict for each in published], some_rejected=rejected))
     codes = dict.fromkeys(str(each.code) for each in facts.notices if each.warning)
     if codes:
         found.append(Statement(Tone.WARNING, f"The training noticed: {', '.join(codes)}."))
