@@ -116,7 +116,7 @@ def make_all(export: ExportRun) -> Manifest:
     publish_folder(export.publication.add, inputs.adapter)
     export.publication.add(inputs.dataset_report, inputs.dataset_report.name)
     base, gate = None, GateReport()
-    if config.export.merged or config.export.gguf:
+    if config.export.merged or config.export.merged_fp8 or config.export.gguf:
         base = base_model.fetch_resolved(config, export.workspace / "model", export.reporter)
         gate = make_models(export, base)
     manifest = Manifest(

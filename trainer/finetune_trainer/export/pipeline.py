@@ -47,6 +47,7 @@ from finetune_trainer.export.gguf.files import (
 )
 from finetune_trainer.export.gguf.importance import write_importance
 from finetune_trainer.export.merge import MergedWeights
+from finetune_trainer.export.merge.fp8 import write_fp8
 from finetune_trainer.export.merge.model_folder import (
     assemble,
     generation_settings,
@@ -66,7 +67,7 @@ from finetune_trainer.store.marker import (
     open_stage,
 )
 
-MERGED, GGUF = "merged", "gguf"
+MERGED, MERGED_FP8, GGUF = "merged", "merged-fp8", "gguf"
 
 log = logging.getLogger(__name__)
 
@@ -145,16 +146,25 @@ def publish_folder(add_file: AddFile, folder: Path) -> None:
 
 
 def make_merged(context: ExportContext) -> None:
-    """Write the merged model's weights beside its configuration, and publish the folder if it is
+    """Write the merged model's weights beside its configuration, and publish the folders that are
     asked for: GGUF files are made of it as well."""
-    model = context.model
+    model, export = context.model, context.config.export
+    folder = model.files.folder.path
     total = sum(
         math.prod(each.shape) * each.dtype.itemsize for each in model.weights.infos.values()
     )
-    moved = context.reporter.transfer("Merging the adapter into the base model", total)
-    write_merged(model.weights, model.files.folder.path, moved)
-    if context.config.export.merged:
-        publish_folder(context.add_file, model.files.folder.path)
+    if export.merged_fp8:
+        moved = context.reporter.transfer("Writing the merged model in FP8", total // 2)
+        narrow = context.result / MERGED_FP8
+        write_fp8(model.weights, folder, narrow, moved)
+        publish_folder(context.add_file, narrow)
+        for file in narrow.glob("*.safetensors"):
+            context.discard(file)
+    if export.merged or export.gguf:
+        moved = context.reporter.transfer("Merging the adapter into the base model", total)
+        write_merged(model.weights, folder, moved)
+    if export.merged:
+        publish_folder(context.add_file, folder)
 
 
 def make_gguf(context: ExportContext) -> GateReport:

@@ -382,11 +382,13 @@ def export_disk(
     counted, since an upload may be slow.
     """
     adapter = 4 * shape.adapter(lora)
-    if not (export.merged or export.gguf):
+    if not (export.merged or export.merged_fp8 or export.gguf):
         return DiskNeed(model=0, work=adapter)
     merged = 2 * shape.parameters
+    if export.merged_fp8:
+        adapter += merged - shape.linear
     if not export.gguf:
-        return DiskNeed(model=model_bytes, work=adapter + merged)
+        return DiskNeed(model=model_bytes, work=adapter + (merged if export.merged else 0))
     size = {kind: gguf_bytes(shape, kind) for kind in {*export.gguf, own}}
     converted = sum(size[kind] for kind in {own, *export.gguf} & {own, Quantization.F16})
     files = sum(size.values()) + (merged if export.merged else 0)

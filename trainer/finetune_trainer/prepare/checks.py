@@ -128,8 +128,10 @@ def check_model(
     spec.export.gguf asks for.
     """
     headers = rehearsal.read_headers(model, config.model_storage)
-    if config.export.merged or config.export.gguf:
+    if config.export.merged or config.export.merged_fp8 or config.export.gguf:
         check_whole(json.loads((base.path / "config.json").read_bytes()), headers)
+    if config.export.merged_fp8:
+        check_experts(headers)
     check_targets(config.training.lora, rehearsal.tensor_names(headers))
     if not config.export.gguf:
         return
@@ -183,6 +185,17 @@ def check_whole(config: dict[str, Any], headers: rehearsal.Headers) -> None:
             "and an adapter can't be merged into it without loss: name in spec.model.source the "
             "model in 16 bits that it was made of.",
         )
+
+
+def check_experts(headers: rehearsal.Headers) -> None:
+    """Raise StageError(ModelUnsupported) for experts in one tensor: in FP8 nobody reads them."""
+    for name, tensor in (item for header in headers.values() for item in header.items()):
+        if ".experts." in name and len(tensor.shape) > 2:
+            raise StageError(
+                Reason.MODEL_UNSUPPORTED,
+                f"The model stacks its experts in one tensor ({name}), which servers read in FP8 "
+                "only one by one: set spec.export.mergedFp8 to false.",
+            )
 
 
 def check_targets(lora: Lora, tensors: list[str]) -> None:

@@ -5,6 +5,7 @@ MergedWeights, below, reads rows of the merged model by blocks.
 checkpoint    the base's safetensors, memory-mapped; names of weights; the type to store them in
 deltas        what the adapter adds to each weight
 model_folder  the merged model as a folder: shards, configuration, tokenizer
+fp8           the same in FP8
 
 Nothing here loads a model. Whatever its size, only some blocks of rows are in memory.
 """
@@ -36,11 +37,11 @@ from finetune_trainer.export.merge.checkpoint import (
 )
 from finetune_trainer.export.merge.deltas import ALIGNED, Delta, read_adapter
 
-__all__ = ["MergedWeights", "TensorInfo", "is_finite"]
+__all__ = ["UNREACHED", "MergedWeights", "TensorInfo", "is_finite"]
 
 SPAN_BYTES = 1 << 20  # of float32 sums that a thread computes at a time: they stay in its cache
 
-_UNREACHED = re.compile(r"(^|\.)(vision|visual|image|audio)\w*\.")
+UNREACHED = re.compile(r"(^|\.)(vision|visual|image|audio)\w*\.")
 """Parts of a model that text doesn't reach. Training on text doesn't change them."""
 
 _S = TypeVar("_S")
@@ -120,7 +121,7 @@ class MergedWeights:
                 raise _broken(name)
         changed = _in_threads(self._changes, self._deltas)
         same = [n for n, c in zip(self._deltas, changed, strict=True) if not c]
-        if same := [name for name in same if not _UNREACHED.search(name)]:
+        if same := [name for name in same if not UNREACHED.search(name)]:
             raise _unchanged(same, len(self._deltas))
 
     def _exact(self, name: str, start: int, stop: int) -> torch.Tensor:

@@ -83,6 +83,7 @@ def loading_commands(facts: Facts) -> tuple[LoadingCommand, ...]:
         *_llama_cpp(facts),
         *_ollama(facts),
         *_merged(facts),
+        *_merged_fp8(facts),
         *_adapter(facts),
         *_adapter_gguf(facts),
     )
@@ -140,6 +141,17 @@ def _merged(facts: Facts) -> Iterator[LoadingCommand]:
         "An OpenAI-compatible server on a GPU.",
         "sh",
         f"vllm serve ./merged --served-model-name {shlex.quote(facts.name)}",
+    )
+
+
+def _merged_fp8(facts: Facts) -> Iterator[LoadingCommand]:
+    if not facts.has("merged-fp8"):
+        return
+    yield LoadingCommand(
+        "vLLM, merged model in FP8",
+        "Half the memory of 16 bits, on a GPU since Ada and Hopper.",
+        "sh",
+        f"vllm serve ./merged-fp8 --served-model-name {shlex.quote(facts.name)}",
     )
 
 
