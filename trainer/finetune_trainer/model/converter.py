@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.model import ModelFolder
@@ -66,6 +67,8 @@ def run(
     log.error("llama.cpp's converter failed:\n%s", (done.output + done.errors)[-4000:])
     if "No space left on device" in done.errors:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if refused := refusal_in(done.output):
+        raise refused
     cause = done.last_line().removeprefix("ERROR:hf-to-gguf:").rstrip(" .")
     raise StageError(
         Reason.MODEL_UNSUPPORTED,
@@ -85,6 +88,21 @@ def shown_bytes(line: str) -> tuple[int, int] | None:
         return None
     done, total = (round(float(found[n]) * 1000 ** _UNITS.index(found[n + 1])) for n in (1, 3))
     return done, total
+
+
+def end_with(error: StageError) -> NoReturn:
+    """In the program: hand an error over to the trainer, and end."""
+    json.dump({"reason": error.reason, "message": error.message}, sys.stdout)
+    sys.exit(1)
+
+
+def refusal_in(output: str) -> StageError | None:
+    """The error that a program handed over with `end_with`."""
+    try:
+        said = json.loads(output)
+        return StageError(Reason(said["reason"]), said["message"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager

@@ -112,6 +112,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         plan=training_plan,
         model_revision=inputs.model.revision,
         model_commit=inputs.model.commit,
+        init_revision=inputs.stored.init_revision,
         examples=contents_of(marker, prepared).short_digest,
     )
     exported = (

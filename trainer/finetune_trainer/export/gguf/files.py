@@ -24,6 +24,7 @@ from finetune_trainer.contract import Quantization, Reason, StageError
 from finetune_trainer.export.gguf import QuantizeRequest
 from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.model import ModelFolder, converter
+from finetune_trainer.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetune_trainer.model.loading import available_cpus
 from finetune_trainer.runtime import child
 from finetune_trainer.runtime.child import as_transfer
@@ -32,7 +33,6 @@ from finetune_trainer.store import replacing
 
 QUANTIZE_WORKER = "finetune_trainer.export.gguf.quantize_worker"
 LORA_SCRIPT = "convert_lora_to_gguf.py"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _NOT_IN_GGUF = ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "lora_bias")
 """Fields of PEFT's LoraConfig that llama.cpp's adapters have no place for."""

@@ -46,6 +46,12 @@ def overall(facts: Facts) -> Statement:
 def compared_with_base(facts: Facts) -> Statement:
     """Whether the tuned model is better than its base on rows that it never saw."""
     change = facts.change
+    if change is None and facts.lineage.init_from:
+        return Statement(
+            Tone.PLAIN,
+            "It was not compared with its base model: the training went on from an adapter, and "
+            "the gate measured no held-out rows.",
+        )
     if change is None:
         return Statement(
             Tone.PLAIN,
