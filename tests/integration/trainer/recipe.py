@@ -73,11 +73,14 @@ def build(
     workdir: Path,
     rows: Conversations,
     held_out: Conversations | None = None,
+    pass_tokens: int | None = None,
     **settings: Any,
 ) -> RecipeTrainer:
     """The trainer before it trains: float32, no dropout, one epoch."""
     defaults = {"epochs": 1, "lora": {"dropout": 0}}
     work = make_work(model, workdir, rows, held_out, **{**defaults, **settings})
+    plan = work.plan.model_copy(update={"pass_tokens": pass_tokens})
+    work = work.model_copy(update={"plan": plan})
     tokenizer = load_tokenizer(ModelFolder(model))
     examples, others = sft.read_rows(work, tokenizer)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

@@ -30,8 +30,7 @@ from finetune_trainer.export.pipeline import (
     ExportInputs,
     fetch_examples,
     fetch_inputs,
-    make_gguf,
-    make_merged,
+    make_models,
     open_tuned_model,
     publish_folder,
 )
@@ -118,7 +117,7 @@ def make_all(export: ExportRun) -> Manifest:
     base, gate = None, GateReport()
     if config.export.merged or config.export.merged_fp8 or config.export.gguf:
         base = base_model.fetch_resolved(config, export.workspace / "model", export.reporter)
-        gate = make_models(export, base)
+        gate = make_from(export, base)
     manifest = Manifest(
         fingerprint=config.resolved.fingerprints.export,
         version=version_name(config.resolved.fingerprints.export),
@@ -133,7 +132,7 @@ def make_all(export: ExportRun) -> Manifest:
     return manifest
 
 
-def make_models(export: ExportRun, base: ModelFolder) -> GateReport:
+def make_from(export: ExportRun, base: ModelFolder) -> GateReport:
     """Write the merged model and GGUF files. Each is uploaded when it is finished."""
     config, inputs = export.config, export.inputs
     folder = (export.result if config.export.merged else export.workspace) / MERGED
@@ -150,8 +149,7 @@ def make_models(export: ExportRun, base: ModelFolder) -> GateReport:
         reporter=export.reporter,
         discard=export.publication.discard,
     )
-    make_merged(context)
-    return make_gguf(context) if config.export.gguf else GateReport()
+    return make_models(context)
 
 
 def convert_merged(
@@ -169,7 +167,7 @@ def convert_merged(
             add_file=add_file,
             reporter=reporter,
         )
-        return make_gguf(context)
+        return make_models(context)
 
 
 def describe(export: ExportRun, base: ModelFolder | None, manifest: Manifest) -> None:
