@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -25,7 +26,7 @@ from finetune_trainer.model import ModelFolder, adapter, base_model, rehearsal
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import message_pair
 from finetune_trainer.prepare import checks
-from finetune_trainer.prepare.prepare_stage import check_config
+from finetune_trainer.prepare.prepare_stage import check_config, plan_training
 from finetune_trainer.runtime.reporter import Reporter
 from hack.object_store import Credentials
 from tests.integration.trainer.families import FAMILIES, write_family
@@ -173,6 +174,36 @@ def test_widths_that_llama_cpp_does_not_quantize(
         return
     check_widths(["Q8_0", "Q4_K_M"])
     assert bool(caplog.messages) is (width == 576)
+
+
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors", "gptq", "mxfp4"])
+def test_a_quantized_base_is_refused_before_a_training(
+    changed: Path, tmp_path: Path, method: str
+) -> None:
+    change(changed / "config.json", quantization_config={"quant_method": method})
+    with pytest.raises(StageError, match=f"quantized \\({method}\\).*in 16 bits") as caught:
+        check(changed, tmp_path, export={"gguf": []})
+    assert caught.value.reason is Reason.MODEL_UNSUPPORTED
+    check(changed, tmp_path, export={"gguf": [], "merged": False})  # nothing is merged
+
+
+def test_weights_of_eight_bits_are_found_in_the_files(changed: Path, tmp_path: Path) -> None:
+    weights = load_file(changed / "model.safetensors")
+    name = next(name for name in weights if "q_proj" in name)
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, changed / "model.safetensors")
+    with pytest.raises(StageError, match=r"quantized \(F8_E4M3\)"):
+        check(changed, tmp_path)
+
+
+def test_too_little_disk_for_the_export_is_refused_before_a_training(good: Path) -> None:
+    hardware = {"exportStorageBytes": 1 << 20}
+    config = run_config(good, hardware=hardware, training={"maxSequenceLength": 64})
+    files = base_model.find(config.model, config.storage)
+    with pytest.raises(StageError, match=r"The export needs .* disk") as caught:
+        plan_training(config, files, ModelFolder(good), longest=64)
+    assert caught.value.reason is Reason.OUT_OF_DISK
+    assert "stages.export.resources.limits.ephemeral-storage" in caught.value.message
 
 
 def layers(*names: str) -> list[str]:

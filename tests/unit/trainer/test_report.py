@@ -12,7 +12,7 @@ import pytest
 
 from finetune_trainer.contract import FileVerdict, GateReport, Quantization, Sample
 from finetune_trainer.contract.verdict import Tone
-from finetune_trainer.export.report import render_report, tables, visible, write_report
+from finetune_trainer.export.report import render_card, render_report, tables, visible, write_report
 from finetune_trainer.export.report.charts import MOST_POINTS, NARROW, WIDE, loss_chart, thin
 from finetune_trainer.export.report.facts import LossPoint
 from finetune_trainer.export.report.summary import (
@@ -142,6 +142,24 @@ def test_each_file_has_its_figures() -> None:
     bars = [(bar.name, bar.value) for bar in tables.perplexity_bars(facts())]
     assert bars[:3] == [("Base model", "24.31"), ("Tuned", "6.12"), ("F16", "6.12")]
     assert len(bars) == 6
+
+
+def test_only_what_may_be_used_is_called_usable() -> None:
+    """A file that was refused, one that was only measured, and the adapter's own."""
+    measured = gate()
+    own = FileVerdict(file=name(Quantization.BF16), quantization=Quantization.BF16)
+    adapter = "Llama-3.2-1B-Instruct-LoRA-F32.gguf"
+    alone = FileVerdict(file=adapter, quantization=Quantization.F32)
+    given = facts(gate=gate(files=(own, *measured.files, alone)))
+    page = Page(render_report(given)).text
+    assert "GGUF files that may be used 4 of 5 F16, Q8_0, Q4_K_M, LoRA F32² Trained" in page
+    assert "1 of 5 GGUF files not good enough" in page
+    assert "BF16¹" in page
+    assert "¹ Measured, but not asked for" in page
+    assert "² The adapter alone: taken away from the 16-bit file" in page
+    for text in (page, render_card(given)):
+        assert "compared with the merged model in 16 bits" not in text
+        assert "16-bit files with base model and adapter" in text
 
 
 def test_dataset_settings_files_and_lineage_are_told() -> None:

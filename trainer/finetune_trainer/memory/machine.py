@@ -32,11 +32,13 @@ def this_machine(workspace: Path) -> Hardware:
     """GPUs, memory that is free now, and free disk below `workspace`."""
     gpus = find_gpus().usable
     disk = os.statvfs(_existing(workspace))
+    free = disk.f_bavail * disk.f_frsize
     return Hardware(
         gpus=len(gpus),
         gpu_memory_bytes=min((gpu.memory_bytes for gpu in gpus), default=None),
         memory_bytes=free_memory(),
-        ephemeral_storage_bytes=disk.f_bavail * disk.f_frsize,
+        ephemeral_storage_bytes=free,
+        export_storage_bytes=free,
     )
 
 

@@ -82,7 +82,9 @@ def render_report(facts: Facts) -> str:
 def _shown_in_both(facts: Facts) -> dict[str, Sequence[object]]:
     """Tables and commands that the page and the card have in common."""
     return {
-        "quality": tables.quality_rows(facts),
+        "quality": (quality := tables.quality_rows(facts)),
+        "compared": tables.COMPARED,
+        "notes": tables.quality_notes(quality),
         "perplexities": tables.perplexity_bars(facts),
         "training": tables.training_rows(facts),
         "dataset": tables.dataset_rows(facts),

@@ -27,9 +27,10 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 def statements(facts: Facts) -> tuple[Statement, ...]:
     """What was learnt, which files may be used, and what the training noticed."""
     found = [compared_with_base(facts)]
-    if facts.gate.files:
-        rejected = any(each.artifact and each.artifact.rejected for each in facts.ggufs)
-        found.append(summary_of(facts.gate.files, some_rejected=rejected))
+    published = [each for each in facts.ggufs if each.artifact]
+    if published:
+        rejected = any(each.artifact and each.artifact.rejected for each in published)
+        found.append(summary_of([each.verdict for each in published], some_rejected=rejected))
     if facts.gate.merged:
         rejected = facts.has(f"{REJECTED}/{facts.gate.merged.file}")
         found.append(verdict_on_merged(facts.gate.merged, rejected=rejected))
@@ -98,6 +99,7 @@ def loading_commands(facts: Facts) -> tuple[LoadingCommand, ...]:
         *_llama_cpp(facts),
         *_ollama(facts),
         *_merged(facts),
+        *_merged_fp8(facts),
         *_adapter(facts),
         *_adapter_gguf(facts),
     )
@@ -155,6 +157,17 @@ def _merged(facts: Facts) -> Iterator[LoadingCommand]:
         "An OpenAI-compatible server on a GPU.",
         "sh",
         f"vllm serve ./merged --served-model-name {shlex.quote(facts.name)}",
+    )
+
+
+def _merged_fp8(facts: Facts) -> Iterator[LoadingCommand]:
+    if not facts.has("merged-fp8"):
+        return
+    yield LoadingCommand(
+        "vLLM, merged model in FP8",
+        "Half the memory of 16 bits, on a GPU since Ada and Hopper.",
+        "sh",
+        f"vllm serve ./merged-fp8 --served-model-name {shlex.quote(facts.name)}",
     )
 
 
