@@ -103,8 +103,14 @@ def prepare_fingerprint(
             ),
             "modelRevision": model_revision,
             "maxSequenceLength": config.training.max_sequence_length,
+            **({} if config.training.objective == "sft" else _objective(config)),
         }
     )
+
+
+def _objective(config: RunConfig) -> dict[str, Any]:
+    """It decides which columns are read."""
+    return {"objective": config.training.objective}
 
 
 def train_fingerprint(config: RunConfig, contents: ExampleContents, model_revision: str) -> str:
@@ -163,6 +169,8 @@ def _changing(config: RunConfig, contents: ExampleContents) -> dict[str, Any]:
     found: dict[str, Any] = training.model_copy(update={"lora": lora}).model_dump(
         mode="json", exclude=UNCHANGING | CONDITIONAL, exclude_defaults=True
     )
+    if training.objective == "sft":
+        found.pop("preference", None)  # it reads none of it
     # How a step is split into passes follows from the memory.
     found["effectiveBatch"] = training.batch_size * training.gradient_accumulation_steps
     if contents.cut:

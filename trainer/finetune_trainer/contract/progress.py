@@ -168,6 +168,17 @@ class TrainingMetrics(Base):
     """Of the tuned model on the held-out rows."""
 
     eval_tokens: float | None = None
+
+    base_reward_accuracy: float | None = None
+    reward_accuracy: float | None = None
+    """Of base and tuned model. With dpo and orpo, the share of held-out pairs whose chosen answer
+    has the higher reward; with kto, the share of held-out rows whose reward is on the side of its
+    label. With dpo and kto the base's rewards are 0, so that it has no row right."""
+
+    base_reward_margin: float | None = None
+    reward_margin: float | None = None
+    """Mean reward of the held-out rows' chosen (or desirable) answers less that of the others."""
+
     best_step: float | None = None
     """The step whose adapter was kept, with earlyStopping."""
 
@@ -194,6 +205,9 @@ class LogEntry(BaseModel):
     learning_rate: float | None = None
     grad_norm: float | None = None
     eval_loss: float | None = None
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
+    """Of preferences: see TrainingMetrics."""
 
 
 class TrainingRecord(Base):

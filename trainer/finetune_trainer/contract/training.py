@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from finetune_trainer.contract.base import Base, cel, parse_duration
 from finetune_trainer.contract.storage import ModelStorage
@@ -73,11 +73,51 @@ class Tracker(StrEnum):
     WANDB = "wandb"
 
 
+Objective = Literal["sft", "dpo", "orpo", "kto"]
+
+PREFERENCE_RATES: dict[str, float] = {"dpo": 5e-6, "kto": 5e-6, "orpo": 8e-5}
+"""Learning rates for a LoRA adapter. That of dpo is in TRL's own command for PEFT, ten times its
+rate for all weights; those of kto and orpo are ten times TRL's for all weights (5e-7, 8e-6)."""
+
+
+class Preference(Base):
+    """What the objectives on preferences need beside the other hyperparameters, by TRL's names.
+    `sft` reads none of it."""
+
+    beta: Annotated[float, Field(gt=0, le=10)] = 0.1
+    """For dpo and kto: how strongly the model is held near its base; higher holds it nearer. For
+    orpo: the weight of the odds ratio beside the loss on the chosen answer (the paper's lambda)."""
+
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """The loss of dpo: `sigmoid` is that of the DPO paper, `hinge` SLiC's, `ipo` that of the IPO
+    paper, whose tau is beta."""
+
+    desirable_weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """For kto: the weight of rows whose label is true. Where the labels are not in balance, weight
+    times rows should be about the same for both."""
+
+    undesirable_weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """For kto: the weight of rows whose label is false."""
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    """The API server must not fill in a value that depends on another field."""
+    schema.pop("default", None)
+
+
 _STALL_SAID = "must be a duration of 1s or more, such as 30m or 1h30m"
 
 
 class Training(Base):
-    """Hyperparameters of the supervised fine-tuning, with the defaults of the guide."""
+    """What is learnt from the rows, and the hyperparameters, with the defaults of the guide."""
+
+    objective: Objective = "sft"
+    """What is learnt: `sft` learns answers (or raw text). `dpo`, `orpo` and `kto` learn which
+    answers people prefer: dpo and orpo from pairs of a chosen and a rejected answer, kto from
+    answers with a label, true or false, or from such pairs."""
+
+    preference: Preference = Preference()
+    """Hyperparameters of dpo, orpo and kto."""
 
     method: Literal["lora", "qlora"] = "lora"
     """`lora` keeps the base model in 16 bit; `qlora` loads it in 4 bit (NF4), which takes about a
@@ -101,8 +141,9 @@ class Training(Base):
     """Passes over the data, 1 to 1000, or `auto`: 5 for under 500 rows, 3 for up to 5,000 rows,
     2 above."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
-    """Peak learning rate of AdamW, above 0 and up to 1. If the loss rises, lower it."""
+    learning_rate: Annotated[float, Field(gt=0, le=1, json_schema_extra=_without_default)] = 2e-4
+    """Peak learning rate of AdamW, above 0 and up to 1. Left out, it is 2e-4 for sft, 5e-6 for dpo
+    and kto, and 8e-5 for orpo. If the loss rises, lower it."""
 
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 2
     """Examples in one forward pass. Times gradientAccumulationSteps it is the effective batch,
@@ -193,6 +234,15 @@ class Training(Base):
 
     logging_steps: Annotated[int, Field(ge=1, le=100_000)] = 10
     """Optimizer steps between two lines of loss, learning rate and epoch in the log."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_the_objective(cls, data: Any) -> Any:
+        """Preferences are learnt with smaller steps than answers."""
+        if not isinstance(data, dict) or {"learningRate", "learning_rate"} & data.keys():
+            return data
+        rate = PREFERENCE_RATES.get(str(data.get("objective")))
+        return data if rate is None else {**data, "learningRate": rate}
 
     @field_validator("epochs")
     @classmethod

@@ -45,6 +45,11 @@ class Attempt:
         batch = self.training.batch_size * self.training.gradient_accumulation_steps
         return batch // self.devices
 
+    @property
+    def sequences(self) -> int:
+        """Sequences that an example is: two where answers come in pairs."""
+        return 2 if self.training.objective in ("dpo", "orpo") else 1
+
     def on_cpu(self, *, half: bool) -> Attempt:
         """The same by the processor, in bfloat16 or float32."""
         return replace(self, cpu=True, half=half)
@@ -54,6 +59,7 @@ class Attempt:
         recipe = self._recipe(checkpointing=checkpointing)
         # On a CPU packed rows are attended to one by one, unless their scores are capped.
         whole = not self.cpu or self.shape.capped
+        size *= self.sequences
         packed = self.training.packing and size > 1 and whole
         recipe = replace(recipe, rows=size, packed=packed)
         labels = None if self.labels is None else size * self.labels

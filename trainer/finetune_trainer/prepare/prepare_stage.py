@@ -205,7 +205,7 @@ def write_prepared(
     try:
         reporter.message(f"Reading {files.rows.uri}")
         for rows in findings.all_rows():
-            rows.load(config.dataset, config.training.seed)
+            rows.load(config.dataset, config.training.seed, config.training.objective)
         base = fetch_model(config, inputs.model, workdir, reporter)
         encode_rows(findings, inputs.model, base, workdir, reporter)
     except StageError as error:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -49,6 +51,7 @@ from finetune_trainer.train.recipe.lora import (
     make_layers_faster,
 )
 from finetune_trainer.train.recipe.packing import prepare_packing
+from finetune_trainer.train.recipe.preference import PreferenceTrainer, without_dropout
 from finetune_trainer.train.recipe.saving import train_with_checkpoints
 from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData
 from finetune_trainer.train.recipe.training_log import (
@@ -79,7 +82,7 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     tokenizer = load_tokenizer(work.model)
     examples, held_out = read_rows(work, tokenizer)
     if processes.is_first():
-        write_lengths(work.workdir, examples.lengths)  # for the memory ladder
+        write_lengths(work.workdir, examples.longest)  # for the memory ladder
     epochs = resolve_epochs(settings.epochs, len(examples))
 
     reporter.message("Loading the base model")
@@ -119,14 +122,15 @@ def read_rows(
 ) -> tuple[TokenizedRows, TokenizedRows | None]:
     """Training and held-out rows as tokens. StageError when they can't teach what they should."""
     cache = work.workdir / "tokens"
-    examples = tokenize(work.examples, tokenizer, work.max_sequence_length, cache)
+    length, objective = work.max_sequence_length, work.config.training.objective
+    examples = tokenize(work.examples, tokenizer, length, cache, objective)
     # Only the memory ladder goes below the spec's length. Rows that lose their answer are then
     # what the spec allows, and not a fault.
     shortened = work.max_sequence_length < work.config.training.max_sequence_length
     check_rows(examples, shortened=shortened)
     if work.held_out is None:
         return examples, None
-    return examples, tokenize(work.held_out, tokenizer, work.max_sequence_length, cache)
+    return examples, tokenize(work.held_out, tokenizer, length, cache, objective)
 
 
 def resolve_epochs(epochs: int | str, rows: int) -> int:
@@ -159,13 +163,17 @@ def build_trainer(
     epochs: int,
 ) -> RecipeTrainer:
     """Put model, adapter, data and hyperparameters together."""
-    unsloth = work.engine == "unsloth"
-    trainer = RecipeTrainer(
+    unsloth, settings = work.engine == "unsloth", work.config.training
+    kind: Callable[..., RecipeTrainer] = RecipeTrainer
+    lora = settings.lora
+    if settings.objective != "sft":
+        kind, lora = partial(PreferenceTrainer, settings=settings), without_dropout(lora)
+    trainer = kind(
         data=data,
         model=model,
         args=arguments(work, epochs, evaluate=data.held_out is not None, dtype=model.dtype),
         processing_class=tokenizer,
-        peft_config=None if unsloth else lora_config(work.config.training.lora, model),
+        peft_config=None if unsloth else lora_config(lora, model),
         engine_loss=unsloth_engine.loss if unsloth else None,
     )
     # ProgressReport takes their place.

@@ -70,6 +70,26 @@ def answer_loss(model: torch.nn.Module, inputs: Batch, *, some_logits: bool = Tr
     )
 
 
+def token_logps(model: torch.nn.Module, inputs: Batch, *, some_logits: bool = True) -> torch.Tensor:
+    """Log-probability of each label, [rows, time - 1]; 0 where there is none. See `answer_loss`."""
+    inputs = dict(inputs)
+    targets = inputs.pop("labels")[:, 1:]
+    keep = (targets != IGNORED).any(dim=0).nonzero().flatten()
+    if some_logits:
+        inputs["logits_to_keep"] = keep
+    logits = model(**inputs, use_cache=False).logits
+    if not some_logits:
+        logits = logits[:, keep]
+    losses = cross_entropy(
+        logits.flatten(0, 1).float(),
+        targets[:, keep].flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
+    )
+    whole = torch.zeros(targets.shape, device=targets.device)
+    return whole.index_copy(1, keep, -losses.view(len(targets), -1))
+
+
 def computes_some_logits(model: torch.nn.Module) -> bool:
     """Whether the model can be asked for the logits of some positions only."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -179,6 +199,12 @@ class RecipeTrainer(SFTTrainer):
         loss = total / torch.as_tensor(count).clamp(min=1)
         # The count is that of all processes, whose gradients will be averaged.
         return loss * (1 if num_items_in_batch is None else self.args.world_size)
+
+    def token_logps(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
+        """Log-probability of each label, as the loss computes it; TRL's, tile by tile, on a GPU."""
+        if self.args.device.type != "cpu":
+            return cast("torch.Tensor", model(**inputs, fused_lm_head=True).log_probs)
+        return token_logps(model, inputs, some_logits=self._some_logits)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter. Of a model spread over processes, gather the adapter and no more."""

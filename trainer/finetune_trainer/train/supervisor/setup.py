@@ -249,6 +249,8 @@ def choose_engine(
 def _unsloth_obstacle(
     config: RunConfig, gpu: Gpu, processes: int, model_type: str | None
 ) -> str | None:
+    if config.training.objective != "sft":
+        return f"it trains answers only here (training.objective is {config.training.objective})"
     if processes > 1:
         return f"it trains on one GPU, and here are {processes}"
     if gpu.capability < UNSLOTH_CAPABILITY:
