@@ -103,6 +103,12 @@ class Progress(Base):
     eval_loss: float | None = None
     """Loss on the held-out rows at the last evaluation."""
 
+    reward_accuracy: float | None = None
+    """Of preferences: share of the held-out rows that are judged right, at the last evaluation."""
+
+    reward_margin: float | None = None
+    """Of preferences: mean reward of good answers less that of the others, in the same place."""
+
     learning_rate: float | None = None
     """Learning rate at the last logging step."""
 

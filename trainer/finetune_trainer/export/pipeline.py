@@ -325,7 +325,9 @@ def read_examples(file: Path, most: int = MOST_ROWS) -> list[Example]:
         total = sum(1 for _ in lines)
     step = -(-total // most) or 1
     with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in islice(lines, 0, None, step)]
+        found: list[Example] = [json.loads(line) for line in islice(lines, 0, None, step)]
+    # Of answers with a label, the good ones: what the model is to say.
+    return [example for example in found if example.get("label", True)] or found
 
 
 MEMORY_BYTES = 3 * GIB // 2

@@ -122,6 +122,8 @@ def training_rows(facts: Facts) -> tuple[TableRow, ...]:
         _row("Parameters of the base model", metrics.base_parameters, count),
         _row("Mean training loss", metrics.train_loss, loss),
         _row("Last training loss", metrics.final_loss, loss),
+        _row("Reward accuracy on held-out rows", metrics.reward_accuracy, share),
+        _row("Reward margin on held-out rows", metrics.reward_margin, loss),
     ]
     return tuple(row for row in found if row)
 

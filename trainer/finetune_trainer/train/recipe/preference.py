@@ -293,8 +293,8 @@ class PreferenceTrainer(RecipeTrainer):
                 with self._as_reference():
                     ratios = ours - self._logps(model, others)
                 sums += torch.stack([ratios.sum(), ratios.new_tensor(float(batch["rows"]))])
-        total, rows = cast("torch.Tensor", self.accelerator.reduce(sums, reduction="sum"))
-        return total / rows.clamp(min=1)
+        total, rows = self.accelerator.reduce(sums, reduction="sum").unbind()
+        return cast("torch.Tensor", total / rows.clamp(min=1))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As for sft; with kto each row comes with another row's answer."""
@@ -316,7 +316,7 @@ class PreferenceTrainer(RecipeTrainer):
 
     def _loader(self, rows: Any, sampler: Any) -> DataLoader[Any]:
         with_others = isinstance(sampler, SamplerWithOthers)
-        return super()._loader(RowsWithOthers(rows) if with_others else rows, sampler)  # type: ignore[arg-type]
+        return super()._loader(RowsWithOthers(rows) if with_others else rows, sampler)
 
     def evaluation_loop(self, dataloader: DataLoader[Any], *_: Any, **options: Any) -> Any:
         """Take means over all held-out rows: of the loss, the rewards, and what is judged right."""
