@@ -12,6 +12,7 @@ leaves it running for later processes, which find it again by its state folder.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -118,7 +119,18 @@ class ControlPlane:
         """
         validate = f"--validate={'strict' if self.minor_version in MINORS else 'false'}"
         self.kubectl("apply", validate, "-f", file, input=input)
-        self.kubectl("wait", "--for=condition=Established", "crd", "--all")
+        wait_until(self._serves_definitions, what="the custom resources", seconds=READY_SECONDS)
+
+    def _serves_definitions(self) -> bool:
+        """Whether each is established; `kubectl wait` fails on one that has no conditions yet."""
+        found = json.loads(self.kubectl("get", "crd", "-o", "json"))["items"]
+        return all(
+            any(
+                condition["type"] == "Established" and condition["status"] == "True"
+                for condition in definition.get("status", {}).get("conditions") or ()
+            )
+            for definition in found
+        )
 
     # Its life
 

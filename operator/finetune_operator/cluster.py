@@ -14,13 +14,14 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self, cast
 
 import aiohttp
 from kubernetes.aio import client, config
 
 from finetune_operator.api import API_VERSION, CHILDREN_SELECTOR, KIND, OPERATOR, JsonObject
+from finetune_operator.pods import moment
 from finetune_trainer.contract import GROUP, PLURAL, VERSION
 
 
@@ -82,6 +83,8 @@ MERGE_PATCH = "application/merge-patch+json"
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
 PAGE = 500
 NODES_SECONDS = 60.0  # node labels are cached for this long
+STILL_TRUE = timedelta(minutes=10)
+"""For so long an Event tells what goes on: its recorder drops all but one in five minutes."""
 
 ERROR_BY_STATUS: dict[int, type[ClusterError]] = {
     400: DeniedError,
@@ -209,10 +212,22 @@ class Cluster:
 
     async def failed_create(self, namespace: str, uid: str) -> str | None:
         """Why the controller of this object couldn't create a pod when it last tried."""
-        query = {"fieldSelector": f"involvedObject.uid={uid},reason=FailedCreate"}
+        event = await self._last_event(namespace, uid, "FailedCreate")
+        return str(event["message"]) if event else None
+
+    async def failed_mount(self, namespace: str, uid: str) -> str | None:
+        """Why the kubelet can't mount a volume of this pod, if it has lately said so."""
+        event = await self._last_event(namespace, uid, "FailedMount")
+        told = moment(event.get("lastTimestamp")) if event else None
+        if event is None or told is None or datetime.now(UTC) - told > STILL_TRUE:
+            return None
+        return str(event["message"])
+
+    async def _last_event(self, namespace: str, uid: str, reason: str) -> JsonObject | None:
+        query = {"fieldSelector": f"involvedObject.uid={uid},reason={reason}"}
         found = await self._request("GET", _collection("Event", namespace), query=query)
         events = sorted(found["items"] or (), key=lambda each: each.get("lastTimestamp") or "")
-        return str(events[-1]["message"]) if events else None
+        return events[-1] if events else None
 
     async def node_labels(self, label: str) -> tuple[Mapping[str, str], ...]:
         """Labels of the nodes that have this one, up to a minute old; raises ForbiddenError."""

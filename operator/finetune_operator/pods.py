@@ -25,6 +25,14 @@ DISRUPTIONS = {
 }
 # The kubelet also evicts a pod that exceeds its own limits, and then the pod is to blame.
 OVERGROWN = re.compile(r"exceeds the (total )?limit|exceeded its local ephemeral storage limit")
+# What the kubelet says when a Secret or its key is missing.
+SECRET_MISSING = re.compile(r'secret "(?P<name>[^"]+)" not found', re.IGNORECASE)
+KEY_MISSING = re.compile(r"find key (?P<key>\S+) in Secret \S*?/(?P<name>\S+)", re.IGNORECASE)
+# The same of one that is mounted, whose name the kubelet leaves out (pkg/volume/secret).
+MOUNT_KEY_MISSING = re.compile(
+    r'volume "(?P<volume>[^"]+)".* non-existent secret key: (?P<key>\S+)', re.DOTALL
+)
+
 UNSCHEDULED = {"Unschedulable", "SchedulingGated"}  # no node fits, or a queue holds the pod
 ENDED = {"Succeeded", "Failed"}  # phases of a pod
 LOG_LINE_LIMIT = 300  # characters of a log line that is quoted to the user
@@ -84,6 +92,33 @@ class ObservedPod:
     resources: Mapping[str, int | str] = field(default_factory=dict)
     """What the trainer's container requests, or else may use at most."""
 
+    uid: str = ""
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    """The Secrets that it can't start without, by the volume that each is mounted from."""
+
+    mount_failure: str | None = None
+    """Why the kubelet can't mount its volumes, in the kubelet's words."""
+
+    @property
+    def mounts_secrets(self) -> bool:
+        """Whether a Secret may be what its containers wait for."""
+        waits = self.waiting is not None and self.waiting.reason == "ContainerCreating"
+        return bool(self.secrets) and waits
+
+    @property
+    def missing_secret(self) -> str | None:
+        """Which Secret isn't there, or not whole, by the kubelet's words."""
+        words = self.mount_failure or ""
+        if self.waiting is not None and self.waiting.reason == "CreateContainerConfigError":
+            words = self.waiting.message
+        if found := KEY_MISSING.search(words):
+            return f"The Secret {found['name']} has no key {found['key']}"
+        found = MOUNT_KEY_MISSING.search(words)
+        if found and found["volume"] in self.secrets:
+            return f"The Secret {self.secrets[found['volume']]} has no key {found['key']}"
+        found = SECRET_MISSING.search(words)
+        return f"The Secret {found['name']} doesn't exist in this namespace" if found else None
+
     @property
     def has_ended(self) -> bool:
         """Whether its trainer has ended, or never ran and never will."""
@@ -129,6 +164,8 @@ def observe_pod(raw: JsonObject) -> ObservedPod:
         created=moment(meta.get("creationTimestamp")),
         started_at=moment((state.get("running") or ended).get("startedAt")),
         resources=_resources(raw["spec"]),
+        uid=meta.get("uid", ""),
+        secrets=_mounted_secrets(raw["spec"]),
     )
 
 
@@ -204,6 +241,15 @@ def _trainer(pod_spec: JsonObject) -> JsonObject:
 def _resources(pod_spec: JsonObject) -> Mapping[str, int | str]:
     given = _trainer(pod_spec).get("resources") or {}
     return {**(given.get("limits") or {}), **(given.get("requests") or {})}
+
+
+def _mounted_secrets(pod_spec: JsonObject) -> Mapping[str, str]:
+    found = {each["name"]: each.get("secret") or {} for each in pod_spec.get("volumes") or []}
+    return {
+        volume: secret["secretName"]
+        for volume, secret in found.items()
+        if "secretName" in secret and not secret.get("optional")
+    }
 
 
 def created_at(raw: JsonObject) -> datetime:

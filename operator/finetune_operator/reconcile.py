@@ -218,15 +218,19 @@ class Reconciler:
         return result, decided.requeue_after
 
     async def _explained(self, finetunejob: ObservedFineTuneJob, job: ObservedJob) -> ObservedJob:
-        """The Job with what its controller says of a pod that it can't create."""
+        """The Job with what its controller says of a pod that it can't create, or the kubelet of
+        one that it can't start."""
+        pod, namespace = job.pod, finetunejob.namespace
         waiting = datetime.now(UTC) - (job.taken_up or datetime.now(UTC))
-        if not job.lacks_pod or waiting < self._policy.pod_grace:
-            return job
         try:
-            words = await self._cluster.failed_create(finetunejob.namespace, job.uid)
+            if pod is not None and pod.mounts_secrets:
+                words = await self._cluster.failed_mount(namespace, pod.uid)
+                return replace(job, pod=replace(pod, mount_failure=words))
+            if job.lacks_pod and waiting >= self._policy.pod_grace:
+                return replace(job, refusal=await self._cluster.failed_create(namespace, job.uid))
         except ForbiddenError:
-            return job  # this version's rights are not there yet
-        return replace(job, refusal=words)
+            pass  # this version's rights are not there yet
+        return job
 
     async def _rehearse(self, finetunejob: ObservedFineTuneJob, decided: Plan) -> JsonObject | None:
         """Create what the Job of a stage to start needs; return the Job, which the API server

@@ -2,8 +2,9 @@
 
 At most one worker processes a key at a time. A key that is added meanwhile is processed once more
 afterwards: no event is lost, and a hundred events cost one pass. A failed key is retried with
-exponential backoff and jitter, and a success resets the backoff. Controllers in Go use the same
-design as the rate-limited work queue.
+exponential backoff and jitter, and a success resets the backoff. Only a try whose time had come
+makes the delay longer: a burst of events about an object that can't be written doesn't. Otherwise
+the design is that of the rate-limited work queue of controllers in Go.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class WorkQueue:
         self._active: set[str] = set()
         self._again: set[str] = set()
         self._later: dict[str, tuple[float, Timer]] = {}
-        self._failures: dict[str, int] = {}
+        self._failures: dict[str, tuple[int, float]] = {}  # how many, and when it is tried again
         self._arrived = asyncio.Event()
         self._closing = False
 
@@ -135,10 +136,15 @@ class WorkQueue:
 
     def _failed(self, key: str) -> float:
         """Count a failure, and return how long to wait."""
-        failures = self._failures[key] = self._failures.get(key, 0) + 1
+        now = self.clock.time()
+        failures, due = self._failures.get(key, (0, now))
+        if now >= due:
+            failures += 1
         # The exponent is bounded, since a float overflows after a thousand failures.
         delay = min(MAX_DELAY, BASE_DELAY * 2.0 ** min(failures - 1, 16))
-        return delay * (1 - JITTER * self._chance())
+        delay *= 1 - JITTER * self._chance()
+        self._failures[key] = failures, now + delay
+        return delay
 
     def _cancel_timer(self, key: str) -> None:
         entry = self._later.pop(key, None)

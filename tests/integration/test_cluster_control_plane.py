@@ -58,11 +58,9 @@ def namespace(control_plane: ControlPlane) -> Iterator[str]:
 
 @pytest.fixture
 def things(control_plane: ControlPlane) -> Iterator[None]:
-    control_plane.kubectl("apply", "-f", "-", input=yaml.safe_dump(CRD))
-    crd = "crd/things.cluster-test.dev"
-    control_plane.kubectl("wait", "--for=condition=Established", crd, "--timeout=30s")
+    control_plane.apply_definitions("-", input=yaml.safe_dump(CRD))
     yield
-    control_plane.kubectl("delete", crd)
+    control_plane.kubectl("delete", "crd/things.cluster-test.dev")
 
 
 @pytest.mark.usefixtures("things")

@@ -86,7 +86,7 @@ class SigningSpec(contract.Signing):
 
     key_secret_ref: PrivateKeyReference
     """Secret with the private key: PEM, without a password, of curve P-256, P-384 or P-521. Only
-    the pod of export gets it, by reference; the operator may not read it."""
+    the pod of export gets it, as a file; the operator may not read it."""
 
 
 class ExportSpec(contract.Export):

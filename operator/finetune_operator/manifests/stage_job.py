@@ -29,7 +29,7 @@ from finetune_operator.manifests.stores import (
 )
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
-from finetune_trainer.contract import Base, ExitCode, Hardware, Stage
+from finetune_trainer.contract import SIGNING_KEY_FILE, Base, ExitCode, Hardware, Stage
 
 CONFIG_FOLDER = "/etc/finetune"
 WORKSPACE = "/workspace"
@@ -38,6 +38,12 @@ TOKEN_SECONDS = 3607  # the kubelet renews the token long before
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the kernel's name
 SHARED_MEMORY_MIB = 8192
 MEBIBYTE = 1 << 20
+OWNER_ONLY = 0o400  # to which the kubelet adds the pod's group
+SIGNING_MOUNT = {
+    "name": "signing-key",
+    "mountPath": SIGNING_KEY_FILE.rsplit("/", 1)[0],
+    "readOnly": True,
+}
 USER = 65532
 # How long a stopped stage may take to report; a training also uploads a checkpoint.
 GRACE_SECONDS = {Stage.PREPARE: 60, Stage.TRAIN: 120, Stage.EXPORT: 60}
@@ -188,6 +194,7 @@ def _pod_template(
             "volumes": [
                 *volumes(pod, attempt.config_map, shared_memory),
                 *certificate_volumes(spec, attempt.stage),
+                *signing_volumes(spec, attempt.stage),
             ],
             **_pull_secrets(settings),
             **_placement(pod),
@@ -218,7 +225,11 @@ def _container(
         "args": [str(stage), "--config", config, "--workspace", WORKSPACE],
         "workingDir": WORKSPACE,
         "env": environment(spec, stage, pod, settings, fixed),
-        "volumeMounts": [*mounts(pod, shared_memory), *certificate_mounts(spec, stage)],
+        "volumeMounts": [
+            *mounts(pod, shared_memory),
+            *certificate_mounts(spec, stage),
+            *([SIGNING_MOUNT] if _signs(spec, stage) else []),
+        ],
         # If a container ends without a StageResult, the end of its log helps a person.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
@@ -289,13 +300,29 @@ def _credentials(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
 
 def _credentials_of_export(spec: FineTuneJobSpec) -> list[JsonObject]:
     found: list[JsonObject] = []
-    if spec.export.signing is not None:
-        key = spec.export.signing.key_secret_ref
-        found.append(from_secret("FINETUNE_SIGNING_KEY", key.name, key.key))
     if spec.output.hub is not None:
         token = spec.output.hub.token_secret_ref
         found.append(from_secret("FINETUNE_HUB_TOKEN", token.name, token.key))
     return found
+
+
+def _signs(spec: FineTuneJobSpec, stage: Stage) -> bool:
+    return stage is Stage.EXPORT and spec.export.signing is not None
+
+
+def signing_volumes(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
+    """The private key as a file in memory: no variable that every process of the pod has.
+
+    It is not optional. The kubelet starts the pod when the Secret is there, so no attempt is lost.
+    """
+    signing = spec.export.signing
+    if signing is None or not _signs(spec, stage):
+        return []
+    file = SIGNING_KEY_FILE.rsplit("/", 1)[1]
+    reference = signing.key_secret_ref
+    items = [{"key": reference.key, "path": file}]
+    source = {"secretName": reference.name, "items": items, "defaultMode": OWNER_ONLY}
+    return [{"name": SIGNING_MOUNT["name"], "secret": source}]
 
 
 def _variable(given: EnvVar) -> JsonObject:

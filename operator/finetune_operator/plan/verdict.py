@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -27,10 +26,6 @@ REASONS = {
     ExitCode.STOPPED: Reason.STOPPED,
     ExitCode.QUALITY_GATE: Reason.QUALITY_GATE_FAILED,
 }
-
-# What the kubelet says when a Secret or its key is missing.
-SECRET_MISSING = re.compile(r'secret "(?P<name>[^"]+)" not found', re.IGNORECASE)
-KEY_MISSING = re.compile(r"find key (?P<key>\S+) in Secret \S*?/(?P<name>\S+)", re.IGNORECASE)
 
 # The kubelet keeps trying to pull an image, but a retry can't help in the last two cases.
 PULLING = {"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "ImageInspectError"}
@@ -326,18 +321,30 @@ def _not_started(stage: Stage, pod: ObservedPod, policy: Policy, now: datetime) 
 def _waiting(
     stage: Stage, pod: ObservedPod, waiting: Waiting, policy: Policy, now: datetime
 ) -> Verdict:
+    if pod.mounts_secrets:
+        return _mounting(stage, pod, policy, now)
     if waiting.reason in UNPULLABLE:
         return Failure(Reason.IMAGE_NOT_PULLED, _not_pulled(stage, pod, waiting), now)
     if waiting.reason in PULLING:
         message = _not_pulled(stage, pod, waiting)
         return Pending(PendingReason(Reason.IMAGE_NOT_PULLED, message, degraded=True))
-    missing = _missing_secret(stage, waiting)
-    if missing is not None:
-        return _secret_missing(missing, pod, policy, now)
+    if pod.missing_secret is not None:
+        return _secret_missing(stage, pod, policy, now)
     if waiting.reason.endswith("Error"):
         message = f"The pod of {stage} can't start ({waiting.reason}): {waiting.message}"
         return Pending(PendingReason(waiting.reason, message, degraded=True))
     return Pending()
+
+
+def _mounting(stage: Stage, pod: ObservedPod, policy: Policy, now: datetime) -> Pending:
+    """Nothing tells when the kubelet's words change, so they are asked for again and again."""
+    again = policy.secret_grace.total_seconds()
+    if pod.missing_secret is not None:
+        return replace(_secret_missing(stage, pod, policy, now), requeue_after=again)
+    if pod.mount_failure is None:
+        return Pending(requeue_after=again)
+    message = f"The pod of {stage} can't start (FailedMount): {pod.mount_failure}"
+    return Pending(PendingReason("FailedMount", message, degraded=True), requeue_after=again)
 
 
 def _unscheduled(stage: Stage, pod: ObservedPod) -> PendingReason | None:
@@ -360,21 +367,12 @@ def _not_pulled(stage: Stage, pod: ObservedPod, waiting: Waiting) -> str:
     )
 
 
-def _missing_secret(stage: Stage, waiting: Waiting) -> str | None:
-    if waiting.reason != "CreateContainerConfigError":
-        return None
-    if found := KEY_MISSING.search(waiting.message):
-        what = f"The Secret {found['name']} has no key {found['key']}"
-    elif found := SECRET_MISSING.search(waiting.message):
-        what = f"The Secret {found['name']} doesn't exist in this namespace"
-    else:
-        return None
-    return f"{what}, and the pod of {stage} needs it"
-
-
-def _secret_missing(missing: str, pod: ObservedPod, policy: Policy, now: datetime) -> Verdict:
+def _secret_missing(stage: Stage, pod: ObservedPod, policy: Policy, now: datetime) -> Pending:
     """The kubelet goes on trying, so the stage starts as soon as the Secret is there."""
-    message = f"{missing}. Create it; the pod then starts by itself."
+    message = (
+        f"{pod.missing_secret}, and the pod of {stage} needs it. Create it; the pod then starts by "
+        "itself."
+    )
     left = policy.secret_grace - (now - pod.since)
     late = left <= timedelta()
     reason = PendingReason(Reason.SECRET_NOT_FOUND, message, degraded=late)

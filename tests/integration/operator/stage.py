@@ -268,6 +268,21 @@ class Namespace:
         path = f"/api/v1/namespaces/{self.name}/pods/{name}/status"
         self.merge_patch(path, {"status": patch})
 
+    def tell(self, pod: Raw, reason: str, message: str) -> None:
+        """Record an Event about a pod, as its kubelet does."""
+        meta = pod["metadata"]
+        about = {"kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
+        event = {
+            "metadata": {"generateName": f"{meta['name']}."},
+            "involvedObject": {"apiVersion": "v1", "namespace": self.name, **about},
+            "reason": reason,
+            "message": message,
+            "type": "Warning",
+            "firstTimestamp": _now(),
+            "lastTimestamp": _now(),
+        }
+        self.create("/api/v1", "events", event)
+
     def start_pod(self, stage: Stage, attempt: int = 1) -> Raw:
         """Let the pod of a stage run."""
         pod = self.pod(stage, attempt)

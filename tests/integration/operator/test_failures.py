@@ -10,7 +10,7 @@ from finetune_trainer.contract import Reason, Stage
 from hack.operator_process import SECRET_GRACE_SECONDS
 from tests.integration.operator.stage import Namespace, prepared, trained
 
-PREPARE, TRAIN = Stage.PREPARE, Stage.TRAIN
+PREPARE, TRAIN, EXPORT = Stage
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,33 @@ def test_a_missing_secret_is_named_and_waited_for(here: Namespace) -> None:
     here.wait("no trouble", lambda: here.condition("Degraded")[0] == "False")
     here.succeed(prepared())
     here.wait_phase("Training")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ('secret "signer" not found', "The Secret signer doesn't exist in this namespace"),
+        (
+            "references non-existent secret key: private-key.pem",
+            "The Secret signer has no key private-key.pem",
+        ),
+    ],
+)
+def test_a_signing_key_that_can_t_be_mounted_is_named_and_waited_for(
+    here: Namespace, words: str, told: str
+) -> None:
+    here.apply(export={"signing": {"keySecretRef": {"name": "signer"}}})
+    here.succeed(prepared())
+    here.succeed(trained())
+    pod = here.pod(EXPORT)
+    creating = {"waiting": {"reason": "ContainerCreating"}}
+    here.set_pod(pod, "Pending", creating)
+    here.tell(pod, "FailedMount", f'MountVolume.SetUp failed for volume "signing-key" : {words}')
+    here.wait("Degraded", lambda: here.condition("Degraded")[1] == "SecretNotFound")
+    assert told in here.condition("Degraded")[2]
+    here.start_pod(EXPORT)  # as the kubelet does when the Secret is there
+    here.wait("no trouble", lambda: here.condition("Degraded")[0] == "False")
+    assert here.jobs()[-1] == ("export", 1)
 
 
 def test_an_image_that_cannot_be_pulled_is_trouble_but_not_the_end(here: Namespace) -> None:

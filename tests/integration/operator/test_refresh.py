@@ -89,3 +89,19 @@ def test_a_look_that_fails_is_told_and_tried_again_at_the_next_interval(here: Na
     here.succeed(prepared(PREPARE, TRAIN, EXPORT))
     here.wait("all to be well", lambda: here.condition("Degraded")[0] == "False")
     assert here.jobs().count(("train", 1)) == 1
+
+
+def test_another_revision_of_the_base_model_becomes_a_version(here: Namespace) -> None:
+    before = finish_once(here)
+    let_an_hour_pass(here)
+    newer = NEW_DATA.model_copy(update={"model_revision": "def"})
+    here.succeed(prepared(PREPARE, found=newer))
+    here.succeed(trained())
+    here.wait_phase("Exporting")
+    train = here.stage(TRAIN)
+    assert train["fingerprint"] == "train-b"
+    assert train["staleBecause"] == ["model: revision abc → def"]
+    assert here.status()["artifacts"] == before["artifacts"]
+    here.succeed(exported())
+    after = here.wait_phase("Succeeded")
+    assert after["resolved"]["modelRevision"] == "def"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from finetune_trainer.contract import Example, Notice, Reason, StageError
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link import Failed, Trained, TrainingWork, trained_steps
 from finetune_trainer.train.link.channel import WorkerMessage, listening
 from finetune_trainer.train.supervisor.ladder import descend
@@ -180,6 +181,39 @@ def test_in_bfloat16_as_well_it_trains_like_one(
     )
     # Were gradients added up in bfloat16, as accelerate would, it were 1% of the largest weight.
     assert_same_adapter(together, alone, 5 * WEIGHT_TOLERANCE)
+
+
+def test_weights_of_4_bits_are_spread_over_processes_and_train_as_in_one(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With recomputed layers, in bfloat16; and a further training goes on from a checkpoint."""
+    import torch
+
+    from finetune_trainer.model import loading
+    from finetune_trainer.train.recipe import sft
+
+    monkeypatch.setenv("COMPUTE_DTYPE", "bfloat16")
+    monkeypatch.setattr(loading, "compute_dtype", lambda: torch.bfloat16)
+    settings: dict[str, Any] = {
+        "method": "qlora",
+        "gradientCheckpointing": "always",
+        "checkpointSteps": 6,
+    }
+    one = work_of(tiny_model, tmp_path / "alone", 1, **settings)
+    alone = Run(one, sft.fine_tune(one, Reporter()), [])
+    whole = work_of(tiny_model, tmp_path / "whole", 2, "fsdp", **settings)
+    together = run(whole)
+    saved = [m.checkpoint for m in together.messages if m.checkpoint]
+    rest = work_of(tiny_model, tmp_path / "rest", 2, "fsdp", **settings)
+    resumed = run(rest.model_copy(update={"resume_from": saved[0].folder}))
+
+    expected = alone.series("loss")
+    assert together.series("loss") == pytest.approx(expected, abs=BFLOAT16_TOLERANCE)
+    assert resumed.series("loss") == pytest.approx(together.series("loss"), abs=LOSS_TOLERANCE)
+    assert_same_adapter(together, alone, 5 * WEIGHT_TOLERANCE)
+    assert_same_adapter(resumed, together)
+    notes = [json.loads((whole.workdir / NOTE.format(rank)).read_text()) for rank in (0, 1)]
+    assert all(note["held"] == note["all"] // 2 for note in notes), "each holds half"
 
 
 @pytest.mark.parametrize(

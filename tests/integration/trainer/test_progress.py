@@ -118,6 +118,7 @@ def test_the_status_shows_where_the_training_is(pod: Pod, monkeypatch: pytest.Mo
         "tokensPerSecond": 412.3,
         "eta": "4m10s",
         "message": "Training",
+        "heartbeatSeconds": 60,
     }
 
     with Reporter(pod.api()) as reporter:

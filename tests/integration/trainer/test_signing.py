@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from finetune_trainer.contract import Export, Hub, Reason, Signing, StageError
 from finetune_trainer.export.publish.public_files import public_files
-from finetune_trainer.export.publish.signing import KEY_VARIABLE, Signer, signer_for
+from finetune_trainer.export.publish.signing import FORMER_VARIABLE, Signer, signer_for
 from finetune_trainer.store import LocalFolder
 from finetune_trainer.store.versions import current
 from tests.publishing import folder, publish
@@ -45,6 +45,15 @@ def key() -> ec.EllipticCurvePrivateKey:
 
 
 @pytest.fixture
+def private(key: ec.EllipticCurvePrivateKey, tmp_path: Path) -> Path:
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    file = folder / "private-key.pem"
+    file.write_text(pem(key))
+    return file
+
+
+@pytest.fixture
 def public(key: ec.EllipticCurvePrivateKey, tmp_path: Path) -> Path:
     file = tmp_path / "key.pub"
     encoded = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
@@ -53,14 +62,10 @@ def public(key: ec.EllipticCurvePrivateKey, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def downloaded(key: ec.EllipticCurvePrivateKey, tmp_path: Path) -> Path:
+def downloaded(private: Path, tmp_path: Path) -> Path:
     """The folder of a signed version."""
     output = LocalFolder(tmp_path / "tuned")
-    environment = {KEY_VARIABLE: pem(key)}
-    signer = signer_for(SIGNED, "tuned", environment)
-    assert environment == {}, "child processes get no key"
-
-    publish(output, tmp_path / "workspace", "fp", FILES, signer)
+    publish(output, tmp_path / "workspace", "fp", FILES, Signer("tuned", private))
     return output.root / folder("fp")
 
 
@@ -108,11 +113,11 @@ def test_a_missing_an_added_and_another_s_file_are_found(downloaded: Path, publi
 
 
 def test_what_goes_to_a_hub_has_a_signature_of_its_own(
-    downloaded: Path, key: ec.EllipticCurvePrivateKey, public: Path, tmp_path: Path
+    downloaded: Path, private: Path, public: Path, tmp_path: Path
 ) -> None:
     version = current(LocalFolder(downloaded.parents[1]))
     assert version is not None
-    signer = signer_for(SIGNED, "tuned", {KEY_VARIABLE: pem(key)})
+    signer = Signer("tuned", private)
     found = public_files(Hub(repo="org/tuned"), version, None, signer)
     repository = tmp_path / "repository"
     for item in found.stored:
@@ -135,9 +140,10 @@ def test_another_key_is_refused(downloaded: Path, tmp_path: Path) -> None:
     assert "Key mismatch" in checked.stderr
 
 
-def test_without_a_key_or_with_a_wrong_one_it_says_what_to_do() -> None:
-    with pytest.raises(StageError, match=r"keySecretRef") as caught:
-        signer_for(SIGNED, "tuned", {})
+def test_without_a_key_or_with_a_wrong_one_it_says_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "private-key.pem"
+    with pytest.raises(StageError, match=r"private-key\.pem can't.*keySecretRef") as caught:
+        signer_for(SIGNED, "tuned", file, {})
     assert caught.value.reason is Reason.INVALID_CONFIG
     wrong: dict[str, str | bytes] = {
         "no PEM": "secret-words",
@@ -152,18 +158,54 @@ def test_without_a_key_or_with_a_wrong_one_it_says_what_to_do() -> None:
         ),
     }
     for text in wrong.values():
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(StageError, match=r"not a private key of curve P-256") as caught:
-            signer_for(
-                SIGNED, "tuned", {KEY_VARIABLE: text.decode() if isinstance(text, bytes) else text}
-            )
+            signer_for(SIGNED, "tuned", file, {})
         assert "secret-words" not in caught.value.message
-    assert signer_for(Export(), "tuned", {}) is None
+    assert signer_for(Export(), "tuned", file, {}) is None
+
+
+def test_the_variable_of_an_older_operator_is_read_and_taken_away(
+    key: ec.EllipticCurvePrivateKey, tmp_path: Path
+) -> None:
+    environment = {FORMER_VARIABLE: pem(key)}
+    assert signer_for(SIGNED, "tuned", tmp_path / "none", environment) is not None
+    assert environment == {}, "child processes get no key"
+
+
+SIGN_AND_LOOK = """
+import subprocess, sys
+from pathlib import Path
+from finetune_trainer.contract import Artifact, Export, Signing
+from finetune_trainer.export.publish.signing import signer_for
+
+key = Path(sys.argv[1])
+signer = signer_for(Export(signing=Signing()), "tuned", key)
+made = signer([Artifact(path="weights", bytes=1, sha256="ab" * 32)])
+print(len(made["model.sig"]) > 0)
+for file in (key, sys.argv[2]):
+    print(subprocess.run(["cat", file], capture_output=True).stderr.decode().strip())
+"""
+
+
+def test_no_process_that_the_signing_one_starts_can_read_the_key(private: Path) -> None:
+    other = private.parent.parent / "weights"
+    other.write_bytes(b"w")
+    done = subprocess.run(
+        [sys.executable, "-c", SIGN_AND_LOOK, private, other],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if "no Landlock" in done.stderr:
+        pytest.skip("this kernel has no Landlock")
+    assert done.stdout.splitlines() == ["True", f"cat: {private}: Permission denied", ""]
 
 
 def test_an_image_without_the_package_is_named(
-    key: ec.EllipticCurvePrivateKey, monkeypatch: pytest.MonkeyPatch
+    private: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "model_signing", None)
     with pytest.raises(StageError, match="EXTRAS that contain `signing`") as caught:
-        Signer("tuned", pem(key))
+        Signer("tuned", private)
     assert caught.value.reason is Reason.INVALID_CONFIG

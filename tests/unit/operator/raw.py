@@ -91,6 +91,7 @@ def observed_pod(**status: Any) -> ObservedPod:
 def expected_pod(**fields: Any) -> ObservedPod:
     made = moment("12:00:01")
     values = {"name": "pod-1", "phase": "Pending", "since": made, "created": made, **fields}
+    values.setdefault("uid", f"uid-{values['name']}")
     if "exit_code" in fields:
         values.setdefault("started_at", moment("12:00:05"))
     return ObservedPod(image="trainer:1", **values)

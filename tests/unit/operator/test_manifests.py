@@ -200,11 +200,18 @@ def test_no_secret_is_named_in_the_configuration() -> None:
 
 
 def test_only_the_export_gets_the_key_and_the_token_of_publishing() -> None:
-    secret = ("FINETUNE_SIGNING_KEY", "FINETUNE_HUB_TOKEN")
     for stage in Stage:
-        env = pod_of(PUBLISHING, stage)["containers"][0]["env"]
-        found = [each["name"] for each in env if each["name"] in secret]
-        assert found == (list(secret) if stage is EXPORT else [])
+        pod = pod_of(PUBLISHING, stage)
+        here = stage is EXPORT
+        names = [each["name"] for each in pod["containers"][0]["env"]]
+        assert ("FINETUNE_HUB_TOKEN" in names) is here
+        assert not [name for name in names if "SIGNING" in name]
+        mounted = {each["name"]: each["mountPath"] for each in pod["containers"][0]["volumeMounts"]}
+        volumes = {each["name"]: each.get("secret") for each in pod["volumes"]}
+        assert mounted.get("signing-key") == ("/etc/finetune-signing" if here else None)
+        key = [{"key": "private-key.pem", "path": "private-key.pem"}]
+        signer = {"secretName": "signer", "items": key, "defaultMode": 0o400}
+        assert volumes.get("signing-key") == (signer if here else None)
 
 
 def test_what_is_pushed_where_is_told_without_the_secrets() -> None:

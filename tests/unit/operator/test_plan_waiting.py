@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,6 +48,11 @@ NO_NODE = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
 
 def waits(waiting: Waiting | None = None, **fields: Any) -> Any:
     return job(PREPARE, pod=waiting_pod(waiting=waiting, **fields))
+
+
+def mounts(words: str | None) -> Any:
+    creating = Waiting("ContainerCreating", "")
+    return waits(creating, since=at(-40), secrets={"key": "bucket"}, mount_failure=words)
 
 
 def says(
@@ -142,6 +148,44 @@ CASES = [
             "The Secret bucket has no key AWS_ACCESS_KEY_ID, and the pod of prepare needs it. "
             + CREATE,
             degraded=True,
+        ),
+    ),
+    Case(
+        "a pod that mounts a Secret is asked after until it starts",
+        finetunejob(PREPARING),
+        [mounts(None)],
+        replace(unchanged(PREPARING), requeue_after=30),
+    ),
+    Case(
+        "a mounted Secret that stays missing is trouble, by name and with the remedy",
+        finetunejob(PREPARING),
+        [mounts('MountVolume.SetUp failed for volume "key" : secret "bucket" not found')],
+        says("SecretNotFound", f"{MISSING} {CREATE}", degraded=True, requeue_after=30),
+    ),
+    Case(
+        "a key that is missing in a mounted Secret is named",
+        finetunejob(PREPARING),
+        [
+            mounts(
+                'MountVolume.SetUp failed for volume "key" : references non-existent secret key: k'
+            )
+        ],
+        says(
+            "SecretNotFound",
+            f"The Secret bucket has no key k, and the pod of prepare needs it. {CREATE}",
+            degraded=True,
+            requeue_after=30,
+        ),
+    ),
+    Case(
+        "other trouble with a volume is told in the kubelet's words",
+        finetunejob(PREPARING),
+        [mounts("timed out waiting for the condition")],
+        says(
+            "FailedMount",
+            "The pod of prepare can't start (FailedMount): timed out waiting for the condition",
+            degraded=True,
+            requeue_after=30,
         ),
     ),
     Case(

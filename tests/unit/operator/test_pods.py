@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from finetune_operator.pods import ObservedPod, Waiting
+from finetune_operator.pods import ObservedPod, Waiting, observe_pod
 from tests.unit.operator.raw import (
     RESULT,
     container,
@@ -151,3 +152,16 @@ def test_a_pod_that_is_being_deleted() -> None:
     assert observed(pod).pod == expected_pod(
         phase="Running", deleting=True, delete_by=moment("12:02:00"), node="node-1"
     )
+
+
+def test_the_secrets_that_a_pod_can_t_start_without_are_known_by_their_volumes() -> None:
+    raw = raw_pod(**container(waiting={"reason": "ContainerCreating"}))
+    raw["spec"]["volumes"] = [
+        {"name": "workspace", "emptyDir": {}},
+        {"name": "ca", "secret": {"secretName": "ca", "optional": True}},
+        {"name": "signing-key", "secret": {"secretName": "signer"}},
+    ]
+    found = observe_pod(raw)
+    assert found.secrets == {"signing-key": "signer"}
+    assert found.mounts_secrets
+    assert not replace(found, secrets={}).mounts_secrets

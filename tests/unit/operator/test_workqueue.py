@@ -218,6 +218,19 @@ async def test_failures_are_spread_by_chance() -> None:
         assert clock.pending == [BASE_DELAY * (1 - JITTER)]
 
 
+async def test_a_burst_of_events_does_not_make_the_pause_longer() -> None:
+    work, clock = Work(), FakeClock()
+    work.answers = [ValueError("no")] * 51
+    async with running(work, clock) as queue:
+        for _ in range(50):
+            queue.add("a")
+            await clock.advance(0.001)
+        assert len(work.calls) == 50
+        assert clock.pending[0] - clock.now == pytest.approx(BASE_DELAY, abs=0.002)
+        await clock.advance(BASE_DELAY)
+        assert clock.pending[0] - clock.now == BASE_DELAY * 2
+
+
 async def test_a_success_forgets_the_failures() -> None:
     work, clock = Work(), FakeClock()
     work.answers = [ValueError("no"), ValueError("no"), None, ValueError("no")]

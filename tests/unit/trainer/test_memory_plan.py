@@ -260,6 +260,18 @@ def test_a_model_that_auto_spreads_over_gpus_passes_through_the_pods_memory() ->
     assert "limits.memory to at least 140Gi" in error.message
 
 
+def test_a_model_in_4_bits_is_spread_over_small_gpus() -> None:
+    """Each process reads all of it into the pod's memory, for itself: 4 times 37 GiB and more."""
+    spec, four = Training(method="qlora"), gpus(24, 4)
+    made = plan(spec, shape("llama-3.3-70b"), Lengths(1024), four)
+    assert made.parallelism == "fsdp"
+    assert 15 * GIB < (made.device_bytes or 0) < 24 * GIB
+    short = four.model_copy(update={"memory_bytes": 128 * GIB})
+    error = refusal(spec, "llama-3.3-70b", 1024, short)
+    assert error.reason is Reason.OUT_OF_MEMORY
+    assert "limits.memory to at least 152Gi" in error.message
+
+
 def test_scores_that_are_capped_make_passes_smaller() -> None:
     """9 billion parameters by qlora in 24 GiB."""
     spec = Training.model_validate({"method": "qlora", "batchSize": 4})

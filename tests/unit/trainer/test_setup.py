@@ -198,18 +198,10 @@ def test_the_effective_batch_stays_however_many_share_it(
     assert processes * rows * passes == spec.batch_size * spec.gradient_accumulation_steps
 
 
-@pytest.mark.parametrize(
-    ("spec", "devices", "remedy"),
-    [
-        (training(2, 4, method="qlora"), 2, "set training.parallelism to ddp"),
-        (training(1, 3), 2, "set training.gradientAccumulationSteps to a multiple of 2"),
-    ],
-)
-def test_a_model_that_needs_all_devices_is_not_squeezed_into_fewer(
-    spec: Training, devices: int, remedy: str
-) -> None:
+def test_a_model_that_needs_all_devices_is_not_squeezed_into_fewer() -> None:
+    remedy = "set training.gradientAccumulationSteps to a multiple of 2"
     with pytest.raises(StageError, match=remedy) as caught:
-        divide_step(spec, plan(1, "fsdp"), devices)
+        divide_step(training(1, 3), plan(1, "fsdp"), 2)
 
     assert caught.value.reason is Reason.INVALID_CONFIG
 

@@ -75,6 +75,7 @@ from finetune_trainer.contract.fingerprint import (
 )
 from finetune_trainer.contract.outcome import ExitCode, Reason, StageError, StageResult
 from finetune_trainer.contract.output import (
+    SIGNING_KEY_FILE,
     UNQUANTIZED,
     Export,
     Hub,
@@ -126,6 +127,7 @@ __all__ = [
     "NEWS",
     "PLURAL",
     "REJECTED",
+    "SIGNING_KEY_FILE",
     "UNCHANGING",
     "UNQUANTIZED",
     "VERSION",

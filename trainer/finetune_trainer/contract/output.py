@@ -40,6 +40,10 @@ class QualityLimit(Base):
     answers of the held-out rows."""
 
 
+SIGNING_KEY_FILE = "/etc/finetune-signing/private-key.pem"
+"""Where the pod of `export` has the private key that spec.export.signing names."""
+
+
 class Signing(Base):
     """Sign the artifacts, offline and with a private key: model.sig, in the format of
     model-signing (OpenSSF)."""

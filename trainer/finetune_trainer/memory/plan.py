@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finetune_trainer.contract import Hardware, Reason, StageError, Training, TrainingPlan
+from finetune_trainer.memory.predict import model_on_host
 from finetune_trainer.memory.remedies import MARGIN, Attempt, gpu_remedies, host_remedies
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.runtime import binary
@@ -101,7 +102,7 @@ def check_host(shape: Shape, hardware: Hardware, attempt: Attempt) -> None:
         return
     need = hardware.gpus * HOST_PROCESS
     if attempt.parallelism == "fsdp":
-        need += (2 if attempt.half else 4) * shape.parameters
+        need += model_on_host(shape, attempt.recipe(checkpointing=True))
     if need > limit:
         raise StageError(
             Reason.OUT_OF_MEMORY,

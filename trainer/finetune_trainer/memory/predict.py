@@ -26,6 +26,7 @@ from finetune_trainer.model.shape import Shape
 from finetune_trainer.runtime import binary
 
 NF4 = 0.516  # bytes a weight: 4 bits, and 0.127 bits of doubly quantized scales (QLoRA, section 3)
+NF4_SCALES = NF4 - 0.5
 GPU_OVERHEAD = 600_000_000  # CUDA context, cuBLAS workspace, fragments; fitted on published tables
 CPU_OVERHEAD = 600_000_000  # Python, torch, transformers and TRL; benchmarks/memory.py
 FULL_LOGITS = 15  # bytes per token and word of the vocabulary; fitted on published tables
@@ -164,17 +165,27 @@ def predict(shape: Shape, recipe: Recipe, tokens: int, labels: int | None = None
 def weights(shape: Shape, recipe: Recipe) -> float:
     """The frozen model; QLoRA holds the linear layers in 4 bits, embeddings and norms in full."""
     rest = (shape.embedding + shape.other) * recipe.embedding
-    if not recipe.quantized:
-        whole = float(shape.linear * recipe.compute + rest)
-    else:
+    linear, alone = float(shape.linear * recipe.compute), 0.0
+    if recipe.quantized:
         # Each layer's weights are unpacked for its matrix product, the largest one at a time.
+        # Scales belong to no parameter, so that FSDP leaves all of them on each device.
         unpacked = shape.hidden * max(shape.mlp, shape.query) * recipe.compute
-        whole = NF4 * shape.linear + rest + unpacked
+        linear, alone = 0.5 * shape.linear, NF4_SCALES * shape.linear + unpacked
     if recipe.shards == 1:
-        return whole
+        return linear + alone + rest
     # FSDP gathers the layer at work and the one after it; embeddings stay gathered in a pass.
-    layer = (whole - rest) / shape.layers
-    return whole / recipe.shards + 2 * layer + rest
+    return (linear + rest) / recipe.shards + 2 * linear / shape.layers + rest + alone
+
+
+def model_on_host(shape: Shape, recipe: Recipe) -> int:
+    """Bytes of the pod's memory that a model takes on its way to GPUs that share it (FSDP).
+
+    The first process reads the weights for all. In 4 bits each process reads them for itself.
+    """
+    if not recipe.quantized:
+        return recipe.compute * shape.parameters
+    rest = (shape.embedding + shape.other) * recipe.embedding
+    return round(recipe.shards * (NF4 * shape.linear + rest))
 
 
 def adapter(shape: Shape, recipe: Recipe) -> float:

@@ -56,7 +56,7 @@ class Attempt:
 
     def needs(self, size: int, checkpointing: bool) -> int:
         """Bytes on each device for passes of `size` of the longest examples."""
-        recipe = self._recipe(checkpointing=checkpointing)
+        recipe = self.recipe(checkpointing=checkpointing)
         # On a CPU packed rows are attended to one by one, unless their scores are capped.
         whole = not self.cpu or self.shape.capped
         size *= self.sequences
@@ -65,7 +65,8 @@ class Attempt:
         labels = None if self.labels is None else size * self.labels
         return predict(self.shape, recipe, size * self.longest, labels).total
 
-    def _recipe(self, *, checkpointing: bool) -> Recipe:
+    def recipe(self, *, checkpointing: bool) -> Recipe:
+        """What decides on the memory beside the passes."""
         if self.cpu:
             return Recipe.on_cpu(self.training, checkpointing=checkpointing, half=self.half)
         shards = self.devices if self.parallelism == "fsdp" else 1

@@ -22,16 +22,18 @@ def load_model(
     device: str,
     *,
     quantize: bool = False,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """Load the model for causal language modelling; "auto" keeps the type that it is stored in.
 
     With `quantize` its linear layers are held in 4 bits (NF4), and `dtype` is what they compute in.
+    With `sharded` as well, FSDP can spread them over processes.
     Raises StageError(ModelUnsupported) when transformers can't load it.
     """
     disable_progress_bar()  # type: ignore[no-untyped-call] # it moves per tensor
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if quantize:
-        options["quantization_config"] = _nf4(dtype)
+        options["quantization_config"] = _nf4(dtype, dtype if sharded else torch.uint8)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             model.path,
@@ -118,12 +120,18 @@ def _cpu_flags() -> set[str]:
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
-def _nf4(dtype: torch.dtype | Literal["auto"]) -> Any:
+def _nf4(dtype: torch.dtype | Literal["auto"], storage: torch.dtype | Literal["auto"]) -> Any:
+    """Values of 4 bits, several of which lie in one of the type `storage`.
+
+    FSDP shards floating types alone. It must be the type that it computes in, or FSDP would convert
+    the packed values as if they were numbers.
+    """
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
     )
 
 

@@ -6,6 +6,7 @@ It is a Sigstore bundle over an in-toto statement that names every signed file w
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -13,15 +14,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from finetune_trainer.contract import REJECTED, Artifact, Export, Reason, StageError
+from finetune_trainer.contract import (
+    REJECTED,
+    SIGNING_KEY_FILE,
+    Artifact,
+    Export,
+    Reason,
+    StageError,
+)
+from finetune_trainer.runtime import child
 from finetune_trainer.store.marker import MANIFEST
 
 if TYPE_CHECKING:
     from model_signing import signing
 
 SIGNATURE = "model.sig"
-KEY_VARIABLE = "FINETUNE_SIGNING_KEY"
-"""Environment variable with the private key: PEM, of curve P-256, P-384 or P-521."""
+FORMER_VARIABLE = "FINETUNE_SIGNING_KEY"
+"""Where operators up to 0.1.0 put the private key itself, in place of SIGNING_KEY_FILE."""
+
+log = logging.getLogger(__name__)
 
 # Beside the signed files in the version's folder; verifiers pass over them. manifest.json lists the
 # signature and so can't be signed: provenance.json says the same and is.
@@ -31,8 +42,11 @@ NOT_SIGNED = (SIGNATURE, MANIFEST, REJECTED)
 class Signer:
     """Signs files that are known by their SHA-256: they need not be on this disk."""
 
-    def __init__(self, name: str, key: str) -> None:
-        """`name` is the model's, for the statement. Raises StageError if the key is unusable."""
+    def __init__(self, name: str, key: Path) -> None:
+        """`name` is the model's, for the statement; `key` is a file in PEM, which is read now.
+
+        Raises StageError if the key is unusable.
+        """
         self._name = name
         self._config = _config(key)
 
@@ -47,24 +61,28 @@ class Signer:
 
 
 def signer_for(
-    export: Export, name: str, environment: MutableMapping[str, str] = os.environ
+    export: Export,
+    name: str,
+    file: Path = Path(SIGNING_KEY_FILE),
+    environment: MutableMapping[str, str] = os.environ,
 ) -> Signer | None:
     """What spec.export.signing asks for; raises StageError before anything is computed.
 
-    The key leaves the environment: child processes, which may run a model's own code, get none.
+    From now on neither this thread nor what it starts can read the key: models may come with code.
     """
+    former = environment.pop(FORMER_VARIABLE, "")
     if export.signing is None:
         return None
-    if not (key := environment.pop(KEY_VARIABLE, "")):
-        raise StageError(
-            Reason.INVALID_CONFIG,
-            f"spec.export.signing is set, but {KEY_VARIABLE} is empty: name a Secret with a "
-            "private key in spec.export.signing.keySecretRef.",
-        )
-    return Signer(name, key)
+    if former and not file.exists():
+        with _as_file(former) as pipe:
+            return Signer(name, pipe)
+    signer = Signer(name, file)
+    if not child.deny_reading(file.parent):
+        log.warning("This system has no Landlock: a model's own code could read %s", file)
+    return signer
 
 
-def _config(key: str) -> signing.Config:
+def _config(key: Path) -> signing.Config:
     try:
         from model_signing import signing  # noqa: PLC0415 - an optional extra
     except ImportError as error:
@@ -74,10 +92,15 @@ def _config(key: str) -> signing.Config:
             "not have: build it with EXTRAS that contain `signing`, or leave signing out.",
         ) from error
     try:
-        with _as_file(key) as path:
-            # The package says that it is typed; its constructors are not.
-            config = signing.Config()  # type: ignore[no-untyped-call]
-            return config.use_elliptic_key_signer(private_key=path)
+        # The package says that it is typed; its constructors are not.
+        config = signing.Config()  # type: ignore[no-untyped-call]
+        return config.use_elliptic_key_signer(private_key=key)
+    except OSError as error:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"spec.export.signing is set, but {key} can't be read ({error.strerror}): name a "
+            "Secret with a private key in spec.export.signing.keySecretRef.",
+        ) from error
     except (AttributeError, TypeError, ValueError) as error:
         # Nothing of the library's message: it may quote the key.
         raise StageError(

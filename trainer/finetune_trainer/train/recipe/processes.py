@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 TIMEOUT = timedelta(minutes=30)  # the longest that one process may wait for another, e.g. to load
+CLOSE_SECONDS = 29  # torchrun waits 30 s between SIGTERM and SIGKILL; its times are whole seconds
 
 FSDP_CONFIG: dict[str, str | int | bool] = {
     "version": 2,
@@ -161,16 +163,29 @@ def _report(error: ChildFailedError, workdir: Path) -> int:
         log.warning(
             "Process %d ended with status %d: %s", rank, failure.exitcode, _first_line(failure)
         )
-    _, first = failures[0]
-    # A killed worker takes the others with it, maybe before torchrun looks.
-    killed = next((failure.exitcode for _, failure in failures if failure.exitcode < 0), None)
-    if killed is not None:
-        return 128 - killed
+    first = _first_failure(error)
+    if first.exitcode < 0:
+        return 128 - first.exitcode
     if Path(first.error_file).exists() and not (workdir / FAILED).exists():
         cause = explain(RuntimeError(_words(first)))
         message = cause.message.removeprefix("RuntimeError: ")
         write_failure(workdir, StageError(cause.reason, message))
     return int(first.exitcode)
+
+
+def _first_failure(error: ChildFailedError) -> ProcessFailure:
+    """The one that took the other processes with it.
+
+    One that the kernel killed left no error, and those that lose it may leave theirs before
+    torchrun looks. Whoever is left when torchrun looks is ended by its signals, which count last.
+    """
+    seen = list(error.failures.values())
+    began = min(failure.timestamp for failure in seen)
+    for failure in seen:
+        by_torchrun = failure.timestamp - began >= CLOSE_SECONDS
+        if failure.exitcode == -signal.SIGKILL and not by_torchrun:
+            return failure
+    return min(seen, key=lambda each: (each.exitcode < 0, _failed_at(each)))
 
 
 def _failed_at(failure: ProcessFailure) -> int:

@@ -151,6 +151,7 @@ def load(work: TrainingWork) -> PreTrainedModel:
         compute_dtype_of(work.model),  # 16 bits where the hardware computes in them, else float32
         processes.loading_device(work.plan),
         quantize=work.config.training.method == "qlora",
+        sharded=work.plan.parallelism == "fsdp",
     )
 
 

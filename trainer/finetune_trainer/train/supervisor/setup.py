@@ -180,7 +180,7 @@ def divide_step(
     if parallelism == "none" and processes > 1:
         parallelism = "fsdp" if training.parallelism == "fsdp" else "ddp"
     if parallelism == "fsdp":
-        _check_fsdp(training, batch, processes, devices)
+        _check_fsdp(batch, processes, devices)
     share = batch // processes
     rows = next(n for n in range(min(planned.batch_size, share), 0, -1) if share % n == 0)
     split = {
@@ -191,13 +191,7 @@ def divide_step(
     return planned.model_copy(update=split), processes
 
 
-def _check_fsdp(training: Training, batch: int, processes: int, devices: int) -> None:
-    if training.method == "qlora" and devices > 1:
-        raise StageError(
-            Reason.INVALID_CONFIG,
-            "training.method qlora can't be spread over several GPUs: set training.parallelism to "
-            "ddp (4-bit weights take a quarter of the memory), or training.method to lora.",
-        )
+def _check_fsdp(batch: int, processes: int, devices: int) -> None:
     if processes < devices:
         raise StageError(
             Reason.INVALID_CONFIG,

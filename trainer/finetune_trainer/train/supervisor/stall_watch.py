@@ -22,7 +22,7 @@ from finetune_trainer.train.link import signal_workers
 from finetune_trainer.train.link.channel import WorkerMessage
 
 TICK_SECONDS = 5.0  # at most, between two looks
-STACK_SECONDS = 3.0  # for writing the stacks
+STACK_SECONDS = 5.0  # for writing the stacks
 BEFORE_FIRST_STEP = 2  # times the timeout: the model is loaded, and kernels are compiled
 
 log = logging.getLogger(__name__)
