@@ -84,10 +84,14 @@ def build(
 ) -> RecipeTrainer:
     """The trainer before it trains: float32, no dropout, one epoch."""
     defaults = {"epochs": 1, "lora": {"dropout": 0}}
-    work = make_work(model, workdir, rows, held_out, **{**defaults, **settings})
-    tokenizer = load_tokenizer(ModelFolder(model))
+    return build_from(make_work(model, workdir, rows, held_out, **{**defaults, **settings}))
+
+
+def build_from(work: TrainingWork) -> RecipeTrainer:
+    """The trainer of a work, in float32 and of one epoch."""
+    tokenizer = load_tokenizer(work.model)
     examples, others = sft.read_rows(work, tokenizer)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(work.model.path, dtype=torch.float32)
     packed = work.config.training.packing and prepare_packing(loaded)
     return sft.build_trainer(
         loaded,

@@ -319,3 +319,16 @@ def test_the_answers_alone_decide_on_the_logits_where_rows_are_packed() -> None:
         plan(packed, one, many, cpu(64)).device_bytes or 0
     )
     assert plan(padded, one, few, cpu(64)) == plan(padded, one, many, cpu(64))
+
+
+@pytest.mark.parametrize("hardware", [gpus(80), cpu(100)], ids=["a GPU", "a CPU"])
+def test_a_pair_of_answers_takes_what_two_rows_take(hardware: Hardware) -> None:
+    """Of dpo and orpo; with kto a row is one answer, and the reference keeps nothing."""
+    attempt = Attempt(Training(), shape(EIGHT), 1024, cpu=not hardware.gpus)
+    for objective, rows in (("dpo", 2), ("orpo", 2), ("kto", 1)):
+        other = attempt.changed(objective=objective)
+        assert other.needs(1, checkpointing=True) == attempt.needs(rows, checkpointing=True)
+        of_answers = plan(Training(), shape(EIGHT), Lengths(1024), hardware)
+        chosen = plan(Training(objective=objective), shape(EIGHT), Lengths(1024), hardware)  # type: ignore[arg-type]
+        assert chosen.batch_size * rows <= max(of_answers.batch_size, rows)
+        assert chosen.batch_size * chosen.gradient_accumulation_steps == 8
