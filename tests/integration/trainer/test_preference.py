@@ -176,7 +176,7 @@ def test_the_odds_ratio_is_trls() -> None:
 def test_an_answer_that_is_certain_has_finite_odds() -> None:
     logps = torch.zeros(2, requires_grad=True)
     scores = AnswerScores(logps, torch.ones(2), torch.zeros(()))
-    orpo_losses(scores, Preference()).losses.sum().backward()
+    orpo_losses(scores, Preference()).losses.sum().backward()  # type: ignore[no-untyped-call]
     assert logps.grad is not None
     assert torch.isfinite(logps.grad).all()
 
@@ -206,7 +206,7 @@ def test_a_step_is_the_same_however_it_is_split(
     """TRL's mean of means, and KTO's KL of each pass, would differ."""
 
     def gradients(batch: int, passes: int) -> dict[str, torch.Tensor]:
-        fields = {"batchSize": batch, "gradientAccumulationSteps": passes}
+        fields: dict[str, Any] = {"batchSize": batch, "gradientAccumulationSteps": passes}
         rows = PAIRS if objective == "dpo" else make_labelled(6)
         return first_step(build(tiny_model, tmp_path, rows, objective=objective, **fields))
 
@@ -279,7 +279,7 @@ def test_only_the_judged_answer_is_learnt(tiny_model: Path, tmp_path: Path) -> N
         learnt = [label for label in rows[0][labels] if label != IGNORED]
         assert rows[0][ids][-len(learnt) :] == learnt
         text = tokenizer.decode(learnt)
-        assert text.startswith(row[said][0]["content"])  # type: ignore[literal-required]
+        assert str(text).startswith(row[said][0]["content"])  # type: ignore[literal-required]
         assert "Good day" not in text
 
 
@@ -291,8 +291,15 @@ def test_a_training_that_is_broken_off_ends_with_the_same_adapter(
 
     def make(resume_from: Path | None = None) -> tuple[Any, TrainingWork]:
         rows = PAIRS if objective == "dpo" else make_labelled(4)
-        fields = {"objective": objective, "batchSize": 1, "gradientAccumulationSteps": 2}
-        work = make_work(tiny_model, tmp_path, rows, epochs=1, **fields)
+        work = make_work(
+            tiny_model,
+            tmp_path,
+            rows,
+            epochs=1,
+            objective=objective,
+            batchSize=1,
+            gradientAccumulationSteps=2,
+        )
         work = work.model_copy(update={"resume_from": resume_from})
         return build_from(work), work
 

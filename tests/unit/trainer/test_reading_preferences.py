@@ -198,8 +198,8 @@ def test_two_roles_of_one_column_are_refused(tmp_path: Path) -> None:
 
 def test_a_rows_hash_knows_what_was_judged() -> None:
     """So that a row with another rejected answer is no repetition."""
-    plain = row_hash([USER, ASSISTANT], 1)  # type: ignore[list-item]
-    judged = [{"label": True}, {"label": False}, {"rejected": ASSISTANT}]
-    hashes = {row_hash([USER, ASSISTANT], 1, (), each) for each in judged}  # type: ignore[list-item]
-    assert len({plain, *hashes}) == 4
-    assert row_hash([USER, ASSISTANT], 1, (), {"label": None}) == plain  # type: ignore[list-item]
+    said: list[Any] = [USER, ASSISTANT]
+    judged: list[dict[str, Any]] = [{"label": True}, {"label": False}, {"rejected": ASSISTANT}]
+    plain = row_hash(said, 1)
+    assert len({plain, *(row_hash(said, 1, (), each) for each in judged)}) == 4
+    assert row_hash(said, 1, (), {"label": None}) == plain
