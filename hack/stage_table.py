@@ -75,6 +75,7 @@ VALUES: tuple[Any, ...] = (
     "0123456789ab",
     *(";", "latin-1", "0.5", {"name": "other"}, {"name": "other", "key": "other"}),
     {"secretRef": {"name": "other"}},
+    ["other"],
     [{"quantization": "Q8_0", "maxKLDivergence": 1}],
     {"train": {"nodeSelector": {"disk": "fast"}}},
 )
@@ -199,6 +200,8 @@ def _words(field: SpecField, stage: Stage, usual: set[Stage], cases: dict[str, s
         return f"yes, but not {never[0]}" if never else YES
     if some := [words for words, stages in cases.items() if stage in stages]:
         return some[0]
+    if field.path.startswith("training.initFrom.") and stage is not Stage.PREPARE:
+        return INDIRECT["model"]
     part = field.path.partition(".")[0]
     resolved = field.path == "model.revision"  # a branch stands for the files that it leads to
     if part in INDIRECT and (resolved or Stage.PREPARE in usual):
@@ -210,7 +213,8 @@ def _fingerprints(spec: FineTuneJobSpec, case: Case) -> dict[Stage, str]:
     config = spec.run_config(JobReference(name="a", namespace="b"), None)
     contents = ExampleContents("examples", "held out", cut=case.cut, longest=case.longest)
     prepare = prepare_fingerprint(config, "etag", "revision", "etag")
-    prints = later_fingerprints(config, prepare, contents, "revision")
+    initial = "revision" if config.training.init_from else None
+    prints = later_fingerprints(config, prepare, contents, "revision", initial)
     return {stage: getattr(prints, stage) for stage in Stage}
 
 

@@ -127,6 +127,8 @@ class Change:
             if self.now.model_revision != self.before.model_revision:
                 words = _quoted("revision", self.before.model_revision, self.now.model_revision)
                 starts, found = (*starts, *OF_THE_MODEL), [f"model: {words}"]
+            if self.now.init_revision != self.before.init_revision:
+                found = [*found, "training.initFrom: another adapter"]
             if self._examples_differ:
                 starts, found = (*starts, *OF_THE_EXAMPLES), [*found, *self._dataset()]
         elif self.now.fingerprints.train != self.before.fingerprints.train:

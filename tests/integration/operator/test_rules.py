@@ -29,6 +29,7 @@ REFUSED: dict[str, Any] = {
     "must have three different characters for delimiter, quote and escape": {"delimiter": '"'},
     "must be a whole number from 0, or a percentage such as 10%": "101%",
     "must be a whole number from 1 to 1000, or auto": 1001,
+    "must be all-linear alone, or names of layers without it": ["all-linear", "q_proj"],
     "must be onEdit, or an interval of 1m or more, such as 30m, 6h or 1h30m": "1s",
     "must be a version's name, 12 characters as in status.versions": "latest",
     "must be a duration of 1s or more, such as 30m or 1h30m": "0s",
@@ -147,6 +148,7 @@ def test_the_largest_spec_stays_below_what_rules_may_cost_at_run_time(default: N
         ("training.epochs", 1.5, "must be of type integer,string"),
         ("stages.train.resources.limits", {"cpu": False}, "must be of type integer,string"),
         ("training.lora.targetModules", ["q_proj", "q_proj"], "Duplicate value"),
+        ("training.lora.targetModules", ["q-proj"], "should match '^(all-linear|"),
         ("training.reportTo", ["wandb", "wandb"], "Duplicate value"),
         ("export.gguf", ["F16", "F16"], "Duplicate value"),
         (

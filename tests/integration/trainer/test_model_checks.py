@@ -19,9 +19,8 @@ from finetune_trainer.contract import (
     Reason,
     RunConfig,
     StageError,
-    TargetModule,
 )
-from finetune_trainer.model import ModelFolder, base_model, rehearsal
+from finetune_trainer.model import ModelFolder, adapter, base_model, rehearsal
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import message_pair
 from finetune_trainer.prepare import checks
@@ -163,17 +162,47 @@ def layers(*names: str) -> list[str]:
     return [f"model.layers.{n}.mlp.{name}.weight" for n in range(2) for name in names]
 
 
-def test_target_modules_that_the_model_lacks() -> None:
-    lora = Lora(target_modules=(TargetModule.Q, TargetModule.GATE, TargetModule.DOWN))
-    checks.check_targets(lora, layers("qkv_proj", "gate_up_proj", "down_proj"))
+def refused_targets(names: Sequence[str], base: ModelFolder, tensors: list[str]) -> str:
     with pytest.raises(StageError) as caught:
-        checks.check_targets(lora, layers("q_proj", "up_proj", "fc2"))
+        checks.check_targets(Lora(target_modules=tuple(names)), base, tensors)
     assert caught.value.reason is Reason.INVALID_CONFIG
-    assert "has no gate_proj, down_proj." in caught.value.message
-    assert "are fc2, q_proj, up_proj: set it to some of q_proj, up_proj" in caught.value.message
+    assert caught.value.message.startswith("spec.training.lora.targetModules: ")
+    return caught.value.message
+
+
+def outline_in_this_process(model: ModelFolder, lora: Lora) -> adapter.AdapterOutline:
+    return adapter.outline_here(adapter.OutlineRequest(model=model, lora=lora))
+
+
+def test_target_modules_that_the_model_lacks() -> None:
+    nowhere, names = ModelFolder(Path("/nowhere")), ["q_proj", "gate_proj", "down_proj"]
+    lora = Lora(target_modules=tuple(names))
+    checks.check_targets(lora, nowhere, layers("qkv_proj", "gate_up_proj", "down_proj"))
+    message = refused_targets(names, nowhere, layers("q_proj", "up_proj", "fc2"))
+    assert "has no linear layer gate_proj, down_proj." in message
+    assert "are fc2, q_proj, up_proj: set it to some of them" in message
     # A vision tower's layers of the same name are none of the text's.
-    with pytest.raises(StageError, match="none of the names"):
-        checks.check_targets(lora, ["vision_tower.layers.0.q_proj.weight"])
+    assert "are none" in refused_targets(names, nowhere, ["vision_tower.layers.0.q_proj.weight"])
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["mlp.fc1"], "has no linear layer mlp.fc1"),
+        (["lm_head"], "lm_head is the input embedding or the output layer, and gets no adapter"),
+        (["q_proj", "input_layernorm"], "has no linear layer input_layernorm"),
+        (["layers.2.self_attn.q_proj"], "has no linear layer layers.2.self_attn.q_proj"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_names_beyond_the_usual_ones_are_looked_up_in_the_model(
+    good: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], words: str
+) -> None:
+    if names != ["mlp.fc1"]:  # a process for one of them is enough
+        monkeypatch.setattr(checks, "outline_adapter", outline_in_this_process)
+    message = refused_targets(names, ModelFolder(good), [])
+    assert words in message
+    assert "are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj:" in message
 
 
 def test_a_dora_adapter_alone_as_gguf_is_refused() -> None:
@@ -181,4 +210,18 @@ def test_a_dora_adapter_alone_as_gguf_is_refused() -> None:
     check_config(run_config("/model", training=lora))
     with pytest.raises(StageError, match="can't apply a DoRA adapter") as caught:
         check_config(run_config("/model", training=lora, export={"adapterGguf": True}))
+    assert caught.value.reason is Reason.INVALID_CONFIG
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "sft"])
+def test_preferences_against_a_reference_begin_at_the_base_model(objective: str) -> None:
+    """Which is the model without its adapter: one that training goes on from would be missing."""
+    training = {"objective": objective, "initFrom": {"source": "/adapters/answers"}}
+    if objective in ("sft", "orpo"):
+        check_config(run_config("/model", training=training))
+        return
+    with pytest.raises(
+        StageError, match=r"initFrom: with objective .* spec\.model\.source"
+    ) as caught:
+        check_config(run_config("/model", training=training))
     assert caught.value.reason is Reason.INVALID_CONFIG

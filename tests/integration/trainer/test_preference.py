@@ -18,9 +18,9 @@ from trl.trainer.kto_trainer import KTOTrainer
 
 from finetune_trainer.contract import Example, Lora, Preference
 from finetune_trainer.model import ModelFolder
+from finetune_trainer.model.adapter import lora_config
 from finetune_trainer.model.tokenizer import IGNORED, load_tokenizer
 from finetune_trainer.train.link import InterruptedTrainingError, TrainingWork
-from finetune_trainer.train.recipe.lora import lora_config
 from finetune_trainer.train.recipe.preference import (
     AnswerScores,
     RowsWithOthers,

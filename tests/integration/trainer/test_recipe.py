@@ -17,12 +17,14 @@ from trl.trainer.sft_trainer import SFTTrainer
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.export.merge.model_folder import write_model
 from finetune_trainer.model import ModelFolder
+from finetune_trainer.model.adapter import OutlineRequest, outline_here
 from finetune_trainer.model.loading import load_model
 from finetune_trainer.model.tokenizer import load_tokenizer, message_pair
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.recipe import sft
 from finetune_trainer.train.recipe.data import check_rows
 from finetune_trainer.train.recipe.trainer import RecipeTrainer
+from tests.integration.trainer.adapters import merge_in_memory
 from tests.integration.trainer.conftest import ROWS
 from tests.integration.trainer.recipe import build, make_work, tokenized
 
@@ -191,6 +193,38 @@ def test_qlora_trains_and_merges_into_a_16_bit_model(tiny_model: Path, tmp_path:
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert {value.dtype for value in after.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        pytest.param(["all-linear"], 14, id="all linear layers"),
+        pytest.param(["layers.1.mlp.down_proj", "k_proj"], 3, id="one layer of a kind"),
+    ],
+)
+def test_layers_by_any_name_are_trained_and_merged_as_peft_merges_them(
+    tiny_model: Path, tmp_path: Path, names: list[str], expected: int
+) -> None:
+    lora = {"r": 4, "targetModules": names}
+    work = make_work(tiny_model, tmp_path, EXAMPLES, epochs=3, learningRate=0.01, lora=lora)
+    sft.fine_tune(work, Reporter())
+    saved = load_file(work.adapter / "adapter_model.safetensors")
+    assert len(saved) == 2 * expected
+    assert all(each.any() for each in saved.values()), "B is trained"
+    outline = outline_here(
+        OutlineRequest(model=ModelFolder(tiny_model), lora=work.config.training.lora)
+    )
+    assert outline.tensors == {name: tuple(each.shape) for name, each in saved.items()}
+    write_model(ModelFolder(tiny_model), work.adapter, tmp_path / "ours")
+    merge_in_memory(tiny_model, work.adapter, tmp_path / "theirs")
+    assert_merged_as_peft_does(tmp_path / "ours", tmp_path / "theirs")
+
+
+def assert_merged_as_peft_does(ours: Path, theirs: Path) -> None:
+    merged, expected = (load_file(each / "model.safetensors") for each in (ours, theirs))
+    assert merged.keys() == expected.keys()
+    for name, value in merged.items():
+        assert torch.equal(value, expected[name].to(value.dtype)), name
 
 
 def test_4_bit_weights_are_not_repacked_by_an_evaluation(

@@ -14,10 +14,10 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from finetune_trainer.contract import Notice, Reason, StageError
+from finetune_trainer.model.adapter import lora_config
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link import TrainingWork
 from finetune_trainer.train.recipe import sft, unsloth_engine
-from finetune_trainer.train.recipe.lora import lora_config
 from finetune_trainer.train.recipe.unsloth_engine import (
     UnslothFailedError,
     restart_with_transformers,

@@ -202,6 +202,12 @@ def test_another_recipe_is_named_when_nothing_else_differs(life: Life) -> None:
     assert life.told()[TRAIN] == (CHANGED, ("another version of the trainer",))
 
 
+def test_another_adapter_to_go_on_from_is_named(life: Life) -> None:
+    life.edit(dataset={"source": "s3://data/copy.csv"})
+    life.prepare(resolved("train-b", "export-b").model_copy(update={"init_revision": "sha256:b"}))
+    assert life.told()[TRAIN] == (CHANGED, ("training.initFrom: another adapter",))
+
+
 def test_a_status_of_before_names_no_field(life: Life) -> None:
     life.status = life.status.model_copy(update={"resolved_inputs": {}})
     life.edit(training={"epochs": 4})

@@ -19,11 +19,17 @@ EXAMPLES = ExampleContents(examples="a" * 64, held_out="b" * 64, cut=False, long
 
 
 def prints(
-    etag: str = "e1", revision: str = "r1", examples: ExampleContents = EXAMPLES, **changes: Any
+    etag: str = "e1",
+    revision: str = "r1",
+    examples: ExampleContents = EXAMPLES,
+    initial: str | None = None,
+    **changes: Any,
 ) -> dict[str, str]:
     config = RunConfig.model_validate({**BASE, **changes})
     prepare = prepare_fingerprint(config, etag, revision)
-    found: dict[str, str] = later_fingerprints(config, prepare, examples, revision).model_dump()
+    found: dict[str, str] = later_fingerprints(
+        config, prepare, examples, revision, initial
+    ).model_dump()
     return found
 
 
@@ -71,6 +77,7 @@ ALL, LATER = {"prepare", "train", "export"}, {"train", "export"}
             {"training": {"lora": {"targetModules": ["o_proj", "v_proj", "k_proj", "q_proj"]}}},
             set(),
         ),
+        ("layers by other names", {"training": {"lora": {"targetModules": ["q_a_proj"]}}}, LATER),
         ("other layers", {"training": {"lora": {"targetModules": ["q_proj"]}}}, LATER),
         ("another quantization", {"export": {"gguf": ["Q6_K"]}}, {"export"}),
         ("no merged model", {"export": {"merged": False}}, {"export"}),
@@ -213,3 +220,20 @@ def test_fingerprints_stay_the_same_between_versions() -> None:
         "train": "aa37a2e6e514",
         "export": "a20a2f6ce768",
     }
+
+
+def test_the_order_of_layers_with_other_names_does_not_matter() -> None:
+    names = ["q_b_proj", "o_proj", "q_a_proj"]
+    before = prints(training={"lora": {"targetModules": names}})
+    assert changed(before, prints(training={"lora": {"targetModules": names[::-1]}})) == set()
+    assert changed(before, prints(training={"lora": {"targetModules": names[:2]}})) == LATER
+
+
+def test_an_adapter_to_go_on_from_counts_by_what_is_in_it() -> None:
+    def from_adapter(source: str, initial: str) -> dict[str, str]:
+        return prints(initial=initial, training={"initFrom": {"source": source}})
+
+    before = from_adapter("/versions/a/adapter", "sha256:a")
+    assert changed(prints(), before) == LATER
+    assert changed(before, from_adapter("org/adapter", "sha256:a")) == set()
+    assert changed(before, from_adapter("/versions/a/adapter", "sha256:b")) == LATER

@@ -75,7 +75,8 @@ def test_settings_keep_what_is_there_and_the_last_one_wins() -> None:
         ("training.learningRate=fast", "should be a valid number"),
         ("training.scheduler=step", "'linear', 'cosine', 'constant' or 'constant_with_warmup'"),
         ("training.gpuMemory=24", "match pattern"),
-        ("training.lora.targetModules=q", "'q_proj', 'k_proj'"),
+        ("training.lora.targetModules=q-proj", "match pattern"),
+        ("training.lora.targetModules=q_proj,all-linear", "must be all-linear alone, or names"),
         ('training.earlyStopping={"patience": 0}', "greater than or equal to 1"),
     ],
 )

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_trainer.contract import Lora, TargetModule
 from finetune_trainer.memory.predict import Kept, Recipe, kept_by_layer, scores
+from finetune_trainer.model.adapter import lora_config
 from finetune_trainer.model.shape import Shape
-from finetune_trainer.train.recipe.lora import lora_config, make_layers_faster
+from finetune_trainer.train.recipe.lora import make_layers_faster
 
 TOKENS = 512
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"]

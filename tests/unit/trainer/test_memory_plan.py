@@ -329,6 +329,6 @@ def test_a_pair_of_answers_takes_what_two_rows_take(hardware: Hardware) -> None:
         other = attempt.changed(objective=objective)
         assert other.needs(1, checkpointing=True) == attempt.needs(rows, checkpointing=True)
         of_answers = plan(Training(), shape(EIGHT), Lengths(1024), hardware)
-        chosen = plan(Training(objective=objective), shape(EIGHT), Lengths(1024), hardware)  # type: ignore[arg-type]
+        chosen = plan(Training(objective=objective), shape(EIGHT), Lengths(1024), hardware)
         assert chosen.batch_size * rows <= max(of_answers.batch_size, rows)
         assert chosen.batch_size * chosen.gradient_accumulation_steps == 8

@@ -54,7 +54,7 @@ def test_base_and_adapter_are_those_of_transformers_and_peft(name: str, targets:
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from finetune_trainer.train.recipe.lora import lora_config
+    from finetune_trainer.model.adapter import lora_config
 
     settings = config(name)
     settings = settings.get("text_config", settings)
@@ -70,6 +70,8 @@ def test_base_and_adapter_are_those_of_transformers_and_peft(name: str, targets:
     assert shape(name).parameters == base
     trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     assert shape(name).adapter(lora) == trainable
+    if targets == "all":
+        assert shape(name).adapter(Lora(r=8, target_modules=("all-linear",))) == trainable
 
 
 def test_the_guides_adapter() -> None:

@@ -152,3 +152,17 @@ def test_a_refused_file_is_listed_as_such() -> None:
 def test_it_names_its_version() -> None:
     given = facts()
     assert f"Version `{given.lineage.fingerprints.export[:12]}`." in render_card(given)
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("s3://models/faq/versions/0123456789ab/adapter/", "0123456789ab"),
+        ("s3://models/faq/versions/0123456789ab", "0123456789ab"),
+        ("org/faq-adapter", "org/faq-adapter"),
+    ],
+)
+def test_an_adapter_that_the_training_went_on_from_is_named(source: str, named: str) -> None:
+    text = render_card(facts(lineage=lineage(init_from=source)))
+    assert f"The training went on from the adapter {plain(named)}." in text
+    assert "s3://models/faq" not in text

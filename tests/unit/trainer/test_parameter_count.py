@@ -7,7 +7,8 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune_trainer.contract import Lora
-from finetune_trainer.train.recipe.lora import count_trainable_parameters, lora_config
+from finetune_trainer.model.adapter import lora_config
+from finetune_trainer.train.recipe.lora import count_trainable_parameters
 
 LLAMA_3_2_1B = LlamaConfig(
     vocab_size=128256,

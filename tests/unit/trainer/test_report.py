@@ -365,3 +365,11 @@ def test_rows_that_were_read_over_are_counted() -> None:
     assert rows["Blank rows, which count as none"] == "3"
     assert rows["Rows with empty cells at their end"] == "2"
     assert "Rows short of cells that aren't needed" not in rows
+
+
+def test_an_adapter_that_it_went_on_from_is_told() -> None:
+    made = lineage(init_from="s3://models/faq/versions/0123456789ab", init_revision="sha256:ab")
+    given = facts(lineage=made)
+    text = Page(render_report(given)).text
+    assert "Went on from the adapter s3://models/faq/versions/0123456789ab" in text
+    assert "sha256:ab" in text

@@ -108,7 +108,9 @@ from finetune_trainer.contract.run import (
 )
 from finetune_trainer.contract.storage import DatasetStorage, Encryption, ModelStorage, Storage
 from finetune_trainer.contract.training import (
+    ALL_LINEAR,
     EarlyStopping,
+    InitFrom,
     Lora,
     Model,
     Objective,
@@ -121,6 +123,7 @@ from finetune_trainer.contract.training import (
 from finetune_trainer.contract.verdict import REJECTED, FileVerdict, GateReport, Quality, Sample
 
 __all__ = [
+    "ALL_LINEAR",
     "GROUP",
     "HUB_DATASETS",
     "LOCATION_RULE",
@@ -159,6 +162,7 @@ __all__ = [
     "GateReport",
     "Hardware",
     "Hub",
+    "InitFrom",
     "JobReference",
     "LengthSpread",
     "Lineage",

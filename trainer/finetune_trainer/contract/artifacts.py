@@ -112,6 +112,12 @@ class Lineage(Base):
     model_commit: str | None = None
     """Commit of a Hub model."""
 
+    init_from: str | None = None
+    """The adapter that the training went on from, where it did."""
+
+    init_revision: str | None = None
+    """A digest over that adapter's files."""
+
     hyperparameters: dict[str, JsonValue]
     """As they were applied."""
 

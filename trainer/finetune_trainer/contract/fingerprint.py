@@ -62,8 +62,10 @@ CONDITIONAL = {
     "max_sequence_length",
     "min_sequence_length",
     "eval_steps",
+    "init_from",
 }
-"""Fields of spec.training that count only in some cases: see _changing."""
+"""Fields of spec.training that count only in some cases: see _changing. What initFrom stands for
+counts (train_fingerprint)."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,16 @@ def _objective(config: RunConfig) -> dict[str, Any]:
     return {"objective": config.training.objective}
 
 
-def train_fingerprint(config: RunConfig, contents: ExampleContents, model_revision: str) -> str:
-    """The fingerprint of `train`: examples, base model and hyperparameters."""
+def train_fingerprint(
+    config: RunConfig,
+    contents: ExampleContents,
+    model_revision: str,
+    init_revision: str | None = None,
+) -> str:
+    """The fingerprint of `train`: examples, base model, first adapter and hyperparameters."""
     return digest(
         {
+            **({"initFrom": init_revision} if init_revision else {}),
             "recipe": RECIPE[Stage.TRAIN],
             "examples": contents.examples,
             "heldOut": contents.held_out,
@@ -162,17 +170,22 @@ def export_fingerprint(config: RunConfig, train: str) -> str:
 
 
 def later_fingerprints(
-    config: RunConfig, prepare: str, contents: ExampleContents, model_revision: str
+    config: RunConfig,
+    prepare: str,
+    contents: ExampleContents,
+    model_revision: str,
+    init_revision: str | None = None,
 ) -> Fingerprints:
     """All three, once the result of `prepare` is known."""
-    train = train_fingerprint(config, contents, model_revision)
+    train = train_fingerprint(config, contents, model_revision, init_revision)
     return Fingerprints(prepare=prepare, train=train, export=export_fingerprint(config, train))
 
 
 def _changing(config: RunConfig, contents: ExampleContents) -> dict[str, Any]:
     """What of spec.training can change the result, in one spelling; defaults are left out."""
     training = config.training
-    in_order = tuple(each for each in TargetModule if each in training.lora.target_modules)
+    given, usual = training.lora.target_modules, list(TargetModule)
+    in_order = (*(n.value for n in usual if n in given), *sorted(set(given).difference(usual)))
     lora = training.lora.model_copy(update={"target_modules": in_order})
     found: dict[str, Any] = training.model_copy(update={"lora": lora}).model_dump(
         mode="json", exclude=UNCHANGING | CONDITIONAL, exclude_defaults=True

@@ -89,6 +89,9 @@ class Resolved(Base):
     model_commit: str | None = None
     """Commit of a Hub model, which `train` and `export` download."""
 
+    init_revision: str | None = None
+    """A digest over the adapter that the training goes on from (training.initFrom)."""
+
     examples: str | None = None
     """A digest over the examples and the held-out rows, to tell whether they are others."""
 

@@ -14,7 +14,7 @@ from finetune_trainer.contract.storage import ModelStorage
 
 
 class TargetModule(StrEnum):
-    """Names of the linear layers that LoRA can adapt, as PEFT spells them."""
+    """Names that most models give their linear layers, as PEFT spells them."""
 
     Q = "q_proj"
     K = "k_proj"
@@ -23,6 +23,22 @@ class TargetModule(StrEnum):
     GATE = "gate_proj"
     UP = "up_proj"
     DOWN = "down_proj"
+
+
+ALL_LINEAR = "all-linear"
+"""In targetModules: every linear layer, as PEFT has it."""
+
+ModuleName = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=128,
+        pattern=r"^(all-linear|[A-Za-z_][A-Za-z0-9_]*([.][A-Za-z0-9_]+)*)$",
+    ),
+]
+"""Of a layer in the model: the last part of its name, or several parts with dots between."""
+
+_ALONE = "must be all-linear alone, or names of layers without it"
 
 
 class Lora(Base):
@@ -38,12 +54,21 @@ class Lora(Base):
     """Share of the adapter's inputs dropped during training, from 0 up to (not including) 1."""
 
     target_modules: Annotated[
-        tuple[TargetModule, ...],
-        Field(min_length=1, max_length=7, json_schema_extra={"x-kubernetes-list-type": "set"}),
-    ] = (TargetModule.Q, TargetModule.K, TargetModule.V, TargetModule.O)
-    """Linear layers that get an adapter. The default adapts attention only; add gate_proj,
-    up_proj and down_proj to adapt the MLP as well. In models that fuse layers (Phi-3, Phi-4)
-    q_proj, k_proj and v_proj stand for qkv_proj, gate_proj and up_proj for gate_up_proj."""
+        tuple[ModuleName, ...],
+        Field(
+            min_length=1,
+            max_length=64,
+            json_schema_extra={
+                "x-kubernetes-list-type": "set",
+                **cel("!('all-linear' in self) || size(self) == 1", _ALONE),
+            },
+        ),
+    ] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Linear layers that get an adapter, by the last parts of their names in the model. The default
+    adapts attention only; add gate_proj, up_proj and down_proj to adapt the MLP as well, or give
+    `all-linear` alone for every linear layer but the output layer. In models that fuse layers
+    (Phi-3, Phi-4) q_proj, k_proj and v_proj stand for qkv_proj, gate_proj and up_proj for
+    gate_up_proj. With dots a name means fewer layers, e.g. layers.0.self_attn.q_proj."""
 
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r (rank-stabilized LoRA), so that large ranks
@@ -53,6 +78,43 @@ class Lora(Base):
     """Learn a magnitude for each output beside the direction (DoRA): a little better at small
     ranks, slower to train. llama.cpp can't apply such an adapter alone; the merged files are as
     usual."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _all_or_some(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if ALL_LINEAR in names and len(names) > 1:
+            raise ValueError(_ALONE)
+        return names
+
+
+ModelSource = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=1024,
+        json_schema_extra=cel(
+            "self.startsWith('s3://') || self.startsWith('/')"
+            " || self.matches('^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')",
+            "must be org/name on the Hugging Face Hub, s3://bucket/folder, "
+            "or the absolute path of a mounted folder",
+        ),
+    ),
+]
+
+
+class InitFrom(Base):
+    """An adapter to go on from, instead of one that changes nothing yet."""
+
+    source: ModelSource
+    """Folder with adapter_config.json and adapter_model.safetensors, or with a version of a job:
+    `s3://bucket/models/faq/versions/0123456789ab` (reached by spec.storage), `org/name` on the
+    Hugging Face Hub, or the absolute path of a mounted folder. It must be of this base model, and
+    spec.training.lora must say what it is: the same r, alpha, useRslora, useDora and
+    targetModules."""
+
+    revision: Annotated[str, Field(min_length=1, max_length=256)] = "main"
+    """Branch, tag or commit of a Hub repository. What is in the files decides whether the training
+    runs again, not their name."""
 
 
 class EarlyStopping(Base):
@@ -125,6 +187,10 @@ class Training(Base):
 
     lora: Lora = Lora()
     """Size and place of the adapter."""
+
+    init_from: InitFrom | None = None
+    """The adapter to go on from, such as that of an earlier version. Left out, the training begins
+    with the base model."""
 
     epochs: Annotated[
         int | Literal["auto"],
@@ -266,19 +332,7 @@ class Training(Base):
 class Model(Base):
     """The base model to fine-tune."""
 
-    source: Annotated[
-        str,
-        Field(
-            min_length=1,
-            max_length=1024,
-            json_schema_extra=cel(
-                "self.startsWith('s3://') || self.startsWith('/')"
-                " || self.matches('^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')",
-                "must be org/name on the Hugging Face Hub, s3://bucket/folder, "
-                "or the absolute path of a mounted folder",
-            ),
-        ),
-    ]
+    source: ModelSource
     """Where the base model is: `org/name` on the Hugging Face Hub, `s3://bucket/folder`, or the
     absolute path of a folder that is mounted into the pods. It must hold safetensors weights."""
 

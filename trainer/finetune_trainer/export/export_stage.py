@@ -204,6 +204,8 @@ def lineage_of(config: PreparedRunConfig, trained: TrainingRecord, found: Datase
         model=config.model.source,
         model_revision=resolved.model_revision,
         model_commit=resolved.model_commit,
+        init_from=config.training.init_from.source if config.training.init_from else None,
+        init_revision=resolved.init_revision,
         hyperparameters=trained.hyperparameters,
         fingerprints=resolved.fingerprints,
         versions=package_versions(),

@@ -27,7 +27,7 @@ from finetune_trainer.contract import (
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder, OnBytes, open_folder
-from finetune_trainer.store.hub_errors import LIST_SECONDS, MODEL, hub_errors, not_found
+from finetune_trainer.store.hub_errors import LIST_SECONDS, MODEL, HubRead, hub_errors, not_found
 
 CARD = "README.md"
 """Names the license. It changes no result, so it is no part of a folder's revision."""
@@ -75,7 +75,7 @@ def find(model: Model, storage: Storage) -> BaseModelFiles:
     ModelHubUnavailable, or the store's reasons.
     """
     if is_hub(model.source):
-        listing = _list_repository(model.source, model.revision)
+        listing = list_repository(MODEL, model.source, model.revision)
     else:
         listing = _list_folder(model, storage)
     sizes = listing.sizes
@@ -115,7 +115,9 @@ def fetch(
         f"Fetching {'' if weights else 'the tokenizer of '}{model.source}", total
     )
     if is_hub(model.source):
-        target = _download(model.source, files.commit or model.revision, names, moved)
+        target = download_from_hub(
+            MODEL, model.source, files.commit or model.revision, names, moved
+        )
         return ModelFolder(target, model.trust_remote_code)
     folder = open_folder(model.source, storage)
     for name in names:
@@ -147,8 +149,8 @@ def former_revision(files: BaseModelFiles, storage: Storage) -> str:
 
 
 @dataclass(frozen=True)
-class _Listing:
-    """What lies where a model is."""
+class Listing:
+    """What lies where a model is, or an adapter."""
 
     sizes: dict[str, int]
     """Bytes of each file, by name."""
@@ -159,7 +161,7 @@ class _Listing:
     commit: str | None = None
 
 
-def _list_folder(model: Model, storage: Storage) -> _Listing:
+def _list_folder(model: Model, storage: Storage) -> Listing:
     folder = open_folder(model.source, storage)
     if isinstance(folder, LocalFolder) and not folder.root.is_dir():
         raise StageError(
@@ -177,8 +179,8 @@ def _list_folder(model: Model, storage: Storage) -> _Listing:
     sizes = {info.path: info.size for info in found}
     if isinstance(folder, LocalFolder):
         root = folder.root
-        return _Listing(sizes, lambda name: _mark_of_mounted(root / name))
-    return _Listing(sizes, {info.path: info.etag for info in found}.__getitem__)
+        return Listing(sizes, lambda name: _mark_of_mounted(root / name))
+    return Listing(sizes, {info.path: info.etag for info in found}.__getitem__)
 
 
 def _wanted(name: str, model: Model) -> bool:
@@ -201,15 +203,15 @@ def _mark_of_mounted(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _list_repository(repository: str, revision: str) -> _Listing:
+def list_repository(read: HubRead, repository: str, revision: str) -> Listing:
     """The files at the commit that a branch, tag or commit stands for."""
-    with hub_errors(MODEL, repository, revision):
+    with hub_errors(read, repository, revision):
         info = HfApi().model_info(
             repository, revision=revision, files_metadata=True, timeout=LIST_SECONDS
         )
     commit = info.sha
     if commit is None:
-        raise not_found(MODEL, repository, revision)
+        raise not_found(read, repository, revision)
     files = {file.rfilename: file for file in info.siblings or []}
 
     def mark(name: str) -> str:
@@ -217,16 +219,23 @@ def _list_repository(repository: str, revision: str) -> _Listing:
         # A mirror may not tell; then each commit counts as another version.
         return (file.lfs.sha256 if file.lfs else file.blob_id) or commit
 
-    return _Listing({name: file.size or 0 for name, file in files.items()}, mark, commit)
+    return Listing({name: file.size or 0 for name, file in files.items()}, mark, commit)
 
 
-def _download(repository: str, commit: str, names: list[str], on_bytes: OnBytes) -> Path:
+def download_from_hub(
+    read: HubRead,
+    repository: str,
+    commit: str,
+    names: list[str],
+    on_bytes: OnBytes | None = None,
+) -> Path:
     """Download files of a commit into the Hub client's cache; returns the folder they are in."""
     folder = Path()
     for name in names:
-        with hub_errors(MODEL, repository, commit):
+        with hub_errors(read, repository, commit):
             file = Path(hf_hub_download(repository, name, revision=commit))
-        on_bytes(file.stat().st_size)
+        if on_bytes:
+            on_bytes(file.stat().st_size)
         folder = file.parent
     return folder
 

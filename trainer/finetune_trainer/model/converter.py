@@ -63,7 +63,7 @@ def run(
     log.error("llama.cpp's converter failed:\n%s", (done.output + done.errors)[-4000:])
     if "No space left on device" in done.errors:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if refused := _refusal(done.output):
+    if refused := refusal_in(done.output):
         raise refused
     cause = done.last_line().removeprefix("ERROR:hf-to-gguf:").rstrip(" .")
     raise StageError(
@@ -79,7 +79,8 @@ def end_with(error: StageError) -> NoReturn:
     sys.exit(1)
 
 
-def _refusal(output: str) -> StageError | None:
+def refusal_in(output: str) -> StageError | None:
+    """The error that a program handed over with `end_with`."""
     try:
         said = json.loads(output)
         return StageError(Reason(said["reason"]), said["message"])

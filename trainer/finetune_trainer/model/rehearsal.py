@@ -140,9 +140,8 @@ def _header(files: BaseModelFiles, storage: Storage, name: str) -> Header:
         if is_hub(source):
             found = read_hub_header(source, files.commit or files.model.revision, name)
         else:
-            found = _read_header(open_folder(source, storage), name)
-        found.pop("__metadata__", None)
-        return _HEADER.validate_python(found)
+            found = read_header(open_folder(source, storage), name)
+        return as_header(found)
     except ValueError as error:
         raise StageError(
             Reason.MODEL_UNSUPPORTED,
@@ -151,7 +150,13 @@ def _header(files: BaseModelFiles, storage: Storage, name: str) -> Header:
         ) from error
 
 
-def _read_header(folder: Folder, name: str) -> dict[str, Any]:
+def as_header(found: dict[str, Any]) -> Header:
+    """The tensors of a header as JSON has it; ValueError where it is none."""
+    return _HEADER.validate_python({k: v for k, v in found.items() if k != "__metadata__"})
+
+
+def read_header(folder: Folder, name: str) -> dict[str, Any]:
+    """The JSON that a safetensors file begins with; ValueError where it begins with none."""
     start = folder.read_start(name, FIRST_BYTES)
     end = LENGTH_BYTES + int.from_bytes(start[:LENGTH_BYTES], "little")
     if len(start) < end <= MAX_HEADER:

@@ -1,4 +1,4 @@
-"""The widths of a model, its parameters, and which of its layers get an adapter.
+"""The widths of a model, its parameters, and what an adapter of its layers takes.
 
 Widths are read from config.json.
 Covered exactly: llama (and SmolLM), mistral, qwen2, qwen3, gemma, gemma2, gemma3 (text), phi3.
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from finetune_trainer.contract import Lora, Reason, StageError, TargetModule
+from finetune_trainer.contract import ALL_LINEAR, Lora, TargetModule
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 _GEMMA3 = {
@@ -30,12 +30,12 @@ _NORMS_PER_LAYER = {"gemma2": 4, "gemma3_text": 4}
 _NORM_ON_QUERY_AND_KEY = {"qwen3", "gemma3_text"}
 _FUSED = {"phi3"}  # query, key and value are one layer, gate and up another
 
-_FUSED_NAME = {
-    TargetModule.Q: "qkv_proj",
-    TargetModule.K: "qkv_proj",
-    TargetModule.V: "qkv_proj",
-    TargetModule.GATE: "gate_up_proj",
-    TargetModule.UP: "gate_up_proj",
+_FUSED_NAME: dict[str, str] = {
+    TargetModule.Q.value: "qkv_proj",
+    TargetModule.K.value: "qkv_proj",
+    TargetModule.V.value: "qkv_proj",
+    TargetModule.GATE.value: "gate_up_proj",
+    TargetModule.UP.value: "gate_up_proj",
 }
 """The layer that does the work of several, in models that have it (Phi-3, Phi-4)."""
 
@@ -177,7 +177,11 @@ class Shape:
         }
         own = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
         there = own if self.fused else widths.keys() - {"qkv_proj", "gate_up_proj"}
-        names = modules_for(lora.target_modules, there).values()
+        if ALL_LINEAR in lora.target_modules:
+            return {name: widths[name] for name in widths if name in there}
+        # With dots, a name means some of these layers; here all count.
+        kinds = [name.rpartition(".")[2] for name in lora.target_modules]
+        names = modules_for(kinds, there).values()
         return {name: widths[name] for name in names if name}
 
     def adapter(self, lora: Lora) -> int:
@@ -231,13 +235,13 @@ def overflows_in_float16(model_type: str | None) -> bool:
     return bool(model_type and _TOO_LARGE_FOR_FLOAT16.fullmatch(model_type))
 
 
-def modules_for(wanted: Sequence[TargetModule], present: Collection[str]) -> dict[str, str | None]:
+def modules_for(wanted: Sequence[str], present: Collection[str]) -> dict[str, str | None]:
     """What adapts each wanted name in a model with linear layers of the names `present`.
 
     The name itself, the fused layer in its place, or None where the model has neither.
     """
     return {
-        name.value: next((n for n in (name.value, _FUSED_NAME.get(name)) if n in present), None)
+        name: next((each for each in (name, _FUSED_NAME.get(name)) if each in present), None)
         for name in wanted
     }
 
@@ -245,31 +249,3 @@ def modules_for(wanted: Sequence[TargetModule], present: Collection[str]) -> dic
 def of_text(names: Iterable[str]) -> list[str]:
     """The modules that text passes through."""
     return [name for name in names if not re.fullmatch(NO_TEXT, name)]
-
-
-def resolve_targets(wanted: Sequence[TargetModule], names: Iterable[str]) -> dict[str, str]:
-    """The layer that stands for each wanted one, which is another where the model fuses several.
-
-    `names` are those of the linear layers, e.g. model.layers.0.self_attn.q_proj. Raises
-    StageError(InvalidConfig) when the model has no such layer.
-    """
-    present = {name.rpartition(".")[2] for name in of_text(names)}
-    found = modules_for(wanted, present)
-    if missing := [name for name, own in found.items() if own is None]:
-        raise _missing(missing, present)
-    return {name: own for name, own in found.items() if own}
-
-
-def _missing(missing: list[str], present: set[str]) -> StageError:
-    possible = [name for name, own in modules_for(tuple(TargetModule), present).items() if own]
-    remedy = (
-        f"set it to some of {', '.join(possible)}"
-        if possible
-        else "choose another base model, since none of the names that can be given is in this one"
-    )
-    has = ", ".join(sorted(present)) or "none"
-    return StageError(
-        Reason.INVALID_CONFIG,
-        f"spec.training.lora.targetModules: the base model has no {', '.join(missing)}. Its "
-        f"linear layers are {has:.300}: {remedy}.",
-    )

@@ -21,10 +21,16 @@ from finetune_trainer.contract import (
     StageError,
     display_name,
 )
-from finetune_trainer.model import ModelFolder, rehearsal
+from finetune_trainer.model import ModelFolder, initial_adapter, rehearsal
+from finetune_trainer.model.adapter import (
+    Layers,
+    outline_adapter,
+    resolve_targets,
+    told_by_files,
+)
 from finetune_trainer.model.base_model import BaseModelFiles
 from finetune_trainer.model.rendering import render, render_example
-from finetune_trainer.model.shape import Shape, resolve_targets
+from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import (
     BEGIN_OF_TEXT,
     HARD_TO_SPLIT,
@@ -121,7 +127,8 @@ def check_model(
     spec.export.gguf asks for.
     """
     headers = rehearsal.read_headers(model, config.model_storage)
-    check_targets(config.training.lora, rehearsal.tensor_names(headers))
+    check_targets(config.training.lora, base, rehearsal.tensor_names(headers))
+    initial_adapter.check(config, base, model.revision)
     if not config.export.gguf:
         return
     reporter.message("Checking that llama.cpp can convert the model")
@@ -158,11 +165,15 @@ def check_tokens(texts: list[str], ours: list[list[int]], theirs: list[list[int]
         )
 
 
-def check_targets(lora: Lora, tensors: list[str]) -> None:
-    """Raise StageError(InvalidConfig) when the model has none of the layers of a target module."""
-    suffix = ".weight"
-    layers = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
-    resolve_targets(lora.target_modules, layers)
+def check_targets(lora: Lora, base: ModelFolder, tensors: list[str]) -> None:
+    """Raise StageError(InvalidConfig) when the model has none of the layers of a target module.
+
+    Where the names of its tensors can't tell, the model is built, without weights.
+    """
+    if told_by_files(lora, tensors):
+        resolve_targets(lora, Layers.of_tensors(tensors))
+    else:
+        outline_adapter(base, lora)
 
 
 def check_widths(export: Export, shape: Shape | None) -> None:

@@ -111,6 +111,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         plan=training_plan,
         model_revision=inputs.model.revision,
         model_commit=inputs.model.commit,
+        init_revision=inputs.stored.init_revision,
         examples=contents_of(marker, prepared).short_digest,
     )
     exported = (
@@ -147,6 +148,14 @@ def check_config(config: RunConfig) -> None:
             Reason.INVALID_CONFIG,
             "spec.export.adapterGguf: llama.cpp can't apply a DoRA adapter. Leave adapterGguf out "
             "(the merged files are as usual), or leave out training.lora.useDora.",
+        )
+    if config.training.init_from and config.training.objective in ("dpo", "kto"):
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"spec.training.initFrom: with objective {config.training.objective} answers are "
+            "compared with the base model, which doesn't have that adapter. Name the merged model "
+            "of that training (versions/…/merged) as spec.model.source, or take objective orpo, "
+            "which compares with none.",
         )
 
 

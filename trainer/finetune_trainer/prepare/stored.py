@@ -30,6 +30,7 @@ from finetune_trainer.contract import (
     later_fingerprints,
     prepare_fingerprint,
 )
+from finetune_trainer.model import initial_adapter
 from finetune_trainer.model.base_model import BaseModelFiles, former_revision
 from finetune_trainer.prepare.dataset_files import DataFiles
 from finetune_trainer.prepare.findings import Prepared
@@ -73,6 +74,9 @@ class StoredRun:
     """Of `prepare`."""
 
     model_revision: str
+    init_revision: str | None
+    """Of the adapter that the training goes on from."""
+
     former: FormerRun
 
     def find_prepared(self) -> Marker | None:
@@ -86,7 +90,9 @@ class StoredRun:
         """All fingerprints, now that the examples are there, and the later stages that need not
         run again."""
         contents = contents_of(prepared, summary)
-        prints = later_fingerprints(self.config, self.fingerprint, contents, self.model_revision)
+        prints = later_fingerprints(
+            self.config, self.fingerprint, contents, self.model_revision, self.init_revision
+        )
         found = {
             Stage.TRAIN: find_complete(self.output, Stage.TRAIN, prints.train)
             or self.former.adopt_trained(prepared, prints.train),
@@ -106,13 +112,14 @@ def stored_run(
     config: RunConfig, output: Folder, files: DataFiles, model: BaseModelFiles
 ) -> StoredRun:
     """The run for one version of its dataset and of its base model."""
-    etag = files.rows.info.etag
+    etag, initial = files.rows.info.etag, initial_adapter.find(config)
     eval_etag = files.held_out.info.etag if files.held_out else None
     return StoredRun(
         config=config,
         output=output,
         fingerprint=prepare_fingerprint(config, etag, model.revision, eval_etag),
         model_revision=model.revision,
+        init_revision=initial.revision if initial else None,
         former=FormerRun(output, config, model, etag, eval_etag),
     )
 
@@ -327,6 +334,7 @@ def _resolved_then(manifest: Manifest) -> Resolved:
         eval_rows=lineage.eval_rows,
         model_revision=lineage.model_revision,
         model_commit=lineage.model_commit,
+        init_revision=lineage.init_revision,
     )
 
 

@@ -48,6 +48,13 @@ MODEL = HubRead(
     missing=Reason.MODEL_NOT_FOUND,
     denied=Reason.MODEL_ACCESS_DENIED,
 )
+INITIAL_ADAPTER = HubRead(
+    noun="adapter",
+    source="spec.training.initFrom.source",
+    revision="spec.training.initFrom.revision",
+    missing=Reason.MODEL_NOT_FOUND,
+    denied=Reason.MODEL_ACCESS_DENIED,
+)
 DATASET = HubRead(
     noun="dataset",
     source="spec.dataset.source",

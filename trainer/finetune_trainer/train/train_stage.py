@@ -16,7 +16,7 @@ from finetune_trainer.contract import (
     TrainingMetrics,
     TrainingRecord,
 )
-from finetune_trainer.model import base_model
+from finetune_trainer.model import base_model, initial_adapter
 from finetune_trainer.runtime import duration
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
@@ -126,6 +126,7 @@ def fetch_work(
         examples=examples,
         held_out=held_out,
         model=model,
+        initial_adapter=initial_adapter.fetch_resolved(config, workspace / "initial"),
         workdir=workdir,
     )
 

@@ -20,6 +20,7 @@ from typing import Any
 from finetune_trainer.contract import Quantization, Reason, StageError
 from finetune_trainer.export.gguf import ConvertRequest, QuantizeRequest
 from finetune_trainer.model import ModelFolder, converter
+from finetune_trainer.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetune_trainer.model.loading import available_cpus
 from finetune_trainer.runtime import child
 from finetune_trainer.runtime.child import as_transfer
@@ -29,7 +30,6 @@ from finetune_trainer.store import replacing
 CONVERT_WORKER = "finetune_trainer.export.gguf.convert_worker"
 QUANTIZE_WORKER = "finetune_trainer.export.gguf.quantize_worker"
 LORA_SCRIPT = "convert_lora_to_gguf.py"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _NOT_IN_GGUF = ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "lora_bias")
 """Fields of PEFT's LoraConfig that llama.cpp's adapters have no place for."""

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.export.merge.checkpoint import open_file, shortened
+from finetune_trainer.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, other_kind
 
 ALIGNED = 64  # rows
 
@@ -63,41 +64,16 @@ def _enough_rows(start: int, stop: int, rows: int) -> tuple[int, int]:
     return low, high
 
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-
-_OTHER_RESULT = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "fan_in_fan_out",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "megatron_config",
-    "modules_to_save",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
-"""Fields of PEFT 0.21's LoraConfig that change what a merge gives, or forbid one."""
-
-_PLAIN_START = (True, False, None, "gaussian")
-"""Values of init_lora_weights that leave the base model's weights as they are."""
 
 
 def read_adapter(folder: Path) -> dict[str, Delta]:
     """The adapter's deltas by module, e.g. model.layers.0.self_attn.q_proj; raises StageError."""
-    config = _read_config(folder / CONFIG)
+    config = _read_config(folder / ADAPTER_CONFIG)
     _refuse_other_kinds(config)
     if missing := [key for key in ("r", "lora_alpha") if not config.get(key)]:
-        raise _unusable(f"{CONFIG} has no {shortened(missing)}")
-    tensors = _read_tensors(folder / WEIGHTS)
+        raise _unusable(f"{ADAPTER_CONFIG} has no {shortened(missing)}")
+    tensors = _read_tensors(folder / ADAPTER_WEIGHTS)
     modules = {name.removesuffix(_A) for name in tensors if name.endswith(_A)}
     used = {f"{m}{part}" for m in modules for part in (_A, _B, _MAGNITUDE)}
     if unknown := sorted(set(tensors) - used):
@@ -158,21 +134,15 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _refuse_other_kinds(config: dict[str, Any]) -> None:
-    if (kind := config.get("peft_type")) != "LORA":
-        raise _refused(f"peft_type {kind}")
-    if found := [name for name in _OTHER_RESULT if config.get(name)]:
-        raise _refused(shortened(found))
-    if config.get("bias") not in ("none", None):
-        raise _refused(f"bias {config['bias']}")
-    if (start := config.get("init_lora_weights")) not in _PLAIN_START:
-        raise _refused(f"init_lora_weights {start}")
+    if kind := other_kind(config):
+        raise _refused(kind)
 
 
 def _refused(what: str) -> StageError:
     return StageError(
         Reason.MODEL_UNSUPPORTED,
-        f"The adapter can't be merged: its {CONFIG} sets {what}. Train plain LoRA, rsLoRA or DoRA "
-        "without it, or merge this adapter with PEFT itself.",
+        f"The adapter can't be merged: its {ADAPTER_CONFIG} sets {what}. Train plain LoRA, rsLoRA "
+        "or DoRA without it, or merge this adapter with PEFT itself.",
     )
 
 

@@ -20,6 +20,7 @@ from finetune_trainer.contract import (
     display_name,
     version_folder,
 )
+from finetune_trainer.model.base_model import is_hub
 from finetune_trainer.runtime import perplexity
 from finetune_trainer.store.versions import version_name
 
@@ -158,6 +159,14 @@ class Facts:
     @property
     def base_name(self) -> str:
         return display_name(self.config.model.source)
+
+    @property
+    def initial_adapter(self) -> str | None:
+        """What the adapter that the training went on from is called; a bucket's name is private."""
+        source = self.lineage.init_from
+        if source is None or is_hub(source):
+            return source
+        return display_name(source.rstrip("/").removesuffix("/adapter"))
 
     @property
     def parameters(self) -> float:

@@ -47,6 +47,12 @@ def compared_with_base(facts: Facts) -> Statement:
     if preferences := facts.preferences:
         return what_is_preferred(preferences)
     change = facts.change
+    if change is None and facts.lineage.init_from:
+        return Statement(
+            Tone.PLAIN,
+            "It was not compared with its base model: the training went on from an adapter, and "
+            "the gate measured no held-out rows.",
+        )
     if change is None:
         return Statement(
             Tone.PLAIN,

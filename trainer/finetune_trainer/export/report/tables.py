@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from finetune_trainer.contract import LengthSpread, ListedRows, Training
+from finetune_trainer.contract import LengthSpread, Lineage, ListedRows, Training
 from finetune_trainer.contract.verdict import Tone, word_for
 from finetune_trainer.export.report.facts import Facts, GgufFile, LossPoint
 from finetune_trainer.runtime import duration, size
@@ -200,11 +200,18 @@ def lineage_rows(facts: Facts) -> tuple[TableRow, ...]:
         TableRow("Columns", columns or NOTHING),
         TableRow("Base model", made.model),
         TableRow("Base model's revision", made.model_commit or made.model_revision, code=True),
+        *_initial(made),
         TableRow("Fingerprint of prepare", prints.prepare, code=True),
         TableRow("Fingerprint of train", prints.train, code=True),
         TableRow("Fingerprint of export", prints.export, code=True),
         *(TableRow(name, version) for name, version in made.versions.items()),
     )
+
+
+def _initial(made: Lineage) -> Iterator[TableRow]:
+    if made.init_from:
+        yield TableRow("Went on from the adapter", made.init_from)
+        yield TableRow("Adapter's revision", made.init_revision or NOTHING, code=True)
 
 
 def loss(value: float | None) -> str:

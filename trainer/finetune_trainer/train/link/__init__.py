@@ -63,6 +63,9 @@ class TrainingWork(Base):
     model: ModelFolder
     """The base model."""
 
+    initial_adapter: Path | None = None
+    """Folder of the adapter to go on from, instead of one that changes nothing."""
+
     workdir: Path
     """Folder for everything that the worker writes."""
 

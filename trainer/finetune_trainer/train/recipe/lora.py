@@ -1,53 +1,22 @@
-"""The adapter: which layers get one, and what makes it faster on a CPU."""
+"""The adapter as it trains: its parameters, and what makes it faster."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from finetune_trainer.contract import Lora, Reason, StageError
-from finetune_trainer.model.shape import NO_TEXT, of_text, resolve_targets
-
-RANDOM_BITS = 16  # for each value
+from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.model.adapter import ADAPTER_WEIGHTS
 
 log = logging.getLogger(__name__)
 
-
-def lora_config(lora: Lora, model: torch.nn.Module) -> LoraConfig:
-    """The adapter: W x + s B A x in each target module, with B = 0 at the start.
-
-    The scale s is alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732). Raises StageError
-    where the model lacks a target module.
-    """
-    linear = linear_layers(model)
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        target_modules=target_modules(lora, linear),
-        exclude_modules=None if of_text(linear) == linear else NO_TEXT,
-        bias="none",
-    )
-
-
-def linear_layers(model: torch.nn.Module) -> list[str]:
-    """Names of the modules that can get an adapter."""
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-
-
-def target_modules(lora: Lora, linear: list[str]) -> list[str]:
-    """The last parts of the names of the modules that get an adapter."""
-    targets = resolve_targets(lora.target_modules, linear)
-    if fused := [f"{found} for {name}" for name, found in targets.items() if name != found]:
-        log.info("The model fuses layers: the adapter goes to %s", ", ".join(fused))
-    return sorted(set(targets.values()))
+RANDOM_BITS = 16  # for each value
 
 
 def count_base_parameters(model: PreTrainedModel) -> int:
@@ -65,6 +34,23 @@ def count_trainable_parameters(model: torch.nn.Module) -> int:
             "No parameter is trainable: none of training.lora.targetModules is in this model.",
         )
     return count
+
+
+def start_from(model: PeftModel, folder: Path) -> None:
+    """Take the weights of an adapter in a folder, which has the same layers and rank.
+
+    Raises StageError(InvalidConfig) where it has others.
+    """
+    saved = load_file(folder / ADAPTER_WEIGHTS)
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in wanted.items()}:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            "spec.training.initFrom: the adapter has not the layers and shapes of this training: "
+            "set spec.training.lora as it was trained with.",
+        )
+    set_peft_model_state_dict(model, saved)
+    log.info("The training goes on from an adapter with %d tensors", len(saved))
 
 
 def make_layers_faster(model: torch.nn.Module) -> None:

@@ -32,6 +32,7 @@ from transformers import (
 from trl.trainer.sft_config import SFTConfig
 
 from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.model.adapter import lora_config
 from finetune_trainer.model.loading import (
     compute_dtype_of,
     device_name,
@@ -47,8 +48,8 @@ from finetune_trainer.train.recipe.data import TokenizedRows, check_rows, tokeni
 from finetune_trainer.train.recipe.lora import (
     count_base_parameters,
     count_trainable_parameters,
-    lora_config,
     make_layers_faster,
+    start_from,
 )
 from finetune_trainer.train.recipe.packing import prepare_packing
 from finetune_trainer.train.recipe.preference import PreferenceTrainer, without_dropout
@@ -109,10 +110,18 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
 
     save_adapter(trainer, tokenizer, work)
     best_step = (best.best_step or trainer.state.global_step) if best else None
-    counts = {"trainable_parameters": float(trainable), "base_parameters": float(base_parameters)}
+    counts: dict[str, float | None] = {
+        "trainable_parameters": float(trainable),
+        "base_parameters": float(base_parameters),
+    }
+    if work.initial_adapter:  # the evaluation at the start was of that
+        counts |= {"base_eval_loss": None, "base_perplexity": None}
     return Trained(
         metrics=training_metrics(trainer, totals, best_step).model_copy(update=counts).rounded(),
-        hyperparameters={**settings.model_dump(mode="json"), "epochs": epochs},
+        hyperparameters={
+            **settings.model_dump(mode="json", exclude={"init_from"}),  # a place, in the lineage
+            "epochs": epochs,
+        },
         history=history(trainer),
     )
 
@@ -183,6 +192,8 @@ def build_trainer(
     reporting.guard_trackers(trainer)
     if model.dtype is not torch.float32 and not unsloth:
         make_layers_faster(cast("torch.nn.Module", trainer.model))
+    if work.initial_adapter and work.resume_from is None:
+        start_from(cast("PeftModel", trainer.model), work.initial_adapter)
     return trainer
 
 

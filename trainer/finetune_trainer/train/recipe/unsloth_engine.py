@@ -60,8 +60,7 @@ def load(work: TrainingWork, dtype: torch.dtype) -> Any:
     with explaining("load the model"), contextlib.redirect_stdout(io.StringIO()):
         from unsloth import FastLanguageModel  # noqa: PLC0415
 
-        # Imports PEFT, which Unsloth has to be imported ahead of.
-        from finetune_trainer.train.recipe.lora import linear_layers, target_modules  # noqa: PLC0415
+        from finetune_trainer.model.adapter import Layers, resolve_targets  # noqa: PLC0415
 
         model, _ = FastLanguageModel.from_pretrained(
             model_name=str(work.model.path),
@@ -79,7 +78,7 @@ def load(work: TrainingWork, dtype: torch.dtype) -> Any:
         tuned = FastLanguageModel.get_peft_model(
             model,
             r=lora.r,
-            target_modules=target_modules(lora, linear_layers(model)),
+            target_modules=resolve_targets(lora, Layers.of(model)),
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             use_rslora=lora.use_rslora,

@@ -17,12 +17,14 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from finetune_trainer.contract import (
+    ALL_LINEAR,
     Hardware,
     Notice,
     NoticeCode,
     Reason,
     RunConfig,
     StageError,
+    TargetModule,
     Tracker,
     Training,
     TrainingPlan,
@@ -206,6 +208,7 @@ def _check_fsdp(batch: int, processes: int, devices: int) -> None:
 # Model types with kernels of Unsloth's own (unsloth/models/loader.py, 2026.10). All others go
 # through a general path that compiles transformers' code.
 UNSLOTH_MODEL_TYPES = frozenset({"llama", "mistral", "gemma", "gemma2", "qwen2", "qwen3"})
+UNSLOTH_TARGETS = {ALL_LINEAR, *(each.value for each in TargetModule)}
 UNSLOTH_CAPABILITY = (7, 0)  # Volta: the oldest that its Triton kernels run on
 
 
@@ -236,6 +239,8 @@ def choose_engine(
         return EngineChoice("transformers")
     if not gpus:
         return EngineChoice("transformers", "there is no NVIDIA GPU")
+    if (objective := config.training.objective) != "sft":
+        return EngineChoice("transformers", f"it learns answers only, and not {objective}")
     obstacle = missing or _unsloth_obstacle(config, gpus[0], processes, model_type)
     return EngineChoice("unsloth" if obstacle is None else "transformers", obstacle)
 
@@ -243,8 +248,6 @@ def choose_engine(
 def _unsloth_obstacle(
     config: RunConfig, gpu: Gpu, processes: int, model_type: str | None
 ) -> str | None:
-    if config.training.objective != "sft":
-        return f"it trains answers only here (training.objective is {config.training.objective})"
     if processes > 1:
         return f"it trains on one GPU, and here are {processes}"
     if gpu.capability < UNSLOTH_CAPABILITY:
@@ -255,6 +258,8 @@ def _unsloth_obstacle(
     if model_type not in UNSLOTH_MODEL_TYPES:
         known = ", ".join(sorted(UNSLOTH_MODEL_TYPES))
         return f"the model type {model_type} has no fast path in it ({known} have)"
+    if other := set(config.training.lora.target_modules) - UNSLOTH_TARGETS:
+        return f"it adapts no layers by other names ({', '.join(sorted(other)):.200})"
     return None
 
 
