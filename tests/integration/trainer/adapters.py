@@ -42,6 +42,8 @@ def save_adapter(base: Path, folder: Path, **options: Any) -> Path:
             torch.nn.init.normal_(parameter, std=0.1)
         elif "magnitude" in name:
             parameter.data *= 1 + 0.1 * torch.randn_like(parameter)
+        elif "modules_to_save" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
     tuned.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
 

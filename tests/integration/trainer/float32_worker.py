@@ -88,10 +88,11 @@ def _let_accelerate_shard_on_a_cpu() -> None:
     AcceleratorState.__init__ = make
 
 
-def main(request: Path, parent: int) -> int:
+def main(address: Path, parent: int) -> int:
     """Train; bfloat16 would hide the differences that the tests look for."""
     dtype: torch.dtype = getattr(torch, os.environ.get("COMPUTE_DTYPE", "float32"))
     loading.compute_dtype = lambda: dtype
+    workdir: list[Path] = []
     gathered, guard = processes.gathered_state, reporting.guard_trackers
 
     def noting(model: torch.nn.Module) -> Any:
@@ -99,19 +100,19 @@ def main(request: Path, parent: int) -> int:
         layers = [p for name, p in model.named_parameters() if ".layers." in name]
         parts = [p.to_local() if isinstance(p, DTensor) else p for p in layers]
         held = {"held": sum(p.numel() for p in parts), "all": sum(p.numel() for p in layers)}
-        note = request.parent / NOTE.format(os.environ.get("RANK", "0"))
-        note.write_text(json.dumps(held))
+        (workdir[0] / NOTE.format(os.environ.get("RANK", "0"))).write_text(json.dumps(held))
         return gathered(model)
 
     def guarding(trainer: Any) -> None:
         guard(trainer)
+        workdir.append(Path(trainer.args.output_dir).parent)
         if "FAIL" in os.environ:
             trainer.add_callback(Failing())
             _fail_while_crowded(trainer)
 
     processes.gathered_state, reporting.guard_trackers = noting, guarding
     _let_accelerate_shard_on_a_cpu()
-    return train_worker.main(request, parent)
+    return train_worker.main(address, parent)
 
 
 if __name__ == "__main__":

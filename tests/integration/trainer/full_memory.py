@@ -1,6 +1,6 @@
 """Memory that runs out when it is told to: torch's own error, raised inside the real training.
 
-As a worker:  python -m tests.integration.trainer.full_memory worker work.json <pid>
+As a worker:  python -m tests.integration.trainer.full_memory worker <socket> <pid>
 As the CLI, whose workers are these:  python -m tests.integration.trainer.full_memory train …
 """
 
@@ -53,19 +53,20 @@ class Fault(Base):
 class FullMemory:
     """Breaks trainers, and remembers the rows of each step that was not broken off."""
 
-    def __init__(self, fault: Fault | None, count: Path) -> None:
+    def __init__(self, fault: Fault | None) -> None:
         self.fault = fault
         self.rows: dict[int, list[tuple[int, ...]]] = {}
         self.steps: list[int] = []
         """Every step begun, also again."""
 
-        self._count = count
+        self._count = Path()
         self._passes: dict[int, int] = defaultdict(int)
 
     def wrap(self, build: Callable[..., Any]) -> Callable[..., Any]:
         """`sft.build_trainer`, whose trainers run out of memory."""
 
         def build_trainer(*args: Any, **options: Any) -> Any:
+            self._count = options["work"].workdir / "memory-ran-out"
             trainer = build(*args, **options)
             self.attach(trainer)
             return trainer
@@ -146,15 +147,13 @@ def rows_of(inputs: dict[str, Any]) -> list[tuple[int, ...]]:
     return [tuple(row[:n].tolist()) for row, n in zip(ids, lengths, strict=True)]
 
 
-def main(request: Path, parent: int) -> int:
+def main(address: Path, parent: int) -> int:
     """The real worker, on a machine whose memory is full."""
     from finetune_trainer.train.recipe import sft, train_worker
 
-    full = FullMemory(
-        Fault.model_validate_json(os.environ[VARIABLE]), request.parent / "memory-ran-out"
-    )
+    full = FullMemory(Fault.model_validate_json(os.environ[VARIABLE]))
     sft.build_trainer = full.wrap(sft.build_trainer)
-    return train_worker.main(request, parent)
+    return train_worker.main(address, parent)
 
 
 class FullMemoryWorker(training_session.WorkerProcess):
@@ -164,8 +163,8 @@ class FullMemoryWorker(training_session.WorkerProcess):
         super().__init__("tests.integration.trainer.full_memory")
 
     def _command(self, *args: Any) -> list[str]:
-        *start, request = super()._command(*args)
-        return [*start, "worker", request]
+        *start, address = super()._command(*args)
+        return [*start, "worker", address]
 
 
 def command() -> None:

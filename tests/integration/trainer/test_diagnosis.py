@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,12 @@ class Run:
     def notice(self, notice: Notice) -> None:
         """The worker's channel."""
         self.notices.append(notice)
+
+    def lengths(self, lengths: Iterable[int]) -> None:
+        """The worker's channel."""
+
+    def stored_step(self, _: float = 0) -> None:
+        """The worker's channel."""
 
     def checkpoint(self, step: int, folder: Path) -> None:
         """The worker's channel."""

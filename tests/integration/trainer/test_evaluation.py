@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ class Listener:
 
     def notice(self, notice: Notice) -> None:
         self.notices.append(notice)
+
+    def lengths(self, lengths: Iterable[int]) -> None:
+        """The worker's channel."""
+
+    def stored_step(self, _: float = 0) -> None:
+        """The worker's channel."""
 
     def checkpoint(self, step: int, folder: Path) -> None:
         pass

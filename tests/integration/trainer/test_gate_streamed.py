@@ -15,6 +15,7 @@ from finetune_trainer.export.reference import MeasuredRow, float32
 from finetune_trainer.export.reference.float32 import load_streamed, logits_of, passes
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import load_model
+from tests.integration.trainer.adapters import save_adapter, save_base
 from tests.integration.trainer.architectures import PACKABLE, VOCABULARY, tiny
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -64,6 +65,28 @@ def test_variants_of_lora_are_those_of_peft(variant: str, tmp_path: Path) -> Non
     ).eval()
     ours = load_streamed(ModelFolder(base), adapter)
     torch.testing.assert_close(logits_of(ours, ROWS), logits_of(loaded, ROWS))
+
+
+@pytest.mark.parametrize(
+    ("kind", "whole"),
+    [
+        ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        ("gemma", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    ],
+)
+def test_modules_that_were_trained_as_a_whole(
+    kind: str, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base", kind)
+    adapter = save_adapter(base, tmp_path / "adapter", **whole)
+    model = load_model(ModelFolder(base), torch.float32, "cpu")
+    loaded = PeftModel.from_pretrained(model, adapter)
+    loaded.train(False)
+    ours = load_streamed(ModelFolder(base), adapter)
+    assert isinstance(ours, PeftModel)
+    torch.testing.assert_close(logits_of(ours, ROWS), logits_of(loaded, ROWS))
+    with loaded.disable_adapter(), ours.disable_adapter():
+        torch.testing.assert_close(logits_of(ours, ROWS), logits_of(loaded, ROWS))
 
 
 def test_a_row_is_computed_alike_alone_and_beside_others(tmp_path: Path) -> None:

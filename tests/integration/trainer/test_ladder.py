@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from finetune_trainer.model.tokenizer import message_pair
 from finetune_trainer.runtime.endings import explain
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link import Failed, Trained, TrainingWork, as_failed, trained_steps
-from finetune_trainer.train.link.channel import listening
 from finetune_trainer.train.recipe import sft
 from finetune_trainer.train.supervisor import training_session
 from finetune_trainer.train.supervisor.ladder import descend
@@ -78,6 +78,13 @@ class Heard:
 
     def __init__(self) -> None:
         self.newest: Path | None = None
+        self.counts: dict[int, int] = {}
+
+    def lengths(self, lengths: Iterable[int]) -> None:
+        self.counts = Counter(map(int, lengths))
+
+    def stored_step(self, _: float = 0) -> None:
+        """The worker's channel."""
 
     def alive(self) -> None:
         """The worker's channel."""
@@ -98,7 +105,7 @@ def training(
 ) -> Outcome:
     """A whole training; each worker is a call of the recipe in this process."""
     workdir.mkdir(exist_ok=True)
-    full = FullMemory(fault, workdir / "count")
+    full = FullMemory(fault)
     heard = Heard()
     outcome = Outcome(Failed(reason=Reason.INTERNAL_ERROR, message=""), full, workdir)
 
@@ -109,7 +116,8 @@ def training(
             try:
                 return sft.fine_tune(work, Reporter(), heard)  # type: ignore[arg-type]
             except Exception as error:
-                return as_failed(explain(error))
+                failed = as_failed(explain(error))
+                return failed.model_copy(update={"lengths": heard.counts})
 
     truncated = settings.pop("maxTruncatedRows", "10%")
     work = make_work(model, workdir, rows, **{**SETTINGS, **settings})
@@ -240,8 +248,7 @@ def test_a_worker_that_the_kernel_kills_gets_a_smaller_batch(
     monkeypatch.setenv(VARIABLE, Fault(step=2, times=1, killed=True).model_dump_json())
     work = make_work(tiny_model, tmp_path, EXAMPLES, **{**SETTINGS, "epochs": 1})
     notices: list[Notice] = []
-    with listening(tmp_path, lambda _: None):
-        ending = descend(FullMemoryWorker().run, work, lambda: None, notices.append)
+    ending = descend(FullMemoryWorker().run, work, lambda: None, notices.append)
     assert isinstance(ending, Trained), ending
     assert [notice.code for notice in notices] == [NoticeCode.BATCH_HALVED]
     assert "was killed" in notices[0].evidence

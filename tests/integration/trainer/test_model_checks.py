@@ -205,6 +205,31 @@ def test_names_beyond_the_usual_ones_are_looked_up_in_the_model(
     assert "are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj:" in message
 
 
+def test_only_embedding_and_output_layer_are_trained_as_a_whole(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "outline_adapter", outline_in_this_process)
+    checks.check_targets(Lora(modules_to_save=("embed_tokens",)), ModelFolder(good), [])
+    with pytest.raises(StageError, match=r"modulesToSave: norm is neither .* are embed_tokens and"):
+        checks.check_targets(Lora(modules_to_save=("norm",)), ModelFolder(good), [])
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"export": {"adapterGguf": True}}, "spec.export.adapterGguf: llama.cpp can't apply"),
+        ({"training": {"parallelism": "fsdp"}}, "spec.training.parallelism: fsdp can't spread"),
+    ],
+)
+def test_what_modules_trained_as_a_whole_do_not_go_with(more: dict[str, Any], words: str) -> None:
+    lora = {"lora": {"modulesToSave": ["lm_head"]}}
+    check_config(run_config("/model", training=lora))
+    parts = {**more, "training": {**lora, **more.get("training", {})}}
+    with pytest.raises(StageError, match=re.escape(words)) as caught:
+        check_config(run_config("/model", **parts))
+    assert caught.value.reason is Reason.INVALID_CONFIG
+
+
 def test_a_dora_adapter_alone_as_gguf_is_refused() -> None:
     lora = {"lora": {"useDora": True}}
     check_config(run_config("/model", training=lora))

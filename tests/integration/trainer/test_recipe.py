@@ -19,6 +19,7 @@ from finetune_trainer.export.merge.model_folder import write_model
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.adapter import OutlineRequest, outline_here
 from finetune_trainer.model.loading import load_model
+from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import load_tokenizer, message_pair
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.recipe import sft
@@ -196,20 +197,26 @@ def test_qlora_trains_and_merges_into_a_16_bit_model(tiny_model: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("names", "expected"),
+    ("lora", "expected"),
     [
-        pytest.param(["all-linear"], 14, id="all linear layers"),
-        pytest.param(["layers.1.mlp.down_proj", "k_proj"], 3, id="one layer of a kind"),
+        pytest.param({"targetModules": ["all-linear"]}, 28, id="all linear layers"),
+        pytest.param({"targetModules": ["layers.1.mlp.down_proj", "k_proj"]}, 6, id="some layers"),
+        # The tiny model has one for both, saved under both names.
+        pytest.param({"modulesToSave": ["embed_tokens"]}, 18, id="embeddings"),
     ],
 )
-def test_layers_by_any_name_are_trained_and_merged_as_peft_merges_them(
-    tiny_model: Path, tmp_path: Path, names: list[str], expected: int
+def test_what_is_named_is_trained_and_merged_as_peft_merges_it(
+    tiny_model: Path, tmp_path: Path, lora: dict[str, Any], expected: int
 ) -> None:
-    lora = {"r": 4, "targetModules": names}
+    lora = {"r": 4, **lora}
     work = make_work(tiny_model, tmp_path, EXAMPLES, epochs=3, learningRate=0.01, lora=lora)
-    sft.fine_tune(work, Reporter())
+    trained = sft.fine_tune(work, Reporter())
     saved = load_file(work.adapter / "adapter_model.safetensors")
-    assert len(saved) == 2 * expected
+    assert len(saved) == expected
+    shape = Shape.of_model(tiny_model)
+    if len(lora.get("targetModules", ())) < 2:  # the shape has no names of single layers
+        assert shape
+        assert shape.adapter(work.config.training.lora) == trained.metrics.trainable_parameters
     assert all(each.any() for each in saved.values()), "B is trained"
     outline = outline_here(
         OutlineRequest(model=ModelFolder(tiny_model), lora=work.config.training.lora)

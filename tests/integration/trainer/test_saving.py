@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import load_tokenizer, message_pair
-from finetune_trainer.train.link import InterruptedTrainingError, TrainingWork, channel
+from finetune_trainer.train.link import InterruptedTrainingError, TrainingWork
 from finetune_trainer.train.recipe import saving, sft
 from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData
 from tests.integration.trainer.recipe import make_work
@@ -209,11 +209,11 @@ def test_saving_changes_nothing_and_leaves_no_pickled_arguments(make: Make) -> N
 def test_without_a_number_of_steps_the_clock_decides(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(channel, "INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(saving, "INTERVAL_SECONDS", 0.0)
     trainer, work = make()
     finish(trainer, work)
     assert len(list(work.checkpoints.glob("checkpoint-*"))) == STEPS - 1
-    monkeypatch.setattr(channel, "INTERVAL_SECONDS", 600.0)
+    monkeypatch.setattr(saving, "INTERVAL_SECONDS", 600.0)
     trainer, work = make()
     finish(trainer, work)
     assert not list(work.checkpoints.glob("checkpoint-*"))

@@ -20,6 +20,7 @@ from finetune_trainer.train.link import TrainingWork
 from finetune_trainer.train.recipe import sft, unsloth_engine
 from finetune_trainer.train.recipe.unsloth_engine import (
     UnslothFailedError,
+    or_transformers,
     restart_with_transformers,
     sequence_limit,
     until_first_step,
@@ -132,7 +133,8 @@ def test_only_who_named_it_is_told_that_it_failed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     notices: list[Notice] = []
-    work, request = work_of(tiny_model, tmp_path, engine=engine), tmp_path / "work.json"
+    work = work_of(tiny_model, tmp_path, engine=engine)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     started: list[Any] = []
     monkeypatch.setattr(os, "execv", lambda *command: started.append(command))
 
@@ -144,7 +146,8 @@ def test_only_who_named_it_is_told_that_it_failed(
             notices.append(notice)
 
     cause = UnslothFailedError("train the model: RuntimeError: PassManager::run failed")
-    restart_with_transformers(work, request, cause, Heard())  # type: ignore[arg-type]
+    assert or_transformers(work).engine == "unsloth"
+    restart_with_transformers(work, cause, Heard())  # type: ignore[arg-type]
     assert len(started) == 1
-    assert TrainingWork.model_validate_json(request.read_bytes()).engine == "transformers"
+    assert or_transformers(work).engine == "transformers"
     assert bool(notices) == told

@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
+    "whole modules": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "patterns": {
         "rank_pattern": {"o_proj": 7},
         "alpha_pattern": {"layers.1.self_attn.o_proj": 3},
@@ -134,7 +135,8 @@ def test_sums_are_rounded_once_to_float16(tmp_path: Path, dtype: torch.dtype) ->
     deltas = read_adapter(adapter)
     for name, value in ours.items():
         exact = stored[name].float()
-        if delta := deltas.get(name.removesuffix(".weight")):
+        delta = deltas.get(name.removesuffix(".weight"))
+        if isinstance(delta, Delta):
             exact += (delta.b @ delta.a) * delta.scale
         assert torch.equal(value, exact.half())
 
@@ -244,6 +246,21 @@ def test_a_copy_of_tied_embeddings_is_left_out(tmp_path: Path) -> None:
     ).read_bytes()
     save_file({**tensors, "lm_head.weight": -copy}, base / SINGLE, {"format": "pt"})
     assert "lm_head.weight" in MergedWeights.open(base, adapter).infos
+
+
+def test_an_embedding_that_is_the_output_layer_is_merged_as_peft_merges_it(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "gemma")
+    tied = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    adapter = save_adapter(base, tmp_path / "adapter", **tied)
+    theirs = merge_in_memory(base, adapter, tmp_path / "theirs")
+    ours = write(base, adapter, tmp_path / "ours")
+    assert (ours / SINGLE).read_bytes() == (theirs / SINGLE).read_bytes()
+    assert "model.embed_tokens.weight" in MergedWeights.open(base, adapter).targets
+    # Another output layer under the second name can't be merged: the base has one for both.
+    name = "base_model.model.lm_head.weight"
+    change(adapter / WEIGHTS, lambda tensors: tensors[name].mul_(2))
+    with pytest.raises(StageError, match=r"lm_head.*tie_word_embeddings"):
+        MergedWeights.open(base, adapter)
 
 
 def test_an_output_layer_of_its_own_is_merged(tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ from finetune_trainer.memory.gpus import (
     TorchBuild,
     check_gpus,
     describe_gpus,
-    find_gpus,
     first_visible,
 )
+from finetune_trainer.memory.machine import find_gpus
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.train_stage import run
 

@@ -15,7 +15,6 @@ from finetune_trainer.contract import (
     NoticeCode,
     Reason,
     RunConfig,
-    StageError,
     TrainingMetrics,
     TrainingPlan,
 )
@@ -26,9 +25,7 @@ from finetune_trainer.train.link import (
     Failed,
     Trained,
     TrainingWork,
-    read_lengths,
     trained_steps,
-    write_lengths,
 )
 from finetune_trainer.train.supervisor.ladder import (
     FailedAttempt,
@@ -229,12 +226,6 @@ def test_one_example_at_least_keeps_its_end() -> None:
     assert next_rung(same, full(), [], {200: 10}) is None
 
 
-def test_the_number_of_examples_by_length_reaches_the_stage(tmp_path: Path) -> None:
-    assert read_lengths(tmp_path) == {}
-    write_lengths(tmp_path, [5, 3, 5])
-    assert read_lengths(tmp_path) == {3: 1, 5: 2}
-
-
 # The loop.
 
 TRAINED = Trained(metrics=TrainingMetrics(), hyperparameters={})
@@ -243,16 +234,13 @@ TRAINED = Trained(metrics=TrainingMetrics(), hyperparameters={})
 class Worker:
     """Ends as it is told, and remembers what it was asked to do."""
 
-    def __init__(self, *endings: Trained | Failed | StageError) -> None:
+    def __init__(self, *endings: Trained | Failed) -> None:
         self.endings = list(endings)
         self.asked: list[TrainingWork] = []
 
     def __call__(self, request: TrainingWork) -> Trained | Failed:
         self.asked.append(request)
-        ending = self.endings.pop(0)
-        if isinstance(ending, StageError):
-            raise ending
-        return ending
+        return self.endings.pop(0)
 
 
 def test_each_attempt_goes_on_from_the_last_complete_step(tmp_path: Path) -> None:
@@ -292,7 +280,7 @@ def test_a_model_that_does_not_fit_at_all_is_not_tried_again(tmp_path: Path) -> 
 
 
 def test_a_worker_killed_for_want_of_memory_gets_smaller_passes_on_a_cpu(tmp_path: Path) -> None:
-    killed = StageError(Reason.OOM_KILLED, "The training process was killed.")
+    killed = Failed(reason=Reason.OOM_KILLED, message="The training process was killed.")
     worker = Worker(killed, TRAINED)
     notices: list[Notice] = []
     on_cpu = work(tmp_path, hardware={"gpus": 0})
@@ -302,7 +290,7 @@ def test_a_worker_killed_for_want_of_memory_gets_smaller_passes_on_a_cpu(tmp_pat
 
 
 def test_host_memory_beside_a_gpu_is_none_of_the_ladders_business(tmp_path: Path) -> None:
-    killed = StageError(Reason.OOM_KILLED, "The training process was killed.")
+    killed = Failed(reason=Reason.OOM_KILLED, message="The training process was killed.")
     ending = descend(Worker(killed), work(tmp_path), lambda: None, lambda _: None)
     assert isinstance(ending, Failed)
     assert ending.reason is Reason.OOM_KILLED, "which the operator tries again"
@@ -312,7 +300,7 @@ def test_host_memory_beside_a_gpu_is_none_of_the_ladders_business(tmp_path: Path
 
 
 def test_the_smallest_passes_killed_on_a_cpu_are_too_large_for_the_pod(tmp_path: Path) -> None:
-    killed = StageError(Reason.OOM_KILLED, "The training process was killed.")
+    killed = Failed(reason=Reason.OOM_KILLED, message="The training process was killed.")
     on_cpu = work(tmp_path, hardware={"gpus": 0})
     ending = descend(Worker(*[killed] * 4), on_cpu, lambda: None, lambda _: None)
     assert isinstance(ending, Failed)
@@ -324,9 +312,8 @@ def test_the_smallest_passes_killed_on_a_cpu_are_too_large_for_the_pod(tmp_path:
 def test_other_failures_pass_through(tmp_path: Path) -> None:
     failed = Failed(reason=Reason.OUT_OF_DISK, message="The disk is full.")
     assert descend(Worker(failed), work(tmp_path), lambda: None, lambda _: None) == failed
-    crashed = StageError(Reason.INTERNAL_ERROR, "It crashed.")
-    with pytest.raises(StageError, match=r"It crashed\."):
-        descend(Worker(crashed), work(tmp_path), lambda: None, lambda _: None)
+    crashed = Failed(reason=Reason.INTERNAL_ERROR, message="It crashed.")
+    assert descend(Worker(crashed), work(tmp_path), lambda: None, lambda _: None) == crashed
 
 
 def test_the_latest_of_several_checkpoints(tmp_path: Path) -> None:

@@ -272,6 +272,21 @@ def test_a_model_in_4_bits_is_spread_over_small_gpus() -> None:
     assert "limits.memory to at least 152Gi" in error.message
 
 
+def test_modules_that_are_trained_as_a_whole_count_and_stay_on_each_gpu() -> None:
+    """An embedding: weights, gradients and two moments in float32, and a copy in 16 bits."""
+    training = Training.model_validate({"lora": {"modulesToSave": ["embed_tokens"]}})
+    plain, whole = (
+        plan(each, shape(EIGHT), Lengths(512), gpus(80, 2)) for each in (Training(), training)
+    )
+    assert whole.parallelism == "ddp"
+    more = (whole.device_bytes or 0) - (plain.device_bytes or 0)
+    assert (plain.batch_size, plain.gradient_checkpointing) == (
+        whole.batch_size,
+        whole.gradient_checkpointing,
+    )
+    assert more == pytest.approx(18 * 128_256 * 4096, rel=0.01)
+
+
 def test_scores_that_are_capped_make_passes_smaller() -> None:
     """9 billion parameters by qlora in 24 GiB."""
     spec = Training.model_validate({"method": "qlora", "batchSize": 4})

@@ -216,13 +216,13 @@ def test_a_model_that_needs_all_devices_is_not_squeezed_into_fewer() -> None:
 
 
 def test_one_process_is_started_directly_and_several_through_torchrun() -> None:
-    one = worker_command("worker", Path("/work.json"), 1, 24.0)
-    several = worker_command("worker", Path("/work.json"), 4, 24.0)
+    one = worker_command("worker", Path("/tmp/socket"), 1, 24.0)
+    several = worker_command("worker", Path("/tmp/socket"), 4, 24.0)
 
-    assert one[1:] == ["-m", "worker", "/work.json"]
+    assert one[1:] == ["-m", "worker", "/tmp/socket"]
     assert several[2] == "finetune_trainer.train.recipe.processes"
     assert {"--nproc-per-node=4", "--shutdown-timeout=24"} <= set(several)
-    assert several[-3:] == ["--module", "worker", "/work.json"]
+    assert several[-3:] == ["--module", "worker", "/tmp/socket"]
 
 
 @pytest.mark.parametrize(

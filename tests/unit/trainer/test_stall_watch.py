@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,16 +13,20 @@ import pytest
 
 from finetune_trainer.contract import Progress, Reason, RunConfig, Training
 from finetune_trainer.model import ModelFolder
-from finetune_trainer.train.link import WORKERS, Failed, TrainingWork, default_plan
-from finetune_trainer.train.link.channel import Channel, WorkerMessage, listening
+from finetune_trainer.train.link import (
+    Channel,
+    Failed,
+    TrainingWork,
+    WorkerMessage,
+    default_plan,
+    listening,
+)
 from finetune_trainer.train.supervisor.stall_watch import StallWatch
 from finetune_trainer.train.supervisor.training_session import WorkerProcess
 
 ALIVE = WorkerMessage(alive=True)
 HANGS = """
-import sys, threading, time
-from pathlib import Path
-from finetune_trainer.train.link import show_stacks
+import faulthandler, signal, threading, time
 
 def waits_for_ever():
     time.sleep(600)
@@ -29,14 +34,15 @@ def waits_for_ever():
 def another_thread():
     waits_for_ever()
 
-show_stacks(Path(sys.argv[1]))
+faulthandler.register(signal.SIGUSR1, all_threads=True)
 threading.Thread(target=another_thread, daemon=True).start()
+print(flush=True)
 waits_for_ever()
 """
 
 
-def watch(folder: Path, timeout: str = "1s") -> StallWatch:
-    return StallWatch(Training(stall_timeout=timeout), folder)
+def watch(timeout: str = "1s") -> StallWatch:
+    return StallWatch(Training(stall_timeout=timeout))
 
 
 def at_step(step: int) -> WorkerMessage:
@@ -44,17 +50,16 @@ def at_step(step: int) -> WorkerMessage:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_silent_worker_shows_the_stack_of_each_thread_and_is_killed(
-    tmp_path: Path, frozen: bool
-) -> None:
-    watched = watch(tmp_path, "2s")
+def test_a_silent_worker_shows_the_stack_of_each_thread_and_is_killed(frozen: bool) -> None:
+    watched = watch("2s")
     watched.heard(at_step(0))
     watched.heard(at_step(1))
-    command = [sys.executable, "-c", HANGS, str(tmp_path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-        while not (tmp_path / WORKERS).exists():
-            time.sleep(0.01)
+    command, pipe = [sys.executable, "-c", HANGS], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n"
         time.sleep(0.3)  # until both threads wait
+        watched.heard(WorkerMessage(process=process.pid))
         if frozen:
             process.send_signal(signal.SIGSTOP)
         with watched.over(process):
@@ -67,8 +72,8 @@ def test_a_silent_worker_shows_the_stack_of_each_thread_and_is_killed(
     assert "for 2s" in watched.words
 
 
-def test_until_the_first_step_it_has_twice_the_time(tmp_path: Path) -> None:
-    watched = watch(tmp_path)
+def test_until_the_first_step_it_has_twice_the_time() -> None:
+    watched = watch()
     watched.heard(at_step(7))  # where it goes on
     began = time.monotonic()
     with subprocess.Popen(["sleep", "60"]) as process, watched.over(process):
@@ -76,8 +81,8 @@ def test_until_the_first_step_it_has_twice_the_time(tmp_path: Path) -> None:
     assert time.monotonic() - began >= 2
 
 
-def test_signs_of_life_are_enough(tmp_path: Path) -> None:
-    watched = watch(tmp_path)
+def test_signs_of_life_are_enough() -> None:
+    watched = watch()
     for step in (0, 1):
         watched.heard(at_step(step))
     with subprocess.Popen(["sleep", "3"]) as process, watched.over(process):
@@ -88,17 +93,8 @@ def test_signs_of_life_are_enough(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
-def test_signs_of_life_come_through_the_channel_now_and_then(tmp_path: Path) -> None:
-    heard: list[WorkerMessage] = []
-    with listening(tmp_path, heard.append):
-        channel = Channel(tmp_path)
-        for _ in range(1000):
-            channel.alive()
-        channel.close()
-    assert heard == [ALIVE]
-
-
-def test_the_stage_learns_why_its_worker_ended(tmp_path: Path) -> None:
+@pytest.fixture
+def work(tmp_path: Path) -> TrainingWork:
     config = RunConfig.model_validate(
         {
             "model": {"source": "org/base"},
@@ -107,7 +103,7 @@ def test_the_stage_learns_why_its_worker_ended(tmp_path: Path) -> None:
             "training": {"stallTimeout": "1s"},
         }
     )
-    work = TrainingWork(
+    return TrainingWork(
         config=config,
         plan=default_plan(config),
         max_sequence_length=64,
@@ -117,6 +113,19 @@ def test_the_stage_learns_why_its_worker_ended(tmp_path: Path) -> None:
         model=ModelFolder(path=tmp_path),
         workdir=tmp_path,
     )
+
+
+def test_signs_of_life_come_through_the_channel_now_and_then(work: TrainingWork) -> None:
+    heard: list[WorkerMessage] = []
+    with listening(work, heard.append) as link:
+        channel = Channel(link.address)
+        for _ in range(1000):
+            channel.alive()
+        channel.close()
+    assert heard == [WorkerMessage(process=os.getpid()), ALIVE]
+
+
+def test_the_stage_learns_why_its_worker_ended(work: TrainingWork) -> None:
     ending = WorkerProcess("tests.unit.trainer.silent_worker").run(work)
     assert isinstance(ending, Failed)
     assert ending.reason is Reason.STALLED

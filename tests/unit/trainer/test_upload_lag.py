@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import random
-import tempfile
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.train.link import channel
-from finetune_trainer.train.link.channel import UploadLag, read_stored_step, write_stored_step
+from finetune_trainer.train.recipe import saving
+from finetune_trainer.train.recipe.saving import UploadLag
+
+
+@dataclass
+class Store:
+    """What the stage says of it."""
+
+    step: int | None = 0
+
+    def __call__(self) -> int | None:
+        return self.step
 
 
 class Clock:
@@ -23,9 +31,9 @@ class Clock:
         return self.now
 
 
-def due(steps: int | None, workdir: Path, count: int) -> list[int]:
+def due(steps: int | None, count: int) -> list[int]:
     """The steps of which a checkpoint is written, where nobody has to wait."""
-    found, ahead = [], UploadLag(steps, workdir)
+    found, ahead = [], UploadLag(steps, Store(None))
     for step in range(1, count + 1):
         if ahead.is_due(step):
             ahead.add_written(step)
@@ -38,61 +46,58 @@ def due(steps: int | None, workdir: Path, count: int) -> list[int]:
     ("steps", "expected"),
     [(10, [5, 10, 15, 20]), (5, [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]), (50, [])],
 )
-def test_a_checkpoint_is_written_every_half_interval(
-    steps: int, expected: list[int], tmp_path: Path
-) -> None:
-    assert due(steps, tmp_path, 20) == expected
-    assert due(1, tmp_path, 3) == [1, 2, 3]
+def test_a_checkpoint_is_written_every_half_interval(steps: int, expected: list[int]) -> None:
+    assert due(steps, 20) == expected
+    assert due(1, 3) == [1, 2, 3]
 
 
-def test_the_training_waits_where_the_store_is_an_interval_behind(tmp_path: Path) -> None:
-    write_stored_step(tmp_path, 0)
-    ahead = UploadLag(10, tmp_path)
+def test_the_training_waits_where_the_store_is_an_interval_behind() -> None:
+    store = Store(0)
+    ahead = UploadLag(10, store)
     ahead.add_written(5)
     assert not ahead.must_wait()
     assert [step for step in range(6, 11) if ahead.is_due(step)] == [10]
     ahead.add_written(10)
     assert ahead.must_wait(), "ten steps would be lost"
-    write_stored_step(tmp_path, 5)
+    store.step = 5
     assert not ahead.must_wait()
-    write_stored_step(tmp_path, 10)
+    store.step = 10
     ahead.add_written(15)
     assert not ahead.must_wait()
 
 
-def test_after_a_failed_worker_what_is_only_on_disk_does_not_count(tmp_path: Path) -> None:
-    write_stored_step(tmp_path, 4)
-    ahead = UploadLag(10, tmp_path)
+def test_after_a_failed_worker_what_is_only_on_disk_does_not_count() -> None:
+    store = Store(4)
+    ahead = UploadLag(10, store)
     ahead.start_from(12)
     assert [step for step in (13, 14) if ahead.is_due(step)] == [14], "ten after the fourth"
     ahead.add_written(14)
     assert ahead.must_wait()
-    write_stored_step(tmp_path, 12)
+    store.step = 12
     assert not ahead.must_wait()
 
 
-def test_without_a_number_of_steps_the_clock_counts(tmp_path: Path) -> None:
+def test_without_a_number_of_steps_the_clock_counts() -> None:
     clock = Clock()
-    write_stored_step(tmp_path, 0)
-    ahead = UploadLag(None, tmp_path, clock)
+    store = Store(0)
+    ahead = UploadLag(None, store, clock)
     ahead.start_from(0)
-    clock.now += channel.INTERVAL_SECONDS / 2 - 1
+    clock.now += saving.INTERVAL_SECONDS / 2 - 1
     assert not ahead.is_due(7)
     clock.now += 1
     assert ahead.is_due(8)
     ahead.add_written(8)
-    clock.now += channel.INTERVAL_SECONDS / 2
+    clock.now += saving.INTERVAL_SECONDS / 2
     assert ahead.is_due(16)
     ahead.add_written(16)
     assert ahead.must_wait()
     clock.now += 3600
-    write_stored_step(tmp_path, 16)
+    store.step = 16
     assert not ahead.must_wait(), "a long wait is no training"
 
 
-def test_nobody_is_waited_for_where_nobody_uploads(tmp_path: Path) -> None:
-    assert read_stored_step(tmp_path) is None
-    ahead = UploadLag(1, tmp_path)
+def test_nobody_is_waited_for_where_nobody_uploads() -> None:
+    ahead = UploadLag(1, Store(None))
     for step in range(1, 5):
         assert ahead.is_due(step)
         ahead.add_written(step)
@@ -105,35 +110,24 @@ def test_a_kill_at_any_moment_costs_one_interval_at_most(
     steps: int, pace: float, seed: int
 ) -> None:
     """Uploads take `pace` steps each, more or less; one at a time, and then the newest."""
-    chance = random.Random(seed)  # noqa: S311 - the store's pace
-    with tempfile.TemporaryDirectory() as folder:
-        workdir, clock = Path(folder), Clock()
-        stored, uploading, waiting, left = 0, 0, 0, 0.0
-        write_stored_step(workdir, 0)
-        ahead, step, waits = UploadLag(steps, workdir), 0, 0
-        for _ in range(400):
-            left -= 1
-            if uploading and left <= 0:
-                stored, uploading = uploading, 0
-                write_stored_step(workdir, stored)
-            if waiting and not uploading:
-                uploading, waiting, left = waiting, 0, chance.uniform(0, 2 * pace)
-            if ahead.must_wait():
-                waits += 1
-                continue
-            step += 1
-            clock.now += 1
-            assert step - stored <= steps
-            if ahead.is_due(step):
-                ahead.add_written(step)
-                waiting = step
-        assert step > 0
-        # An upload within half an interval is never waited for.
-        assert not waits or 2 * pace + 1 > steps / 2
-
-
-def test_the_step_is_never_read_half_written(tmp_path: Path) -> None:
-    for step in itertools.chain(range(5), [1_000_000]):
-        write_stored_step(tmp_path, step)
-        assert read_stored_step(tmp_path) == step
-    assert [file.name for file in tmp_path.iterdir()] == [channel.STORED_STEP]
+    chance, store = random.Random(seed), Store()  # noqa: S311 - the store's pace
+    stored, uploading, waiting, left = 0, 0, 0, 0.0
+    ahead, step, waits = UploadLag(steps, store), 0, 0
+    for _ in range(400):
+        left -= 1
+        if uploading and left <= 0:
+            stored, uploading = uploading, 0
+            store.step = stored
+        if waiting and not uploading:
+            uploading, waiting, left = waiting, 0, chance.uniform(0, 2 * pace)
+        if ahead.must_wait():
+            waits += 1
+            continue
+        step += 1
+        assert step - stored <= steps
+        if ahead.is_due(step):
+            ahead.add_written(step)
+            waiting = step
+    assert step > 0
+    # An upload within half an interval is never waited for.
+    assert not waits or 2 * pace + 1 > steps / 2

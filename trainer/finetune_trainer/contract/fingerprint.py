@@ -186,7 +186,12 @@ def _changing(config: RunConfig, contents: ExampleContents) -> dict[str, Any]:
     training = config.training
     given, usual = training.lora.target_modules, list(TargetModule)
     in_order = (*(n.value for n in usual if n in given), *sorted(set(given).difference(usual)))
-    lora = training.lora.model_copy(update={"target_modules": in_order})
+    lora = training.lora.model_copy(
+        update={
+            "target_modules": in_order,
+            "modules_to_save": tuple(sorted(training.lora.modules_to_save)),
+        }
+    )
     found: dict[str, Any] = training.model_copy(update={"lora": lora}).model_dump(
         mode="json", exclude=UNCHANGING | CONDITIONAL, exclude_defaults=True
     )

@@ -70,6 +70,15 @@ class Lora(Base):
     (Phi-3, Phi-4) q_proj, k_proj and v_proj stand for qkv_proj, gate_proj and up_proj for
     gate_up_proj. With dots a name means fewer layers, e.g. layers.0.self_attn.q_proj."""
 
+    modules_to_save: Annotated[
+        tuple[ModuleName, ...],
+        Field(max_length=2, json_schema_extra={"x-kubernetes-list-type": "set"}),
+    ] = ()
+    """Modules that are trained as a whole beside the adapter, with all of their weights: the input
+    embedding (embed_tokens), the output layer (lm_head), or both. For tokens that the base model
+    knows no meaning of, e.g. those of another chat template. It takes 16 bytes a weight, and
+    llama.cpp can't apply such an adapter alone; the merged files are as usual."""
+
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r (rank-stabilized LoRA), so that large ranks
     learn as they should."""

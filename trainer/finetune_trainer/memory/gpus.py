@@ -1,25 +1,15 @@
-"""The GPUs at hand: what the driver has, what torch can use of them, and why that is less.
-
-The driver is asked through NVML (nvidia-ml-py), torch in a process of its own (`torch_probe`):
-importing it takes seconds, and the caller may have to do without it.
-"""
+"""GPUs as `machine` finds them: what the driver has, what torch can use, and why that is less."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.runtime import binary
 
-TORCH_PROBE = "finetune_trainer.memory.torch_probe"  # a program
-PROBE_SECONDS = 120.0  # a cold CUDA driver takes up to half a minute
 HIDING = "CUDA_VISIBLE_DEVICES"
 NO_NVML = "nvidia-ml-py isn't installed"
 # The oldest Linux driver for each major version of CUDA: NVIDIA's release notes of the toolkit, on
@@ -126,25 +116,6 @@ class Gpus:
         """How many there seem to be, whether or not torch can use them."""
         files = sum(1 for name in self.device_files if name != "kfd")
         return max(files, len(self.driver.gpus) if self.driver else 0, len(self.usable))
-
-
-def find_gpus(wanted: int = 0, dev: Path = Path("/dev")) -> Gpus:
-    """Look at the devices, the driver and torch; the last only where there may be a GPU.
-
-    With `wanted` GPUs torch is asked in any case, for the reason why there are fewer.
-    """
-    files = sorted([*dev.glob("nvidia[0-9]*"), *dev.glob("dxg"), *dev.glob("kfd")])
-    driver, driver_error = _ask_driver()
-    found = Gpus(
-        tuple(file.name for file in files),
-        driver,
-        driver_error,
-        hidden_by=os.environ.get(HIDING),
-    )
-    if not found.present and "kfd" not in found.device_files and not wanted:
-        return found
-    torch, torch_error = _ask_torch()
-    return Gpus(**{**vars(found), "torch": torch, "torch_error": torch_error})
 
 
 def check_gpus(wanted: int, found: Gpus) -> None:
@@ -315,50 +286,3 @@ def _built_for(torch: TorchBuild) -> str:
 
 def _dotted(version: Version) -> str:
     return f"{version[0]}.{version[1]}"
-
-
-def _ask_driver() -> tuple[Driver | None, str | None]:
-    try:
-        import pynvml  # noqa: PLC0415 - an image of one's own may do without it
-    except ImportError:
-        return None, NO_NVML
-    try:
-        pynvml.nvmlInit()
-        try:
-            return _read_driver(pynvml), None
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError as error:
-        return None, str(error)
-
-
-def _read_driver(nvml: Any) -> Driver:
-    def read(index: int) -> Gpu:
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        return Gpu(
-            str(nvml.nvmlDeviceGetName(handle)),
-            int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
-            tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)),
-        )
-
-    cuda = int(nvml.nvmlSystemGetCudaDriverVersion_v2())  # e.g. 12040 for 12.4
-    return Driver(
-        str(nvml.nvmlSystemGetDriverVersion()),
-        (cuda // 1000, cuda % 1000 // 10),
-        tuple(read(index) for index in range(nvml.nvmlDeviceGetCount())),
-    )
-
-
-def _ask_torch() -> tuple[TorchBuild | None, str | None]:
-    command = [sys.executable, "-m", TORCH_PROBE]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return None, f"torch did not answer within {PROBE_SECONDS:.0f} seconds"
-    try:
-        return TorchBuild.parse(done.stdout.strip().splitlines()[-1]), None
-    except (IndexError, ValueError, TypeError, KeyError):
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        return None, f"torch can't be loaded: {last:.300}"

@@ -161,6 +161,8 @@ def _labels(training: Training, lengths: Lengths) -> int:
 def _parallelisms(training: Training, devices: int) -> list[Parallelism]:
     if devices == 1:
         return ["none"]
+    if training.lora.modules_to_save:
+        return ["ddp"]  # prepare_stage.check_config
     return ["ddp", "fsdp"] if training.parallelism == "auto" else [training.parallelism]
 
 

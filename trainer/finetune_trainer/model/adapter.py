@@ -43,7 +43,6 @@ _OTHER_RESULT = (
     "layer_replication",
     "lora_bias",
     "megatron_config",
-    "modules_to_save",
     "monteclora_config",
     "target_parameters",
     "trainable_token_indices",
@@ -131,7 +130,7 @@ def told_by_files(lora: Lora, tensors: Iterable[str]) -> bool:
 
     They don't tell linear layers from others, nor how transformers holds experts.
     """
-    usual = set(lora.target_modules) <= set(TargetModule)
+    usual = set(lora.target_modules) <= set(TargetModule) and not lora.modules_to_save
     return usual and not any(".experts." in name for name in tensors)
 
 
@@ -152,6 +151,31 @@ def resolve_targets(lora: Lora, layers: Layers) -> list[str]:
     if fused := [f"{own} for {name}" for name, own in found.items() if name != own]:
         log.info("The model fuses layers: the adapter goes to %s", ", ".join(fused))
     return sorted({own for own in found.values() if own})
+
+
+def resolve_whole(lora: Lora, layers: Layers) -> list[str]:
+    """The modules that are trained as a whole, as PEFT takes them.
+
+    Where input embedding and output layer are one, either name stands for it. Raises
+    StageError(InvalidConfig) for any other module.
+    """
+    own = {"embedding": layers.embedding, "output": layers.output}
+    found = {
+        kind: name
+        for kind, module in own.items()
+        for name in lora.modules_to_save
+        if module and is_meant(module, [name])
+    }
+    if missing := sorted(set(lora.modules_to_save) - set(found.values())):
+        names = " and ".join(_short(each) for each in own.values() if each) or "none"
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"spec.training.lora.modulesToSave: {', '.join(missing)} is neither the base model's "
+            f"input embedding nor its output layer, which are {names}.",
+        )
+    if found and layers.tied and layers.embedding:
+        return [_short(layers.embedding)]
+    return [*found.values()]
 
 
 def is_meant(name: str, targets: Collection[str]) -> bool:
@@ -203,6 +227,8 @@ def lora_config(lora: Lora, model: torch.nn.Module) -> LoraConfig:
     from peft import LoraConfig  # noqa: PLC0415
 
     linear = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    layers = Layers.of(model)
+    whole = resolve_whole(lora, layers)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -210,7 +236,9 @@ def lora_config(lora: Lora, model: torch.nn.Module) -> LoraConfig:
         lora_dropout=lora.dropout,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        target_modules=resolve_targets(lora, Layers.of(model)),
+        target_modules=resolve_targets(lora, layers),
+        modules_to_save=whole or None,
+        ensure_weight_tying=bool(whole) and layers.tied,
         exclude_modules=None if of_text(linear) == linear else NO_TEXT,
         bias="none",
     )

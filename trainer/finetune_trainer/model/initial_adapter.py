@@ -185,6 +185,14 @@ def _check_layers(found: InitialAdapter, header: Header, outline: AdapterOutline
     ours = outline.tensors
     if theirs == ours:
         return
+    whole = [sorted(name for name in each if ".lora_" not in name) for each in (theirs, ours)]
+    if whole[0] != whole[1]:
+        said = [", ".join(names) or "no module" for names in whole]
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"{LORA}.modulesToSave: the adapter in {found.source} ({FIELD}) has {said[0]} as a "
+            f"whole, and the spec's {said[1]}: name the same modules.",
+        )
     there, here = (_kinds(adapted_modules(tensors)) for tensors in (theirs, ours))
     if there != here:
         raise StageError(

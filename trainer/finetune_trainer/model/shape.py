@@ -187,11 +187,14 @@ class Shape:
     def adapter(self, lora: Lora) -> int:
         """Trainable parameters: A is rank x input, B is output x rank, in every layer.
 
-        DoRA has a magnitude for each output as well.
+        DoRA has a magnitude for each output as well. Embeddings that are trained as a whole count
+        with all their weights.
         """
+        whole = min(len(lora.modules_to_save), 1 if self.tied else 2)
         magnitudes = 1 if lora.use_dora else 0
         widths = self.targets(lora).values()
-        return self.layers * sum(lora.r * (i + o) + magnitudes * o for i, o in widths)
+        matrices = self.layers * sum(lora.r * (i + o) + magnitudes * o for i, o in widths)
+        return matrices + whole * self.vocabulary * self.hidden
 
     def scaled(self, factor: float) -> Shape:
         """A model of like proportions, `factor` times as wide and deep, of the same vocabulary."""

@@ -157,6 +157,24 @@ def check_config(config: RunConfig) -> None:
             "of that training (versions/…/merged) as spec.model.source, or take objective orpo, "
             "which compares with none.",
         )
+    if config.training.lora.modules_to_save:
+        _check_whole_modules(config)
+
+
+def _check_whole_modules(config: RunConfig) -> None:
+    field = "spec.training.lora.modulesToSave"
+    if config.export.adapter_gguf:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"spec.export.adapterGguf: llama.cpp can't apply an adapter with {field}. Leave "
+            "adapterGguf out (the merged files are as usual), or leave out modulesToSave.",
+        )
+    if config.training.parallelism == "fsdp":
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"spec.training.parallelism: fsdp can't spread a model with {field}. Set it to ddp, or "
+            "leave out modulesToSave.",
+        )
 
 
 def check_held_out(config: RunConfig, rows: int) -> None:

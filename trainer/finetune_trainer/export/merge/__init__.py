@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.export.merge.checkpoint import (
     FLOAT16_SAFE,
+    OUTPUT_LAYERS,
     BaseTensor,
     TensorInfo,
     other_model_error,
@@ -33,7 +34,7 @@ from finetune_trainer.export.merge.checkpoint import (
     sixteen_bit_type,
     weight_names,
 )
-from finetune_trainer.export.merge.deltas import ALIGNED, Delta, read_adapter
+from finetune_trainer.export.merge.deltas import ALIGNED, Replacement, WeightChange, read_adapter
 
 __all__ = ["MergedWeights", "TensorInfo", "is_finite"]
 
@@ -50,7 +51,10 @@ class MergedWeights:
     """Base model and adapter, merged as they are read. Reading is safe from several threads."""
 
     def __init__(
-        self, stored: Mapping[str, BaseTensor], deltas: Mapping[str, Delta], dtype: torch.dtype
+        self,
+        stored: Mapping[str, BaseTensor],
+        deltas: Mapping[str, WeightChange],
+        dtype: torch.dtype,
     ) -> None:
         self._stored = stored
         self._deltas = deltas
@@ -171,9 +175,10 @@ def _without_tied_copy(
 
 
 def _deltas(
-    base: Path, modules: dict[str, Delta], stored: Mapping[str, BaseTensor]
-) -> dict[str, Delta]:
-    """Deltas by the names of the weights that they change."""
+    base: Path, modules: dict[str, WeightChange], stored: Mapping[str, BaseTensor]
+) -> dict[str, WeightChange]:
+    """What the adapter changes, by the names of the weights."""
+    modules = _without_tied_output(modules, stored)
     names = weight_names(base, modules, stored.keys())
     for module, delta in modules.items():
         shape = tuple(stored[names[module]].tensor.shape)
@@ -182,6 +187,22 @@ def _deltas(
                 f"its {names[module]} has shape {shape} instead of {delta.shape}"
             )
     return {names[module]: delta for module, delta in modules.items()}
+
+
+def _without_tied_output(
+    modules: dict[str, WeightChange], stored: Collection[str]
+) -> dict[str, WeightChange]:
+    """Leave out an output layer that is the input embedding, which PEFT saves under both names."""
+    whole = {m: c.weight for m, c in modules.items() if isinstance(c, Replacement)}
+    outputs = [
+        m for m in whole if m.rpartition(".")[2] in OUTPUT_LAYERS and f"{m}.weight" not in stored
+    ]
+    inputs = [m for m in whole if m not in outputs]
+    if len(outputs) != 1 or len(inputs) != 1:
+        return modules
+    if not torch.equal(whole[outputs[0]], whole[inputs[0]]):
+        return modules
+    return {m: change for m, change in modules.items() if m != outputs[0]}
 
 
 def _spans(start: int, stop: int, tensor: torch.Tensor) -> Iterator[tuple[int, int]]:

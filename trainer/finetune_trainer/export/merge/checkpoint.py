@@ -159,7 +159,7 @@ def _named(config: dict[str, Any]) -> torch.dtype | None:
     return None
 
 
-_OUTPUT_LAYERS = ("lm_head", "embed_out")
+OUTPUT_LAYERS = ("lm_head", "embed_out")
 
 
 def weight_names(base: Path, modules: Iterable[str], stored: Collection[str]) -> dict[str, str]:
@@ -185,7 +185,7 @@ def other_model_error(cause: str) -> StageError:
 
 def _refuse_tied(base: Path, modules: list[str]) -> None:
     """An output layer that is the input embedding as well can't be changed alone."""
-    outputs = [module for module in modules if module.split(".")[-1] in _OUTPUT_LAYERS]
+    outputs = [module for module in modules if module.split(".")[-1] in OUTPUT_LAYERS]
     if not outputs:
         return
     from transformers import AutoConfig  # noqa: PLC0415 - slow to import, and seldom needed

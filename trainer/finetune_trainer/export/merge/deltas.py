@@ -12,8 +12,14 @@ import torch
 from safetensors import SafetensorError
 
 from finetune_trainer.contract import Reason, StageError
-from finetune_trainer.export.merge.checkpoint import open_file, shortened
-from finetune_trainer.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, other_kind
+from finetune_trainer.export.merge.checkpoint import OUTPUT_LAYERS, open_file, shortened
+from finetune_trainer.model.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PREFIX,
+    is_meant,
+    other_kind,
+)
 
 ALIGNED = 64  # rows
 
@@ -55,6 +61,30 @@ class Delta:
         return total
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """The weight of a module that was trained as a whole (PEFT's modules_to_save)."""
+
+    weight: torch.Tensor
+    """(out, in)"""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the weight that it replaces."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        return (self.weight,)
+
+    def merge(self, base: torch.Tensor, start: int) -> torch.Tensor:
+        """The rows in place of `base`, which are those from `start` on, in float32."""
+        return self.weight[start : start + base.shape[0]].float()
+
+
+WeightChange = Delta | Replacement
+
+
 def _enough_rows(start: int, stop: int, rows: int) -> tuple[int, int]:
     """The rows to compute so that `start` to `stop` get the bits that they have among all."""
     low = start // ALIGNED * ALIGNED
@@ -64,11 +94,15 @@ def _enough_rows(start: int, stop: int, rows: int) -> tuple[int, int]:
     return low, high
 
 
+_WEIGHT = ".weight"
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 
-def read_adapter(folder: Path) -> dict[str, Delta]:
-    """The adapter's deltas by module, e.g. model.layers.0.self_attn.q_proj; raises StageError."""
+def read_adapter(folder: Path) -> dict[str, WeightChange]:
+    """What the adapter changes, by module such as model.layers.0.self_attn.q_proj.
+
+    Raises StageError(ModelUnsupported) where it can't be merged.
+    """
     config = _read_config(folder / ADAPTER_CONFIG)
     _refuse_other_kinds(config)
     if missing := [key for key in ("r", "lora_alpha") if not config.get(key)]:
@@ -76,15 +110,37 @@ def read_adapter(folder: Path) -> dict[str, Delta]:
     tensors = _read_tensors(folder / ADAPTER_WEIGHTS)
     modules = {name.removesuffix(_A) for name in tensors if name.endswith(_A)}
     used = {f"{m}{part}" for m in modules for part in (_A, _B, _MAGNITUDE)}
-    if unknown := sorted(set(tensors) - used):
+    whole = {name for name in tensors if _is_whole(name, config)}
+    if unknown := sorted(set(tensors) - used - whole):
         raise StageError(
             Reason.MODEL_UNSUPPORTED,
             f"The adapter can't be merged: it holds {shortened(unknown)} besides the LoRA weights "
-            "of linear layers. Leave embed_tokens and lm_head out of the target modules.",
+            "of linear layers. Leave embed_tokens and lm_head out of the target modules; "
+            "modules_to_save may name them.",
         )
     if not modules:
         raise _unusable("it holds no LoRA layer")
-    return {m.removeprefix(PREFIX): _delta(m, tensors, config) for m in sorted(modules)}
+    _check_whole(config, whole)
+    found: dict[str, WeightChange] = {m: _delta(m, tensors, config) for m in sorted(modules)}
+    found |= {n.removesuffix(_WEIGHT): Replacement(tensors[n]) for n in sorted(whole)}
+    return {module.removeprefix(PREFIX): change for module, change in found.items()}
+
+
+def _check_whole(config: dict[str, Any], whole: set[str]) -> None:
+    """Each module that was trained as a whole must be there."""
+    there = [name.removesuffix(_WEIGHT) for name in whole]
+    for name in config.get("modules_to_save") or ():
+        if not any(is_meant(module, [name]) for module in there):
+            raise _unusable(f"modules_to_save names {name}, whose weight is missing")
+
+
+def _is_whole(name: str, config: dict[str, Any]) -> bool:
+    """Whether a tensor is the weight of a module that was trained as a whole."""
+    module = name.removesuffix(_WEIGHT)
+    named = config.get("modules_to_save") or ()
+    tied = bool(named) and bool(config.get("ensure_weight_tying"))
+    targets = (*named, *(OUTPUT_LAYERS if tied else ()))  # saved once more under that name
+    return module != name and ".lora_" not in name and is_meant(module, targets)
 
 
 def _delta(module: str, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Delta:

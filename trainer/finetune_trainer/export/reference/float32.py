@@ -227,6 +227,12 @@ class MappedWeight(torch.Tensor):
         made.source = source
         return made
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
+        """In float32, to be written to: PEFT's copy of a module that was trained as a whole."""
+        made = torch.nn.Parameter(self.source.float(), requires_grad=False)
+        memo[id(self)] = made
+        return made
+
     @classmethod
     def __torch_function__(
         cls,

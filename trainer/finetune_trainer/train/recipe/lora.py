@@ -68,6 +68,18 @@ def make_layers_faster(model: torch.nn.Module) -> None:
                 layer.lora_dropout[name] = FastDropout(module.p)
 
 
+def embed_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let the input embedding give its rows in this type, also where it is trained in float32.
+
+    All layers after it would compute in float32 otherwise, or in two types at once.
+    """
+
+    def cast(_: torch.nn.Module, __: object, rows: torch.Tensor) -> torch.Tensor:
+        return rows.to(dtype)
+
+    model.get_input_embeddings().register_forward_hook(cast)
+
+
 class FastDropout(torch.nn.Module):
     """torch.nn.Dropout with 16 random bits for a value: several times faster on CPUs.
 

@@ -2,7 +2,7 @@
 
     python -m finetune_trainer.train.recipe.processes [torchrun's arguments] <pid of the stage>
 
-is torchrun, whose exit status is here that of the worker that failed first. The worker asks before
+is torchrun, whose exit status is here that of the worker that ended first. The worker asks before
 it loads torch, so the functions that need torch import it themselves.
 """
 
@@ -19,11 +19,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from finetune_trainer.contract import StageError, TrainingPlan
+from finetune_trainer.contract import TrainingPlan
 from finetune_trainer.runtime import child
-from finetune_trainer.runtime.endings import explain
 from finetune_trainer.runtime.startup import set_up_libraries
-from finetune_trainer.train.link import FAILED, write_failure
 
 if TYPE_CHECKING:
     import torch
@@ -150,48 +148,40 @@ def main(arguments: list[str], parent: int) -> int:
     try:
         run(parse_args([*arguments, str(os.getpid())]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        return _report(error, Path(arguments[-1]).parent)
+        return _report(error)
     except SignalException as stop:
         return 128 + int(stop.sigval)
     return 0
 
 
-def _report(error: ChildFailedError, workdir: Path) -> int:
-    """Log the failures, the first one first; if none gave the reason, the first one's is it."""
-    failures = sorted(error.failures.items(), key=lambda each: _failed_at(each[1]))
-    for rank, failure in failures:
-        log.warning(
-            "Process %d ended with status %d: %s", rank, failure.exitcode, _first_line(failure)
-        )
-    first = _first_failure(error)
-    if first.exitcode < 0:
-        return 128 - first.exitcode
-    if Path(first.error_file).exists() and not (workdir / FAILED).exists():
-        cause = explain(RuntimeError(_words(first)))
-        message = cause.message.removeprefix("RuntimeError: ")
-        write_failure(workdir, StageError(cause.reason, message))
-    return int(first.exitcode)
-
-
-def _first_failure(error: ChildFailedError) -> ProcessFailure:
-    """The one that took the other processes with it.
+def _report(error: ChildFailedError) -> int:
+    """Log the failures, the first one first. The status of the one that took the others with it.
 
     One that the kernel killed left no error, and those that lose it may leave theirs before
     torchrun looks. Whoever is left when torchrun looks is ended by its signals, which count last.
     """
-    seen = list(error.failures.values())
-    began = min(failure.timestamp for failure in seen)
-    for failure in seen:
+    failures = sorted(error.failures.items(), key=lambda each: _order(each[1]))
+    for rank, failure in failures:
+        log.warning(
+            "Process %d ended with status %d: %s", rank, failure.exitcode, _first_line(failure)
+        )
+    began = min(failure.timestamp for _, failure in failures)
+    for _, failure in failures:
         by_torchrun = failure.timestamp - began >= CLOSE_SECONDS
         if failure.exitcode == -signal.SIGKILL and not by_torchrun:
-            return failure
-    return min(seen, key=lambda each: (each.exitcode < 0, _failed_at(each)))
+            return 128 + signal.SIGKILL
+    status = int(failures[0][1].exitcode)
+    return status if status >= 0 else 128 - status
 
 
-def _failed_at(failure: ProcessFailure) -> int:
-    """Nanoseconds; what it notes itself is in whole seconds, and all may fail within one."""
+def _order(failure: ProcessFailure) -> tuple[bool, int]:
+    """Whether a signal ended it, and nanoseconds.
+
+    What it notes itself is in whole seconds, and all may fail within one.
+    """
     file = Path(failure.error_file)
-    return file.stat().st_mtime_ns if file.exists() else failure.timestamp * 1_000_000_000
+    at = file.stat().st_mtime_ns if file.exists() else failure.timestamp * 1_000_000_000
+    return failure.exitcode < 0, at
 
 
 def _first_line(failure: ProcessFailure) -> str:

@@ -4,7 +4,16 @@
                     optimizer.pt  scheduler.pt  rng_state.pth        to go on bit for bit
                     trainer_state.json                               step, log, our counters
 
-`link.channel.UploadLag` says when one is due, and when the training has to wait for the store.
+The stage says which one is in the store. So the training runs ahead of the store by one interval,
+and no further:
+
+    step      0 ------- 5 ------- 10 ------- 15        checkpointSteps: 10
+    written             5         10         15        every half interval
+    stored                        5          10        each has the other half for its upload
+
+A kill at any moment costs one interval at most. Where the store is slower than that, the training
+waits for it. A checkpoint that the store refuses counts as done, with a warning, so that an outage
+doesn't stop the training: only then may a kill cost more.
 
 A step at the end of an epoch is saved after the epoch's evaluation, so that a resumed run neither
 repeats nor misses it. What the Trainer forgets (running sums of the loss, the time, the state of
@@ -39,11 +48,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.runtime import size
 from finetune_trainer.runtime.endings import explain
-from finetune_trainer.train.link import InterruptedTrainingError, TrainingWork
-from finetune_trainer.train.link.channel import Channel, UploadLag
-from finetune_trainer.train.recipe.processes import is_lost_peer
+from finetune_trainer.train.link import Channel, InterruptedTrainingError, TrainingWork
+from finetune_trainer.train.recipe.training_log import LossSums
 
-POLL_SECONDS = 0.05  # while the store is behind
+INTERVAL_SECONDS = 600.0  # where training.checkpointSteps is left out
+WAIT_SECONDS = 0.2  # at most, between two looks at a store that is behind
 FULL_BYTES = 1 << 20  # a disk with less is full
 
 log = logging.getLogger(__name__)
@@ -54,7 +63,8 @@ class AfterStep(IntEnum):
 
     GO_ON = 0
     SAVE = 1
-    SAVE_AND_END = 2
+    WAIT = 2
+    SAVE_AND_END = 3
 
 
 @dataclass(frozen=True)
@@ -82,38 +92,6 @@ def train_with_checkpoints(
     with saver.explaining_errors():
         output = trainer.train(resume_from_checkpoint=resume_from)
     return output, saver.resumed
-
-
-@dataclass(frozen=True)
-class LossSums:
-    """The Trainer's sums of the loss, which its checkpoints leave out.
-
-    It has them in private attributes only. Without them the loss at the first logging step after a
-    resume would be the mean of the steps since the resume, and the total would miss all before it.
-    """
-
-    running_loss: float
-    """Sum since the last logging step."""
-
-    total_loss: float
-    """Sum of all steps up to the last logging step."""
-
-    last_logged: int
-    """The last logging step."""
-
-    @classmethod
-    def of(cls, trainer: Trainer) -> LossSums:
-        """Before the training begins there are none."""
-        return cls(
-            float(getattr(trainer, "_tr_loss", 0.0)),
-            float(getattr(trainer, "_total_loss_scalar", 0.0)),
-            int(getattr(trainer, "_globalstep_last_logged", 0)),
-        )
-
-    def put_back(self, trainer: Trainer) -> None:
-        trainer._tr_loss += self.running_loss
-        trainer._total_loss_scalar = self.total_loss
-        trainer._globalstep_last_logged = self.last_logged
 
 
 @dataclass(frozen=True)
@@ -147,6 +125,63 @@ class StepState:
         trainer._tr_loss = self.running_loss.clone()
 
 
+@dataclass(frozen=True)
+class WrittenCheckpoint:
+    """A checkpoint on disk."""
+
+    step: int
+    at: float
+    """When it was written: in steps, or in seconds on the clock."""
+
+
+class UploadLag:
+    """The checkpoints on disk, from the newest one in the store on."""
+
+    def __init__(
+        self,
+        steps: int | None,
+        stored_step: Callable[[], int | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._steps = steps
+        self._stored_step = stored_step
+        self._clock = clock
+        self._interval = float(steps) if steps else INTERVAL_SECONDS
+        self._half = float(max(steps // 2, 1)) if steps else INTERVAL_SECONDS / 2
+        self._written: list[WrittenCheckpoint] = []
+        self.start_from(0)
+
+    def start_from(self, step: int) -> None:
+        """The training begins, or goes on, with so many steps done."""
+        stored = self._stored_step()
+        self._written = [self._now(step)]
+        if stored is not None and stored < step:  # a worker failed, and its last step is on disk
+            self._written.insert(0, self._now(stored))
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint of this step should be written."""
+        now = self._now(step).at
+        return now - self._written[-1].at >= self._half or now - self._stored_at() >= self._interval
+
+    def add_written(self, step: int) -> None:
+        self._written.append(self._now(step))
+
+    def must_wait(self) -> bool:
+        """Whether the disk is an interval ahead of the store: no further step may begin."""
+        return len(self._written) > 1 and self._written[-1].at - self._stored_at() >= self._interval
+
+    def _stored_at(self) -> float:
+        """When the newest checkpoint in the store was written. Forgets those before it."""
+        stored = self._stored_step()
+        newest = self._written[-1].step if stored is None else stored
+        while len(self._written) > 1 and self._written[1].step <= newest:
+            self._written.pop(0)
+        return self._written[0].at
+
+    def _now(self, step: int) -> WrittenCheckpoint:
+        return WrittenCheckpoint(step, float(step) if self._steps else self._clock())
+
+
 class CheckpointSaver(TrainerCallback, ExportableState):
     """Decides after each step whether to save, and brings back what the Trainer forgets."""
 
@@ -161,7 +196,8 @@ class CheckpointSaver(TrainerCallback, ExportableState):
         self._work = work
         self._channel = channel
         self._clock = clock
-        self._lag = UploadLag(work.config.training.checkpoint_steps, work.workdir, clock)
+        stored_step = channel.stored_step if channel else lambda: None
+        self._lag = UploadLag(work.config.training.checkpoint_steps, stored_step, clock)
         self._began = clock()
         self._stop_requested = False
         self._in_optimizer = False
@@ -239,9 +275,7 @@ class CheckpointSaver(TrainerCallback, ExportableState):
         folder = self._finished_folder(state.global_step)
         if self._channel and state.is_world_process_zero:
             self._channel.checkpoint(state.global_step, folder)
-        self._wait_for_store()
-        wish = AfterStep.SAVE_AND_END if self._stop_requested else AfterStep.GO_ON
-        if self._agree(wish) is AfterStep.SAVE_AND_END:
+        if self._wait_for_store() is AfterStep.SAVE_AND_END:
             raise InterruptedTrainingError(
                 StageError(Reason.STOPPED, "Stopped by a signal."), state.global_step, folder
             )
@@ -281,8 +315,6 @@ class CheckpointSaver(TrainerCallback, ExportableState):
             if failure.reason is Reason.OUT_OF_GPU_MEMORY:
                 step = self._trainer.state.global_step
                 raise InterruptedTrainingError(failure, step, self.save_last_step()) from error
-            if is_lost_peer(error):
-                self._save_for_failed_peer()
             full = failure.reason is Reason.OUT_OF_DISK or self._is_disk_full()
             if self._saving is not None and full:
                 # Half a checkpoint makes way for what the error itself needs on the disk.
@@ -292,25 +324,18 @@ class CheckpointSaver(TrainerCallback, ExportableState):
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def _save_for_failed_peer(self) -> None:
-        """Another process failed and may not save. The first one has the last step whole."""
-        try:
-            folder = self.save_last_step()
-        except Exception as error:  # e.g. a GPU that answers no more: the cause counts, not this
-            log.warning("The last step can't be saved: %s", error)
-            return
-        if folder and self._channel:
-            self._channel.checkpoint(self._trainer.state.global_step, folder)
-
-    def _wait_for_store(self) -> None:
+    def _wait_for_store(self) -> AfterStep:
         """Let no step begin that is more than an interval ahead of the store, unless at a stop."""
-        began = self._clock()
-        while self._lag.must_wait() and not self._stop_requested:
-            time.sleep(POLL_SECONDS)
-            if self._channel:
+        began, agreed = self._clock(), AfterStep.WAIT
+        while agreed is AfterStep.WAIT:
+            wish = AfterStep.WAIT if self._lag.must_wait() else AfterStep.GO_ON
+            agreed = self._agree(AfterStep.SAVE_AND_END if self._stop_requested else wish)
+            if agreed is AfterStep.WAIT and self._channel:
                 self._channel.alive()  # it is the store that is slow
+                self._channel.stored_step(WAIT_SECONDS)
         if (waited := self._clock() - began) > 1:
             log.info("Waited %.0f s for the upload of an earlier checkpoint", waited)
+        return agreed
 
     def _decide(self, state: Any, control: Any) -> None:
         due = AfterStep.SAVE if self._lag.is_due(state.global_step) else AfterStep.GO_ON

@@ -41,13 +41,13 @@ from finetune_trainer.model.loading import (
 )
 from finetune_trainer.model.tokenizer import load_tokenizer
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.train.link import Trained, TrainingWork, write_lengths
-from finetune_trainer.train.link.channel import Channel
+from finetune_trainer.train.link import Channel, Trained, TrainingWork
 from finetune_trainer.train.recipe import processes, reporting, unsloth_engine
 from finetune_trainer.train.recipe.data import TokenizedRows, check_rows, tokenize
 from finetune_trainer.train.recipe.lora import (
     count_base_parameters,
     count_trainable_parameters,
+    embed_in,
     make_layers_faster,
     start_from,
 )
@@ -82,8 +82,8 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     reporter.message("Tokenizing the examples")
     tokenizer = load_tokenizer(work.model)
     examples, held_out = read_rows(work, tokenizer)
-    if processes.is_first():
-        write_lengths(work.workdir, examples.longest)  # for the memory ladder
+    if channel:
+        channel.lengths(examples.longest)
     epochs = resolve_epochs(settings.epochs, len(examples))
 
     reporter.message("Loading the base model")
@@ -192,6 +192,8 @@ def build_trainer(
     reporting.guard_trackers(trainer)
     if model.dtype is not torch.float32 and not unsloth:
         make_layers_faster(cast("torch.nn.Module", trainer.model))
+        if work.config.training.lora.modules_to_save:
+            embed_in(cast("PreTrainedModel", trainer.model), model.dtype)
     if work.initial_adapter and work.resume_from is None:
         start_from(cast("PeftModel", trainer.model), work.initial_adapter)
     return trainer

@@ -1,6 +1,6 @@
 """The process that trains.
 
-    python -m finetune_trainer.train.recipe.train_worker work.json <pid of the parent>
+    python -m finetune_trainer.train.recipe.train_worker <the stage's socket> <pid of the parent>
 
 It has torch and the model. The stage that starts it has the store, the status and the decisions.
 So the stage can still report when memory runs out, native code crashes or a stop comes.
@@ -8,8 +8,10 @@ So the stage can still report when memory runs out, native code crashes or a sto
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,8 +20,7 @@ from finetune_trainer.runtime import child
 from finetune_trainer.runtime.endings import explain
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.runtime.startup import set_up_libraries
-from finetune_trainer.train.link import TRAINED, TrainingWork, show_stacks, write_failure
-from finetune_trainer.train.link.channel import Channel
+from finetune_trainer.train.link import Channel, as_failed
 from finetune_trainer.train.recipe import unsloth_engine
 from finetune_trainer.train.recipe.processes import (
     is_first,
@@ -33,16 +34,18 @@ INTERVAL_SECONDS = 0.2  # between two lines to the stage, which speaks to the AP
 log = logging.getLogger(__name__)
 
 
-def main(request: Path, parent: int) -> int:
+def main(address: Path, parent: int) -> int:
     """Train. The exit status is that of the reason."""
     child.die_with_parent(parent)
     set_up_libraries()
-    work = TrainingWork.model_validate_json(request.read_bytes())
-    show_stacks(work.workdir)
-    channel = Channel(work.workdir) if is_first() else None
-    if channel is None:
+    # The stage asks a worker that hangs for the stack of every thread, whatever it does.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    channel = Channel(address)
+    work = unsloth_engine.or_transformers(channel.work)
+    speaker = channel if is_first() else None
+    if speaker is None:
         logging.getLogger("finetune_trainer").setLevel(logging.WARNING)
-    with Reporter(channel, INTERVAL_SECONDS) as reporter:
+    with Reporter(speaker, INTERVAL_SECONDS) as reporter:
         try:
             if work.engine == "unsloth":
                 unsloth_engine.import_first(work.workdir)
@@ -50,26 +53,25 @@ def main(request: Path, parent: int) -> int:
             from finetune_trainer.train.recipe import sft  # noqa: PLC0415
 
             with joined(work.plan):
-                trained = sft.fine_tune(work, reporter, channel)
+                trained = sft.fine_tune(work, reporter, speaker)
+            if speaker:
+                speaker.trained(trained)
         except unsloth_engine.UnslothFailedError as error:
-            unsloth_engine.restart_with_transformers(work, request, error, channel)
+            unsloth_engine.restart_with_transformers(work, error, channel)
             raise
         except Exception as error:  # the edge: nothing may end the worker without a reason
-            return _fail(work, error)
-    if is_first():
-        (work.workdir / TRAINED).write_text(trained.model_dump_json(), encoding="utf-8")
+            return _fail(channel, error)
     return 0
 
 
-def _fail(work: TrainingWork, error: Exception) -> int:
-    """Leave the reason, also for torchrun, which knows which process failed first."""
+def _fail(channel: Channel, error: Exception) -> int:
+    """Say why, also to torchrun, which logs it."""
     failure = explain(error)
     record_failure(error)
-    if failure.reason is Reason.INTERNAL_ERROR:
+    unknown = failure.reason is Reason.INTERNAL_ERROR
+    if unknown:
         log.exception("The training failed")
-        if is_lost_peer(error):
-            return int(ExitCode.OTHER)  # most likely another process has the reason
-    write_failure(work.workdir, failure)
+    channel.failed(as_failed(failure, lost_peer=unknown and is_lost_peer(error)))
     return int(failure.reason.exit_code)
 
 

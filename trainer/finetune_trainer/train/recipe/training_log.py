@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from finetune_trainer.contract import LogEntry, TrainingMetrics
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from finetune_trainer.train.recipe.trainer import RecipeTrainer
 
 BINS = 32
@@ -186,3 +188,35 @@ def history(trainer: RecipeTrainer) -> tuple[LogEntry, ...]:
         LogEntry(**{name: value for name, value in point.items() if is_finite(value)})
         for point in points
     )
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """The Trainer's sums of the loss, which its checkpoints leave out.
+
+    It has them in private attributes only. Without them the loss at the first logging step after a
+    resume would be the mean of the steps since the resume, and the total would miss all before it.
+    """
+
+    running_loss: float
+    """Sum since the last logging step."""
+
+    total_loss: float
+    """Sum of all steps up to the last logging step."""
+
+    last_logged: int
+    """The last logging step."""
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> LossSums:
+        """Before the training begins there are none."""
+        return cls(
+            float(getattr(trainer, "_tr_loss", 0.0)),
+            float(getattr(trainer, "_total_loss_scalar", 0.0)),
+            int(getattr(trainer, "_globalstep_last_logged", 0)),
+        )
+
+    def put_back(self, trainer: Trainer) -> None:
+        trainer._tr_loss += self.running_loss
+        trainer._total_loss_scalar = self.total_loss
+        trainer._globalstep_last_logged = self.last_logged

@@ -24,9 +24,10 @@ from finetune_trainer.train.link import TrainingWork, fallback_notice, trained_s
 if TYPE_CHECKING:
     import torch
 
-    from finetune_trainer.train.link.channel import Channel
+    from finetune_trainer.train.link import Channel
     from finetune_trainer.train.recipe.trainer import Batch
 
+FAILED_VARIABLE = "FINETUNE_UNSLOTH_FAILED"  # in the environment of a process that starts over
 OTHER_CAUSES = (Reason.OUT_OF_GPU_MEMORY, Reason.OUT_OF_MEMORY, Reason.OUT_OF_DISK)
 
 log = logging.getLogger(__name__)
@@ -121,18 +122,23 @@ def loss(
 
 
 def restart_with_transformers(
-    work: TrainingWork, request: Path, cause: UnslothFailedError, channel: Channel | None
+    work: TrainingWork, cause: UnslothFailedError, channel: Channel
 ) -> None:
     """Start this process over, since what Unsloth has changed in the libraries can't be undone.
 
     It never returns.
     """
-    if channel and work.config.training.engine == "unsloth":
+    if work.config.training.engine == "unsloth":
         channel.notice(fallback_notice(f"Unsloth can't {cause}"))
-    other = work.model_copy(update={"engine": "transformers"})
-    request.write_text(other.model_dump_json(indent=2), encoding="utf-8")
+    os.environ[FAILED_VARIABLE] = "1"
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - this program
+
+
+def or_transformers(work: TrainingWork) -> TrainingWork:
+    """The same work by the transformers engine, where this process was started over."""
+    failed = FAILED_VARIABLE in os.environ
+    return work.model_copy(update={"engine": "transformers"}) if failed else work
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@
 A checkpoint counts when its marker is there, names this fingerprint, and every file has the size
 and the SHA-256 that the marker says. A marker is deleted before any of its files changes.
 
-A thread uploads them beside the training (see link.channel).
+A thread uploads them beside the training (see recipe.saving).
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from finetune_trainer.contract import (
     Notice,
     NoticeCode,
     Reason,
-    StageError,
     TrainingPlan,
     allowed,
 )
@@ -32,7 +31,7 @@ from finetune_trainer.memory.remedies import (
     GENERAL_REMEDIES,
     remedies_after_ladder,
 )
-from finetune_trainer.train.link import Failed, Trained, TrainingWork, read_lengths, trained_steps
+from finetune_trainer.train.link import Failed, Trained, TrainingWork, trained_steps
 
 WORTH_IT = 0.9  # of the longest row; cutting less frees next to nothing
 
@@ -63,7 +62,7 @@ def descend(
     """
     history: list[FailedAttempt] = []
     while True:
-        ending = _run_or_killed(run, work)
+        ending = run(work)
         if isinstance(ending, Trained):
             return ending
         if not less_memory_helps(work, ending):
@@ -73,7 +72,7 @@ def descend(
         if ending.step is None and on_gpu and not resume_from:
             # It failed before its first step: the model was being loaded.
             return _with_message(ending, ending.message, BASE_MODEL_TOO_LARGE)
-        rung = next_rung(work, ending, history, read_lengths(work.workdir))
+        rung = next_rung(work, ending, history, ending.lengths)
         history.append(FailedAttempt(work, ending))
         if rung is None:
             return _end_of_ladder(history)
@@ -81,17 +80,6 @@ def descend(
         work = work.model_copy(update={"resume_from": resume_from})
         announce(notice)
         log.info("The training goes on from step %d", trained_steps(resume_from))
-
-
-def _run_or_killed(
-    run: Callable[[TrainingWork], Trained | Failed], work: TrainingWork
-) -> Trained | Failed:
-    try:
-        return run(work)
-    except StageError as error:
-        if error.reason is not Reason.OOM_KILLED:
-            raise
-        return Failed(reason=error.reason, message=error.message)
 
 
 def less_memory_helps(work: TrainingWork, failed: Failed) -> bool:

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from finetune_trainer.contract import (
     ALL_LINEAR,
     Hardware,
+    Lora,
     Notice,
     NoticeCode,
     Reason,
@@ -29,7 +30,8 @@ from finetune_trainer.contract import (
     Training,
     TrainingPlan,
 )
-from finetune_trainer.memory.gpus import Gpu, check_gpus, describe_gpus, find_gpus
+from finetune_trainer.memory.gpus import Gpu, check_gpus, describe_gpus
+from finetune_trainer.memory.machine import find_gpus
 from finetune_trainer.memory.plan import Lengths, describe, effective_batch, plan
 from finetune_trainer.model.shape import Shape, context_length, number_type
 from finetune_trainer.train.link import Engine, TrainingWork, fallback_notice
@@ -258,7 +260,14 @@ def _unsloth_obstacle(
     if model_type not in UNSLOTH_MODEL_TYPES:
         known = ", ".join(sorted(UNSLOTH_MODEL_TYPES))
         return f"the model type {model_type} has no fast path in it ({known} have)"
-    if other := set(config.training.lora.target_modules) - UNSLOTH_TARGETS:
+    return _foreign_layers(config.training.lora)
+
+
+def _foreign_layers(lora: Lora) -> str | None:
+    """What of the adapter Unsloth doesn't know."""
+    if lora.modules_to_save:
+        return "it trains no modules as a whole here (training.lora.modulesToSave)"
+    if other := set(lora.target_modules) - UNSLOTH_TARGETS:
         return f"it adapts no layers by other names ({', '.join(sorted(other)):.200})"
     return None
 

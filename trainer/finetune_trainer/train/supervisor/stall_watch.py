@@ -1,6 +1,6 @@
 """Ends a worker that hangs, e.g. in a collective or in the driver, where waiting would never end.
 
-The worker gives signs of life through the channel, from its main thread: at each pass and step,
+The worker gives signs of life through its connection, from its main thread: at each pass and step,
 and while it waits for the store. When none has come for training.stallTimeout, every thread of it
 writes its stack into the log, and it is killed. The stage then ends as Stalled, and the next
 attempt goes on from the newest checkpoint, maybe on another node.
@@ -8,18 +8,18 @@ attempt goes on from the newest checkpoint, maybe on another node.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 import signal
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 from finetune_trainer.contract import Training, parse_duration
 from finetune_trainer.runtime import duration, endings
-from finetune_trainer.train.link import signal_workers
-from finetune_trainer.train.link.channel import WorkerMessage
+from finetune_trainer.train.link import WorkerMessage
 
 TICK_SECONDS = 5.0  # at most, between two looks
 STACK_SECONDS = 5.0  # for writing the stacks
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 class StallWatch:
     """Watches over one worker, or over torchrun's."""
 
-    def __init__(self, training: Training, workdir: Path) -> None:
+    def __init__(self, training: Training) -> None:
         self._timeout = parse_duration(training.stall_timeout).total_seconds()
         self._tick = min(TICK_SECONDS, self._timeout / 10)
-        self._workdir = workdir
+        self._workers: set[int] = set()  # process ids
         self._silent = 0.0
         self._first_step: int | None = None
         self._limit = BEFORE_FIRST_STEP * self._timeout
@@ -52,6 +52,8 @@ class StallWatch:
     def heard(self, message: WorkerMessage) -> None:
         """The worker has said something."""
         self._silent = 0.0
+        if message.process is not None:
+            self._workers.add(message.process)
         step = message.progress.step if message.progress else None
         if step is None:
             return
@@ -86,6 +88,8 @@ class StallWatch:
         self.stalled = True
         log.error("%s Where its threads are:", self.words)
         # One that was stopped by a signal writes its stack when it continues, first of all.
-        signal_workers(self._workdir, signal.SIGUSR1, signal.SIGCONT)
+        for worker, number in itertools.product(self._workers, (signal.SIGUSR1, signal.SIGCONT)):
+            with suppress(ProcessLookupError):
+                os.kill(worker, number)
         ended.wait(STACK_SECONDS)
         process.kill()  # workers of torchrun die with it

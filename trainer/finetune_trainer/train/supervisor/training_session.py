@@ -7,19 +7,26 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from finetune_trainer.contract import Notice, NoticeCode, Reason, StageError, TrainingPlan
 from finetune_trainer.memory.gpus import HIDING, first_visible
 from finetune_trainer.runtime import endings
-from finetune_trainer.runtime.endings import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.train.link import FAILED, TRAINED, WORKERS, Failed, Trained, TrainingWork
-from finetune_trainer.train.link.channel import WorkerMessage, listening, write_stored_step
+from finetune_trainer.train.link import (
+    CLOSE_SECONDS,
+    Failed,
+    Handler,
+    StageLink,
+    Trained,
+    TrainingWork,
+    WorkerMessage,
+    listening,
+)
 from finetune_trainer.train.supervisor.checkpoints import (
     CheckpointMarker,
     CheckpointStore,
@@ -32,7 +39,6 @@ from finetune_trainer.train.supervisor.stall_watch import StallWatch
 TRAIN_WORKER = "finetune_trainer.train.recipe.train_worker"
 SEVERAL_WORKERS = "finetune_trainer.train.recipe.processes"
 
-REQUEST = "work.json"
 VMSTAT = Path("/proc/vmstat")
 UPLOAD_SECONDS = 2.0  # kept for the upload of the last checkpoint, at least
 
@@ -51,7 +57,6 @@ class TrainingSession:
         self._worker = WorkerProcess()
         self._uploader = CheckpointUploader(store)
         self._searched_store = False
-        self._drain: Callable[[], None] = lambda: None
 
     @property
     def newest(self) -> LocalCheckpoint | None:
@@ -82,7 +87,7 @@ class TrainingSession:
         if found:
             plan = plan_to_resume_with(found.plan, work.plan)
             local = LocalCheckpoint(found.step, target, plan, found.max_sequence_length)
-        self._uploader.start(local, partial(write_stored_step, work.workdir))
+        self._uploader.start(local, self._worker.tell_stored_step)
         self._searched_store = True
         if local is None:
             return work
@@ -97,15 +102,12 @@ class TrainingSession:
         return resumed_from(work, local)
 
     def run_once(self, work: TrainingWork) -> Trained | Failed:
-        """Run a worker to its end. Raises StageError when it left no reason."""
+        """Run a worker to its end."""
         if work.resume_from and self.newest and work.resume_from == self.newest.folder:
             # The plan may be another one by now, and the next attempt should begin with it.
             self._offer(work, self.newest.step, work.resume_from)
 
-        watch = StallWatch(work.config.training, work.workdir)
-
         def handle(message: WorkerMessage) -> None:
-            watch.heard(message)
             if message.progress:
                 self._reporter.update(message.progress)
             if message.notice:
@@ -113,8 +115,7 @@ class TrainingSession:
             if message.checkpoint:
                 self._offer(work, message.checkpoint.step, message.checkpoint.folder)
 
-        with listening(work.workdir, handle) as self._drain:
-            ending = self._worker.run(work, watch)
+        ending = self._worker.run(work, handle)
         if isinstance(ending, Failed) and ending.checkpoint and ending.step is not None:
             self._offer(work, ending.step, ending.checkpoint)
         return ending
@@ -131,7 +132,6 @@ class TrainingSession:
         left = max(deadline - time.monotonic(), 0)
         upload = min(max(UPLOAD_SECONDS, 2 * self._uploader.seconds), left / 2)
         ended = self._worker.stop(deadline - upload)
-        self._drain()
         step = self._uploader.finish(deadline)
         late = "" if ended else "the step that ran did not end within the grace period; "
         if step is not None:
@@ -197,46 +197,69 @@ class WorkerProcess:
     def __init__(self, module: str = TRAIN_WORKER) -> None:
         self._module = module
         self._process: subprocess.Popen[bytes] | None = None
+        self._link: StageLink | None = None
+        self._over = threading.Event()
+        self._over.set()
+        self._stored_step: int | None = None
 
-    def run(self, work: TrainingWork, watch: StallWatch | None = None) -> Trained | Failed:
-        """Run it to its end. Raises StageError when it left no reason."""
-        watch = watch or StallWatch(work.config.training, work.workdir)
-        for name in (TRAINED, FAILED, WORKERS):
-            (work.workdir / name).unlink(missing_ok=True)
-        request = work.workdir / REQUEST
-        request.write_text(work.model_dump_json(indent=2), encoding="utf-8")
+    def run(self, work: TrainingWork, handle: Handler = lambda _: None) -> Trained | Failed:
+        """Run it to its end. `handle` hears, in a thread, what it says."""
+        watch, said = StallWatch(work.config.training), list[WorkerMessage]()
+
+        def hear(message: WorkerMessage) -> None:
+            watch.heard(message)
+            if message.lengths or message.trained or message.failed:
+                said.append(message)
+            handle(message)
+
         endings.wait_if_stopping()
         kills = count_oom_kills()
-        # A session of its own: Ctrl-C is for the stage, which then tells the worker to save.
-        with subprocess.Popen(
-            [*self._command(work, request), str(os.getpid())],
-            start_new_session=True,
-            env=worker_environment(work.processes, os.environ),
-        ) as process:
-            self._process = process
-            with watch.over(process):
-                status = process.wait()
+        self._over.clear()
+        try:
+            with listening(work, hear, lambda: self._stored_step) as self._link:
+                status = self._run(self._command(work, self._link.address), work.processes, watch)
+        finally:
+            self._over.set()
         # A worker that was told to stop ends as well. Then the stop has the last word.
         endings.wait_if_stopping()
         if watch.stalled and status != 0:
             return Failed(reason=Reason.STALLED, message=watch.words)
-        return _read_ending(work, status, may_be_memory=kills is None or kills != count_oom_kills())
+        return ending_of(said, status, may_be_memory=kills is None or kills != count_oom_kills())
 
     def stop(self, deadline: float) -> bool:
         """Tell the worker to save and end. Returns whether it did so before the deadline."""
         process = self._process
-        if process is None or process.poll() is not None:
-            return True
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(max(deadline - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return False
-        return True
+        ended = process is None or process.poll() is not None
+        if process and not ended:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(max(deadline - time.monotonic(), 0.1))
+                ended = True
+            except subprocess.TimeoutExpired:
+                process.kill()
+        self._over.wait(CLOSE_SECONDS)  # until all that it said is handled
+        return ended
 
-    def _command(self, work: TrainingWork, request: Path) -> list[str]:
-        return worker_command(self._module, request, work.processes, endings.save_seconds())
+    def tell_stored_step(self, step: int) -> None:
+        """All checkpoints up to this step are done with."""
+        self._stored_step = step
+        if self._link:
+            self._link.tell_stored_step()
+
+    def _run(self, command: list[str], processes: int, watch: StallWatch) -> int:
+        # A session of its own: Ctrl-C is for the stage, which then tells the worker to save.
+        with (
+            subprocess.Popen(
+                [*command, str(os.getpid())],
+                start_new_session=True,
+                env=worker_environment(processes, os.environ),
+            ) as self._process,
+            watch.over(self._process),
+        ):
+            return self._process.wait()
+
+    def _command(self, work: TrainingWork, address: Path) -> list[str]:
+        return worker_command(self._module, address, work.processes, endings.save_seconds())
 
 
 def worker_environment(processes: int, environment: Mapping[str, str]) -> dict[str, str]:
@@ -247,14 +270,14 @@ def worker_environment(processes: int, environment: Mapping[str, str]) -> dict[s
 
 
 def worker_command(
-    module: str, request: Path, processes: int, shutdown_seconds: float
+    module: str, address: Path, processes: int, shutdown_seconds: float
 ) -> list[str]:
     """Start one worker, or torchrun with one for each process. The stage's pid has to follow.
 
     On a stop the workers have `shutdown_seconds` to save before torchrun kills them.
     """
     if processes == 1:
-        return [sys.executable, "-m", module, str(request)]
+        return [sys.executable, "-m", module, str(address)]
     return [
         sys.executable,
         "-m",
@@ -265,7 +288,7 @@ def worker_command(
         f"--shutdown-timeout={max(int(shutdown_seconds), 1)}",
         "--module",
         module,
-        str(request),
+        str(address),
     ]
 
 
@@ -278,18 +301,27 @@ def count_oom_kills() -> int | None:
         return None
 
 
-def _read_ending(work: TrainingWork, status: int, *, may_be_memory: bool) -> Trained | Failed:
-    trained, failed = work.workdir / TRAINED, work.workdir / FAILED
-    if status == 0 and trained.exists():
-        return Trained.model_validate_json(trained.read_bytes())
-    if failed.exists():
-        return Failed.model_validate_json(failed.read_bytes())
-    if status in (-signal.SIGKILL, 128 + signal.SIGKILL) and may_be_memory:
-        raise MemoryFullError(
-            Reason.OOM_KILLED,
-            "The training process was killed, most likely for want of memory.",
+def ending_of(
+    said: Sequence[WorkerMessage], status: int, *, may_be_memory: bool
+) -> Trained | Failed:
+    """How a training ended, by its workers' words. The first of them to fail gives the reason."""
+    trained = [each.trained for each in said if each.trained]
+    if status == 0 and trained:
+        return trained[0]
+    killed = status < 0 or status > 128  # it said nothing, and those that lost it say that
+    failures = [each.failed for each in said if each.failed]
+    known = [each for each in failures if not (each.lost_peer and killed)]
+    if known:
+        failed = min(known, key=lambda each: (each.lost_peer, each.at))
+    elif status in (-signal.SIGKILL, 128 + signal.SIGKILL) and may_be_memory:
+        failed = Failed(
+            reason=Reason.OOM_KILLED,
+            message="The training process was killed, most likely for want of memory.",
         )
-    raise StageError(
-        Reason.INTERNAL_ERROR,
-        f"The training process ended with status {status} (the log has the details).",
-    )
+    else:
+        failed = Failed(
+            reason=Reason.INTERNAL_ERROR,
+            message=f"The training process ended with status {status} (the log has the details).",
+        )
+    lengths = next((each.lengths for each in said if each.lengths), {})
+    return failed.model_copy(update={"lengths": lengths})
