@@ -69,6 +69,15 @@ merge: build ## Merge the adapter of the last `make train` into its base model
 gguf: build ## Convert the merged model to GGUF and quantize it
 	$(BIN)/finetune-trainer local gguf --output "$(OUTPUT)"
 
+# Needs no .venv: torch for CUDA, transformers, accelerate and peft are enough, with the few wheels that
+# it names (GPU_ARGS='--wheels FOLDER'). TINY=1 runs every line on a CPU and measures nothing.
+MINUTES ?= 25
+
+.PHONY: gpu
+gpu: ## Prove and measure the training on this machine's GPU: make gpu MINUTES=8
+	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --minutes $(MINUTES) \
+	  $(if $(TINY),--tiny) $(GPU_ARGS)
+
 ##@ Development
 
 # Files run side by side, the longest first (tests/conftest.py). SEED: of the property tests.

@@ -18,12 +18,11 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset, load_dataset
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, Trainer
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from benchmarks import texts
+from benchmarks.plain_script import UnfusedTrainer, guide_arguments, guide_lora
 from examples.base_model import smollm2
 from finetune_trainer.contract import Example, Hardware, RunConfig, TrainingPlan
 from finetune_trainer.memory.plan import Lengths, plan
@@ -141,41 +140,13 @@ def _ours(folder: Path, batch_size: int | None) -> Trained:
     return measured
 
 
-class PlainTrainer(SFTTrainer):
-    """With the model's own loss, and so without TRL's kernel."""
-
-    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
-        """The Trainer's own way."""
-        return Trainer.compute_loss(self, *arguments, **options)
-
-
 def _plain(folder: Path) -> Trained:
     file = str(folder / "examples.jsonl")
-    trainer = PlainTrainer(
+    trainer = UnfusedTrainer(
         model=str(smollm2()),
-        args=SFTConfig(
-            output_dir=str(folder / "plain"),
-            num_train_epochs=1,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=4,
-            learning_rate=2e-4,
-            lr_scheduler_type="linear",
-            warmup_steps=0.03,
-            max_length=LONGEST,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
+        args=guide_arguments(folder / "plain", max_length=LONGEST, use_cpu=True),
         train_dataset=load_dataset("json", data_files=file, split="train", cache_dir=str(folder)),
-        peft_config=LoraConfig(
-            r=16,
-            lora_alpha=32,
-            lora_dropout=0.05,
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=guide_lora(),
     )
     tokenized = cast("Dataset", trainer.train_dataset)
     tokens = sum(len(ids) for ids in tokenized["input_ids"])

@@ -20,7 +20,7 @@ FOLDER = REPOSITORY / "constraints"
 EXTRAS = {
     "operator": "operator",
     "trainer": "trainer,gguf,trackers,signing",
-    "unsloth": "trainer,gguf,trackers,signing,unsloth",
+    "unsloth": "trainer,gguf,trackers,signing,liger,unsloth",
     "dev": "operator,trainer,gguf,trackers,signing,dev,integration",
 }
 
@@ -34,7 +34,7 @@ def resolve(extras: str, pins: Path | None) -> dict[str, str]:
     report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     found = {item["metadata"]["name"]: item["metadata"]["version"] for item in report["install"]}
     found.pop("finetune-operator")
-    found.pop("triton", None)  # a CUDA build of torch asks for its own
+    found.pop("triton", None)  # pinned in pyproject.toml; CUDA builds of torch ask for it
     return {name: version.partition("+")[0] for name, version in found.items()}
 
 

@@ -74,7 +74,9 @@ def warn_of_failed_files(draft: Draft, result: StageResult | None, reason: str) 
     """Warn of each file that failed the quality gate; return whether there are any."""
     failed = [each for each in result.artifacts if each.failed] if result is not None else []
     for each in failed:
-        draft.add_warning(reason, quality_fault(each.path, each.quality))
+        # Of the merged model one file has the figures, and stands for the others.
+        if each.path.endswith(".gguf") or each.quality is not None:
+            draft.add_warning(reason, quality_fault(each.path, each.quality))
     return bool(failed)
 
 

@@ -62,7 +62,7 @@ def _fail_while_crowded(trainer: Any) -> None:
         return
 
     def before(model: torch.nn.Module, _: Any) -> None:
-        crowded = trainer.args.per_device_train_batch_size > 1
+        crowded = trainer.limits.rows > 1
         if model.training and crowded and trainer.state.global_step + 1 == int(failing):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 

@@ -178,7 +178,13 @@ def fork_server() -> Iterator[ForkServer]:
             [sys.executable, "-m", "tests.integration.trainer.fork_server", address],
             cwd=ROOT,
             # Libraries choose their folders when they are imported.
-            env={**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"},
+            # Triton's kernels are compiled or interpreted as it is told when they are imported.
+            env={
+                **os.environ,
+                "HOME": str(home),
+                "OMP_NUM_THREADS": "1",
+                "TRITON_INTERPRET": "1",
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         ) as process:

@@ -80,11 +80,14 @@ def build(
     workdir: Path,
     rows: Conversations,
     held_out: Conversations | None = None,
+    pass_tokens: int | None = None,
     **settings: Any,
 ) -> RecipeTrainer:
     """The trainer before it trains: float32, no dropout, one epoch."""
     defaults = {"epochs": 1, "lora": {"dropout": 0}}
-    return build_from(make_work(model, workdir, rows, held_out, **{**defaults, **settings}))
+    work = make_work(model, workdir, rows, held_out, **{**defaults, **settings})
+    plan = work.plan.model_copy(update={"pass_tokens": pass_tokens})
+    return build_from(work.model_copy(update={"plan": plan}))
 
 
 def build_from(work: TrainingWork) -> RecipeTrainer:

@@ -6,6 +6,7 @@ on it: how far the clean file is from the reference, and the faulty one.
 
 from __future__ import annotations
 
+import json
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from finetune_trainer.contract import (
     Export,
@@ -24,9 +26,12 @@ from finetune_trainer.contract import (
     Reason,
     StageError,
 )
+from finetune_trainer.export import gate as gate_module
 from finetune_trainer.export.gate import DerivedGate, SourceGate, file_checks, rejects
 from finetune_trainer.export.gguf.header import Header
+from finetune_trainer.export.reference import float32
 from finetune_trainer.model import ModelFolder
+from tests.integration.trainer.conftest import ROWS
 from tests.integration.trainer.families import WIDE
 from tests.integration.trainer.faulty_gguf import (
     flip,
@@ -299,10 +304,50 @@ def test_a_flipped_bit_of_a_scale_is_found(
     refused(gate.check(file, Q.Q8_0), "mean KL divergence")
 
 
+def test_the_merged_model_is_checked_as_its_files_are(
+    tuned: Tuned, opened: SourceGate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the process that runs the tuned model. Clean: 2e-6; a delta left out: 0.005; where no
+    GGUF file is asked for, it answers the prompts."""
+    monkeypatch.setattr(float32, "measure_in_child", float32.measure_here)
+    monkeypatch.setattr(gate_module, "SAMPLE_TOKENS", 4)
+    faulty = Path(shutil.copytree(tuned.merged, tmp_path / "merged"))
+    weights_file, name = faulty / "model.safetensors", LAYER[0].format(1)
+    changed = {**load_file(weights_file), name: load_file(tuned.base / weights_file.name)[name]}
+    save_file(changed, weights_file, {"format": "pt"})
+    found = {}
+    for folder in (tuned.merged, faulty):
+        inputs = replace(tuned.inputs(gguf=()), merged=ModelFolder(folder))
+        gate = SourceGate.open(inputs, tmp_path / "gate")
+        found[folder] = gate.check_merged(Q.F16)
+    good, bad = found.values()
+    assert good is not None
+    assert (good.problems, good.file) == ((), "merged")
+    assert bad is not None
+    refused(bad, "mean KL divergence")
+    report = gate.report(gate.merged_samples())
+    assert [sample.expected for sample in report.samples] == [answer for _, answer in ROWS]
+    assert report.tokens == opened.expected.rows.tokens
+    assert opened.check_merged(Q.F16) is None, "it was not given"
+
+
+def test_a_merged_models_other_tokenizer_is_found(tuned: Tuned, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tuned.merged, tmp_path / "merged"))
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-2000]
+    file.write_text(json.dumps(content))
+    inputs = replace(tuned.inputs(), examples=[], merged=ModelFolder(folder))
+    verdict = SourceGate.open(inputs, tmp_path / "gate").check_merged(Q.F16)
+    assert verdict is not None
+    refused(verdict, "Its tokenizer splits")
+
+
 def test_limits_of_the_spec_come_first(tuned: Tuned, gate: DerivedGate) -> None:
     limits = (QualityLimit(quantization=Q.Q8_0, max_kl_divergence=1e-6),)
     export = Export(quality_limits=limits)
-    limited = replace(gate, expected=replace(gate.expected, export=export))
+    inputs = replace(gate.expected.inputs, export=export)
+    limited = replace(gate, expected=replace(gate.expected, inputs=inputs))
     check = limited.check(tuned.file(Q.Q8_0), Q.Q8_0)
     refused(check, "1e-06 is the limit")
     assert check.quality is not None
@@ -311,16 +356,17 @@ def test_limits_of_the_spec_come_first(tuned: Tuned, gate: DerivedGate) -> None:
     assert not rejects(Export(verify="warn", quality_limits=limits), check)
 
 
-def test_without_measuring_a_file_is_still_read(
+def test_a_gate_that_is_off_refuses_nothing(
     tuned: Tuned, faulty: Callable[[Quantization], Path], tmp_path: Path
 ) -> None:
     source_gate = tuned.gate(tmp_path / "gate", verify="off")
     assert source_gate.expected.reference is None
-    gate = source_gate.check(tuned.file(Q.F16), Q.F16)
-    assert (gate.source_verdict.problems, gate.source_verdict.quality) == ((), None)
     file = faulty(Q.Q8_0)
     file.write_bytes(file.read_bytes()[:-4000])
-    assert rejects(source_gate.expected.export, gate.check(file, Q.Q8_0))
+    gate = source_gate.check(file, Q.F16)
+    for verdict in (gate.source_verdict, gate.check(file, Q.Q8_0), gate.check_adapter(file)):
+        assert (verdict.problems, verdict.quality) == ((), None)
+    assert gate.samples(file) == ()
     assert gate.report().tuned_perplexity is None
 
 
@@ -328,7 +374,7 @@ def test_a_model_that_is_not_there_is_an_error(tuned: Tuned, tmp_path: Path) -> 
     broken = Path(shutil.copytree(tuned.base, tmp_path / "base"))
     (broken / "model.safetensors").write_bytes(b"none")
     with pytest.raises(StageError) as caught:
-        SourceGate.open(ModelFolder(broken), tuned.adapter, EXAMPLES, tmp_path / "gate", Export())
+        SourceGate.open(replace(tuned.inputs(), base=ModelFolder(broken)), tmp_path / "gate")
     assert caught.value.reason in (Reason.MODEL_UNSUPPORTED, Reason.INTERNAL_ERROR)
 
 
@@ -341,7 +387,7 @@ def test_without_the_adapter_it_is_the_base_model(gate: DerivedGate, adapter: Pa
     check = gate.check_adapter(adapter)
     assert check.problems == ()
     assert check.quality is not None
-    samples = gate.samples(adapter)
+    samples = gate.samples(gate.source, adapter)
     assert [sample.expected for sample in samples] == [
         example["completion"][0]["content"] for example in EXAMPLES
     ]

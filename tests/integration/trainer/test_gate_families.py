@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from finetune_trainer.contract import Quantization
+from finetune_trainer.export.gate import SourceGate
 from finetune_trainer.export.reference import float32
+from finetune_trainer.model.tokenizer import message_pair
 from tests.integration.trainer.tuned import make_tuned
 
+NOT_NORMALISED = [
+    message_pair("How large is the resistor?", "It has 10 \N{OHM SIGN}."),
+    message_pair("How do you say that?", unicodedata.normalize("NFD", "Tiếng Việt")),
+]
+"""Characters that some tokenizers compose, and llama.cpp doesn't."""
+
+NORMALISED = {"qwen3": ("row 7", "row 8")}
 FAMILIES = ("gemma-2", "gemma-3", "mistral", "phi-3", "qwen3")
 
 
@@ -21,10 +32,18 @@ def test_files_of_a_clean_model_pass(
     # In this process, whose libraries are loaded; test_gate starts the one of its own.
     monkeypatch.setattr(float32, "measure_in_child", float32.measure_here)
     tuned = make_tuned(family, tmp_path / "tuned", torch.bfloat16)
-    gate = tuned.gate(tmp_path / "gate")
+    inputs = tuned.inputs(merged=True)
+    rows = [*inputs.examples, *NOT_NORMALISED]
+    gate = SourceGate.open(replace(inputs, examples=rows), tmp_path / "gate")
     derived = gate.check(tuned.file(tuned.own), tuned.own)
     kinds = (Quantization.Q8_0, Quantization.Q4_K_M)
     checked = [derived.check(tuned.file(kind), kind) for kind in kinds]
-    for verdict in (derived.source_verdict, *checked):
+    for verdict in (gate.check_merged(tuned.own), derived.source_verdict, *checked):
+        assert verdict is not None
         assert verdict.problems == ()
         assert verdict.quality is not None
+    left_out = NORMALISED.get(family, ())
+    assert derived.report().rows == len(rows) - len(left_out)
+    assert [all(row in said for row in left_out) for said in derived.notices] == [True] * bool(
+        left_out
+    )

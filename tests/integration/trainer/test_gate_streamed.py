@@ -11,8 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from finetune_trainer.export.reference import MeasuredRow, float32
-from finetune_trainer.export.reference.float32 import load_streamed, logits_of, passes
+from finetune_trainer.export.reference import MeasuredRow, float32, passes
+from finetune_trainer.export.reference.float32 import load_streamed, logits_of, logits_of_both
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import load_model
 from tests.integration.trainer.adapters import save_adapter, save_base
@@ -54,6 +54,8 @@ def test_it_computes_what_a_loaded_model_does(
     with loaded.disable_adapter(), ours.disable_adapter():
         alone = logits_of(loaded, ROWS)
         torch.testing.assert_close(logits_of(ours, ROWS), alone, rtol=1e-4, atol=1e-4)
+    both = torch.cat([tuned, alone])
+    torch.testing.assert_close(logits_of_both(ours, ROWS), both, rtol=1e-4, atol=1e-4)
     assert (tuned - alone).abs().max() > 1
 
 
@@ -65,6 +67,29 @@ def test_variants_of_lora_are_those_of_peft(variant: str, tmp_path: Path) -> Non
     ).eval()
     ours = load_streamed(ModelFolder(base), adapter)
     torch.testing.assert_close(logits_of(ours, ROWS), logits_of(loaded, ROWS))
+    with loaded.disable_adapter():
+        both = torch.cat([logits_of(ours, ROWS), logits_of(loaded, ROWS)])
+    assert isinstance(ours, PeftModel)
+    torch.testing.assert_close(logits_of_both(ours, ROWS), both)
+
+
+def test_tuned_and_base_model_share_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each weight is read once for both; with DoRA, which PEFT can't mix, twice."""
+    read: list[int] = []
+    blockwise = float32._BLOCKWISE[torch.nn.functional.linear]
+
+    def counted(*args: Any) -> torch.Tensor:
+        read.append(args[1].source.data_ptr())
+        return blockwise(*args)
+
+    monkeypatch.setitem(float32._BLOCKWISE, torch.nn.functional.linear, counted)
+    for variant, times in ((False, 1), (True, 2)):
+        base, adapter = save("llama", tmp_path / f"{variant}", torch.bfloat16, use_dora=variant)
+        model = load_streamed(ModelFolder(base), adapter)
+        assert isinstance(model, PeftModel)
+        read.clear()
+        logits_of_both(model, ROWS)
+        assert {read.count(place) for place in set(read)} == {times}
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from finetune_trainer.contract import (
     Example,
@@ -55,15 +56,17 @@ def run_config(folder: Path | str, **parts: Any) -> RunConfig:
     )
 
 
-def check(folder: Path, workspace: Path, rows: Sequence[Example] = (), **parts: Any) -> None:
+def check(
+    folder: Path, workspace: Path, rows: Mapping[str, Example] | None = None, **parts: Any
+) -> str:
     config = run_config(folder, **parts)
     files = base_model.find(config.model, config.storage)
-    checks.check_model(config, files, ModelFolder(folder), workspace, Reporter(), rows=rows)
+    return checks.check_model(config, files, ModelFolder(folder), workspace, Reporter(), rows=rows)
 
 
-def refused(folder: Path, workspace: Path, rows: Sequence[Example] = ()) -> str:
+def refused(folder: Path, workspace: Path) -> str:
     with pytest.raises(StageError) as caught:
-        check(folder, workspace, rows)
+        check(folder, workspace)
     assert caught.value.reason is Reason.MODEL_UNSUPPORTED
     assert "leave spec.export.gguf empty" in caught.value.message
     check(folder, workspace, export={"gguf": []})
@@ -119,9 +122,23 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (folder / name).read_text()
         (folder / name).write_text(re.sub(r'("rstrip": ?)true', r"\1false", text))
-    message = refused(folder, tmp_path, rows=[message_pair("Is it hot?", "Yes.")])
+    message = refused(folder, tmp_path)
     assert "splits 1 of 6 texts into other tokens" in message
-    assert "in '<|user|>\\nIs it hot?" in message
+    assert "in '<|user|>\\n3 33 333" in message
+    assert "set spec.export.verify to off" in message
+    check(folder, tmp_path, export={"verify": "off"})
+
+
+def test_a_row_that_the_tokenizer_normalises_is_no_fault_of_the_model(tmp_path: Path) -> None:
+    """Qwen's tokenizer composes characters (NFC), and llama.cpp doesn't."""
+    folder = write_family(FAMILIES["qwen2.5"], tmp_path / "qwen")
+    rows = {
+        "row 3": message_pair("What does it draw?", "Five amperes."),
+        "row 7": message_pair("How large is the resistor?", "It has 10 \N{OHM SIGN}."),
+    }
+    said = check(folder, tmp_path, rows)
+    assert "splits some rows into other tokens than the training: row 7. " in said
+    assert "normal form C" in said
 
 
 def test_a_tensor_that_the_converter_does_not_know(changed: Path, tmp_path: Path) -> None:
@@ -203,6 +220,70 @@ def test_names_beyond_the_usual_ones_are_looked_up_in_the_model(
     message = refused_targets(names, ModelFolder(good), [])
     assert words in message
     assert "are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj:" in message
+
+
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+DEEPSEEK = {
+    **SHAPE,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+# As Mixtral's files name the layers of each expert; transformers holds all of them in one tensor.
+OF_AN_EXPERT = ["model.layers.0.block_sparse_moe.experts.0.w1.weight"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "names", "words"),
+    [
+        ("mixtral", {**SHAPE, "num_local_experts": 4}, ["all-linear"], None),
+        ("mixtral", {**SHAPE, "num_local_experts": 4}, ["q_proj", "v_proj"], None),
+        (
+            "mixtral",
+            {**SHAPE, "num_local_experts": 4},
+            ["experts.down_proj"],
+            "experts.down_proj holds all experts of a layer at once, and gets no adapter here",
+        ),
+        (
+            "mixtral",
+            {**SHAPE, "num_local_experts": 4},
+            ["q_proj", "gate_proj"],
+            "no linear layer gate_proj. Its linear layers are k_proj, o_proj, q_proj, v_proj",
+        ),
+        ("deepseek_v3", DEEPSEEK, ["q_a_proj", "kv_b_proj"], None),
+        ("deepseek_v3", DEEPSEEK, ["all-linear"], "adapt model.layers.1.mlp.experts as well"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")
+def test_experts_are_refused_by_name_and_what_is_around_them_is_adapted(
+    kind: str, shape: dict[str, Any], names: list[str], words: str | None, tmp_path: Path
+) -> None:
+    AutoConfig.for_model(kind, **shape).save_pretrained(tmp_path)
+    lora = Lora(target_modules=tuple(names), dropout=0)
+    assert not adapter.told_by_files(lora, OF_AN_EXPERT)
+    if words is None:
+        outline = outline_in_this_process(ModelFolder(tmp_path), lora)
+        assert not [name for name in outline.tensors if "experts" in name]
+        return
+    with pytest.raises(StageError, match=re.escape(words)) as caught:
+        outline_in_this_process(ModelFolder(tmp_path), lora)
+    assert caught.value.reason is Reason.INVALID_CONFIG
 
 
 def test_only_embedding_and_output_layer_are_trained_as_a_whole(

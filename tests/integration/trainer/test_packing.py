@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
+from finetune_trainer.contract import TrainingPlan
 from finetune_trainer.model.tokenizer import IGNORED, message_pair
 from finetune_trainer.train.recipe import packing
 from finetune_trainer.train.recipe.data import PackingCollator, PaddingCollator
@@ -21,7 +27,9 @@ from finetune_trainer.train.recipe.trainer import answer_loss
 from tests.integration.trainer.architectures import LEAKING, PACKABLE, VOCABULARY, tiny
 from tests.integration.trainer.conftest import ROWS
 from tests.integration.trainer.recipe import base_of, build
+from tests.integration.trainer.varlen_standin import plain_varlen_attn
 
+FLASH = "flash_attention_2"
 LENGTHS = (3, 40, 1, 12, 25)  # longer and shorter than the tiny models' window of 8
 
 
@@ -42,7 +50,7 @@ def gradients(model: PreTrainedModel, *batches: dict[str, Any]) -> dict[str, tor
 
 
 @pytest.mark.parametrize("kind", PACKABLE)
-def test_a_packed_row_is_what_it_is_alone(kind: str) -> None:
+def test_a_packed_row_is_what_it_is_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(kind)
     own = model.config._attn_implementation
     packed, padded = PackingCollator(0)(rows()), PaddingCollator(0)
@@ -52,7 +60,10 @@ def test_a_packed_row_is_what_it_is_alone(kind: str) -> None:
     expected = gradients(model, *alone)
 
     assert prepare_packing(model)
-    for implementation in {model.config._attn_implementation, own}:
+    # PyTorch's kernel runs on a GPU; all that is handed to it shows here.
+    monkeypatch.setattr(packing, "varlen_attn", plain_varlen_attn)
+    kernel = {packing.KERNEL_NAME} if packing.supports_attention_of(model.config) else set()
+    for implementation in {model.config._attn_implementation, own} | kernel:
         model.set_attn_implementation(implementation)
         with torch.no_grad():
             inputs = {name: value for name, value in packed.items() if name != "labels"}
@@ -181,3 +192,150 @@ def test_the_faster_dropout_drops_as_much_and_keeps_the_mean(share: float) -> No
     assert dropped.mean().item() == pytest.approx(1, abs=0.01)
     assert dropped.unique().numel() == 2
     assert torch.equal(dropout.eval()(ones), ones)
+
+
+# --- PyTorch's kernel, on a GPU ------------------------------------------------------------------
+
+
+def test_the_stand_in_takes_what_the_kernel_takes() -> None:
+    kernel = inspect.signature(varlen_attn).parameters
+    stand_in = inspect.signature(plain_varlen_attn).parameters
+    assert list(stand_in) == [name for name in kernel if name in stand_in]
+    assert all(stand_in[name].kind is kernel[name].kind for name in stand_in)
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 100], ids=["all", "itself", "window", "wide"])
+def test_the_kernel_gets_rows_and_window_as_it_wants_them(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values as our own attention by blocks has them, which is compared with PyTorch's above."""
+    monkeypatch.setattr(packing, "varlen_attn", plain_varlen_attn)
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, 30, 31, 55], dtype=torch.int32)
+    query, key, value = (torch.randn(1, heads, 55, 16) for heads in (6, 2, 2))
+    options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "cu_seq_lens_q": bounds}
+    module = torch.nn.Identity()
+    expected, _ = packing.packed_attention(module, query, key, value, None, **options)
+    options |= {"max_length_q": 30}
+    found, _ = packing.kernel_attention(module, query, key, value, None, **options)
+    torch.testing.assert_close(found, expected)
+    alone, _ = packing.kernel_attention(module, query, key, value, None, scaling=0.3)
+    one_row, _ = packing.packed_attention(module, query, key, value, None, scaling=0.3)
+    torch.testing.assert_close(alone, one_row)
+
+
+def test_the_kernel_computes_in_the_type_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def look(query: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        seen.append({part.dtype for part in (query, *rest[:2])})
+        return plain_varlen_attn(query, *rest, **options)
+
+    monkeypatch.setattr(packing, "varlen_attn", look)
+    query, key, value = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        packing.kernel_attention(torch.nn.Identity(), query, key.bfloat16(), value, None)
+    assert seen == [{torch.bfloat16}]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choice asks PyTorch."""
+
+    capability: tuple[int, int]
+    flash: bool = False
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: self.capability)
+        monkeypatch.setattr(packing, "is_flash_attn_2_available", lambda: self.flash)
+
+
+AMPERE, TURING = Gpu((8, 0)), Gpu((7, 5))
+BY_KERNEL = packing.KERNEL_NAME
+
+
+@pytest.mark.parametrize(
+    ("gpu", "model", "expected"),
+    [
+        (AMPERE, ("llama", torch.bfloat16, "cuda"), [BY_KERNEL, "sdpa"]),
+        (Gpu((9, 0), flash=True), ("llama", torch.bfloat16, "cuda"), [BY_KERNEL, FLASH, "sdpa"]),
+        (AMPERE, ("mistral", torch.float16, "cuda"), [BY_KERNEL, "sdpa"]),
+        (AMPERE, ("llama", torch.float32, "cuda"), ["sdpa"]),
+        (TURING, ("llama", torch.float16, "cuda"), ["sdpa"]),
+        (AMPERE, ("gemma2", torch.bfloat16, "cuda"), ["sdpa"]),  # its scores are capped
+        (AMPERE, ("llama", torch.bfloat16, "cpu"), ["sdpa"]),  # it will be spread over GPUs
+    ],
+)
+def test_the_kernel_is_tried_where_it_runs(
+    gpu: Gpu,
+    model: tuple[str, torch.dtype, str],
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu.install(monkeypatch)
+    kind, dtype, device = model
+    there = SimpleNamespace(
+        config=tiny(kind).config, dtype=dtype, device=SimpleNamespace(type=device)
+    )
+    assert packing._candidates(cast("Any", there), "sdpa") == expected
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
+def test_a_model_that_is_spread_over_gpus_proves_the_kernel_on_a_few_layers(
+    right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model itself proves on the CPU that its rows can be packed at all."""
+    model = tiny("gemma3_text", torch.bfloat16)
+    AMPERE.install(monkeypatch)
+    proven: list[tuple[int, str]] = []
+
+    def kernel(query: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        out = plain_varlen_attn(query, *rest, **options)
+        return out if right else out.cumsum(0)  # each row would see those before it
+
+    def few_layers(whole: PreTrainedModel, device: str) -> PreTrainedModel:
+        few = real_few_layers(whole, "cpu")
+        proven.append((few.config.get_text_config().num_hidden_layers, device))
+        return few
+
+    real_few_layers = packing.few_layers
+    monkeypatch.setattr(packing, "varlen_attn", kernel)
+    monkeypatch.setattr(packing, "few_layers", few_layers)
+    assert prepare_packing(model)
+    assert model.config._attn_implementation == (packing.KERNEL_NAME if right else "sdpa")
+    assert proven == [(2, "cuda")], "a layer with a window and one without"
+
+
+@pytest.mark.parametrize(
+    ("attention", "gpu", "engine", "expected"),
+    [
+        ("sdpa", TURING, "transformers", (1, 4096)),
+        (BY_KERNEL, AMPERE, "transformers", (8, 16_000)),
+        ("sdpa", TURING, "unsloth", (8, 16_000)),
+        (packing.ATTENTION_NAME, None, "transformers", (8, 16_000)),
+    ],
+    ids=["a mask", "the kernel", "Unsloth's own", "a CPU"],
+)
+def test_passes_with_a_mask_stay_small(
+    attention: str,
+    gpu: Gpu | None,
+    engine: str,
+    expected: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if gpu:
+        gpu.install(monkeypatch)
+    plan = TrainingPlan(
+        batch_size=8,
+        gradient_accumulation_steps=4,
+        gradient_checkpointing=False,
+        pass_tokens=16_000,
+    )
+    work = cast("Any", SimpleNamespace(plan=plan, engine=engine))
+    model = cast("Any", SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention)))
+    lengths = np.array([100, 2000], dtype=np.int32)
+    found = packing.pass_limits(work, model, lengths, packed=True)
+    assert (found.rows, found.tokens) == expected
+    padded = packing.pass_limits(work, model, lengths, packed=False)
+    assert (padded.rows, padded.tokens) == (8, 16_000)

@@ -66,7 +66,9 @@ def all_passed(gate: dict[str, Any]) -> None:
     assert [check["file"] for check in checks] == [
         f"tiny-{kind}.gguf" for kind in ("F16", "LoRA-F32", "Q8_0")
     ]
-    assert all(check["quality"]["passed"] and not check["problems"] for check in checks)
+    assert all(
+        each["quality"]["passed"] and not each["problems"] for each in (*checks, gate["merged"])
+    )
     sample = gate["samples"][0]
     assert (sample["prompt"], sample["tuned"], sample["stopped"]) == (*ROWS[0], True)
     assert sample["base"] != sample["tuned"]

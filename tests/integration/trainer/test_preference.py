@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from finetune_trainer.model.tokenizer import IGNORED, load_tokenizer
 from finetune_trainer.train.link import InterruptedTrainingError, TrainingWork
 from finetune_trainer.train.recipe.preference import (
     AnswerScores,
-    RowsWithOthers,
+    PassesWithOthers,
     orpo_losses,
 )
 from finetune_trainer.train.recipe.saving import train_with_checkpoints
@@ -76,7 +77,7 @@ def one_pass(trainer: Any, *, kl: bool = False) -> tuple[float, dict[str, torch.
     rows, count = trainer.train_dataset, len(trainer.train_dataset)
     if kl:
         pairs = [(number, (number - 1) % count) for number in range(count)]
-        batch = trainer.data_collator(RowsWithOthers(rows).__getitems__(pairs))
+        batch = trainer.data_collator(PassesWithOthers(rows)[pairs])
         trainer._kl = trainer._mean_kl([batch])
     else:
         batch = trainer.data_collator([rows[number] for number in range(count)])
@@ -259,7 +260,7 @@ def test_the_evaluation_is_exact_and_takes_no_part_in_the_training(
     trainer._kl = torch.tensor(3.0)
     found = []
     for batch in (1, 5):
-        trainer.args.per_device_eval_batch_size = batch
+        trainer.limits = replace(trainer.limits, rows=batch, tokens=0)
         found.append(trainer.evaluate())
         assert trainer._kl == 3.0
     for name in ("loss", "rewards/accuracies", "rewards/margins"):

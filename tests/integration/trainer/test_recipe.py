@@ -125,6 +125,56 @@ def test_accumulated_batches_are_one_large_batch(
             torch.testing.assert_close(small[name], value, rtol=1e-4, atol=1e-5 * scale)
 
 
+def test_short_rows_share_a_pass_and_the_adapter_stays_the_same(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One long row a step: planned by it, each pass has a row; by tokens, fewer passes do."""
+    rows = [
+        message_pair(f"Say {number}.", "word " * (200 if number % 8 == 3 else 1 + number % 3))
+        for number in range(16)
+    ]
+
+    def trained(
+        tokens: int | None, **options: Any
+    ) -> tuple[dict[str, torch.Tensor], list[float], list[int]]:
+        trainer = build(
+            tiny_model,
+            tmp_path,
+            rows,
+            batchSize=1,
+            gradientAccumulationSteps=8,
+            loggingSteps=1,
+            pass_tokens=tokens,
+        )
+        vars(trainer.args).update(options)
+        passes: list[int] = []
+        forward = trainer.compute_loss
+
+        def look(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
+            passes.append(inputs["input_ids"].numel())
+            return forward(model, inputs, **options)
+
+        monkeypatch.setattr(trainer, "compute_loss", look)
+        trainer.train()
+        model = cast("PeftModel", trainer.model)
+        state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        return state, losses, passes
+
+    longest = int(tokenized(tiny_model, tmp_path, rows).lengths.max())
+    alone, alone_losses, alone_passes = trained(None)
+    # AdamW and the loader as on a GPU.
+    fused = {"optim": "adamw_torch_fused", "dataloader_num_workers": 1}
+    shared, shared_losses, shared_passes = trained(longest, dataloader_prefetch_factor=2, **fused)
+    assert len(alone_passes) == 16
+    assert len(shared_passes) <= 6
+    assert max(shared_passes) <= longest
+    assert sum(shared_passes) == sum(alone_passes)
+    assert shared_losses == pytest.approx(alone_losses, rel=1e-5)
+    for name, weights in alone.items():
+        assert torch.allclose(shared[name], weights, atol=1e-5), name
+
+
 def test_a_wrong_weight_of_the_passes_would_be_seen(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,8 +304,8 @@ def test_4_bit_weights_are_not_repacked_by_an_evaluation(
 
 GUIDE = {
     "learning_rate": 2e-4,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 4,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
     "num_train_epochs": 3,
     "warmup_steps": 0.03,
     "lr_scheduler_type": "linear",
@@ -266,8 +316,8 @@ GUIDE = {
 }
 OTHERS: dict[str, Any] = {
     "learning_rate": 3e-5,
-    "per_device_train_batch_size": 3,
-    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 6,
+    "gradient_accumulation_steps": 1,
     "num_train_epochs": 7,
     "warmup_steps": 0.2,
     "lr_scheduler_type": "cosine",

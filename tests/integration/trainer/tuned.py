@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from finetune_trainer.contract import Export, Quantization
 from finetune_trainer.export.gate import SourceGate
+from finetune_trainer.export.gate.expected import GateInputs
 from finetune_trainer.export.gguf.files import GgufSource, quantize, write_unquantized
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.converter import gguf_name, llama_folder
@@ -71,8 +72,16 @@ class Tuned:
 
     def gate(self, workspace: Path, **export: Any) -> SourceGate:
         """A gate that has seen nothing yet."""
-        return SourceGate.open(
-            ModelFolder(self.base), self.adapter, EXAMPLES, workspace, Export(**export)
+        return SourceGate.open(self.inputs(**export), workspace)
+
+    def inputs(self, *, merged: bool = False, **export: Any) -> GateInputs:
+        """What a gate is opened with."""
+        return GateInputs(
+            base=ModelFolder(self.base),
+            adapter=self.adapter,
+            examples=EXAMPLES,
+            export=Export(**export),
+            merged=ModelFolder(self.merged) if merged else None,
         )
 
 

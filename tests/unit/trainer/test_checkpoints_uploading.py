@@ -193,6 +193,9 @@ def test_the_plan_in_force_goes_on_unless_the_devices_are_others() -> None:
         "an earlier attempt had a larger GPU"
     )
     recomputing = planned.model_copy(update={"gradient_checkpointing": True})
+    more = planned.model_copy(update={"pass_tokens": 4096})
+    assert plan_to_resume_with(more, planned) == planned, "too many tokens a pass"
+    assert plan_to_resume_with(planned, more) == planned
     assert plan_to_resume_with(planned, recomputing) == recomputing
     assert plan_to_resume_with(recomputing, planned) == recomputing
 

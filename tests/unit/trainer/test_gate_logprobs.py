@@ -9,7 +9,8 @@ import pytest
 
 from finetune_trainer.export.reference import (
     Floats,
-    TokenSums,
+    Measurement,
+    Meter,
     create_logprobs,
     kl_divergence,
     normalised,
@@ -26,14 +27,14 @@ def logits(seed: int, tokens: int = 64, vocabulary: int = 5_000) -> Floats:
 def test_the_figures_are_those_of_the_textbook() -> None:
     ours = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]], np.float32))
     theirs = np.log(np.array([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]], np.float32))
-    sums = TokenSums()
-    sums.add(ours + 7, [0, 1], theirs - 2)  # log-probabilities up to a constant
-    means = sums.means()
+    meter = Meter()
+    meter.add(ours + 7, [0, 1], theirs - 2)  # log-probabilities up to a constant
+    found = meter.measurement()
     divergence = (0.25 * np.log(0.5) + 0.5 * np.log(2)) / 2
-    assert means.kl_divergence == pytest.approx(divergence, rel=1e-5)
-    assert means.same_top_token == 0.5
-    assert means.perplexity == pytest.approx((0.5 * 0.8) ** -0.5, rel=1e-5)
-    assert (means.tokens, means.finite) == (2, True)
+    assert found.kl_divergence == pytest.approx(divergence, rel=1e-5)
+    assert found.same_top_token == 0.5
+    assert found.perplexity == pytest.approx((0.5 * 0.8) ** -0.5, rel=1e-5)
+    assert (found.tokens, found.finite) == (2, True)
 
 
 def test_sixteen_bits_cost_next_to_nothing(tmp_path: Path) -> None:
@@ -49,15 +50,25 @@ def test_sixteen_bits_cost_next_to_nothing(tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite_are_no_figures() -> None:
     broken = logits(0)
     broken[3, 7] = np.nan
-    sums = TokenSums()
-    assert sums.add(broken, [0] * len(broken), None) is None
-    assert sums.means().finite is False
+    meter = Meter()
+    assert meter.add(broken, [0] * len(broken), None) is None
+    assert meter.measurement().finite is False
 
 
 def test_embeddings_behind_the_vocabulary_are_left_out() -> None:
     """Gemma 3's converter cuts them; a model gives them no weight worth mentioning."""
     ours = logits(0, vocabulary=100)
     padded = np.concatenate([ours, np.full((len(ours), 8), -30, np.float32)], axis=1)
-    sums = TokenSums()
-    sums.add(ours, [0] * len(ours), padded)
-    assert sums.means().kl_divergence == pytest.approx(0, abs=1e-6)
+    meter = Meter()
+    meter.add(ours, [0] * len(ours), padded)
+    assert meter.measurement().kl_divergence == pytest.approx(0, abs=1e-6)
+
+
+def test_tokens_that_are_left_out_count_nowhere() -> None:
+    found = Measurement((1.0, 2.0, 3.0), (0.1, 0.2, 0.9), (True, False, False))
+    kept = found.only((True, True, False))
+    assert (kept.tokens, kept.same_top_token) == (2, 0.5)
+    assert kept.kl_divergence == pytest.approx(0.15)
+    assert kept.perplexity == pytest.approx(np.exp(1.5))
+    assert found.only((True, True, True)) is found
+    assert found.only((False,) * 3).tokens == 0

@@ -354,3 +354,22 @@ def test_full_host_memory_is_recognised(error: Exception) -> None:
 def test_figures_are_left_out_where_there_are_none() -> None:
     message = with_remedy(explain(OutOfMemoryError("out of memory"))).message
     assert message.startswith("The GPU's memory is full. In this order")
+
+
+def test_the_tokens_of_a_pass_are_halved_with_its_examples() -> None:
+    """And once more where they are above those of one example; then there is nothing to halve."""
+    begun = work()
+    tokens = begun.plan.model_copy(update={"pass_tokens": 9000})
+    found = rungs(begun.model_copy(update={"plan": tokens}), LENGTHS)
+    passes = [(each.plan.batch_size, each.plan.pass_tokens) for each, _ in found]
+    assert passes == [(2, 4500), (1, 2250), (1, 1125), (1, 1000), (1, 1000)]
+    codes = [code for _, code in found]
+    assert codes == [*["BatchHalved"] * 4, "GradientCheckpointingEnabled"]
+
+
+def test_a_shorter_sequence_makes_passes_of_fewer_tokens() -> None:
+    begun = work(minSequenceLength=128, gradientCheckpointing="always")
+    update = {"batch_size": 1, "gradient_accumulation_steps": 8, "pass_tokens": 1000}
+    found = rungs(begun.model_copy(update={"plan": begun.plan.model_copy(update=update)}), LENGTHS)
+    assert all(each.plan.pass_tokens == each.max_sequence_length for each, _ in found)
+    assert found

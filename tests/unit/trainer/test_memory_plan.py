@@ -347,3 +347,33 @@ def test_a_pair_of_answers_takes_what_two_rows_take(hardware: Hardware) -> None:
         chosen = plan(Training(objective=objective), shape(EIGHT), Lengths(1024), hardware)
         assert chosen.batch_size * rows <= max(of_answers.batch_size, rows)
         assert chosen.batch_size * chosen.gradient_accumulation_steps == 8
+
+
+@settings(max_examples=100)
+@given(trainings, models, lengths, sizes, st.booleans())
+def test_the_tokens_of_a_pass_fit_as_its_examples_do(
+    training: Training, model: str, longest: int, gib: float, gpu: bool
+) -> None:
+    hardware = gpus(gib) if gpu else cpu(gib)
+    try:
+        made = plan(training, shape(model), Lengths(longest), hardware)
+    except StageError:
+        return
+    if made.gradient_accumulation_steps == 1:
+        assert made.pass_tokens is None
+    if made.pass_tokens is None:
+        return
+    assert made.pass_tokens <= max(GPU_USEFUL, longest)
+    attempt = Attempt(training, shape(model), longest)
+    # Of a CPU, what fits at least in bfloat16.
+    attempt = attempt if gpu else attempt.on_cpu(half=True)
+    needs = attempt.needs_for(made.pass_tokens, made.gradient_checkpointing)
+    assert needs <= (made.device_bytes or 0) <= gib * GIB
+
+
+def test_a_pass_has_tokens_between_two_numbers_of_examples() -> None:
+    """Three of the longest would fit, and 3 does not divide the step."""
+    made = plan(Training(), shape(EIGHT), Lengths(2048), gpus(24))
+    assert made.batch_size < 4
+    assert made.pass_tokens is not None
+    assert made.pass_tokens > made.batch_size * 2048

@@ -35,7 +35,7 @@ class Artifact(Base):
     bytes: int
     sha256: str
     quality: Quality | None = None
-    """Of a GGUF file that was checked."""
+    """Of a GGUF file that was checked; of the merged model beside the first file of its weights."""
 
     @property
     def rejected(self) -> bool:

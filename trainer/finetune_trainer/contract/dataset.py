@@ -246,8 +246,9 @@ class Dataset(Base):
 
     eval_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.05
     """Share of the rows that are held out to measure the loss before and after the training, from
-    0 to 0.5; at least one row from 20 rows on, none below, and never more than 1,000. The choice
-    depends on the rows and training.seed only."""
+    0 to 0.5; none below 20 rows, and never more than 1,000. Up to twice the share, at most 10%, is
+    held out where that gives 20 rows at most. The choice depends on the rows and training.seed
+    only."""
 
     eval_source: Annotated[Location, Field(json_schema_extra=DATASET_RULE)] | None = None
     """Held-out rows of their own, in the same format and with the same columns, wherever `source`

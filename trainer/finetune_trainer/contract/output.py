@@ -72,10 +72,9 @@ class Export(Base):
     spare those. Better small files for some minutes of computing."""
 
     verify: Literal["fail", "warn", "off"] = "fail"
-    """Compare each GGUF file with the tuned model on held-out rows, in llama.cpp. With `fail` a
-    file over its limit goes to rejected/ and the job ends as QualityGateFailed; `warn` only
-    reports; `off` only looks whether llama.cpp loads the file and reads text as the training
-    did."""
+    """Compare the merged model and each GGUF file with the tuned model on held-out rows. With
+    `fail` a file that is over its limit beyond doubt goes to rejected/ and the job ends as
+    QualityGateFailed; `warn` only reports; `off` looks at nothing."""
 
     quality_limits: Annotated[
         tuple[QualityLimit, ...],

@@ -188,6 +188,16 @@ class TrainingMetrics(Base):
     best_step: float | None = None
     """The step whose adapter was kept, with earlyStopping."""
 
+    peak_memory_bytes: float | None = None
+    """What one device's training held at most: on a GPU of torch's allocator (reserved), on a CPU
+    the process's resident memory. Of the last process, where the training was resumed."""
+
+    peak_allocated_bytes: float | None = None
+    """What of it was in use at most, on a GPU."""
+
+    predicted_memory_bytes: float | None = None
+    """What the plan expected on one device; on a GPU also what the driver takes for itself."""
+
     trainable_parameters: float | None = None
     base_parameters: float | None = None
 

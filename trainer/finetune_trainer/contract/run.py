@@ -33,10 +33,14 @@ class TrainingPlan(Base):
     batch, so it is no part of a fingerprint."""
 
     batch_size: int
-    """Examples in one forward pass on one device."""
+    """Examples of any length that one forward pass on one device may hold."""
 
     gradient_accumulation_steps: int
-    """Forward passes per optimizer step on each device."""
+    """Forward passes per optimizer step on each device; fewer where `passTokens` allows."""
+
+    pass_tokens: int | None = None
+    """Tokens that one forward pass may hold in more examples than `batchSize`; absent where one
+    pass makes a step, and in plans of earlier versions."""
 
     gradient_checkpointing: bool
     """Whether activations are computed again in the backward pass."""

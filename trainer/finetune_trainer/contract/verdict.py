@@ -40,14 +40,24 @@ class Quality(Base):
     max_kl_divergence: Annotated[float | None, Field(alias="maxKLDivergence")] = None
     """The limit that the divergence was held against."""
 
+    kl_divergence_low: Annotated[float | None, Field(alias="klDivergenceLow")] = None
+    """Lower bound of the 95% confidence interval of klDivergence. A file is refused where this is
+    over the limit."""
+
+    judged: bool = True
+    """False where the rows measured are too few to tell whether the file keeps its limit, which
+    refuses no file."""
+
     passed: bool = True
-    """Whether the file may be used: false where the divergence is over its limit, or where
-    llama.cpp reads the file otherwise than it was trained."""
+    """Whether the file may be used: false where the divergence is over its limit beyond doubt,
+    where it finds other top tokens or answers worse than the base model, or where llama.cpp reads
+    the file otherwise than it was trained."""
 
     @property
     def over_limit(self) -> bool:
-        """Whether the divergence is over its limit."""
-        return self.max_kl_divergence is not None and self.kl_divergence > self.max_kl_divergence
+        """Whether the divergence is over its limit beyond doubt."""
+        low = self.kl_divergence if self.kl_divergence_low is None else self.kl_divergence_low
+        return self.max_kl_divergence is not None and low > self.max_kl_divergence
 
     def rounded(self) -> Self:
         """The same with six significant digits a figure, which is more than they are worth."""
@@ -57,14 +67,18 @@ class Quality(Base):
 
 
 class FileVerdict(Base):
-    """The gate's verdict on one GGUF file: it passes where the gate found no problem."""
+    """The gate's verdict on one GGUF file, or on the merged model: it passes where the gate found
+    no problem."""
 
     file: str
-    """Its name, e.g. model-Q4_K_M.gguf."""
+    """Its name, e.g. model-Q4_K_M.gguf; of the merged model its folder's."""
 
     quantization: Quantization
     problems: tuple[str, ...] = ()
     """Why it may not be used, in sentences; empty when it may."""
+
+    measured_problems: int = 0
+    """How many of the problems are about figures, as rounding makes them."""
 
     quality: Quality | None = None
     """None where nothing was measured (verify: off, or no held-out rows to measure on)."""
@@ -94,7 +108,8 @@ class Sample(Base):
     """The base model's answer; None where it was not asked."""
 
     tuned: str
-    """The answer of the merged model's largest GGUF file."""
+    """The answer of the smallest GGUF file that passed, or of the merged model where there is no
+    such file."""
 
     stopped: bool
     """Whether the tuned model ended its answer itself."""
@@ -118,7 +133,15 @@ class GateReport(Base):
     tuned_perplexity: float | None = None
     """Of base model and adapter by transformers, before any conversion."""
 
+    merged: FileVerdict | None = None
+    """On the merged model in 16 bits."""
+
     files: tuple[FileVerdict, ...] = ()
+    """On the GGUF files."""
+
+    notices: tuple[str, ...] = ()
+    """What is worth knowing and refuses no file."""
+
     samples: tuple[Sample, ...] = ()
 
 
@@ -144,6 +167,7 @@ class Statement:
 
 PASSED = Statement(Tone.GOOD, "passed")
 NOT_MEASURED = Statement(Tone.PLAIN, "not measured")
+TOO_FEW_ROWS = Statement(Tone.PLAIN, "too few rows to judge")
 NOT_GOOD_ENOUGH = Statement(Tone.BAD, "not good enough")
 REFUSED = Statement(Tone.BAD, "refused")
 
@@ -158,8 +182,10 @@ def word_for(artifact: Artifact | None, verdict: FileVerdict | None = None) -> S
         return REFUSED
     if (verdict is not None and not verdict.passed) or (artifact is not None and artifact.failed):
         return NOT_GOOD_ENOUGH
-    quality = verdict.quality if verdict is not None else artifact and artifact.quality
-    return NOT_MEASURED if quality is None else PASSED
+    quality = verdict.quality if verdict else artifact.quality if artifact else None
+    if quality is None:
+        return NOT_MEASURED
+    return PASSED if quality.judged else TOO_FEW_ROWS
 
 
 def over_limit(divergence: float, limit: float) -> str:
@@ -167,6 +193,22 @@ def over_limit(divergence: float, limit: float) -> str:
     return (
         f"its answers are off by a mean KL divergence of {divergence:.3g} nats per token, and "
         f"{limit:.3g} is the limit (spec.export.qualityLimits)"
+    )
+
+
+def other_top_tokens(share: float, limit: float) -> str:
+    """The problem of a file that finds other tokens most likely."""
+    return (
+        f"it finds the same next token most likely at {share:.1%} of the tokens, and at least "
+        f"{limit:.1%} go with its limit (spec.export.qualityLimits)"
+    )
+
+
+def worse_than_base(perplexity: float, base: float) -> str:
+    """The problem of a file that lost what the training taught."""
+    return (
+        f"it predicts the answers worse than the base model does (perplexity {perplexity:.4g}, and "
+        f"{base:.4g} of the base model), though the tuned model predicts them better"
     )
 
 
@@ -189,24 +231,56 @@ def summary_of(verdicts: Sequence[FileVerdict], *, some_rejected: bool) -> State
         where = f"; what was refused lies in {REJECTED}/" if some_rejected else ""
         tone = Tone.BAD if len(failed) == len(verdicts) else Tone.WARNING
         return Statement(tone, f"{len(failed)} of {total} not good enough: {names}{where}.")
+    figures = [(each.quantization.value, each.quality) for each in verdicts]
+    unsure = [kind for kind, quality in figures if quality and not quality.judged]
+    if unsure:
+        return Statement(
+            Tone.PLAIN,
+            f"{total} loaded in llama.cpp; too few held-out rows to judge {', '.join(unsure)}.",
+        )
     if any(verdict.quality is None for verdict in verdicts):
-        return Statement(Tone.PLAIN, f"{total} loaded in llama.cpp; quality is not measured.")
+        return Statement(Tone.PLAIN, f"{total} written; quality is not measured.")
     return Statement(Tone.GOOD, f"{total} passed the quality gate in llama.cpp.")
+
+
+def verdict_on_merged(verdict: FileVerdict, *, rejected: bool) -> Statement:
+    """Whether the merged model may be used, in a sentence."""
+    word = word_for(None, verdict)
+    if word is NOT_GOOD_ENOUGH:
+        where = f", and lies in {REJECTED}/" if rejected else ""
+        problems = "; ".join(verdict.problems)
+        return Statement(Tone.BAD, f"The merged model is not good enough{where}: {problems}.")
+    if word is PASSED:
+        return Statement(Tone.GOOD, "The merged model passed the quality gate in transformers.")
+    return Statement(word.tone, f"The merged model: {word.text}.")
 
 
 def explain_failures(gate: GateReport, files: Sequence[Artifact], export: Export) -> str:
     """Which of the output's files fell short, by how much, and what to do; empty where none did."""
     names = {item.path.rpartition("/")[2] for item in files}
     verdicts = [verdict for verdict in gate.files if verdict.file in names]
+    said = [_explain_merged(gate.merged, export)] if gate.merged else []
     failed = [verdict for verdict in verdicts if not verdict.passed]
-    if not failed:
+    if failed:
+        problems = " ".join(f"{verdict.file}: {'; '.join(verdict.problems)}." for verdict in failed)
+        number = f"{len(failed)} of {len(verdicts)} GGUF files"
+        verbs = ("falls", "is") if len(failed) == 1 else ("fall", "are")
+        beginning = f"{number} {verbs[0]} short and {verbs[1]} {_where(export)}."
+        said.append(f"{beginning} {problems} {_remedy(failed, export)}")
+    return " ".join([*filter(None, said), *gate.notices])
+
+
+def _where(export: Export) -> str:
+    return "published all the same" if export.verify == "warn" else f"kept apart in {REJECTED}/"
+
+
+def _explain_merged(verdict: FileVerdict, export: Export) -> str:
+    if verdict.passed:
         return ""
-    problems = " ".join(f"{verdict.file}: {'; '.join(verdict.problems)}." for verdict in failed)
-    where = "published all the same" if export.verify == "warn" else f"kept apart in {REJECTED}/"
-    number = f"{len(failed)} of {len(verdicts)} GGUF files"
-    verbs = ("falls", "is") if len(failed) == 1 else ("fall", "are")
-    beginning = f"{number} {verbs[0]} short and {verbs[1]} {where}."
-    return f"{beginning} {problems} {_remedy(failed, export)}"
+    return (
+        f"The merged model falls short and is {_where(export)}: {'; '.join(verdict.problems)}. "
+        "Don't serve it, and report it with manifest.json."
+    )
 
 
 def _remedy(failed: Sequence[FileVerdict], export: Export) -> str:
@@ -224,6 +298,7 @@ def _remedy(failed: Sequence[FileVerdict], export: Export) -> str:
 
 
 def _only_rounded(verdict: FileVerdict) -> bool:
-    """Whether it is a quantization with nothing wrong but its divergence."""
-    over = verdict.quality is not None and verdict.quality.over_limit
-    return over and len(verdict.problems) == 1 and verdict.quantization not in UNQUANTIZED
+    """Whether it is a quantization with nothing wrong but its figures."""
+    over = verdict.quality is not None and verdict.quality.over_limit  # all that 0.1.0 looked at
+    of_figures = max(verdict.measured_problems, int(over))
+    return len(verdict.problems) == of_figures and verdict.quantization not in UNQUANTIZED

@@ -32,8 +32,7 @@ from finetune_trainer.export.pipeline import (
     check_space,
     fetch_examples,
     fetch_inputs,
-    make_gguf,
-    make_merged,
+    make_models,
     open_tuned_model,
     publish_folder,
 )
@@ -119,7 +118,7 @@ def make_all(export: ExportRun) -> Manifest:
     base, gate = None, GateReport()
     if config.export.merged or config.export.gguf:
         base = base_model.fetch_resolved(config, export.workspace / "model", export.reporter)
-        gate = make_models(export, base)
+        gate = make_from(export, base)
     manifest = Manifest(
         fingerprint=config.resolved.fingerprints.export,
         version=version_name(config.resolved.fingerprints.export),
@@ -134,7 +133,7 @@ def make_all(export: ExportRun) -> Manifest:
     return manifest
 
 
-def make_models(export: ExportRun, base: ModelFolder) -> GateReport:
+def make_from(export: ExportRun, base: ModelFolder) -> GateReport:
     """Write the merged model and GGUF files. Each is uploaded when it is finished."""
     config, inputs = export.config, export.inputs
     check_memory()
@@ -149,9 +148,7 @@ def make_models(export: ExportRun, base: ModelFolder) -> GateReport:
         add_file=export.publication.add,
         reporter=export.reporter,
     )
-    if config.export.merged:
-        make_merged(context)
-    return make_gguf(context) if config.export.gguf else GateReport()
+    return make_models(context)
 
 
 def convert_merged(
@@ -169,7 +166,7 @@ def convert_merged(
             add_file=add_file,
             reporter=reporter,
         )
-        return make_gguf(context)
+        return make_models(context)
 
 
 def describe(export: ExportRun, base: ModelFolder | None, manifest: Manifest) -> None:

@@ -6,16 +6,14 @@ one is computed.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from finetune_trainer.contract import (
     REJECTED,
     DatasetReport,
-    Example,
     FileVerdict,
     GateReport,
     PreparedRunConfig,
@@ -38,6 +35,8 @@ from finetune_trainer.contract import (
     display_name,
 )
 from finetune_trainer.export.gate import DerivedGate, SourceGate, rejects
+from finetune_trainer.export.gate.expected import GateInputs
+from finetune_trainer.export.gate.rows import ExampleFiles, count_lines, read_examples
 from finetune_trainer.export.gguf.files import (
     IMPORTANCE_TYPES,
     GgufSource,
@@ -69,6 +68,8 @@ from finetune_trainer.store.marker import (
     METRICS,
     open_stage,
 )
+
+T = TypeVar("T")
 
 MERGED, GGUF = "merged", "gguf"
 
@@ -131,6 +132,11 @@ class ExportContext:
     add_file: AddFile
     reporter: Reporter
 
+    @property
+    def writes_merged(self) -> bool:
+        """Whether the merged model is written; where it is what is converted, it is there."""
+        return self.config.export.merged and self.model.files.adapter is not None
+
 
 class CheckedFile(NamedTuple):
     """A GGUF file of the merged model with its verdict."""
@@ -142,33 +148,70 @@ class CheckedFile(NamedTuple):
 
 def publish_folder(add_file: AddFile, folder: Path) -> None:
     """Publish all files of a folder, which has its name in the output folder too."""
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+    for file in files_below(folder):
         add_file(file, file.relative_to(folder.parent).as_posix())
 
 
-def make_merged(context: ExportContext) -> None:
-    """Write the merged model's weights beside its configuration, and publish the folder."""
+def files_below(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def make_models(context: ExportContext) -> GateReport:
+    """Write the merged model and GGUF files with their Modelfile, and check each.
+
+    Raises StageError.
+    """
+    merged = make_merged(context) if context.writes_merged else None
+    context.reporter.message("Asking the tuned model, for what its files are held against")
+    source_gate = SourceGate.open(gate_inputs(context, merged), context.workspace / "gate")
+    verdict = source_gate.check_merged(context.model.files.own_type)
+    if verdict:
+        publish_merged(context, verdict)
+    found = make_gguf(context, source_gate) if context.config.export.gguf else None
+    if found is None:
+        found = source_gate.report(source_gate.merged_samples())
+    return found.model_copy(update={"merged": verdict})
+
+
+def gate_inputs(context: ExportContext, merged: ModelFolder | None) -> GateInputs:
+    """What files are held against, and on which rows."""
+    rows = context.examples
+    return GateInputs(
+        base=context.model.files.base,
+        adapter=context.model.files.adapter,
+        examples=rows.measured(),
+        names=rows.names(),
+        export=context.config.export,
+        held_out=rows.held_out is not None,
+        merged=merged,
+        reporter=context.reporter,
+    )
+
+
+def make_merged(context: ExportContext) -> ModelFolder:
+    """Write the merged model's weights beside its configuration."""
     model = context.model
     total = sum(
         math.prod(each.shape) * each.dtype.itemsize for each in model.weights.infos.values()
     )
     moved = context.reporter.transfer("Merging the adapter into the base model", total)
     write_merged(model.weights, model.files.folder.path, moved)
-    publish_folder(context.add_file, model.files.folder.path)
+    return model.files.folder
 
 
-def make_gguf(context: ExportContext) -> GateReport:
+def publish_merged(context: ExportContext, verdict: FileVerdict) -> None:
+    """Publish the merged model in its folder, or apart; its first weights bear the figures."""
+    folder = context.model.files.folder.path
+    apart = f"{REJECTED}/" if rejects(context.config.export, verdict) else ""
+    first = next(file for file in files_below(folder) if file.suffix == ".safetensors")
+    for file in files_below(folder):
+        quality = verdict.quality if file == first else None
+        context.add_file(file, apart + file.relative_to(folder.parent).as_posix(), quality)
+
+
+def make_gguf(context: ExportContext, source_gate: SourceGate) -> GateReport:
     """Write GGUF files and Modelfile below the result, and check each; raises StageError."""
     config, model, reporter = context.config, context.model.files, context.reporter
-    reporter.message("Asking the tuned model, for what its files are held against")
-    source_gate = SourceGate.open(
-        model.base,
-        model.adapter,
-        context.examples.measured(),
-        context.workspace / "gate",
-        config.export,
-        held_out=context.examples.held_out is not None,
-    )
     importance = None
     if config.export.importance_matrix and set(config.export.gguf) & set(IMPORTANCE_TYPES):
         importance = context.workspace / "importance.gguf"
@@ -188,21 +231,21 @@ def make_gguf(context: ExportContext) -> GateReport:
             publish_file(context, source_file, gate.source_verdict)
         adapter = adapter_made.result()
     adapter_verdicts: list[FileVerdict] = []
-    samples: tuple[Sample, ...] = ()
     if adapter:
+        reporter.message(f"Checking {adapter.name}")
         adapter_verdicts.append(gate.check_adapter(adapter))
         if config.export.adapter_gguf is not False:
             publish_file(context, adapter, adapter_verdicts[0])
-    if gate.source_verdict.passed:
-        reporter.message("Asking the tuned model and its base the same questions")
-        samples = gate.samples(adapter)
     if importance:
         rows = read_examples(context.examples.trained)
         write_importance(model, source_file, rows, importance, reporter)
-    derived = list(check_derived(context, gate, written))
-    files = [CheckedFile(kind, source_file, gate.source_verdict), *derived]
+    source = CheckedFile(kind, source_file, gate.source_verdict)
+    files = [source]
+    files += check_derived(context, gate, written)
+    samples = take_samples(context, gate, files, adapter)
     make_modelfile(context, files)
-    return gate.report([*adapter_verdicts, *(each.verdict for each in derived)], samples)
+    derived = (each.verdict for each in files[1:])
+    return gate.report([*adapter_verdicts, *derived], samples)
 
 
 def make_adapter(context: ExportContext) -> Path | None:
@@ -233,6 +276,18 @@ def check_derived(
         yield CheckedFile(kind, file, verdict)
 
 
+def take_samples(
+    context: ExportContext, gate: DerivedGate, files: list[CheckedFile], adapter: Path | None
+) -> tuple[Sample, ...]:
+    """Answers of the smallest file that passed and is still there, which is the fastest."""
+    passed = [each.file for each in files if each.verdict.passed and each.file.exists()]
+    if not passed:
+        return ()
+    smallest = min(passed, key=lambda file: file.stat().st_size)
+    context.reporter.message(f"Asking {smallest.name} and the base model the same questions")
+    return gate.samples(smallest, adapter)
+
+
 def publish_file(context: ExportContext, file: Path, verdict: FileVerdict) -> None:
     """Publish a checked file among the good ones, or apart."""
     folder = REJECTED if rejects(context.config.export, verdict) else GGUF
@@ -260,22 +315,6 @@ def make_modelfile(context: ExportContext, files: list[CheckedFile]) -> None:
         generation=generation_settings(model.files.folder),
     )
     context.add_file(file, file.name)
-
-
-MOST_ROWS = 5000
-"""Examples in memory, more than the gate or an importance matrix measures on."""
-
-
-@dataclass(frozen=True)
-class ExampleFiles:
-    """What `prepare` made of the dataset: files with one example as JSON a line."""
-
-    trained: Path
-    held_out: Path | None
-
-    def measured(self) -> list[Example]:
-        """The rows that files are measured on: the held-out ones, or else those trained on."""
-        return read_examples(self.held_out or self.trained)
 
 
 @dataclass(frozen=True)
@@ -313,21 +352,13 @@ def fetch_examples(config: PreparedRunConfig, output: Folder, workspace: Path) -
     """Bring the examples to the folder `workspace`; StageError if they changed."""
     prepared = open_stage(output, Stage.PREPARE, config.resolved.fingerprints.prepare)
     trained = prepared.fetch(EXAMPLES, workspace / EXAMPLES)
-    held_out = None
-    if config.resolved.eval_rows:
-        held_out = prepared.fetch(HELD_OUT, workspace / HELD_OUT)
-    return ExampleFiles(trained, held_out)
-
-
-def read_examples(file: Path, most: int = MOST_ROWS) -> list[Example]:
-    """At most so many of a file's examples, one a line as JSON, at equal distances."""
-    with file.open(encoding="utf-8") as lines:
-        total = sum(1 for _ in lines)
-    step = -(-total // most) or 1
-    with file.open(encoding="utf-8") as lines:
-        found: list[Example] = [json.loads(line) for line in islice(lines, 0, None, step)]
-    # Of answers with a label, the good ones: what the model is to say.
-    return [example for example in found if example.get("label", True)] or found
+    if not config.resolved.eval_rows:
+        return ExampleFiles(trained, None)
+    held_out = prepared.fetch(HELD_OUT, workspace / HELD_OUT)
+    split = DatasetReport.model_validate_json(prepared.read(DATASET_REPORT)).split
+    listed = split.held_out if split else None
+    known = listed is not None and listed.count == count_lines(held_out)
+    return ExampleFiles(trained, held_out, listed if known else None)
 
 
 MEMORY_BYTES = 3 * GIB // 2

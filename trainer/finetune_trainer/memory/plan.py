@@ -1,15 +1,17 @@
 """Split a step into passes that fit the memory there is, at just the effective batch of the spec.
 
 The effective batch (batchSize x gradientAccumulationSteps) decides on the result and stays. What is
-chosen is its split: micro-batch x accumulation x devices. Every pass is planned as if all its rows
-were as long as the longest, for some pass has them.
+chosen is its split: micro-batch x accumulation x devices. A micro-batch is planned as if all its
+rows were as long as the longest, for some pass has them. Beside it there is a number of tokens that
+a pass may hold in any number of rows, so that short rows make fewer passes.
 
 Larger passes make larger matrix products, which is faster up to a point: a GPU is saturated by a
 few thousand tokens, a CPU earlier. So, in this order:
 
 1. the largest micro-batch that fits and has at most SATURATED tokens;
 2. without recomputation (`gradientCheckpointing: auto`), if that micro-batch still fits;
-3. then as large as fits up to USEFUL tokens.
+3. then as large as fits up to USEFUL tokens;
+4. as many tokens as fit beside that, up to the same limit.
 
 More memory never gives a smaller micro-batch. Choices leave MARGIN free; a training is refused only
 when it does not fit without it.
@@ -70,6 +72,8 @@ def plan(
 
 def describe(made: TrainingPlan, hardware: Hardware) -> str:
     parts = [f"{made.batch_size} examples a pass, {made.gradient_accumulation_steps} passes a step"]
+    if made.pass_tokens:
+        parts[0] += f", fewer where examples of together {made.pass_tokens:,} tokens make one"
     if hardware.gpus > 1:
         parts[0] += f" on each of {hardware.gpus} GPUs ({made.parallelism})"
     parts.append(f"gradient checkpointing {'on' if made.gradient_checkpointing else 'off'}")
@@ -173,6 +177,10 @@ def _choose(attempt: Attempt, memory: int, saturated: int, useful: int) -> Train
     wish = attempt.training.gradient_checkpointing
     most_saving = wish != "never"
 
+    def made(size: int, tokens: int, *, checkpointing: bool) -> TrainingPlan:
+        room = memory / MARGIN
+        return _made(attempt, size, checkpointing=checkpointing, memory=room, useful=tokens)
+
     def largest(sizes: list[int], *, checkpointing: bool) -> int | None:
         fitting = (s for s in reversed(sizes) if attempt.needs(s, checkpointing) * MARGIN <= memory)
         return next(fitting, None)
@@ -180,29 +188,49 @@ def _choose(attempt: Attempt, memory: int, saturated: int, useful: int) -> Train
     if wish != "auto":
         size = largest(ladder, checkpointing=most_saving)
         if size is not None:
-            return _made(attempt, size, checkpointing=most_saving)
+            return made(size, useful, checkpointing=most_saving)
     else:
         low = [size for size in ladder if size == 1 or size * longest <= saturated]
         size = largest(low, checkpointing=True)
         if size is not None:
             kept = largest(ladder, checkpointing=False)
             if kept is not None and kept >= size:
-                return _made(attempt, kept, checkpointing=False)
-            return _made(attempt, size, checkpointing=True)
+                return made(kept, useful, checkpointing=False)
+            return made(size, saturated, checkpointing=True)
     # Nothing fits with the margin: the least that there is may still do without it.
     if attempt.needs(1, most_saving) <= memory:
         return _made(attempt, 1, checkpointing=most_saving)
     return None
 
 
-def _made(attempt: Attempt, size: int, *, checkpointing: bool) -> TrainingPlan:
+def _made(
+    attempt: Attempt, size: int, *, checkpointing: bool, memory: float = 0, useful: int = 0
+) -> TrainingPlan:
+    """Passes of `size` examples; of up to `useful` tokens where those fit `memory` as well."""
+    least, tokens = attempt.needs(size, checkpointing), 0
+    if size < attempt.share:
+        most = min(max(useful, size * attempt.longest), attempt.share * attempt.longest)
+        tokens = _most_tokens(attempt, max(memory, least), most, checkpointing=checkpointing)
     return TrainingPlan(
         batch_size=size,
         gradient_accumulation_steps=attempt.share // size,
         gradient_checkpointing=checkpointing,
+        pass_tokens=tokens or None,
         parallelism=attempt.parallelism,
-        device_bytes=attempt.needs(size, checkpointing),
+        device_bytes=max(least, attempt.needs_for(tokens, checkpointing) if tokens else 0),
     )
+
+
+def _most_tokens(attempt: Attempt, memory: float, most: int, *, checkpointing: bool) -> int:
+    """The largest number of tokens up to `most` that passes may have in `memory` bytes; or 0."""
+    fitting, above = 0, most + 1
+    while above - fitting > 1:
+        middle = (fitting + above) // 2
+        if attempt.needs_for(middle, checkpointing) <= memory:
+            fitting = middle
+        else:
+            above = middle
+    return fitting
 
 
 def _as_written(training: Training, attempt: Attempt) -> TrainingPlan:

@@ -32,6 +32,7 @@ CPU_OVERHEAD = 600_000_000  # Python, torch, transformers and TRL; benchmarks/me
 FULL_LOGITS = 15  # bytes per token and word of the vocabulary; fitted on published tables
 CPU_LOGITS = 12.5  # logits, their logarithms and both gradients, in float32; measured
 CPU_HEAP = 1.4  # what the C allocator holds for what is in use; benchmarks/memory.py
+MASKED_TOKENS = 4096  # in a packed pass whose rows are kept apart by a mask, on a GPU, at most
 TILE_TOKENS, TILE_WORDS = 4096, 32_768  # TRL computes the loss in tiles of this size
 
 
@@ -234,8 +235,12 @@ def scores(shape: Shape, recipe: Recipe, tokens: int) -> int:
 
 
 def mask(recipe: Recipe, tokens: int) -> int:
-    """A packed pass's mask: a byte for each pair of tokens, and once more as a number to add."""
-    return (1 + recipe.compute) * tokens * tokens if recipe.packed else 0
+    """A packed pass's mask: a byte for each pair of tokens, and once more as a number to add.
+
+    Larger passes have none: they are made only for attention that needs no mask.
+    """
+    pairs = min(tokens, MASKED_TOKENS) ** 2
+    return (1 + recipe.compute) * pairs if recipe.packed else 0
 
 
 def kept_by_layer(shape: Shape, recipe: Recipe) -> float:

@@ -56,14 +56,25 @@ class Attempt:
 
     def needs(self, size: int, checkpointing: bool) -> int:
         """Bytes on each device for passes of `size` of the longest examples."""
+        size *= self.sequences
+        labels = None if self.labels is None else size * self.labels
+        return self._peak(size, size * self.longest, labels, checkpointing=checkpointing)
+
+    def needs_for(self, tokens: int, checkpointing: bool) -> int:
+        """The same for passes of so many tokens, in any number of a step's examples."""
+        rows = max(2, tokens // self.longest)
+        labels = (
+            None if self.labels is None else min(tokens, self.share * self.sequences * self.labels)
+        )
+        return self._peak(rows, tokens, labels, checkpointing=checkpointing)
+
+    def _peak(self, rows: int, tokens: int, labels: int | None, *, checkpointing: bool) -> int:
         recipe = self.recipe(checkpointing=checkpointing)
         # On a CPU packed rows are attended to one by one, unless their scores are capped.
         whole = not self.cpu or self.shape.capped
-        size *= self.sequences
-        packed = self.training.packing and size > 1 and whole
-        recipe = replace(recipe, rows=size, packed=packed)
-        labels = None if self.labels is None else size * self.labels
-        return predict(self.shape, recipe, size * self.longest, labels).total
+        packed = self.training.packing and rows > 1 and whole
+        recipe = replace(recipe, rows=rows, packed=packed)
+        return predict(self.shape, recipe, tokens, labels).total
 
     def recipe(self, *, checkpointing: bool) -> Recipe:
         """What decides on the memory beside the passes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +47,7 @@ HARD_TO_SPLIT = (
 """Texts at which the ways to split text before tokenizing differ: numbers, contractions, white
 space, scripts, emoji. A handful of rows may contain none of these."""
 
+SHOWN_ROWS = 10  # that a message names
 LONGEST_OF_ITS_OWN = 200  # characters that a template writes before an answer by itself
 IGNORED = -100  # label of a token that no loss is computed on
 
@@ -341,10 +343,13 @@ def common_length(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
 
 
 def other_tokens(
-    texts: Sequence[str], ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]
+    texts: Sequence[str],
+    ours: Sequence[Sequence[int]],
+    theirs: Sequence[Sequence[int]],
+    who: str = "llama.cpp",
 ) -> str:
-    """In how many texts llama.cpp finds other tokens (`theirs`), and the first such place; empty
-    where there is none."""
+    """In how many texts `who` finds other tokens (`theirs`), and the first such place; empty where
+    there is none."""
     pairs = zip(texts, ours, theirs, strict=True)
     different = [(text, [*mine], [*other]) for text, mine, other in pairs if [*mine] != [*other]]
     if not different:
@@ -352,9 +357,34 @@ def other_tokens(
     text, mine, other = different[0]
     at = common_length(mine, other)
     return (
-        f"llama.cpp splits {len(different)} of {len(texts)} texts into other tokens than the "
+        f"{who} splits {len(different)} of {len(texts)} texts into other tokens than the "
         f"training ({other[at : at + 8]} instead of {mine[at : at + 8]} in {text[:60]!r})"
     )
+
+
+def model_probes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Texts that llama.cpp has to split as the tokenizer does: HARD_TO_SPLIT by themselves, and as
+    a conversation with the template's special tokens."""
+    return (*HARD_TO_SPLIT, render_example(tokenizer, message_pair(*HARD_TO_SPLIT[:2])))
+
+
+def rows_read_otherwise(names: Sequence[str], texts: Sequence[str]) -> str:
+    """What to say of rows that llama.cpp splits into other tokens; empty where there are none.
+
+    That is a matter of the rows and no fault of the model, whose probes came out alike.
+    """
+    if not names:
+        return ""
+    shown = ", ".join(names[:SHOWN_ROWS])
+    more = f" and {len(names) - SHOWN_ROWS} more" if len(names) > SHOWN_ROWS else ""
+    if all(unicodedata.is_normalized("NFC", text) for text in texts):
+        cause = "Its GGUF files may answer such text a little worse."
+    else:
+        cause = (
+            "Their text isn't in Unicode's normal form C (NFC), into which the tokenizer brings "
+            "it and llama.cpp doesn't: normalise the dataset, and what is sent to a GGUF file."
+        )
+    return f"llama.cpp splits some rows into other tokens than the training: {shown}{more}. {cause}"
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

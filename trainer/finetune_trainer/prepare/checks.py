@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -33,11 +33,12 @@ from finetune_trainer.model.rendering import render, render_example
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import (
     BEGIN_OF_TEXT,
-    HARD_TO_SPLIT,
     PLAIN_TEMPLATE,
     end_of_turn_ids,
     load_tokenizer,
+    model_probes,
     other_tokens,
+    rows_read_otherwise,
 )
 from finetune_trainer.runtime.reporter import Reporter
 
@@ -117,51 +118,62 @@ def check_model(
     workdir: Path,
     reporter: Reporter,
     *,
-    rows: Iterable[Example] = (),
-) -> None:
-    """Look at tensors, architecture and tokenizer.
+    rows: Mapping[str, Example] | None = None,
+) -> str:
+    """Look at tensors, architecture and tokenizer; returns what is worth knowing of the rows.
 
-    `base` has the model's small files. `rows` are conversations: llama.cpp must read them as the
-    training does, and texts that are hard to split as well. Raises StageError: InvalidConfig where
-    the model lacks a target module, ModelUnsupported where llama.cpp can't do what
-    spec.export.gguf asks for.
+    `base` has the model's small files. llama.cpp must split texts that are hard to split as the
+    tokenizer does, unless spec.export.verify is off. `rows`, by what people call them, are compared
+    as well, but refuse nothing. Raises StageError: InvalidConfig where the model lacks a target
+    module, ModelUnsupported where llama.cpp can't do what spec.export.gguf asks for.
     """
     headers = rehearsal.read_headers(model, config.model_storage)
     check_targets(config.training.lora, base, rehearsal.tensor_names(headers))
     initial_adapter.check(config, base, model.revision)
     if not config.export.gguf:
-        return
+        return ""
     reporter.message("Checking that llama.cpp can convert the model")
     check_widths(config.export, Shape.of_model(base.path))
     tokenizer = load_tokenizer(base)
-    texts = [*_rendered(tokenizer, rows), *HARD_TO_SPLIT]
+    probes, texts = model_probes(tokenizer), _rendered(tokenizer, rows or {})
     theirs = rehearsal.rehearse(
         rehearsal.with_stand_ins(model, headers, base, workdir / "rehearsal"),
         display_name(config.model.source),
         workdir / "rehearsal.gguf",
-        texts,
+        [*probes, *texts.values()],
     )
-    check_tokens(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], theirs)
+    if config.export.verify == "off":
+        return ""
+    ours = tokenizer([*probes, *texts.values()], add_special_tokens=False)["input_ids"]
+    check_tokens(probes, ours[: len(probes)], theirs[: len(probes)])
+    pairs = zip(texts, ours[len(probes) :], theirs[len(probes) :], strict=True)
+    others = [name for name, mine, other in pairs if mine != other]
+    return rows_read_otherwise(others, [texts[name] for name in others])
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Example]) -> Iterator[str]:
-    for row in rows:
+def _rendered(tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, Example]) -> dict[str, str]:
+    found = {}
+    for name, row in rows.items():
         try:
-            yield render_example(tokenizer, row)
+            found[name] = render_example(tokenizer, row)
         except StageError:
             raise
         except Exception as error:
             # A row that the template refuses is a bad row, which shows when all are encoded.
             log.debug("The template refuses a row: %s", error)
+    return found
 
 
-def check_tokens(texts: list[str], ours: list[list[int]], theirs: list[list[int]]) -> None:
+def check_tokens(
+    texts: Sequence[str], ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]
+) -> None:
     """Raise StageError(ModelUnsupported) when llama.cpp splits a text otherwise."""
     if different := other_tokens(texts, ours, theirs):
         raise StageError(
             Reason.MODEL_UNSUPPORTED,
-            f"{different}, so its GGUF files would answer worse. Choose another base model, or "
-            "leave spec.export.gguf empty to get the adapter and the merged model only.",
+            f"{different}, so its GGUF files would answer worse. Choose another base model, leave "
+            "spec.export.gguf empty to get the adapter and the merged model only, or set "
+            "spec.export.verify to off to get the files all the same.",
         )
 
 

@@ -234,6 +234,8 @@ class DatasetRows:
 
 FEWEST_ROWS = 20  # a data set with fewer is trained on as a whole
 _ALWAYS = ("role", "content")  # keys that each message has
+ENOUGH_HELD_OUT = 20  # answers of 13 tokens are 256, which the quality gate wants at least
+MOST_SHARE = 0.1  # that ENOUGH_HELD_OUT may take of a small data set
 MOST_HELD_OUT = 1000  # more rows make the measured loss hardly more exact, and take longer
 
 
@@ -261,10 +263,14 @@ def row_hash(
 
 
 def share(rows: int, fraction: float) -> int:
-    """How many of `rows` are to be held out."""
+    """How many of `rows` are to be held out.
+
+    A small data set gives up to twice the fraction, until there are ENOUGH_HELD_OUT.
+    """
     if fraction == 0 or rows < FEWEST_ROWS:
         return 0
-    return min(max(1, round(rows * fraction)), MOST_HELD_OUT)
+    least = min(ENOUGH_HELD_OUT, round(rows * min(2 * fraction, MOST_SHARE)))
+    return min(max(1, round(rows * fraction), least), MOST_HELD_OUT)
 
 
 def hold_out(hashes: Hashes, fraction: float) -> Mask:

@@ -122,6 +122,9 @@ class Prepared(Base):
     tokens: TokenStats
     """Of the examples that are trained on."""
 
+    notice: str = ""
+    """What llama.cpp makes of the first rows, where that is worth knowing."""
+
 
 @dataclass
 class Findings:
@@ -133,6 +136,8 @@ class Findings:
     examples: EncodedRows | None = None
     eval_examples: EncodedRows | None = None
     template: ChatTemplate | None = None
+    notice: str = ""
+    """See Prepared."""
 
     def all_rows(self) -> list[DatasetRows]:
         return [self.rows, *([self.eval_rows] if self.eval_rows else [])]
@@ -172,6 +177,7 @@ class Findings:
             left_out=sum(int(np.count_nonzero(e.left_out)) for e in found),
             shared=int(np.count_nonzero(self._shared())),
             tokens=self.tokens,
+            notice=self.notice,
         )
 
     def report(self) -> DatasetReport:

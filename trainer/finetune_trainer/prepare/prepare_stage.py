@@ -270,8 +270,11 @@ def encode_rows(
     tokenizer = load_tokenizer(base)
     check_template(tokenizer, system=any(each.has_system for each in findings.all_rows()))
     findings.template = describe_template(tokenizer)
-    first = islice(rows.examples(), ROWS_READ_BY_LLAMA_CPP)
-    check_model(config, model, base, workdir, reporter, rows=first)
+    names = (f"row {rows.name_of(number)}" for number in rows.numbers.tolist())
+    first = dict(islice(zip(names, rows.examples(), strict=True), ROWS_READ_BY_LLAMA_CPP))
+    findings.notice = check_model(config, model, base, workdir, reporter, rows=first)
+    if findings.notice:
+        log.warning("%s", findings.notice)
 
     reporter.message(f"Applying the chat template to {rows.total} rows")
     limit, folder = config.training.max_sequence_length, workdir / "prepared"
@@ -339,4 +342,5 @@ def summary_line(prepared: Prepared, complete: CompleteStages) -> str:
         parts.append(f"{prepared.left_out} rows left out: no answer within the maximum length")
     if complete:
         parts.append(f"already there: {', '.join(complete)}")
-    return "; ".join(parts)
+    line = "; ".join(parts)
+    return f"{line}. {prepared.notice}" if prepared.notice else line

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -208,6 +209,19 @@ def kill_running() -> None:
 def as_transfer(reporter: Reporter | None, what: str) -> OnProgress | None:
     """What shows a child's progress in bytes as a transfer; None where nobody looks."""
     return None if reporter is None else _ShownTransfer(reporter, what)
+
+
+def as_steps(reporter: Reporter | None) -> OnProgress | None:
+    """What shows a child's progress in percent, and how long the rest takes at that pace."""
+    if reporter is None:
+        return None
+    shown, began = reporter, time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        pace = (time.monotonic() - began) / done if done else None
+        shown.steps(done, total, eta_seconds=None if pace is None else pace * (total - done))
+
+    return show
 
 
 class _ShownTransfer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ from finetune_trainer.export.gate.rows import MeasuredRows
 from finetune_trainer.export.gguf.header import Header, Tensor
 from finetune_trainer.export.llama import Reading
 from finetune_trainer.model.tokenizer import (
-    HARD_TO_SPLIT,
     begins_with_bos,
     end_of_turn_ids,
+    model_probes,
     other_tokens,
 )
 
@@ -194,8 +194,14 @@ def _name(file_type: Any) -> str:
 class TrainedText:
     """Texts as the training read them, and what marks their ends."""
 
-    texts: tuple[str, ...]
-    ids: tuple[tuple[int, ...], ...]
+    probes: tuple[str, ...]
+    """The model's own (`model_probes`): llama.cpp has to split them alike."""
+
+    probe_ids: tuple[tuple[int, ...], ...]
+    rows: tuple[str, ...]
+    """Whole conversations."""
+
+    row_ids: tuple[tuple[int, ...], ...]
     template: str
     ends: tuple[int, ...]
     """The special tokens that the template puts behind an answer."""
@@ -205,14 +211,25 @@ class TrainedText:
 
     begins_with_bos: bool
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.probes + self.rows
+
+    def rows_alike(self, reading: Reading) -> tuple[bool, ...]:
+        """Whether llama.cpp splits each row as the training did."""
+        theirs = reading.tokens[len(self.probes) :]
+        return tuple(mine == other for mine, other in zip(self.row_ids, theirs, strict=True))
+
 
 def trained_text(tokenizer: PreTrainedTokenizerBase, rows: MeasuredRows) -> TrainedText:
-    """Whole conversations, and texts that are hard to split."""
-    probes = tokenizer(list(HARD_TO_SPLIT), add_special_tokens=False)["input_ids"]
+    """The model's probes and the rows' conversations, by the tokenizer of the training."""
+    probes = model_probes(tokenizer)
     ends = tuple(sorted(end_of_turn_ids(tokenizer)))
     return TrainedText(
-        texts=rows.texts + HARD_TO_SPLIT,
-        ids=rows.full_ids + tuple(tuple(ids) for ids in probes),
+        probes=probes,
+        probe_ids=tokens_of(tokenizer, probes),
+        rows=rows.texts,
+        row_ids=rows.full_ids,
         template=str(tokenizer.get_chat_template()).strip(),
         ends=ends,
         eos=(*ends, int(tokenizer.eos_token_id)),
@@ -220,9 +237,18 @@ def trained_text(tokenizer: PreTrainedTokenizerBase, rows: MeasuredRows) -> Trai
     )
 
 
+def tokens_of(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> tuple[tuple[int, ...], ...]:
+    """The tokens of texts in which special tokens are written out."""
+    found = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return tuple(tuple(ids) for ids in found)
+
+
 def reading_problems(reading: Reading, header: Header, trained: TrainedText) -> Iterator[str]:
     """Where llama.cpp, or the metadata that other programs use, differs from the training."""
-    if different := other_tokens(trained.texts, trained.ids, reading.tokens):
+    theirs = reading.tokens[: len(trained.probes)]
+    if different := other_tokens(trained.probes, trained.probe_ids, theirs):
         yield different
     template = header.value("tokenizer.chat_template")
     if str(template or "").strip() != trained.template:

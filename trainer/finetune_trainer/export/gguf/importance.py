@@ -66,7 +66,9 @@ def write_importance(
     )
     reporter.message("Measuring which weights matter most")
     done = child.run(
-        [sys.executable, "-m", __name__], request.model_dump_json(), on_progress=reporter.steps
+        [sys.executable, "-m", __name__],
+        request.model_dump_json(),
+        on_progress=child.as_steps(reporter),
     )
     if done.status != 0:
         raise StageError(

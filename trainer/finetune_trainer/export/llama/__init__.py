@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field
 
 from finetune_trainer.contract import Base
-from finetune_trainer.export.reference import MeasuredRow, Measurement
+from finetune_trainer.export.reference import Generated, MeasuredRow, Measurement
 from finetune_trainer.runtime import child
 
 WORKER = "finetune_trainer.export.llama.llama_worker"
@@ -79,7 +79,7 @@ class GenerateRequest(Base):
     """The most tokens of an answer."""
 
     seconds: float
-    """For all answers together, about; what is not finished by then is cut."""
+    """For all prompts and answers together, about; what is not finished by then is cut."""
 
     without_adapter: Path | None = None
     """As for a check."""
@@ -87,19 +87,9 @@ class GenerateRequest(Base):
     threads: int
 
 
-class Generated(Base):
-    """The answer to a prompt."""
-
-    text: str
-    tokens: int
-    stopped: bool
-    """Whether the model ended it itself."""
-
-
 class GenerateAnswer(Base):
-    """The answers to all prompts, in their order."""
-
-    answers: tuple[Generated, ...]
+    answers: tuple[Generated | None, ...]
+    """In the order of the prompts; None where there was no time to read one."""
 
 
 Request = Annotated[
@@ -113,9 +103,13 @@ class LlamaError(Exception):
     """llama.cpp could not do it; the message is the last thing that it said."""
 
 
-def call(request: Request, answer: type[Answer]) -> Answer:
+def call(
+    request: Request, answer: type[Answer], on_progress: child.OnProgress | None = None
+) -> Answer:
     """Send a request and wait for its kind of answer; raises LlamaError."""
-    done = child.run([sys.executable, "-m", WORKER], request.model_dump_json())
+    done = child.run(
+        [sys.executable, "-m", WORKER], request.model_dump_json(), on_progress=on_progress
+    )
     if done.status != 0:
         log.error("llama.cpp failed:\n%s", done.errors[-4000:])
         raise LlamaError(done.last_line())

@@ -10,10 +10,11 @@ import ctypes
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import llama_cpp
 import numpy as np
@@ -24,23 +25,30 @@ from finetune_trainer.export.llama import (
     CheckAnswer,
     CheckRequest,
     GenerateAnswer,
-    Generated,
     GenerateRequest,
     Reading,
     Request,
     TokenizeRequest,
 )
 from finetune_trainer.export.reference import (
+    Generated,
     MeasuredRow,
     Measurement,
-    TokenSums,
+    Meter,
     create_logprobs,
     read_logprobs,
     store_logprobs,
 )
+from finetune_trainer.runtime import child
 
+T = TypeVar("T")
+
+MIN_CONTEXT = 128  # tokens
 CACHE_BYTES = 400 << 20  # for keys and values of answers that are computed side by side
-UBATCH = 128  # tokens that are computed at once, which bounds the memory of activations
+UBATCH = 1024  # tokens that are computed at once: the weights are read once for so many
+DECODE_TOKENS = 2048  # of all rows of one call, which bounds keys and values
+DECODE_ROWS = 64
+LOGITS_BYTES = 256 << 20  # of one call
 
 
 @dataclass
@@ -103,8 +111,7 @@ class LlamaSession:
     def open(self, *, length: int, sequences: int = 1, outputs: int = 1) -> None:
         """Make a context for `length` tokens of all sequences together, `outputs` logits a call."""
         options = llama_cpp.llama_context_default_params()
-        options.n_ctx = length
-        options.n_batch = length
+        options.n_ctx = options.n_batch = length
         options.n_ubatch = min(UBATCH, length)
         options.n_seq_max = sequences
         options.n_outputs_max = max(outputs, sequences)
@@ -164,48 +171,48 @@ class LlamaSession:
                 yield np.ctypeslib.as_array(pointer, shape=(self.size,))
 
 
-def groups(
-    prompts: Sequence[Sequence[int]], limit: int, most: int
-) -> Iterator[list[Sequence[int]]]:
-    """Group prompts: at most `most` tokens a group, with `limit` for each answer."""
-    group: list[Sequence[int]] = []
-    for prompt in prompts:
-        if group and sum(len(item) + limit for item in [*group, prompt]) > most:
+def groups(items: Sequence[T], fits: Callable[[Sequence[T]], bool]) -> Iterator[list[T]]:
+    """Neighbours in groups that fit; what doesn't even fit alone makes up one of its own."""
+    group: list[T] = []
+    for item in items:
+        if group and not fits([*group, item]):
             yield group
             group = []
-        group.append(prompt)
+        group.append(item)
     if group:
         yield group
 
 
 def greedy(
     session: LlamaSession, prompts: Sequence[Sequence[int]], limit: int, seconds: float
-) -> list[tuple[list[int], bool]]:
+) -> list[tuple[list[int], bool] | None]:
     """Continue all prompts side by side; returns the tokens of each answer, and whether it ended.
 
-    An answer has at most `limit` tokens. After about `seconds` all that are not finished are cut.
+    An answer has at most `limit` tokens. After about `seconds` all that are not finished are cut,
+    and prompts that weren't read by then have None.
     """
     until = time.monotonic() + seconds
-    answers: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(prompts)
-    position = [len(prompt) for prompt in prompts]
-    pending = [_first(session, number, prompt) for number, prompt in enumerate(prompts)]
-    live = list(range(len(prompts)))
-    while live and time.monotonic() < until:
+    pending: dict[int, int] = {}  # the token that comes next, by number of the prompt
+    for number, prompt in enumerate(prompts):
+        if pending and time.monotonic() >= until:
+            break
+        pending[number] = _first(session, number, prompt)
+    answers: dict[int, list[int]] = {number: [] for number in pending}
+    ended = dict.fromkeys(pending, False)
+    live = list(pending)
+    while True:
         for number in list(live):
             ended[number] = session.ends(pending[number])
             if not ended[number]:
                 answers[number].append(pending[number])
             if ended[number] or len(answers[number]) == limit:
                 live.remove(number)
-        if not live:
+        if not live or time.monotonic() >= until:
             break
-        step = [(answers[n][-1], position[n], n, True) for n in live]
+        step = [(answers[n][-1], len(prompts[n]) + len(answers[n]) - 1, n, True) for n in live]
         chosen = [int(logits.argmax()) for logits in session.run(step)]
-        for number, token in zip(live, chosen, strict=True):
-            pending[number] = token
-            position[number] += 1
-    return list(zip(answers, ended, strict=True))
+        pending.update(zip(live, chosen, strict=True))
+    return [(answers[n], ended[n]) if n in answers else None for n in range(len(prompts))]
 
 
 def _first(session: LlamaSession, sequence: int, prompt: Sequence[int]) -> int:
@@ -222,15 +229,32 @@ def tokenize(request: TokenizeRequest) -> Reading:
 
 def check(request: CheckRequest) -> CheckAnswer:
     session = LlamaSession(request.file, request.threads, check=True)
-    longest = max((len(row.ids) for row in request.rows), default=UBATCH)
-    outputs = max((len(row.measured) for row in request.rows), default=1)
-    session.open(length=longest, outputs=outputs)
+    decodes = list(decodes_of(request.rows, session.size))
+    session.open(
+        length=max((sum(len(row.ids) for row in rows) for rows in decodes), default=MIN_CONTEXT),
+        sequences=max(map(len, decodes), default=1),
+        outputs=max((sum(len(row.measured) for row in rows) for rows in decodes), default=1),
+    )
     if request.without_adapter:
         session.take_away(request.without_adapter)
     return CheckAnswer(
         reading=_read(session, request.texts, request.ends, add_special=False),
-        measurement=_measure(session, request.rows, request.reference, request.kept_file),
+        measurement=_measure(session, decodes, request.reference, request.kept_file),
     )
+
+
+def decodes_of(rows: Sequence[MeasuredRow], vocabulary: int) -> Iterator[list[MeasuredRow]]:
+    """Rows in groups that llama.cpp computes in one call, so that it seldom reads the weights."""
+    outputs = LOGITS_BYTES // (4 * vocabulary)
+
+    def fits(group: Sequence[MeasuredRow]) -> bool:
+        return (
+            len(group) <= DECODE_ROWS
+            and sum(len(row.ids) for row in group) <= DECODE_TOKENS
+            and sum(len(row.measured) for row in group) <= outputs
+        )
+
+    return groups(rows, fits)
 
 
 def _read(
@@ -246,41 +270,57 @@ def _read(
 
 def _measure(
     session: LlamaSession,
-    rows: Sequence[MeasuredRow],
+    decodes: Sequence[Sequence[MeasuredRow]],
     reference_file: Path | None,
     kept_file: Path | None,
 ) -> Measurement:
     reference = read_logprobs(reference_file) if reference_file else None
-    total = sum(len(row.measured) for row in rows)
+    total = sum(len(row.measured) for rows in decodes for row in rows)
     kept = create_logprobs(kept_file, total, session.size) if kept_file else None
-    sums, done = TokenSums(), 0
-    for row in rows:
+    meter, done = Meter(), 0
+    for number, rows in enumerate(decodes):
+        child.say_progress(number, len(decodes))
         session.clear()
-        wanted = {position - 1 for position in row.measured}
-        ids = row.ids[: row.measured[-1]]
-        batch = [(token, at, 0, at in wanted) for at, token in enumerate(ids)]
-        logits = np.stack(list(session.run(batch)))
-        beside = None if reference is None else reference[done : done + len(row.measured)]
-        values = sums.add(logits, [row.ids[position] for position in row.measured], beside)
-        if kept is not None and values is not None:
-            store_logprobs(kept, done, values)
-        done += len(row.measured)
-    return sums.means()
+        logits = session.run([token for n, row in enumerate(rows) for token in _tokens(row, n)])
+        for row in rows:  # one row's copy at a time
+            found = np.stack(list(islice(logits, len(row.measured))))
+            beside = None if reference is None else reference[done : done + len(row.measured)]
+            values = meter.add(found, [row.ids[position] for position in row.measured], beside)
+            if kept is not None and values is not None:
+                store_logprobs(kept, done, values)
+            done += len(row.measured)
+    return meter.measurement()
+
+
+def _tokens(row: MeasuredRow, sequence: int) -> Iterator[tuple[int, int, int, bool]]:
+    """What of a row has to be read, as LlamaSession.run takes it."""
+    wanted = {position - 1 for position in row.measured}
+    for at, token in enumerate(row.ids[: row.measured[-1]]):
+        yield token, at, sequence, at in wanted
 
 
 def generate(request: GenerateRequest) -> GenerateAnswer:
     session = LlamaSession(request.file, request.threads)
     most = CACHE_BYTES // max(1, session.bytes_per_token)
-    answers: list[Generated] = []
-    for group in groups(request.prompts, request.limit, most):
-        length = sum(len(prompt) + request.limit for prompt in group)
-        session.open(length=length, sequences=len(group))
+    limit, answers = request.limit, list[Generated | None]()
+
+    def fits(group: Sequence[tuple[int, ...]]) -> bool:
+        return sum(len(prompt) + limit for prompt in group) <= most
+
+    for group in groups(request.prompts, fits):
+        child.say_progress(len(answers), len(request.prompts))
+        session.open(
+            length=sum(len(prompt) + limit for prompt in group),
+            sequences=len(group),
+        )
         if request.without_adapter:
             session.take_away(request.without_adapter)
         seconds = request.seconds * len(group) / len(request.prompts)
         answers += [
-            Generated(text=session.text(tokens), tokens=len(tokens), stopped=ended)
-            for tokens, ended in greedy(session, group, request.limit, seconds)
+            None
+            if found is None
+            else Generated(text=session.text(found[0]), tokens=len(found[0]), stopped=found[1])
+            for found in greedy(session, group, limit, seconds)
         ]
         session.close()
     return GenerateAnswer(answers=tuple(answers))

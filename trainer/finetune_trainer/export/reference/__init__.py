@@ -1,6 +1,7 @@
 """What the tuned model predicts, computed in float32 before anything is merged.
 
-float32  log-probabilities of the base model with its adapter; weights stay in their files
+float32  log-probabilities of the base model with its adapter, and of the merged model beside it;
+         weights stay in their files
 
 Below is how log-probabilities of the next token are kept in a file, and how far two are apart.
 """
@@ -8,16 +9,22 @@ Below is how log-probabilities of the next token are kept in a file, and how far
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from finetune_trainer.contract import Base, Reason
+from finetune_trainer.model import ModelFolder
+
 Floats = npt.NDArray[np.float32]
 
+TOKENS_OF_PASS = 1024  # with padding: what bounds the activations
+ANSWERS_OF_PASS = 128  # what bounds the logits
 LEAST = -60_000.0  # nats; float16 ends at -65,504
 
 
@@ -30,20 +37,147 @@ class MeasuredRow:
     """Positions in `ids`, from 1 on. The tokens before such a position predict the one there."""
 
 
+class Generated(Base):
+    """A model's answer to a prompt."""
+
+    text: str
+    tokens: int
+    stopped: bool
+    """Whether the model ended it itself."""
+
+    @classmethod
+    def of(cls, tokenizer: Any, tokens: Sequence[int], ends: Collection[int]) -> Self:
+        """Of the tokens of an answer, which one of `ends` ends."""
+        at = next((place for place, token in enumerate(tokens) if token in ends), None)
+        said = list(tokens[:at])
+        text = tokenizer.decode(said, skip_special_tokens=True)
+        return cls(text=text, tokens=len(said), stopped=at is not None)
+
+
+def passes(rows: Sequence[MeasuredRow]) -> Iterator[list[MeasuredRow]]:
+    """Rows in groups, each small enough for one forward pass."""
+    group: list[MeasuredRow] = []
+    for row in rows:
+        longest = max(len(item.ids) for item in [*group, row])
+        answers = sum(len(item.measured) for item in [*group, row])
+        too_large = longest * (len(group) + 1) > TOKENS_OF_PASS or answers > ANSWERS_OF_PASS
+        if group and too_large:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
 @dataclass(frozen=True)
 class Measurement:
-    """Means over the measured tokens of some rows."""
+    """What was measured at each token of some rows, row after row."""
 
-    tokens: int
-    finite: bool
-    """Whether all logits were finite; otherwise the means are of those that were."""
+    surprise: tuple[float, ...]
+    """-ln p of the token that came, in nats."""
 
-    perplexity: float
-    kl_divergence: float
-    """From the reference, in nats per token; 0 without one."""
+    divergence: tuple[float, ...] = ()
+    """KL divergence from the reference, in nats; empty without one."""
 
-    same_top_token: float
-    """Share of tokens at which both find the same one most likely; 0 without a reference."""
+    same_top: tuple[bool, ...] = ()
+    """Whether both find the same token most likely; empty without a reference."""
+
+    finite: bool = True
+    """Whether all logits were finite; otherwise tokens are missing."""
+
+    @property
+    def tokens(self) -> int:
+        return len(self.surprise)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(_mean(self.surprise), 700.0))
+
+    @property
+    def kl_divergence(self) -> float:
+        """The mean, in nats per token; 0 without a reference."""
+        return _mean(self.divergence)
+
+    @property
+    def same_top_token(self) -> float:
+        """Share of tokens, 0 to 1; 0 without a reference."""
+        return _mean(self.same_top)
+
+    def only(self, kept: Sequence[bool]) -> Measurement:
+        """The same of those tokens for which `kept` is true; all where some are missing."""
+        if all(kept) or len(kept) != self.tokens:
+            return self
+        return Measurement(
+            surprise=tuple(compress(self.surprise, kept)),
+            divergence=tuple(compress(self.divergence, kept)),
+            same_top=tuple(compress(self.same_top, kept)),
+            finite=self.finite,
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else 0.0
+
+
+class ReferenceRequest(Base):
+    base: ModelFolder
+    adapter: Path | None
+    rows: tuple[MeasuredRow, ...]
+    tuned_file: Path
+    """Gets the log-probabilities of base model and adapter."""
+
+    base_file: Path
+    """Gets those of the base model alone, where there is an adapter."""
+
+    merged: ModelFolder | None = None
+    """The merged model, if it is there."""
+
+    prompts: tuple[tuple[int, ...], ...] = ()
+    """Prompts as tokens, which the merged model answers."""
+
+    answer_tokens: int = 0
+    """The most of an answer."""
+
+    answer_seconds: float = 0.0
+    """For all answers together, about; what is not finished by then is cut."""
+
+
+class ReferenceAnswer(Base):
+    """What was measured; base and merged model are measured against the tuned one."""
+
+    tuned: Measurement
+    base: Measurement | None = None
+    merged: Measurement | None = None
+    answers: tuple[Generated, ...] = ()
+    """The merged model's, in the order of the prompts; empty where it had no time for them."""
+
+
+class Refusal(Base):
+    """A StageError of the child process."""
+
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the files are held against, and what was found out about the merged model meanwhile."""
+
+    tuned_file: Path
+    """Log-probabilities of base model and adapter, as `create_logprobs` lays them out."""
+
+    base_file: Path | None
+    """Those of the base model alone; None without an adapter."""
+
+    tuned: Measurement
+    base: Measurement | None
+    """Against the tuned model."""
+
+    merged: Measurement | None = None
+    """Against the tuned model as well."""
+
+    answers: tuple[Generated, ...] = ()
+    """The merged model's answers."""
 
 
 def create_logprobs(file: Path, tokens: int, vocabulary: int) -> npt.NDArray[np.float16]:
@@ -85,21 +219,14 @@ def kl_divergence(reference: Floats, other: Floats) -> npt.NDArray[np.float64]:
     return positive
 
 
-@dataclass
-class TokenSums:
-    """Sums over tokens, from which a Measurement comes."""
+class Meter:
+    """Takes logits, and becomes a Measurement."""
 
-    tokens: int = 0
-    surprise: float = 0.0
-    """Sum of -ln p of the tokens that came."""
-
-    divergence: float = 0.0
-    """Sum of the KL divergences from the reference."""
-
-    same: int = 0
-    """Tokens at which both find the same one most likely."""
-
-    finite: bool = True
+    def __init__(self) -> None:
+        self._surprise: list[float] = []
+        self._divergence: list[float] = []
+        self._same_top: list[bool] = []
+        self._finite = True
 
     def add(
         self, logits: npt.NDArray[Any], targets: Sequence[int], reference: npt.NDArray[Any] | None
@@ -111,11 +238,10 @@ class TokenSums:
         Returns the log-probabilities, or None where the logits are not finite.
         """
         if not np.isfinite(logits).all():
-            self.finite = False
+            self._finite = False
             return None
         ours = normalised(logits)
-        self.tokens += len(targets)
-        self.surprise -= float(ours[np.arange(len(targets)), list(targets)].sum(dtype=np.float64))
+        self._surprise += (-ours[np.arange(len(targets)), list(targets)]).tolist()
         if reference is not None:
             self._compare(normalised(reference), ours)
         return ours
@@ -124,15 +250,13 @@ class TokenSums:
         both = min(reference.shape[1], ours.shape[1])
         if reference.shape[1] != ours.shape[1]:
             reference, ours = normalised(reference[:, :both]), normalised(ours[:, :both])
-        self.divergence += float(kl_divergence(reference, ours).sum())
-        self.same += int((reference.argmax(axis=1) == ours.argmax(axis=1)).sum())
+        self._divergence += kl_divergence(reference, ours).tolist()
+        self._same_top += (reference.argmax(axis=1) == ours.argmax(axis=1)).tolist()
 
-    def means(self) -> Measurement:
-        tokens = max(1, self.tokens)
+    def measurement(self) -> Measurement:
         return Measurement(
-            tokens=self.tokens,
-            finite=self.finite,
-            perplexity=math.exp(min(self.surprise / tokens, 700.0)),
-            kl_divergence=self.divergence / tokens,
-            same_top_token=self.same / tokens,
+            surprise=tuple(self._surprise),
+            divergence=tuple(self._divergence),
+            same_top=tuple(self._same_top),
+            finite=self._finite,
         )

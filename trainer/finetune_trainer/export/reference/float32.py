@@ -15,93 +15,52 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from peft import PeftModel
 from pydantic import TypeAdapter
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from finetune_trainer.contract import Base, Reason, StageError
+from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.export.reference import (
+    Generated,
     MeasuredRow,
     Measurement,
-    TokenSums,
+    Meter,
+    Reference,
+    ReferenceAnswer,
+    ReferenceRequest,
+    Refusal,
     create_logprobs,
+    passes,
     read_logprobs,
     store_logprobs,
 )
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import load_model, use_available_cpus
+from finetune_trainer.model.tokenizer import load_tokenizer
 from finetune_trainer.runtime import child
 
-TOKENS_OF_PASS = 1024  # with padding: what bounds the activations
-ANSWERS_OF_PASS = 128  # what bounds the logits
-
-
-class ReferenceRequest(Base):
-    base: ModelFolder
-    adapter: Path | None
-    rows: tuple[MeasuredRow, ...]
-    tuned_file: Path
-    """Gets the log-probabilities of base model and adapter."""
-
-    base_file: Path
-    """Gets those of the base model alone, where there is an adapter."""
-
-
-class ReferenceAnswer(Base):
-    """What was measured; `base` is measured against `tuned`."""
-
-    tuned: Measurement
-    base: Measurement | None = None
-
-
-class Refusal(Base):
-    """A StageError of the child process."""
-
-    reason: Reason
-    message: str
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the GGUF files are held against."""
-
-    tuned: Path
-    """Log-probabilities of base model and adapter, as `create_logprobs` lays them out."""
-
-    base: Path | None
-    """Those of the base model alone; None without an adapter."""
-
-    tuned_perplexity: float
-    base_perplexity: float | None
-    effect: float | None
-    """How far the adapter moves the base model: the mean KL divergence of the two, in nats."""
+BASE_ALONE = "__base__"  # PEFT's name for no adapter
+UNMIXED = ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices")
 
 
 def compute_reference(
-    base: ModelFolder,
-    adapter: Path | None,
-    rows: Sequence[MeasuredRow],
-    folder: Path,
+    request: ReferenceRequest, on_progress: child.OnProgress | None = None
 ) -> Reference:
-    """Run the model over the rows, in a process of its own; files go to `folder`.
+    """Run the model over the rows, in a process of its own.
 
     Raises StageError when the model can't be loaded or computes numbers that are not finite.
     """
-    request = ReferenceRequest(
-        base=base,
-        adapter=adapter,
-        rows=tuple(rows),
-        tuned_file=folder / "reference-tuned.npy",
-        base_file=folder / "reference-base.npy",
-    )
-    answer = measure_in_child(request)
+    answer = measure_in_child(request, on_progress)
     if not answer.tuned.finite:
         raise StageError(
             Reason.QUALITY_GATE_FAILED,
@@ -109,20 +68,22 @@ def compute_reference(
             "converted: lower spec.training.learningRate and train again.",
         )
     return Reference(
-        tuned=request.tuned_file,
-        base=request.base_file if answer.base else None,
-        tuned_perplexity=answer.tuned.perplexity,
-        base_perplexity=answer.base.perplexity if answer.base else None,
-        effect=answer.base.kl_divergence if answer.base else None,
+        tuned_file=request.tuned_file,
+        base_file=request.base_file if answer.base else None,
+        **dict(answer),
     )
 
 
-def measure_in_child(request: ReferenceRequest) -> ReferenceAnswer:
-    done = child.run([sys.executable, "-m", __name__], request.model_dump_json())
+def measure_in_child(
+    request: ReferenceRequest, on_progress: child.OnProgress | None = None
+) -> ReferenceAnswer:
+    done = child.run(
+        [sys.executable, "-m", __name__], request.model_dump_json(), on_progress=on_progress
+    )
     if done.status != 0:
         raise StageError(
             Reason.INTERNAL_ERROR,
-            "transformers could not run the tuned model, to hold the GGUF files against it: "
+            "transformers could not run the tuned model, to hold the files against it: "
             f"{done.last_line():.300}. Give the export's pod more memory, or set "
             "spec.export.verify to off.",
         )
@@ -133,57 +94,91 @@ def measure_in_child(request: ReferenceRequest) -> ReferenceAnswer:
     return answer
 
 
-def measure_here(request: ReferenceRequest) -> ReferenceAnswer:
+def measure_here(
+    request: ReferenceRequest, on_progress: child.OnProgress | None = None
+) -> ReferenceAnswer:
     """What the child process does."""
+    groups = list(passes(request.rows))
+    total = len(groups) * (1 if request.merged is None else 2) + bool(request.prompts)
+    counter = count()
+
+    def step() -> None:
+        if on_progress:
+            on_progress(next(counter) + 1, total)
+
+    tuned, base = _measure_tuned(request, groups, step)
+    merged: Measurement | None = None
+    answers: tuple[Generated, ...] = ()
+    if request.merged and tuned.finite:
+        model = load_streamed(request.merged, None)
+        if groups:
+            against = read_logprobs(request.tuned_file)
+            (merged,) = _measure(partial(logits_of, model), groups, [None], against, step)
+        if request.prompts:
+            answers = answer_prompts(model, request)
+            step()
+    return ReferenceAnswer(tuned=tuned, base=base, merged=merged, answers=answers)
+
+
+def _measure_tuned(
+    request: ReferenceRequest, groups: Sequence[Sequence[MeasuredRow]], step: Callable[[], None]
+) -> tuple[Measurement, Measurement | None]:
+    """Base model and adapter, and the base model alone, in passes that both share."""
+    if not groups:
+        return Measurement(()), None
     model = load_streamed(request.base, request.adapter)
-    tuned, base = _measure(model, request.rows, request.tuned_file, None), None
-    if isinstance(model, PeftModel) and tuned.finite:
-        with model.disable_adapter():
-            base = _measure(model, request.rows, request.base_file, request.tuned_file)
-    return ReferenceAnswer(tuned=tuned, base=base)
+    if not isinstance(model, PeftModel):
+        (tuned,) = _measure(partial(logits_of, model), groups, [request.tuned_file], None, step)
+        return tuned, None
+    files = [request.tuned_file, request.base_file]
+    tuned, base = _measure(partial(logits_of_both, model), groups, files, None, step)
+    return tuned, base
 
 
 def _measure(
-    model: PreTrainedModel | PeftModel,
-    rows: Sequence[MeasuredRow],
-    file: Path,
-    against: Path | None,
-) -> Measurement:
-    sums, done = TokenSums(), 0
-    total = sum(len(row.measured) for row in rows)
-    reference = None if against is None else read_logprobs(against)
-    target = None
-    for group in passes(rows):
-        logits = logits_of(model, group).numpy()
-        if target is None:
-            target = create_logprobs(file, total, logits.shape[1])
-        targets = [row.ids[position] for row in group for position in row.measured]
-        beside = None if reference is None else reference[done : done + len(targets)]
-        values = sums.add(logits, targets, beside)
-        if values is not None:
-            store_logprobs(target, done, values)
-        done += len(targets)
-    return sums.means()
+    logits_of_group: Callable[[Sequence[MeasuredRow]], torch.Tensor],
+    groups: Sequence[Sequence[MeasuredRow]],
+    files: Sequence[Path | None],
+    against: npt.NDArray[np.float16] | None,
+    step: Callable[[], None],
+) -> list[Measurement]:
+    """Measure as many models as there are `files`, which get their log-probabilities.
 
-
-def passes(rows: Sequence[MeasuredRow]) -> Iterator[list[MeasuredRow]]:
-    """Rows in groups, each small enough for one forward pass."""
-    group: list[MeasuredRow] = []
-    for row in rows:
-        longest = max(len(item.ids) for item in [*group, row])
-        answers = sum(len(item.measured) for item in [*group, row])
-        too_large = longest * (len(group) + 1) > TOKENS_OF_PASS or answers > ANSWERS_OF_PASS
-        if group and too_large:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
+    All are held against `against`, or else all but the first against the first.
+    """
+    meters = [Meter() for _ in files]
+    total, done = sum(len(row.measured) for group in groups for row in group), 0
+    targets: list[npt.NDArray[np.float16] | None] = [None] * len(files)
+    beside: npt.NDArray[Any] | None
+    for group in groups:
+        logits = logits_of_group(group).numpy()
+        found = logits.reshape(len(files), -1, logits.shape[-1])
+        tokens = [row.ids[position] for row in group for position in row.measured]
+        beside = None if against is None else against[done : done + len(tokens)]
+        for index, (meter, file) in enumerate(zip(meters, files, strict=True)):
+            values = meter.add(found[index], tokens, beside)
+            if values is None:
+                continue
+            if beside is None:
+                beside = values.copy()  # of the first, which the others are held against
+            if file is not None:
+                kept = targets[index]
+                if kept is None:
+                    kept = targets[index] = create_logprobs(file, total, values.shape[1])
+                store_logprobs(kept, done, values)
+        done += len(tokens)
+        step()
+    return [meter.measurement() for meter in meters]
 
 
 @torch.no_grad()
-def logits_of(model: PreTrainedModel | PeftModel, rows: Sequence[MeasuredRow]) -> torch.Tensor:
-    """Logits (n, vocabulary) at the n places before the measured tokens of some rows."""
+def logits_of(
+    model: PreTrainedModel | PeftModel, rows: Sequence[MeasuredRow], **options: Any
+) -> torch.Tensor:
+    """Logits (n, vocabulary) at the n places before the measured tokens of some rows.
+
+    `options` are passed on to the model.
+    """
     width = max(len(row.ids) for row in rows)
     ids = torch.zeros((len(rows), width), dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -199,10 +194,53 @@ def logits_of(model: PreTrainedModel | PeftModel, rows: Sequence[MeasuredRow]) -
     # The head is the largest layer: it computes what is measured and no more.
     hook = model.get_output_embeddings().register_forward_pre_hook(measured_only)
     try:
-        logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits: torch.Tensor = model(
+            input_ids=ids, attention_mask=mask, use_cache=False, **options
+        ).logits
     finally:
         hook.remove()
     return logits[0]
+
+
+def logits_of_both(model: PeftModel, rows: Sequence[MeasuredRow]) -> torch.Tensor:
+    """Logits (2n, vocabulary): those of base model and adapter, then of the base model alone.
+
+    Both share a pass, so that weights are read once. Where PEFT can't mix them (DoRA, whole modules
+    that were trained, experts, which get tokens in another order), each has its own.
+    """
+    names = [*[model.active_adapter] * len(rows), *[BASE_ALONE] * len(rows)]
+    config = model.active_peft_config
+    if not any(getattr(config, name, None) for name in UNMIXED):
+        with contextlib.suppress(ValueError):
+            return logits_of(model, [*rows, *rows], adapter_names=names)
+    tuned = logits_of(model, rows)
+    with model.disable_adapter():
+        return torch.cat([tuned, logits_of(model, rows)])
+
+
+@torch.no_grad()
+def answer_prompts(
+    model: PreTrainedModel | PeftModel, request: ReferenceRequest
+) -> tuple[Generated, ...]:
+    """Answer the prompts greedily, as transformers does with the folder's own settings."""
+    tokenizer = load_tokenizer(cast("ModelFolder", request.merged))
+    width = max(len(prompt) for prompt in request.prompts)
+    ids = torch.full((len(request.prompts), width), int(tokenizer.pad_token_id))
+    mask = torch.zeros_like(ids)
+    for index, prompt in enumerate(request.prompts):
+        ids[index, width - len(prompt) :] = torch.tensor(prompt)
+        mask[index, width - len(prompt) :] = 1
+    eos = cast("Any", model).generation_config.eos_token_id
+    ends = {eos} if isinstance(eos, int) else set(eos or ())
+    found = cast("Any", model).generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=request.answer_tokens,
+        max_time=request.answer_seconds,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tuple(Generated.of(tokenizer, answer[width:].tolist(), ends) for answer in found)
 
 
 BLOCK_VALUES = 1 << 24
@@ -350,7 +388,7 @@ def main() -> None:
     answer: ReferenceAnswer | Refusal
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what a library prints is no answer
-            answer = measure_here(request)
+            answer = measure_here(request, child.say_progress)
     except StageError as error:
         answer = Refusal(reason=error.reason, message=error.message)
     sys.stdout.write(answer.model_dump_json() + "\n")

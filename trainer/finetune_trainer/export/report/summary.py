@@ -7,7 +7,13 @@ import shlex
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from finetune_trainer.contract.verdict import Statement, Tone, summary_of
+from finetune_trainer.contract.verdict import (
+    REJECTED,
+    Statement,
+    Tone,
+    summary_of,
+    verdict_on_merged,
+)
 from finetune_trainer.export.gguf import MODELFILE
 from finetune_trainer.export.gguf.files import preferred
 from finetune_trainer.export.report import tables
@@ -24,6 +30,10 @@ def statements(facts: Facts) -> tuple[Statement, ...]:
     if facts.gate.files:
         rejected = any(each.artifact and each.artifact.rejected for each in facts.ggufs)
         found.append(summary_of(facts.gate.files, some_rejected=rejected))
+    if facts.gate.merged:
+        rejected = facts.has(f"{REJECTED}/{facts.gate.merged.file}")
+        found.append(verdict_on_merged(facts.gate.merged, rejected=rejected))
+    found += [Statement(Tone.WARNING, notice) for notice in facts.gate.notices]
     codes = dict.fromkeys(str(each.code) for each in facts.notices if each.warning)
     if codes:
         found.append(Statement(Tone.WARNING, f"The training noticed: {', '.join(codes)}."))

@@ -118,6 +118,8 @@ def training_rows(facts: Facts) -> tuple[TableRow, ...]:
         _row("Duration", metrics.train_runtime_seconds, duration),
         _row("Tokens trained on", metrics.train_tokens, count),
         _row("Tokens per second", metrics.tokens_per_second, count),
+        _row("Peak memory of a device", metrics.peak_memory_bytes, size),
+        _row("Peak memory predicted", metrics.predicted_memory_bytes, size),
         _row("Trainable parameters", metrics.trainable_parameters, count),
         _row("Parameters of the base model", metrics.base_parameters, count),
         _row("Mean training loss", metrics.train_loss, loss),

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,13 +179,25 @@ RowNumbers = list[int]
 
 
 @dataclass(frozen=True)
-class StepSplit:
-    """How a step is split: `passes` on each of `processes`."""
+class PassLimits:
+    """What one pass may hold on each of `processes`.
 
-    passes: int
-    processes: int
-    packed: bool
-    """Whether rows are laid end to end (only their sum counts) or padded to the longest."""
+    `rows` rows of any length fit the memory, and so do any rows of `tokens` tokens together.
+    """
+
+    rows: int
+    tokens: int = 0
+    processes: int = 1
+    packed: bool = True
+    """Whether rows are laid end to end (their sum counts) or padded to the longest."""
+
+    def allow(self, sizes: Sequence[int]) -> bool:
+        """Whether rows of these lengths may share a pass."""
+        return len(sizes) <= self.rows or self.size(sizes) <= self.tokens
+
+    def size(self, sizes: Sequence[int]) -> int:
+        """Tokens of a pass over rows of these lengths."""
+        return sum(sizes) if self.packed else len(sizes) * max(sizes, default=0)
 
 
 @dataclass(frozen=True)
@@ -201,29 +214,25 @@ class Schedule:
 
     @property
     def steps(self) -> int:
+        """Steps of an epoch."""
         return math.ceil(len(self.lengths) / self.batch)
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Rows of an epoch in the order of its steps."""
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
 
-    def passes(self, epoch: int, split: StepSplit) -> Iterator[list[RowNumbers]]:
-        """For every pass of an epoch: the rows for each process.
-
-        A step has as many passes as `split` says; the last one only as many as it needs.
-        """
+    def passes(self, epoch: int, limits: PassLimits) -> Iterator[list[list[RowNumbers]]]:
+        """For every step of an epoch its passes, as few as fit: the rows for each process."""
         order = self.order(epoch)
         for start in range(0, len(order), self.batch):
             rows = order[start : start + self.batch]
-            passes = math.ceil(split.passes * len(rows) / self.batch)
-            groups = self._groups(rows, passes * split.processes, split.packed)
-            for slot in range(passes):
-                yield groups[slot * split.processes : (slot + 1) * split.processes]
-
-    def count_passes(self, split: StepSplit) -> int:
-        """Passes in an epoch on each process."""
-        full, rest = divmod(len(self.lengths), self.batch)
-        return full * split.passes + math.ceil(split.passes * rest / self.batch)
+            ordered = rows[np.argsort(-self.lengths[rows], kind="stable")]
+            found = fewest_groups(self.lengths[ordered].tolist(), limits)
+            groups = [ordered[group].tolist() for group in found]
+            yield [
+                groups[first : first + limits.processes]
+                for first in range(0, len(groups), limits.processes)
+            ]
 
     def tokens(self, steps: int) -> int:
         """Tokens of the first so many steps, over all epochs."""
@@ -234,12 +243,94 @@ class Schedule:
         rows = self.order(epochs)[: rest * self.batch]
         return full_epochs + int(self.lengths[rows].sum(dtype=np.int64))
 
-    def _groups(self, rows: NDArray[np.int64], count: int, packed: bool) -> list[RowNumbers]:
-        ordered = rows[np.argsort(-self.lengths[rows], kind="stable")].tolist()
-        sizes = self.lengths[ordered].tolist()
-        return (
-            balanced_groups(ordered, sizes, count) if packed else contiguous_groups(ordered, count)
-        )
+
+SEARCHED_ROWS, SEARCHED_STATES = 64, 2000  # beyond, a step may get a pass too many
+
+
+def fewest_groups(sizes: Sequence[int], limits: PassLimits) -> list[RowNumbers]:
+    """Divide rows, given by size with the largest first, into the fewest groups that are allowed.
+
+    As many for each process. Groups of like size are neighbours; the last ones may be empty.
+    """
+    largest = max(limits.tokens, limits.size(sizes[: limits.rows]))
+    least = math.ceil(sum(sizes) / (largest * limits.processes))
+    most = math.ceil(len(sizes) / (limits.rows * limits.processes))
+    for passes in range(min(least, most), most + 1):
+        for groups in _divisions(sizes, passes * limits.processes, limits):
+            by_group = [[sizes[row] for row in group] for group in groups]
+            if all(map(limits.allow, by_group)):
+                order = sorted(range(len(groups)), key=lambda index: -limits.size(by_group[index]))
+                return [groups[index] for index in order]
+    raise AssertionError("groups of `rows` rows are always allowed")
+
+
+def _divisions(sizes: Sequence[int], count: int, limits: PassLimits) -> Iterator[list[RowNumbers]]:
+    """Ways to make so many groups, from the most even one to the one that wastes least."""
+    if limits.packed:
+        yield balanced_groups(range(len(sizes)), sizes, count)
+        if len(sizes) <= SEARCHED_ROWS:
+            found = _search(sizes, count, limits)
+        else:
+            found = _best_fit(sizes, limits.tokens)
+    else:
+        found = _full_groups(sizes, limits)
+    yield contiguous_groups(range(len(sizes)), count)
+    if found and len(found) <= count:
+        yield found + [[] for _ in range(count - len(found))]
+
+
+def _search(sizes: Sequence[int], count: int, limits: PassLimits) -> list[RowNumbers] | None:
+    """Try to fit packed rows into so many groups, each row first where the least room is left."""
+    groups: list[RowNumbers] = [[] for _ in range(count)]
+    totals, states = [0] * count, 0
+
+    def place(row: int) -> bool:
+        nonlocal states
+        if row == len(sizes):
+            return True
+        tried = set()
+        for index in sorted(range(count), key=lambda index: -totals[index]):
+            alike = totals[index], len(groups[index])
+            fits = len(groups[index]) < limits.rows or totals[index] + sizes[row] <= limits.tokens
+            if not fits or alike in tried or states == SEARCHED_STATES:
+                continue
+            tried.add(alike)
+            states += 1
+            groups[index].append(row)
+            totals[index] += sizes[row]
+            if place(row + 1):
+                return True
+            groups[index].pop()
+            totals[index] -= sizes[row]
+        return False
+
+    return groups if place(0) else None
+
+
+def _best_fit(sizes: Sequence[int], tokens: int) -> list[RowNumbers]:
+    """Put each row where the least room is left for it, or into a new group."""
+    groups: list[RowNumbers] = []
+    room: list[tuple[int, int]] = []  # of each group with its index, sorted
+    for row, size in enumerate(sizes):
+        place = bisect_left(room, (size, 0))
+        if place == len(room):
+            groups.append([row])
+            insort(room, (tokens - size, len(groups) - 1))
+            continue
+        left, index = room.pop(place)
+        groups[index].append(row)
+        insort(room, (left - size, index))
+    return groups
+
+
+def _full_groups(sizes: Sequence[int], limits: PassLimits) -> list[RowNumbers]:
+    """Neighbours, as many as may be padded together. No division has fewer groups."""
+    groups, start = [], 0
+    while start < len(sizes):
+        end = min(start + max(limits.rows, limits.tokens // sizes[start]), len(sizes))
+        groups.append(list(range(start, end)))
+        start = end
+    return groups
 
 
 def balanced_groups(rows: Sequence[int], sizes: Sequence[int], count: int) -> list[RowNumbers]:
@@ -262,23 +353,36 @@ def contiguous_groups(rows: Sequence[int], count: int) -> list[RowNumbers]:
     return [list(rows[start:end]) for start, end in itertools.pairwise(cuts)]
 
 
-class StepSampler(torch.utils.data.Sampler[RowNumbers]):
-    """Yields this process's rows pass by pass. A pass without rows is an empty list."""
+class StepSampler(torch.utils.data.Sampler[list[RowNumbers]]):
+    """Yields this process's rows step by step, a list for each pass; empty where it has none."""
 
     def __init__(
-        self, schedule: Schedule, split: StepSplit, process: int, epoch: Callable[[], int]
+        self, schedule: Schedule, limits: PassLimits, process: int, epoch: Callable[[], int]
     ) -> None:
         self._schedule = schedule
-        self._split = split
+        self._limits = limits
         self._process = process
         self._epoch = epoch  # asked when an epoch begins
 
     def __len__(self) -> int:
-        return self._schedule.count_passes(self._split)
+        return self._schedule.steps
 
-    def __iter__(self) -> Iterator[RowNumbers]:
-        for groups in self._schedule.passes(self._epoch(), self._split):
-            yield groups[self._process]
+    def __iter__(self) -> Iterator[list[RowNumbers]]:
+        for step in self._schedule.passes(self._epoch(), self._limits):
+            yield [groups[self._process] for groups in step]
+
+
+@dataclass(frozen=True)
+class RowLists(torch.utils.data.Dataset[list[dict[str, Any]]]):
+    """Rows by lists of their numbers, so that a loader makes a pass of each."""
+
+    rows: datasets.Dataset
+
+    def __getitem__(self, numbers: RowNumbers) -> list[dict[str, Any]]:
+        return self.rows.__getitems__(numbers) if numbers else []
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True)

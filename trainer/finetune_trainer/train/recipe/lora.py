@@ -1,11 +1,14 @@
-"""The adapter as it trains: its parameters, and what makes it faster."""
+"""The adapter as it trains: its parameters, and what makes it and the layers around it faster."""
 
 from __future__ import annotations
 
 import logging
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -13,10 +16,17 @@ from transformers import PreTrainedModel
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.model.adapter import ADAPTER_WEIGHTS
-
-log = logging.getLogger(__name__)
+from finetune_trainer.train.recipe.packing import (
+    ROUGH_TOLERANCE,
+    TOLERANCE,
+    deviation,
+    few_layers,
+)
+from finetune_trainer.train.recipe.processes import is_first
 
 RANDOM_BITS = 16  # for each value
+
+log = logging.getLogger(__name__)
 
 
 def count_base_parameters(model: PreTrainedModel) -> int:
@@ -103,3 +113,72 @@ class FastDropout(torch.nn.Module):
         # Bytes become floats faster than truth values do.
         kept = keep.view(torch.uint8).to(x.dtype)
         return x * kept.mul_(values / (values - dropped))
+
+
+# --- Liger's kernels for the layers, on a GPU ----------------------------------------------------
+
+LIGER = "liger_kernel"
+LIGER_TOKENS = 16  # of the row that they are tried on
+LIGER_KERNELS = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # the loss is TRL's
+
+
+def use_liger(model: PreTrainedModel) -> bool:
+    """Let Liger's kernels compute norms, positions and gates, on a GPU where it is installed.
+
+    And only where they are right on this GPU, which a few layers with random weights prove. Of
+    several processes the first one decides.
+    """
+    if not torch.cuda.is_available() or find_spec(LIGER) is None:
+        return False
+    right = is_first() and liger_is_right(model, "cuda")
+    if dist.is_initialized():
+        dist.broadcast_object_list(box := [right])
+        (right,) = box
+    if right:
+        _apply_liger(model)
+    log.info("Layers: %s", "Liger's kernels" if right else "the model's own")
+    return right
+
+
+def liger_is_right(model: PreTrainedModel, device: str) -> bool:
+    """Whether logits and gradients are the same with Liger's kernels, within rounding."""
+    module = sys.modules[type(model).__module__]
+    positions = getattr(module, "apply_rotary_pos_emb", None)
+    allowed = TOLERANCE if model.dtype is torch.float32 else ROUGH_TOLERANCE
+    try:
+        few = few_layers(model, device)
+        before = _logits_and_gradients(few)
+        _apply_liger(few)
+        after = _logits_and_gradients(few)
+        off = max(deviation(after[name], before[name]) for name in before)
+    except (
+        Exception
+    ) as error:  # of kernels that are compiled here, and a model that it may not know
+        log.warning("Liger's kernels are left out: %s", error)
+        return False
+    finally:
+        if positions is not None:  # it replaces them for all models of this class
+            vars(module)["apply_rotary_pos_emb"] = positions
+    if off > allowed:
+        log.warning("Liger's kernels are left out: they are off by %.1g", off)
+    return off <= allowed
+
+
+def _apply_liger(model: PreTrainedModel) -> None:
+    from liger_kernel.transformers import (  # noqa: PLC0415 - not in every image
+        _apply_liger_kernel_to_instance,
+    )
+
+    _apply_liger_kernel_to_instance(model=model, **LIGER_KERNELS)
+
+
+def _logits_and_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Of one row of random tokens, in float32."""
+    words = model.config.get_text_config().vocab_size
+    dice = torch.Generator().manual_seed(0)
+    ids = torch.randint(words, (1, LIGER_TOKENS), generator=dice).to(model.device)
+    model.zero_grad()
+    found = model(input_ids=ids, labels=ids, use_cache=False)
+    torch.autograd.backward(found.loss)
+    gradients = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": found.logits.detach().float(), **gradients}

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.utils import send_to_device
+from numpy.typing import NDArray
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from finetune_trainer.train.recipe.data import PackingCollator
-from finetune_trainer.train.recipe.processes import is_first
+from finetune_trainer.memory.predict import MASKED_TOKENS
+from finetune_trainer.train.link import TrainingWork
+from finetune_trainer.train.recipe.data import PackingCollator, PassLimits
+from finetune_trainer.train.recipe.processes import is_first, world_size
 
-ATTENTION_NAME = "packed_rows"  # as models' attn_implementation
+# As models' attn_implementation: by blocks, on a CPU, and by PyTorch's kernel, on a GPU.
+ATTENTION_NAME, KERNEL_NAME = "packed_rows", "packed_rows_varlen"
+WITHOUT_MASK = {ATTENTION_NAME, KERNEL_NAME, "flash_attention_2"}
+KERNEL_CAPABILITY = (8, 0)  # FlashAttention 2, which PyTorch has built in, needs Ampere
+KERNEL_TYPES = {torch.float16, torch.bfloat16}
 BLOCK = 128  # queries at once; 64 to 128 measured fastest, their scores stay in the L2 cache
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -25,9 +35,10 @@ Bounds = list[tuple[int, int]]
 
 
 def register_attention() -> None:
-    """Register it with transformers, which then neither builds nor passes a mask."""
-    AttentionInterface.register(ATTENTION_NAME, packed_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+    """Register both with transformers, which then neither builds nor passes a mask."""
+    for name, function in ((ATTENTION_NAME, packed_attention), (KERNEL_NAME, kernel_attention)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, _no_mask)
 
 
 def supports_attention_of(config: Any) -> bool:
@@ -57,18 +68,60 @@ def packed_attention(
     `cu_seq_lens_q` are the rows' bounds. Without them there is one row. NotImplementedError for
     what some model wants beyond that.
     """
-    special = ("softcap", "s_aux", "position_bias")
-    wanted = [name for name in special if others.get(name) is not None]
-    if others.get("dropout"):
-        wanted.append("dropout")
-    if query.shape[0] != 1 or wanted or getattr(module, "is_causal", True) is False:
-        raise NotImplementedError(f"packed attention of {query.shape[0]} sequences with {wanted}")
+    _refuse_special(module, query, others)
     ends = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = _PackedAttention.apply(  # type: ignore[no-untyped-call]
         query[0], key[0], value[0], scale, sliding_window, list(pairwise(ends))
     )
     return out.transpose(0, 1)[None], None
+
+
+def kernel_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, heads, time, size]
+    key: torch.Tensor,  # [1, key heads, time, size]
+    value: torch.Tensor,
+    _mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """The same by PyTorch's kernel for rows of different length, in 16 bits on a GPU."""
+    _refuse_special(module, query, others)
+    time = query.shape[2]
+    bounds, longest = cu_seq_lens_q, max_length_q or time
+    if bounds is None:
+        bounds, longest = torch.tensor([0, time], dtype=torch.int32, device=query.device), time
+    causal = -1 if sliding_window is None or sliding_window >= longest else sliding_window - 1
+    device, dtype = query.device.type, query.dtype
+    if dtype is torch.float32 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    out = varlen_attn(
+        query[0].transpose(0, 1).to(dtype),
+        key[0].transpose(0, 1).to(dtype),
+        value[0].transpose(0, 1).to(dtype),
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(causal, 0),  # keys before and behind a query, beside its own
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return cast("torch.Tensor", out)[None], None  # no more was asked for
+
+
+def _refuse_special(module: torch.nn.Module, query: torch.Tensor, others: dict[str, Any]) -> None:
+    special = ("softcap", "s_aux", "position_bias")
+    wanted = [name for name in special if others.get(name) is not None]
+    if others.get("dropout"):
+        wanted.append("dropout")
+    if query.shape[0] != 1 or wanted or getattr(module, "is_causal", True) is False:
+        raise NotImplementedError(f"packed attention of {query.shape[0]} sequences with {wanted}")
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -157,6 +210,7 @@ def _earlier(count: int, keys: int, window: int) -> torch.Tensor:
     return torch.zeros(count, keys).masked_fill_(torch.arange(keys) <= queries - window, -torch.inf)
 
 
+FEW_WORDS = 256  # in the vocabulary of a model that is made for a proof alone
 PROOF_LENGTHS = 7, 5  # tokens of the two rows that the proof is made with
 # Mean deviations, as a share of the logits' spread.
 LEAK = 1e-3  # from another row before it: mostly exactly 0, in every type
@@ -165,12 +219,32 @@ TOLERANCE, ROUGH_TOLERANCE = 1e-3, 0.1  # from the row alone, in float32 and in 
 log = logging.getLogger(__name__)
 
 
-def prepare_packing(model: PreTrainedModel) -> bool:
+def pass_limits(
+    work: TrainingWork, model: PreTrainedModel, lengths: NDArray[np.int32], *, packed: bool
+) -> PassLimits:
+    """What a pass may hold by the plan, of examples of these lengths.
+
+    On a GPU, a mask of tokens x tokens would cost more than larger passes gain.
+    """
+    rows, tokens = work.plan.batch_size, work.plan.pass_tokens or 0
+    if packed and work.engine != "unsloth" and builds_mask(model):
+        rows, tokens = 1, min(max(tokens, rows * int(lengths.max())), MASKED_TOKENS)
+    return PassLimits(rows, tokens, world_size(), packed=packed)
+
+
+def builds_mask(model: PreTrainedModel) -> bool:
+    """Whether packed rows are kept apart by a mask, on a GPU."""
+    attention = model.config._attn_implementation
+    return torch.cuda.is_available() and attention not in WITHOUT_MASK
+
+
+def prepare_packing(model: PreTrainedModel, *, unsloth: bool = False) -> bool:
     """Let the model attend to packed rows in the fastest way that is right; False when none is.
 
-    Of several processes the first one decides, since it alone may hold the weights.
+    Of several processes the first one decides, since it alone may hold the weights. Unsloth's
+    models have an attention of their own.
     """
-    chosen = _fastest_right_attention(model) if is_first() else None
+    chosen = _fastest_right_attention(model, unsloth=unsloth) if is_first() else None
     if dist.is_initialized():
         dist.broadcast_object_list(box := [chosen])
         (chosen,) = box
@@ -180,21 +254,61 @@ def prepare_packing(model: PreTrainedModel) -> bool:
             "other"
         )
         return False
-    if chosen == ATTENTION_NAME:
-        register_attention()  # in each process
+    register_attention()  # in each process
     model.set_attn_implementation(chosen)
     log.info("Rows are packed (attention: %s)", chosen)
     return True
 
 
-def _fastest_right_attention(model: PreTrainedModel) -> str | None:
+def _fastest_right_attention(model: PreTrainedModel, *, unsloth: bool) -> str | None:
     before = model.config._attn_implementation
+    register_attention()
     try:
         alone = _logits_alone(model)
-        found = (name for name in _candidates(model, before) if _is_right(model, name, alone))
-        return next(found, None)
+        candidates = [before] if unsloth else _candidates(model, before)
+        found = next((name for name in candidates if _is_right(model, name, alone)), None)
     finally:
         model.set_attn_implementation(before)
+    if found and model.device.type == "cpu" and torch.cuda.is_available() and kernel_fits(model):
+        # It will be spread over GPUs. There a few of its layers have to show what they do.
+        found = _proven_on_gpu(model) or found
+    return found
+
+
+def _proven_on_gpu(model: PreTrainedModel) -> str | None:
+    try:
+        few = few_layers(model, "cuda")
+        right = _is_right(few, KERNEL_NAME, _logits_alone(few))
+    except Exception as error:  # a model's own code; the attention that is proven stays
+        log.debug("No proof on the GPU: %s", error)
+        return None
+    return KERNEL_NAME if right else None
+
+
+def few_layers(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """A model like it with random weights: a layer of each kind, and few words."""
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    kinds = list(getattr(text, "layer_types", None) or ["full_attention"])
+    count = max(kinds.index(kind) for kind in kinds) + 1
+    text.num_hidden_layers = count
+    if getattr(text, "layer_types", None):
+        text.layer_types = kinds[:count]
+    text.vocab_size = FEW_WORDS
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(text, name, None)
+    with torch.device(device):
+        made: Any = cast("Any", type(model))._from_config(config, dtype=model.dtype)
+    return cast("PreTrainedModel", made.to(device))
+
+
+def kernel_fits(model: PreTrainedModel) -> bool:
+    """Whether this GPU, the model's type and its attention are what PyTorch's kernel is for."""
+    return (
+        torch.cuda.get_device_capability() >= KERNEL_CAPABILITY
+        and model.dtype in KERNEL_TYPES
+        and supports_attention_of(model.config)
+    )
 
 
 def _is_right(model: PreTrainedModel, name: str, alone: torch.Tensor) -> bool:
@@ -212,14 +326,17 @@ def _is_right(model: PreTrainedModel, name: str, alone: torch.Tensor) -> bool:
 
 
 def _candidates(model: PreTrainedModel, before: str) -> list[str]:
+    """Ways to attend on the device that the model is on, the fastest one first."""
     names = [before]
-    # A model that will be spread over GPUs is still on the CPU.
-    if model.device.type == "cpu" and not torch.cuda.is_available():
-        if supports_attention_of(model.config):
-            register_attention()
+    if model.device.type == "cpu":
+        # A model that will be spread over GPUs is still on the CPU, and blocks are slow there.
+        if not torch.cuda.is_available() and supports_attention_of(model.config):
             names.insert(0, ATTENTION_NAME)
-    elif is_flash_attn_2_available() and model.dtype is not torch.float32:
+        return names
+    if is_flash_attn_2_available() and model.dtype in KERNEL_TYPES:
         names.insert(0, "flash_attention_2")
+    if kernel_fits(model):
+        names.insert(0, KERNEL_NAME)
     return names
 
 

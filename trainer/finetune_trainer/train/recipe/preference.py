@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import datasets
@@ -162,8 +162,8 @@ def _answer_begins(labels: list[int]) -> int:
     return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
 
 
-class RowsWithOthers(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows by their numbers, each with the answer of another row."""
+class PassesWithOthers(torch.utils.data.Dataset[list[dict[str, Any]]]):
+    """The rows of a pass, each with the answer of another row."""
 
     def __init__(self, rows: datasets.Dataset) -> None:
         self._rows = rows
@@ -171,7 +171,7 @@ class RowsWithOthers(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitems__(self, keys: Sequence[RowAndOther]) -> list[dict[str, Any]]:
+    def __getitem__(self, keys: Sequence[RowAndOther]) -> list[dict[str, Any]]:
         found = []
         for number, other in keys:
             answer = self._rows[other]
@@ -180,19 +180,33 @@ class RowsWithOthers(torch.utils.data.Dataset[dict[str, Any]]):
         return found
 
 
-class SamplerWithOthers(Sampler[list[RowAndOther]]):
-    """The passes of another sampler; each row with the one before it in the order of all rows."""
+class SamplerWithOthers(Sampler[list[list[RowAndOther]]]):
+    """The steps of another sampler; each row with the one before it in the order of all rows."""
 
-    def __init__(self, passes: Sampler[list[int]], order: Sequence[int]) -> None:
-        self._passes = passes
+    def __init__(self, steps: Sampler[list[list[int]]], order: Sequence[int]) -> None:
+        self._steps = steps
         self._before = {row: order[place - 1] for place, row in enumerate(order)}
 
     def __len__(self) -> int:
-        return len(cast("StepSampler", self._passes))
+        return len(cast("StepSampler", self._steps))
 
-    def __iter__(self) -> Iterator[list[RowAndOther]]:
+    def __iter__(self) -> Iterator[list[list[RowAndOther]]]:
+        for passes in self._steps:
+            yield [[(row, self._before[row]) for row in rows] for rows in passes]
+
+
+class EachAStep(Sampler[list[list[int]]]):
+    """Passes one by one, as steps of one pass."""
+
+    def __init__(self, passes: EvaluationSampler) -> None:
+        self._passes = passes
+
+    def __len__(self) -> int:
+        return len(self._passes)
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
         for rows in self._passes:
-            yield [(row, self._before[row]) for row in rows]
+            yield [rows]
 
 
 # --- Trainer -------------------------------------------------------------------------------------
@@ -206,6 +220,9 @@ class PreferenceTrainer(RecipeTrainer):
     """Trains on pairs (dpo, orpo), or on answers that are good or bad (kto)."""
 
     def __init__(self, *, settings: Training, **options: Any) -> None:
+        if not options["data"].packed:
+            # A pair is padded to its longer conversation, so that its tokens don't tell its size.
+            options["limits"] = replace(options["limits"], tokens=0)
         super().__init__(**options)
         self.objective: Objective = settings.objective
         self._preference = settings.preference
@@ -218,13 +235,13 @@ class PreferenceTrainer(RecipeTrainer):
         disable_dropout_in_model(cast("torch.nn.Module", self.model))
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], torch.Tensor | int | None]:
+        self, epoch_iterator: Iterator[Any], _: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
         """The passes of a step; with kto the step's KL is computed before the first of them."""
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.objective == "kto" and batches:
+        batches, count = super().get_batch_samples(epoch_iterator, _, device)
+        if self.objective == "kto":
             with self.compute_loss_context_manager():
-                self._kl = self._mean_kl(batches)
+                self._kl = self._mean_kl(batches[0])
         return batches, count
 
     def _get_num_items_in_batch(
@@ -300,23 +317,23 @@ class PreferenceTrainer(RecipeTrainer):
         """As for sft; with kto each row comes with another row's answer."""
         if self.objective != "kto":
             return super().get_train_dataloader()
-        passes = StepSampler(self.schedule, self.split, self.args.process_index, self._epoch)
+        steps = StepSampler(self.schedule, self.limits, self.args.process_index, self._epoch)
         # One order for the whole training: a row's other answer must not depend on the split.
-        sampler = SamplerWithOthers(passes, self.schedule.order(0).tolist())
-        return self._loader(self.data.examples.rows, sampler)
+        sampler = SamplerWithOthers(steps, self.schedule.order(0).tolist())
+        rows = PassesWithOthers(self.data.examples.rows)
+        return self._loader(rows, sampler, self._collate_passes)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As for sft; with kto each row comes with another row's answer."""
         held_out = self.data.held_out
         if self.objective != "kto" or held_out is None:
             return super().get_eval_dataloader(eval_dataset)
-        per_pass, world = self.args.per_device_eval_batch_size, self.args.world_size
-        passes = EvaluationSampler(held_out, per_pass, world, self.args.process_index)
-        return self._loader(held_out.rows, SamplerWithOthers(passes, range(len(held_out))))
+        steps = EachAStep(EvaluationSampler(held_out, self.limits, self.args.process_index))
+        sampler = SamplerWithOthers(steps, range(len(held_out)))
+        return self._loader(PassesWithOthers(held_out.rows), sampler, self._collate_one)
 
-    def _loader(self, rows: Any, sampler: Any) -> DataLoader[Any]:
-        with_others = isinstance(sampler, SamplerWithOthers)
-        return super()._loader(RowsWithOthers(rows) if with_others else rows, sampler)
+    def _collate_one(self, passes: list[list[dict[str, Any]]]) -> Batch:
+        return cast("Batch", self.data_collator(passes[0]))
 
     def evaluation_loop(self, dataloader: DataLoader[Any], *_: Any, **options: Any) -> Any:
         """Take means over all held-out rows: of the loss, the rewards, and what is judged right."""

@@ -50,15 +50,18 @@ from finetune_trainer.train.recipe.lora import (
     embed_in,
     make_layers_faster,
     start_from,
+    use_liger,
 )
-from finetune_trainer.train.recipe.packing import prepare_packing
+from finetune_trainer.train.recipe.packing import pass_limits, prepare_packing
 from finetune_trainer.train.recipe.preference import PreferenceTrainer, without_dropout
 from finetune_trainer.train.recipe.saving import train_with_checkpoints
 from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData
 from finetune_trainer.train.recipe.training_log import (
     TrainingTotals,
+    begin_memory_peaks,
     evaluations_of,
     history,
+    memory_peaks,
     training_metrics,
 )
 from finetune_trainer.train.recipe.watch import (
@@ -76,6 +79,7 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     settings = work.config.training
     notify = channel.notice if channel else None
     use_available_cpus()
+    begin_memory_peaks()
     log.info("Device: %s", device_name())
     log.info("Model: %s (%s)", work.config.model.source, settings.method)
 
@@ -89,8 +93,10 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     reporter.message("Loading the base model")
     model = load(work)
     base_parameters = count_base_parameters(model)
-    packed = settings.packing and prepare_packing(model)
+    packed = settings.packing and prepare_packing(model, unsloth=work.engine == "unsloth")
     data = TrainingData(examples, held_out, packed=packed)
+    if work.engine != "unsloth":
+        use_liger(model)
     with unsloth_engine.until_first_step(work, lambda: 0):
         trainer = build_trainer(model, tokenizer, data, work=work, epochs=epochs)
     best = add_early_stopping(trainer, work, notify)
@@ -113,6 +119,7 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     counts: dict[str, float | None] = {
         "trainable_parameters": float(trainable),
         "base_parameters": float(base_parameters),
+        **memory_peaks(work.plan.device_bytes),
     }
     if work.initial_adapter:  # the evaluation at the start was of that
         counts |= {"base_eval_loss": None, "base_perplexity": None}
@@ -183,6 +190,7 @@ def build_trainer(
         model=model,
         args=arguments(work, epochs, evaluate=data.held_out is not None, dtype=model.dtype),
         processing_class=tokenizer,
+        limits=pass_limits(work, model, data.examples.lengths, packed=data.packed),
         peft_config=None if unsloth else lora_config(lora, model),
         engine_loss=unsloth_engine.loss if unsloth else None,
     )
@@ -206,14 +214,14 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, dtype: torch.d
     reporting.set_tracker_variables(work)
     return SFTConfig(
         output_dir=str(work.checkpoints),
-        # Optimization. A step sees batch_size x gradient_accumulation_steps x processes rows.
+        # Optimization. To the Trainer a step is one batch; RecipeTrainer divides it into passes.
         num_train_epochs=epochs,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
         warmup_steps=settings.warmup_ratio,  # below 1 it is the share of all steps
-        per_device_train_batch_size=plan.batch_size,
-        gradient_accumulation_steps=plan.gradient_accumulation_steps,
-        optim="adamw_torch",
+        per_device_train_batch_size=plan.batch_size * plan.gradient_accumulation_steps,
+        gradient_accumulation_steps=1,
+        optim="adamw_torch_fused" if gpu else "adamw_torch",
         weight_decay=settings.weight_decay,
         max_grad_norm=1.0,  # the norm over all trained weights
         seed=settings.seed,
@@ -223,7 +231,10 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, dtype: torch.d
         max_length=None,
         packing=False,
         shuffle_dataset=False,
+        # A GPU's rows are made ready by a process beside it, two steps ahead.
         dataloader_pin_memory=gpu,
+        dataloader_num_workers=int(gpu),
+        dataloader_prefetch_factor=2 if gpu else None,
         # Numbers. Weights of the adapter stay float32; autocast computes in 16 bits. Gradients in
         # float16 are scaled up, or the small ones would be 0.
         bf16=dtype is torch.bfloat16,
@@ -247,6 +258,7 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, dtype: torch.d
         # Logging and saving. CheckpointSaver decides when to save.
         logging_steps=settings.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # RecipeTrainer has its own
         save_strategy="no",
         report_to=[tracker.value for tracker in settings.report_to] or "none",
         run_name=reporting.run_name(work.config),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
 import torch
 from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file
@@ -32,12 +33,13 @@ from finetune_trainer.train.recipe import processes
 from finetune_trainer.train.recipe.data import (
     PackingCollator,
     PaddingCollator,
+    PassLimits,
+    RowLists,
     RowNumbers,
     Schedule,
     StepSampler,
-    StepSplit,
     TokenizedRows,
-    contiguous_groups,
+    fewest_groups,
 )
 
 FIRST_SCALE = 1024.0
@@ -90,9 +92,23 @@ def token_logps(model: torch.nn.Module, inputs: Batch, *, some_logits: bool = Tr
     return whole.index_copy(1, keep, -losses.view(len(targets), -1))
 
 
+def tiled_loss(model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
+    """The same by TRL's output layer, tile by tile in Triton, and without its metrics.
+
+    To count those, TRL would wait for the GPU in each pass.
+    """
+    total: torch.Tensor = model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum()
+    return -total
+
+
 def computes_some_logits(model: torch.nn.Module) -> bool:
     """Whether the model can be asked for the logits of some positions only."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on it; a CPU interprets them, where it is told to."""
+    return device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def loss_scaler(device: str) -> torch.amp.GradScaler:
@@ -127,15 +143,23 @@ class RecipeTrainer(SFTTrainer):
         model: PreTrainedModel,
         args: SFTConfig,
         processing_class: PreTrainedTokenizerBase,
+        limits: PassLimits,
         engine_loss: Loss | None = None,
         **options: Any,
     ) -> None:
-        """`engine_loss` is the engine's own loss, in place of the one of this class."""
+        """`limits` say how a step is divided into passes.
+
+        `engine_loss` is the engine's own loss, in place of the one of this class.
+        """
         self.data = data
+        self.limits = limits
         self._engine_loss = engine_loss
         self._some_logits = computes_some_logits(model)
         self.on_pass: Callable[[], None] = lambda: None
         """Called before each forward pass, in training and evaluation."""
+
+        self.fused_head = runs_triton(args.device)
+        """Whether TRL's output layer computes the loss in tiles (Triton), or `answer_loss`."""
 
         collator = PackingCollator if data.packed else PaddingCollator
         super().__init__(
@@ -155,15 +179,13 @@ class RecipeTrainer(SFTTrainer):
             processes.reduce_in_float32(self.accelerator.state.fsdp_plugin)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler = loss_scaler(self.args.device.type)
-        self.split = StepSplit(args.gradient_accumulation_steps, args.world_size, data.packed)
-        per_pass = args.per_device_train_batch_size * args.world_size
-        batch = per_pass * args.gradient_accumulation_steps
+        batch = args.per_device_train_batch_size * args.world_size
         self.schedule = Schedule(data.examples.lengths, batch, args.seed)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The rows of the schedule, split between the processes."""
-        sampler = StepSampler(self.schedule, self.split, self.args.process_index, self._epoch)
-        return self._loader(self.data.examples.rows, sampler)
+        """The rows of the schedule, split between the processes. A batch is a step's passes."""
+        sampler = StepSampler(self.schedule, self.limits, self.args.process_index, self._epoch)
+        return self._loader(RowLists(self.data.examples.rows), sampler, self._collate_passes)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The held-out rows, those of like length together."""
@@ -171,11 +193,33 @@ class RecipeTrainer(SFTTrainer):
         # The Trainer passes its own set. Only a set from elsewhere keeps its order.
         if held_out is None or not (eval_dataset is None or eval_dataset is self.eval_dataset):
             return super().get_eval_dataloader(eval_dataset)
-        per_pass = self.args.per_device_eval_batch_size
-        sampler = EvaluationSampler(
-            held_out, per_pass, self.args.world_size, self.args.process_index
-        )
-        return self._loader(held_out.rows, sampler)
+        sampler = EvaluationSampler(held_out, self.limits, self.args.process_index)
+        return self._loader(held_out.rows, sampler, self.data_collator)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], _: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """The next step's passes, as the one batch that the Trainer knows of, and its labels."""
+        passes = next(epoch_iterator)
+        return [passes], self._get_num_items_in_batch(passes, device)
+
+    def training_step(  # type: ignore[override] # a batch is a list here
+        self,
+        model: torch.nn.Module,
+        inputs: list[Batch],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """All passes of a step. Gradients are exchanged with the last one."""
+        self.current_gradient_accumulation_steps = len(inputs)
+        losses: list[torch.Tensor] = []
+        one_pass: Any = super().training_step
+        for left, batch in zip(reversed(range(len(inputs))), inputs, strict=True):
+            with self.accelerator.no_sync(model) if left else nullcontext():
+                losses.append(one_pass(model, batch, num_items_in_batch))
+        loss = torch.stack(losses).sum()
+        # What logging_nan_inf_filter does, without waiting for the GPU to know the number.
+        steps = 1 + self.state.global_step - self._globalstep_last_logged
+        return torch.where(loss.isfinite(), loss, self._tr_loss / steps)
 
     def compute_loss(
         self,
@@ -188,22 +232,26 @@ class RecipeTrainer(SFTTrainer):
         self.on_pass()
         if self._engine_loss:
             return self._engine_loss(model, inputs, num_items_in_batch)
-        if self.args.device.type != "cpu":
+        if self.fused_head and self.aux_loss_enabled:  # experts whose configuration asks for it
             return super().compute_loss(  # type: ignore[no-untyped-call]
                 model, inputs, return_outputs, num_items_in_batch
             )
         assert not return_outputs, "the evaluation below asks for the loss only"  # noqa: S101
         labels = (inputs["labels"][:, 1:] != IGNORED).sum()
         count = labels if num_items_in_batch is None else num_items_in_batch
-        total = answer_loss(model, inputs, some_logits=self._some_logits)
+        if self.fused_head:
+            total = tiled_loss(model, inputs)
+        else:
+            total = answer_loss(model, inputs, some_logits=self._some_logits)
         loss = total / torch.as_tensor(count).clamp(min=1)
         # The count is that of all processes, whose gradients will be averaged.
         return loss * (1 if num_items_in_batch is None else self.args.world_size)
 
     def token_logps(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
-        """Log-probability of each label, as the loss computes it; TRL's, tile by tile, on a GPU."""
-        if self.args.device.type != "cpu":
-            return cast("torch.Tensor", model(**inputs, fused_lm_head=True).log_probs)
+        """Log-probability of each label, by the same output layer as the loss."""
+        if self.fused_head:
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+            return cast("torch.Tensor", outputs.log_probs)
         return token_logps(model, inputs, some_logits=self._some_logits)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -251,6 +299,10 @@ class RecipeTrainer(SFTTrainer):
         optimizer: Any = self.optimizer
         return cast("torch.nn.Module", self.model), getattr(optimizer, "optimizer", optimizer)
 
+    def floating_point_ops(self, _inputs: Any) -> int:
+        """Count none. The Trainer's estimate goes over all parameters at each step."""
+        return 0
+
     def store_flos(self) -> None:
         """Do nothing. Nobody reads the sum, and every process would have to take part in it before
         a checkpoint is written, also one that has failed."""
@@ -290,13 +342,22 @@ class RecipeTrainer(SFTTrainer):
     def _epoch(self) -> int:
         return int(self.state.global_step // self.schedule.steps)
 
-    def _loader(self, rows: datasets.Dataset, sampler: Sampler[RowNumbers]) -> DataLoader[Any]:
+    def _collate_passes(self, passes: list[list[dict[str, Any]]]) -> list[Batch]:
+        return [self.data_collator(rows) for rows in passes]
+
+    def _loader(
+        self, rows: Any, sampler: Sampler[Any], collate: Callable[[Any], Any]
+    ) -> DataLoader[Any]:
+        workers = self.args.dataloader_num_workers
         # The sampler knows the processes, so that accelerate must not split the batches again.
         loader = DataLoader(
             rows,
             batch_sampler=sampler,
-            collate_fn=self.data_collator,
+            collate_fn=collate,
             pin_memory=self.args.dataloader_pin_memory,
+            num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context="fork" if workers else None,
             # Its own, so that an evaluation takes no random numbers from the training's dropout.
             generator=torch.Generator().manual_seed(self.args.seed),
         )
@@ -306,17 +367,18 @@ class RecipeTrainer(SFTTrainer):
             num_processes=1,
             process_index=0,
             put_on_device=True,
+            non_blocking=self.args.dataloader_pin_memory,
         )
         return prepared
 
 
 class EvaluationSampler(Sampler[RowNumbers]):
-    """Yields this process's rows, the longest first; each process has as many passes."""
+    """Yields this process's rows, the largest pass first; each process has as many passes."""
 
-    def __init__(self, examples: TokenizedRows, per_pass: int, world_size: int, rank: int) -> None:
-        order = (-examples.lengths).argsort(kind="stable").tolist()
-        passes = -(-len(order) // (per_pass * world_size))  # rounded up
-        self._passes = contiguous_groups(order, passes * world_size)[rank::world_size]
+    def __init__(self, examples: TokenizedRows, limits: PassLimits, rank: int) -> None:
+        order = (-examples.lengths).argsort(kind="stable")
+        groups = fewest_groups(examples.lengths[order].tolist(), limits)
+        self._passes = [order[group].tolist() for group in groups[rank :: limits.processes]]
 
     def __len__(self) -> int:
         return len(self._passes)

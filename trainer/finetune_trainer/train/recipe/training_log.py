@@ -6,8 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from finetune_trainer.contract import LogEntry, TrainingMetrics
 
@@ -179,6 +182,26 @@ def training_metrics(
         **{f"base_{name}": base.get(key) for name, key in REWARDS.items()},
         best_step=best_step,
     )
+
+
+def begin_memory_peaks() -> None:
+    """Forget what this process held of the GPU's memory before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory_peaks(predicted: int | None) -> dict[str, float]:
+    """What the training held at most, and what was predicted: figures of TrainingMetrics."""
+    found: dict[str, float] = {"predicted_memory_bytes": predicted} if predicted else {}
+    if torch.cuda.is_available():
+        found["peak_memory_bytes"] = torch.cuda.max_memory_reserved()
+        found["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+    else:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        peaks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+        if peaks:  # not every kernel tells
+            found["peak_memory_bytes"] = peaks[0]
+    return found
 
 
 def history(trainer: RecipeTrainer) -> tuple[LogEntry, ...]:

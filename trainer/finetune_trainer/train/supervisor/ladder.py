@@ -1,7 +1,8 @@
 """When memory runs out: what to try, rung by rung, going on from the last complete step.
 
     1. free the memory: a new worker with the same plan, once for each plan
-    2. fewer examples a pass and more passes a step, down to 1; the effective batch stays the same
+    2. fewer examples and tokens a pass and more passes a step, down to one example; the effective
+       batch stays the same
     3. gradient checkpointing, unless training.gradientCheckpointing is `never`
     4. shorter sequences, only down to training.minSequenceLength, and only as far as
        dataset.maxTruncatedRows allows
@@ -105,16 +106,10 @@ def next_rung(
     if _may_free_memory(work, failed, history):
         remedy = "The training goes on in a new process, with the GPU's memory empty."
         return work, _notice(NoticeCode.MEMORY_FREED, failed, remedy)
-    if plan.batch_size > 1:
-        examples = fewer_examples(plan.batch_size, plan.gradient_accumulation_steps)
-        passes = plan.batch_size * plan.gradient_accumulation_steps // examples
+    if found := smaller_passes(plan, max(lengths, default=0)):
+        smaller, change = found
         remedy = (
-            f"The training goes on with {examples} x {passes} instead of {plan.batch_size} x "
-            f"{plan.gradient_accumulation_steps} (examples a pass x passes a step): the effective "
-            "batch and the result stay the same."
-        )
-        smaller = plan.model_copy(
-            update={"batch_size": examples, "gradient_accumulation_steps": passes}
+            f"The training goes on with {change}: the effective batch and the result stay the same."
         )
         return _with_plan(work, smaller), _notice(NoticeCode.BATCH_HALVED, failed, remedy)
     if not plan.gradient_checkpointing and work.config.training.gradient_checkpointing != "never":
@@ -132,7 +127,35 @@ def next_rung(
             f"{sum(lengths.values())} examples are cut."
         )
         notice = _notice(NoticeCode.SEQUENCE_SHORTENED, failed, remedy)
-        return work.model_copy(update={"max_sequence_length": shorter}), notice
+        tokens = None if plan.pass_tokens is None else min(plan.pass_tokens, shorter)
+        update = {
+            "max_sequence_length": shorter,
+            "plan": plan.model_copy(update={"pass_tokens": tokens}),
+        }
+        return work.model_copy(update=update), notice
+    return None
+
+
+def smaller_passes(plan: TrainingPlan, longest: int) -> tuple[TrainingPlan, str] | None:
+    """The plan with passes of about half the size, and the change in words.
+
+    None where a pass has one example, or as many tokens as the longest one (0 if not known).
+    """
+    rows, passes, tokens = plan.batch_size, plan.gradient_accumulation_steps, plan.pass_tokens
+    if rows > 1:
+        fewer = fewer_examples(rows, passes)
+        more = rows * passes // fewer
+        update = {
+            "batch_size": fewer,
+            "gradient_accumulation_steps": more,
+            "pass_tokens": tokens and tokens // 2,
+        }
+        change = f"{fewer} x {more} instead of {rows} x {passes} (examples a pass x passes a step)"
+        return plan.model_copy(update=update), change
+    if tokens and 0 < longest < tokens:
+        half = max(tokens // 2, longest)
+        change = f"at most {half} tokens a pass instead of {tokens}"
+        return plan.model_copy(update={"pass_tokens": half}), change
     return None
 
 

@@ -175,7 +175,14 @@ def plan_to_resume_with(saved: TrainingPlan, planned: TrainingPlan) -> TrainingP
         planned
     )
     recomputes = saved.gradient_checkpointing or not planned.gradient_checkpointing
-    return saved if same and recomputes and saved.batch_size <= planned.batch_size else planned
+    return saved if same and recomputes and not _is_larger(saved, planned) else planned
+
+
+def _is_larger(one: TrainingPlan, other: TrainingPlan) -> bool:
+    """Whether its passes may hold more."""
+    if one.batch_size != other.batch_size:
+        return one.batch_size > other.batch_size
+    return (one.pass_tokens or 0) > (other.pass_tokens or 0)
 
 
 def resume_obstacle(checkpoint: CheckpointMarker, planned: TrainingPlan) -> str | None:

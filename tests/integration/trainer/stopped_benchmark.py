@@ -1,0 +1,36 @@
+"""`make gpu` with a case that ends its process, and one that has the whole program stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+from benchmarks.gpu import cases
+from benchmarks.gpu.__main__ import main
+
+
+def die(bench: Any) -> NoReturn:
+    del bench
+    os._exit(3)
+
+
+def stop_all(bench: Any) -> NoReturn:
+    """As a user's Ctrl-C or the end of a lease, while a case runs."""
+    del bench
+    os.kill(os.getppid(), signal.SIGTERM)
+    while True:
+        signal.pause()
+
+
+OWN = "tests.integration.trainer.stopped_benchmark"
+
+if __name__ == "__main__":
+    cases.CASES = (
+        cases.case("device", "first", 1, "benchmarks.gpu.speed:device"),
+        cases.case("dies", "first", 1, f"{OWN}:die"),
+        cases.case("stops", "first", 1, f"{OWN}:stop_all"),
+        cases.case("never", "second", 1, "benchmarks.gpu.speed:device"),
+    )
+    sys.exit(main())
