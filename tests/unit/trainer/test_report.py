@@ -252,6 +252,57 @@ def test_the_verdict(changes: dict[str, Any], tone: Tone, first: str) -> None:
     assert statements(given)[0].text.startswith(first)
 
 
+REWARDS = {"rewardAccuracy": 0.9, "rewardMargin": 0.4, "baseRewardAccuracy": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("objective", "metrics", "tone", "first"),
+    [
+        ("dpo", REWARDS, Tone.GOOD, "Prefers the better answer in 90% of the held-out pairs; the"),
+        (
+            "orpo",
+            {**REWARDS, "baseRewardAccuracy": 0.6},
+            Tone.GOOD,
+            "Prefers the better answer in 90% of the held-out pairs, the base model in 60%",
+        ),
+        ("orpo", {**REWARDS, "baseRewardAccuracy": 0.95}, Tone.BAD, "Prefers the better answer"),
+        ("dpo", {**REWARDS, "rewardAccuracy": 0.5}, Tone.BAD, "Prefers the better answer in 50%"),
+        ("dpo", {}, Tone.PLAIN, "What was learnt is not measured"),
+    ],
+)
+def test_the_verdict_on_preferences(
+    objective: str, metrics: dict[str, float], tone: Tone, first: str
+) -> None:
+    """Perplexity says nothing about them, whoever measured it."""
+    history = [
+        {"step": 0, "eval_loss": 0.69, "reward_accuracy": 0.0, "reward_margin": 0.0},
+        {"step": 9, "eval_loss": 0.4, "reward_accuracy": 0.9, "reward_margin": 0.4},
+    ]
+    given = facts(
+        config=config(training={"objective": objective}),
+        trained=trained(metrics=metrics, history=history, notices=[]),
+    )
+    verdict = statements(given)[0]
+    assert (verdict.tone, verdict.text[: len(first)]) == (tone, first)
+    page, card = render_report(given), render_card(given)
+    for text in (page, card):
+        assert ("Perplexity of held-out answers" in text) is False
+        assert ("Reward margin" in text) is bool(metrics)
+    assert f"- {objective}\n" in card
+    if metrics:
+        assert "90.0%" in page
+
+
+def test_labelled_answers_are_called_so() -> None:
+    detected = {"format": "csv", "layout": "prompt-completion", "columns": {"label": "label"}}
+    given = facts(
+        config=config(training={"objective": "kto"}),
+        trained=trained(metrics=REWARDS),
+        dataset=dataset_report(detected=detected),
+    )
+    assert statements(given)[0].text.startswith("Judges 90% of the held-out answers")
+
+
 def test_the_gate_stands_in_where_the_training_measured_nothing() -> None:
     change = facts(trained=trained(metrics={})).change
     assert change

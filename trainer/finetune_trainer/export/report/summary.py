@@ -17,7 +17,7 @@ from finetune_trainer.contract.verdict import (
 from finetune_trainer.export.gguf import MODELFILE
 from finetune_trainer.export.gguf.files import preferred
 from finetune_trainer.export.report import tables
-from finetune_trainer.export.report.facts import Facts
+from finetune_trainer.export.report.facts import Facts, Preferences
 from finetune_trainer.model.base_model import is_hub
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -55,6 +55,8 @@ def overall(facts: Facts) -> Statement:
 
 def compared_with_base(facts: Facts) -> Statement:
     """Whether the tuned model is better than its base on rows that it never saw."""
+    if preferences := facts.preferences:
+        return what_is_preferred(preferences)
     change = facts.change
     if change is None and facts.lineage.init_from:
         return Statement(
@@ -80,6 +82,21 @@ def compared_with_base(facts: Facts) -> Statement:
         f"Better than its base model: perplexity on held-out answers fell from {before} to "
         f"{after}.",
     )
+
+
+def what_is_preferred(found: Preferences) -> Statement:
+    """Whether the tuned model prefers the better answers on rows that it never saw."""
+    share = f"{found.accuracy:.0%}"
+    what = (
+        f"Judges {share} of the held-out answers as their labels do"
+        if found.labelled
+        else f"Prefers the better answer in {share} of the held-out pairs"
+    )
+    before = "" if found.base_accuracy is None else f", the base model in {found.base_accuracy:.0%}"
+    text = f"{what}{before}; the mean reward margin is {found.margin:.3g}."
+    if found.better:
+        return Statement(Tone.GOOD, text)
+    return Statement(Tone.BAD, f"{text} That is no better than before the training.")
 
 
 class LoadingCommand(NamedTuple):

@@ -158,6 +158,8 @@ def training_rows(facts: Facts) -> tuple[TableRow, ...]:
         _row("Parameters of the base model", metrics.base_parameters, count),
         _row("Mean training loss", metrics.train_loss, loss),
         _row("Last training loss", metrics.final_loss, loss),
+        _row("Reward accuracy on held-out rows", metrics.reward_accuracy, share),
+        _row("Reward margin on held-out rows", metrics.reward_margin, loss),
     ]
     return tuple(row for row in found if row)
 
@@ -209,7 +211,8 @@ def listed_evaluations(facts: Facts) -> tuple[LossPoint, ...]:
 def hyperparameter_rows(facts: Facts) -> tuple[TableRow, ...]:
     """The settings as they were applied, by their names in the spec."""
     usual = dict(_flat(Training().model_dump(mode="json")))
-    usual["learningRate"] = usual_rate(facts.config.training.method)
+    training = facts.config.training
+    usual["learningRate"] = usual_rate(training.method, training.objective)
     return tuple(
         TableRow(name, setting(value), changed=name in usual and usual[name] != value)
         for name, value in _flat(facts.trained.hyperparameters)
