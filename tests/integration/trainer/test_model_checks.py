@@ -369,17 +369,3 @@ def test_a_dora_adapter_alone_as_gguf_is_refused() -> None:
     with pytest.raises(StageError, match="can't apply a DoRA adapter") as caught:
         check_config(run_config("/model", training=lora, export={"adapterGguf": True}))
     assert caught.value.reason is Reason.INVALID_CONFIG
-
-
-@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "sft"])
-def test_preferences_against_a_reference_begin_at_the_base_model(objective: str) -> None:
-    """Which is the model without its adapter: one that training goes on from would be missing."""
-    training = {"objective": objective, "initFrom": {"source": "/adapters/answers"}}
-    if objective in ("sft", "orpo"):
-        check_config(run_config("/model", training=training))
-        return
-    with pytest.raises(
-        StageError, match=r"initFrom: with objective .* spec\.model\.source"
-    ) as caught:
-        check_config(run_config("/model", training=training))
-    assert caught.value.reason is Reason.INVALID_CONFIG

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from finetune_trainer.contract import RunConfig, describe
+from finetune_trainer.contract import RunConfig, Training, describe
 
 GOOD: dict[str, Any] = {
     "model": {"source": "org/name"},
@@ -45,3 +45,16 @@ def test_the_defaults_are_those_of_the_guide() -> None:
     assert (training.batch_size, training.gradient_accumulation_steps) == (2, 4)
     assert (training.learning_rate, training.warmup_ratio) == (2e-4, 0.03)
     assert (training.max_sequence_length, training.logging_steps) == (2048, 10)
+
+
+@pytest.mark.parametrize(
+    "more", [{"method": "full"}, {"initFrom": {"source": "/adapters/answers"}}]
+)
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_preferences_are_learnt_against_the_base_model(
+    objective: str, more: dict[str, object]
+) -> None:
+    """Which is the model with its adapter off: there must be one, and it must begin at zero."""
+    with pytest.raises(ValidationError, match="objective must be sft"):
+        Training.model_validate({"objective": objective, **more})
+    assert Training.model_validate({"objective": "sft", **more}).objective == "sft"

@@ -216,8 +216,8 @@ class Training(Base):
     """What is learnt from the rows, and the hyperparameters, with the defaults of the guide."""
 
     objective: Objective = "sft"
-    """What is learnt: `sft` learns answers (or raw text). `dpo`, `orpo` and `kto` learn which
-    answers people prefer: dpo and orpo from pairs of a chosen and a rejected answer, kto from
+    """What is learnt: `sft` learns answers. `dpo`, `orpo` and `kto` learn which answers people
+    prefer: dpo and orpo from pairs of a chosen and a rejected answer, kto from
     answers with a label, true or false, or from such pairs."""
 
     preference: Preference = Preference()

@@ -150,14 +150,6 @@ def check_config(config: RunConfig) -> None:
             "spec.export.adapterGguf: llama.cpp can't apply a DoRA adapter. Leave adapterGguf out "
             "(the merged files are as usual), or leave out training.lora.useDora.",
         )
-    if config.training.init_from and config.training.objective in ("dpo", "kto"):
-        raise StageError(
-            Reason.INVALID_CONFIG,
-            f"spec.training.initFrom: with objective {config.training.objective} answers are "
-            "compared with the base model, which doesn't have that adapter. Name the merged model "
-            "of that training (versions/…/merged) as spec.model.source, or take objective orpo, "
-            "which compares with none.",
-        )
     if config.training.lora.modules_to_save:
         _check_whole_modules(config)
     if config.training.method == "full":
