@@ -18,6 +18,7 @@ DATASET    ?=
 BASE_MODEL ?=
 EPOCHS     ?=
 METHOD     ?=
+OBJECTIVE  ?=
 OUTPUT     ?= models
 # Any other field: --set training.learningRate=1e-3; `finetune-trainer local fields` lists them.
 TRAIN_ARGS ?=
@@ -59,7 +60,8 @@ doctor: build ## What a training finds here: GPUs, driver, torch, memory, disk, 
 train: build ## Fine-tune: make train DATASET=my.csv BASE_MODEL=org/name-or-folder METHOD=lora
 	$(BIN)/finetune-trainer local train --output "$(OUTPUT)" \
 	  $(if $(DATASET),--dataset "$(DATASET)") $(if $(BASE_MODEL),--base-model "$(BASE_MODEL)") \
-	  $(if $(EPOCHS),--epochs "$(EPOCHS)") $(if $(METHOD),--set "training.method=$(METHOD)") $(TRAIN_ARGS)
+	  $(if $(EPOCHS),--epochs "$(EPOCHS)") $(if $(METHOD),--set "training.method=$(METHOD)") \
+	  $(if $(OBJECTIVE),--set "training.objective=$(OBJECTIVE)") $(TRAIN_ARGS)
 
 .PHONY: merge
 merge: build ## Merge the adapter of the last `make train` into its base model

@@ -59,6 +59,8 @@ CASES = {
     "where examples are longer": Case({}, longest=1 << 30),
     "with `earlyStopping`": Case({"training": {"earlyStopping": {}}}),
     "with `minSequenceLength`": Case({"training": {"minSequenceLength": 16}}, longest=1 << 30),
+    "with `objective` dpo": Case({"training": {"objective": "dpo"}}),
+    "with `objective` kto": Case({"training": {"objective": "kto"}}),
     "with `evalSource`": Case({"dataset": {"evalSource": "s3://data/held-out.csv"}}),
 }
 INDIRECT = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune_trainer.contract import Quantization
 from finetune_trainer.export.gguf.files import GgufSource, write_files
 from finetune_trainer.export.merge import MergedWeights
-from finetune_trainer.export.merge.model_folder import assemble
+from finetune_trainer.export.merge.model_folder import assemble, write_merged
 from finetune_trainer.model import ModelFolder
 
 
@@ -19,6 +19,7 @@ def ours(folder: str, *kinds: str) -> None:
     weights = MergedWeights.open(base, adapter)
     weights.check_changes()
     assemble(ModelFolder(base), adapter, assembled, dtype=weights.dtype)
+    write_merged(weights, assembled)
     model = GgufSource(
         ModelFolder(base), adapter, ModelFolder(assembled), "model", Quantization.BF16
     )

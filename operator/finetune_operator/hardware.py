@@ -26,15 +26,19 @@ MEBIBYTE = 1 << 20
 
 
 def training_hardware(spec: FineTuneJobSpec, nodes: Iterable[Labels] = ()) -> Hardware:
-    """Read the limits of stages.train; `nodes` are the labels of the nodes with GPUs."""
+    """Read the limits of stages.train, and of stages.export the disk's.
+
+    `nodes` are the labels of the nodes with GPUs.
+    """
     pod = spec.stages.train
-    limits = pod.resources.limits
+    limits, export = pod.resources.limits, spec.stages.export.resources.limits
     gpus = sum(_as_integer(limits[name]) or 0 for name in _gpu_resources(pod))
     return Hardware(
         gpus=gpus,
         gpu_memory_bytes=_gpu_memory(spec, nodes) if gpus else None,
         memory_bytes=_as_integer(limits.get("memory")),
         ephemeral_storage_bytes=_as_integer(limits.get("ephemeral-storage")),
+        export_storage_bytes=_as_integer(export.get("ephemeral-storage")),
     )
 
 

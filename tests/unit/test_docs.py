@@ -13,8 +13,17 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from finetune_trainer.contract import Csv, Dataset, EarlyStopping, Lora, NoticeCode, Training
-from finetune_trainer.prepare.reading import Problems
+from finetune_trainer.contract import (
+    Csv,
+    Dataset,
+    EarlyStopping,
+    Lora,
+    NoticeCode,
+    Objective,
+    Preference,
+    Training,
+)
+from finetune_trainer.prepare.reading import Problems, open_shards
 from tests.reading import read_records
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -24,6 +33,7 @@ NESTED = {
     "columns": Dataset.model_fields["columns"].default.__class__,
     "csv": Csv,
     "lora": Lora,
+    "preference": Preference,
 }
 
 
@@ -85,6 +95,21 @@ def test_each_sample_is_read_without_a_mapping(sample: str, tmp_path: Path) -> N
     records = list(read_records(file, Dataset(source=str(file)), str(file), Problems()))
     assert records
     assert all(record.messages[-1]["role"] == "assistant" for record in records)
+
+
+PREFERENCES = re.findall(r"^```(?:csv|json) preference\n(.+?)^```$", DATA, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("sample", PREFERENCES, ids=lambda sample: sample[:30])
+def test_each_sample_of_preferences_is_read_without_a_mapping(sample: str, tmp_path: Path) -> None:
+    file = tmp_path / "sample"
+    file.write_text(sample, encoding="utf-8")
+    objective: Objective = "kto" if "label" in sample else "dpo"
+    dataset = Dataset(source=str(file))
+    source = open_shards([(file, str(file))], dataset, str(file), objective)
+    records = list(source.records(Problems()))
+    assert records
+    assert all(each.rejected is not None or each.label is not None for each in records)
 
 
 DATASETS = re.findall(r"^```yaml\n(.+?)^```$", DATA, re.MULTILINE | re.DOTALL)

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from finetune_trainer.contract import Example, RunConfig
+from finetune_trainer.contract import Example, Objective, RunConfig
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.tokenizer import load_tokenizer
 from finetune_trainer.train.link import TrainingWork, default_plan
@@ -57,10 +57,17 @@ def write(file: Path, rows: Conversations) -> Path:
     return file
 
 
-def tokenized(model: Path, workdir: Path, rows: Conversations, length: int = 2048) -> TokenizedRows:
+def tokenized(
+    model: Path,
+    workdir: Path,
+    rows: Conversations,
+    length: int = 2048,
+    objective: Objective = "sft",
+) -> TokenizedRows:
     """Conversations as the recipe reads them."""
     file = write(workdir / "examples.jsonl", rows)
-    return tokenize(file, load_tokenizer(ModelFolder(model)), length, workdir / "tokens")
+    tokenizer = load_tokenizer(ModelFolder(model))
+    return tokenize(file, tokenizer, length, workdir / "tokens", objective)
 
 
 def base_of(trainer: RecipeTrainer) -> PreTrainedModel:
@@ -80,10 +87,14 @@ def build(
     defaults = {"epochs": 1, "lora": {"dropout": 0}}
     work = make_work(model, workdir, rows, held_out, **{**defaults, **settings})
     plan = work.plan.model_copy(update={"pass_tokens": pass_tokens})
-    work = work.model_copy(update={"plan": plan})
-    tokenizer = load_tokenizer(ModelFolder(model))
+    return build_from(work.model_copy(update={"plan": plan}))
+
+
+def build_from(work: TrainingWork) -> RecipeTrainer:
+    """The trainer of a work, in float32 and of one epoch."""
+    tokenizer = load_tokenizer(work.model)
     examples, others = sft.read_rows(work, tokenizer)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(work.model.path, dtype=torch.float32)
     packed = work.config.training.packing and prepare_packing(loaded)
     return sft.build_trainer(
         loaded,

@@ -59,7 +59,7 @@ class Listening(Reporter):
         super().__init__()
         self.evaluations: list[tuple[int, float]] = []
 
-    def evaluation(self, step: int, loss: float) -> None:
+    def evaluation(self, step: int, loss: float, *_: Any, **__: Any) -> None:
         self.evaluations.append((step, loss))
 
 

@@ -39,10 +39,7 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in folders:
         tokenizer.save_pretrained(folder)
     convert(
-        [
-            {"plain": str(folder), "target": f"{folder}.gguf", "type": "F32", "name": "x"}
-            for folder in folders
-        ]
+        [{"folder": str(folder), "target": f"{folder}.gguf", "type": "f32"} for folder in folders]
     )
     return place
 

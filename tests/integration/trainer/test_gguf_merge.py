@@ -1,4 +1,4 @@
-"""Base and adapter to GGUF in one go, against merging, saving and converting in turn."""
+"""Base and adapter to GGUF, against PEFT's own merge and llama.cpp's converter by hand."""
 
 from __future__ import annotations
 
@@ -23,28 +23,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from finetune_trainer.contract import Progress, Quantization, Reason, StageError
-from finetune_trainer.export.gguf.files import GgufSource, write_unquantized
-from finetune_trainer.export.merge.model_folder import assemble
+from finetune_trainer.contract import Progress, Quantization, Reason
+from finetune_trainer.export.gguf.files import (
+    GgufSource,
+    beyond_float16,
+    write_files,
+    write_unquantized,
+)
+from finetune_trainer.export.merge.checkpoint import SINGLE
+from finetune_trainer.export.merge.model_folder import write_model
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.runtime.endings import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter
 from tests.integration.trainer.adapters import merge_in_memory, save_adapter
 from tests.integration.trainer.architectures import PACKABLE, in_dtype, random_model
 
-SINGLE = "model.safetensors"
-BPE = ("llama", "smollm3", "olmo2")
-PIECES = ("qwen2", "qwen3", "mistral", "granite", "gemma", "gemma2", "gemma3_text", "phi3")
-TYPES = ("F32", "F16", "BF16")
-Variant = tuple[str, torch.dtype, dict[str, Any], dict[str, Any]]
-VARIANTS: dict[str, Variant] = {
-    # Name: architecture, the base's type, how it is saved, what is special of the adapter.
-    "rslora": ("llama", torch.bfloat16, {}, {"use_rslora": True}),
-    "dora": ("llama", torch.bfloat16, {}, {"use_dora": True}),
-    "float16": ("llama", torch.float16, {}, {}),
-    "shards": ("llama", torch.bfloat16, {"max_shard_size": "2MB"}, {}),
-    "one target": ("llama", torch.bfloat16, {}, {"target_modules": ["q_proj"]}),
-}
+KINDS = ("llama", "mistral", "phi3")  # the last two with a tokenizer of SentencePiece
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +76,10 @@ def save_pieces(folder: Path, pieces: bytes) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def convert(requests: list[dict[str, Any]]) -> None:
-    """All of them in one process."""
+def convert(requests: list[dict[str, str]]) -> None:
+    """By llama.cpp's own program: each has a folder, a target and a type."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.trainer.convert_both", json.dumps(requests)],
+        [sys.executable, "-m", "tests.integration.trainer.convert_by_hand", json.dumps(requests)],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -99,70 +93,38 @@ def convert(requests: list[dict[str, Any]]) -> None:
 def converted(
     tiny_model: Path, pieces: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """Folders with files ours-TYPE.gguf and plain-TYPE.gguf, by architecture or variant."""
+    """By architecture a folder with base, adapter, our merged model and plain-F16.gguf."""
     root = tmp_path_factory.mktemp("architectures")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    requests: list[dict[str, Any]] = []
-    cases: dict[str, Variant] = {kind: (kind, torch.bfloat16, {}, {}) for kind in (*BPE, *PIECES)}
-    cases |= VARIANTS
-    for case, (kind, dtype, saving, adapting) in cases.items():
-        place = root / case
-        vocabulary = 320 if kind in PIECES else len(tokenizer)
-        base = save_model(place / "base", kind, vocabulary, dtype, **saving)
-        adapter = save_adapter(base, place / "adapter", **adapting)
-        merged = merge_in_memory(base, adapter, place / "merged")
-        folder = place / "folder" / "tiny"
-        if kind in PIECES:
-            save_pieces(merged, pieces)
-            folder = merged.rename(place / "tiny")
-            merged = folder
-        else:
-            tokenizer.save_pretrained(merged)
-            tokenizer.save_pretrained(adapter)
-            assemble(ModelFolder(base), adapter, folder)
-            merged = merged.rename(place / "tiny")
-        for number in TYPES if case == "llama" else ("F16",):
-            ours = {
-                "base": str(base),
-                "adapter": str(adapter),
-                "folder": str(folder),
-                "beginsWithBos": True,
-            }
-            common = {"type": number, "name": "tiny"}
-            requests += [
-                {**common, **ours, "target": str(place / f"ours-{number}.gguf")},
-                {**common, "plain": str(merged), "target": str(place / f"plain-{number}.gguf")},
-            ]
-    silent = {"target": str(root / "mistral" / "silent.gguf"), "beginsWithBos": False}
-    requests += [
-        {**request, **silent}
-        for request in requests
-        if request["target"].endswith("/mistral/ours-F16.gguf")
-    ]
-    convert(requests)
-    return {case: root / case for case in cases}
-
-
-@pytest.mark.parametrize(
-    ("case", "number"),
-    [
-        *(("llama", number) for number in TYPES),
-        *((case, "F16") for case in (*BPE[1:], *PIECES, *VARIANTS)),
-    ],
-)
-def test_the_file_is_that_of_the_plain_way(
-    converted: dict[str, Path], case: str, number: str
-) -> None:
-    ours, plain = (converted[case] / f"{who}-{number}.gguf" for who in ("ours", "plain"))
-    assert ours.read_bytes() == plain.read_bytes()
+    by_hand: list[dict[str, str]] = []
+    for kind in KINDS:
+        place = root / kind
+        vocabulary = len(tokenizer) if kind == "llama" else 320
+        base = save_model(place / "base", kind, vocabulary, torch.bfloat16)
+        adapter = save_adapter(base, place / "adapter")
+        for folder in (base, adapter):
+            if kind == "llama":
+                tokenizer.save_pretrained(folder)
+            else:
+                save_pieces(folder, pieces)
+        merged = merge_in_memory(base, adapter, place / "peft")
+        write_model(ModelFolder(base), adapter, place / "ours" / "tiny")
+        for file in (place / "ours" / "tiny").iterdir():
+            if not file.name.endswith(".safetensors"):
+                shutil.copy(file, merged)
+        folder = merged.rename(place / "tiny")
+        target = place / "plain-F16.gguf"
+        by_hand.append({"folder": str(folder), "target": str(target), "type": "f16"})
+    convert(by_hand)
+    return {kind: root / kind for kind in KINDS}
 
 
 def model_of(place: Path, **options: Any) -> GgufSource:
-    """What one of the converted folders holds."""
+    """What one of the folders holds."""
     return GgufSource(
         base=ModelFolder(place / "base"),
         adapter=place / "adapter",
-        folder=ModelFolder(place / "folder" / "tiny"),
+        folder=ModelFolder(place / "ours" / "tiny"),
         name="tiny",
         own_type=Quantization.BF16,
         **options,
@@ -196,37 +158,45 @@ def test_a_file_comes_of_a_process_of_its_own_that_says_how_far_it_is(
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_a_token_that_the_training_did_not_see_is_not_added(converted: dict[str, Path]) -> None:
-    """SentencePiece's files ask for it."""
-    files = [converted["mistral"] / name for name in ("ours-F16.gguf", "silent.gguf")]
-    fields = [gguf.GGUFReader(file).get_field("tokenizer.ggml.add_bos_token") for file in files]
+@pytest.mark.parametrize("kind", ["mistral", "phi3"])
+def test_a_token_that_the_training_did_not_see_is_not_added(
+    converted: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    """SentencePiece's files ask for it. All else is as the plain way has it."""
+    file = tmp_path / "x.gguf"
+    write_unquantized(model_of(converted[kind], begins_with_bos=False), file, Quantization.F16)
+    files = [converted[kind] / "plain-F16.gguf", file]
+    fields = [gguf.GGUFReader(each).get_field("tokenizer.ggml.add_bos_token") for each in files]
     assert [field and field.contents() for field in fields] == [True, False]
-    with_token, without = (file.read_bytes() for file in files)
+    with_token, without = (each.read_bytes() for each in files)
     assert sum(a != b for a, b in zip(with_token, without, strict=True)) == 1
 
 
-def test_values_beyond_f16_are_an_error_and_leave_no_file(
+def test_values_beyond_f16_are_only_f16_s_trouble(
     converted: dict[str, Path], tmp_path: Path
 ) -> None:
-    base = Path(shutil.copytree(converted["llama"] / "base", tmp_path / "base"))
-    weights = load_file(base / SINGLE)
+    """And a bfloat16 model is quantized from bfloat16."""
+    model = model_of(converted["llama"])
+    folder = Path(shutil.copytree(model.folder.path, tmp_path / "tiny"))
+    weights = load_file(folder / SINGLE)
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = 70_000
-    save_file(weights, base / SINGLE, metadata={"format": "pt"})
-    model = replace(model_of(converted["llama"]), base=ModelFolder(base))
-    with pytest.raises(StageError) as caught:
-        write_unquantized(model, tmp_path / "out" / "x.gguf", Quantization.F16)
-    assert caught.value.reason is Reason.MODEL_UNSUPPORTED
-    assert "blk.1.ffn_up.weight has values that F16 can't hold" in caught.value.message
-    assert not list((tmp_path / "out").iterdir())
-
-
-def test_what_can_not_be_merged_is_refused_in_its_own_words(
-    converted: dict[str, Path], tmp_path: Path
-) -> None:
-    model = replace(model_of(converted["llama"]), adapter=converted["phi3"] / "adapter")
-    with pytest.raises(StageError) as caught:
-        write_unquantized(model, tmp_path / "x.gguf", Quantization.BF16)
-    assert "The adapter does not belong to this base model" in caught.value.message
+    save_file(weights, folder / SINGLE, metadata={"format": "pt"})
+    seen = []
+    written = write_files(
+        replace(model, folder=ModelFolder(folder)),
+        tmp_path / "gguf",
+        [Quantization.F16, Quantization.Q8_0],
+        converted=lambda: shutil.rmtree(folder),
+    )
+    for kind, file in written:
+        seen.append(kind)
+        found = beyond_float16(file)
+        assert found == ("blk.1.ffn_up.weight" if kind is Quantization.F16 else None)
+        if kind is Quantization.Q8_0:
+            (up,) = (t for t in gguf.GGUFReader(file).tensors if t.name == "blk.1.ffn_up.weight")
+            assert gguf.dequantize(up.data, up.tensor_type).max() == pytest.approx(70_000, rel=0.01)
+    assert seen == [Quantization.BF16, Quantization.F16, Quantization.Q8_0]
+    assert not folder.exists()
 
 
 @pytest.mark.real_processes

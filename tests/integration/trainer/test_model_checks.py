@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from finetune_trainer.contract import (
     Example,
@@ -24,7 +26,7 @@ from finetune_trainer.model import ModelFolder, adapter, base_model, rehearsal
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import message_pair
 from finetune_trainer.prepare import checks
-from finetune_trainer.prepare.prepare_stage import check_config
+from finetune_trainer.prepare.prepare_stage import check_config, plan_training
 from finetune_trainer.runtime.reporter import Reporter
 from hack.object_store import Credentials
 from tests.integration.trainer.families import FAMILIES, write_family
@@ -174,6 +176,36 @@ def test_widths_that_llama_cpp_does_not_quantize(
     assert bool(caplog.messages) is (width == 576)
 
 
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors", "gptq", "mxfp4"])
+def test_a_quantized_base_is_refused_before_a_training(
+    changed: Path, tmp_path: Path, method: str
+) -> None:
+    change(changed / "config.json", quantization_config={"quant_method": method})
+    with pytest.raises(StageError, match=f"quantized \\({method}\\).*in 16 bits") as caught:
+        check(changed, tmp_path, export={"gguf": []})
+    assert caught.value.reason is Reason.MODEL_UNSUPPORTED
+    check(changed, tmp_path, export={"gguf": [], "merged": False})  # nothing is merged
+
+
+def test_weights_of_eight_bits_are_found_in_the_files(changed: Path, tmp_path: Path) -> None:
+    weights = load_file(changed / "model.safetensors")
+    name = next(name for name in weights if "q_proj" in name)
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, changed / "model.safetensors")
+    with pytest.raises(StageError, match=r"quantized \(F8_E4M3\)"):
+        check(changed, tmp_path)
+
+
+def test_too_little_disk_for_the_export_is_refused_before_a_training(good: Path) -> None:
+    hardware = {"exportStorageBytes": 1 << 20}
+    config = run_config(good, hardware=hardware, training={"maxSequenceLength": 64})
+    files = base_model.find(config.model, config.storage)
+    with pytest.raises(StageError, match=r"The export needs .* disk") as caught:
+        plan_training(config, files, ModelFolder(good), longest=64)
+    assert caught.value.reason is Reason.OUT_OF_DISK
+    assert "stages.export.resources.limits.ephemeral-storage" in caught.value.message
+
+
 def layers(*names: str) -> list[str]:
     return [f"model.layers.{n}.mlp.{name}.weight" for n in range(2) for name in names]
 
@@ -219,6 +251,70 @@ def test_names_beyond_the_usual_ones_are_looked_up_in_the_model(
     message = refused_targets(names, ModelFolder(good), [])
     assert words in message
     assert "are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj:" in message
+
+
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+DEEPSEEK = {
+    **SHAPE,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+# As Mixtral's files name the layers of each expert; transformers holds all of them in one tensor.
+OF_AN_EXPERT = ["model.layers.0.block_sparse_moe.experts.0.w1.weight"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "names", "words"),
+    [
+        ("mixtral", {**SHAPE, "num_local_experts": 4}, ["all-linear"], None),
+        ("mixtral", {**SHAPE, "num_local_experts": 4}, ["q_proj", "v_proj"], None),
+        (
+            "mixtral",
+            {**SHAPE, "num_local_experts": 4},
+            ["experts.down_proj"],
+            "experts.down_proj holds all experts of a layer at once, and gets no adapter here",
+        ),
+        (
+            "mixtral",
+            {**SHAPE, "num_local_experts": 4},
+            ["q_proj", "gate_proj"],
+            "no linear layer gate_proj. Its linear layers are k_proj, o_proj, q_proj, v_proj",
+        ),
+        ("deepseek_v3", DEEPSEEK, ["q_a_proj", "kv_b_proj"], None),
+        ("deepseek_v3", DEEPSEEK, ["all-linear"], "adapt model.layers.1.mlp.experts as well"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")
+def test_experts_are_refused_by_name_and_what_is_around_them_is_adapted(
+    kind: str, shape: dict[str, Any], names: list[str], words: str | None, tmp_path: Path
+) -> None:
+    AutoConfig.for_model(kind, **shape).save_pretrained(tmp_path)
+    lora = Lora(target_modules=tuple(names), dropout=0)
+    assert not adapter.told_by_files(lora, OF_AN_EXPERT)
+    if words is None:
+        outline = outline_in_this_process(ModelFolder(tmp_path), lora)
+        assert not [name for name in outline.tensors if "experts" in name]
+        return
+    with pytest.raises(StageError, match=re.escape(words)) as caught:
+        outline_in_this_process(ModelFolder(tmp_path), lora)
+    assert caught.value.reason is Reason.INVALID_CONFIG
 
 
 @pytest.mark.parametrize(
@@ -272,4 +368,18 @@ def test_a_dora_adapter_alone_as_gguf_is_refused() -> None:
     check_config(run_config("/model", training=lora))
     with pytest.raises(StageError, match="can't apply a DoRA adapter") as caught:
         check_config(run_config("/model", training=lora, export={"adapterGguf": True}))
+    assert caught.value.reason is Reason.INVALID_CONFIG
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "sft"])
+def test_preferences_against_a_reference_begin_at_the_base_model(objective: str) -> None:
+    """Which is the model without its adapter: one that training goes on from would be missing."""
+    training = {"objective": objective, "initFrom": {"source": "/adapters/answers"}}
+    if objective in ("sft", "orpo"):
+        check_config(run_config("/model", training=training))
+        return
+    with pytest.raises(
+        StageError, match=r"initFrom: with objective .* spec\.model\.source"
+    ) as caught:
+        check_config(run_config("/model", training=training))
     assert caught.value.reason is Reason.INVALID_CONFIG

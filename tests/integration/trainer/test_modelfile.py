@@ -197,6 +197,7 @@ def test_training_gguf_and_modelfile_make_the_same_tokens(
     text = write_modelfile(
         file.parents[1],
         {Quantization.F16: file},
+        file,
         tokenizer,
         config(),
         parameters=1000,
@@ -257,6 +258,7 @@ def test_the_system_prompt_and_the_model_s_own_settings(
     text = write_modelfile(
         tmp_path,
         files,
+        tmp_path,
         tokenizer,
         config(systemPrompt='Be brief.\n\nSay "yes" or "no".', gguf=("F16", "Q8_0")),
         parameters=1000,

@@ -270,3 +270,19 @@ def test_an_output_layer_of_its_own_is_merged(tmp_path: Path) -> None:
     ours = write(base, adapter, tmp_path / "ours")
     assert (ours / SINGLE).read_bytes() == (theirs / SINGLE).read_bytes()
     assert "lm_head.weight" in MergedWeights.open(base, adapter).targets
+
+
+def test_what_the_base_keeps_in_float32_stays_so(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    stored = load_file(base / SINGLE)
+    norm = "model.norm.weight"
+    target = "model.layers.0.self_attn.q_proj.weight"  # which the merge changes
+    exact = torch.linspace(1, 1.1, stored[norm].numel())
+    change_tensors = {norm: exact, target: stored[target].float()}
+    save_file({**stored, **change_tensors}, base / SINGLE, metadata={"format": "pt"})
+    ours = load_file(write(base, adapter, tmp_path / "ours") / SINGLE)
+    assert torch.equal(ours[norm], exact)
+    assert {name: each.dtype for name, each in ours.items() if name != norm} == dict.fromkeys(
+        ours.keys() - {norm}, torch.bfloat16
+    )

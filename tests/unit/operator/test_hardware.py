@@ -48,6 +48,13 @@ def test_limits_are_read_as_kubernetes_reads_them(
     assert training_hardware(training(limits)) == expected
 
 
+def test_the_disk_of_the_export_is_told_as_well() -> None:
+    disk = {"resources": {"limits": {"ephemeral-storage": "2Gi"}}}
+    assert training_hardware(spec(stages={"export": disk})) == Hardware(
+        export_storage_bytes=2 << 30
+    )
+
+
 def gpu_memory(spec: Any, *nodes: dict[str, str]) -> int | None:
     found = training_hardware(spec, nodes).gpu_memory_bytes
     return found and found >> 20

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.contract import ExampleContents, RunConfig
+from finetune_trainer.contract import ExampleContents, RunConfig, Training
 from finetune_trainer.contract.fingerprint import canonical, later_fingerprints, prepare_fingerprint
 
 BASE: dict[str, Any] = {
@@ -57,6 +57,8 @@ ALL, LATER = {"prepare", "train", "export"}, {"train", "export"}
         ),
         ("the method", {"training": {"method": "full"}}, LATER),
         ("the learning rate", {"training": {"learningRate": 1e-3}}, LATER),
+        ("the objective", {"training": {"objective": "dpo"}}, ALL),
+        ("what answers don't read", {"training": {"preference": {"beta": 0.5}}}, set()),
         ("the seed, which also holds out", {"training": {"seed": 1}}, ALL),
         ("the engine", {"training": {"engine": "unsloth"}}, LATER),
         ("the effective batch", {"training": {"batchSize": 4}}, LATER),
@@ -143,6 +145,41 @@ def test_a_shortest_length_matters_where_examples_are_longer(
     before = prints(examples=examples, training=floor)
     after = prints(examples=examples, training=floor, dataset=more)
     assert changed(before, after) == {"prepare", *stages}, "as many rows as that may be cut"
+
+
+@pytest.mark.parametrize(
+    ("objective", "preference", "stages"),
+    [
+        ("dpo", {"beta": 0.5}, LATER),
+        ("dpo", {"lossType": "ipo"}, LATER),
+        ("dpo", {"desirableWeight": 2}, set()),
+        ("orpo", {"lossType": "ipo"}, set()),
+        ("kto", {"desirableWeight": 2}, LATER),
+        ("kto", {"beta": 0.1}, set()),
+    ],
+)
+def test_an_objective_counts_what_it_reads(
+    objective: str, preference: dict[str, Any], stages: set[str]
+) -> None:
+    before = prints(training={"objective": objective})
+    after = prints(training={"objective": objective, "preference": preference})
+    assert changed(before, after) == stages
+
+
+@pytest.mark.parametrize(
+    ("training", "rate"),
+    [
+        ({}, 2e-4),
+        ({"objective": "dpo"}, 5e-6),
+        ({"objective": "kto"}, 5e-6),
+        ({"objective": "orpo"}, 8e-5),
+        ({"objective": "dpo", "learningRate": 1e-5}, 1e-5),
+    ],
+)
+def test_the_learning_rate_left_out_is_that_of_the_objective(
+    training: dict[str, Any], rate: float
+) -> None:
+    assert Training.model_validate(training).learning_rate == rate
 
 
 def test_the_order_of_quality_limits_does_not_matter() -> None:

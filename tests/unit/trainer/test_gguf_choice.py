@@ -10,29 +10,9 @@ from finetune_trainer.export.gguf.files import (
     adapter_file_name,
     file_name,
     preferred,
-    source_of,
 )
 
 Q = Quantization
-
-
-@pytest.mark.parametrize(
-    ("asked", "own", "source"),
-    [
-        ((Q.F16, Q.BF16, Q.Q8_0), Q.BF16, Q.BF16),
-        ((Q.F16, Q.BF16, Q.Q8_0), Q.F16, Q.F16),
-        ((Q.F16, Q.Q8_0), Q.BF16, Q.F16),
-        ((Q.BF16, Q.Q8_0), Q.F16, Q.BF16),
-        ((Q.F32, Q.Q8_0), Q.BF16, Q.F32),
-        ((Q.F32, Q.F16), Q.BF16, Q.F16),
-        ((Q.Q8_0, Q.Q4_K_M), Q.BF16, Q.BF16),
-        ((), Q.F16, Q.F16),
-    ],
-)
-def test_a_file_that_is_asked_for_is_the_source_of_the_others(
-    asked: tuple[Q, ...], own: Q, source: Q
-) -> None:
-    assert source_of(asked, own) is source
 
 
 def test_types_below_eight_bits_profit_of_an_importance_matrix() -> None:

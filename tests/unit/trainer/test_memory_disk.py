@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from finetune_trainer.contract import (
-    UNQUANTIZED,
     EarlyStopping,
     Export,
     Quantization,
@@ -13,7 +12,6 @@ from finetune_trainer.contract import (
     StageError,
     Training,
 )
-from finetune_trainer.export.gguf.files import source_of
 from finetune_trainer.memory.disk import (
     DiskNeed,
     check_disk,
@@ -74,28 +72,24 @@ def test_checkpoints_of_all_weights_are_whole() -> None:
 def test_an_export_needs_the_base_and_what_it_writes() -> None:
     one = shape("llama-3.1-8b")
     need = export_disk(one, Training(), Export(), 16_060_000_000)
-    files = [gguf_bytes(one, kind) for kind in (Q.F16, Q.Q8_0, Q.Q4_K_M)]
+    files = [gguf_bytes(one, kind) for kind in (Q.BF16, Q.F16, Q.Q8_0, Q.Q4_K_M)]
     assert need.model == 16_060_000_000
     assert need.work == pytest.approx(2 * one.parameters + sum(files), rel=0.02)
+    float16 = export_disk(one, Training(), Export(), 0, Q.F16)
+    assert need.work - float16.work == files[0]
 
 
-def test_without_the_merged_model_an_export_needs_its_files_only() -> None:
+def test_a_merged_model_that_nobody_asked_for_is_gone_before_the_quantizations() -> None:
     one = shape("llama-3.1-8b")
-    need = export_disk(one, Training(), Export(merged=False), 0)
-    files = [gguf_bytes(one, kind) for kind in (Q.F16, Q.Q8_0, Q.Q4_K_M)]
-    assert sum(files) < need.work < 1.02 * sum(files)
-    without = export_disk(one, Training(), Export(merged=False, adapter_gguf=False), 0)
-    assert need.work - without.work == 4 * one.adapter(Training().lora)
-
-
-@pytest.mark.parametrize("serving", UNQUANTIZED)
-def test_a_quantized_file_alone_needs_its_16_bit_original_beside_it(serving: Quantization) -> None:
-    one = shape("llama-3.2-1b")
-    alone = export_disk(one, Training(), Export(gguf=(Q.Q4_K_M,)), 0)
-    both = export_disk(one, Training(), Export(gguf=(serving, Q.Q4_K_M)), 0)
-    more = gguf_bytes(one, serving) - gguf_bytes(one, Q.F16)
-    assert both.total - alone.total == more
-    assert source_of((serving, Q.Q4_K_M), Q.BF16) is serving
+    merged, sixteen = 2 * one.parameters, gguf_bytes(one, Q.BF16)
+    few = export_disk(one, Training(), Export(merged=False, gguf=(Q.Q4_K_M,)), 0)
+    assert merged + sixteen < few.work < 1.03 * (merged + sixteen)
+    kinds = (Q.BF16, Q.Q8_0, Q.Q6_K, Q.Q5_K_M, Q.Q4_K_M)
+    many = export_disk(one, Training(), Export(merged=False, gguf=kinds), 0)
+    files = sum(gguf_bytes(one, kind) for kind in kinds)
+    assert merged + sixteen < files < many.work < 1.03 * files
+    without = export_disk(one, Training(), Export(merged=False, gguf=kinds, adapter_gguf=False), 0)
+    assert many.work - without.work == 4 * one.adapter(Training().lora)
 
 
 def test_an_adapter_alone_needs_next_to_nothing() -> None:

@@ -377,6 +377,19 @@ def test_the_answers_alone_decide_on_the_logits_where_rows_are_packed() -> None:
     assert plan(padded, one, few, cpu(64)) == plan(padded, one, many, cpu(64))
 
 
+@pytest.mark.parametrize("hardware", [gpus(80), cpu(100)], ids=["a GPU", "a CPU"])
+def test_a_pair_of_answers_takes_what_two_rows_take(hardware: Hardware) -> None:
+    """Of dpo and orpo; with kto a row is one answer, and the reference keeps nothing."""
+    attempt = Attempt(Training(), shape(EIGHT), 1024, cpu=not hardware.gpus)
+    for objective, rows in (("dpo", 2), ("orpo", 2), ("kto", 1)):
+        other = attempt.changed(objective=objective)
+        assert other.needs(1, checkpointing=True) == attempt.needs(rows, checkpointing=True)
+        of_answers = plan(Training(), shape(EIGHT), Lengths(1024), hardware)
+        chosen = plan(Training(objective=objective), shape(EIGHT), Lengths(1024), hardware)
+        assert chosen.batch_size * rows <= max(of_answers.batch_size, rows)
+        assert chosen.batch_size * chosen.gradient_accumulation_steps == 8
+
+
 @settings(max_examples=100)
 @given(trainings, models, lengths, sizes, st.booleans())
 def test_the_tokens_of_a_pass_fit_as_its_examples_do(

@@ -261,6 +261,26 @@ def test_computing_goes_on_while_files_are_uploaded(counting: Counting, workspac
     assert counting.uploaded == ["one", "two"]
 
 
+def test_a_file_that_nobody_needs_leaves_the_disk_when_it_has_been_sent(
+    counting: Counting, workspace: Path
+) -> None:
+    one, two, three = files_of(workspace, "one", "two", "three")
+    counting.gate.clear()
+    with Publication(counting, fingerprint("fp"), REPORTER) as publication:
+        publication.add(one, "one")
+        publication.add(two, "two")
+        publication.discard(one)
+        publication.discard(three)  # which isn't to be sent at all
+        assert [file.exists() for file in (one, two, three)] == [True, True, False]
+        counting.gate.set()
+        publication._finish_uploads()
+        assert [file.exists() for file in (one, two)] == [False, True]
+        publication.discard(two)
+        assert not two.exists()
+        publication.commit(lambda files: manifest("fp", files))
+    assert (counting.read(f"{folder('fp')}/one") or b"").startswith(b"one")
+
+
 def test_a_failed_upload_is_raised_by_the_next_call(counting: Counting, workspace: Path) -> None:
     one, two = files_of(workspace, "one", "two")
     counting.refuse = "one"

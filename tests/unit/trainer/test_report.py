@@ -12,7 +12,7 @@ import pytest
 
 from finetune_trainer.contract import FileVerdict, GateReport, Quantization, Sample
 from finetune_trainer.contract.verdict import Tone
-from finetune_trainer.export.report import render_report, tables, visible, write_report
+from finetune_trainer.export.report import render_card, render_report, tables, visible, write_report
 from finetune_trainer.export.report.charts import MOST_POINTS, NARROW, WIDE, loss_chart, thin
 from finetune_trainer.export.report.facts import LossPoint
 from finetune_trainer.export.report.summary import (
@@ -144,6 +144,24 @@ def test_each_file_has_its_figures() -> None:
     assert len(bars) == 6
 
 
+def test_only_what_may_be_used_is_called_usable() -> None:
+    """A file that was refused, one that was only measured, and the adapter's own."""
+    measured = gate()
+    own = FileVerdict(file=name(Quantization.BF16), quantization=Quantization.BF16)
+    adapter = "Llama-3.2-1B-Instruct-LoRA-F32.gguf"
+    alone = FileVerdict(file=adapter, quantization=Quantization.F32)
+    given = facts(gate=gate(files=(own, *measured.files, alone)))
+    page = Page(render_report(given)).text
+    assert "GGUF files that may be used 4 of 5 F16, Q8_0, Q4_K_M, LoRA F32² Trained" in page
+    assert "1 of 5 GGUF files not good enough" in page
+    assert "BF16¹" in page
+    assert "¹ Measured, but not asked for" in page
+    assert "² The adapter alone: taken away from the 16-bit file" in page
+    for text in (page, render_card(given)):
+        assert "compared with the merged model in 16 bits" not in text
+        assert "16-bit files with base model and adapter" in text
+
+
 def test_dataset_settings_files_and_lineage_are_told() -> None:
     given = facts()
     text = Page(render_report(given)).text
@@ -232,6 +250,57 @@ def test_the_verdict(changes: dict[str, Any], tone: Tone, first: str) -> None:
     given = facts(**changes)
     assert overall(given).tone is tone
     assert statements(given)[0].text.startswith(first)
+
+
+REWARDS = {"rewardAccuracy": 0.9, "rewardMargin": 0.4, "baseRewardAccuracy": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("objective", "metrics", "tone", "first"),
+    [
+        ("dpo", REWARDS, Tone.GOOD, "Prefers the better answer in 90% of the held-out pairs; the"),
+        (
+            "orpo",
+            {**REWARDS, "baseRewardAccuracy": 0.6},
+            Tone.GOOD,
+            "Prefers the better answer in 90% of the held-out pairs, the base model in 60%",
+        ),
+        ("orpo", {**REWARDS, "baseRewardAccuracy": 0.95}, Tone.BAD, "Prefers the better answer"),
+        ("dpo", {**REWARDS, "rewardAccuracy": 0.5}, Tone.BAD, "Prefers the better answer in 50%"),
+        ("dpo", {}, Tone.PLAIN, "What was learnt is not measured"),
+    ],
+)
+def test_the_verdict_on_preferences(
+    objective: str, metrics: dict[str, float], tone: Tone, first: str
+) -> None:
+    """Perplexity says nothing about them, whoever measured it."""
+    history = [
+        {"step": 0, "eval_loss": 0.69, "reward_accuracy": 0.0, "reward_margin": 0.0},
+        {"step": 9, "eval_loss": 0.4, "reward_accuracy": 0.9, "reward_margin": 0.4},
+    ]
+    given = facts(
+        config=config(training={"objective": objective}),
+        trained=trained(metrics=metrics, history=history, notices=[]),
+    )
+    verdict = statements(given)[0]
+    assert (verdict.tone, verdict.text[: len(first)]) == (tone, first)
+    page, card = render_report(given), render_card(given)
+    for text in (page, card):
+        assert ("Perplexity of held-out answers" in text) is False
+        assert ("Reward margin" in text) is bool(metrics)
+    assert f"- {objective}\n" in card
+    if metrics:
+        assert "90.0%" in page
+
+
+def test_labelled_answers_are_called_so() -> None:
+    detected = {"format": "csv", "layout": "prompt-completion", "columns": {"label": "label"}}
+    given = facts(
+        config=config(training={"objective": "kto"}),
+        trained=trained(metrics=REWARDS),
+        dataset=dataset_report(detected=detected),
+    )
+    assert statements(given)[0].text.startswith("Judges 90% of the held-out answers")
 
 
 def test_the_gate_stands_in_where_the_training_measured_nothing() -> None:

@@ -82,6 +82,15 @@ def test_unsloth_trains_where_it_can(
         assert str(choice.obstacle) in notice.evidence
 
 
+def test_preferences_are_learnt_without_unsloth() -> None:
+    preferences = config("unsloth").model_copy(update={"training": Training(objective="dpo")})
+
+    choice = choose_engine(preferences, gpus=(H100,), processes=1, model_type="llama", missing=None)
+
+    assert choice.engine == "transformers"
+    assert "not dpo" in str(choice.obstacle)
+
+
 def test_transformers_asked_for_is_no_fallback() -> None:
     choice = choose_engine(
         config("transformers"), gpus=(H100,), processes=1, model_type="llama", missing=None

@@ -100,7 +100,13 @@ class Example(TypedDict):
     """All turns but the last."""
 
     completion: list[Message]
-    """The last answer."""
+    """The last answer; of a pair, the chosen one."""
+
+    rejected: NotRequired[list[Message]]
+    """Of a pair of answers, the other one."""
+
+    label: NotRequired[bool]
+    """Whether the answer is a good one (kto)."""
 
     tools: NotRequired[list[Tool]]
     """The tools that the model may call; absent where there are none."""
@@ -126,8 +132,8 @@ class DataFormat(StrEnum):
 class Columns(Base):
     """Which columns (or JSON keys) of the dataset hold what. Without it, the usual ones are found:
     instruction and response (or output), messages, conversations, prompt and completion (or
-    response), question and answer. Case, and white space around a name, don't matter where only
-    one column fits."""
+    response), question and answer; for preferences, chosen and rejected, or a label. Case, and
+    white space around a name, don't matter where only one column fits."""
 
     instruction: ColumnName = "instruction"
     """Column with what the user says."""
@@ -145,6 +151,18 @@ class Columns(Base):
     messages: ColumnName | None = None
     """Column with whole conversations: a list of `{role, content}`, or of `{from, value}`, ending
     with the assistant's answer. It takes the place of the other columns."""
+
+    chosen: ColumnName | None = None
+    """For dpo, orpo and kto: column with the better of two answers; `instruction` names the column
+    with the question. Left out, a column named `chosen` (or `preferred_output`) is used."""
+
+    rejected: ColumnName | None = None
+    """For dpo, orpo and kto: column with the worse of two answers. Left out, a column named
+    `rejected` (or `non_preferred_output`) is used."""
+
+    label: ColumnName | None = None
+    """For kto: column that says whether the answer is a good one, true or false. Left out, a column
+    named `label` is used."""
 
     tools: ColumnName | None = None
     """Column with the tools that a conversation may call: a list of definitions as OpenAI's API

@@ -15,7 +15,7 @@ from typing import Any
 
 from finetune_trainer.contract.base import Stage
 from finetune_trainer.contract.run import Fingerprints, RunConfig
-from finetune_trainer.contract.training import TargetModule, display_name
+from finetune_trainer.contract.training import Objective, TargetModule, display_name
 
 RECIPE = {Stage.PREPARE: 2, Stage.TRAIN: 1, Stage.EXPORT: 2}
 """Versions of the stages' code. Raise one by hand when the same inputs would give another result;
@@ -47,6 +47,14 @@ UNCHANGING = {
 }
 """Fields of spec.training that decide on how the work is done and not on what comes out. (Packing
 is proven on the loaded model before it is used.)"""
+
+_READ_OF_PREFERENCE: dict[Objective, tuple[str, ...]] = {
+    "sft": (),
+    "dpo": ("beta", "lossType"),
+    "orpo": ("beta",),
+    "kto": ("beta", "desirableWeight", "undesirableWeight"),
+}
+"""The fields of spec.training.preference that each objective reads."""
 
 CONDITIONAL = {
     "batch_size",
@@ -105,8 +113,14 @@ def prepare_fingerprint(
             ),
             "modelRevision": model_revision,
             "maxSequenceLength": config.training.max_sequence_length,
+            **({} if config.training.objective == "sft" else _objective(config)),
         }
     )
+
+
+def _objective(config: RunConfig) -> dict[str, Any]:
+    """It decides which columns are read."""
+    return {"objective": config.training.objective}
 
 
 def train_fingerprint(
@@ -181,6 +195,10 @@ def _changing(config: RunConfig, contents: ExampleContents) -> dict[str, Any]:
     found: dict[str, Any] = training.model_copy(update={"lora": lora}).model_dump(
         mode="json", exclude=UNCHANGING | CONDITIONAL, exclude_defaults=True
     )
+    read = _READ_OF_PREFERENCE[training.objective]
+    chosen = {k: v for k, v in found.pop("preference", {}).items() if k in read}
+    if chosen:
+        found["preference"] = chosen
     # How a step is split into passes follows from the memory.
     found["effectiveBatch"] = training.batch_size * training.gradient_accumulation_steps
     if contents.cut:

@@ -55,6 +55,11 @@ class Export(Base):
     merged: bool = True
     """Write the merged model (base plus adapter, 16-bit safetensors) as well."""
 
+    merged_fp8: bool = False
+    """Write the merged model in FP8 as well, at about half the size: merged-fp8/, in the format of
+    compressed-tensors, which vLLM serves on GPUs since Ada and Hopper. Weights have a scale for
+    each output channel; activations are scaled as they come, so no data is needed."""
+
     gguf: Annotated[
         tuple[Quantization, ...],
         Field(max_length=len(Quantization), json_schema_extra={"x-kubernetes-list-type": "set"}),

@@ -103,6 +103,12 @@ class Progress(Base):
     eval_loss: float | None = None
     """Loss on the held-out rows at the last evaluation."""
 
+    reward_accuracy: float | None = None
+    """Of preferences: share of the held-out rows that are judged right, at the last evaluation."""
+
+    reward_margin: float | None = None
+    """Of preferences: mean reward of good answers less that of the others, in the same place."""
+
     learning_rate: float | None = None
     """Learning rate at the last logging step."""
 
@@ -168,6 +174,17 @@ class TrainingMetrics(Base):
     """Of the tuned model on the held-out rows."""
 
     eval_tokens: float | None = None
+
+    base_reward_accuracy: float | None = None
+    reward_accuracy: float | None = None
+    """Of base and tuned model. With dpo and orpo, the share of held-out pairs whose chosen answer
+    has the higher reward; with kto, the share of held-out rows whose reward is on the side of its
+    label. With dpo and kto the base's rewards are 0, so that it has no row right."""
+
+    base_reward_margin: float | None = None
+    reward_margin: float | None = None
+    """Mean reward of the held-out rows' chosen (or desirable) answers less that of the others."""
+
     best_step: float | None = None
     """The step whose adapter was kept, with earlyStopping."""
 
@@ -204,6 +221,9 @@ class LogEntry(BaseModel):
     learning_rate: float | None = None
     grad_norm: float | None = None
     eval_loss: float | None = None
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
+    """Of preferences: see TrainingMetrics."""
 
 
 class TrainingRecord(Base):

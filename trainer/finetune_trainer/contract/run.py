@@ -70,6 +70,9 @@ class Hardware(Base):
     ephemeral_storage_bytes: int | None = None
     """Limit of the pod's ephemeral storage."""
 
+    export_storage_bytes: int | None = None
+    """Limit of the ephemeral storage of the export's pod."""
+
 
 class Resolved(Base):
     """What `prepare` found out and the later stages rely on."""

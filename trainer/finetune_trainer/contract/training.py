@@ -144,6 +144,38 @@ class Tracker(StrEnum):
     WANDB = "wandb"
 
 
+Objective = Literal["sft", "dpo", "orpo", "kto"]
+
+PREFERENCE_RATES: dict[str, float] = {"dpo": 5e-6, "kto": 5e-6, "orpo": 8e-5}
+"""Learning rates for a LoRA adapter. That of dpo is in TRL's own command for PEFT, ten times its
+rate for all weights; those of kto and orpo are ten times TRL's for all weights (5e-7, 8e-6)."""
+
+
+class Preference(Base):
+    """What the objectives on preferences need beside the other hyperparameters, by TRL's names.
+    `sft` reads none of it."""
+
+    beta: Annotated[float, Field(gt=0, le=10)] = 0.1
+    """For dpo and kto: how strongly the model is held near its base; higher holds it nearer. For
+    orpo: the weight of the odds ratio beside the loss on the chosen answer (the paper's lambda)."""
+
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """The loss of dpo: `sigmoid` is that of the DPO paper, `hinge` SLiC's, `ipo` that of the IPO
+    paper, whose tau is beta."""
+
+    desirable_weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """For kto: the weight of rows whose label is true. Where the labels are not in balance, weight
+    times rows should be about the same for both."""
+
+    undesirable_weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """For kto: the weight of rows whose label is false."""
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    """The API server must not fill in a value that depends on another field."""
+    schema.pop("default", None)
+
+
 _STALL_SAID = "must be a duration of 1s or more, such as 30m or 1h30m"
 
 
@@ -173,10 +205,22 @@ def _has_default(path: str, default: Any) -> str:
 
 
 _NO_ADAPTER = "must leave out lora and initFrom with method full, which trains no adapter"
+_NO_REFERENCE = (
+    "must be sft with method full and with initFrom: preferences are learnt against the base, with "
+    "the adapter off. To go on from a version, name its merged model in spec.model.source"
+)
 
 
 class Training(Base):
-    """Hyperparameters of the supervised fine-tuning, with the defaults of the guide."""
+    """What is learnt from the rows, and the hyperparameters, with the defaults of the guide."""
+
+    objective: Objective = "sft"
+    """What is learnt: `sft` learns answers (or raw text). `dpo`, `orpo` and `kto` learn which
+    answers people prefer: dpo and orpo from pairs of a chosen and a rejected answer, kto from
+    answers with a label, true or false, or from such pairs."""
+
+    preference: Preference = Preference()
+    """Hyperparameters of dpo, orpo and kto."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -184,6 +228,11 @@ class Training(Base):
             "!has(self.method) || self.method != 'full' || "
             f"(!has(self.initFrom) && {_at_defaults(Lora, 'self.lora')})",
             _NO_ADAPTER,
+            (
+                "!has(self.objective) || self.objective == 'sft' || "
+                "(!has(self.initFrom) && (!has(self.method) || self.method != 'full'))",
+                f"objective {_NO_REFERENCE}",
+            ),
         )
     )
 
@@ -215,9 +264,11 @@ class Training(Base):
     """Passes over the data, 1 to 1000, or `auto`: 5 for under 500 rows, 3 for up to 5,000 rows,
     2 above."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = ADAPTER_RATE
-    """Peak learning rate of AdamW, above 0 and up to 1. If the loss rises, lower it. With method
-    full the default is 2e-5, and 2e-4, which suits adapters only, counts as left out."""
+    learning_rate: Annotated[float, Field(gt=0, le=1, json_schema_extra=_without_default)] = (
+        ADAPTER_RATE
+    )
+    """Peak learning rate of AdamW, above 0 and up to 1. Left out, it is 2e-4 for sft (2e-5 with
+    method full), 5e-6 for dpo and kto, and 8e-5 for orpo. If the loss rises, lower it."""
 
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 2
     """Examples in one forward pass. Times gradientAccumulationSteps it is the effective batch,
@@ -312,16 +363,17 @@ class Training(Base):
     """Optimizer steps between two lines of loss, learning rate and epoch in the log."""
 
     @property
-    def peak_learning_rate(self) -> float:
-        """The learning rate as it is applied. The API server writes the default of adapters into
-        every object, so that nothing tells it from a value that somebody chose."""
-        usual = self.learning_rate == ADAPTER_RATE
-        return usual_rate(self.method) if usual else self.learning_rate
-
-    @property
     def result_folder(self) -> str:
         """Name of the folder that the training leaves its result in."""
         return WHOLE_MODEL if self.method == "full" else ADAPTER
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_rate(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or {"learningRate", "learning_rate"} & data.keys():
+            return data
+        rate = usual_rate(str(data.get("method")), str(data.get("objective")))
+        return data if rate == ADAPTER_RATE else {**data, "learningRate": rate}
 
     @model_validator(mode="after")
     def _has_no_adapter_in_full(self) -> Self:
@@ -331,6 +383,13 @@ class Training(Base):
         no_adapter = same_layers and others == usual and self.init_from is None
         if self.method == "full" and not no_adapter:
             raise ValueError(_NO_ADAPTER)
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_reference(self) -> Self:
+        of_base = self.method != "full" and self.init_from is None
+        if self.objective != "sft" and not of_base:
+            raise ValueError(f"objective {_NO_REFERENCE}")
         return self
 
     @field_validator("epochs")
@@ -352,9 +411,9 @@ class Training(Base):
         return value
 
 
-def usual_rate(method: str) -> float:
-    """The peak learning rate of a method where the spec names none."""
-    return FULL_RATE if method == "full" else ADAPTER_RATE
+def usual_rate(method: str, objective: str = "sft") -> float:
+    """The peak learning rate where the spec names none."""
+    return PREFERENCE_RATES.get(objective, FULL_RATE if method == "full" else ADAPTER_RATE)
 
 
 class Model(Base):

@@ -28,14 +28,13 @@ from finetune_trainer.export.pipeline import (
     AddFile,
     ExportContext,
     ExportInputs,
-    check_memory,
-    check_space,
     fetch_examples,
     fetch_inputs,
     make_models,
     open_tuned_model,
     publish_folder,
 )
+from finetune_trainer.export.preflight import check_memory, check_space
 from finetune_trainer.export.publish import Publication, Published, Sign, finish
 from finetune_trainer.export.publish.hub_push import check_token, push
 from finetune_trainer.export.publish.signing import signer_for
@@ -117,7 +116,7 @@ def make_all(export: ExportRun) -> Manifest:
         publish_folder(export.publication.add, inputs.adapter)
     export.publication.add(inputs.dataset_report, inputs.dataset_report.name)
     base, gate = None, GateReport()
-    if config.export.merged or config.export.gguf:
+    if config.export.merged or config.export.merged_fp8 or config.export.gguf:
         base = base_model.fetch_resolved(config, export.workspace / "model", export.reporter)
         gate = make_from(export, base)
     manifest = Manifest(
@@ -137,17 +136,19 @@ def make_all(export: ExportRun) -> Manifest:
 def make_from(export: ExportRun, base: ModelFolder) -> GateReport:
     """Write the merged model and GGUF files. Each is uploaded when it is finished."""
     config, inputs = export.config, export.inputs
-    check_memory()
-    check_space(config, base.path, export.workspace)
     folder = (export.result if config.export.merged else export.workspace) / MERGED
+    model = open_tuned_model(config, base, inputs.adapter, folder)
+    check_memory(model.weights, config.export)
+    check_space(config, base.path, export.workspace, model.files.own_type)
     context = ExportContext(
         config=config,
-        model=open_tuned_model(config, base, inputs.adapter, folder),
+        model=model,
         examples=inputs.examples,
         result=export.result,
         workspace=export.workspace,
         add_file=export.publication.add,
         reporter=export.reporter,
+        discard=export.publication.discard,
     )
     return make_models(context)
 

@@ -42,6 +42,7 @@ class OllamaTemplate:
 def write_modelfile(
     folder: Path,
     files: Mapping[Quantization, Path],
+    there: Path,
     tokenizer: PreTrainedTokenizerBase,
     config: RunConfig,
     *,
@@ -50,11 +51,12 @@ def write_modelfile(
 ) -> Path:
     """Write `Modelfile` to `folder`, which the GGUF files are below.
 
-    `parameters` is how many the model has, `generation` what its generation_config.json says.
+    `there` is one of them that is on this disk; others may have left it. `parameters` is how many
+    the model has, `generation` what its generation_config.json says.
     """
     file = files[preferred(files, parameters)]
     others = [other for other in files.values() if other != file]
-    template = make_template(tokenizer, file)
+    template = make_template(tokenizer, there)
     if template.text is None:
         log.warning("The Modelfile has no TEMPLATE: %s", " ".join(template.notes))
     base = display_name(config.model.source)

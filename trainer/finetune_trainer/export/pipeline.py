@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -26,7 +26,6 @@ from finetune_trainer.contract import (
     PreparedRunConfig,
     Quality,
     Quantization,
-    Reason,
     RunConfig,
     Sample,
     Stage,
@@ -41,25 +40,23 @@ from finetune_trainer.export.gguf.files import (
     IMPORTANCE_TYPES,
     GgufSource,
     adapter_file_name,
+    beyond_float16,
     write_adapter,
     write_files,
 )
 from finetune_trainer.export.gguf.importance import write_importance
 from finetune_trainer.export.merge import MergedWeights
 from finetune_trainer.export.merge.deltas import is_whole_model
+from finetune_trainer.export.merge.fp8 import write_fp8
 from finetune_trainer.export.merge.model_folder import (
     assemble,
     generation_settings,
     write_merged,
 )
 from finetune_trainer.export.ollama import write_modelfile
-from finetune_trainer.memory.disk import check_disk, export_disk
-from finetune_trainer.memory.machine import free_memory
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import use_available_cpus
-from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import begins_with_bos, load_tokenizer
-from finetune_trainer.runtime import GIB, binary
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder
 from finetune_trainer.store.marker import (
@@ -72,7 +69,7 @@ from finetune_trainer.store.marker import (
 
 T = TypeVar("T")
 
-MERGED, GGUF = "merged", "gguf"
+MERGED, MERGED_FP8, GGUF = "merged", "merged-fp8", "gguf"
 
 log = logging.getLogger(__name__)
 
@@ -132,11 +129,19 @@ class ExportContext:
     workspace: Path
     add_file: AddFile
     reporter: Reporter
+    discard: Callable[[Path], object] = lambda _: None
+    """Takes a file that nothing here reads any more."""
 
     @property
     def writes_merged(self) -> bool:
-        """Whether the merged model is written; where it is what is converted, it is there."""
+        """Whether the merged model is published; where it is what is converted, it is there."""
         return self.config.export.merged and self.model.files.adapter is not None
+
+    @property
+    def writes_weights(self) -> bool:
+        """Whether its weights are written: GGUF files are made of them as well."""
+        asked = self.config.export.merged or bool(self.config.export.gguf)
+        return asked and self.model.files.adapter is not None
 
 
 class CheckedFile(NamedTuple):
@@ -162,9 +167,15 @@ def make_models(context: ExportContext) -> GateReport:
 
     Raises StageError.
     """
-    merged = make_merged(context) if context.writes_merged else None
+    if context.config.export.merged_fp8:
+        make_fp8(context)
+    merged = make_merged(context) if context.writes_weights else None
+    if not (context.config.export.merged or context.config.export.gguf):
+        return GateReport()
     context.reporter.message("Asking the tuned model, for what its files are held against")
-    source_gate = SourceGate.open(gate_inputs(context, merged), context.workspace / "gate")
+    source_gate = SourceGate.open(
+        gate_inputs(context, merged if context.writes_merged else None), context.workspace / "gate"
+    )
     verdict = source_gate.check_merged(context.model.files.own_type)
     if verdict:
         publish_merged(context, verdict)
@@ -206,6 +217,16 @@ def make_merged(context: ExportContext) -> ModelFolder:
     return model.files.folder
 
 
+def make_fp8(context: ExportContext) -> None:
+    """Write the merged model in FP8, and publish its folder."""
+    weights, narrow = context.model.weights, context.result / MERGED_FP8
+    moved = context.reporter.transfer("Writing FP8", sum(i.nbytes for i in weights.infos.values()))
+    write_fp8(weights, context.model.files.folder.path, narrow, moved)
+    publish_folder(context.add_file, narrow)
+    for file in narrow.glob("*.safetensors"):
+        context.discard(file)
+
+
 def publish_merged(context: ExportContext, verdict: FileVerdict) -> None:
     """Publish the merged model in its folder, or apart; its first weights bear the figures."""
     folder = context.model.files.folder.path
@@ -228,6 +249,7 @@ def make_gguf(context: ExportContext, source_gate: SourceGate) -> GateReport:
         config.export.gguf,
         importance=importance,
         reporter=reporter,
+        converted=partial(discard_merged, context),
     )
     with ThreadPoolExecutor(1, "adapter") as beside:  # each imports for seconds on one CPU
         adapter_made = beside.submit(make_adapter, context)
@@ -255,6 +277,14 @@ def make_gguf(context: ExportContext, source_gate: SourceGate) -> GateReport:
     return gate.report([*adapter_verdicts, *derived], samples)
 
 
+def discard_merged(context: ExportContext) -> None:
+    """Let the merged weights leave this disk, unless they were the base model from the start."""
+    model = context.model.files
+    if model.folder.path != model.base.path:
+        for file in model.folder.path.glob("*.safetensors"):
+            context.discard(file)
+
+
 def make_adapter(context: ExportContext) -> Path | None:
     """The adapter alone as GGUF; None if there is none, or llama.cpp can't apply it and the spec
     doesn't ask."""
@@ -277,10 +307,17 @@ def check_derived(
     context: ExportContext, gate: DerivedGate, written: Iterator[tuple[Quantization, Path]]
 ) -> Iterator[CheckedFile]:
     """Check and publish each file before the next one is asked for."""
+    kept: Path | None = None  # on which the Modelfile's template is tried
     for kind, file in written:
         context.reporter.message(f"Checking {file.name}")
         verdict = gate.check(file, kind)
+        if kind is Quantization.F16 and (beyond := beyond_float16(file)):
+            words = f"{beyond} has values that F16 can't hold (its largest is 65,504): take BF16"
+            verdict = verdict.model_copy(update={"problems": (words, *verdict.problems)})
         publish_file(context, file, verdict)
+        former, kept = (kept, file) if kept is None or verdict.passed else (file, kept)
+        if former is not None:
+            context.discard(former)
         yield CheckedFile(kind, file, verdict)
 
 
@@ -317,6 +354,7 @@ def make_modelfile(context: ExportContext, files: list[CheckedFile]) -> None:
     file = write_modelfile(
         context.result,
         {each.kind: each.file for each in good},
+        next(each.file for each in reversed(good) if each.file.exists()),
         model.tokenizer,
         config,
         parameters=sum(math.prod(info.shape) for info in model.weights.infos.values()),
@@ -367,35 +405,3 @@ def fetch_examples(config: PreparedRunConfig, output: Folder, workspace: Path) -
     listed = split.held_out if split else None
     known = listed is not None and listed.count == count_lines(held_out)
     return ExampleFiles(trained, held_out, listed if known else None)
-
-
-MEMORY_BYTES = 3 * GIB // 2
-"""For all processes of an export, beside mapped files: 1.16 GB were measured with the gate, an
-importance matrix and the adapter's file at 1.07 billion parameters; layers are streamed."""
-
-
-def check_memory() -> None:
-    """Raise StageError(OutOfMemory) when the pod has less than an export takes."""
-    free = free_memory()
-    if free < MEMORY_BYTES:
-        raise StageError(
-            Reason.OUT_OF_MEMORY,
-            f"The export needs {binary(MEMORY_BYTES)} of memory, and there are {binary(free)}: set "
-            f"spec.stages.export.resources.limits.memory to at least "
-            f"{binary(MEMORY_BYTES, up=True)}.",
-        )
-
-
-def check_space(config: RunConfig, base: Path, workspace: Path) -> None:
-    """Raise StageError(OutOfDisk) when merged model and GGUF files will not fit beside the base.
-
-    `base` is the folder with the base model; where its widths can't be read, nothing is checked.
-    """
-    shape = Shape.of_model(base)
-    if shape is None:
-        return
-    need = export_disk(shape, config.training, config.export, 0)
-    # Nothing here is downloaded any more, so that no slack is needed for it.
-    need = replace(need, slack=0)
-    limit = "set stages.export.resources.limits.ephemeral-storage (or the volume) to"
-    check_disk(need, shutil.disk_usage(workspace).free, "The export", limit)

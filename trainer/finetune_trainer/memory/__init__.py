@@ -5,7 +5,9 @@ disk      bytes on disk, of a training and of an export
 plan      micro-batch, accumulation, recomputation and parallelism for the hardware that there is
 remedies  what would fit instead, when nothing does
 gpus      what is known about GPUs, and why torch can't use them
-machine   the hardware at hand; as a program, what torch makes of it
+machine   the hardware at hand
+
+torch_probe is a program that asks torch about GPUs.
 
 Pure functions of numbers, except `machine`, and without torch. docs/memory.md has the
 formula, its sources, and how predictions compare with published and own measurements.

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from finetune_trainer.contract import (
-    UNQUANTIZED,
     Export,
     Quantization,
     Reason,
@@ -91,24 +90,34 @@ def training_disk(shape: Shape, training: Training, model_bytes: int) -> DiskNee
     return DiskNeed(model=model_bytes, work=CHECKPOINTS * parts * trained + 2 * trained)
 
 
-def export_disk(shape: Shape, training: Training, export: Export, model_bytes: int) -> DiskNeed:
-    """What was trained, the merged model where it is asked for, GGUF files and what their gate
-    compares.
+def export_disk(
+    shape: Shape,
+    training: Training,
+    export: Export,
+    model_bytes: int,
+    own: Quantization = Quantization.BF16,
+) -> DiskNeed:
+    """What was trained, the merged model, GGUF files and what their gate compares.
 
-    GGUF files are made of the base model and the adapter, so that no merged model is needed for
-    them; where none of their types can serve as the source of the others, a temporary one is.
+    `own` is the 16-bit type of the model's weights: GGUF files are made of the merged model, and
+    the quantizations of one in this type, both of which are temporary where nobody asked for them.
+    The merged weights are gone by then. What has been uploaded leaves the disk as well; that isn't
+    counted, since an upload may be slow.
     """
     trained = trained_bytes(shape, training)
-    if not (export.merged or export.gguf):
+    if not (export.merged or export.merged_fp8 or export.gguf):
         return DiskNeed(model=0, work=trained)
-    work = trained + (2 * shape.parameters if export.merged else 0)
-    if export.gguf:
-        work += sum(gguf_bytes(shape, kind) for kind in export.gguf)
-        if not any(kind in UNQUANTIZED for kind in export.gguf):
-            work += gguf_bytes(shape, Quantization.F16)
-        if export.adapter_gguf is not False and training.method != "full":
-            work += trained
-        work += GATE_BYTES * shape.vocabulary
+    merged, work = 2 * shape.parameters, trained
+    if export.merged_fp8:
+        work += merged - shape.linear
+    if not export.gguf:
+        return DiskNeed(model=model_bytes, work=work + (merged if export.merged else 0))
+    size = {kind: gguf_bytes(shape, kind) for kind in {*export.gguf, own}}
+    converted = sum(size[kind] for kind in {own, *export.gguf} & {own, Quantization.F16})
+    files = sum(size.values()) + (merged if export.merged else 0)
+    work += max(merged + converted, files) + GATE_BYTES * shape.vocabulary
+    if export.adapter_gguf is not False and training.method != "full":
+        work += trained
     return DiskNeed(model=model_bytes, work=work)
 
 

@@ -1,16 +1,14 @@
 """What the machine at hand has: GPUs, memory, disk.
 
-The driver is asked through NVML (nvidia-ml-py), torch in a process of its own, which this module is
-as a program: importing it takes seconds, and the caller may have to do without it.
+The driver is asked through NVML (nvidia-ml-py), torch in a process of its own (`torch_probe`):
+importing it takes seconds, and the caller may have to do without it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from finetune_trainer.memory.gpus import (
 )
 from finetune_trainer.runtime import binary
 
+TORCH_PROBE = "finetune_trainer.memory.torch_probe"  # a program
 PROBE_SECONDS = 120.0  # a cold CUDA driver takes up to half a minute
 
 
@@ -33,11 +32,13 @@ def this_machine(workspace: Path) -> Hardware:
     """GPUs, memory that is free now, and free disk below `workspace`."""
     gpus = find_gpus().usable
     disk = os.statvfs(_existing(workspace))
+    free = disk.f_bavail * disk.f_frsize
     return Hardware(
         gpus=len(gpus),
         gpu_memory_bytes=min((gpu.memory_bytes for gpu in gpus), default=None),
         memory_bytes=free_memory(),
-        ephemeral_storage_bytes=disk.f_bavail * disk.f_frsize,
+        ephemeral_storage_bytes=free,
+        export_storage_bytes=free,
     )
 
 
@@ -127,7 +128,7 @@ def _read_driver(nvml: Any) -> Driver:
 
 
 def _ask_torch() -> tuple[TorchBuild | None, str | None]:
-    command = [sys.executable, "-m", __name__]
+    command = [sys.executable, "-m", TORCH_PROBE]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False
@@ -139,52 +140,3 @@ def _ask_torch() -> tuple[TorchBuild | None, str | None]:
     except (IndexError, ValueError, TypeError, KeyError):
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         return None, f"torch can't be loaded: {last:.300}"
-
-
-def look_with_torch() -> TorchBuild:
-    """Count the GPUs with torch, and run a kernel on each."""
-    import torch  # noqa: PLC0415 - it takes seconds, and only this program does
-
-    version = torch.version
-    flags = getattr(torch._C, "_cuda_getArchFlags", None)
-    found, errors = [], []
-    try:
-        if torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
-            torch.cuda.init()  # type: ignore[no-untyped-call] # it says what is wrong
-        for index in range(torch.cuda.device_count()):
-            about = torch.cuda.get_device_properties(index)
-            if (error := _try_kernel(index)) is not None:
-                errors.append(f"{about.name}: {error}")
-                continue
-            found.append(Gpu(about.name, about.total_memory, (about.major, about.minor)))
-    except (RuntimeError, AssertionError) as error:
-        errors.append(_first_line(error))
-    return TorchBuild(
-        version=str(torch.__version__),
-        cuda=version.cuda,
-        hip=version.hip,
-        architectures=tuple((flags() or "").split()) if flags else (),
-        gpus=tuple(found),
-        error="; ".join(errors) or None,
-    )
-
-
-def _try_kernel(index: int) -> str | None:
-    """What is wrong with a GPU; nothing where it is only full for the moment."""
-    import torch  # noqa: PLC0415 - see above
-
-    try:
-        torch.ones(8, device=f"cuda:{index}").add_(1).sum().item()
-    except torch.OutOfMemoryError:
-        return None
-    except RuntimeError as error:
-        return _first_line(error)
-    return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-if __name__ == "__main__":
-    print(json.dumps(asdict(look_with_torch())))  # noqa: T201 - the answer

@@ -182,7 +182,7 @@ def _parallelisms(training: Training, devices: int) -> list[Parallelism]:
 
 def _choose(attempt: Attempt, memory: int, saturated: int, useful: int) -> TrainingPlan | None:
     """The plan for `memory` bytes a device; None when nothing fits."""
-    longest, share = attempt.longest, attempt.share
+    longest, share = attempt.longest * attempt.sequences, attempt.share
     ladder = [size for size in _divisors(share) if size == 1 or size * longest <= useful]
     wish = attempt.training.gradient_checkpointing
     most_saving = wish != "never"

@@ -45,19 +45,27 @@ class Attempt:
         batch = self.training.batch_size * self.training.gradient_accumulation_steps
         return batch // self.devices
 
+    @property
+    def sequences(self) -> int:
+        """Sequences that an example is: two where answers come in pairs."""
+        return 2 if self.training.objective in ("dpo", "orpo") else 1
+
     def on_cpu(self, *, half: bool) -> Attempt:
         """The same by the processor, in bfloat16 or float32."""
         return replace(self, cpu=True, half=half)
 
     def needs(self, size: int, checkpointing: bool) -> int:
         """Bytes on each device for passes of `size` of the longest examples."""
+        size *= self.sequences
         labels = None if self.labels is None else size * self.labels
         return self._peak(size, size * self.longest, labels, checkpointing=checkpointing)
 
     def needs_for(self, tokens: int, checkpointing: bool) -> int:
         """The same for passes of so many tokens, in any number of a step's examples."""
         rows = max(2, tokens // self.longest)
-        labels = None if self.labels is None else min(tokens, self.share * self.labels)
+        labels = (
+            None if self.labels is None else min(tokens, self.share * self.sequences * self.labels)
+        )
         return self._peak(rows, tokens, labels, checkpointing=checkpointing)
 
     def _peak(self, rows: int, tokens: int, labels: int | None, *, checkpointing: bool) -> int:

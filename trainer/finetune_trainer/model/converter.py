@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ def run(
     *,
     model: ModelFolder,
     on_progress: child.OnProgress | None = None,
+    shows: child.ReadProgress | None = None,
 ) -> str:
     """Run a program that works with the converter, and return what it said.
 
@@ -57,7 +59,9 @@ def run(
     full.
     """
     environment = {} if model.trust_remote_code else {"HF_HUB_OFFLINE": "1"}
-    done = child.run(command, request, environment, on_progress)
+    if shows:
+        environment["TQDM_DISABLE"] = ""
+    done = child.run(command, request, environment, on_progress, shows)
     if done.status == 0:
         return done.output
     log.error("llama.cpp's converter failed:\n%s", (done.output + done.errors)[-4000:])
@@ -71,6 +75,19 @@ def run(
         f"llama.cpp can't convert this model to GGUF: {cause:.300}. Choose another base "
         "model, or leave spec.export.gguf empty to get the adapter and the merged model only.",
     )
+
+
+_BAR = re.compile(r"Writing: .*\| *([0-9.]+)([kMGTP]?)/([0-9.]+)([kMGTP]?) ")
+_UNITS = ("", "k", "M", "G", "T", "P")
+
+
+def shown_bytes(line: str) -> tuple[int, int] | None:
+    """Bytes done and in all, if a line is the progress bar of the converter that writes a file."""
+    found = _BAR.match(line)
+    if found is None:
+        return None
+    done, total = (round(float(found[n]) * 1000 ** _UNITS.index(found[n + 1])) for n in (1, 3))
+    return done, total
 
 
 def end_with(error: StageError) -> NoReturn:

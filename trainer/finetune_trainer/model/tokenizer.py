@@ -7,7 +7,7 @@ import logging
 import shutil
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,20 @@ class Encoded:
     leaves_reasoning_out: bool = False
     """Whether the template leaves out the reasoning of earlier answers."""
 
+    last_begins: int = 0
+    """The place of the last answer's first token."""
+
+    @property
+    def judged(self) -> Encoded:
+        """The same with labels on the last answer alone: what somebody judged."""
+        begins = self.last_begins
+        return replace(
+            self,
+            labels=[IGNORED] * begins + self.labels[begins:],
+            only_last=False,
+            some_left=False,
+        )
+
 
 def message_pair(instruction: str, response: str) -> Example:
     return as_example(
@@ -170,6 +184,29 @@ def encode_batch(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
     return [item.encoded(ids) for item in rendered]
 
 
+def encode_sides(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> list[tuple[Encoded, ...]]:
+    """All that is learnt from each example: its conversation, and of a pair the rejected one too.
+
+    Where answers are judged (a pair, or a label), only the judged ones have labels. Raises as
+    `encode_batch`.
+    """
+    every: list[Example] = []
+    for example in examples:
+        every.append(example)
+        if "rejected" in example:
+            every.append({**example, "completion": example["rejected"]})
+    encoded = iter(encode_batch(tokenizer, every))
+    found: list[tuple[Encoded, ...]] = []
+    for example in examples:
+        if "rejected" in example:
+            found.append((next(encoded).judged, next(encoded).judged))
+        else:
+            found.append((next(encoded).judged if "label" in example else next(encoded),))
+    return found
+
+
 @dataclass(frozen=True)
 class _Rendered:
     """The texts of a conversation that have to be tokenized to label it."""
@@ -192,14 +229,16 @@ class _Rendered:
     def encoded(self, ids: Iterator[list[int]]) -> Encoded:
         """Take this conversation's texts' ids, in the order of `texts`, and label them."""
         full = next(ids)
-        labels = [IGNORED] * len(full)
+        labels, start = [IGNORED] * len(full), 0
         for _ in self.earlier:
-            start, end = common_length(full, next(ids)), common_length(full, next(ids))
-            labels[start:end] = full[start:end]
+            begin, end = common_length(full, next(ids)), common_length(full, next(ids))
+            labels[begin:end] = full[begin:end]
         if self.last is not None:
             start = common_length(full, next(ids))
             labels[start:] = full[start:]
-        return Encoded(full, labels, self.only_last, self.some_left, self.leaves_reasoning_out)
+        return Encoded(
+            full, labels, self.only_last, self.some_left, self.leaves_reasoning_out, start
+        )
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, example: Example) -> _Rendered:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -44,6 +46,11 @@ from finetune_trainer.runtime.reporter import Reporter
 
 BLOCK = 32  # values that each quantized block has at least (Q8_0)
 K_BLOCK = 256  # of all types below Q8_0; llama.cpp takes a larger type where rows don't divide
+
+NARROW_TYPES = {
+    *("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+}
+"""The safetensors format's names of floating types below 16 bits."""
 
 _MARK = "\N{SNOWMAN}"  # in no template
 _SYSTEM_REMEDY = (
@@ -128,6 +135,10 @@ def check_model(
     module, ModelUnsupported where llama.cpp can't do what spec.export.gguf asks for.
     """
     headers = rehearsal.read_headers(model, config.model_storage)
+    if config.export.merged or config.export.merged_fp8 or config.export.gguf:
+        check_whole(json.loads((base.path / "config.json").read_bytes()), headers)
+    if config.export.merged_fp8:
+        check_experts(headers)
     if config.training.method != "full":
         check_targets(config.training.lora, base, rehearsal.tensor_names(headers))
         initial_adapter.check(config, base, model.revision)
@@ -176,6 +187,35 @@ def check_tokens(
             "spec.export.gguf empty to get the adapter and the merged model only, or set "
             "spec.export.verify to off to get the files all the same.",
         )
+
+
+def check_whole(config: dict[str, Any], headers: rehearsal.Headers) -> None:
+    """Raise StageError(ModelUnsupported) for weights of fewer than 16 bits.
+
+    A merge would round twice: to what the weights say, and to what they were made of no more.
+    """
+    quantization = config.get("quantization_config") or {}
+    kind = quantization.get("quant_method") or quantization.get("format")
+    types = {tensor.dtype for header in headers.values() for tensor in header.values()}
+    narrow = sorted(types & NARROW_TYPES)
+    if quantization or narrow:
+        raise StageError(
+            Reason.MODEL_UNSUPPORTED,
+            f"The base model is quantized ({kind or ', '.join(narrow) or 'quantization_config'}), "
+            "and an adapter can't be merged into it without loss: name in spec.model.source the "
+            "model in 16 bits that it was made of.",
+        )
+
+
+def check_experts(headers: rehearsal.Headers) -> None:
+    """Raise StageError(ModelUnsupported) for experts in one tensor: in FP8 nobody reads them."""
+    for name, tensor in (item for header in headers.values() for item in header.items()):
+        if ".experts." in name and len(tensor.shape) > 2:
+            raise StageError(
+                Reason.MODEL_UNSUPPORTED,
+                f"The model stacks its experts in one tensor ({name}), which servers read in FP8 "
+                "only one by one: set spec.export.mergedFp8 to false.",
+            )
 
 
 def check_targets(lora: Lora, base: ModelFolder, tensors: list[str]) -> None:

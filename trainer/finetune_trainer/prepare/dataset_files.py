@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from finetune_trainer.contract import (
     Example,
     ListedRows,
     Message,
+    Objective,
     Reason,
     ShardReport,
     StageError,
@@ -146,15 +147,21 @@ class DatasetRows:
         self._numbers, self._hashes = array("Q"), array("Q")
         self._source: Source | None = None
 
-    def load(self, dataset: Dataset, seed: int) -> None:
+    def load(self, dataset: Dataset, seed: int, objective: Objective = "sft") -> None:
         """Read the file; raises StageError for what is wrong with it."""
-        self._source = open_shards(self.file.locals(self._local), dataset, self.file.uri)
+        self._source = open_shards(self.file.locals(self._local), dataset, self.file.uri, objective)
         with self._spool.open("w", encoding="ascii") as out:
             for record in self._source.records(self.problems):
                 self._numbers.append(record.number)
-                self._hashes.append(row_hash(record.messages, seed, record.tools))
+                judged = {"rejected": record.rejected, "label": record.label}
+                self._hashes.append(row_hash(record.messages, seed, record.tools, judged))
                 self.has_system = self.has_system or record.messages[0]["role"] == "system"
-                out.write(json.dumps(as_example(record.messages, record.tools)) + "\n")
+                example = as_example(record.messages, record.tools)
+                if record.rejected is not None:
+                    example["rejected"] = [record.rejected]
+                if record.label is not None:
+                    example["label"] = record.label
+                out.write(json.dumps(example) + "\n")
 
     def refuse(self, refused: dict[int, str]) -> None:
         """Note more rows that can't be used, cause by number; raises StageError as the reader."""
@@ -232,8 +239,13 @@ MOST_SHARE = 0.1  # that ENOUGH_HELD_OUT may take of a small data set
 MOST_HELD_OUT = 1000  # more rows make the measured loss hardly more exact, and take longer
 
 
-def row_hash(messages: Sequence[Message], seed: int, tools: Sequence[Tool] = ()) -> int:
-    """64 bits over what is said, the tools and the seed.
+def row_hash(
+    messages: Sequence[Message],
+    seed: int,
+    tools: Sequence[Tool] = (),
+    judged: Mapping[str, Any] | None = None,
+) -> int:
+    """64 bits over what is said, the tools, what else a row has (`judged`) and the seed.
 
     Roles and contents alone make up the hash of a row that has nothing else.
     """
@@ -241,6 +253,8 @@ def row_hash(messages: Sequence[Message], seed: int, tools: Sequence[Tool] = ())
         [m["role"], m["content"]] if len(m) == len(_ALWAYS) else [m["role"], m["content"], m]
         for m in messages
     ]
+    if more := {name: value for name, value in (judged or {}).items() if value is not None}:
+        said.append(more)
     text = json.dumps([*said, tools] if tools else said, ensure_ascii=False)
     key = seed.to_bytes(8, "big")
     # A lone surrogate can't be encoded strictly, and is a row like any other here.

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Dataset, Example, Reason, StageError, allowed
 from finetune_trainer.model.rendering import NotRenderedError
-from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_batch
+from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_sides
 from finetune_trainer.prepare.dataset_files import DatasetRows, Mask
 from finetune_trainer.prepare.findings import TokenCounts, length_that_fits, percentile
 from finetune_trainer.store.marker import EXAMPLES, HELD_OUT
@@ -22,6 +22,9 @@ from finetune_trainer.store.marker import EXAMPLES, HELD_OUT
 BATCH = 256  # rows that are tokenized together
 SHOWN = 10  # rows that a message names
 NOTHING = Encoded([], [], only_last=False)
+
+Sides = tuple[Encoded, ...]
+"""What is learnt from a row: one conversation, or two of a pair."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,15 @@ class EncodedRows:
     """Rows that are held out."""
 
     lengths: TokenCounts
-    """Tokens of the whole row, before it is cut; 0 of one that the template refused."""
+    """Tokens of the whole row, before it is cut; 0 of one that the template refused. Of a pair, of
+    the longer conversation."""
 
     answers: TokenCounts
-    """Tokens that loss is computed on, of what is left after cutting."""
+    """Tokens that loss is computed on, of what is left after cutting; of a pair, of the answer
+    that has fewer."""
+
+    whole: TokenCounts
+    """Tokens of all that is learnt from the row, after cutting."""
 
     limit: int
     """training.maxSequenceLength."""
@@ -74,6 +82,11 @@ class EncodedRows:
         return self.lengths[~self.held & self.used]
 
     @property
+    def trained_tokens(self) -> int:
+        """Tokens of one pass over the examples that are trained on."""
+        return int(self.whole[~self.held & self.used].sum(dtype=np.uint64))
+
+    @property
     def held_out(self) -> int:
         """How many examples are held out."""
         return int(np.count_nonzero(self.held & self.used))
@@ -89,7 +102,7 @@ def write_examples(
     raises StageError(InvalidRows) where those may not be skipped.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lengths, answers = array("I"), array("I")
+    lengths, answers, whole = array("I"), array("I"), array("I")
     conversations = only_last = some_left = reasoning_left_out = 0
     refused: dict[int, str] = {}
     numbers = rows.numbers
@@ -100,11 +113,12 @@ def write_examples(
         for index, (example, result) in enumerate(_encoded(rows, tokenizer)):
             if isinstance(result, str):
                 refused[int(numbers[index])] = result
-            encoded = NOTHING if isinstance(result, str) else result
-            cut = encoded.labels[:limit]
-            learnt = len(cut) - cut.count(IGNORED)
-            lengths.append(len(encoded.ids))
+            sides = (NOTHING,) if isinstance(result, str) else result
+            encoded = sides[0]
+            learnt = min(_learnt(side, limit) for side in sides)
+            lengths.append(max(len(side.ids) for side in sides))
             answers.append(learnt)
+            whole.append(sum(min(len(side.ids), limit) for side in sides))
             conversations += any(m["role"] == "assistant" for m in example["prompt"])
             only_last += encoded.only_last
             some_left += encoded.some_left
@@ -121,6 +135,7 @@ def write_examples(
         held,
         np.array(lengths, dtype=np.uint32),
         np.array(answers, dtype=np.uint32),
+        np.array(whole, dtype=np.uint32),
         limit,
         conversations,
         only_last,
@@ -158,14 +173,19 @@ def check_lengths(examples: EncodedRows, dataset: Dataset) -> None:
     )
 
 
+def _learnt(side: Encoded, limit: int) -> int:
+    cut = side.labels[:limit]
+    return len(cut) - cut.count(IGNORED)
+
+
 def _encoded(
     rows: DatasetRows, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[Example, Encoded | str]]:
+) -> Iterator[tuple[Example, Sides | str]]:
     """The rows in tokens, or why the chat template refuses them."""
     records = rows.examples()
     while batch := list(islice(records, BATCH)):
         try:
-            encoded: list[Encoded | str] = [*encode_batch(tokenizer, batch)]
+            encoded: list[Sides | str] = [*encode_sides(tokenizer, batch)]
         except StageError:
             raise
         except Exception:  # the model's own template runs: anything can come out
@@ -173,9 +193,9 @@ def _encoded(
         yield from zip(batch, map(_checked, encoded), strict=True)
 
 
-def _encoded_alone(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded | str:
+def _encoded_alone(tokenizer: PreTrainedTokenizerBase, example: Example) -> Sides | str:
     try:
-        (encoded,) = encode_batch(tokenizer, [example])
+        (encoded,) = encode_sides(tokenizer, [example])
     except StageError:
         raise
     except NotRenderedError as error:
@@ -185,14 +205,12 @@ def _encoded_alone(tokenizer: PreTrainedTokenizerBase, example: Example) -> Enco
     return encoded
 
 
-def _checked(encoded: Encoded | str) -> Encoded | str:
-    if (
-        isinstance(encoded, Encoded)
-        and encoded.some_left
-        and not any(label != IGNORED for label in encoded.labels)
+def _checked(sides: Sides | str) -> Sides | str:
+    if not isinstance(sides, str) and any(
+        side.some_left and not any(label != IGNORED for label in side.labels) for side in sides
     ):
         return (
             "the last answer has weight 0, and the model's chat template writes the earlier ones "
             "in another way once the conversation goes on: end the row with an answer to learn"
         )
-    return encoded
+    return sides

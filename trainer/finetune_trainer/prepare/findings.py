@@ -167,7 +167,8 @@ class Findings:
     def tokens(self) -> TokenStats:
         """Statistics of the examples that are trained on."""
         assert self.examples  # noqa: S101 - asked for when they are there
-        return token_stats(self.examples.trained, self.examples.limit)
+        stats = token_stats(self.examples.trained, self.examples.limit)
+        return stats.model_copy(update={"total": self.examples.trained_tokens})
 
     def prepared(self) -> Prepared:
         found = [e for e in (self.examples, self.eval_examples) if e]
@@ -251,7 +252,7 @@ def _file(rows: DatasetRows, examples: EncodedRows | None) -> dict[str, Any]:
         "left_out": examples.rows.listed(examples.left_out),
         "tokens": spread(examples.lengths[used]),
         "answer_tokens": spread(examples.answers[used]),
-        "tokens_after_cutting": tokens.total,
+        "tokens_after_cutting": int(examples.whole[used].sum(dtype=np.uint64)),
         "histogram": tuple((bin_.up_to, bin_.rows) for bin_ in tokens.histogram),
         "conversations": Conversations(
             with_several_answers=examples.conversations,

@@ -19,6 +19,7 @@ from uuid import uuid4
 import numpy as np
 
 from finetune_trainer.contract import (
+    Hardware,
     Reason,
     Resolved,
     RunConfig,
@@ -27,7 +28,7 @@ from finetune_trainer.contract import (
     StageResult,
     TrainingPlan,
 )
-from finetune_trainer.memory.disk import check_disk, downloaded, training_disk
+from finetune_trainer.memory.disk import check_disk, downloaded, export_disk, training_disk
 from finetune_trainer.memory.plan import Lengths, describe, plan
 from finetune_trainer.model import ModelFolder, base_model
 from finetune_trainer.model.base_model import BaseModelFiles
@@ -149,6 +150,14 @@ def check_config(config: RunConfig) -> None:
             "spec.export.adapterGguf: llama.cpp can't apply a DoRA adapter. Leave adapterGguf out "
             "(the merged files are as usual), or leave out training.lora.useDora.",
         )
+    if config.training.init_from and config.training.objective in ("dpo", "kto"):
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"spec.training.initFrom: with objective {config.training.objective} answers are "
+            "compared with the base model, which doesn't have that adapter. Name the merged model "
+            "of that training (versions/…/merged) as spec.model.source, or take objective orpo, "
+            "which compares with none.",
+        )
     if config.training.lora.modules_to_save:
         _check_whole_modules(config)
     if config.training.method == "full":
@@ -248,7 +257,7 @@ def write_prepared(
     try:
         reporter.message(f"Reading {files.rows.uri}")
         for rows in findings.all_rows():
-            rows.load(config.dataset, config.training.seed)
+            rows.load(config.dataset, config.training.seed, config.training.objective)
         base = fetch_model(config, inputs.model, workdir, reporter)
         encode_rows(findings, inputs.model, base, workdir, reporter)
     except StageError as error:
@@ -330,13 +339,21 @@ def plan_training(
             config.model.source,
         )
         return None
-    if hardware.ephemeral_storage_bytes is not None:
-        need = training_disk(shape, config.training, downloaded(config.model.source, model.sizes))
-        limit = "set stages.train.resources.limits.ephemeral-storage to"
-        check_disk(need, hardware.ephemeral_storage_bytes, "The training", limit)
+    check_disks(config, shape, downloaded(config.model.source, model.sizes), hardware)
     training_plan = plan(config.training, shape, Lengths(longest), hardware)
     log.info("Plan: %s", describe(training_plan, hardware))
     return training_plan
+
+
+def check_disks(config: RunConfig, shape: Shape, model_bytes: int, hardware: Hardware) -> None:
+    """Raise StageError(OutOfDisk) where the pod of a later stage would run out of disk."""
+    limit = "set stages.{}.resources.limits.ephemeral-storage to"
+    if hardware.ephemeral_storage_bytes is not None:
+        need = training_disk(shape, config.training, model_bytes)
+        check_disk(need, hardware.ephemeral_storage_bytes, "The training", limit.format("train"))
+    if hardware.export_storage_bytes is not None:
+        need = export_disk(shape, config.training, config.export, model_bytes)
+        check_disk(need, hardware.export_storage_bytes, "The export", limit.format("export"))
 
 
 def summary_line(prepared: Prepared, complete: CompleteStages) -> str:

@@ -29,6 +29,9 @@ from finetune_trainer.runtime.reporter import Reporter, Transfer
 OnProgress = Callable[[int, int], None]
 """Called with what is done and the total, in a unit of the child's."""
 
+ReadProgress = Callable[[str], tuple[int, int] | None]
+"""What is done and the total, if a line of a program says so."""
+
 _PROGRESS = "progress:"
 _SAID = re.compile(rf"{_PROGRESS} (\d+) (\d+)\n")
 
@@ -69,10 +72,12 @@ def run(
     request: str = "",
     environment: dict[str, str] | None = None,
     on_progress: OnProgress | None = None,
+    shows: ReadProgress | None = None,
 ) -> Finished:
     """Run a program to its end, with `request` on its standard input.
 
-    `on_progress` hears what the program says with `say_progress`. Raises MemoryFullError(OOMKilled)
+    `on_progress` hears what the program says with `say_progress`, or shows by itself, if `shows`
+    can read that. Raises MemoryFullError(OOMKilled)
     where it was killed: only the kernel does that, and `kill_running`, after which nobody asks.
     """
     # GGML's own handler would call a debugger for a stack trace, if there is one.
@@ -95,7 +100,7 @@ def run(
     ) as process:
         stream, process.stderr = process.stderr, None  # communicate() leaves it to the thread
         listener = threading.Thread(
-            target=_listen, args=(stream, errors, on_progress), name="child", daemon=True
+            target=_listen, args=(stream, errors, on_progress, shows), name="child", daemon=True
         )
         listener.start()
         _running.add(process)
@@ -190,14 +195,25 @@ def say_progress(done: int, total: int) -> None:
     sys.stderr.flush()
 
 
-def _listen(stream: IO[str] | None, errors: list[str], on_progress: OnProgress | None) -> None:
+def _listen(
+    stream: IO[str] | None,
+    errors: list[str],
+    on_progress: OnProgress | None,
+    shows: ReadProgress | None,
+) -> None:
+    read = shows or _said
     with stream or nullcontext(()) as lines:
         for line in lines:
-            said = _SAID.fullmatch(line)
-            if said is None:
+            found = read(line)
+            if found is None:
                 errors.append(line)
             elif on_progress:
-                on_progress(int(said[1]), int(said[2]))
+                on_progress(*found)
+
+
+def _said(line: str) -> tuple[int, int] | None:
+    said = _SAID.fullmatch(line)
+    return (int(said[1]), int(said[2])) if said else None
 
 
 def kill_running() -> None:

@@ -87,7 +87,15 @@ class Reporter:
         )
         if stage is Stage.TRAIN:
             self._notices = ()
-            changes = changes.updated(Progress(loss=None, eval_loss=None, notices=()))
+            changes = changes.updated(
+                Progress(
+                    loss=None,
+                    eval_loss=None,
+                    reward_accuracy=None,
+                    reward_margin=None,
+                    notices=(),
+                )
+            )
         self._begun = True
         self.update(changes)
 
@@ -150,15 +158,23 @@ class Reporter:
             )
         )
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """The mean loss per answer token on the held-out rows; step 0 is the base model."""
-        log.info(
-            "evaluation: step %d loss %.4f perplexity %.2f",
-            step,
-            loss,
-            perplexity(loss),
-            extra={"step": step, "eval_loss": _figure(loss, 6)},
-        )
+    def evaluation(
+        self,
+        step: int,
+        loss: float,
+        reward_accuracy: float | None = None,
+        reward_margin: float | None = None,
+    ) -> None:
+        """The mean loss on the held-out rows, of preferences with rewards; step 0 is the base."""
+        extra = {"step": step, "eval_loss": _figure(loss, 6)}
+        if reward_accuracy is None or reward_margin is None:
+            figures = f"perplexity {perplexity(loss):.2f}"
+        else:
+            figures = f"reward accuracy {reward_accuracy:.1%} reward margin {reward_margin:.4f}"
+            accuracy, margin = _figure(reward_accuracy, 4), _figure(reward_margin, 4)
+            self.update(Progress(reward_accuracy=accuracy, reward_margin=margin))
+            extra |= {"reward_accuracy": accuracy, "reward_margin": margin}
+        log.info("evaluation: step %d loss %.4f %s", step, loss, figures, extra=extra)
         self.update(Progress(eval_loss=_figure(loss, 4)))
 
     def notice(self, notice: Notice) -> None:

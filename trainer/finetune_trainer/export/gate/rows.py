@@ -76,7 +76,9 @@ def read_examples(file: Path) -> list[Example]:
     """At most MOST_ROWS of a file's examples, one a line as JSON, at equal distances."""
     total = count_lines(file)
     with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in every(lines, total)]
+        found: list[Example] = [json.loads(line) for line in every(lines, total)]
+    # Of answers with a label, the good ones: what the model is to say.
+    return [example for example in found if example.get("label", True)] or found
 
 
 def count_lines(file: Path) -> int:

@@ -1,8 +1,6 @@
 """GGUF files: the merged model in 16 bits, quantizations of it, and the adapter alone.
 
 files            all of them, each when it is complete; their names, and which to serve
-convert_worker   llama.cpp's converter, fed from the merged weights; a program of its own
-blocks           its tensors, written block by block
 quantize_worker  llama.cpp's quantizer; a program of its own
 importance       which weights a quantization should spare, measured on training rows
 header           the header of a GGUF file
@@ -14,9 +12,6 @@ import neither torch nor llama.cpp, which only some of the programs need.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field
 
 from finetune_trainer.contract import Base, Quantization
 from finetune_trainer.model import ModelFolder
@@ -25,22 +20,6 @@ MODELFILE = "Modelfile"  # names the preferred file
 
 INPUT_SUMS, INPUT_COUNTS = ".in_sum2", ".counts"
 """What the names of an importance matrix's tensors end with, as llama.cpp's imatrix tool has it."""
-
-
-class ConvertRequest(Base):
-    llama: Path
-    """Folder of llama.cpp's converter."""
-
-    base: Path
-    adapter: Path | None
-    folder: Path
-    """Folder with configuration and tokenizer."""
-
-    target: Path
-    kind: Annotated[Quantization, Field(alias="type")]
-    name: str
-    begins_with_bos: bool
-    threads: int
 
 
 class QuantizeRequest(Base):

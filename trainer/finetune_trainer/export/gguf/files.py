@@ -10,15 +10,19 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
+
 from finetune_trainer.contract import Quantization, Reason, StageError
-from finetune_trainer.export.gguf import ConvertRequest, QuantizeRequest
+from finetune_trainer.export.gguf import QuantizeRequest
+from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.model import ModelFolder, converter
 from finetune_trainer.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetune_trainer.model.loading import available_cpus
@@ -27,7 +31,6 @@ from finetune_trainer.runtime.child import as_transfer
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import replacing
 
-CONVERT_WORKER = "finetune_trainer.export.gguf.convert_worker"
 QUANTIZE_WORKER = "finetune_trainer.export.gguf.quantize_worker"
 LORA_SCRIPT = "convert_lora_to_gguf.py"
 
@@ -37,6 +40,9 @@ _NOT_IN_GGUF = ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", 
 BUFFER_BYTES = 64 << 20
 """For the rows that llama.cpp has in work at a time: as they are read (from a mapped file), in
 float32 and quantized. A row of a matrix is always done as a whole."""
+
+BLOCK_VALUES = 1 << 22  # that are looked at at a time
+INFINITE = 0x7C00  # the exponent of float16's infinities and NaNs
 
 AT_A_TIME = 2
 """Quantizations. One computes while the other reads, writes, or is checked by the caller."""
@@ -74,20 +80,6 @@ def preferred(kinds: Iterable[Quantization], parameters: float) -> Quantization:
     return min(kinds, key=lambda kind: order.index(kind) if kind in order else len(order))
 
 
-def source_of(kinds: Iterable[Quantization], own: Quantization) -> Quantization:
-    """The type of the file that all others are made of.
-
-    It is one of the types asked for, so that no other file has to be written: the model's own
-    16-bit type if possible, else the other one, else F32. If none of them is asked for, it is the
-    model's own type, in a temporary file.
-    """
-    asked = set(kinds)
-    for kind in (own, Quantization.F16, Quantization.BF16, Quantization.F32):
-        if kind in asked:
-            return kind
-    return own
-
-
 @dataclass(frozen=True)
 class GgufSource:
     """The files that GGUF files are made of, and what has to be known of them."""
@@ -99,7 +91,7 @@ class GgufSource:
     """Folder with the adapter that is merged into them."""
 
     folder: ModelFolder
-    """With configuration and tokenizer of the finished model."""
+    """The finished model, with weights in `own_type`."""
 
     name: str
     """What the files call it."""
@@ -119,24 +111,33 @@ def write_files(
     *,
     importance: Path | None = None,
     reporter: Reporter | None = None,
+    converted: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple[Quantization, Path]]:
     """Write one file for each type to the folder `target`, and yield each when it is complete.
 
-    The first is the one that the others are made of, see `source_of`. The others follow, the
-    largest first. A temporary one lies in a folder beside `target`. The others are begun when the
-    caller asks for the second file, and `importance` has to be there by then.
+    The first has the model's own 16-bit type, and the quantizations are made of it. It lies in a
+    folder beside `target` where nobody asked for it, and only for as long as the others are made.
+    F16 of a bfloat16 model follows, which the converter makes as well; then the others, the largest
+    first. What comes after the first is begun when the caller asks for it, and `importance` has to
+    be there by then. `converted` is called when the model's folder isn't needed any more.
     """
     kinds = set(kinds)
-    source_kind = source_of(kinds, model.own_type)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gguf-", dir=target.parent) as temporary:
-        place = target if source_kind in kinds else Path(temporary)
-        source = place / file_name(model.name, source_kind)
-        write_unquantized(model, source, source_kind, reporter=reporter)
-        yield source_kind, source
+        place = target if model.own_type in kinds else Path(temporary)
+        source = place / file_name(model.name, model.own_type)
+        write_unquantized(model, source, model.own_type, reporter=reporter)
+        yield model.own_type, source
+        kinds -= {model.own_type}
+        if Quantization.F16 in kinds:  # of the merged model, for it may not hold all values
+            kinds -= {Quantization.F16}
+            narrow = target / file_name(model.name, Quantization.F16)
+            write_unquantized(model, narrow, Quantization.F16, reporter=reporter)
+            yield Quantization.F16, narrow
+        converted()
         others = {
             kind: target / file_name(model.name, kind)
-            for kind in sorted(kinds - {source_kind}, key=list(Quantization).index)
+            for kind in sorted(kinds, key=list(Quantization).index)
         }
         yield from quantize_all(source, others, importance, reporter)
 
@@ -167,32 +168,53 @@ def quantize_all(
 def write_unquantized(
     model: GgufSource, target: Path, kind: Quantization, *, reporter: Reporter | None = None
 ) -> None:
-    """Write the merged model as F16, BF16 or F32 to the file `target`.
+    """Write the merged model as F16, BF16 or F32 to the file `target`, by llama.cpp's converter.
 
-    Raises StageError: ModelUnsupported where llama.cpp does not know the model, or where F16 can't
-    hold its values; what MergedWeights raises.
+    Values that F16 can't hold are infinite in it: see `beyond_float16`. Raises
+    StageError(ModelUnsupported) where llama.cpp does not know the model.
     """
     with (
         converter.view_of(model.folder, model.name) as view,
         replacing(target) as partial_file,
     ):
-        request = ConvertRequest(
-            llama=converter.llama_folder(),
-            base=model.base.path,
-            adapter=model.adapter,
-            folder=view,
-            target=partial_file,
-            kind=kind,
-            name=converter.gguf_name(model.name, model.folder.path),
-            begins_with_bos=model.begins_with_bos,
-            threads=available_cpus(),
-        )
+        name = converter.gguf_name(model.name, model.folder.path)
+        command = [sys.executable, str(converter.llama_folder() / converter.SCRIPT), str(view)]
+        command += ["--outfile", str(partial_file), "--outtype", kind.lower(), "--model-name", name]
         converter.run(
-            [sys.executable, "-m", CONVERT_WORKER],
-            request.model_dump_json(),
+            command,
             model=model.folder,
             on_progress=as_transfer(reporter, f"Writing {target.name}"),
+            shows=converter.shown_bytes,
         )
+        if not model.begins_with_bos:
+            _dont_add_bos(partial_file)
+
+
+def _dont_add_bos(file: Path) -> None:
+    """Let the file say that no token is put before a prompt; one that says nothing stays so."""
+    with Header(file) as header:
+        field = header.fields.get(gguf.Keys.Tokenizer.ADD_BOS)
+    if field is not None:
+        with file.open("r+b") as stream:
+            stream.seek(field.start)
+            stream.write(b"\0")  # false
+
+
+def beyond_float16(file: Path) -> str | None:
+    """The first tensor of an F16 file whose values F16 couldn't hold: they are infinite there."""
+    with Header(file) as header:
+        for name, tensor in header.tensors.items():
+            if tensor.type is not gguf.GGMLQuantizationType.F16:
+                continue
+            bits = np.frombuffer(header.data, "<u2", tensor.values, tensor.offset)
+            bad = any(
+                (bits[start : start + BLOCK_VALUES] & INFINITE == INFINITE).any()
+                for start in range(0, tensor.values, BLOCK_VALUES)
+            )
+            del bits  # else the file can't be unmapped
+            if bad:
+                return name
+    return None
 
 
 def quantize(

@@ -5,6 +5,7 @@ MergedWeights, below, reads rows of the merged model by blocks.
 checkpoint    the base's safetensors, memory-mapped; names of weights; the type to store them in
 deltas        what the adapter adds to each weight, or what a full training put in its place
 model_folder  the merged model as a folder: shards, configuration, tokenizer
+fp8           the same in FP8
 
 Nothing here loads a model. Whatever its size, only some blocks of rows are in memory.
 """
@@ -27,6 +28,7 @@ from finetune_trainer.export.merge.checkpoint import (
     OUTPUT_LAYERS,
     BaseTensor,
     TensorInfo,
+    kept_whole,
     other_model_error,
     read_checkpoint,
     read_config,
@@ -43,11 +45,11 @@ from finetune_trainer.export.merge.deltas import (
     read_whole_model,
 )
 
-__all__ = ["MergedWeights", "TensorInfo", "is_finite"]
+__all__ = ["UNREACHED", "MergedWeights", "TensorInfo", "is_finite"]
 
 SPAN_BYTES = 1 << 20  # of float32 sums that a thread computes at a time: they stay in its cache
 
-_UNREACHED = re.compile(r"(^|\.)(vision|visual|image|audio)\w*\.")
+UNREACHED = re.compile(r"(^|\.)(vision|visual|image|audio)\w*\.")
 """Parts of a model that text doesn't reach. Training on text doesn't change them."""
 
 _S = TypeVar("_S")
@@ -69,18 +71,22 @@ class MergedWeights:
         self._stored = stored
         self._deltas = deltas
         self.dtype = dtype
-        """The 16-bit type of all floating weights after the merge."""
+        """The 16-bit type of floating weights after the merge."""
 
+        kept = kept_whole(item.tensor for item in stored.values())
         self.infos = {
             name: TensorInfo(
                 name,
-                dtype if item.tensor.is_floating_point() else item.tensor.dtype,
+                item.tensor.dtype
+                if not item.tensor.is_floating_point() or (kept(item.tensor) and name not in deltas)
+                else dtype,
                 tuple(item.tensor.shape),
                 item.shard,
             )
             for name, item in stored.items()
         }
-        """The merged model's tensors by name, in the order of the base's files."""
+        """The merged model's tensors by name, in the order of the base's files. What a base in 16
+        bits keeps in float32 (a router's bias) stays so."""
 
         self.targets = frozenset(deltas)
         """Names of the weights that the training changes."""
@@ -136,7 +142,7 @@ class MergedWeights:
             return
         changed = _in_threads(self._changes, self._deltas)
         same = [n for n, c in zip(self._deltas, changed, strict=True) if not c]
-        if same := [name for name in same if not _UNREACHED.search(name)]:
+        if same := [name for name in same if not UNREACHED.search(name)]:
             raise _unchanged(same, len(self._deltas))
 
     def _exact(self, name: str, start: int, stop: int) -> torch.Tensor:

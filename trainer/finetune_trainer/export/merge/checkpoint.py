@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,10 +132,7 @@ def sixteen_bit_type(config: dict[str, Any], tensors: Iterable[torch.Tensor]) ->
 
     Raises StageError(ModelUnsupported) for weights of fewer bits.
     """
-    floating: Counter[torch.dtype] = Counter()
-    for tensor in tensors:
-        if tensor.is_floating_point():
-            floating[tensor.dtype] += tensor.nbytes
+    floating = _floating_bytes(tensors)
     narrow = [str(dtype).removeprefix("torch.") for dtype in floating if dtype not in _WHOLE]
     if narrow or config.get("quantization_config"):
         raise StageError(
@@ -148,6 +145,21 @@ def sixteen_bit_type(config: dict[str, Any], tensors: Iterable[torch.Tensor]) ->
         return named
     usual = max(floating, key=lambda dtype: floating[dtype]) if floating else torch.float16
     return usual if usual in _SIXTEEN else None
+
+
+def kept_whole(tensors: Iterable[torch.Tensor]) -> Callable[[torch.Tensor], bool]:
+    """What says of a tensor whether it stays as it is: float32 in a base of 16 bits."""
+    usual = _floating_bytes(tensors).most_common(1)
+    sixteen = bool(usual) and usual[0][0] in _SIXTEEN
+    return lambda tensor: sixteen and tensor.dtype is torch.float32
+
+
+def _floating_bytes(tensors: Iterable[torch.Tensor]) -> Counter[torch.dtype]:
+    floating: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            floating[tensor.dtype] += tensor.nbytes
+    return floating
 
 
 def _named(config: dict[str, Any]) -> torch.dtype | None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
@@ -53,6 +53,8 @@ _NAMES = {
     torch.int32: "I32",
     torch.int64: "I64",
     torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.bfloat16: "BF16",
 }
 """The format's names of the types that a merged model can hold."""
@@ -155,7 +157,16 @@ def _write(file: Path, content: dict[str, Any]) -> None:
     file.write_text(text + "\n", encoding="utf-8")
 
 
-def write_merged(weights: MergedWeights, target: Path, on_bytes: OnBytes | None = None) -> None:
+class Weights(Protocol):
+    """Tensors by name, read by rows."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]: ...
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor: ...
+
+
+def write_merged(weights: Weights, target: Path, on_bytes: OnBytes | None = None) -> None:
     """Write shards, and their index where there are several, to the folder `target`.
 
     `on_bytes` hears how many bytes were written since it was last called. A shard appears under
@@ -175,7 +186,7 @@ def write_merged(weights: MergedWeights, target: Path, on_bytes: OnBytes | None 
 
 
 def _write_shard(
-    weights: MergedWeights, infos: list[TensorInfo], file: BinaryIO, on_bytes: OnBytes
+    weights: Weights, infos: list[TensorInfo], file: BinaryIO, on_bytes: OnBytes
 ) -> None:
     # The widest types come first. So every tensor begins at a multiple of its type's size.
     infos = sorted(infos, key=lambda info: -info.dtype.itemsize)
@@ -212,7 +223,7 @@ def _blocks(info: TensorInfo) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, rows)
 
 
-def _index(weights: MergedWeights) -> dict[str, Any]:
+def _index(weights: Weights) -> dict[str, Any]:
     """The index as transformers writes it."""
     infos = weights.infos.values()
     return {

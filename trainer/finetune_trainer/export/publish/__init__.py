@@ -154,6 +154,8 @@ class Publication:
         self._queue: SimpleQueue[tuple[Path, Artifact] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._waiting = 0  # bytes that are still to be sent
+        self._needed: set[Path] = set()  # files that are still to be sent
+        self._unneeded: set[Path] = set()
         self._transfer: Transfer | None = None
         self._failure: Exception | None = None
         self._closing = threading.Event()
@@ -166,7 +168,8 @@ class Publication:
         return tuple(self._files.values())
 
     def add(self, file: Path, path: str, quality: Quality | None = None) -> Artifact:
-        """Upload a finished file, in the background; it must stay as it is until `commit`.
+        """Upload a finished file, in the background; it must stay as it is until `commit` or
+        `discard`.
 
         `path` is its name in the version's folder. What an earlier attempt has uploaded is not sent
         again.
@@ -179,8 +182,16 @@ class Publication:
             return artifact
         with self._lock:
             self._waiting += artifact.bytes
+            self._needed.add(file)
         self._queue.put((file, artifact))
         return artifact
+
+    def discard(self, file: Path) -> None:
+        """Delete a file that nobody reads any more, as soon as it has been sent."""
+        with self._lock:
+            self._unneeded.add(file)
+            if file not in self._needed:
+                file.unlink(missing_ok=True)
 
     def commit(self, build: Build, sign: Sign | None = None) -> Published:
         """Wait for the uploads, add SHA256SUMS and the signature, and publish all of it."""
@@ -249,6 +260,10 @@ class Publication:
         target = self._record.path(artifact.path)
         self._output.upload(file, target, self._count, sha256=artifact.sha256)
         self._record.add(artifact)
+        with self._lock:
+            self._needed.discard(file)
+            if file in self._unneeded:
+                file.unlink(missing_ok=True)
         log.info("Uploaded %s (%s)", artifact.path, size(artifact.bytes))
 
     def _count(self, count: int) -> None:

@@ -22,7 +22,7 @@ from finetune_trainer.model.base_model import is_hub
 from finetune_trainer.store.marker import MANIFEST
 from finetune_trainer.store.versions import Version
 
-PUBLIC_FOLDERS = ("adapter/", "merged/", "gguf/")
+PUBLIC_FOLDERS = ("adapter/", "merged/", "merged-fp8/", "gguf/")
 PUBLIC_FILES = ("Modelfile", "README.md")
 ADAPTER_CONFIG = "adapter/adapter_config.json"
 BASE_MODEL = "base_model_name_or_path"

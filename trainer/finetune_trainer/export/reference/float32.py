@@ -225,9 +225,7 @@ def logits_of_both(model: PeftModel, rows: Sequence[MeasuredRow]) -> torch.Tenso
 
 
 def logits_of_two(
-    tuned: PreTrainedModel | PeftModel,
-    base: PreTrainedModel | PeftModel,
-    rows: Sequence[MeasuredRow],
+    tuned: PreTrainedModel, base: PreTrainedModel | PeftModel, rows: Sequence[MeasuredRow]
 ) -> torch.Tensor:
     """The same of two models, whose weights both stay in their files."""
     return torch.cat([logits_of(tuned, rows), logits_of(base, rows)])

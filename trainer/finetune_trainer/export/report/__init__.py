@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -82,7 +82,9 @@ def render_report(facts: Facts) -> str:
 def _shown_in_both(facts: Facts) -> dict[str, Sequence[object]]:
     """Tables and commands that the page and the card have in common."""
     return {
-        "quality": tables.quality_rows(facts),
+        "quality": (quality := tables.quality_rows(facts)),
+        "compared": tables.COMPARED,
+        "notes": tables.quality_notes(quality),
         "perplexities": tables.perplexity_bars(facts),
         "training": tables.training_rows(facts),
         "dataset": tables.dataset_rows(facts),
@@ -158,7 +160,7 @@ def tags(facts: Facts) -> list[str]:
         "qlora": facts.config.training.method == "qlora",
         "dora": lora.use_dora,
         "rslora": lora.use_rslora,
-        "sft": True,
+        facts.objective: True,
         "gguf": any(each.path.endswith(".gguf") and not each.rejected for each in facts.files),
         "conversational": True,
         "finetune-operator": True,
@@ -173,6 +175,12 @@ def data_name(facts: Facts) -> str:
 
 def results(facts: Facts) -> list[EvalResult]:
     """Loss and perplexity on the held-out rows, for the Hub's model-index."""
+    if preferences := facts.preferences:
+        found = {
+            "accuracy": ("Reward accuracy on held-out rows", preferences.accuracy),
+            "margin": ("Reward margin on held-out rows", preferences.margin),
+        }
+        return _results_of(facts, found)
     change = facts.change
     if change is None:
         return []
@@ -180,6 +188,10 @@ def results(facts: Facts) -> list[EvalResult]:
         "loss": ("Loss on held-out answers", change.tuned_loss),
         "perplexity": ("Perplexity of held-out answers", change.tuned_perplexity),
     }
+    return _results_of(facts, found)
+
+
+def _results_of(facts: Facts, found: Mapping[str, tuple[str, float]]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-generation",

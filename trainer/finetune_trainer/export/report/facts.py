@@ -13,6 +13,7 @@ from finetune_trainer.contract import (
     GateReport,
     Lineage,
     Notice,
+    Objective,
     RunConfig,
     TrainingMetrics,
     TrainingRecord,
@@ -29,6 +30,9 @@ class LossPoint(NamedTuple):
 
     step: int
     loss: float
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
+    """Of preferences."""
 
     @property
     def perplexity(self) -> float:
@@ -56,6 +60,23 @@ class Change:
     @property
     def tuned_perplexity(self) -> float:
         return perplexity(self.tuned_loss)
+
+
+class Preferences(NamedTuple):
+    """What the tuned model prefers on the held-out rows; see TrainingMetrics."""
+
+    accuracy: float
+    margin: float
+    base_accuracy: float | None
+    """None where the base model's rewards are 0 by definition (dpo, kto)."""
+
+    labelled: bool
+    """Whether rows are answers with a label, and not pairs."""
+
+    @property
+    def better(self) -> bool:
+        """Whether more rows are judged right than a coin would, and than by the base model."""
+        return self.accuracy > max(0.5, self.base_accuracy or 0)
 
 
 @dataclass(frozen=True)
@@ -100,7 +121,25 @@ class Facts:
     def evaluations(self) -> tuple[LossPoint, ...]:
         """Loss on the held-out rows by step; step 0 is the base model."""
         history = self.trained.history
-        return tuple(LossPoint(e.step, e.eval_loss) for e in history if e.eval_loss is not None)
+        return tuple(
+            LossPoint(e.step, e.eval_loss, e.reward_accuracy, e.reward_margin)
+            for e in history
+            if e.eval_loss is not None
+        )
+
+    @property
+    def objective(self) -> Objective:
+        return self.config.training.objective
+
+    @property
+    def preferences(self) -> Preferences | None:
+        """None where no preferences were learnt, or there were no held-out rows."""
+        metrics, objective = self.metrics, self.objective
+        if objective == "sft" or metrics.reward_accuracy is None or metrics.reward_margin is None:
+            return None
+        base = metrics.base_reward_accuracy if objective == "orpo" else None
+        labelled = self.dataset.detected is not None and "label" in self.dataset.detected.columns
+        return Preferences(metrics.reward_accuracy, metrics.reward_margin, base, labelled)
 
     @property
     def name(self) -> str:
@@ -148,10 +187,13 @@ class Facts:
 
     @property
     def change(self) -> Change | None:
-        """Base and tuned model on the held-out rows; None where one of them wasn't measured.
+        """Base and tuned model on the held-out rows; None where one of them wasn't measured, and
+        where preferences were learnt, which may well make good answers less likely.
 
         The training measures on all of them, the gate only on some.
         """
+        if self.objective != "sft":
+            return None
         base, tuned = self.metrics.base_eval_loss, self.metrics.eval_loss
         if base is not None and tuned is not None:
             return Change(base, tuned, "training")

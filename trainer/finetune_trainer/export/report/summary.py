@@ -17,7 +17,7 @@ from finetune_trainer.contract.verdict import (
 from finetune_trainer.export.gguf import MODELFILE
 from finetune_trainer.export.gguf.files import preferred
 from finetune_trainer.export.report import tables
-from finetune_trainer.export.report.facts import Facts
+from finetune_trainer.export.report.facts import Facts, Preferences
 from finetune_trainer.model.base_model import is_hub
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -27,9 +27,10 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 def statements(facts: Facts) -> tuple[Statement, ...]:
     """What was learnt, which files may be used, and what the training noticed."""
     found = [compared_with_base(facts)]
-    if facts.gate.files:
-        rejected = any(each.artifact and each.artifact.rejected for each in facts.ggufs)
-        found.append(summary_of(facts.gate.files, some_rejected=rejected))
+    published = [each for each in facts.ggufs if each.artifact]
+    if published:
+        rejected = any(each.artifact and each.artifact.rejected for each in published)
+        found.append(summary_of([each.verdict for each in published], some_rejected=rejected))
     if facts.gate.merged:
         rejected = facts.has(f"{REJECTED}/{facts.gate.merged.file}")
         found.append(verdict_on_merged(facts.gate.merged, rejected=rejected))
@@ -54,6 +55,8 @@ def overall(facts: Facts) -> Statement:
 
 def compared_with_base(facts: Facts) -> Statement:
     """Whether the tuned model is better than its base on rows that it never saw."""
+    if preferences := facts.preferences:
+        return what_is_preferred(preferences)
     change = facts.change
     if change is None and facts.lineage.init_from:
         return Statement(
@@ -81,6 +84,21 @@ def compared_with_base(facts: Facts) -> Statement:
     )
 
 
+def what_is_preferred(found: Preferences) -> Statement:
+    """Whether the tuned model prefers the better answers on rows that it never saw."""
+    share = f"{found.accuracy:.0%}"
+    what = (
+        f"Judges {share} of the held-out answers as their labels do"
+        if found.labelled
+        else f"Prefers the better answer in {share} of the held-out pairs"
+    )
+    before = "" if found.base_accuracy is None else f", the base model in {found.base_accuracy:.0%}"
+    text = f"{what}{before}; the mean reward margin is {found.margin:.3g}."
+    if found.better:
+        return Statement(Tone.GOOD, text)
+    return Statement(Tone.BAD, f"{text} That is no better than before the training.")
+
+
 class LoadingCommand(NamedTuple):
     """One way to load one artifact."""
 
@@ -98,6 +116,7 @@ def loading_commands(facts: Facts) -> tuple[LoadingCommand, ...]:
         *_llama_cpp(facts),
         *_ollama(facts),
         *_merged(facts),
+        *_merged_fp8(facts),
         *_adapter(facts),
         *_adapter_gguf(facts),
     )
@@ -155,6 +174,17 @@ def _merged(facts: Facts) -> Iterator[LoadingCommand]:
         "An OpenAI-compatible server on a GPU.",
         "sh",
         f"vllm serve ./merged --served-model-name {shlex.quote(facts.name)}",
+    )
+
+
+def _merged_fp8(facts: Facts) -> Iterator[LoadingCommand]:
+    if not facts.has("merged-fp8"):
+        return
+    yield LoadingCommand(
+        "vLLM, merged model in FP8",
+        "Half the memory of 16 bits, on a GPU since Ada and Hopper.",
+        "sh",
+        f"vllm serve ./merged-fp8 --served-model-name {shlex.quote(facts.name)}",
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from finetune_trainer.contract import LengthSpread, Lineage, ListedRows, Training, usual_rate
 from finetune_trainer.contract.verdict import Tone, word_for
+from finetune_trainer.export.gguf.files import adapter_file_name
 from finetune_trainer.export.report.facts import Facts, GgufFile, LossPoint
 from finetune_trainer.runtime import duration, size
 
@@ -36,6 +37,12 @@ class QualityRow:
 
     file: str
     kind: str
+    published: bool
+    """Whether it is among the files: one that others are made of may be a temporary one."""
+
+    adapter: bool
+    """Whether it is the adapter alone."""
+
     size: str
     divergence: str
     limit: str
@@ -47,6 +54,31 @@ class QualityRow:
     tone: Tone
     verdict: str
     problems: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """What the table calls it."""
+        marks = ("" if self.published else "¹") + ("²" if self.adapter else "")
+        return ("LoRA " if self.adapter else "") + self.kind + marks
+
+
+COMPARED = (
+    "Each quantization was compared in llama.cpp with the 16-bit file that it is made of, and the "
+    "16-bit files with base model and adapter as transformers computes them in float32."
+)
+
+
+def quality_notes(rows: Sequence[QualityRow]) -> tuple[str, ...]:
+    """Footnotes of the quality table."""
+    found = []
+    if any(not row.published for row in rows):
+        found.append("¹ Measured, but not asked for, and so not among the files.")
+    if any(row.adapter for row in rows):
+        found.append(
+            "² The adapter alone: taken away from the 16-bit file again, it has to leave the base "
+            "model, whose perplexity stands here."
+        )
+    return tuple(found)
 
 
 class Bar(NamedTuple):
@@ -63,10 +95,10 @@ class Bar(NamedTuple):
 
 def quality_rows(facts: Facts) -> tuple[QualityRow, ...]:
     """One row for each GGUF file that was checked."""
-    return tuple(_quality_row(each) for each in facts.ggufs)
+    return tuple(_quality_row(each, facts.base_name) for each in facts.ggufs)
 
 
-def _quality_row(each: GgufFile) -> QualityRow:
+def _quality_row(each: GgufFile, base_name: str) -> QualityRow:
     verdict, found = each.verdict, each.verdict.quality
     word = word_for(each.artifact, verdict)
     limit = found.max_kl_divergence if found else None
@@ -74,6 +106,8 @@ def _quality_row(each: GgufFile) -> QualityRow:
     return QualityRow(
         file=each.artifact.path if each.artifact else verdict.file,
         kind=verdict.quantization.value,
+        published=each.artifact is not None,
+        adapter=verdict.file == adapter_file_name(base_name),
         size=size(each.artifact.bytes) if each.artifact else NOTHING,
         divergence=divergence(found.kl_divergence if found else None),
         limit=setting(limit) if limit else NOTHING,
@@ -96,7 +130,7 @@ def perplexity_bars(facts: Facts) -> tuple[Bar, ...]:
     found += [
         (verdict.quantization.value, verdict.quality.perplexity, "file")
         for verdict in gate.files
-        if verdict.quality
+        if verdict.quality and verdict.file != adapter_file_name(facts.base_name)
     ]
     if all(value is None for _, value, _ in found) and change:
         found = [
@@ -124,6 +158,8 @@ def training_rows(facts: Facts) -> tuple[TableRow, ...]:
         _row("Parameters of the base model", metrics.base_parameters, count),
         _row("Mean training loss", metrics.train_loss, loss),
         _row("Last training loss", metrics.final_loss, loss),
+        _row("Reward accuracy on held-out rows", metrics.reward_accuracy, share),
+        _row("Reward margin on held-out rows", metrics.reward_margin, loss),
     ]
     return tuple(row for row in found if row)
 
@@ -175,7 +211,8 @@ def listed_evaluations(facts: Facts) -> tuple[LossPoint, ...]:
 def hyperparameter_rows(facts: Facts) -> tuple[TableRow, ...]:
     """The settings as they were applied, by their names in the spec."""
     usual = dict(_flat(Training().model_dump(mode="json")))
-    usual["learningRate"] = usual_rate(facts.config.training.method)
+    training = facts.config.training
+    usual["learningRate"] = usual_rate(training.method, training.objective)
     return tuple(
         TableRow(name, setting(value), changed=name in usual and usual[name] != value)
         for name, value in _flat(facts.trained.hyperparameters)

@@ -16,6 +16,9 @@ from finetune_trainer.prepare.reading.record import Oddities, Row, clip, name_of
 BATCH, BATCH_BYTES = 64, 16 << 20  # what is in memory at once, as Python objects
 BUFFER = 1 << 20  # bytes read ahead of each column
 
+LISTS = ("messages", "prompt", "completion", "chosen", "rejected", "tools", "functions")
+"""Parts that may be lists of objects."""
+
 _ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
 
 
@@ -44,7 +47,7 @@ class Parquet:
         """Text, whole numbers and truth values, or lists of messages where they may be."""
         for part, name in wanted.items():
             kind = self.schema.field(name).type
-            lists = part in ("messages", "prompt", "completion", "tools", "functions")
+            lists = part in LISTS
             whole = pa.types.is_integer(kind) or pa.types.is_boolean(kind)
             if _is_text(kind) or (lists and _is_messages(kind)):
                 continue

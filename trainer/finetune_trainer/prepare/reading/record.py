@@ -7,7 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 from finetune_trainer.contract import BadRow, Message, Tool
 
@@ -75,6 +75,22 @@ class Oddities:
     """Empty cells behind the last column."""
 
 
+class RowContents(NamedTuple):
+    """What a row says."""
+
+    messages: tuple[Message, ...]
+    """Turns that end with an assistant's; of a pair, with the chosen answer."""
+
+    tools: Sequence[Tool] = ()
+    """What the conversation may call."""
+
+    rejected: Message | None = None
+    """Of a pair, the other answer."""
+
+    label: bool | None = None
+    """Whether the answer is a good one, where the row says so."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One usable example."""
@@ -88,7 +104,9 @@ class Record:
     """Turns that end with an assistant's."""
 
     tools: tuple[Tool, ...] = ()
-    """What the conversation may call."""
+    rejected: Message | None = None
+    label: bool | None = None
+    """As in RowContents."""
 
 
 def _spool() -> IO[str]:

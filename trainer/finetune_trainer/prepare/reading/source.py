@@ -12,20 +12,22 @@ from finetune_trainer.contract import (
     Dataset,
     DatasetSummary,
     DetectedFile,
+    Objective,
     Reason,
     StageError,
-    Tool,
     allowed,
 )
 from finetune_trainer.prepare.reading.content import PARQUET, Content, foreign, unreadable
-from finetune_trainer.prepare.reading.conversation import Conversation, InvalidError
+from finetune_trainer.prepare.reading.contents import builder
+from finetune_trainer.prepare.reading.conversation import InvalidError
 from finetune_trainer.prepare.reading.encoding import Text, beginning, check_encoding, find_encoding
 from finetune_trainer.prepare.reading.json_records import JsonArray, JsonLines, JsonRecords
 from finetune_trainer.prepare.reading.layout import (
     OPTIONAL,
     Layout,
-    builder,
+    Wanted,
     check_columns,
+    check_objective,
     check_unique,
     default_layout,
     find_json_layout,
@@ -33,6 +35,7 @@ from finetune_trainer.prepare.reading.layout import (
     fit,
     missing_column,
     plain,
+    wanted_for,
     with_tools,
 )
 from finetune_trainer.prepare.reading.parquet import Parquet
@@ -43,6 +46,7 @@ from finetune_trainer.prepare.reading.record import (
     Problems,
     Reader,
     Record,
+    RowContents,
     names,
     place_of,
     printable,
@@ -53,8 +57,8 @@ _JSON_BEGINS = re.compile(r'\{\s*"|\[\s*[\[{]')
 """How JSON begins, where a CSV file is expected."""
 
 
-Built = tuple[Conversation, Sequence[Tool]] | str
-"""A conversation with its tools, or why there is none."""
+Built = RowContents | str
+"""What a row says, or why it says nothing."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +169,13 @@ class Source:
                 if isinstance(built, str):
                     problems.add(first + number, built + _line(number, line))
                 elif skip or not problems.count:
-                    messages, tools = built
-                    yield Record(first + number, messages, tuple(tools))
+                    yield Record(
+                        first + number,
+                        built.messages,
+                        tuple(built.tools),
+                        built.rejected,
+                        built.label,
+                    )
         except DamageError as damage:
             counted[index] += 1
             cause = damage.cause + _line(damage.row, damage.line)
@@ -214,14 +223,17 @@ def _line(number: int, line: int) -> str:
     return "" if line == number else f" (line {line} of the file)"
 
 
-def open_shards(files: Sequence[tuple[Path, str]], dataset: Dataset, uri: str) -> Source:
+def open_shards(
+    files: Sequence[tuple[Path, str]], dataset: Dataset, uri: str, objective: Objective = "sft"
+) -> Source:
     """Find out what the files of a dataset are, each with its URI.
 
     Raises StageError: DatasetEmpty, DatasetUnreadable, ColumnNotFound, InvalidConfig, InvalidRows.
     """
     check_columns(dataset.columns)
     check_encoding(dataset.encoding)
-    opened = [_open(index, *file, dataset) for index, file in enumerate(files)]
+    wanted = wanted_for(objective, dataset.columns)
+    opened = [_open(index, *file, dataset, wanted) for index, file in enumerate(files)]
     shards = [shard for shard in opened if shard]
     if not shards:
         raise StageError(
@@ -232,21 +244,22 @@ def open_shards(files: Sequence[tuple[Path, str]], dataset: Dataset, uri: str) -
     return Source(shards, len(files), dataset, uri)
 
 
-def _open(index: int, file: Path, uri: str, dataset: Dataset) -> OpenedFile | None:
+def _open(index: int, file: Path, uri: str, dataset: Dataset, wanted: Wanted) -> OpenedFile | None:
     """The file with its reader and layout; None where there is nothing in it."""
     content = Content(file, uri)
-    reader = _reader(content, dataset)
+    reader = _reader(content, dataset, wanted)
     if reader is None:
         return None
     if isinstance(reader, JsonRecords):
-        layout = find_json_layout(reader.shapes, dataset.columns, uri)
+        layout = find_json_layout(reader.shapes, wanted, uri)
         if layout is None and not reader.fields:
-            layout = default_layout(dataset.columns)
+            layout = default_layout(wanted)
     else:
-        layout = find_layout(reader.fields, dataset.columns)
+        layout = find_layout(reader.fields, wanted)
     what = "column" if isinstance(reader, Table | Parquet) else "key"
     if layout is None:
-        raise missing_column(reader.fields, dataset.columns, uri, what=what)
+        raise missing_column(reader.fields, wanted, uri, what=what)
+    check_objective(layout, reader.fields, wanted, uri)
     layout = with_tools(layout, reader.fields, dataset.columns, uri, what=what)
     check_unique(reader.fields, layout, uri)
     if isinstance(reader, Parquet):
@@ -278,7 +291,7 @@ def _described(shard: OpenedFile) -> str:
     return f"the columns {names(plain(asked[part]) for part in asked if part not in lacking)}"
 
 
-def _reader(content: Content, dataset: Dataset) -> Reader | None:
+def _reader(content: Content, dataset: Dataset, wanted: Wanted) -> Reader | None:
     start = content.start
     if start.startswith(PARQUET):
         _check_format(dataset.format, "Parquet", DataFormat.PARQUET, content.uri)
@@ -287,12 +300,14 @@ def _reader(content: Content, dataset: Dataset) -> Reader | None:
         raise error
     text = find_encoding(content, dataset.encoding)
     begin = beginning(content, text)
-    return _text_reader(content, text, begin, dataset) if begin else None
+    return _text_reader(content, text, begin, dataset, wanted) if begin else None
 
 
-def _text_reader(content: Content, text: Text, begin: str, dataset: Dataset) -> Reader:
+def _text_reader(
+    content: Content, text: Text, begin: str, dataset: Dataset, wanted: Wanted
+) -> Reader:
     if dataset.format is DataFormat.CSV and not _JSON_BEGINS.match(begin):
-        return _table(content, text, dataset)
+        return _table(content, text, dataset, wanted)
     if begin.startswith("{"):
         _check_format(dataset.format, "JSON lines", DataFormat.JSONL, content.uri)
         return JsonLines(content, text)
@@ -300,11 +315,11 @@ def _text_reader(content: Content, text: Text, begin: str, dataset: Dataset) -> 
         _check_format(dataset.format, "a JSON array", DataFormat.JSONL, content.uri)
         return JsonArray(content, text)
     _check_format(dataset.format, "CSV", DataFormat.CSV, content.uri)
-    return _table(content, text, dataset)
+    return _table(content, text, dataset, wanted)
 
 
-def _table(content: Content, text: Text, dataset: Dataset) -> Table:
-    return Table(content, text, dataset.csv, lambda header: fit(header, dataset.columns))
+def _table(content: Content, text: Text, dataset: Dataset, wanted: Wanted) -> Table:
+    return Table(content, text, dataset.csv, lambda header: fit(header, wanted))
 
 
 def _check_format(given: DataFormat, found: str, fits: DataFormat, uri: str) -> None:

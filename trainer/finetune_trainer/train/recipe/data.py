@@ -19,10 +19,15 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Reason, StageError
-from finetune_trainer.model.tokenizer import IGNORED, encode_batch, end_of_turn_ids
+from finetune_trainer.contract import Objective, Reason, StageError
+from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_sides, end_of_turn_ids
 
 TOKENIZED_AT_ONCE = 512  # conversations in memory as text
+
+_ONE = ("input_ids", "labels")
+_TWO = (*_ONE, "rejected_ids", "rejected_labels")
+TOKENS: dict[Objective, tuple[str, ...]] = {"sft": _ONE, "kto": _ONE, "dpo": _TWO, "orpo": _TWO}
+"""The columns of tokens that a row has."""
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +37,21 @@ class TokenizedRows:
     """The rows of one file."""
 
     rows: datasets.Dataset
-    """input_ids and labels; labels are IGNORED where nothing is learnt."""
+    """input_ids and labels; labels are IGNORED where nothing is learnt. Of pairs (dpo, orpo) these
+    are the chosen answer's, and rejected_ids and rejected_labels the other's. With kto `desirable`
+    is the label of the row."""
 
     lengths: NDArray[np.int32]
-    """Tokens of each row."""
+    """Tokens of each row; of a pair, of both conversations."""
 
     targets: NDArray[np.int32]
-    """Labels of each row that count for the loss."""
+    """Labels of each row that count for the loss; of a pair, of the answer that has fewer."""
 
     learns_end: bool
     """Whether some row teaches the end of a turn."""
+
+    longest: NDArray[np.int32]
+    """Tokens of each row's longest conversation."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,33 +63,45 @@ class TokenizedRows:
 
 
 def tokenize(
-    file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, cache: Path
+    file: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    cache: Path,
+    objective: Objective = "sft",
 ) -> TokenizedRows:
     """Tokenize a file of `prepare`, cut each row at `max_length`, and keep the result in `cache`.
 
-    A later worker with the same cache, and the other processes of this training, find it there.
+    Where `objective` is kto, a pair becomes two rows. A later worker with the same cache, and the
+    other processes of this training, find it there.
     """
     datasets.disable_progress_bars()
     about = file.stat()
     rows = datasets.Dataset.from_generator(
         _tokenized,
-        gen_kwargs={"file": file, "tokenizer": tokenizer, "max_length": max_length},
+        gen_kwargs={
+            "file": file,
+            "tokenizer": tokenizer,
+            "max_length": max_length,
+            "objective": objective,
+        },
         features=datasets.Features(
             {
-                "input_ids": datasets.List(datasets.Value("int32")),
-                "labels": datasets.List(datasets.Value("int32")),
+                **{name: datasets.List(datasets.Value("int32")) for name in TOKENS[objective]},
+                **({"desirable": datasets.Value("bool")} if objective == "kto" else {}),
                 "targets": datasets.Value("int32"),
                 "end": datasets.Value("bool"),
             }
         ),
         cache_dir=str(cache),
         # Given by hand: working it out would pickle the tokenizer.
-        fingerprint=f"{file.stem}-{about.st_size}-{about.st_mtime_ns}-{max_length}",
+        fingerprint=f"{file.stem}-{about.st_size}-{about.st_mtime_ns}-{max_length}-{objective}",
     )
     arrays = rows.select_columns(["targets", "end"]).with_format("numpy")
+    sides = [_lengths(rows, name) for name in TOKENS[objective] if name.endswith("_ids")]
     return TokenizedRows(
-        rows=rows.select_columns(["input_ids", "labels"]),
-        lengths=_lengths(rows),
+        rows=rows.remove_columns(["targets", "end"]),
+        lengths=np.sum(sides, axis=0, dtype=np.int32),
+        longest=np.max(sides, axis=0),
         targets=np.asarray(arrays["targets"][:], dtype=np.int32),
         learns_end=bool(np.any(arrays["end"][:])),
     )
@@ -109,25 +131,46 @@ def check_rows(examples: TokenizedRows, *, shortened: bool) -> None:
 
 
 def _tokenized(
-    file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int
+    file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, objective: Objective
 ) -> Iterator[dict[str, Any]]:
     ends = end_of_turn_ids(tokenizer)
     with file.open(encoding="utf-8") as lines:
         while chunk := [json.loads(line) for line in itertools.islice(lines, TOKENIZED_AT_ONCE)]:
-            for encoded in encode_batch(tokenizer, chunk):
-                ids, labels = encoded.ids[:max_length], encoded.labels[:max_length]
-                yield {
-                    "input_ids": ids,
-                    "labels": labels,
-                    # The first token is predicted from nothing.
-                    "targets": sum(label != IGNORED for label in labels[1:]),
-                    "end": not ends.isdisjoint(labels),
-                }
+            for example, sides in zip(chunk, encode_sides(tokenizer, chunk), strict=True):
+                cut = [_cut(side, max_length, ends) for side in sides]
+                if objective == "kto":
+                    # The first of a pair is the chosen answer.
+                    for desirable, row in zip((example.get("label", True), False), cut):  # noqa: B905
+                        yield {**row, "desirable": desirable}
+                elif len(cut) == 1:
+                    yield cut[0]
+                else:
+                    yield _pair_of(*cut)
 
 
-def _lengths(rows: datasets.Dataset) -> NDArray[np.int32]:
+def _cut(side: Encoded, max_length: int, ends: set[int]) -> dict[str, Any]:
+    labels = side.labels[:max_length]
+    return {
+        "input_ids": side.ids[:max_length],
+        "labels": labels,
+        # The first token is predicted from nothing.
+        "targets": sum(label != IGNORED for label in labels[1:]),
+        "end": not ends.isdisjoint(labels),
+    }
+
+
+def _pair_of(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **chosen,
+        "rejected_ids": rejected["input_ids"],
+        "rejected_labels": rejected["labels"],
+        "targets": min(chosen["targets"], rejected["targets"]),
+    }
+
+
+def _lengths(rows: datasets.Dataset, name: str) -> NDArray[np.int32]:
     """Length of each row, from the offsets that Arrow keeps, without reading the ids."""
-    chunks = rows.data.column("input_ids").chunks
+    chunks = rows.data.column(name).chunks
     parts = [np.diff(chunk.offsets.to_numpy()) for chunk in chunks]
     return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
 

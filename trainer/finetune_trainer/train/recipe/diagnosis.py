@@ -229,7 +229,7 @@ def find_overfitting(
         f"{eval_loss_of(last):.3g} while the training loss fell from {then:.3g} to {now:.3g}",
         remedy=f"Set spec.training.earlyStopping to keep what step {best.step} had learnt, or "
         f"{epochs}; more rows help most, a lower spec.training.learningRate "
-        f"({settings.peak_learning_rate:g}) as well.",
+        f"({settings.learning_rate:g}) as well.",
     )
 
 
@@ -258,8 +258,8 @@ def find_flat_loss(
         f"{b.loss:.4g} to epoch {b.epoch:.3g}" for b in (last[0], last[half], last[-1])
     )
     start = loss_of(train[0])
-    rate = settings.peak_learning_rate
-    high = rate > HIGH_RATE * usual_rate(settings.method)
+    rate = settings.learning_rate
+    high = rate > HIGH_RATE * usual_rate(settings.method, settings.objective)
     if level > UNMOVED * start:
         change = (
             lower_rate(settings)
@@ -292,7 +292,7 @@ def find_flat_loss(
 
 def lower_rate(settings: Training) -> str:
     """The advice for a learning rate that is too high: a tenth of it, at most the default."""
-    rate, usual = settings.peak_learning_rate, usual_rate(settings.method)
+    rate, usual = settings.learning_rate, usual_rate(settings.method, settings.objective)
     return f"Lower spec.training.learningRate from {rate:g} to {min(rate / 10, usual):g}"
 
 

@@ -28,6 +28,7 @@ from finetune_trainer.contract import RunConfig, Tracker
 from finetune_trainer.contract.base import redact
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link import TrainingWork
+from finetune_trainer.train.recipe.training_log import REWARDS
 
 PROJECT = "finetune-operator"  # where the tracker's own variable names none
 
@@ -75,7 +76,8 @@ class ProgressReport(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **values: Any) -> None:
         """Report an evaluation. Its time counts neither for the rate nor for the time left."""
         metrics = values["metrics"]
-        self._reporter.evaluation(state.global_step, float(metrics["eval_loss"]))
+        rewards = {name: metrics.get(key) for name, key in REWARDS.items()}
+        self._reporter.evaluation(state.global_step, float(metrics["eval_loss"]), **rewards)
         seconds = float(metrics["eval_runtime"])
         self._logged_at, self._began = self._logged_at + seconds, self._began + seconds
 

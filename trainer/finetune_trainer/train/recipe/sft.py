@@ -18,6 +18,8 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -55,6 +57,7 @@ from finetune_trainer.train.recipe.lora import (
     use_liger,
 )
 from finetune_trainer.train.recipe.packing import pass_limits, prepare_packing
+from finetune_trainer.train.recipe.preference import PreferenceTrainer, without_dropout
 from finetune_trainer.train.recipe.saving import train_with_checkpoints
 from finetune_trainer.train.recipe.trainer import RecipeTrainer, TrainingData, trained_weights
 from finetune_trainer.train.recipe.training_log import (
@@ -88,7 +91,7 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     tokenizer = load_tokenizer(work.model)
     examples, held_out = read_rows(work, tokenizer)
     if channel:
-        channel.lengths(examples.lengths)
+        channel.lengths(examples.longest)
     epochs = resolve_epochs(settings.epochs, len(examples))
 
     reporter.message("Loading the base model")
@@ -136,14 +139,15 @@ def read_rows(
 ) -> tuple[TokenizedRows, TokenizedRows | None]:
     """Training and held-out rows as tokens. StageError when they can't teach what they should."""
     cache = work.workdir / "tokens"
-    examples = tokenize(work.examples, tokenizer, work.max_sequence_length, cache)
+    length, objective = work.max_sequence_length, work.config.training.objective
+    examples = tokenize(work.examples, tokenizer, length, cache, objective)
     # Only the memory ladder goes below the spec's length. Rows that lose their answer are then
     # what the spec allows, and not a fault.
     shortened = work.max_sequence_length < work.config.training.max_sequence_length
     check_rows(examples, shortened=shortened)
     if work.held_out is None:
         return examples, None
-    return examples, tokenize(work.held_out, tokenizer, work.max_sequence_length, cache)
+    return examples, tokenize(work.held_out, tokenizer, length, cache, objective)
 
 
 def resolve_epochs(epochs: int | str, rows: int) -> int:
@@ -160,7 +164,7 @@ def applied(settings: Training, epochs: int) -> dict[str, JsonValue]:
     # Where it began is a place, in the lineage.
     unused = {"init_from", "lora"} if settings.method == "full" else {"init_from"}
     named = settings.model_dump(mode="json", exclude=unused)
-    return {**named, "epochs": epochs, "learningRate": settings.peak_learning_rate}
+    return {**named, "epochs": epochs, "learningRate": settings.learning_rate}
 
 
 def load(work: TrainingWork) -> PreTrainedModel:
@@ -192,15 +196,20 @@ def build_trainer(
     epochs: int,
 ) -> RecipeTrainer:
     """Put model, adapter, data and hyperparameters together."""
-    unsloth, full = work.engine == "unsloth", work.config.training.method == "full"
+    unsloth, settings = work.engine == "unsloth", work.config.training
+    full = settings.method == "full"
     dtype = compute_dtype_of(work.model) if full else model.dtype
-    trainer = RecipeTrainer(
+    kind: Callable[..., RecipeTrainer] = RecipeTrainer
+    lora = settings.lora
+    if settings.objective != "sft":
+        kind, lora = partial(PreferenceTrainer, settings=settings), without_dropout(lora)
+    trainer = kind(
         data=data,
         model=model,
         args=arguments(work, epochs, evaluate=data.held_out is not None, dtype=dtype),
         processing_class=tokenizer,
         limits=pass_limits(work, model, data.examples.lengths, packed=data.packed),
-        peft_config=None if unsloth or full else lora_config(work.config.training.lora, model),
+        peft_config=None if unsloth or full else lora_config(lora, model),
         engine_loss=unsloth_engine.loss if unsloth else None,
     )
     # ProgressReport takes their place.
@@ -225,7 +234,7 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, dtype: torch.d
         output_dir=str(work.checkpoints),
         # Optimization. To the Trainer a step is one batch; RecipeTrainer divides it into passes.
         num_train_epochs=epochs,
-        learning_rate=settings.peak_learning_rate,
+        learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
         warmup_steps=settings.warmup_ratio,  # below 1 it is the share of all steps
         per_device_train_batch_size=plan.batch_size * plan.gradient_accumulation_steps,
@@ -308,7 +317,7 @@ def train(
         raise StageError(
             Reason.TRAINING_DIVERGED,
             f"The loss became {result.training_loss}: lower training.learningRate "
-            f"({work.config.training.peak_learning_rate:g}).",
+            f"({work.config.training.learning_rate:g}).",
         )
     evaluations = evaluations_of(trainer)
     if trainer.data.held_out and trainer.state.global_step not in evaluations:

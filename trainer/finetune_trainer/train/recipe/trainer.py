@@ -73,6 +73,26 @@ def answer_loss(model: torch.nn.Module, inputs: Batch, *, some_logits: bool = Tr
     )
 
 
+def token_logps(model: torch.nn.Module, inputs: Batch, *, some_logits: bool = True) -> torch.Tensor:
+    """Log-probability of each label, [rows, time - 1]; 0 where there is none. See `answer_loss`."""
+    inputs = dict(inputs)
+    targets = inputs.pop("labels")[:, 1:]
+    keep = (targets != IGNORED).any(dim=0).nonzero().flatten()
+    if some_logits:
+        inputs["logits_to_keep"] = keep
+    logits = model(**inputs, use_cache=False).logits
+    if not some_logits:
+        logits = logits[:, keep]
+    losses = cross_entropy(
+        logits.flatten(0, 1).float(),
+        targets[:, keep].flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
+    )
+    whole = torch.zeros(targets.shape, device=targets.device)
+    return whole.index_copy(1, keep, -losses.view(len(targets), -1))
+
+
 def tiled_loss(model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
     """The same by TRL's output layer, tile by tile in Triton, and without its metrics.
 
@@ -227,6 +247,13 @@ class RecipeTrainer(SFTTrainer):
         loss = total / torch.as_tensor(count).clamp(min=1)
         # The count is that of all processes, whose gradients will be averaged.
         return loss * (1 if num_items_in_batch is None else self.args.world_size)
+
+    def token_logps(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
+        """Log-probability of each label, by the same output layer as the loss."""
+        if self.fused_head:
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+            return cast("torch.Tensor", outputs.log_probs)
+        return token_logps(model, inputs, some_logits=self._some_logits)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what is trained. Of a model spread over processes, gather that and no more."""

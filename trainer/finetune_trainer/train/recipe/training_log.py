@@ -23,6 +23,13 @@ BINS = 32
 """A curve is reduced to so many bins (medians), so that 50 or 50,000 log lines are judged alike."""
 
 
+REWARDS = {
+    "reward_accuracy": "eval_rewards/accuracies",
+    "reward_margin": "eval_rewards/margins",
+}
+"""Our names of what an evaluation of preferences logs by TRL's names."""
+
+
 @dataclass(frozen=True)
 class LogPoint:
     """A line of the Trainer's log."""
@@ -37,15 +44,19 @@ class LogPoint:
     eval_loss: float | None = None
     """Mean over the held-out rows."""
 
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
+    """Of preferences, over the held-out rows."""
+
 
 def log_points(log_history: Iterable[Mapping[str, Any]]) -> list[LogPoint]:
     """The Trainer's `state.log_history` without its summaries."""
-    names = ("loss", "grad_norm", "learning_rate", "eval_loss")
+    names = {name: name for name in ("loss", "grad_norm", "learning_rate", "eval_loss")} | REWARDS
     return [
         LogPoint(
             step=int(entry["step"]),
             epoch=float(entry.get("epoch") or 0.0),
-            **{name: float(entry[name]) for name in names if entry.get(name) is not None},
+            **{n: float(entry[key]) for n, key in names.items() if entry.get(key) is not None},
         )
         for entry in log_history
         if "loss" in entry or "eval_loss" in entry
@@ -167,6 +178,8 @@ def training_metrics(
         eval_loss=tuned.get("eval_loss"),
         perplexity=tuned.get("eval_perplexity"),
         eval_tokens=tuned.get("eval_tokens"),
+        **{name: tuned.get(key) for name, key in REWARDS.items()},
+        **{f"base_{name}": base.get(key) for name, key in REWARDS.items()},
         best_step=best_step,
     )
 

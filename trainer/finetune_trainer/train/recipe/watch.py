@@ -273,6 +273,8 @@ def find_unrelated_answers(
     Not covered: data with one question for all rows, and conversations of several answers or
     with tools. Every process of a training has to call it.
     """
+    if work.config.training.objective != "sft":
+        return None
     found = evaluations_of(trainer)
     steps = trainer.state.global_step
     if work.held_out is None or 0 not in found or steps not in found:

@@ -241,6 +241,8 @@ def choose_engine(
         return EngineChoice("transformers")
     if not gpus:
         return EngineChoice("transformers", "there is no NVIDIA GPU")
+    if (objective := config.training.objective) != "sft":
+        return EngineChoice("transformers", f"it learns answers only, and not {objective}")
     only_adapters = "here it trains adapters only" if config.training.method == "full" else None
     obstacle = missing or only_adapters or _unsloth_obstacle(config, gpus[0], processes, model_type)
     return EngineChoice("unsloth" if obstacle is None else "transformers", obstacle)
