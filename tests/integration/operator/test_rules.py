@@ -41,8 +41,8 @@ REFUSED: dict[str, Any] = {
         "method": "full",
         "lora": {"r": 8},
     },
-    "objective must be sft with method full and with initFrom: preferences are learnt against the "
-    "base, with the adapter off. To go on from a version, name its merged model in "
+    "must have objective sft with method full and with initFrom: preferences are learnt against "
+    "the base, with the adapter off. To go on from a version, name its merged model in "
     "spec.model.source": {"objective": "dpo", "method": "full"},
 }
 

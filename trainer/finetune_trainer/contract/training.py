@@ -206,8 +206,9 @@ def _has_default(path: str, default: Any) -> str:
 
 _NO_ADAPTER = "must leave out lora and initFrom with method full, which trains no adapter"
 _NO_REFERENCE = (
-    "must be sft with method full and with initFrom: preferences are learnt against the base, with "
-    "the adapter off. To go on from a version, name its merged model in spec.model.source"
+    "must have objective sft with method full and with initFrom: preferences are learnt against "
+    "the base, with the adapter off. To go on from a version, name its merged model in "
+    "spec.model.source"
 )
 
 
@@ -231,7 +232,7 @@ class Training(Base):
             (
                 "!has(self.objective) || self.objective == 'sft' || "
                 "(!has(self.initFrom) && (!has(self.method) || self.method != 'full'))",
-                f"objective {_NO_REFERENCE}",
+                _NO_REFERENCE,
             ),
         )
     )
@@ -389,7 +390,7 @@ class Training(Base):
     def _has_a_reference(self) -> Self:
         of_base = self.method != "full" and self.init_from is None
         if self.objective != "sft" and not of_base:
-            raise ValueError(f"objective {_NO_REFERENCE}")
+            raise ValueError(_NO_REFERENCE)
         return self
 
     @field_validator("epochs")
