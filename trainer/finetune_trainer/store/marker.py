@@ -6,8 +6,8 @@ counts only while all of them are there. What a later stage reads is compared wi
 
 `owner.json` names the FineTuneJob that an output folder belongs to. The first to come writes it, on
 the condition that there is none, so that of two at the same time one loses. A FineTuneJob that is
-deleted and made again under its name is the same owner. Outputs of 0.1.0 have none, and belong to the
-first to come.
+deleted and made again under its name is the same owner. Outputs of 0.1.0 have none, and belong to
+the first to come.
 """
 
 from __future__ import annotations
