@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from finetune_operator.api.finetunejob import DatasetStorageSpec, StorageSpec
-from finetune_trainer.contract.storage import CREDENTIALS
+from finetune_trainer.contract.output import CREDENTIALS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "storage.md").read_text(encoding="utf-8")
 

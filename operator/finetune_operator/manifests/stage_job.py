@@ -14,16 +14,14 @@ from finetune_operator.api import (
 )
 from finetune_operator.api.finetunejob import FineTuneJobSpec, PodSettings
 from finetune_operator.manifests.children import (
+    certificate_mounts,
+    certificate_volumes,
     child_name,
     digest,
+    from_secret,
     metadata,
     service_account_name,
     stage_labels,
-)
-from finetune_operator.manifests.stores import (
-    certificate_mounts,
-    certificate_volumes,
-    from_secret,
     store_references,
     store_variables,
 )

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from finetune_operator.api.observed import FineTuneJobStatus, Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
-from finetune_operator.plan import lifecycle, looks, results, versions
+from finetune_operator.plan import lifecycle, results, versions
 from finetune_operator.plan.draft import (
     Action,
     Draft,
@@ -60,12 +60,12 @@ def plan(
     if finetunejob.deleting:
         return Plan(finetunejob.status)
     settled = _is_settled(finetunejob)
-    look = looks.due_look(finetunejob, now, settled=settled)
+    look = versions.due_look(finetunejob, now, settled=settled)
     if settled and look is None:
         held = stop_what_outlives_trainers(jobs, policy, now)
-        delays = (held.requeue_after, looks.seconds_to_refresh(finetunejob, now))
+        delays = (held.requeue_after, versions.seconds_to_refresh(finetunejob, now))
         soonest = min((each for each in delays if each is not None), default=None)
-        handled = {"last_handled_retry_at": looks.handled_retry(finetunejob)}
+        handled = {"last_handled_retry_at": versions.handled_retry(finetunejob)}
         status = finetunejob.status.model_copy(update=handled)
         return replace(held, status=status, requeue_after=soonest)
     if finetunejob.spec is None:
@@ -81,7 +81,7 @@ def plan(
         denial=denial,
         look=look,
     )
-    looks.tell_of_retry(draft, look)
+    versions.tell_of_retry(draft, look)
     for stage in Stage:
         follow_stage(draft, stage)
     results.record_notices(draft)
@@ -91,7 +91,7 @@ def plan(
         lifecycle.tell_of_resumption(draft)
         versions.halt_export(draft)
         made = _advance(draft)
-    return looks.with_looks(draft, made)
+    return versions.with_looks(draft, made)
 
 
 def _is_settled(finetunejob: ObservedFineTuneJob) -> bool:
@@ -122,7 +122,7 @@ def _advance(draft: Draft) -> Plan:
             if stage is not Stage.PREPARE:
                 _halt_running_stages(draft)
             draft.stop_obsolete_jobs()
-            return draft.finish(stage, looks.failure_summary(draft, left[0]))
+            return draft.finish(stage, versions.failure_summary(draft, left[0]))
         case StageState.PENDING:
             draft.stop_obsolete_jobs()
             _start(draft, stage)

@@ -14,8 +14,8 @@ from finetune_operator.api.observed import (
 )
 from finetune_operator.observe import ObservedJob
 from finetune_operator.plan.draft import Draft
-from finetune_operator.plan.looks import stays_failed
 from finetune_operator.plan.verdict import Done, Failure
+from finetune_operator.plan.versions import stays_failed
 from finetune_operator.plan.why import Change, Why, spec_inputs
 from finetune_operator.status import quality_hint, timestamp, warnings_hint
 from finetune_trainer.contract import (

@@ -182,7 +182,7 @@ def test_on_one_machine_the_whole_model_lies_where_the_adapter_would(
         f"dataset.source={data}",
         f"model.source={tiny_model}",
         "training.method=full",
-        "training.epochs=1",
+        "training.epochs=4",
         "training.learningRate=1e-3",
     ]
     with Reporter() as reporter:

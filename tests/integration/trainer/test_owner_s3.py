@@ -23,7 +23,7 @@ from finetune_trainer.contract import (
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.stage_runner import perform
 from finetune_trainer.store import open_folder
-from finetune_trainer.store.owner import claim, read_owner
+from finetune_trainer.store.marker import claim, read_owner
 from hack.object_store import Credentials
 from tests.integration.trainer import first_release
 from tests.integration.trainer.conftest import use_keys

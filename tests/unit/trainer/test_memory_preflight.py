@@ -15,9 +15,9 @@ from finetune_trainer.contract import (
     Reason,
     StageError,
 )
-from finetune_trainer.export import preflight
+from finetune_trainer.export import export_stage
+from finetune_trainer.export.export_stage import check_memory, check_space, memory_need
 from finetune_trainer.export.merge import MergedWeights, TensorInfo
-from finetune_trainer.export.preflight import check_memory, check_space, memory_need
 from finetune_trainer.runtime import GIB
 from tests.unit.trainer.test_memory_shape import config
 
@@ -83,7 +83,7 @@ EXPERTS = Weights(
 
 
 def have(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "free_memory", lambda: memory)
+    monkeypatch.setattr(export_stage, "free_memory", lambda: memory)
 
 
 def test_a_pod_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from finetune_trainer.contract import JobReference, Output, Reason, StageError, Storage
 from finetune_trainer.store import Folder, LocalFolder, open_folder
-from finetune_trainer.store.owner import OWNER, check_owner, claim, read_owner
+from finetune_trainer.store.marker import OWNER, check_owner, claim, read_owner
 from tests.dying_folder import contents
 
 OURS = JobReference(name="support", namespace="team-a")

@@ -77,13 +77,17 @@ from finetune_trainer.contract.outcome import ExitCode, Reason, StageError, Stag
 from finetune_trainer.contract.output import (
     SIGNING_KEY_FILE,
     UNQUANTIZED,
+    DatasetStorage,
+    Encryption,
     Export,
     Hub,
+    ModelStorage,
     Output,
     PrivateFile,
     QualityLimit,
     Quantization,
     Signing,
+    Storage,
     VersionName,
 )
 from finetune_trainer.contract.progress import (
@@ -106,7 +110,6 @@ from finetune_trainer.contract.run import (
     TrainingPlan,
     read_run_config,
 )
-from finetune_trainer.contract.storage import DatasetStorage, Encryption, ModelStorage, Storage
 from finetune_trainer.contract.training import (
     ADAPTER,
     ALL_LINEAR,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired, Self, TypedDict
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from finetune_trainer.contract.base import Base, Location, cel
-from finetune_trainer.contract.storage import DatasetStorage
+from finetune_trainer.contract.output import DatasetStorage
 
 HUB_DATASETS = "hf://datasets/"
 

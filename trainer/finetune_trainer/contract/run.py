@@ -10,8 +10,7 @@ from pydantic import Field
 
 from finetune_trainer.contract.base import Base, Tolerated, read_known
 from finetune_trainer.contract.dataset import Dataset
-from finetune_trainer.contract.output import Export, Output, VersionName
-from finetune_trainer.contract.storage import Storage
+from finetune_trainer.contract.output import Export, Output, Storage, VersionName
 from finetune_trainer.contract.training import Model, Training
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from finetune_trainer.contract.base import Base, cel, parse_duration
-from finetune_trainer.contract.storage import ModelStorage
+from finetune_trainer.contract.output import ModelStorage
 
 
 class TargetModule(StrEnum):

@@ -52,10 +52,10 @@ from finetune_trainer.store.marker import (
     DATASET_REPORT,
     SUMMARY,
     Marker,
+    claim,
     save_stage,
     stage_folder,
 )
-from finetune_trainer.store.owner import claim
 from finetune_trainer.store.pruning import make_current_and_prune
 from finetune_trainer.store.versions import summarize_versions
 

@@ -21,7 +21,7 @@ from pythonjsonlogger.json import JsonFormatter
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.contract.base import redact
-from finetune_trainer.contract.storage import CA_BUNDLES
+from finetune_trainer.contract.output import CA_BUNDLES
 
 FORMAT_VARIABLE = "FINETUNE_LOG_FORMAT"
 STAGE_VARIABLE = "FINETUNE_STAGE"  # inherited by the processes that a stage starts

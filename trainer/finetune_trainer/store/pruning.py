@@ -13,8 +13,7 @@ from pathlib import PurePosixPath
 
 from finetune_trainer.contract import VERSIONS, Fingerprints, Output, Stage
 from finetune_trainer.store import Folder, stays_below
-from finetune_trainer.store.marker import MANIFEST, STAGES, find_complete, stage_folder
-from finetune_trainer.store.owner import OWNER
+from finetune_trainer.store.marker import MANIFEST, OWNER, STAGES, find_complete, stage_folder
 from finetune_trainer.store.versions import (
     FIRST_MANIFEST,
     Version,

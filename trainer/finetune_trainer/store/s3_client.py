@@ -28,7 +28,7 @@ from botocore.utils import conditionally_calculate_md5
 
 from finetune_trainer.contract import Encryption, Reason, StageError, Storage
 from finetune_trainer.contract.base import names_user, redact
-from finetune_trainer.contract.storage import CREDENTIALS
+from finetune_trainer.contract.output import CREDENTIALS
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

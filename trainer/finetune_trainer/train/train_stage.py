@@ -26,11 +26,11 @@ from finetune_trainer.store.marker import (
     METRICS,
     SUMMARY,
     StageFiles,
+    check_owner,
     find_complete,
     open_stage,
     save_stage,
 )
-from finetune_trainer.store.owner import check_owner
 from finetune_trainer.train.link import Failed, Trained, TrainingWork, default_plan
 from finetune_trainer.train.supervisor.checkpoints import CheckpointStore
 from finetune_trainer.train.supervisor.ladder import descend
