@@ -55,6 +55,6 @@ def test_preferences_are_learnt_against_the_base_model(
     objective: str, more: dict[str, object]
 ) -> None:
     """Which is the model with its adapter off: there must be one, and it must begin at zero."""
-    with pytest.raises(ValidationError, match="preferences are learnt against"):
+    with pytest.raises(ValidationError, match="must have objective sft"):
         Training.model_validate({"objective": objective, **more})
     assert Training.model_validate({"objective": "sft", **more}).objective == "sft"
