@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self, cast
@@ -20,7 +20,14 @@ from typing import Any, Literal, Self, cast
 import aiohttp
 from kubernetes.aio import client, config
 
-from finetune_operator.api import API_VERSION, CHILDREN_SELECTOR, KIND, OPERATOR, JsonObject
+from finetune_operator.api import (
+    API_VERSION,
+    CHILDREN_SELECTOR,
+    KIND,
+    OPERATOR,
+    WOKEN_ANNOTATION,
+    JsonObject,
+)
 from finetune_operator.pods import moment
 from finetune_trainer.contract import GROUP, PLURAL, VERSION
 
@@ -175,6 +182,13 @@ class Cluster:
             await self._request("DELETE", path, body=body)
         except (NotFoundError, ConflictError):
             return  # it is gone, or its name belongs to another Job by now
+
+    async def wake_job(self, namespace: str, name: str, at: str) -> None:
+        """Touch a Job, so that its controller looks at it; no error if it is gone."""
+        body = {"metadata": {"annotations": {WOKEN_ANNOTATION: at}}}
+        path = f"{_path('Job', {'namespace': namespace})}/{name}"
+        with suppress(NotFoundError):
+            await self._request("PATCH", path, body=body, content_type=MERGE_PATCH)
 
     async def patch_status(
         self, namespace: str, name: str, resource_version: str, patch: Mapping[str, Any]

@@ -21,6 +21,7 @@ from finetune_operator.api import (
     RETRY_ANNOTATION,
     STAGE_KEY_ANNOTATION,
     STAGE_LABEL,
+    WOKEN_ANNOTATION,
     JsonObject,
 )
 from finetune_operator.api.finetunejob import FineTuneJobSpec
@@ -71,6 +72,9 @@ class ObservedJob:
     created: datetime
     taken_up: datetime | None = None
     """When the Job controller first looked at it, or began again after it was suspended."""
+
+    woken: datetime | None = None
+    """When the operator last touched it, so that its controller looks at it."""
 
     refusal: str | None = None
     """Why its controller can't create a pod, in the API server's words."""
@@ -314,6 +318,15 @@ def _is_stage_job(raw: JsonObject) -> bool:
     )
 
 
+def _woken(text: str | None) -> datetime | None:
+    """The operator's own words, unless somebody has changed them."""
+    try:
+        found = moment(text)
+    except ValueError:
+        return None
+    return found if found is not None and found.tzinfo else None
+
+
 def _job(raw: JsonObject, pods: list[JsonObject]) -> ObservedJob:
     """Parse a Job; `pods` are its pods, oldest first."""
     meta, status = raw["metadata"], raw.get("status") or {}
@@ -328,6 +341,7 @@ def _job(raw: JsonObject, pods: list[JsonObject]) -> ObservedJob:
         image=trainer_image(raw["spec"]["template"]["spec"]),
         created=created_at(raw),
         taken_up=moment(status.get("startTime")),
+        woken=_woken(meta["annotations"].get(WOKEN_ANNOTATION)),
         finished=Finish(ended["type"]) if ended else None,
         finished_at=moment(ended.get("lastTransitionTime")) if ended else None,
         failed_by_exit_code=ended is not None and ended.get("reason") == "PodFailurePolicy",

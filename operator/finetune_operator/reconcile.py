@@ -47,7 +47,7 @@ from finetune_operator.observe import (
 from finetune_operator.plan import Event, Plan, Policy, StartStage, StopJob, plan, refuse
 from finetune_operator.pods import ObservedPod, observe_pod
 from finetune_operator.settings import Settings
-from finetune_operator.status import occasion, older_phase, status_patch
+from finetune_operator.status import occasion, older_phase, status_patch, timestamp
 from finetune_operator.usage import with_usage
 from finetune_trainer.contract import Reason, Stage
 
@@ -227,10 +227,19 @@ class Reconciler:
                 words = await self._cluster.failed_mount(namespace, pod.uid)
                 return replace(job, pod=replace(pod, mount_failure=words))
             if job.lacks_pod and waiting >= self._policy.pod_grace:
-                return replace(job, refusal=await self._cluster.failed_create(namespace, job.uid))
+                words = await self._cluster.failed_create(namespace, job.uid)
+                job = replace(job, refusal=words)
+                await self._wake(namespace, job)
         except ForbiddenError:
             pass  # this version's rights are not there yet
         return job
+
+    async def _wake(self, namespace: str, job: ObservedJob) -> None:
+        """Remind the Job controller of a Job that should have a pod."""
+        now = datetime.now(UTC)
+        last = job.woken or job.taken_up or now
+        if now - last >= self._policy.wake_interval:
+            await self._cluster.wake_job(namespace, job.name, timestamp(now))
 
     async def _rehearse(self, finetunejob: ObservedFineTuneJob, decided: Plan) -> JsonObject | None:
         """Create what the Job of a stage to start needs; return the Job, which the API server

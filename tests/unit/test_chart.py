@@ -76,7 +76,7 @@ def test_the_operator_may_do_exactly_this() -> None:
         ("finetune.dev", "finetunejobs"): ["get", "list", "watch"],
         ("finetune.dev", "finetunejobs/status"): ["patch"],
         ("finetune.dev", "finetunejobs/finalizers"): ["update"],
-        ("batch", "jobs"): ["create", "delete", "get", "list", "watch"],
+        ("batch", "jobs"): ["create", "delete", "get", "list", "patch", "watch"],
         ("", "pods"): ["get", "list", "watch"],
         ("", "configmaps"): ["create", "get"],
         ("", "serviceaccounts"): ["create", "get"],

@@ -25,6 +25,7 @@ ATTEMPT_LABEL = f"{GROUP}/attempt"
 FINETUNEJOB_NAME_ANNOTATION = f"{GROUP}/job-name"  # the whole name
 STAGE_KEY_ANNOTATION = f"{GROUP}/key"  # the stage's fingerprint, or `prepare`'s look
 RETRY_ANNOTATION = f"{GROUP}/retry-requested-at"  # on a FineTuneJob, and the user's
+WOKEN_ANNOTATION = f"{GROUP}/woken-at"  # when the operator last touched the Job
 POD_SETTINGS_ANNOTATION = f"{GROUP}/pod-settings"  # digest of the settings of its pods
 
 KIND = "FineTuneJob"

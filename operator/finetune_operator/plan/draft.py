@@ -93,6 +93,10 @@ class Policy:
     """The Job controller may take this long to take a Job up. It makes 20 requests a second by
     default, and so needs minutes for a burst of Jobs."""
 
+    wake_interval: timedelta = timedelta(seconds=60)
+    """Between two touches of a Job without a pod. Its controller may have lost what it had to do in
+    an outage of the API server, and pauses for minutes after a pod that was refused."""
+
     clock_skew: timedelta = timedelta(seconds=60)
     """By how much the clocks of nodes, control plane and operator may differ."""
 

@@ -253,6 +253,11 @@ def test_the_job_controller_keeps_to_the_policies(start: Start) -> None:
     made.here.wait_until_nothing_is_left()  # no finalizer holds a pod
 
 
+def woken(here: Namespace) -> bool:
+    notes = [job["metadata"]["annotations"] for job in here.children("jobs")]
+    return any("finetune.dev/woken-at" in each for each in notes)
+
+
 def costs_nothing(made: Training) -> None:
     """The Job itself has replaced the pod, and nothing was wrong meanwhile."""
     train = made.here.stage(TRAIN)
@@ -363,9 +368,9 @@ def test_a_suspended_job_is_no_trouble_and_goes_on(trainings: dict[str, Training
 def test_a_pod_that_cannot_be_created_is_told_with_the_reason(denied: Namespace) -> None:
     denied.wait("Degraded", lambda: denied.condition("Degraded")[1] == "PodNotCreated")
     assert "exceeded quota: no-pods" in denied.condition("Degraded")[2]
+    denied.wait("the Job controller to be woken", lambda: woken(denied))
     denied.plane.kubectl("delete", "quota", "no-pods", "-n", denied.name)
     # The Job controller waits before it tries again, and longer each time, unless the Job changes.
-    denied.plane.kubectl("annotate", "job", "--all", "touched=yes", "-n", denied.name)
     denied.wait_phase("Succeeded")
     assert denied.condition("Degraded")[0] == "False"
 

@@ -152,6 +152,14 @@ def test_a_pod_that_somebody_deleted_by_force(
     assert pod.at_work is not (forced or phase == "Failed")
 
 
+@pytest.mark.parametrize("text", ["tomorrow", "2026-11-24T12:00:02", ""])
+def test_what_somebody_wrote_over_the_operators_note_is_passed_over(text: str) -> None:
+    raw = raw_job()
+    raw["metadata"]["annotations"]["finetune.dev/woken-at"] = text
+    (job,) = observe_jobs(finetunejob(), [raw], [])
+    assert job.woken is None
+
+
 def test_a_job_that_its_controller_has_not_taken_up_lacks_no_pod() -> None:
     assert not observed().lacks_pod
     assert observed(startTime="2026-11-24T12:00:02Z").lacks_pod
