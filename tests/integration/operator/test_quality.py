@@ -65,6 +65,7 @@ def test_a_file_that_the_gate_refuses_is_named_and_a_new_limit_exports_alone(
         "sameTopToken": 0.92,
         "perplexity": 5.5,
         "maxKLDivergence": 0.08,
+        "judged": True,
         "passed": True,
     }
     assert figures(here) == {
