@@ -230,7 +230,7 @@ def test_text_need_not_change_a_vision_tower(tmp_path: Path) -> None:
     change(adapter / WEIGHTS, lambda tensors: forget(tensors, "vision_tower"))
     MergedWeights.open(base, adapter).check_changes()
     change(adapter / WEIGHTS, lambda tensors: forget(tensors, "language_model"))
-    with pytest.raises(StageError, match="nothing in 3 of 4 target modules"):
+    with pytest.raises(StageError, match="nothing in 3 of 4 targets"):
         MergedWeights.open(base, adapter).check_changes()
 
 

@@ -112,7 +112,7 @@ def test_an_adapter_of_another_model(base: Path, adapter: Path, tmp_path: Path) 
 
 def test_an_adapter_that_changes_nothing_in_a_module(base: Path, adapter: Path) -> None:
     change(adapter / WEIGHTS, lambda tensors: tensors[f"{Q}.lora_B.weight"].zero_())
-    words = r"nothing in 1 of 6 target modules \(model\.layers\.0\.self_attn\.q_proj\)"
+    words = r"nothing in 1 of 6 targets \(model\.layers\.0\.self_attn\.q_proj\)"
     refused(base, adapter, words, Reason.QUALITY_GATE_FAILED)
 
 
