@@ -149,7 +149,7 @@ def test_held_out_rows_go_to_a_file_of_their_own(
     kept, held = lines(out / "examples.jsonl"), lines(out / "eval.jsonl")
     numbers = report["split"]["heldOut"]["rows"]
     assert held == [as_example(rows[number - 1]) for number in numbers]
-    assert (len(kept), len(held), report["evalExamples"]) == (38, 2, 2)
+    assert (len(kept), len(held), report["evalExamples"]) == (36, 4, 4)
     assert report["split"]["by"] == "evalFraction"
     assert all(example in [as_example(row) for row in rows] for example in kept)
 
