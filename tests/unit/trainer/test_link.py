@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.contract import Notice, NoticeCode, Progress, Reason, RunConfig
-from finetune_trainer.model import ModelFolder
+from finetune_trainer.contract import Notice, NoticeCode, Progress, Reason
 from finetune_trainer.train.link import (
     Channel,
     CheckpointOnDisk,
@@ -21,30 +20,14 @@ from finetune_trainer.train.link import (
     StageLink,
     TrainingWork,
     WorkerMessage,
-    default_plan,
     listening,
 )
+from tests.unit.trainer.training_work import work_in
 
 
 @pytest.fixture
 def work(tmp_path: Path) -> TrainingWork:
-    config = RunConfig.model_validate(
-        {
-            "model": {"source": "org/base"},
-            "dataset": {"source": "s3://data/faq.csv"},
-            "output": {"uri": "s3://models/support"},
-        }
-    )
-    return TrainingWork(
-        config=config,
-        plan=default_plan(config),
-        max_sequence_length=64,
-        engine="transformers",
-        examples=tmp_path / "examples",
-        held_out=None,
-        model=ModelFolder(path=tmp_path),
-        workdir=tmp_path,
-    )
+    return work_in(tmp_path)
 
 
 class Heard(list[WorkerMessage]):
@@ -75,14 +58,14 @@ def test_all_that_was_sent_is_handled_when_the_block_ends(work: TrainingWork) ->
         with connected(link) as channel:
             assert channel.work == work
             channel.publish(Progress(step=1))
-            channel.checkpoint(5, Path("/work/checkpoint-5"))
+            channel.checkpoint(5, Path("checkpoint-5"))
             eventually(lambda: len(got) == 2)
         with connected(link) as channel:  # another worker
             channel.lengths([5, 3, 5])
             channel.notice(notice)
     assert got == [
         WorkerMessage(progress=Progress(step=1)),
-        WorkerMessage(checkpoint=CheckpointOnDisk(step=5, folder=Path("/work/checkpoint-5"))),
+        WorkerMessage(checkpoint=CheckpointOnDisk(step=5, folder=Path("checkpoint-5"))),
         WorkerMessage(lengths={3: 1, 5: 2}),
         WorkerMessage(notice=notice),
     ]

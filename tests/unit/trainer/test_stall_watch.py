@@ -11,18 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.contract import Progress, Reason, RunConfig, Training
-from finetune_trainer.model import ModelFolder
+from finetune_trainer.contract import Progress, Reason, Training
 from finetune_trainer.train.link import (
     Channel,
     Failed,
     TrainingWork,
     WorkerMessage,
-    default_plan,
     listening,
 )
 from finetune_trainer.train.supervisor.stall_watch import StallWatch
 from finetune_trainer.train.supervisor.training_session import WorkerProcess
+from tests.unit.trainer.training_work import work_in
 
 ALIVE = WorkerMessage(alive=True)
 HANGS = """
@@ -95,24 +94,7 @@ def test_signs_of_life_are_enough() -> None:
 
 @pytest.fixture
 def work(tmp_path: Path) -> TrainingWork:
-    config = RunConfig.model_validate(
-        {
-            "model": {"source": "org/base"},
-            "dataset": {"source": "s3://data/faq.csv"},
-            "output": {"uri": "s3://models/support"},
-            "training": {"stallTimeout": "1s"},
-        }
-    )
-    return TrainingWork(
-        config=config,
-        plan=default_plan(config),
-        max_sequence_length=64,
-        engine="transformers",
-        examples=tmp_path / "examples",
-        held_out=None,
-        model=ModelFolder(path=tmp_path),
-        workdir=tmp_path,
-    )
+    return work_in(tmp_path, stallTimeout="1s")
 
 
 def test_signs_of_life_come_through_the_channel_now_and_then(work: TrainingWork) -> None:
