@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal, Self, TypedDict, Unpack
 
@@ -57,7 +57,7 @@ class Event:
     type: Literal["Normal", "Warning"]
     reason: str
     message: str
-    scope: str = ""
+    scope: str = field(default="", compare=False)
     """Tells apart events with the same words; left empty, the spec and the attempts do."""
 
 
@@ -239,10 +239,20 @@ class Draft:
     def add_event(self, reason: str, message: str) -> None:
         self._events.append(Event("Normal", str(reason), shorten(message)))
 
-    def add_warning(self, reason: str, message: str) -> None:
-        event = Event("Warning", str(reason), shorten(message))
+    def add_warning(self, reason: str, message: str, scope: str = "") -> None:
+        event = Event("Warning", str(reason), shorten(message), scope)
         if event not in self._events:
             self._events.append(event)
+
+    def warn_of_attempt(self, stage: Stage, reason: str, message: str) -> None:
+        """Post a warning about the attempt that the stage is at.
+
+        The pass that first sees the end of an attempt and the one that starts the next may say the
+        same: it stays one Event.
+        """
+        status = self.stages[stage]
+        lost = f"{status.attempt}.{status.disruptions}@{status.start_time or ''}"
+        self.add_warning(reason, message, f"{stage}/{lost}")
 
     def warn_once(self, reason: str, message: str) -> None:
         """Post a warning, unless a condition already says the same."""

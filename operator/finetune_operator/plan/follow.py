@@ -82,7 +82,7 @@ def _tell_of_lost_pods(draft: Draft, job: ObservedJob) -> None:
     for name, failure in lost[names.index(told) + 1 if told in names else 0 :]:
         disruptions = draft.stages[job.stage].disruptions + 1
         draft.change(job.stage, disruptions=disruptions, lost_pod=name)
-        draft.add_warning(failure.reason, failure.message)
+        draft.warn_of_attempt(job.stage, failure.reason, failure.message)
 
 
 def _too_many(draft: Draft, stage: Stage, last: Failure) -> Failure | None:
@@ -191,4 +191,4 @@ def _record_failure(draft: Draft, stage: Stage, failure: Failure) -> None:
         completion_time=timestamp(failure.at),
     )
     if not results.warn_of_failed_files(draft, failure.result, failure.reason):
-        draft.add_warning(failure.reason, message)
+        draft.warn_of_attempt(stage, failure.reason, message)

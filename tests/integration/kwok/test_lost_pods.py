@@ -349,6 +349,7 @@ def test_a_pod_deleted_by_hand_is_told_and_another_attempt_starts(
     words = "The pod of train was disrupted (the pod was deleted). Stopped when told to."
     assert made.told() == words
     assert made.replaced()["metadata"]["labels"]["finetune.dev/attempt"] == "2"
+    assert made.told() == words  # still the only one
     assert made.here.stage(TRAIN)["disruptions"] == 1
     assert made.here.stage(TRAIN)["failures"] == 0
 

@@ -72,13 +72,9 @@ HALVED = Notice(
     code=NoticeCode.BATCH_HALVED, step=3, evidence="CUDA ran out.", remedy="batchSize 1 now."
 )
 RESUMED = Notice(code=NoticeCode.RESUMED, evidence="checkpoint of step 30", remedy="Nothing.")
-SAID_RISING = Event(
-    "Warning", "LossRising", "step 40: loss 1.2, then 3.4. Lower it.", scope="train-a"
-)
-SAID_HALVED = Event(
-    "Warning", "BatchHalved", "step 3: CUDA ran out. batchSize 1 now.", scope="train-a"
-)
-SAID_RESUMED = Event("Normal", "Resumed", "checkpoint of step 30. Nothing.", scope="train-a")
+SAID_RISING = Event("Warning", "LossRising", "step 40: loss 1.2, then 3.4. Lower it.")
+SAID_HALVED = Event("Warning", "BatchHalved", "step 3: CUDA ran out. batchSize 1 now.")
+SAID_RESUMED = Event("Normal", "Resumed", "checkpoint of step 30. Nothing.")
 ROWS = DatasetSummary(rows=120, examples=114, eval_examples=6, tokens=5000)
 BAD_ROWS = DatasetSummary(rows=120, invalid=2, first_invalid=(BadRow(row=7, cause="no response"),))
 
@@ -167,7 +163,6 @@ CASES = [
                     "Warning",
                     "LossRising",
                     "step 80: loss 1.2, then 3.4. Lower it.",
-                    scope="train-a",
                 ),
                 SAID_HALVED,
                 SAID_RESUMED,
@@ -357,7 +352,9 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.says)
 def test_plan(case: Case) -> None:
-    assert decide(case) == case.plan
+    made = decide(case)
+    assert made == case.plan
+    assert {each.scope for each in made.notices} <= {"train-a"}
 
 
 def decided(given: ObservedFineTuneJob, *jobs: ObservedJob) -> Plan:

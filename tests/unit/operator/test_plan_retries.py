@@ -6,12 +6,14 @@ import pytest
 
 from finetune_operator.api.observed import Phase, StageState
 from finetune_operator.observe import Finish
-from finetune_operator.plan import Plan
+from finetune_operator.plan import Plan, Policy, plan
 from finetune_operator.pods import ObservedPod
 from finetune_trainer.contract import Reason
 from tests.unit.operator.build import (
     LOST,
+    NOW,
     PREPARE,
+    SETTINGS,
     TRAIN,
     at,
     ended,
@@ -295,3 +297,16 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.says)
 def test_plan(case: Case) -> None:
     assert decide(case) == case.plan
+
+
+@pytest.mark.parametrize("starts_at_once", [False, True])
+def test_what_ended_an_attempt_stays_one_event(starts_at_once: bool) -> None:
+    lost = plan(finetunejob(training()), [job(TRAIN, pod=deleted_pod())], SETTINGS, Policy(), NOW)
+    ended_at = at(-91 if starts_at_once else 0)
+    failed = job(TRAIN, finished=Finish.FAILED, finished_at=ended_at, pod=None)
+    after = plan(finetunejob(lost.status), [failed], SETTINGS, Policy(), NOW)
+    assert (started(TRAIN, 2) in after.events) is starts_at_once
+    assert [each for each in after.events if each.type == "Warning"] == list(lost.events)
+    assert {each.scope for each in (*lost.events, *after.events) if each.type == "Warning"} == {
+        f"train/1.1@{lost.status.stages[1].start_time}"
+    }
