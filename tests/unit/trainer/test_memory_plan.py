@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from finetune_trainer.contract import Hardware, Reason, StageError, Training, TrainingPlan
 from finetune_trainer.memory.plan import GPU_USEFUL, HOST_PROCESS, Lengths, plan
-from finetune_trainer.memory.predict import Recipe, predict
+from finetune_trainer.memory.predict import Recipe, kept_by_layer, predict
 from finetune_trainer.memory.remedies import Attempt
 from finetune_trainer.model.shape import Shape
 from tests.unit.trainer.test_memory_shape import shape
@@ -182,6 +182,32 @@ def test_the_prediction_grows_with_passes_and_lengths(
     assert attempt.needs(size, checkpointing) < attempt.needs(size + 1, checkpointing)
     longer = Attempt(training, shape(model), longest + 1)
     assert attempt.needs(size, checkpointing) < longer.needs(size, checkpointing)
+
+
+def test_no_more_layers_are_computed_again_than_memory_asks_for() -> None:
+    found = [plan(Training(), shape(EIGHT), Lengths(2048), gpus(gib)) for gib in range(24, 81, 4)]
+    shares = [1 / each.recompute_every if each.gradient_checkpointing else 0 for each in found]
+    assert len(set(shares)) > 3
+    # As large as passes may be with recomputation, more memory goes to the layers.
+    full = [share for share, made in zip(shares, found, strict=True) if made.pass_tokens == 8192]
+    assert full == sorted(full, reverse=True)
+    assert 0 < min(full) < 1
+    always = Training(gradient_checkpointing="always")
+    assert plan(always, shape(EIGHT), Lengths(2048), gpus(48)).recompute_every == 1
+
+
+def test_a_layer_that_is_not_computed_again_counts_as_a_whole() -> None:
+    eight, lora = shape(EIGHT), Training()
+    kept, again = (Recipe.on_gpu(lora, checkpointing=on) for on in (False, True))
+    needs = [
+        predict(eight, replace(again, recompute_every=every), 2048).activations
+        for every in (1, 2, 4, 8)
+    ]
+    assert needs == sorted(needs)
+    assert needs[-1] < predict(eight, kept, 2048).activations
+    # Of 32 layers 16 keep what they computed; each of those keeps its input as a part of that.
+    layer = 2048 * (kept_by_layer(eight, kept) - 2 * eight.hidden)
+    assert needs[1] - needs[0] == pytest.approx(16 * layer, rel=1e-6)
 
 
 GEMMA2_9B = Shape(
@@ -405,7 +431,9 @@ def test_the_tokens_of_a_pass_fit_as_its_examples_do(
     if made.pass_tokens is None:
         return
     assert made.pass_tokens <= max(GPU_USEFUL, longest)
-    attempt = Attempt(training, shape(model), longest)
+    every = made.recompute_every
+    assert every == 1 or (made.gradient_checkpointing and training.gradient_checkpointing == "auto")
+    attempt = Attempt(training, shape(model), longest, recompute_every=every)
     # Of a CPU, what fits at least in one type: all weights take less in float32, without a copy.
     kinds = [attempt] if gpu else [attempt.on_cpu(half=half) for half in (True, False)]
     needs = min(each.needs_for(made.pass_tokens, made.gradient_checkpointing) for each in kinds)

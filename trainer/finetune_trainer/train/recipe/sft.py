@@ -262,7 +262,10 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, dtype: torch.d
         # Memory. Unsloth recomputes activations by itself. With FSDP this is right as well, unlike
         # accelerate's own setting, which draws dropout anew when it recomputes a layer.
         gradient_checkpointing=plan.gradient_checkpointing and work.engine != "unsloth",
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing_kwargs={
+            "use_reentrant": False,
+            **({"every_n_layers": plan.recompute_every} if plan.recompute_every > 1 else {}),
+        },
         # Several processes. The loss is one mean over the labels of all of them.
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
