@@ -85,6 +85,12 @@ PATHS = {
     "Role": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/roles",
     "RoleBinding": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/rolebindings",
 }
+# Of Kueue, newest first; there are clusters without it.
+WORKLOADS = tuple(
+    f"/apis/kueue.x-k8s.io/{version}/namespaces/{{namespace}}/workloads"
+    for version in ("v1beta2", "v1beta1")
+)
+WORKLOAD_OF_JOB = "kueue.x-k8s.io/job-uid"
 WATCHED = {KIND: "", "Job": CHILDREN_SELECTOR, "Pod": CHILDREN_SELECTOR}
 MERGE_PATCH = "application/merge-patch+json"
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
@@ -168,6 +174,17 @@ class Cluster:
         query = {"labelSelector": wanted}
         found = await self._request("GET", _collection("Pod", namespace), query=query)
         return list(found["items"] or ())
+
+    async def workload(self, namespace: str, job_uid: str) -> JsonObject | None:
+        """Kueue's Workload of a Job, once it has made one; raises NotFoundError without Kueue."""
+        query = {"labelSelector": f"{WORKLOAD_OF_JOB}={job_uid}"}
+        *newer, oldest = (each.format(namespace=namespace) for each in WORKLOADS)
+        for path in newer:
+            with suppress(NotFoundError):
+                found = await self._request("GET", path, query=query)
+                return next(iter(found["items"] or ()), None)
+        found = await self._request("GET", oldest, query=query)
+        return next(iter(found["items"] or ()), None)
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
         """Delete the Job with this uid, after its pods; no error if it is gone."""

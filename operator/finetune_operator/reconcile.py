@@ -38,9 +38,11 @@ from finetune_operator.monitoring import Metrics
 from finetune_operator.observe import (
     ObservedFineTuneJob,
     ObservedJob,
+    QueueState,
     is_controlled_by,
     observe_finetunejob,
     observe_jobs,
+    observe_queue,
     pods_without_job,
     stages_at_work,
 )
@@ -218,14 +220,16 @@ class Reconciler:
         return result, decided.requeue_after
 
     async def _explained(self, finetunejob: ObservedFineTuneJob, job: ObservedJob) -> ObservedJob:
-        """The Job with what its controller says of a pod that it can't create, or the kubelet of
-        one that it can't start."""
+        """The Job with what its controller says of a pod that it can't create, the kubelet of one
+        that it can't start, or Kueue of why it waits."""
         pod, namespace = job.pod, finetunejob.namespace
         waiting = datetime.now(UTC) - (job.taken_up or datetime.now(UTC))
         try:
             if pod is not None and pod.mounts_secrets:
                 words = await self._cluster.failed_mount(namespace, pod.uid)
                 return replace(job, pod=replace(pod, mount_failure=words))
+            if job.waits_in_queue:
+                return replace(job, queue_state=await self._queue_state(namespace, job))
             if job.lacks_pod and waiting >= self._policy.pod_grace:
                 words = await self._cluster.failed_create(namespace, job.uid)
                 job = replace(job, refusal=words)
@@ -233,6 +237,13 @@ class Reconciler:
         except ForbiddenError:
             pass  # this version's rights are not there yet
         return job
+
+    async def _queue_state(self, namespace: str, job: ObservedJob) -> QueueState | None:
+        try:
+            workload = await self._cluster.workload(namespace, job.uid)
+        except NotFoundError:
+            return QueueState("The cluster has no Kueue.", admissible=False)
+        return observe_queue(workload) if workload is not None else None
 
     async def _wake(self, namespace: str, job: ObservedJob) -> None:
         """Remind the Job controller of a Job that should have a pod."""

@@ -83,6 +83,7 @@ def test_the_operator_may_do_exactly_this() -> None:
         ("rbac.authorization.k8s.io", "roles"): ["create", "get"],
         ("rbac.authorization.k8s.io", "rolebindings"): ["create", "get"],
         ("", "events"): ["create", "list", "patch"],
+        ("kueue.x-k8s.io", "workloads"): ["list"],
     }
 
 
