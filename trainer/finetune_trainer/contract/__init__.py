@@ -39,6 +39,7 @@ from finetune_trainer.contract.base import (
     read_readable,
 )
 from finetune_trainer.contract.dataset import (
+    DOCUMENT,
     HUB_DATASETS,
     Columns,
     CountOrShare,
@@ -52,6 +53,7 @@ from finetune_trainer.contract.dataset import (
     ToolCall,
     allowed,
     as_example,
+    is_document,
 )
 from finetune_trainer.contract.dataset_report import (
     BadRow,
@@ -131,6 +133,7 @@ from finetune_trainer.contract.verdict import REJECTED, FileVerdict, GateReport,
 __all__ = [
     "ADAPTER",
     "ALL_LINEAR",
+    "DOCUMENT",
     "GROUP",
     "HUB_DATASETS",
     "LOCATION_RULE",
@@ -221,6 +224,7 @@ __all__ = [
     "describe",
     "digest",
     "display_name",
+    "is_document",
     "later_fingerprints",
     "parse_duration",
     "prepare_fingerprint",

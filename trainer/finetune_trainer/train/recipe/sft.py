@@ -97,7 +97,9 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     reporter.message("Loading the base model")
     model = load(work)
     base_parameters = count_base_parameters(model)
-    packed = settings.packing and prepare_packing(model, unsloth=work.engine == "unsloth")
+    packed = settings.packing and prepare_packing(
+        model, unsloth=work.engine == "unsloth", compute=computes_in(work, model)
+    )
     data = TrainingData(examples, held_out, packed=packed)
     if work.engine != "unsloth":
         use_liger(model)
@@ -138,16 +140,20 @@ def read_rows(
     work: TrainingWork, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[TokenizedRows, TokenizedRows | None]:
     """Training and held-out rows as tokens. StageError when they can't teach what they should."""
-    cache = work.workdir / "tokens"
-    length, objective = work.max_sequence_length, work.config.training.objective
-    examples = tokenize(work.examples, tokenizer, length, cache, objective)
+    length, settings = work.max_sequence_length, work.config.training
+    read = partial(
+        tokenize,
+        tokenizer=tokenizer,
+        max_length=length,
+        cache=work.workdir / "tokens",
+        objective=settings.objective,
+        split_at=settings.max_sequence_length,
+    )
+    examples = read(work.examples)
     # Only the memory ladder goes below the spec's length. Rows that lose their answer are then
     # what the spec allows, and not a fault.
-    shortened = work.max_sequence_length < work.config.training.max_sequence_length
-    check_rows(examples, shortened=shortened)
-    if work.held_out is None:
-        return examples, None
-    return examples, tokenize(work.held_out, tokenizer, length, cache, objective)
+    check_rows(examples, shortened=length < settings.max_sequence_length)
+    return examples, None if work.held_out is None else read(work.held_out)
 
 
 def resolve_epochs(epochs: int | str, rows: int) -> int:
@@ -187,6 +193,12 @@ def load(work: TrainingWork) -> PreTrainedModel:
     )
 
 
+def computes_in(work: TrainingWork, model: PreTrainedModel) -> torch.dtype:
+    """The type of the activations. Weights that are trained themselves are float32."""
+    full = work.config.training.method == "full"
+    return compute_dtype_of(work.model) if full else model.dtype
+
+
 def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -198,7 +210,7 @@ def build_trainer(
     """Put model, adapter, data and hyperparameters together."""
     unsloth, settings = work.engine == "unsloth", work.config.training
     full = settings.method == "full"
-    dtype = compute_dtype_of(work.model) if full else model.dtype
+    dtype = computes_in(work, model)
     kind: Callable[..., RecipeTrainer] = RecipeTrainer
     lora = settings.lora
     if settings.objective != "sft":
