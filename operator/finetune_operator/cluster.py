@@ -80,6 +80,7 @@ PATHS = {
     "Pod": "/api/v1/namespaces/{namespace}/pods",
     "ConfigMap": "/api/v1/namespaces/{namespace}/configmaps",
     "Event": "/api/v1/namespaces/{namespace}/events",
+    "Lease": "/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases",
     "Node": "/api/v1/nodes",
     "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts",
     "Role": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/roles",
@@ -167,6 +168,11 @@ class Cluster:
     async def get(self, kind: str, namespace: str, name: str) -> JsonObject:
         """Read an object; raises NotFoundError."""
         return await self._request("GET", f"{_path(kind, {'namespace': namespace})}/{name}")
+
+    async def replace(self, body: JsonObject) -> JsonObject:
+        """Replace an object; raises ConflictError if it changed since it was read."""
+        path = f"{_path(body['kind'], body['metadata'])}/{body['metadata']['name']}"
+        return await self._request("PUT", path, body=body)
 
     async def pods(self, namespace: str, labels: Mapping[str, str]) -> list[JsonObject]:
         """The children's pods with these labels, as the API server has them now."""

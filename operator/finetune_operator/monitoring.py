@@ -106,6 +106,16 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._leading = Gauge(
+            "finetune_leader",
+            "1 in the operator that acts, 0 in one that waits for it to end",
+            registry=self.registry,
+        )
+
+    def leading(self, leads: bool) -> None:
+        """Say whether this operator acts."""
+        self._leading.set(leads)
+
     def watches_failed(self) -> None:
         """Count that the watches begin anew."""
         self._watch_restarts.inc()

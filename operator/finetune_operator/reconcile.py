@@ -105,12 +105,18 @@ class Reconciler:
     """Makes the passes; the work queue calls it with a key."""
 
     def __init__(
-        self, cluster: Cluster, lookup: Lookup, settings: Settings, metrics: Metrics
+        self,
+        cluster: Cluster,
+        lookup: Lookup,
+        settings: Settings,
+        metrics: Metrics,
+        may_act: Callable[[], bool] = lambda: True,
     ) -> None:
         self._cluster = cluster
         self._lookup = lookup
         self._settings = settings
         self._metrics = metrics
+        self._may_act = may_act
         self._policy = Policy(
             secret_grace=timedelta(seconds=settings.secret_grace_seconds),
             disruption_limit=settings.disruption_limit,
@@ -296,6 +302,8 @@ class Reconciler:
         own_writes: _OwnWrites,
     ) -> None:
         for action in decided.actions:
+            if not self._may_act():
+                raise ConflictError("another operator leads by now")
             if isinstance(action, StopJob):
                 await self._cluster.delete_job(finetunejob.namespace, action.name, action.uid)
                 own_writes.created.pop(action.name, None)

@@ -62,6 +62,8 @@ class WorkQueue:
         self._later: dict[str, tuple[float, Timer]] = {}
         self._failures: dict[str, tuple[int, float]] = {}  # how many, and when it is tried again
         self._arrived = asyncio.Event()
+        self._open = asyncio.Event()
+        self._open.set()
         self._closing = False
 
     @property
@@ -92,6 +94,14 @@ class WorkQueue:
         timer = self.clock.call_later(delay, lambda: self.add(key))
         self._later[key] = (due, timer)
 
+    def pause(self) -> None:
+        """Begin no further pass; those in progress go on."""
+        self._open.clear()
+
+    def resume(self) -> None:
+        """Go on with what has been added."""
+        self._open.set()
+
     async def run(self, workers: int) -> None:
         """Process keys until `stop` is called, and finish the passes in progress."""
         async with asyncio.TaskGroup() as group:
@@ -105,9 +115,13 @@ class WorkQueue:
         for key in list(self._later):
             self._cancel_timer(key)
         self._arrived.set()
+        self._open.set()
 
     async def _work(self) -> None:
         while not self._closing:
+            await self._open.wait()
+            if self._closing:
+                return
             if not self._ready:
                 self._arrived.clear()
                 await self._arrived.wait()
