@@ -216,9 +216,9 @@ def elementwise_bytes(setup: Setup) -> float:
     backward += gate_backward * shape.mlp + 12 * shape.hidden
     dropout = 5 if setup.training.lora.dropout else 0
     for inputs, outputs in setup.targets.values():
-        # A reads the input; B's output is written, scaled and added.
-        forward += (2 + dropout) * inputs + 12 * outputs
-        backward += (10 + dropout) * inputs + 8 * outputs
+        # A reads the input; B's output is written and added. Dropout is drawn again backward.
+        forward += (2 + dropout) * inputs + 8 * outputs
+        backward += (10 + 2 * dropout) * inputs + 4 * outputs
     layer = (1 + setup.recomputed) * forward + backward
     return float(setup.tokens * shape.layers * layer * (1 if setup.half else 2))
 

@@ -15,9 +15,10 @@ from finetune_trainer.contract import Lora, TargetModule
 from finetune_trainer.memory.predict import Kept, Recipe, kept_by_layer, recomputed_layers, scores
 from finetune_trainer.model.adapter import lora_config
 from finetune_trainer.model.shape import Shape
-from finetune_trainer.train.recipe.lora import make_layers_faster
+from finetune_trainer.train.recipe.lora import fuse_adapters, make_layers_faster
 
 TOKENS = 512
+FUSED = "bfloat16, adapters as one operation"
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"]
 WIDTHS: dict[str, Any] = {
     "vocab_size": 256,
@@ -38,6 +39,7 @@ def saved(
     *,
     bfloat16: bool,
     trimmed: bool,
+    fused: bool = False,
     attention: str = "sdpa",
 ) -> int:
     """Bytes that autograd saves in a forward pass, parameters apart; without `lora` of a model that
@@ -50,6 +52,8 @@ def saved(
         tuned = get_peft_model(model, lora_config(lora, model))
     if trimmed:
         make_layers_faster(tuned)
+    if fused:
+        assert fuse_adapters(tuned, "cpu")
     parameters = {p.untyped_storage().data_ptr() for p in tuned.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -68,7 +72,7 @@ def saved(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["float32", "bfloat16", "bfloat16, PEFT as it is"])
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "bfloat16, PEFT as it is", FUSED])
 @pytest.mark.parametrize("dropout", [0.05, 0.0])
 @pytest.mark.parametrize("targets", [4, 7], ids=["attention", "all linear layers"])
 def test_a_layer_keeps_what_autograd_saves(
@@ -167,8 +171,11 @@ def test_a_layer_that_is_trained_itself_keeps_the_inputs_of_its_weights(
 
 
 def compare(kind: str, how: str, lora: Lora) -> None:
-    bfloat16, trimmed = how != "float32", how == "bfloat16"
-    two, three = (saved(kind, n, lora, bfloat16=bfloat16, trimmed=trimmed) for n in (2, 3))
+    bfloat16, fused = how != "float32", how == FUSED
+    trimmed = fused or how == "bfloat16"
+    two, three = (
+        saved(kind, n, lora, bfloat16=bfloat16, trimmed=trimmed, fused=fused) for n in (2, 3)
+    )
     shape = Shape.from_config({"model_type": kind, **WIDTHS, "num_hidden_layers": 2})
     assert shape is not None
     recipe = Recipe(
@@ -177,6 +184,7 @@ def compare(kind: str, how: str, lora: Lora) -> None:
         mask=2 if trimmed else 4,
         kept=Kept.ALL,
         casts=not trimmed,
+        redraws=fused,
     )
     # The rest is attention's log-sum-exp and the norms' means: a number a token and head.
     assert kept_by_layer(shape, recipe) == pytest.approx((three - two) / TOKENS, rel=0.03)

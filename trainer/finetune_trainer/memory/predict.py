@@ -95,6 +95,9 @@ class Recipe:
     casts: bool = True
     """Whether each adapter copies its input to its own type, as PEFT does by itself."""
 
+    redraws: bool = False
+    """Whether dropout is drawn again in the backward pass, and neither mask nor values are kept."""
+
     @classmethod
     def on_gpu(
         cls,
@@ -120,6 +123,8 @@ class Recipe:
             shards=shards,
             buckets=buckets,
             casts=False,
+            # Unsloth has its own way, and DoRA is no plain adapter.
+            redraws=half and not training.lora.use_dora and training.engine != "unsloth",
         )
 
     @classmethod
@@ -342,7 +347,7 @@ def _kept_by_adapters(shape: Shape, recipe: Recipe) -> float:
     parts of one layer's output). For its magnitudes DoRA keeps the outputs of layer and adapter.
     """
     size, lora = recipe.compute, recipe.lora
-    dropout = recipe.mask if lora.dropout > 0 else 0
+    dropout = recipe.mask if lora.dropout > 0 and not recipe.redraws else 0
     copies = dropout or (recipe.casts and recipe.adapter != recipe.compute)
     total = 0.0
     seen = set() if shape.fused else {"o_proj"}
