@@ -50,7 +50,7 @@ def run() -> None:
 async def serve(settings: Settings) -> None:
     """Watch and reconcile until told to stop."""
     metrics = Metrics()
-    async with Cluster.connect(settings.request_timeout_seconds) as cluster:
+    async with Cluster.connect(settings.request_timeout_seconds, metrics.requested) as cluster:
         operator = _Operator(cluster, settings, metrics)
         async with operator.probes.serve():
             await _wait_for_api_server(cluster, settings)
@@ -89,6 +89,8 @@ class _Operator:
         self._leadership = _leadership(cluster, settings)
         reconciler = Reconciler(cluster, self._watches.snapshot, settings, metrics, self._leads)
         self._queue = WorkQueue(reconciler, expected=(OperatorError,))
+        metrics.watch_queue(lambda: self._queue.depth, lambda: self._queue.age)
+        metrics.watch_events(lambda: self._watches.silence, lambda: self._watches.outdated)
         self.probes = Probes(
             settings.health_port,
             metrics,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -56,7 +55,7 @@ class WorkQueue:
         self._expected = expected  # failures that are logged without a stack trace
         self._clock = clock
         self._chance = chance
-        self._ready: deque[str] = deque()
+        self._ready: dict[str, float] = {}  # and since when, in the order in which they came
         self._active: set[str] = set()
         self._again: set[str] = set()
         self._later: dict[str, tuple[float, Timer]] = {}
@@ -71,6 +70,16 @@ class WorkQueue:
         """The clock given, or the running event loop."""
         return self._clock or asyncio.get_running_loop()
 
+    @property
+    def depth(self) -> int:
+        """How many keys wait for a worker."""
+        return len(self._ready)
+
+    @property
+    def age(self) -> float:
+        """Seconds that the first of them has waited."""
+        return self.clock.time() - next(iter(self._ready.values())) if self._ready else 0.0
+
     def add(self, key: str) -> None:
         """Process this key as soon as a worker is free."""
         if self._closing:
@@ -79,7 +88,7 @@ class WorkQueue:
         if key in self._active:
             self._again.add(key)
         elif key not in self._ready:
-            self._ready.append(key)
+            self._ready[key] = self.clock.time()
             self._arrived.set()
 
     def add_later(self, key: str, delay: float) -> None:
@@ -126,7 +135,9 @@ class WorkQueue:
                 self._arrived.clear()
                 await self._arrived.wait()
                 continue
-            await self._pass(self._ready.popleft())
+            key = next(iter(self._ready))
+            del self._ready[key]
+            await self._pass(key)
 
     async def _pass(self, key: str) -> None:
         self._active.add(key)
