@@ -10,6 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from finetune_operator.api.observed import FineTuneJobStatus
 from finetune_operator.settings import Settings
 from hack.cluster import versions
 
@@ -48,8 +49,9 @@ def test_lints_without_errors() -> None:
             "priorityClassName": "high",
         },
         {"crds": {"enabled": False}},
+        {"replicaCount": 2, "leaderElection": {"leaseSeconds": 20}},
     ],
-    ids=["defaults", "two namespaces", "every pod setting", "without the CRD"],
+    ids=["defaults", "two namespaces", "every pod setting", "without the CRD", "two operators"],
 )
 def test_renders_valid_objects(values: dict[str, Any]) -> None:
     objects = render(**values)
@@ -83,6 +85,7 @@ def test_the_operator_may_do_exactly_this() -> None:
         ("rbac.authorization.k8s.io", "roles"): ["create", "get"],
         ("rbac.authorization.k8s.io", "rolebindings"): ["create", "get"],
         ("", "events"): ["create", "list", "patch"],
+        ("kueue.x-k8s.io", "workloads"): ["list"],
     }
 
 
@@ -101,6 +104,41 @@ def test_the_stages_log_as_the_chart_says() -> None:
     told = environment(trainer={"logFormat": "json"})
     assert told["FINETUNE_TRAINER_LOG_FORMAT"] == "json"
     assert Settings.from_environment(told).trainer_log_format == "json"
+
+
+def test_a_trainer_may_write_no_field_of_status_but_progress() -> None:
+    policy = named(render(), "ValidatingAdmissionPolicy", "finetune-operator-status")
+    guarded = {
+        each["expression"].split("?")[2].split()[0] for each in policy["spec"]["validations"]
+    }
+    fields = {each.alias for each in FineTuneJobStatus.model_fields.values()}
+    assert guarded == fields - {"progress"}
+    assert not any("Admission" in o["kind"] for o in render(admission={"protectStatus": False}))
+
+
+def test_a_network_policy_lets_in_the_probes_and_prometheus_alone() -> None:
+    policy = named(render(networkPolicy={"enabled": True}), "NetworkPolicy")
+    assert policy["spec"]["ingress"] == [{"ports": [{"port": "health", "protocol": "TCP"}]}]
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    assert "NetworkPolicy" not in [o["kind"] for o in render()]
+
+
+def test_the_operator_may_write_its_own_lease_alone() -> None:
+    objects = render(watchNamespaces=["team-a"])
+    role = named(objects, "Role", "finetune-operator-leader-election")
+    assert role["metadata"]["namespace"] == "finetune-system"
+    assert [(rule["verbs"], rule.get("resourceNames")) for rule in role["rules"]] == [
+        (["create"], None),
+        (["get", "update"], ["finetune-operator"]),
+    ]
+    assert environment()["FINETUNE_LEASE"] == "finetune-system/finetune-operator"
+
+
+def test_without_the_election_one_operator_ends_before_the_next_one_starts() -> None:
+    objects = render(leaderElection={"enabled": False})
+    assert named(objects, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
+    assert [o["kind"] for o in objects].count("Role") == 0
+    assert "strategy" not in named(render(replicaCount=2), "Deployment")["spec"]
 
 
 def test_watching_namespaces_needs_no_cluster_wide_rights() -> None:
