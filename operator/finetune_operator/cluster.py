@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -80,6 +80,7 @@ PATHS = {
     "Pod": "/api/v1/namespaces/{namespace}/pods",
     "ConfigMap": "/api/v1/namespaces/{namespace}/configmaps",
     "Event": "/api/v1/namespaces/{namespace}/events",
+    "Lease": "/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases",
     "Node": "/api/v1/nodes",
     "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts",
     "Role": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/roles",
@@ -123,21 +124,33 @@ class Credentials:
     insecure: bool
 
 
+Count = Callable[[str, str, float], None]
+
+
 class Cluster:
     """A connection to the API server, with the rights of the operator's ServiceAccount."""
 
-    def __init__(self, configuration: client.Configuration, request_seconds: float) -> None:
+    def __init__(
+        self,
+        configuration: client.Configuration,
+        request_seconds: float,
+        count: Count,
+    ) -> None:
         self._configuration = configuration
         self._api = client.ApiClient(configuration)
         self._api.user_agent = OPERATOR
         self._timeout = request_seconds
+        self._count = count
         self._nodes: dict[str, tuple[float, tuple[Mapping[str, str], ...]]] = {}
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls, request_seconds: float) -> AsyncIterator[Self]:
-        """Connect as the pod's ServiceAccount, or as the kubeconfig says."""
-        cluster = cls(await _configuration(), request_seconds)
+    async def connect(cls, request_seconds: float, count: Count) -> AsyncIterator[Self]:
+        """Connect as the pod's ServiceAccount, or as the kubeconfig says.
+
+        `count` is told verb, status code and seconds of each request.
+        """
+        cluster = cls(await _configuration(), request_seconds, count)
         try:
             yield cluster
         finally:
@@ -167,6 +180,11 @@ class Cluster:
     async def get(self, kind: str, namespace: str, name: str) -> JsonObject:
         """Read an object; raises NotFoundError."""
         return await self._request("GET", f"{_path(kind, {'namespace': namespace})}/{name}")
+
+    async def replace(self, body: JsonObject) -> JsonObject:
+        """Replace an object; raises ConflictError if it changed since it was read."""
+        path = f"{_path(body['kind'], body['metadata'])}/{body['metadata']['name']}"
+        return await self._request("PUT", path, body=body)
 
     async def pods(self, namespace: str, labels: Mapping[str, str]) -> list[JsonObject]:
         """The children's pods with these labels, as the API server has them now."""
@@ -309,6 +327,7 @@ class Cluster:
         content_type: str = "application/json",
         accept: str = "application/json",
     ) -> JsonObject:
+        began, code = time.monotonic(), "200"
         try:
             answer = await self._api.call_api(
                 path,
@@ -322,10 +341,14 @@ class Cluster:
                 _request_timeout=self._timeout,
             )
         except client.ApiException as error:
+            code = str(error.status)
             raise _convert(error, f"{method} {path}") from error
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            code = "timeout" if isinstance(error, TimeoutError) else "error"
             message = f"{method} {path}: {error or type(error).__name__}"
             raise UnavailableError(message) from error
+        finally:
+            self._count(method, code, time.monotonic() - began)
         return cast(JsonObject, answer)
 
 

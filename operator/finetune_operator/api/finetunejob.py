@@ -105,11 +105,24 @@ class HubSpec(contract.Hub):
     gets it, by reference; the operator may not read it."""
 
 
+class OciSpec(contract.Oci):
+    """A repository of a container registry that the models are pushed to as well, one image for
+    each: Kubernetes mounts it as an image volume."""
+
+    secret_ref: SecretReference | None = None
+    """Secret of type kubernetes.io/dockerconfigjson with a login that may push to the repository.
+    Leave it out for a registry that wants none. Only the pod of export gets it, as a file; the
+    operator may not read it."""
+
+
 class OutputSpec(contract.Output):
     """Where the artifacts go."""
 
     hub: HubSpec | None = None
     """Push the artifacts to the Hugging Face Hub, once all of them are in the folder."""
+
+    oci: OciSpec | None = None
+    """Push the models to a container registry, once all of them are in the folder."""
 
 
 class PodSettings(Base):
@@ -252,7 +265,7 @@ class FineTuneJobSpec(Base):
                 "dataset": {"storage": references, "refresh": True},
                 "storage": references,
                 "export": {"signing": {"key_secret_ref": True}},
-                "output": {"hub": {"token_secret_ref": True}},
+                "output": {"hub": {"token_secret_ref": True}, "oci": {"secret_ref": True}},
             },
         )
         known = {"job": reference, "resolved": resolved, "hardware": hardware}

@@ -28,7 +28,14 @@ from finetune_operator.manifests.children import (
 )
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
-from finetune_trainer.contract import SIGNING_KEY_FILE, Base, ExitCode, Hardware, Stage
+from finetune_trainer.contract import (
+    REGISTRY_FILE,
+    SIGNING_KEY_FILE,
+    Base,
+    ExitCode,
+    Hardware,
+    Stage,
+)
 
 CONFIG_FOLDER = "/etc/finetune"
 WORKSPACE = "/workspace"
@@ -41,6 +48,11 @@ OWNER_ONLY = 0o400  # to which the kubelet adds the pod's group
 SIGNING_MOUNT = {
     "name": "signing-key",
     "mountPath": SIGNING_KEY_FILE.rsplit("/", 1)[0],
+    "readOnly": True,
+}
+REGISTRY_MOUNT = {
+    "name": "registry",
+    "mountPath": REGISTRY_FILE.rsplit("/", 1)[0],
     "readOnly": True,
 }
 USER = 65532
@@ -137,7 +149,7 @@ def _ttl_seconds(spec: FineTuneJobSpec, stage: Stage) -> int:
 
 
 def _publishing(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
-    parts = (spec.export.signing, spec.output.hub) if stage is Stage.EXPORT else ()
+    parts = (spec.export.signing, spec.output.hub, spec.output.oci) if stage is Stage.EXPORT else ()
     return [part.model_dump(mode="json") for part in parts if part is not None]
 
 
@@ -200,6 +212,7 @@ def _pod_template(
                 *volumes(pod, attempt.config_map, shared_memory),
                 *certificate_volumes(spec, attempt.stage),
                 *signing_volumes(spec, attempt.stage),
+                *registry_volumes(spec, attempt.stage),
             ],
             **_pull_secrets(settings),
             **_placement(pod),
@@ -234,6 +247,7 @@ def _container(
             *mounts(pod, shared_memory),
             *certificate_mounts(spec, stage),
             *([SIGNING_MOUNT] if _signs(spec, stage) else []),
+            *([REGISTRY_MOUNT] if registry_volumes(spec, stage) else []),
         ],
         # If a container ends without a StageResult, the end of its log helps a person.
         "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -328,6 +342,16 @@ def signing_volumes(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
     items = [{"key": reference.key, "path": file}]
     source = {"secretName": reference.name, "items": items, "defaultMode": OWNER_ONLY}
     return [{"name": SIGNING_MOUNT["name"], "secret": source}]
+
+
+def registry_volumes(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
+    """The registry's login as a file in memory, as the signing key."""
+    oci = spec.output.oci
+    if stage is not Stage.EXPORT or oci is None or oci.secret_ref is None:
+        return []
+    items = [{"key": ".dockerconfigjson", "path": REGISTRY_FILE.rsplit("/", 1)[1]}]
+    source = {"secretName": oci.secret_ref.name, "items": items, "defaultMode": OWNER_ONLY}
+    return [{"name": REGISTRY_MOUNT["name"], "secret": source}]
 
 
 def _variable(given: EnvVar) -> JsonObject:

@@ -23,7 +23,14 @@ from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan.why import why_prepare
 from finetune_operator.pods import ObservedPod
 from finetune_operator.status import PendingReason, Summary, conditions, shorten
-from finetune_trainer.contract import DatasetSummary, Notice, Reason, Resolved, Stage
+from finetune_trainer.contract import (
+    DatasetSummary,
+    ImageReference,
+    Notice,
+    Reason,
+    Resolved,
+    Stage,
+)
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,7 @@ class StageResults:
 
     version: str | None
     artifacts: tuple[ArtifactStatus, ...]
+    images: tuple[ImageReference, ...]
     manifest_uri: str | None
     metrics: dict[str, float]
     dataset: DatasetSummary | None
@@ -151,6 +159,7 @@ class StageResults:
         return cls(
             version=status.version,
             artifacts=status.artifacts,
+            images=status.images,
             manifest_uri=status.manifest_uri,
             metrics=status.metrics,
             dataset=status.dataset,

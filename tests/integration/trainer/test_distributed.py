@@ -209,7 +209,7 @@ def test_in_bfloat16_as_well_it_trains_like_one(
 ) -> None:
     monkeypatch.setenv("COMPUTE_DTYPE", "bfloat16")
     alone = run(work_of(tiny_model, tmp_path / "alone", 1))
-    settings = {"gradientCheckpointing": "always"}
+    settings: dict[str, Any] = {"gradientCheckpointing": "always"}
     together = run(work_of(tiny_model, tmp_path / "together", 2, "fsdp", **settings))
 
     expected = alone.series("loss")

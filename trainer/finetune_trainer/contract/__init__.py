@@ -18,6 +18,7 @@ from __future__ import annotations
 from finetune_trainer.contract.artifacts import (
     VERSIONS,
     Artifact,
+    ImageReference,
     Lineage,
     Manifest,
     VersionSummary,
@@ -77,6 +78,7 @@ from finetune_trainer.contract.fingerprint import (
 )
 from finetune_trainer.contract.outcome import ExitCode, Reason, StageError, StageResult
 from finetune_trainer.contract.output import (
+    REGISTRY_FILE,
     SIGNING_KEY_FILE,
     UNQUANTIZED,
     DatasetStorage,
@@ -84,6 +86,7 @@ from finetune_trainer.contract.output import (
     Export,
     Hub,
     ModelStorage,
+    Oci,
     Output,
     PrivateFile,
     QualityLimit,
@@ -139,6 +142,7 @@ __all__ = [
     "LOCATION_RULE",
     "NEWS",
     "PLURAL",
+    "REGISTRY_FILE",
     "REJECTED",
     "SIGNING_KEY_FILE",
     "UNCHANGING",
@@ -173,6 +177,7 @@ __all__ = [
     "GateReport",
     "Hardware",
     "Hub",
+    "ImageReference",
     "InitFrom",
     "JobReference",
     "LengthSpread",
@@ -188,6 +193,7 @@ __all__ = [
     "Notice",
     "NoticeCode",
     "Objective",
+    "Oci",
     "Output",
     "Preference",
     "PreparedRunConfig",

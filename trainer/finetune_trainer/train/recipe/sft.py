@@ -52,6 +52,7 @@ from finetune_trainer.train.recipe.lora import (
     count_trainable_parameters,
     embed_in,
     freeze_other_senses,
+    fuse_adapters,
     make_layers_faster,
     start_from,
     use_liger,
@@ -230,6 +231,8 @@ def build_trainer(
     reporting.guard_trackers(trainer)
     if model.dtype is not torch.float32 and not unsloth:
         make_layers_faster(cast("torch.nn.Module", trainer.model))
+        if torch.cuda.is_available():  # a CPU saves no time by it, and has memory
+            fuse_adapters(cast("torch.nn.Module", trainer.model), "cuda")
         if work.config.training.lora.modules_to_save:
             embed_in(cast("PreTrainedModel", trainer.model), model.dtype)
     if work.initial_adapter and work.resume_from is None:
@@ -274,7 +277,10 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, dtype: torch.d
         # Memory. Unsloth recomputes activations by itself. With FSDP this is right as well, unlike
         # accelerate's own setting, which draws dropout anew when it recomputes a layer.
         gradient_checkpointing=plan.gradient_checkpointing and work.engine != "unsloth",
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing_kwargs={
+            "use_reentrant": False,
+            **({"every_n_layers": plan.recompute_every} if plan.recompute_every > 1 else {}),
+        },
         # Several processes. The loss is one mean over the labels of all of them.
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
