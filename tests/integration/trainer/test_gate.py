@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +28,10 @@ from finetune_trainer.contract import (
     StageError,
 )
 from finetune_trainer.export import gate as gate_module
+from finetune_trainer.export import llama
 from finetune_trainer.export.gate import DerivedGate, SourceGate, file_checks, rejects
 from finetune_trainer.export.gguf.header import Header
+from finetune_trainer.export.llama import CheckRequest
 from finetune_trainer.export.reference import float32
 from finetune_trainer.model import ModelFolder
 from tests.integration.trainer.conftest import ROWS
@@ -394,6 +397,53 @@ def test_without_the_adapter_it_is_the_base_model(gate: DerivedGate, adapter: Pa
     assert [sample.base for sample in samples] != [sample.tuned for sample in samples]
     assert all(sample.base is not None for sample in samples)
     assert gate.report(samples=samples).samples == samples
+
+
+def test_the_adapters_file_is_measured_on_the_rows_with_the_longest_answers(
+    gate: DerivedGate, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the base model's log-probabilities of these very rows."""
+    rows = gate.expected.rows
+    asked = list[CheckRequest]()
+
+    def call(request: CheckRequest, *rest: Any) -> Any:
+        asked.append(request)
+        return llama_call(request, *rest)
+
+    llama_call = llama.call
+    monkeypatch.setattr(llama, "call", call)
+    check = gate.check_adapter(adapter)
+    (request,) = asked
+    assert request.places == rows.few
+    assert len(rows.few) == 4 < len(rows.measured)
+    answers = [len(row.measured) for row in rows.measured]
+    left_out = set(range(len(answers))) - set(rows.few)
+    assert min(answers[place] for place in rows.few) >= max(answers[place] for place in left_out)
+    assert check.quality is not None
+    assert check.quality.kl_divergence < 1e-4  # with another row's reference beside it: over 1
+    assert rows.tokens_at((1, 3), rows.conversations) == (1,) * answers[1] + (3,) * answers[3]
+
+
+def test_a_model_without_time_for_a_prompt_is_not_asked(
+    gate: DerivedGate, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the first one is read to its end, and that is said."""
+    monkeypatch.setattr(gate_module, "SAMPLE_SECONDS", 0.0)
+    samples = gate.samples(gate.source, adapter)
+    assert [sample.expected for sample in samples] == [answer for _, answer in ROWS]
+    assert {(sample.base, sample.tuned, sample.stopped) for sample in samples} == {
+        (None, None, False)
+    }
+
+
+def test_a_merged_model_without_time_is_not_asked(
+    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(float32, "measure_in_child", float32.measure_here)
+    monkeypatch.setattr(gate_module, "SAMPLE_SECONDS", 0.0)
+    inputs = replace(tuned.inputs(gguf=()), merged=ModelFolder(tuned.merged))
+    samples = SourceGate.open(inputs, tmp_path / "gate").merged_samples()
+    assert [sample.tuned for sample in samples] == [None] * len(ROWS)
 
 
 def test_a_wrong_scale_of_the_adapter_is_found(

@@ -23,6 +23,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -110,7 +111,9 @@ class SourceGate:
     def merged_samples(self) -> tuple[Sample, ...]:
         """What the merged model answered, where there is no GGUF file to ask."""
         reference = self.expected.reference
-        return _samples(self.expected.prompts, reference.answers if reference else ())
+        if reference is None or self.expected.inputs.merged is None:
+            return ()
+        return _samples(self.expected.prompts, reference.answers)
 
     def check(self, file: Path, kind: Quantization) -> DerivedGate:
         """Look at the source file; returns the gate of the files that are made of it."""
@@ -186,7 +189,10 @@ class DerivedGate:
             return  # the verdict on the source file says it
 
     def check_adapter(self, file: Path) -> FileVerdict:
-        """The adapter alone: taken away from the source file, it has to leave the base model."""
+        """The adapter alone: taken away from the source file, it has to leave the base model.
+
+        It is measured on a few rows.
+        """
         kind, shown, problems = self.source_verdict.quantization, None, list[str]()
         if self.expected.export.verify == "off":
             return FileVerdict(file=file.name, quantization=Quantization.F32)
@@ -195,9 +201,11 @@ class DerivedGate:
                 problems += _adapter_problems(header)
             if not problems:
                 reference = self.expected.reference
-                base = reference.base_file if reference else None
-                found = self.expected.compare(self.source, base, without_adapter=file)
-                shown = self.expected.judge(found.measurement, kind, self.kept, of_tuned=False)
+                base, few = reference.base_file if reference else None, self.expected.rows.few
+                found = self.expected.compare(self.source, base, without_adapter=file, places=few)
+                shown = self.expected.judge(
+                    found.measurement, kind, self.kept, of_tuned=False, places=few
+                )
         except HeaderError as error:
             problems = [f"{error}"]
         except LlamaError as error:
@@ -282,17 +290,20 @@ def _samples(
     tuned: Sequence[Generated | None],
     base: Sequence[Generated | None] = (),
 ) -> tuple[Sample, ...]:
-    """Those that there was time to ask."""
-    found = []
-    for number, (prompt, answer) in enumerate(zip(prompts, tuned, strict=False)):
-        if answer is None:
-            continue
-        before = base[number] if base else None
-        found.append(prompt.sample(before.text if before else None, answer.text, answer.stopped))
-    cut = sum(not sample.stopped for sample in found)
+    """Prompts with their answers; a model that had no time for one has none."""
+    found = tuple(
+        prompt.sample(before.text if before else None, after)
+        for prompt, before, after in zip_longest(prompts, base, tuned)
+    )
+    asked = [sample for sample in found if sample.tuned is not None]
+    cut = sum(not sample.stopped for sample in asked)
     if cut:
-        log.warning("%d of %d answers did not end within %d tokens", cut, len(found), SAMPLE_TOKENS)
-    return tuple(found)
+        log.warning("%d of %d answers did not end within %d tokens", cut, len(asked), SAMPLE_TOKENS)
+    if len(asked) < len(found):
+        log.warning(
+            "%d of %d prompts were not asked: no time was left", len(found) - len(asked), len(found)
+        )
+    return found
 
 
 def _report(expected: Expected, kept: Sequence[bool], **found: object) -> GateReport:

@@ -83,8 +83,12 @@ class Expected:
         *,
         kept_file: Path | None = None,
         without_adapter: Path | None = None,
+        places: tuple[int, ...] | None = None,
     ) -> CheckAnswer:
-        """Let llama.cpp load a file, and measure it where there is a reference."""
+        """Let llama.cpp load a file, and measure it where there is a reference.
+
+        `places` are the rows to measure, without which it is all of them.
+        """
         return llama.call(
             CheckRequest(
                 file=file,
@@ -92,6 +96,7 @@ class Expected:
                 ends=self.text.ends,
                 rows=self.rows.measured if reference else (),
                 reference=reference,
+                places=places,
                 kept_file=kept_file,
                 without_adapter=without_adapter,
                 threads=llama_threads(),
@@ -108,10 +113,12 @@ class Expected:
         *,
         parameters: int = 0,
         of_tuned: bool = True,
+        places: Sequence[int] | None = None,
     ) -> Judgement:
         """The figures with their limit, and the problems that they show.
 
-        `kept` says which tokens count. `of_tuned` is whether it should predict as the tuned model.
+        `kept` says which tokens of all rows count. `of_tuned` is whether it should predict as the
+        tuned model; `places` are the rows that were measured, where that isn't all of them.
         """
         reference = self.reference
         base = reference.base if reference else None
@@ -120,7 +127,10 @@ class Expected:
         learnt = None
         if reference and base and of_tuned:
             learnt = Learnt(base.only(kept), reference.tuned.only(kept))
-        blocks = [block for block, keep in zip(self.rows.blocks, kept, strict=True) if keep]
+        blocks = self.rows.blocks
+        if places is not None:
+            kept, blocks = (self.rows.tokens_at(places, each) for each in (kept, blocks))
+        blocks = [block for block, keep in zip(blocks, kept, strict=True) if keep]
         return thresholds.judge(measured.only(kept), blocks, limit, learnt)
 
     def read(

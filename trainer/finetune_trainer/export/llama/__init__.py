@@ -55,6 +55,9 @@ class CheckRequest(Base):
     reference: Path | None
     """Log-probabilities that those of the rows are compared with."""
 
+    places: tuple[int, ...] | None = None
+    """Which of the rows are measured; all of them without it."""
+
     kept_file: Path | None
     """Gets the log-probabilities of the rows."""
 
@@ -79,7 +82,7 @@ class GenerateRequest(Base):
     """The most tokens of an answer."""
 
     seconds: float
-    """For all prompts and answers together, about; what is not finished by then is cut."""
+    """For all prompts and answers together; what is not finished by then is cut."""
 
     without_adapter: Path | None = None
     """As for a check."""
@@ -89,7 +92,7 @@ class GenerateRequest(Base):
 
 class GenerateAnswer(Base):
     answers: tuple[Generated | None, ...]
-    """In the order of the prompts; None where there was no time to read one."""
+    """In the order of the prompts; None where there was no time to read one to its end."""
 
 
 Request = Annotated[

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,7 @@ import numpy.typing as npt
 import torch
 from peft import PeftModel
 from pydantic import TypeAdapter
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
@@ -235,7 +237,11 @@ def logits_of_two(
 def answer_prompts(
     model: PreTrainedModel | PeftModel, request: ReferenceRequest
 ) -> tuple[Generated, ...]:
-    """Answer the prompts greedily, as transformers does with the folder's own settings."""
+    """Answer the prompts greedily, as transformers does with the folder's own settings.
+
+    None is answered where the time is up before all are read.
+    """
+    until = time.monotonic() + request.answer_seconds
     tokenizer = load_tokenizer(cast("ModelFolder", request.merged))
     width = max(len(prompt) for prompt in request.prompts)
     ids = torch.full((len(request.prompts), width), int(tokenizer.pad_token_id))
@@ -245,15 +251,28 @@ def answer_prompts(
         mask[index, width - len(prompt) :] = 1
     eos = cast("Any", model).generation_config.eos_token_id
     ends = {eos} if isinstance(eos, int) else set(eos or ())
-    found = cast("Any", model).generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=False,
-        max_new_tokens=request.answer_tokens,
-        max_time=request.answer_seconds,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    reading = register_module_forward_pre_hook(partial(_look_at_clock, until))
+    read = model.register_forward_hook(lambda *_: reading.remove())
+    try:
+        found = cast("Any", model).generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=request.answer_tokens,
+            max_time=request.answer_seconds,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except TimeoutError:
+        return ()
+    finally:
+        reading.remove()
+        read.remove()
     return tuple(Generated.of(tokenizer, answer[width:].tolist(), ends) for answer in found)
+
+
+def _look_at_clock(until: float, *_: object) -> None:
+    if time.monotonic() >= until:
+        raise TimeoutError
 
 
 BLOCK_VALUES = 1 << 24
