@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from finetune_trainer.contract import (
     Artifact,
@@ -32,25 +32,27 @@ from finetune_trainer.contract import (
     display_name,
 )
 from finetune_trainer.contract.verdict import explain_failures
-from finetune_trainer.export.merge import MergedWeights
-from finetune_trainer.export.pipeline import (
-    MERGED,
+from finetune_trainer.export.gate.kept import KeptFigures
+from finetune_trainer.export.inputs import (
     AddFile,
     ExportContext,
     ExportInputs,
     fetch_examples,
     fetch_inputs,
-    make_models,
     open_tuned_model,
     publish_folder,
 )
+from finetune_trainer.export.merge import MergedWeights
+from finetune_trainer.export.pipeline import MERGED, make_models
 from finetune_trainer.export.publish import Publication, Published, Sign, finish
 from finetune_trainer.export.publish.hub_push import check_token, push
 from finetune_trainer.export.publish.signing import signer_for
 from finetune_trainer.export.report import Facts, license_of, write_model_card, write_report
 from finetune_trainer.memory.disk import check_disk, export_disk
+from finetune_trainer.memory.forecast import ExportWork, Machine, forecast
 from finetune_trainer.memory.machine import free_memory
 from finetune_trainer.model import ModelFolder, base_model
+from finetune_trainer.model.loading import available_cpus
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.runtime import GIB, binary, size, timestamp
 from finetune_trainer.runtime.reporter import Reporter
@@ -59,6 +61,7 @@ from finetune_trainer.store.marker import MANIFEST, check_owner
 from finetune_trainer.store.pruning import prune
 from finetune_trainer.store.versions import Version, manifest_of, summarize_versions, version_name
 
+UNKNOWN_PARAMETERS = 1e9
 MODEL_CARD, REPORT = "README.md", "report.html"
 _PACKAGES = ("finetune-operator", "torch", "transformers", "trl", "peft", "llama-cpp-python")
 
@@ -69,6 +72,7 @@ class ExportRun:
     inputs: ExportInputs
     workspace: Path
     publication: Publication
+    kept: KeptFigures
     reporter: Reporter
 
     @property
@@ -114,7 +118,8 @@ def make_and_publish(
     inputs = fetch_inputs(config, output, workspace)
     fingerprint = config.resolved.fingerprints.export
     with Publication(output, fingerprint, reporter) as publication:
-        manifest = make_all(ExportRun(config, inputs, workspace, publication, reporter))
+        kept = KeptFigures(output, fingerprint)
+        manifest = make_all(ExportRun(config, inputs, workspace, publication, kept, reporter))
         check_owner(output, config.output, config.job)  # hours may have passed
         return publication.commit(lambda files: encoded(manifest, files), sign)
 
@@ -123,12 +128,14 @@ def make_all(export: ExportRun) -> Manifest:
     """Make all files; returns the manifest but for their list."""
     config, inputs = export.config, export.inputs
     export.result.mkdir()
+    export.reporter.expect_work(expected_seconds(config, inputs.training))
     if config.training.method != "full":
         publish_folder(export.publication.add, inputs.adapter)
     export.publication.add(inputs.dataset_report, inputs.dataset_report.name)
     base, gate = None, GateReport()
     if config.export.merged or config.export.merged_fp8 or config.export.gguf:
-        base = base_model.fetch_resolved(config, export.workspace / "model", export.reporter)
+        with export.reporter.part("fetch"):
+            base = base_model.fetch_resolved(config, export.workspace / "model", export.reporter)
         gate = make_from(export, base)
     manifest = Manifest(
         fingerprint=config.resolved.fingerprints.export,
@@ -142,6 +149,17 @@ def make_all(export: ExportRun) -> Manifest:
     export.reporter.message("Writing model card and report")
     describe(export, base, manifest)
     return manifest
+
+
+def expected_seconds(config: RunConfig, trained: TrainingRecord) -> dict[str, float]:
+    """How long each part of the work should take; of a model of unknown size, how they compare."""
+    work = ExportWork(
+        trained.metrics.base_parameters or UNKNOWN_PARAMETERS,
+        config.export,
+        adapter=config.training.method != "full",
+        downloads=not PurePosixPath(config.model.source).is_absolute(),
+    )
+    return forecast(work, Machine(available_cpus()))
 
 
 def make_from(export: ExportRun, base: ModelFolder) -> GateReport:
@@ -160,6 +178,8 @@ def make_from(export: ExportRun, base: ModelFolder) -> GateReport:
         add_file=export.publication.add,
         reporter=export.reporter,
         discard=export.publication.discard,
+        kept=export.kept,
+        uploads=export.publication,
     )
     return make_models(context)
 

@@ -1,6 +1,6 @@
 """Whether a model file is what it should be: the gates, in the order in which the files are made.
 
-    source_gate = SourceGate.open(inputs, workspace)   # asks the tuned model, and the merged one
+    source_gate = SourceGate.ask(expect(inputs, workspace), kept)   # the tuned model
     source_gate.check_merged(kind)
     gate = source_gate.check(file, kind)     # the file that all others are made of
     gate.check(other_file, other_kind)
@@ -15,6 +15,7 @@ where the gate itself can't work. With `verify: off` it looks at nothing and pas
 expected     what the training left, and a file held against it
 rows         the rows that files are measured on, and samples of them
 file_checks  header, sizes, types and metadata; the same tokens, template and end as in training
+kept         what earlier attempts have measured
 thresholds   how much a type may lose, by the model's size, and what figures show of it
 """
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -42,7 +43,8 @@ from finetune_trainer.export import llama
 from finetune_trainer.export.gate import file_checks
 from finetune_trainer.export.gate.expected import Expected, GateInputs, llama_threads, verdict_on
 from finetune_trainer.export.gate.file_checks import tokens_of
-from finetune_trainer.export.gate.rows import MeasuredRows, Prompt, choose_rows, prompts_of
+from finetune_trainer.export.gate.kept import KeptFigures
+from finetune_trainer.export.gate.rows import Prompt, choose_rows, prompts_of
 from finetune_trainer.export.gguf.header import Header, HeaderError
 from finetune_trainer.export.llama import GenerateAnswer, GenerateRequest, LlamaError
 from finetune_trainer.export.reference import Generated, Reference, ReferenceRequest
@@ -65,31 +67,16 @@ class SourceGate:
 
     @classmethod
     def open(cls, inputs: GateInputs, workspace: Path) -> SourceGate:
-        """Choose the rows, and run the models over them unless export.verify is off.
+        """Choose the rows, and run the models over them. Raises StageError when that fails."""
+        return cls.ask(expect(inputs, workspace), KeptFigures())
 
-        `workspace` takes three files of 2 bytes for each token (512 at most) and entry of the
-        vocabulary. Raises StageError when the model can't be run.
+    @classmethod
+    def ask(cls, expected: Expected, kept: KeptFigures) -> SourceGate:
+        """Run the models over the rows, unless an earlier attempt did or export.verify is off.
+
+        Raises StageError when that fails.
         """
-        workspace.mkdir(parents=True, exist_ok=True)
-        base, off = inputs.base, inputs.export.verify == "off"
-        # As the training loads it: without a config.json beside it, which an adapter lacks,
-        # transformers takes another class for some families, with other tokens (Mistral, Phi-3).
-        tokenizer = load_tokenizer(base)
-        rows = choose_rows(tokenizer, () if off else inputs.examples, inputs.names)
-        prompts = prompts_of(tokenizer, rows.examples)
-        config = AutoConfig.from_pretrained(base.path, trust_remote_code=base.trust_remote_code)
-        return cls(
-            Expected(
-                inputs=inputs,
-                tokenizer=tokenizer,
-                rows=rows,
-                text=file_checks.trained_text(tokenizer, rows),
-                context_length=getattr(config.get_text_config(), "max_position_embeddings", None),
-                reference=_ask_models(inputs, rows, prompts, workspace) if rows.measured else None,
-                prompts=prompts,
-                workspace=workspace,
-            )
-        )
+        return cls(replace(expected, reference=_reference(expected, kept)))
 
     def check_merged(self, kind: Quantization) -> FileVerdict | None:
         """Look at the merged model, whose weights are of that type; None where none was given."""
@@ -254,27 +241,57 @@ class DerivedGate:
         )
 
 
+def expect(inputs: GateInputs, workspace: Path) -> Expected:
+    """Choose the rows that files are measured on; none where export.verify is off.
+
+    `workspace` takes three files of 2 bytes for each token (512 at most) and entry of the
+    vocabulary.
+    """
+    workspace.mkdir(parents=True, exist_ok=True)
+    base, off = inputs.base, inputs.export.verify == "off"
+    # As the training loads it: without a config.json beside it, which an adapter lacks,
+    # transformers takes another class for some families, with other tokens (Mistral, Phi-3).
+    tokenizer = load_tokenizer(base)
+    rows = choose_rows(tokenizer, () if off else inputs.examples, inputs.names)
+    config = AutoConfig.from_pretrained(base.path, trust_remote_code=base.trust_remote_code)
+    return Expected(
+        inputs=inputs,
+        tokenizer=tokenizer,
+        rows=rows,
+        text=file_checks.trained_text(tokenizer, rows),
+        context_length=getattr(config.get_text_config(), "max_position_embeddings", None),
+        reference=None,
+        prompts=prompts_of(tokenizer, rows.examples),
+        workspace=workspace,
+    )
+
+
 def rejects(export: Export, verdict: FileVerdict) -> bool:
     """Whether a file has to be kept apart; with `verify: warn` none has."""
     return not verdict.passed and export.verify != "warn"
 
 
-def _ask_models(
-    inputs: GateInputs, rows: MeasuredRows, prompts: Sequence[Prompt], workspace: Path
-) -> Reference:
-    asked = [] if inputs.export.gguf or inputs.merged is None else prompts
+def _reference(expected: Expected, kept: KeptFigures) -> Reference | None:
+    inputs, rows = expected.inputs, expected.rows
+    if not rows.measured:
+        return None
+    asked = () if inputs.export.gguf or inputs.merged is None else expected.prompts
     request = ReferenceRequest(
         base=inputs.base,
         adapter=inputs.adapter,
         rows=rows.measured,
-        tuned_file=workspace / "reference-tuned.npy",
-        base_file=workspace / "reference-base.npy",
+        tuned_file=expected.workspace / "reference-tuned.npy",
+        base_file=expected.workspace / "reference-base.npy",
         merged=inputs.merged,
         prompts=tuple(prompt.ids for prompt in asked),
         answer_tokens=SAMPLE_TOKENS,
         answer_seconds=SAMPLE_SECONDS,
     )
+    if kept.reference:
+        log.info("The tuned model was asked by an earlier attempt")
+        return Reference.of(request, kept.reference)
     reference = compute_reference(request, as_steps(inputs.reporter))
+    kept.add_reference(reference.answer, [request.tuned_file, request.base_file])
     log.info(
         "The gate measures on %d tokens of %d rows: perplexity %.4g%s",
         rows.tokens,

@@ -127,10 +127,11 @@ class Expected:
         learnt = None
         if reference and base and of_tuned:
             learnt = Learnt(base.only(kept), reference.tuned.only(kept))
-        blocks = self.rows.blocks
+        all_blocks = self.rows.blocks
         if places is not None:
-            kept, blocks = (self.rows.tokens_at(places, each) for each in (kept, blocks))
-        blocks = [block for block, keep in zip(blocks, kept, strict=True) if keep]
+            kept = self.rows.tokens_at(places, kept)
+            all_blocks = self.rows.tokens_at(places, all_blocks)
+        blocks = [block for block, keep in zip(all_blocks, kept, strict=True) if keep]
         return thresholds.judge(measured.only(kept), blocks, limit, learnt)
 
     def read(

@@ -71,11 +71,7 @@ def compute_reference(
             "Base model and adapter compute numbers that are not finite, before anything is "
             "converted: lower spec.training.learningRate and train again.",
         )
-    return Reference(
-        tuned_file=request.tuned_file,
-        base_file=request.base_file if answer.base else None,
-        **dict(answer),
-    )
+    return Reference.of(request, answer)
 
 
 def measure_in_child(
