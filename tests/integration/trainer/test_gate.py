@@ -7,8 +7,11 @@ on it: how far the clean file is from the reference, and the faulty one.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from finetune_trainer.contract import (
     Export,
     FileVerdict,
+    Notice,
+    NoticeCode,
     QualityLimit,
     Quantization,
     Reason,
@@ -33,8 +38,10 @@ from finetune_trainer.export.gate import DerivedGate, SourceGate, file_checks, r
 from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.export.llama import CheckRequest
 from finetune_trainer.export.reference import float32
+from finetune_trainer.memory.forecast import Widths, llama_bytes, reference_bytes
 from finetune_trainer.model import ModelFolder
-from tests.integration.trainer.conftest import ROWS
+from finetune_trainer.runtime.reporter import Reporter
+from tests.integration.trainer.conftest import ROWS, Processes
 from tests.integration.trainer.families import WIDE
 from tests.integration.trainer.faulty_gguf import (
     flip,
@@ -459,3 +466,66 @@ def test_an_adapter_has_to_be_whole(gate: DerivedGate, adapter: Path, tmp_path: 
     file = tmp_path / "LoRA.gguf"
     file.write_bytes(adapter.read_bytes()[:-500])
     refused(gate.check_adapter(file), "was cut")
+
+
+def took(processes: Processes, *arguments: object) -> int:
+    """What gate_memory says of a process of its own."""
+    command = [sys.executable, "-m", f"{__package__}.gate_memory", *map(str, arguments)]
+    with processes.popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=dict(os.environ), text=True
+    ) as process:
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    return int(json.loads(output.splitlines()[-1])["took"])
+
+
+def test_the_gates_memory_is_what_was_predicted(
+    tuned: Tuned, processes: Processes, tmp_path: Path
+) -> None:
+    """Of llama.cpp and of the reference, beside the files that they map; each within 25%."""
+    config = json.loads((tuned.base / "config.json").read_bytes())
+    heads = config["hidden_size"] // config["num_attention_heads"]
+    widths = Widths(
+        config["vocab_size"],
+        config["hidden_size"],
+        config["intermediate_size"],
+        heads * config["num_key_value_heads"],
+        config["num_hidden_layers"],
+    )
+
+    def mapped(*files: Path) -> int:
+        return sum(file.stat().st_size for file in files)
+
+    file = tuned.file(Q.F16)
+    measured = took(processes, "llama", file, tmp_path)
+    measured -= mapped(file, tmp_path / "reference.npy", tmp_path / "kept.npy")
+    assert llama_bytes(widths) == pytest.approx(measured, rel=0.25)
+    measured = took(processes, "reference", tuned.base, tuned.adapter, tmp_path)
+    weights = tuned.base / "model.safetensors"
+    measured -= mapped(weights, tmp_path / "tuned.npy", tmp_path / "base.npy")
+    assert reference_bytes(widths, 1024) == pytest.approx(measured, rel=0.25)
+
+
+class Told(Reporter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[Notice] = []
+
+    def notice(self, notice: Notice) -> None:
+        self.said.append(notice)
+
+
+def test_a_gpu_that_llama_cpp_was_not_built_for_is_said_to_be_unused(
+    tuned: Tuned, opened: SourceGate, tmp_path: Path
+) -> None:
+    """The file is checked all the same, on the CPU; what is small enough would be put there."""
+    reporter = Told()
+    inputs = replace(opened.expected.inputs, reporter=reporter)
+    expected = replace(opened.expected, inputs=inputs, workspace=tmp_path, gpu_memory=24 << 30)
+    file = tuned.file(Q.F16)
+    assert expected.fits_gpu(file)
+    assert not replace(expected, gpu_memory=1 << 30).fits_gpu(file)
+    assert not opened.expected.fits_gpu(file), "this machine has none"
+    assert SourceGate(expected).check(file, Q.F16).source_verdict.passed
+    assert [notice.code for notice in reporter.said] == [NoticeCode.GPU_UNUSED]
+    assert not reporter.said[0].warning

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import math
 import platform
 import re
@@ -21,6 +20,8 @@ from finetune_trainer.contract import (
     GateReport,
     Lineage,
     Manifest,
+    Notice,
+    NoticeCode,
     PreparedRunConfig,
     Quantization,
     Reason,
@@ -49,12 +50,18 @@ from finetune_trainer.export.publish.hub_push import check_token, push
 from finetune_trainer.export.publish.signing import signer_for
 from finetune_trainer.export.report import Facts, license_of, write_model_card, write_report
 from finetune_trainer.memory.disk import check_disk, export_disk
-from finetune_trainer.memory.forecast import ExportWork, Machine, forecast
+from finetune_trainer.memory.forecast import (
+    ExportWork,
+    Machine,
+    Widths,
+    export_bytes,
+    forecast,
+)
 from finetune_trainer.memory.machine import free_memory
 from finetune_trainer.model import ModelFolder, base_model
 from finetune_trainer.model.loading import available_cpus
 from finetune_trainer.model.shape import Shape
-from finetune_trainer.runtime import GIB, binary, size, timestamp
+from finetune_trainer.runtime import binary, duration, size, timestamp
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import MANIFEST, check_owner
@@ -128,7 +135,8 @@ def make_all(export: ExportRun) -> Manifest:
     """Make all files; returns the manifest but for their list."""
     config, inputs = export.config, export.inputs
     export.result.mkdir()
-    export.reporter.expect_work(expected_seconds(config, inputs.training))
+    work = expected_work(config, inputs.training)
+    export.reporter.expect_work(forecast(work, Machine(available_cpus())))
     if config.training.method != "full":
         publish_folder(export.publication.add, inputs.adapter)
     export.publication.add(inputs.dataset_report, inputs.dataset_report.name)
@@ -151,15 +159,14 @@ def make_all(export: ExportRun) -> Manifest:
     return manifest
 
 
-def expected_seconds(config: RunConfig, trained: TrainingRecord) -> dict[str, float]:
-    """How long each part of the work should take; of a model of unknown size, how they compare."""
-    work = ExportWork(
+def expected_work(config: RunConfig, trained: TrainingRecord) -> ExportWork:
+    """What has to be done; of a model of unknown size, as for one of UNKNOWN_PARAMETERS."""
+    return ExportWork(
         trained.metrics.base_parameters or UNKNOWN_PARAMETERS,
         config.export,
         adapter=config.training.method != "full",
         downloads=not PurePosixPath(config.model.source).is_absolute(),
     )
-    return forecast(work, Machine(available_cpus()))
 
 
 def make_from(export: ExportRun, base: ModelFolder) -> GateReport:
@@ -167,7 +174,13 @@ def make_from(export: ExportRun, base: ModelFolder) -> GateReport:
     config, inputs = export.config, export.inputs
     folder = (export.result if config.export.merged else export.workspace) / MERGED
     model = open_tuned_model(config, base, inputs.adapter, folder)
-    check_memory(model.weights, config.export)
+    work = replace(
+        expected_work(config, inputs.training),
+        parameters=sum(math.prod(info.shape) for info in model.weights.infos.values()),
+        own=model.files.own_type,
+    )
+    seconds = check_memory(model.weights, work, available_cpus(), export.reporter)
+    export.reporter.expect_work(seconds)
     check_space(config, base.path, export.workspace, model.files.own_type)
     context = ExportContext(
         config=config,
@@ -289,18 +302,9 @@ def reason_of(files: Sequence[Artifact]) -> Reason:
     return Reason.QUALITY_GATE_FAILED if bad else Reason.SUCCEEDED
 
 
-log = logging.getLogger(__name__)
-
-MEMORY_BYTES = 3 * GIB // 2
-"""For all processes of an export, beside mapped files: 1.16 GB were measured with the gate, an
-importance matrix and the adapter's file at 1.07 billion parameters; layers are streamed."""
-
-CONVERTING_BYTES = 7
-"""For each value of the largest tensor while the converter writes it: in float32, in 16 bits, and
-in part once more."""
-
 EXPERT = re.compile(r"\.experts\.\d+\.")
-DISK_RATE = 250 * 10**6  # bytes a second, of a usual volume
+LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+KEYS = re.compile(r"\.k_proj\.|\.key\.")
 
 
 def memory_need(weights: MergedWeights, export: Export) -> int:
@@ -314,16 +318,35 @@ def memory_need(weights: MergedWeights, export: Export) -> int:
     for info in weights.infos.values():
         values[EXPERT.sub(".experts.", info.name)] += math.prod(info.shape)
         experts += info.nbytes if EXPERT.search(info.name) else 0
-    if not export.gguf:
-        return MEMORY_BYTES
-    converting = CONVERTING_BYTES * max(values.values(), default=0)
-    return MEMORY_BYTES + max(converting, 0 if export.verify == "off" else experts)
+    largest = max(values.values(), default=0)
+    return export_bytes(widths_of(weights), export, largest, experts)
 
 
-def check_memory(weights: MergedWeights, export: Export) -> None:
-    """Raise StageError(OutOfMemory) when the pod has less than an export takes; and say so where
-    it will take long, since the files don't fit into what is left."""
-    free, need = free_memory(), memory_need(weights, export)
+def widths_of(weights: MergedWeights) -> Widths:
+    """Of a model, by the shapes of its matrices."""
+    matrices = {info.name: info.shape for info in weights.infos.values() if len(info.shape) == 2}
+    inside = {name: shape for name, shape in matrices.items() if LAYER.search(name)}
+    outside = [shape for name, shape in matrices.items() if name not in inside]
+    vocabulary, hidden = max(outside, default=(0, 0))
+    keys = [rows for name, (rows, _) in inside.items() if KEYS.search(name)]
+    return Widths(
+        vocabulary=vocabulary,
+        hidden=hidden,
+        mlp=max((rows for rows, _ in inside.values()), default=0),
+        key_value=max(keys, default=hidden),
+        layers=len(set(LAYER.findall("".join(f"{name} " for name in inside)))),
+    )
+
+
+def check_memory(
+    weights: MergedWeights, work: ExportWork, cpus: int, reporter: Reporter
+) -> dict[str, float]:
+    """How long each part of the export takes with the memory of this pod, in seconds.
+
+    Says so where the files don't fit into what is left of it, since it takes longer then. Raises
+    StageError(OutOfMemory) when the pod has less than an export takes.
+    """
+    free, need = free_memory(), memory_need(weights, work.export)
     if free < need:
         raise StageError(
             Reason.OUT_OF_MEMORY,
@@ -331,15 +354,19 @@ def check_memory(weights: MergedWeights, export: Export) -> None:
             f"spec.stages.export.resources.limits.memory to at least {binary(need, up=True)}.",
         )
     largest = sum(info.nbytes for info in weights.infos.values())
-    if export.gguf and export.verify != "off" and free - need < largest:
-        log.warning(
-            "The model has %s in 16 bits. What doesn't fit into memory is read from the disk again "
-            "and again, about %d minutes each time at 250 MB/s. With "
-            "spec.stages.export.resources.limits.memory: %s it is read once",
-            size(largest),
-            max(1, round(largest / DISK_RATE / 60)),
-            binary(need + largest, up=True),
+    seconds = forecast(work, Machine(cpus, free - need))
+    longer, enough = sum(seconds.values()), sum(forecast(work, Machine(cpus)).values())
+    if longer > enough:
+        notice = Notice(
+            code=NoticeCode.MODEL_READ_AGAIN,
+            evidence=f"The model has {size(largest)} in 16 bits, and {size(free - need)} of memory "
+            f"are left for it, so that it is read from the disk again and again: the export takes "
+            f"about {duration(longer)}, and {duration(enough)} with enough memory",
+            remedy="Set spec.stages.export.resources.limits.memory to "
+            f"{binary(need + largest, up=True)}, or wait.",
         )
+        reporter.notice(notice)
+    return seconds
 
 
 def check_space(config: RunConfig, base: Path, workspace: Path, own: Quantization) -> None:

@@ -163,3 +163,76 @@ def upload_seconds(work: ExportWork) -> float:
 def read_seconds(size: float, reads: int, machine: Machine) -> float:
     """What is read from the disk again and again, since it doesn't stay in memory."""
     return size * reads / DISK_RATE if size > machine.memory else 0.0
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+MIB = 1 << 20
+STAGE_BYTES = 340 * MIB
+"""Of a process that has imported torch and transformers: the stage itself, the converter, ..."""
+LIGHT_BYTES = 120 * MIB
+"""Of one that runs llama.cpp."""
+QUANTIZING_BYTES = 2 * (LIGHT_BYTES + 64 * MIB)
+"""Two types at a time, with the rows that each has in work."""
+ROW_ANSWERS = 128
+"""Answer tokens of a row that are compared at a time."""
+LOGITS_BYTES = 256 * MIB
+"""The most that llama.cpp keeps of one call."""
+REFERENCE_BYTES = 126 * MIB
+"""A block of weights in float32, and what loading a model leaves."""
+CONVERTING_BYTES = 7
+"""For each value of the largest tensor while the converter writes it: in float32, in 16 bits, and
+in part once more."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What of a model decides how much the gate takes, in elements."""
+
+    vocabulary: int
+    hidden: int
+    mlp: int
+    key_value: int
+    """Key-value heads times their width."""
+
+    layers: int
+
+
+def llama_bytes(widths: Widths, tokens: int = TOKENS) -> int:
+    """Memory of its own that llama.cpp takes to measure a file, beside the process.
+
+    Logits are there twice (in the graph and for the caller), a row's in float32 four times more.
+    """
+    answers = min(ANSWERS, LOGITS_BYTES // (4 * max(1, widths.vocabulary)))
+    logits = 4 * widths.vocabulary * (2 * answers + 4.3 * ROW_ANSWERS)
+    cache = 2 * 2 * tokens * widths.key_value * widths.layers
+    activations = 4 * UBATCH * (2 * widths.mlp + 4 * widths.hidden)
+    return round(logits + cache + activations)
+
+
+def reference_bytes(widths: Widths, tokens: int = 2 * PASS_TOKENS) -> int:
+    """Memory of its own that the reference takes, beside the process; `tokens` of one pass, base
+    and tuned model together."""
+    logits = 6 * 4 * widths.vocabulary * PASS_ANSWERS
+    activations = 4 * tokens * (4 * widths.mlp + 6 * widths.hidden)
+    return round(REFERENCE_BYTES + logits + activations)
+
+
+def export_bytes(widths: Widths, export: Export, largest: int, experts: int = 0) -> int:
+    """Memory for all processes of an export, beside mapped files.
+
+    `largest` is the number of values that the converter has in memory at a time; `experts` the
+    bytes of stacked experts, which transformers doesn't map.
+    """
+    phases = [STAGE_BYTES]  # that merges
+    if export.gguf:
+        phases += [STAGE_BYTES + CONVERTING_BYTES * largest, QUANTIZING_BYTES]
+    if export.verify != "off" and (export.gguf or export.merged):
+        phases.append(STAGE_BYTES + reference_bytes(widths) + experts)
+    if export.verify != "off" and export.gguf:
+        # The adapter's file is made beside the first check, types that follow beside the others.
+        beside = max(STAGE_BYTES, QUANTIZING_BYTES)
+        phases.append(LIGHT_BYTES + llama_bytes(widths) + beside)
+    if export.importance_matrix and export.gguf:
+        phases.append(STAGE_BYTES + reference_bytes(widths, 512) + experts)
+    return STAGE_BYTES + max(phases)

@@ -63,6 +63,8 @@ class Reporter:
         self._heartbeat = heartbeat
         self._begun = False
         self._work: Work | None = None
+        self._percent = 0
+        self._work_lock = threading.Lock()
         self._changes = Progress()  # not published yet
         self._notices: tuple[Notice, ...] = ()
         self._dirty = threading.Event()
@@ -121,8 +123,13 @@ class Reporter:
         """The stage's parts, with the seconds that each should take.
 
         From then on, percent and ETA are of all of them together; `part` says which is at work.
+        When more is known, it can be called again: percent never goes back.
         """
-        self._work = Work(seconds)
+        if self._work:
+            self._work.reweigh(seconds)
+        else:
+            self._work, self._percent = Work(seconds), 0
+        self._show_work(self._work)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -157,8 +164,10 @@ class Reporter:
             self._show_work(self._work)
 
     def _show_work(self, work: Work) -> None:
-        percent, eta = min(99, int(100 * work.share)), duration(work.seconds_left)
-        self.update(Progress(step=None, total_steps=None, percent=f"{percent}%", eta=eta))
+        with self._work_lock:
+            self._percent = max(self._percent, min(99, int(100 * work.share)))
+            percent, eta = f"{self._percent}%", duration(work.seconds_left)
+            self.update(Progress(step=None, total_steps=None, percent=percent, eta=eta))
 
     def steps(self, step: int, total: int, *, eta_seconds: float | None = None) -> None:
         self.update(

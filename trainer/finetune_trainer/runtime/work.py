@@ -44,6 +44,12 @@ class Work:
             if part in self._shares:
                 self._shares[part] = min(1.0, max(self._shares[part], share))
 
+    def reweigh(self, seconds: Mapping[str, float]) -> None:
+        """More is known now: what each part should take. What is done stays so."""
+        with self._lock:
+            self._shares = {name: self._shares.get(name, 0.0) for name in seconds}
+            self._seconds = {name: max(0.0, value) for name, value in seconds.items()}
+
     def skip(self, part: str) -> None:
         """What is left of a part needn't be done, so that it says nothing of the pace."""
         with self._lock:

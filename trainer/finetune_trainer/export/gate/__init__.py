@@ -34,6 +34,8 @@ from finetune_trainer.contract import (
     Export,
     FileVerdict,
     GateReport,
+    Notice,
+    NoticeCode,
     Quantization,
     Reason,
     Sample,
@@ -49,11 +51,19 @@ from finetune_trainer.export.gguf.header import Header, HeaderError
 from finetune_trainer.export.llama import GenerateAnswer, GenerateRequest, LlamaError
 from finetune_trainer.export.reference import Generated, Reference, ReferenceRequest
 from finetune_trainer.export.reference.float32 import compute_reference
+from finetune_trainer.memory.machine import find_gpus
 from finetune_trainer.model.tokenizer import load_tokenizer, other_tokens, rows_read_otherwise
 from finetune_trainer.runtime.child import as_steps
 
 SAMPLE_TOKENS = 128
 SAMPLE_SECONDS = 300.0  # for all answers of one model together, prompts included
+
+GPU_UNUSED = Notice(
+    code=NoticeCode.GPU_UNUSED,
+    evidence="The export's pod has a GPU, and llama.cpp in this image was built without one: its "
+    "files are checked on the CPU",
+    remedy="Build the trainer's image with CMAKE_ARGS=-DGGML_CUDA=ON, or leave the GPU to others.",
+)
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +132,8 @@ class SourceGate:
         gate = DerivedGate(expected, file, found.verdict, found.alike)
         for notice in gate.notices:
             log.warning("%s", notice)
+        if expected.gpu_memory and found.gpu is False and expected.inputs.reporter:
+            expected.inputs.reporter.notice(GPU_UNUSED)
         return gate
 
     def report(self, samples: Sequence[Sample] = ()) -> GateReport:
@@ -217,6 +229,7 @@ class DerivedGate:
             seconds=SAMPLE_SECONDS,
             without_adapter=without_adapter,
             threads=llama_threads(),
+            gpu=self.expected.fits_gpu(file),
         )
         try:
             steps = as_steps(self.expected.inputs.reporter)
@@ -263,6 +276,7 @@ def expect(inputs: GateInputs, workspace: Path) -> Expected:
         reference=None,
         prompts=prompts_of(tokenizer, rows.examples),
         workspace=workspace,
+        gpu_memory=min((gpu.memory_bytes for gpu in find_gpus().usable), default=0),
     )
 
 

@@ -139,7 +139,9 @@ def write_files(
             yield Quantization.F16, narrow
         converted()
         others = [kind for kind in order if kind is not Quantization.F16]
-        files = {kind: target / file_name(model.name, kind) for kind in others}
+        files: dict[Quantization, Path] = {
+            kind: target / file_name(model.name, kind) for kind in others
+        }
         yield from quantize_all(source, files, importance, reporter)
 
 

@@ -65,11 +65,15 @@ class CheckRequest(Base):
     """An adapter's GGUF file, which is taken away from the model."""
 
     threads: int
+    gpu: bool = False
+    """Whether all layers fit into a GPU's memory."""
 
 
 class CheckAnswer(Base):
     reading: Reading
     measurement: Measurement
+    gpu: bool = False
+    """Whether llama.cpp can use a GPU at all, as it was built."""
 
 
 class GenerateRequest(Base):
@@ -88,6 +92,7 @@ class GenerateRequest(Base):
     """As for a check."""
 
     threads: int
+    gpu: bool = False
 
 
 class GenerateAnswer(Base):

@@ -67,6 +67,9 @@ class LlamaSession:
     check: bool = False
     """Look at every block of every tensor for values that are not finite."""
 
+    gpu: bool = False
+    """Put all layers onto the GPU, where llama.cpp was built for one."""
+
     model: Any = field(init=False)
     vocabulary: Any = field(init=False)
     size: int = field(init=False)
@@ -79,7 +82,7 @@ class LlamaSession:
         # The process ends where llama.cpp can't load the file.
         llama_cpp.llama_backend_init()
         options = llama_cpp.llama_model_default_params()
-        options.n_gpu_layers = 0
+        options.n_gpu_layers = -1 if self.gpu and llama_cpp.llama_supports_gpu_offload() else 0
         options.vocab_only = self.vocabulary_only
         options.check_tensors = self.check
         options.use_extra_bufts = False
@@ -251,7 +254,8 @@ def tokenize(request: TokenizeRequest) -> Reading:
 
 def check(request: CheckRequest) -> CheckAnswer:
     # With an adapter taken away, the file was looked at before.
-    session = LlamaSession(request.file, request.threads, check=request.without_adapter is None)
+    check_all = request.without_adapter is None
+    session = LlamaSession(request.file, request.threads, check=check_all, gpu=request.gpu)
     chosen = range(len(request.rows)) if request.places is None else request.places
     decodes = list(decodes_of([request.rows[place] for place in chosen], session.size))
     places = placed_tokens(request.rows, chosen)
@@ -265,6 +269,7 @@ def check(request: CheckRequest) -> CheckAnswer:
     return CheckAnswer(
         reading=_read(session, request.texts, request.ends, add_special=False),
         measurement=_measure(session, decodes, places, request.reference, request.kept_file),
+        gpu=bool(llama_cpp.llama_supports_gpu_offload()),
     )
 
 
@@ -332,7 +337,7 @@ def _tokens(row: MeasuredRow, sequence: int) -> Iterator[tuple[int, int, int, bo
 
 
 def generate(request: GenerateRequest) -> GenerateAnswer:
-    session = LlamaSession(request.file, request.threads)
+    session = LlamaSession(request.file, request.threads, gpu=request.gpu)
     most = CACHE_BYTES // max(1, session.bytes_per_token)
     limit, answers = request.limit, list[Generated | None]()
 
