@@ -126,7 +126,10 @@ def test_a_row_is_computed_alike_alone_and_beside_others(tmp_path: Path) -> None
 def test_on_another_device_all_is_computed_there_and_the_weights_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By tensors without values, which torch seldom lets meet others. No GPU has run it."""
+    """By tensors without values, which torch seldom lets meet others. No GPU has run it.
+
+    Rows of an embedding are chosen where it is, so that ids have to be read there.
+    """
     base, adapter = save("llama", tmp_path, torch.bfloat16)
     there = torch.device("meta")
     monkeypatch.setattr(float32, "best_device", lambda: there)
@@ -137,6 +140,12 @@ def test_on_another_device_all_is_computed_there_and_the_weights_stay(
     weights = [each.data for each in model.parameters() if isinstance(each.data, MappedWeight)]
     assert len(weights) > 20
     assert {weight.source.device.type for weight in weights} == {"cpu"}
+
+    def embed(ids: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.empty((*ids.shape, weight.shape[1]), device=ids.device)
+
+    monkeypatch.setitem(loading._BLOCKWISE, torch.nn.functional.embedding, embed)
+    model.base_model.model.set_attn_implementation("eager")  # the usual one reads the mask
     logits = logits_of_both(model, ROWS)
     assert (logits.device, logits.shape) == (there, (10, VOCABULARY))
 
