@@ -76,6 +76,7 @@ VALUES: tuple[Any, ...] = (
     *(";", "latin-1", "0.5", {"name": "other"}, {"name": "other", "key": "other"}),
     {"secretRef": {"name": "other"}},
     ["other"],
+    ["merged"],
     [{"quantization": "Q8_0", "maxKLDivergence": 1}],
     {"train": {"nodeSelector": {"disk": "fast"}}},
 )

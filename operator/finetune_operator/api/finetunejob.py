@@ -11,6 +11,7 @@ from finetune_operator.api import (
     ON_EDIT,
     CaBundle,
     EnvVar,
+    LabelValue,
     Name,
     Preserved,
     PrivateKeyReference,
@@ -104,11 +105,24 @@ class HubSpec(contract.Hub):
     gets it, by reference; the operator may not read it."""
 
 
+class OciSpec(contract.Oci):
+    """A repository of a container registry that the models are pushed to as well, one image for
+    each: Kubernetes mounts it as an image volume."""
+
+    secret_ref: SecretReference | None = None
+    """Secret of type kubernetes.io/dockerconfigjson with a login that may push to the repository.
+    Leave it out for a registry that wants none. Only the pod of export gets it, as a file; the
+    operator may not read it."""
+
+
 class OutputSpec(contract.Output):
     """Where the artifacts go."""
 
     hub: HubSpec | None = None
     """Push the artifacts to the Hugging Face Hub, once all of them are in the folder."""
+
+    oci: OciSpec | None = None
+    """Push the models to a container registry, once all of them are in the folder."""
 
 
 class PodSettings(Base):
@@ -182,6 +196,12 @@ class FineTuneJobSpec(Base):
     version of this spec is current again, and is not made anew where it is still there. A version
     that output.keepVersions has deleted can't come back."""
 
+    queue_name: LabelValue | None = None
+    """Kueue's LocalQueue, in the FineTuneJob's namespace, in which each stage waits for its quota.
+    Quota counts what stages.*.resources request, and stages.*.priorityClassName orders the queue. A
+    training that has to make room saves its last step, and goes on from there when its turn comes
+    again, without a failed attempt. Left out, the stages start at once."""
+
     service_account_name: Name | None = None
     """ServiceAccount of the pods, for workload identity. Left out, the operator makes one that may
     do nothing but report progress."""
@@ -245,7 +265,7 @@ class FineTuneJobSpec(Base):
                 "dataset": {"storage": references, "refresh": True},
                 "storage": references,
                 "export": {"signing": {"key_secret_ref": True}},
-                "output": {"hub": {"token_secret_ref": True}},
+                "output": {"hub": {"token_secret_ref": True}, "oci": {"secret_ref": True}},
             },
         )
         known = {"job": reference, "resolved": resolved, "hardware": hardware}

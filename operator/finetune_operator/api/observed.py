@@ -324,6 +324,17 @@ class FineTuneJobStatus(Base):
     """Files of the version, those that the quality gate rejected included. All GGUF files
     are here; where there are too many files in all, the others are in the manifest only."""
 
+    images: Annotated[
+        tuple[contract.ImageReference, ...],
+        Field(
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["name"],
+            }
+        ),
+    ] = ()
+    """What of the version was pushed to a container registry (spec.output.oci), with digests."""
+
     versions: Annotated[
         tuple[VersionStatus, ...],
         Field(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from finetune_operator.api import (
     FINETUNEJOB_NAME_ANNOTATION,
     POD_SETTINGS_ANNOTATION,
+    QUEUE_LABEL,
     STAGE_KEY_ANNOTATION,
     TRAINER_CONTAINER,
     EnvVar,
@@ -27,7 +28,14 @@ from finetune_operator.manifests.children import (
 )
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
-from finetune_trainer.contract import SIGNING_KEY_FILE, Base, ExitCode, Hardware, Stage
+from finetune_trainer.contract import (
+    REGISTRY_FILE,
+    SIGNING_KEY_FILE,
+    Base,
+    ExitCode,
+    Hardware,
+    Stage,
+)
 
 CONFIG_FOLDER = "/etc/finetune"
 WORKSPACE = "/workspace"
@@ -40,6 +48,11 @@ OWNER_ONLY = 0o400  # to which the kubelet adds the pod's group
 SIGNING_MOUNT = {
     "name": "signing-key",
     "mountPath": SIGNING_KEY_FILE.rsplit("/", 1)[0],
+    "readOnly": True,
+}
+REGISTRY_MOUNT = {
+    "name": "registry",
+    "mountPath": REGISTRY_FILE.rsplit("/", 1)[0],
     "readOnly": True,
 }
 USER = 65532
@@ -83,7 +96,10 @@ def stage_job(
     deadline = spec.pod_settings(attempt.stage).active_deadline_seconds
     parts = (attempt.stage_key, pod_settings, attempt.number)
     meta = metadata(owner, child_name(owner, attempt.stage, *parts))
-    meta["labels"] = stage_labels(owner, attempt.stage, attempt.number)
+    meta["labels"] = {
+        **stage_labels(owner, attempt.stage, attempt.number),
+        **({QUEUE_LABEL: spec.queue_name} if spec.queue_name else {}),
+    }
     meta["annotations"] = {
         FINETUNEJOB_NAME_ANNOTATION: owner.name,
         STAGE_KEY_ANNOTATION: attempt.stage_key,
@@ -95,6 +111,8 @@ def stage_job(
         "metadata": meta,
         "spec": {
             "backoffLimit": 0,
+            # Kueue lets it go on when there is quota; until then it has no pod.
+            **({"suspend": True} if spec.queue_name else {}),
             **({"activeDeadlineSeconds": deadline} if deadline is not None else {}),
             "ttlSecondsAfterFinished": _ttl_seconds(spec, attempt.stage),
             "podFailurePolicy": _pod_failure_policy(),
@@ -117,6 +135,7 @@ def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings)
         _dump(spec.model.token_secret_ref),
         *_publishing(spec, stage),
         *store_references(spec, stage),
+        *([{"queue": spec.queue_name}] if spec.queue_name else []),
     )
 
 
@@ -130,7 +149,7 @@ def _ttl_seconds(spec: FineTuneJobSpec, stage: Stage) -> int:
 
 
 def _publishing(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
-    parts = (spec.export.signing, spec.output.hub) if stage is Stage.EXPORT else ()
+    parts = (spec.export.signing, spec.output.hub, spec.output.oci) if stage is Stage.EXPORT else ()
     return [part.model_dump(mode="json") for part in parts if part is not None]
 
 
@@ -193,6 +212,7 @@ def _pod_template(
                 *volumes(pod, attempt.config_map, shared_memory),
                 *certificate_volumes(spec, attempt.stage),
                 *signing_volumes(spec, attempt.stage),
+                *registry_volumes(spec, attempt.stage),
             ],
             **_pull_secrets(settings),
             **_placement(pod),
@@ -227,6 +247,7 @@ def _container(
             *mounts(pod, shared_memory),
             *certificate_mounts(spec, stage),
             *([SIGNING_MOUNT] if _signs(spec, stage) else []),
+            *([REGISTRY_MOUNT] if registry_volumes(spec, stage) else []),
         ],
         # If a container ends without a StageResult, the end of its log helps a person.
         "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -321,6 +342,16 @@ def signing_volumes(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
     items = [{"key": reference.key, "path": file}]
     source = {"secretName": reference.name, "items": items, "defaultMode": OWNER_ONLY}
     return [{"name": SIGNING_MOUNT["name"], "secret": source}]
+
+
+def registry_volumes(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
+    """The registry's login as a file in memory, as the signing key."""
+    oci = spec.output.oci
+    if stage is not Stage.EXPORT or oci is None or oci.secret_ref is None:
+        return []
+    items = [{"key": ".dockerconfigjson", "path": REGISTRY_FILE.rsplit("/", 1)[1]}]
+    source = {"secretName": oci.secret_ref.name, "items": items, "defaultMode": OWNER_ONLY}
+    return [{"name": REGISTRY_MOUNT["name"], "secret": source}]
 
 
 def _variable(given: EnvVar) -> JsonObject:

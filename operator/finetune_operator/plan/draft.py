@@ -23,7 +23,14 @@ from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan.why import why_prepare
 from finetune_operator.pods import ObservedPod
 from finetune_operator.status import PendingReason, Summary, conditions, shorten
-from finetune_trainer.contract import DatasetSummary, Notice, Reason, Resolved, Stage
+from finetune_trainer.contract import (
+    DatasetSummary,
+    ImageReference,
+    Notice,
+    Reason,
+    Resolved,
+    Stage,
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,9 @@ class Policy:
     """The Job controller may take this long to take a Job up. It makes 20 requests a second by
     default, and so needs minutes for a burst of Jobs."""
 
+    queue_look: timedelta = timedelta(seconds=30)
+    """Between two looks at what Kueue says of a Job that waits in its queue."""
+
     wake_interval: timedelta = timedelta(seconds=60)
     """Between two touches of a Job without a pod. Its controller may have lost what it had to do in
     an outage of the API server, and pauses for minutes after a pod that was refused."""
@@ -134,6 +144,7 @@ class StageResults:
 
     version: str | None
     artifacts: tuple[ArtifactStatus, ...]
+    images: tuple[ImageReference, ...]
     manifest_uri: str | None
     metrics: dict[str, float]
     dataset: DatasetSummary | None
@@ -148,6 +159,7 @@ class StageResults:
         return cls(
             version=status.version,
             artifacts=status.artifacts,
+            images=status.images,
             manifest_uri=status.manifest_uri,
             metrics=status.metrics,
             dataset=status.dataset,
@@ -236,8 +248,8 @@ class Draft:
     def add_action(self, action: Action) -> None:
         self._actions.append(action)
 
-    def add_event(self, reason: str, message: str) -> None:
-        self._events.append(Event("Normal", str(reason), shorten(message)))
+    def add_event(self, reason: str, message: str, scope: str = "") -> None:
+        self._events.append(Event("Normal", str(reason), shorten(message), scope))
 
     def add_warning(self, reason: str, message: str, scope: str = "") -> None:
         event = Event("Warning", str(reason), shorten(message), scope)

@@ -187,6 +187,7 @@ def _record_artifacts(draft: Draft, result: StageResult | None, image: str | Non
     artifacts = result.artifacts if result else ()
     manifest = result.manifest_uri if result else None
     draft.found.artifacts = tuple(_artifact(folder, each) for each in artifacts)
+    draft.found.images = result.images if result else ()
     # Where the result was lost, the output folder's own manifest names the version.
     draft.found.manifest_uri = manifest or f"{draft.spec.output.folder}/manifest.json"
     draft.found.lineage = _lineage(draft.found.resolved, image) if draft.found.resolved else None

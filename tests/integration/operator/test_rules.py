@@ -27,6 +27,10 @@ REFUSED: dict[str, Any] = {
     "must be an s3://bucket/key URI, hf://datasets/org/name or the absolute path of a mounted "
     "file": "gs://data/faq.csv",
     "must have three different characters for delimiter, quote and escape": {"delimiter": '"'},
+    "must name no other column beside text, which is learnt as it is": {
+        "text": "body",
+        "instruction": "ask",
+    },
     "must be a whole number from 0, or a percentage such as 10%": "101%",
     "must be a whole number from 1 to 1000, or auto": 1001,
     "must be all-linear alone, or names of layers without it": ["all-linear", "q_proj"],
@@ -35,6 +39,10 @@ REFUSED: dict[str, Any] = {
     "must be a duration of 1s or more, such as 30m or 1h30m": "0s",
     "must be an s3://bucket/key URI or the absolute path of a mounted folder": "out",
     "must be org/name of a repository on the Hugging Face Hub": "tuned",
+    "must be a registry's host and a path without a tag, such as registry.example.com/team/model": (
+        "registry.example.com/team/model:v1"
+    ),
+    "must consist of letters, digits, '.', '_' and '-'": "v1/stable",
     "must be namespace/name of the FineTuneJob that the folder belongs to": "support",
     "must have exactly one of value and valueFrom": {"name": "WANDB_API_KEY"},
     "must leave out lora and initFrom with method full, which trains no adapter": {
@@ -227,6 +235,10 @@ def test_types_sets_and_keys_of_lists_are_checked(
         ("output.takeOverFrom", "team-a/support", ""),
         ("output.takeOverFrom", "support", "must be namespace/name of the FineTuneJob"),
         ("output.hub.repo", "org/tuned", ""),
+        ("output.oci", {"repository": "localhost:5000/model"}, ""),
+        ("output.oci", {"repository": "registry.example.com/a/b-c", "include": ["Q4_K_M"]}, ""),
+        ("output.oci", {"repository": "a.io/b", "include": ["Q9"]}, "Unsupported value"),
+        ("output.oci", {"repository": "registry.example.com"}, "must be a registry's host"),
         ("output.hub.repo", "tuned", "must be org/name"),
         ("output.hub.repo", "https://huggingface.co/org/tuned", "must be org/name"),
         ("rollbackTo", "0123456789ab", ""),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
 
 from finetune_trainer.export.reference import MeasuredRow, float32, passes
 from finetune_trainer.export.reference.float32 import load_streamed, logits_of, logits_of_both
@@ -145,7 +146,8 @@ def test_on_another_device_all_is_computed_there_and_the_weights_stay(
         return torch.empty((*ids.shape, weight.shape[1]), device=ids.device)
 
     monkeypatch.setitem(loading._BLOCKWISE, torch.nn.functional.embedding, embed)
-    model.base_model.model.set_attn_implementation("eager")  # the usual one reads the mask
+    plain = cast("PreTrainedModel", model.get_base_model())
+    plain.set_attn_implementation("eager")  # the usual one reads the mask
     logits = logits_of_both(model, ROWS)
     assert (logits.device, logits.shape) == (there, (10, VOCABULARY))
 

@@ -11,7 +11,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
-from finetune_trainer.contract import Hub, PrivateFile, Reason, Stage, StageError
+from finetune_trainer.contract import Export, Hub, Output, PrivateFile, Reason, Stage, StageError
 from finetune_trainer.export.publish.hub_push import TOKEN_VARIABLE, check_token, push
 from finetune_trainer.prepare.stored import without_push
 from finetune_trainer.runtime.reporter import Reporter
@@ -224,7 +224,8 @@ def test_prepare_asks_for_an_export_until_the_push_is_done(
     assert marker is not None
 
     def held(target: Hub | None) -> set[Stage]:
-        return set(without_push({Stage.EXPORT: marker}, output, target))
+        asked = Output(uri=output.uri, hub=target)
+        return set(without_push({Stage.EXPORT: marker}, output, asked, Export()))
 
     assert held(None) == {Stage.EXPORT}
     assert held(HUB) == {Stage.TRAIN}

@@ -76,6 +76,7 @@ PUBLISHING: dict[str, Any] = {
     "output": {
         **SPEC["output"],
         "hub": {"repo": "org/tuned", "tokenSecretRef": {"name": "pusher", "key": "write"}},
+        "oci": {"repository": "images.example/tuned", "secretRef": {"name": "docker"}},
     },
 }
 STORES: dict[str, Any] = {
@@ -212,6 +213,10 @@ def test_only_the_export_gets_the_key_and_the_token_of_publishing() -> None:
         key = [{"key": "private-key.pem", "path": "private-key.pem"}]
         signer = {"secretName": "signer", "items": key, "defaultMode": 0o400}
         assert volumes.get("signing-key") == (signer if here else None)
+        assert mounted.get("registry") == ("/etc/finetune-registry" if here else None)
+        login = [{"key": ".dockerconfigjson", "path": "config.json"}]
+        docker = {"secretName": "docker", "items": login, "defaultMode": 0o400}
+        assert volumes.get("registry") == (docker if here else None)
 
 
 def test_what_is_pushed_where_is_told_without_the_secrets() -> None:
@@ -221,7 +226,9 @@ def test_what_is_pushed_where_is_told_without_the_secrets() -> None:
     assert told.export.signing is not None
     assert told.output.hub is not None
     assert told.output.hub.repo == "org/tuned"
-    assert not any(f'"{name}"' in text for name in ("signer", "pusher"))
+    assert told.output.oci is not None
+    assert told.output.oci.repository == "images.example/tuned"
+    assert not any(f'"{name}"' in text for name in ("signer", "pusher", "docker"))
 
 
 def test_how_many_versions_are_kept_and_who_owned_the_folder_is_told() -> None:

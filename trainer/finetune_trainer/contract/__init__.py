@@ -18,6 +18,7 @@ from __future__ import annotations
 from finetune_trainer.contract.artifacts import (
     VERSIONS,
     Artifact,
+    ImageReference,
     Lineage,
     Manifest,
     VersionSummary,
@@ -39,6 +40,7 @@ from finetune_trainer.contract.base import (
     read_readable,
 )
 from finetune_trainer.contract.dataset import (
+    DOCUMENT,
     HUB_DATASETS,
     Columns,
     CountOrShare,
@@ -52,6 +54,7 @@ from finetune_trainer.contract.dataset import (
     ToolCall,
     allowed,
     as_example,
+    is_document,
 )
 from finetune_trainer.contract.dataset_report import (
     BadRow,
@@ -75,6 +78,7 @@ from finetune_trainer.contract.fingerprint import (
 )
 from finetune_trainer.contract.outcome import ExitCode, Reason, StageError, StageResult
 from finetune_trainer.contract.output import (
+    REGISTRY_FILE,
     SIGNING_KEY_FILE,
     UNQUANTIZED,
     DatasetStorage,
@@ -82,6 +86,7 @@ from finetune_trainer.contract.output import (
     Export,
     Hub,
     ModelStorage,
+    Oci,
     Output,
     PrivateFile,
     QualityLimit,
@@ -131,11 +136,13 @@ from finetune_trainer.contract.verdict import REJECTED, FileVerdict, GateReport,
 __all__ = [
     "ADAPTER",
     "ALL_LINEAR",
+    "DOCUMENT",
     "GROUP",
     "HUB_DATASETS",
     "LOCATION_RULE",
     "NEWS",
     "PLURAL",
+    "REGISTRY_FILE",
     "REJECTED",
     "SIGNING_KEY_FILE",
     "UNCHANGING",
@@ -170,6 +177,7 @@ __all__ = [
     "GateReport",
     "Hardware",
     "Hub",
+    "ImageReference",
     "InitFrom",
     "JobReference",
     "LengthSpread",
@@ -185,6 +193,7 @@ __all__ = [
     "Notice",
     "NoticeCode",
     "Objective",
+    "Oci",
     "Output",
     "Preference",
     "PreparedRunConfig",
@@ -221,6 +230,7 @@ __all__ = [
     "describe",
     "digest",
     "display_name",
+    "is_document",
     "later_fingerprints",
     "parse_duration",
     "prepare_fingerprint",

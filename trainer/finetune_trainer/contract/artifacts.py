@@ -90,6 +90,16 @@ class VersionSummary(Base):
         return type(self)(version=self.version, current=self.current, rejected=self.rejected)
 
 
+class ImageReference(Base):
+    """An image in a container registry that holds one model of a version."""
+
+    name: str
+    """The model: merged, merged-fp8, adapter, or a type of GGUF file."""
+
+    reference: str
+    """Repository, tag and digest, as pods name it."""
+
+
 class Lineage(Base):
     """What the files were made from."""
 

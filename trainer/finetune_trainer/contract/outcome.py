@@ -11,7 +11,7 @@ import json
 from enum import IntEnum, StrEnum
 from typing import Any, Self
 
-from finetune_trainer.contract.artifacts import Artifact, VersionSummary
+from finetune_trainer.contract.artifacts import Artifact, ImageReference, VersionSummary
 from finetune_trainer.contract.base import Base, Stage, read_readable, redact
 from finetune_trainer.contract.dataset_report import DatasetSummary
 from finetune_trainer.contract.progress import Notice
@@ -171,6 +171,10 @@ class StageResult(Base):
     manifest_uri: str | None = None
     """The version's own manifest."""
 
+    images: tuple[ImageReference, ...] = ()
+    """Set by `export`, and by `prepare` when the store already holds the export: what was pushed to
+    a container registry."""
+
     versions: tuple[VersionSummary, ...] | None = None
     """Set by `prepare` and `export`: the newest versions that the output folder holds, the newest
     first, and the current one. None in the results of older trainers."""
@@ -190,7 +194,7 @@ class StageResult(Base):
 
         What doesn't fit goes in this order: what is known of the versions (the oldest first), files
         other than GGUF (those of the merged model first), long text, examples of bad rows, notices,
-        more text, and GGUF files last of all, those that failed the quality gate after the others.
+        more text, GGUF files, those that failed the quality gate after the others, and images last.
         Credentials are blacked out.
         """
         brief = tuple(each.brief() for each in self.artifacts)
@@ -230,6 +234,8 @@ class StageResult(Base):
             update = {"notices": self.notices[:-1]}
         elif least is not None and len(self.message) <= SHORT:
             update = self._without_artifact(least)
+        elif self.images and len(self.message) <= SHORT:
+            update = {"images": self.images[:-1]}
         else:
             update = self._cut_message()
         return self.model_copy(update=update)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from finetune_trainer.contract.base import LOCATION_RULE, Base, Location, cel
 
@@ -138,6 +138,95 @@ class Hub(Base):
     """Branch to push to; it is created where it doesn't exist."""
 
 
+MODEL_FOLDERS = ("merged", "merged-fp8", "adapter")
+IMAGE_CONTENTS = (*MODEL_FOLDERS, *map(str, Quantization))
+"""What an image can be of: a folder of the version, or the GGUF file of one type."""
+
+
+def _is_image_content(name: str) -> str:
+    if name not in IMAGE_CONTENTS:
+        raise ValueError(f"must be one of {', '.join(IMAGE_CONTENTS)}")
+    return name
+
+
+ImageContent = Annotated[
+    str,
+    AfterValidator(_is_image_content),
+    Field(json_schema_extra={"enum": list(IMAGE_CONTENTS)}),
+]
+
+
+class Oci(Base):
+    """A repository of a container registry that the models are pushed to as well, one image for
+    each: Kubernetes mounts it as an image volume."""
+
+    repository: Annotated[
+        str,
+        Field(
+            min_length=3,
+            max_length=255,
+            json_schema_extra=cel(
+                "self.matches('^[a-zA-Z0-9.-]+(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+$')",
+                "must be a registry's host and a path without a tag, such as "
+                "registry.example.com/team/model",
+            ),
+        ),
+    ]
+    """The repository: a registry's host and a path, such as registry.example.com/team/model."""
+
+    tag: Annotated[
+        str | None,
+        Field(
+            max_length=100,
+            json_schema_extra=cel(
+                "self.matches('^[A-Za-z0-9_][A-Za-z0-9._-]*$')",
+                "must consist of letters, digits, '.', '_' and '-'",
+            ),
+        ),
+    ] = None
+    """What the tags begin with: an image's tag is `<tag>-<model>`, such as v1-Q4_K_M or v1-merged.
+    Left out, it is the version's name, so that no tag ever moves. status.images has the
+    digests."""
+
+    include: (
+        Annotated[
+            tuple[ImageContent, ...],
+            Field(
+                min_length=1,
+                max_length=len(IMAGE_CONTENTS),
+                json_schema_extra={"x-kubernetes-list-type": "set"},
+            ),
+        ]
+        | None
+    ) = None
+    """The models to push, each as an image of its own, since a pod mounts one: `merged`,
+    `merged-fp8`, `adapter`, or types of export.gguf. Left out, it is all that spec.export writes
+    but the adapter."""
+
+    format: Literal["image", "modelPack"] = "image"
+    """`image` for what container runtimes unpack: image volumes of Kubernetes, and KServe.
+    `modelPack` for the CNCF's format of the same layers, which model tools and the Model CSI
+    driver read, and container runtimes don't."""
+
+    insecure: bool = False
+    """Speak HTTP without encryption, to a registry that has no certificate. No password is sent
+    then."""
+
+    def contents(self, export: Export) -> tuple[str, ...]:
+        """The models to push."""
+        return self.include if self.include is not None else written_models(export)
+
+
+def written_models(export: Export) -> tuple[str, ...]:
+    """The models that an export writes beside the adapter, as images are named."""
+    folders = (("merged", export.merged), ("merged-fp8", export.merged_fp8))
+    return (*(name for name, asked in folders if asked), *map(str, export.gguf))
+
+
+REGISTRY_FILE = "/etc/finetune-registry/config.json"
+"""Where the pod of `export` has the Secret of spec.output.oci: a configuration of Docker's."""
+
+
 VersionName = Annotated[
     str,
     Field(
@@ -160,6 +249,9 @@ class Output(Base):
 
     hub: Hub | None = None
     """Push the artifacts to the Hugging Face Hub, once all of them are in the folder."""
+
+    oci: Oci | None = None
+    """Push the models to a container registry, once all of them are in the folder."""
 
     keep_versions: Annotated[int, Field(ge=1)] | None = None
     """How many versions to keep: the current one and the newest of the others. What is older, and

@@ -47,6 +47,7 @@ from finetune_trainer.export.merge import MergedWeights
 from finetune_trainer.export.pipeline import MERGED, make_models
 from finetune_trainer.export.publish import Publication, Published, Sign, finish
 from finetune_trainer.export.publish.hub_push import check_token, push
+from finetune_trainer.export.publish.oci_push import push_images, read_login
 from finetune_trainer.export.publish.signing import signer_for
 from finetune_trainer.export.report import Facts, license_of, write_model_card, write_report
 from finetune_trainer.memory.disk import check_disk, export_disk
@@ -97,6 +98,7 @@ def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> Stage
     reporter.begin(Stage.EXPORT, "Fetching what was trained")
     sign = signer_for(config.export, display_name(config.model.source))
     check_token(config.output.hub)
+    login = read_login(config.output.oci)
     output = open_folder(config.output.folder, config.storage)
     check_owner(output, config.output, config.job)
     prints = config.resolved.fingerprints
@@ -108,6 +110,17 @@ def run(config: PreparedRunConfig, workspace: Path, reporter: Reporter) -> Stage
         return result
     if config.output.hub:
         push(config.output.hub, output, published.version, workspace, reporter, sign=sign)
+    if oci := config.output.oci:
+        images = push_images(
+            oci,
+            config.export,
+            output,
+            published.version,
+            workspace=workspace,
+            reporter=reporter,
+            login=login,
+        )
+        result = result.model_copy(update={"images": images})
     if config.output.keep_versions:
         prune(output, config.output.keep_versions, prints)
         result = result.model_copy(update={"versions": summarize_versions(output)})

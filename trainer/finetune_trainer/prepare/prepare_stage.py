@@ -28,6 +28,7 @@ from finetune_trainer.contract import (
     StageResult,
     TrainingPlan,
 )
+from finetune_trainer.contract.output import written_models
 from finetune_trainer.memory.disk import check_disk, downloaded, export_disk, training_disk
 from finetune_trainer.memory.plan import Lengths, describe, plan
 from finetune_trainer.model import ModelFolder, base_model
@@ -41,6 +42,7 @@ from finetune_trainer.prepare.stored import (
     CompleteStages,
     StoredRun,
     contents_of,
+    images_of,
     metrics_of,
     read_prepared,
     roll_back,
@@ -127,6 +129,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         artifacts=exported.marker.files if exported else (),
         version=exported.name or None if exported else None,
         manifest_uri=output.uri_of(exported.manifest_path) if exported else None,
+        images=images_of(output, exported) if exported else (),
         versions=summarize_versions(output),
         metrics=metrics_of(output, complete),
         dataset=prepared.dataset,
@@ -150,10 +153,26 @@ def check_config(config: RunConfig) -> None:
             "spec.export.adapterGguf: llama.cpp can't apply a DoRA adapter. Leave adapterGguf out "
             "(the merged files are as usual), or leave out training.lora.useDora.",
         )
+    _check_images(config)
     if config.training.lora.modules_to_save:
         _check_whole_modules(config)
     if config.training.method == "full":
         _check_full(config)
+
+
+def _check_images(config: RunConfig) -> None:
+    """Raise StageError(InvalidConfig) for images of models that the export doesn't write."""
+    oci, export = config.output.oci, config.export
+    if oci is None:
+        return
+    adapter = () if config.training.method == "full" else ("adapter",)
+    written = (*written_models(export), *adapter)
+    if strange := [name for name in oci.contents(export) if name not in written]:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"spec.output.oci.include names {', '.join(strange)}, which spec.export doesn't "
+            f"write: it writes {', '.join(written)}.",
+        )
 
 
 def _check_full(config: RunConfig) -> None:
@@ -262,7 +281,8 @@ def write_prepared(
         summary = findings.summary() if findings.rows.total else error.dataset
         raise StageError(error.reason, message, dataset=summary) from error
     findings.write(folder)
-    (folder / SUMMARY).write_text(findings.prepared().model_dump_json(indent=2), encoding="utf-8")
+    written = findings.prepared().model_dump_json(indent=2, exclude_none=True)
+    (folder / SUMMARY).write_text(written, encoding="utf-8")
     return base, save_stage(output, Stage.PREPARE, inputs.stored.fingerprint, folder)
 
 
@@ -359,7 +379,12 @@ def summary_line(prepared: Prepared, complete: CompleteStages) -> str:
         parts.append(f"{found.invalid} bad rows skipped")
     if found.duplicates:
         parts.append(f"{found.duplicates} rows repeat another")
-    if cut := found.truncated - prepared.left_out:
+    if prepared.split_into:
+        parts.append(
+            f"{found.truncated} texts beyond the maximum length are split into "
+            f"{prepared.split_into} rows, so that nothing is lost"
+        )
+    elif cut := found.truncated - prepared.left_out:
         parts.append(f"{cut} cut off at the maximum length")
     if prepared.left_out:
         parts.append(f"{prepared.left_out} rows left out: no answer within the maximum length")

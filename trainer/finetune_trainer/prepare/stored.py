@@ -7,6 +7,7 @@ again under today's fingerprints; nothing big is copied.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +17,11 @@ from pydantic import ValidationError
 from finetune_trainer.contract import (
     DatasetSummary,
     ExampleContents,
+    Export,
     Fingerprints,
-    Hub,
+    ImageReference,
     Manifest,
+    Output,
     Reason,
     Resolved,
     RunConfig,
@@ -43,12 +46,16 @@ from finetune_trainer.store.marker import (
     METRICS,
     SUMMARY,
     Marker,
+    PushedImages,
     StageFiles,
     find_complete,
+    image_pushes,
+    last_push,
     stage_folder,
     write_marker,
 )
 from finetune_trainer.store.versions import (
+    Version,
     adopt_first_manifest,
     find_pushed,
     find_rollback,
@@ -105,7 +112,7 @@ class StoredRun:
         if not complete and (former := self.former.unfinished_training(prepared)):
             # It goes on from its checkpoints, and keeps its Job where that still runs.
             prints = prints.model_copy(update={"train": former})
-        return prints, without_push(complete, self.output, self.config.output.hub)
+        return prints, without_push(complete, self.output, self.config.output, self.config.export)
 
 
 def stored_run(
@@ -124,15 +131,27 @@ def stored_run(
     )
 
 
-def without_push(complete: CompleteStages, output: Folder, hub: Hub | None) -> CompleteStages:
+def without_push(
+    complete: CompleteStages, output: Folder, asked: Output, export: Export
+) -> CompleteStages:
     """The same, but for an export that has still to push."""
-    if hub is None or Stage.EXPORT not in complete:
+    hub, oci = asked.hub, asked.oci
+    if Stage.EXPORT not in complete or not (hub or oci):
         return complete
     version = find_version(output, complete[Stage.EXPORT].fingerprint)
-    if version and find_pushed(output, hub, version):
-        return complete
+    pushed = version is not None and (hub is None or find_pushed(output, hub, version) is not None)
+    if pushed and version and oci:
+        wanted = PushedImages.wanted(oci, export, version.data)
+        pushed = last_push(output, wanted) is not None
     # The export has only to push. It needs no training, even where the store holds none.
-    return {Stage.TRAIN: complete[Stage.EXPORT]}
+    return complete if pushed else {Stage.TRAIN: complete[Stage.EXPORT]}
+
+
+def images_of(output: Folder, version: Version) -> tuple[ImageReference, ...]:
+    """The images that the last push of a version left."""
+    sha256 = hashlib.sha256(version.data).hexdigest()
+    pushes = (each for each in image_pushes(output) if each.manifest_sha256 == sha256)
+    return next((each.images for each in pushes), ())
 
 
 def read_prepared(output: Folder, marker: Marker) -> Prepared:
@@ -316,6 +335,7 @@ def roll_back(output: Folder, name: str, reporter: Reporter) -> StageResult:
         resolved=_resolved_then(manifest),
         complete=tuple(Stage),
         artifacts=version.marker.files,
+        images=images_of(output, version),
         version=name,
         manifest_uri=output.uri_of(version.manifest_path),
         versions=summarize_versions(output),

@@ -18,12 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from finetune_trainer.contract import (
     Artifact,
     Base,
+    Export,
+    ImageReference,
     JobReference,
+    Oci,
     Output,
     Reason,
     Stage,
@@ -35,6 +38,8 @@ from finetune_trainer.store import Folder, stays_below
 MANIFEST = "manifest.json"
 STAGES = "stages"  # folder of the output for what the stages keep for themselves
 PUSHED = f"{STAGES}/hub.json"  # what was pushed to the Hub last: a Pushed
+PUSHED_IMAGES = f"{STAGES}/oci.json"  # the pushes to container registries: PushedImages
+REMEMBERED_PUSHES = 50  # of other versions
 # What `prepare` leaves.
 EXAMPLES, HELD_OUT, DATASET_REPORT = "examples.jsonl", "eval.jsonl", "dataset-report.json"
 SUMMARY = "summary.json"
@@ -90,6 +95,59 @@ class Pushed(Base):
 
     include: tuple[str, ...] = ()
     """Private files that were asked for."""
+
+
+class PushedImages(Base):
+    """The models of a version that are in a container registry."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    repository: str
+    tag: str | None
+    format: str
+    manifest_sha256: str
+    """Of the bytes of manifest.json."""
+
+    contents: tuple[str, ...]
+    """The models that were asked for."""
+
+    images: tuple[ImageReference, ...] = ()
+
+    @classmethod
+    def wanted(cls, oci: Oci, export: Export, manifest: bytes) -> PushedImages:
+        """What a push of the version with this manifest leaves, but for the digests."""
+        return cls(
+            repository=oci.repository,
+            tag=oci.tag,
+            format=oci.format,
+            manifest_sha256=hashlib.sha256(manifest).hexdigest(),
+            contents=oci.contents(export),
+        )
+
+
+_PUSHES = TypeAdapter(tuple[PushedImages, ...])
+
+
+def image_pushes(output: Folder) -> tuple[PushedImages, ...]:
+    """The pushes to container registries, the last one first."""
+    data = output.read(PUSHED_IMAGES)
+    try:
+        return _PUSHES.validate_json(data) if data else ()
+    except ValidationError:
+        return ()
+
+
+def last_push(output: Folder, wanted: PushedImages) -> PushedImages | None:
+    """The last push, if it was this one: a tag may have moved since an earlier one."""
+    last = next(iter(image_pushes(output)), None)
+    same = last is not None and last.model_copy(update={"images": ()}) == wanted
+    return last if same else None
+
+
+def record_push(output: Folder, push: PushedImages) -> None:
+    """Remember it, and what is known of other versions' images."""
+    others = [e for e in image_pushes(output) if e.manifest_sha256 != push.manifest_sha256]
+    output.write(PUSHED_IMAGES, _PUSHES.dump_json((push, *others[:REMEMBERED_PUSHES]), indent=2))
 
 
 def stage_folder(stage: Stage, fingerprint: str) -> str:

@@ -22,6 +22,7 @@ from pydantic import ConfigDict, ValidationError
 
 from finetune_trainer.contract import (
     VERSIONS,
+    Artifact,
     Base,
     Fingerprints,
     Hub,
@@ -33,6 +34,7 @@ from finetune_trainer.contract import (
     read_known,
     version_folder,
 )
+from finetune_trainer.contract.output import MODEL_FOLDERS
 from finetune_trainer.store import Folder
 from finetune_trainer.store.marker import MANIFEST, PUSHED, Marker, Pushed, missing_files
 
@@ -264,6 +266,18 @@ def find_pushed(output: Folder, hub: Hub, version: Version) -> Pushed | None:
     asked = (hub.repo, hub.revision, _sha256(version.data), set(map(str, hub.include)))
     done = (pushed.repo, pushed.revision, pushed.manifest_sha256, set(pushed.include))
     return pushed if done == asked else None
+
+
+def image_files(version: Version, name: str) -> list[tuple[Artifact, str]]:
+    """The files of one model of a version, as images are named, each with its path in there."""
+    if name in MODEL_FOLDERS:
+        folder = f"{name}/"
+        found = [item for item in version.marker.files if item.path.startswith(folder)]
+        return [(item, item.path.removeprefix(folder)) for item in found]
+    # Of the adapter's file the name ends as that of a model in F32.
+    named = re.compile(rf"gguf/(?!.*-LoRA-F32\.).+-{re.escape(name)}(-\d{{5}}-of-\d{{5}})?\.gguf")
+    found = [item for item in version.marker.files if named.fullmatch(item.path)]
+    return [(item, item.path.removeprefix("gguf/")) for item in found]
 
 
 def _candidates(output: Folder, fingerprint: str) -> Iterator[Version]:
