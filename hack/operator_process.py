@@ -118,6 +118,13 @@ class Operator:
         """End it as Kubernetes does; its exit code."""
         return self._end(signal.SIGTERM)
 
+    @property
+    def pid(self) -> int:
+        """Its process; raises ClusterError where it doesn't run."""
+        if self._process is None:
+            raise ClusterError("the operator was not started")
+        return self._process.pid
+
     def pause(self) -> None:
         """Stop it in the middle of whatever it does, as a machine that hangs does."""
         self._send(signal.SIGSTOP)
