@@ -207,27 +207,12 @@ def test_created_anew_it_finds_everything_done(environment: Environment, finish:
     assert all(artifact["quality"]["passed"] for artifact in models_of(job))
 
 
-def test_another_quantization_runs_prepare_and_export(
-    environment: Environment, finish: Finish
-) -> None:
-    before = set(pod_uids(environment))
-    patch = json.dumps({"spec": {"export": {"gguf": ["Q6_K"], "merged": False}}})
-    environment.kubectl("patch", "ftj", NAME, "--type=merge", "-p", patch)
-    job = finish(900)
-    assert job["status"]["phase"] == "Succeeded", ready_message(job)
-    ran = [stage for uid, stage in pod_uids(environment).items() if uid not in before]
-    assert sorted(ran) == ["export", "prepare"]
-    files = [a["uri"] for a in job["status"]["artifacts"] if a["uri"].endswith("Q6_K.gguf")]
-    assert len(files) == 1
-    assert any(key.endswith("Q6_K.gguf") for key in keys(environment, version_folder(job)))
-
-
-def test_a_file_over_its_limit_is_kept_apart_and_the_others_go_out(
+def test_a_file_over_its_limit_is_kept_apart_and_one_of_another_quantization_goes_out(
     environment: Environment, finish: Finish
 ) -> None:
     before = set(pod_uids(environment))
     limits = [{"quantization": "Q4_K_M", "maxKLDivergence": 1e-6}]  # which no Q4_K_M can keep
-    export = {"gguf": ["Q8_0", "Q4_K_M"], "merged": False, "qualityLimits": limits}
+    export = {"gguf": ["Q6_K", "Q4_K_M"], "merged": False, "qualityLimits": limits}
     patch = json.dumps({"spec": {"export": export}})
     environment.kubectl("patch", "ftj", NAME, "--type=merge", "-p", patch)
     job = finish(900)
@@ -240,11 +225,11 @@ def test_a_file_over_its_limit_is_kept_apart_and_the_others_go_out(
     held = keys(environment, version_folder(job))
     models = [key for key in held if key.endswith(".gguf") and "-LoRA-F32" not in key]
     assert sorted((key.partition("/")[0], key.rpartition("-")[2]) for key in models) == [
-        ("gguf", "Q8_0.gguf"),
+        ("gguf", "Q6_K.gguf"),
         ("rejected", "Q4_K_M.gguf"),
     ]
     quality = {a["uri"].rpartition("-")[2]: a.get("quality") for a in job["status"]["artifacts"]}
-    assert quality["Q8_0.gguf"]["passed"]
+    assert quality["Q6_K.gguf"]["passed"]
     assert not quality["Q4_K_M.gguf"]["passed"]
     assert quality["Q4_K_M.gguf"]["klDivergence"] > quality["Q4_K_M.gguf"]["maxKLDivergence"]
     events = environment.kubectl("get", "events", "-o", "jsonpath={.items[*].reason}").split()

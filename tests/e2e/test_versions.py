@@ -1,5 +1,7 @@
 """Versions on a real node: new data under the same key, back to an old version, and forth again.
 
+Then another artifact.
+
 The tests build on each other and run in this order.
 """
 
@@ -78,6 +80,12 @@ def current_version(environment: Environment) -> str:
     """What manifest.json in the output folder names."""
     found = environment.store.client().get_object(Bucket="artifacts", Key="changing/manifest.json")
     return str(json.loads(found["Body"].read())["version"])
+
+
+def stages_of_pods(environment: Environment) -> dict[str, str]:
+    """The stage of each pod of the job, by the pod's uid."""
+    pods = environment.items("pods", f"finetune.dev/job={NAME}")
+    return {p["metadata"]["uid"]: p["metadata"]["labels"]["finetune.dev/stage"] for p in pods}
 
 
 def trainings(environment: Environment) -> set[str]:
@@ -171,3 +179,27 @@ def test_a_version_that_is_not_there_is_refused_and_the_present_one_stays(
     for version in (old, new):
         assert version in degraded["message"]
     assert (ready(status), status["version"], current_version(changing)) == ("True", new, new)
+
+
+@pytest.fixture(scope="module")
+def with_merged(changing: Environment) -> dict[str, Any]:
+    """The status with the merged model; from here on, nobody looks for new data."""
+    changes = {"rollbackTo": None, "dataset": {"refresh": None}, "export": {"merged": True}}
+    changing.kubectl("patch", "ftj", NAME, "--type=merge", "-p", json.dumps({"spec": changes}))
+    done: dict[str, Any] = wait(changing, "its end", lambda status: status["phase"] == "Succeeded")
+    return done
+
+
+def test_another_file_to_export_runs_prepare_and_export(
+    changing: Environment, new: str, request: pytest.FixtureRequest
+) -> None:
+    before = stages_of_pods(changing)
+    status = request.getfixturevalue("with_merged")
+    ran = [stage for uid, stage in stages_of_pods(changing).items() if uid not in before]
+    assert sorted(ran) == ["export", "prepare"]
+    assert status["version"] != new
+    assert status["lineage"]["datasetRows"] == MORE
+    weights = "/merged/model.safetensors"
+    (file,) = [each["uri"] for each in status["artifacts"] if each["uri"].endswith(weights)]
+    bucket, _, key = file.removeprefix("s3://").partition("/")
+    assert changing.store.client().head_object(Bucket=bucket, Key=key)["ContentLength"] > 0
