@@ -31,7 +31,8 @@ from finetune_trainer.export.publish.public_files import (
     public_files,
     select_files,
 )
-from finetune_trainer.runtime.reporter import Reporter, Transfer
+from finetune_trainer.runtime.reporter import Reporter
+from finetune_trainer.runtime.work import Transfer
 from finetune_trainer.store import Folder
 from finetune_trainer.store.marker import MANIFEST, PUSHED, Marker, Pushed, describe_file
 from finetune_trainer.store.versions import Version, find_pushed
