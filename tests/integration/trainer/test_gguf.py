@@ -13,13 +13,19 @@ import llama_cpp
 import numpy as np
 import psutil
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune_trainer.contract import Quantization, Reason, StageError
+from finetune_trainer.contract.output import NEED_IMPORTANCE
+from finetune_trainer.export.gate.file_checks import header_problems
 from finetune_trainer.export.gguf.files import GgufSource, quantize, quantize_all, write_files
+from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.model import ModelFolder, converter
 from tests.integration.trainer.vocabulary import write_vocabulary
 
-TYPES = tuple(Quantization)
+Q = Quantization
+TYPES = tuple(kind for kind in Quantization if kind not in NEED_IMPORTANCE)
 
 
 def plain(model: Path) -> GgufSource:
@@ -40,6 +46,19 @@ def files(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     written = [file for _, file in write_files(plain(tiny_model), folder, TYPES)]
     assert {file.name for file in folder.iterdir()} == {file.name for file in written}
     return {file.stem.removeprefix("tiny-"): file for file in written}
+
+
+@pytest.fixture(scope="module")
+def wide_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in 16 bits with rows of 256, as the blocks of few bits want them."""
+    folder = tmp_path_factory.mktemp("wide")
+    shutil.copytree(tiny_model, folder / "model")
+    config = LlamaConfig.from_pretrained(tiny_model)
+    config.hidden_size, config.intermediate_size, config.head_dim = 256, 512, 64
+    config.num_attention_heads, config.num_key_value_heads = 4, 2
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder / "model")
+    return next(write_files(plain(folder / "model"), folder / "gguf", (Quantization.F16,)))[1]
 
 
 def metadata(file: Path) -> dict[str, str]:
@@ -105,6 +124,22 @@ def test_an_importance_matrix_changes_a_small_file_which_says_so(
     same = {name for name in before if np.array_equal(before[name], after[name])}
     assert not same & set(inputs)
     assert "output_norm.weight" in same
+
+
+def test_two_and_three_bits_need_an_importance_matrix(wide_file: Path, tmp_path: Path) -> None:
+    write_importance(matrix := tmp_path / "imatrix.gguf", wide_file)
+    sizes = []
+    for kind in (Q.IQ3_XS, Q.IQ3_XXS, Q.IQ2_M, Q.IQ2_XXS):  # the others are their neighbours
+        file = tmp_path / f"{kind}.gguf"
+        quantize(wide_file, file, kind, matrix)
+        with Header(file) as header:
+            assert not list(header_problems(header, kind))
+            assert header.tensors["blk.0.attn_q.weight"].type.name.startswith(("IQ2", "IQ3"))
+        sizes.append(file.stat().st_size)
+        llama_cpp.Llama(model_path=str(file), n_ctx=8, verbose=False).close()
+    assert sizes == sorted(sizes, reverse=True)
+    with pytest.raises(StageError, match="can't quantize this model to IQ2_XS"):
+        quantize(wide_file, tmp_path / "x.gguf", Quantization.IQ2_XS)
 
 
 def test_a_file_that_is_no_importance_matrix_is_refused(

@@ -38,6 +38,14 @@ _BITS: dict[Quantization, tuple[float, float]] = {
     Quantization.Q4_K_M: (4.87, 6.5625),
     Quantization.IQ4_XS: (4.32, 6.5625),
     Quantization.Q3_K_M: (3.85, 6.5625),
+    Quantization.IQ3_M: (3.59, 6.5625),
+    Quantization.IQ3_S: (3.46, 6.5625),
+    Quantization.IQ3_XS: (3.28, 6.5625),
+    Quantization.IQ3_XXS: (3.08, 5.5),
+    Quantization.IQ2_M: (2.7, 5.5),
+    Quantization.IQ2_S: (2.48, 5.5),
+    Quantization.IQ2_XS: (2.38, 5.5),
+    Quantization.IQ2_XXS: (2.15, 5.5),
 }
 _FALLBACK: dict[Quantization, tuple[float, float]] = {
     Quantization.Q6_K: (8.5, 8.5),
@@ -45,12 +53,28 @@ _FALLBACK: dict[Quantization, tuple[float, float]] = {
     Quantization.Q4_K_M: (5.7, 8.5),
     Quantization.IQ4_XS: (4.6, 8.5),
     Quantization.Q3_K_M: (4.9, 8.5),
+    Quantization.IQ3_M: (4.6, 8.5),
+    Quantization.IQ3_S: (4.6, 8.5),
+    Quantization.IQ3_XS: (4.6, 8.5),
+    Quantization.IQ3_XXS: (4.6, 6.0),
+    Quantization.IQ2_M: (4.6, 6.0),
+    Quantization.IQ2_S: (4.6, 6.0),
+    Quantization.IQ2_XS: (4.6, 6.0),
+    Quantization.IQ2_XXS: (4.6, 6.0),
 }
 _BASE_BITS = {
     Quantization.Q5_K_M: 5.5,
     Quantization.Q4_K_M: 4.5,
     Quantization.IQ4_XS: 4.25,
     Quantization.Q3_K_M: 3.4375,
+    Quantization.IQ3_M: 3.4375,
+    Quantization.IQ3_S: 3.4375,
+    Quantization.IQ3_XS: 3.4375,
+    Quantization.IQ3_XXS: 3.4375,
+    Quantization.IQ2_M: 3.4375,
+    Quantization.IQ2_S: 3.4375,
+    Quantization.IQ2_XS: 2.625,
+    Quantization.IQ2_XXS: 2.625,
 }
 """Of an input embedding that is not the output layer as well."""
 

@@ -12,7 +12,7 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
@@ -43,8 +43,11 @@ def render(
     *,
     prompt: bool = False,
     tools: Sequence[Tool] = (),
+    today: Callable[[str], str] | None = None,
 ) -> str:
     """Messages as text; with `prompt` up to where the model's next answer begins.
+
+    `today` makes the present time of a format, as strftime does; without it, it is now.
 
     Raises StageError(ModelUnsupported) when the template takes too long, and whatever the template
     raises for a conversation that it refuses.
@@ -61,6 +64,7 @@ def render(
             tools=list(tools) or None,
             tokenize=False,
             add_generation_prompt=prompt,
+            **({"strftime_now": today} if today else {}),  # in place of transformers' own
         )
     finally:
         if limited:

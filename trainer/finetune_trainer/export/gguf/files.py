@@ -21,6 +21,7 @@ import gguf
 import numpy as np
 
 from finetune_trainer.contract import Quantization, Reason, StageError
+from finetune_trainer.contract.output import NEED_IMPORTANCE
 from finetune_trainer.export.gguf import QuantizeRequest
 from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.model import ModelFolder, converter
@@ -55,9 +56,10 @@ IMPORTANCE_TYPES = (
     Quantization.Q4_K_M,
     Quantization.IQ4_XS,
     Quantization.Q3_K_M,
+    *NEED_IMPORTANCE,
 )
 """Types whose blocks llama.cpp fits with an importance matrix, the more so the fewer bits they have
-(ggml-quants.c; its Q8_0 ignores one). None of them needs it."""
+(ggml-quants.c; its Q8_0 ignores one)."""
 
 SMALL = 2_000_000_000  # parameters; below, four bits cost much quality
 _LARGE_FIRST = (Quantization.Q4_K_M, Quantization.Q5_K_M, Quantization.Q6_K, Quantization.Q8_0)
