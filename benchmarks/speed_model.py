@@ -2,8 +2,9 @@
 
     python -m benchmarks.speed_model
 
-writes the tables of docs/performance.md. Nothing here is measured. The model is there so that a
-measurement can contradict it: where it is off, one of its three sums is.
+writes the tables of docs/performance.md; `hack.gpu_table` takes its tokens a second from here as
+well. Nothing here is measured. The model is there so that a measurement can contradict it: where it
+is off, one of its three sums is.
 
     arithmetic  matrix products at a share of the peak that grows with the model's width
     bytes       what kernels between them read and write, at a share of the memory's rate
@@ -21,7 +22,7 @@ from pathlib import Path
 from finetune_trainer.contract import Hardware, StageError, Training, TrainingPlan
 from finetune_trainer.memory.plan import Lengths, plan
 from finetune_trainer.memory.predict import NF4
-from finetune_trainer.model.shape import Shape
+from finetune_trainer.model.shape import Shape, number_type
 
 ROW = 2048  # tokens of each row
 LABELS = 0.5  # share of them that are learnt
@@ -35,11 +36,15 @@ class Device:
     """A GPU by its data sheet, without sparsity."""
 
     name: str
-    gib: float
-    """As its driver reports it."""
+    mebibytes: int
+    """As its driver reports it, and with it the nodes' label nvidia.com/gpu.memory."""
 
+    capability: tuple[int, int]
     flops: float
-    """Of bfloat16 with float32 sums, a second."""
+    """In 16 bits with float32 sums, a second."""
+
+    single: float
+    """The same in float32."""
 
     bandwidth: float
     """Bytes a second."""
@@ -48,13 +53,23 @@ class Device:
     """Bytes a second to the other GPUs of its machine."""
 
     attention: float
-    """Share of the peak that FlashAttention 2 reaches."""
+    """Share of the peak that FlashAttention 2 reaches, or what there is in its place."""
+
+    def hardware(self, count: int = 1) -> Hardware:
+        """So many of them in a pod."""
+        return Hardware(gpus=count, gpu_memory_bytes=self.mebibytes << 20)
+
+    def computes_in_16_bits(self, shape: Shape) -> bool:
+        """Whether the trainer computes in 16 bits there, or in float32."""
+        return number_type(self.capability, shape.model_type) != "float32"
 
 
+H100 = Device("H100 SXM 80 GB", 81_559, (9, 0), 989e12, 67e12, 3.35e12, 450e9, 0.4)
+L4 = Device("L4 24 GB", 23_034, (8, 9), 121e12, 30.3e12, 0.3e12, 32e9, 0.5)
 DEVICES = (
-    Device("H100 SXM 80 GB", 79.6, 989e12, 3.35e12, 450e9, 0.4),
-    Device("A100 SXM 80 GB", 79.3, 312e12, 2.04e12, 300e9, 0.6),
-    Device("L4 24 GB", 22.5, 121e12, 0.3e12, 32e9, 0.5),
+    H100,
+    Device("A100 SXM 80 GB", 81_920, (8, 0), 312e12, 19.5e12, 2.04e12, 300e9, 0.6),
+    L4,
 )
 MODELS = {
     "1B": Shape("llama", 16, 2048, 2048, 512, 8192, 128_256, tied=True, head=64),
@@ -79,9 +94,29 @@ class Setup:
     liger: bool = False
 
     @property
-    def recomputed(self) -> int:
-        """How many forward passes there are, besides the first one."""
-        return int(self.made.gradient_checkpointing)
+    def recomputed(self) -> float:
+        """Share of the layers whose forward pass is made a second time."""
+        return 1 / self.made.recompute_every if self.made.gradient_checkpointing else 0
+
+    @property
+    def half(self) -> bool:
+        """Whether it computes in 16 bits."""
+        return self.device.computes_in_16_bits(self.shape)
+
+    @property
+    def full(self) -> bool:
+        """Whether all weights are trained, in float32, and computed with in `half`."""
+        return self.training.method == "full"
+
+    @property
+    def adapter(self) -> int:
+        """Parameters of the adapter."""
+        return 0 if self.full else self.shape.adapter(self.training.lora)
+
+    @property
+    def targets(self) -> dict[str, tuple[int, int]]:
+        """Layers with an adapter, and their widths."""
+        return {} if self.full else self.shape.targets(self.training.lora)
 
 
 @dataclass(frozen=True)
@@ -113,9 +148,9 @@ class Cost:
 def cost(setup: Setup) -> Cost:
     """The time of one pass, and what it is spent on."""
     device, shape = setup.device, setup.shape
-    rate = device.flops * gemm_share(shape.hidden)
-    arithmetic = linear_flops(setup) / rate
-    arithmetic += attention_flops(setup) / (device.flops * device.attention)
+    peak = device.flops if setup.half else device.single
+    arithmetic = linear_flops(setup) / (peak * gemm_share(shape.hidden))
+    arithmetic += attention_flops(setup) / (peak * device.attention)
     moved = (elementwise_bytes(setup) + weight_bytes(setup)) / (device.bandwidth * BYTES_SHARE)
     launches = count_launches(setup) * LAUNCH_SECONDS
     link = link_bytes(setup) / (device.link * LINK_SHARE)
@@ -127,7 +162,7 @@ def cost(setup: Setup) -> Cost:
         link=link,
         tokens=setup.tokens,
         model_flops=model_flops(setup),
-        peak=device.flops,
+        peak=peak,
     )
 
 
@@ -138,22 +173,22 @@ def gemm_share(hidden: int) -> float:
 
 def model_flops(setup: Setup) -> float:
     """What has to be computed once: 4 for a frozen weight and token (no gradient of its own), 6 for
-    one of the adapter, 6 x width for each pair of tokens that see each other, twice over."""
+    one that is trained, 6 x width for each pair of tokens that see each other, twice over."""
     shape, tokens = setup.shape, setup.tokens
-    head = shape.vocabulary * shape.hidden
-    adapter = shape.adapter(setup.training.lora)
+    head, each = shape.vocabulary * shape.hidden, 6 if setup.full else 4
     attention = 6 * shape.layers * shape.query * min(ROW, tokens)
-    return float(tokens * (4 * shape.linear + 4 * head * LABELS + 6 * adapter + attention))
+    weights = each * (shape.linear + head * LABELS) + 6 * setup.adapter
+    return float(tokens * (weights + attention))
 
 
 def linear_flops(setup: Setup) -> float:
     """What is computed in matrix products: also again, for gradient checkpointing and the tiles of
     the output layer."""
     shape, tokens = setup.shape, setup.tokens
-    head = shape.vocabulary * shape.hidden
-    adapter = shape.adapter(setup.training.lora)
-    again = 2 * setup.recomputed * (shape.linear + adapter)
-    return float(tokens * (4 * shape.linear + 6 * head * LABELS + 6 * adapter + again))
+    head, each = shape.vocabulary * shape.hidden, 6 if setup.full else 4
+    again = 2 * setup.recomputed * (shape.linear + setup.adapter)
+    weights = each * shape.linear + (each + 2) * head * LABELS + 6 * setup.adapter
+    return float(tokens * (weights + again))
 
 
 def attention_flops(setup: Setup) -> float:
@@ -165,7 +200,7 @@ def attention_flops(setup: Setup) -> float:
 
 
 def elementwise_bytes(setup: Setup) -> float:
-    """What norms, positions, the gate, sums and adapters read and write, in 16 bits.
+    """What norms, positions, the gate, sums and adapters read and write, twice that in float32.
 
     A norm of transformers is seven kernels, some in float32; Liger's is one. The same goes for
     rotary positions (ten, with the halves' swap) and the gate (two).
@@ -180,25 +215,34 @@ def elementwise_bytes(setup: Setup) -> float:
     backward = shape.norms * norm_backward * shape.hidden + turn_backward * turned
     backward += gate_backward * shape.mlp + 12 * shape.hidden
     dropout = 5 if setup.training.lora.dropout else 0
-    for inputs, outputs in shape.targets(setup.training.lora).values():
-        # A reads the input; B's output is written, scaled and added.
-        forward += (2 + dropout) * inputs + 12 * outputs
-        backward += (10 + dropout) * inputs + 8 * outputs
+    for inputs, outputs in setup.targets.values():
+        # A reads the input; B's output is written and added. Dropout is drawn again backward.
+        forward += (2 + dropout) * inputs + 8 * outputs
+        backward += (10 + 2 * dropout) * inputs + 4 * outputs
     layer = (1 + setup.recomputed) * forward + backward
-    return float(setup.tokens * shape.layers * layer)
+    return float(setup.tokens * shape.layers * layer * (1 if setup.half else 2))
 
 
 def weight_bytes(setup: Setup) -> float:
-    """Each pass reads the frozen weights twice; in 4 bits they are unpacked first, and written."""
-    passes = 2 + setup.recomputed
-    each = NF4 + 2 + 2 if setup.training.method == "qlora" else 2
-    return passes * each * setup.shape.linear
+    """Each pass reads the weights twice; in 4 bits they are unpacked first, and written.
+
+    Trained weights are cast once a pass, their gradients are added up in float32, and AdamW reads
+    and writes three numbers each and the gradient once a step.
+    """
+    size, passes = 2 if setup.half else 4, 2 + setup.recomputed
+    each = NF4 + 2 * size if setup.training.method == "qlora" else size
+    moved = passes * each * setup.shape.linear
+    if setup.full:
+        cast = 4 + size if setup.half else 0
+        step = 28 / setup.made.gradient_accumulation_steps
+        moved += (cast + size + 8 + step) * setup.shape.parameters
+    return moved
 
 
 def count_launches(setup: Setup) -> float:
     """Kernels of a pass."""
     norm, turn, gate = (1, 1, 1) if setup.liger else (7, 10, 2)
-    targets = len(setup.shape.targets(setup.training.lora))
+    targets = len(setup.targets)
     # Seven products, attention, two sums; an adapter is a cast, dropout, two products and a sum.
     forward = setup.shape.norms * norm + turn + gate + 10 + 7 * targets
     if setup.training.method == "qlora":
@@ -211,7 +255,8 @@ def link_bytes(setup: Setup) -> float:
     if setup.made.parallelism != "fsdp":
         return 0
     passes = 2 + setup.recomputed
-    return passes * 2 * setup.shape.linear * (setup.gpus - 1) / setup.gpus
+    size = 2 if setup.half else 4
+    return passes * size * setup.shape.linear * (setup.gpus - 1) / setup.gpus
 
 
 # --- The tables ----------------------------------------------------------------------------------
@@ -227,16 +272,16 @@ CASES = (
 SIZES = (256, 1024, 2048, 4096, 8192, 16_384)
 
 
-def planned(model: str, method: str, device: Device, gpus: int = 1) -> Setup | None:
+def planned(shape: Shape, method: str, device: Device, gpus: int = 1) -> Setup | None:
     """What the planner makes of spec.training's defaults; None where nothing fits."""
     training = Training.model_validate({"method": method})
-    hardware = Hardware(gpus=gpus, gpu_memory_bytes=int(device.gib * 2**30))
+    hardware, half = device.hardware(gpus), device.computes_in_16_bits(shape)
     try:
-        made = plan(training, MODELS[model], Lengths(ROW), hardware)
+        made = plan(training, shape, Lengths(ROW), hardware, half=half)
     except StageError:
         return None
     tokens = max(made.batch_size * ROW, made.pass_tokens or 0)
-    return Setup(MODELS[model], device, training, made, tokens, gpus)
+    return Setup(shape, device, training, made, tokens, gpus)
 
 
 def devices_table() -> str:
@@ -248,12 +293,12 @@ def devices_table() -> str:
     for device in DEVICES:
         for model, method, gpus in CASES:
             begin = f"| {model} | {method} | {gpus} x {device.name} |"
-            setup = planned(model, method, device, gpus)
+            setup = planned(MODELS[model], method, device, gpus)
             if setup is None:
                 lines.append(f"{begin} doesn't fit | | | | | |")
                 continue
             plain, liger = cost(setup), cost(replace(setup, liger=True))
-            again = ", recomputed" if setup.recomputed else ""
+            again = f", {setup.recomputed:.0%} recomputed" if setup.recomputed else ""
             lines.append(
                 f"{begin} {setup.tokens:,}{again} | {_speed(plain)} | {_speed(liger)} | "
                 f"{_spent(liger)} |"
@@ -272,7 +317,7 @@ def sizes_table() -> str:
     for tokens in SIZES:
         cells = [f"| {tokens:,}"]
         for model in ("1B", "8B"):
-            setup = Setup(MODELS[model], DEVICES[0], Training(), kept, tokens)
+            setup = Setup(MODELS[model], H100, Training(), kept, tokens)
             cells += [_speed(cost(setup)), _speed(cost(replace(setup, liger=True)))]
         lines.append(" | ".join(cells) + " |")
     return "\n".join(lines)
@@ -288,8 +333,12 @@ def with_tables(page: str) -> str:
 
 
 def _speed(found: Cost) -> str:
-    rate = found.tokens_per_second
-    return f"{round(rate, 2 - len(str(int(rate)))):,.0f} | {found.mfu:.0%}"
+    return f"{rounded(found.tokens_per_second)} | {found.mfu:.0%}"
+
+
+def rounded(rate: float) -> str:
+    """With two digits that say something."""
+    return f"{float(f'{rate:.2g}'):,.0f}"
 
 
 def _spent(found: Cost) -> str:

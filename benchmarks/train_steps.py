@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,7 +51,8 @@ def main(step: str, folder: Path) -> None:
     if step == "judge":
         result = {"eval_loss": _judge(folder)}
     else:
-        result = asdict(_plain(folder) if step == "plain" else _ours(folder, asked["batchSize"]))
+        train = _plain if step == "plain" else partial(_ours, batch_size=asked["batchSize"])
+        result = asdict(train(folder, float32=asked["float32"]))
     (folder / f"{step}.json").write_text(json.dumps(result))
 
 
@@ -96,7 +98,7 @@ def _timed(train: Any, tokens: int) -> Trained:
     return Trained(tokens, seconds, cpu_seconds, peak)
 
 
-def _ours(folder: Path, batch_size: int | None) -> Trained:
+def _ours(folder: Path, batch_size: int | None, *, float32: bool) -> Trained:
     config = RunConfig.model_validate(
         {
             "model": {"source": str(smollm2())},
@@ -132,7 +134,8 @@ def _ours(folder: Path, batch_size: int | None) -> Trained:
     loading.use_available_cpus()
     tokenizer = load_tokenizer(work.model)
     examples, _ = sft.read_rows(work, tokenizer)
-    model = loading.load_model(work.model, loading.compute_dtype(), "cpu")
+    dtype = torch.float32 if float32 else loading.compute_dtype()
+    model = loading.load_model(work.model, dtype, "cpu")
     data = TrainingData(examples, None, packed=prepare_packing(model))
     trainer = sft.build_trainer(model, tokenizer, data, work=work, epochs=1)
     measured = _timed(trainer.train, examples.tokens)
@@ -140,11 +143,12 @@ def _ours(folder: Path, batch_size: int | None) -> Trained:
     return measured
 
 
-def _plain(folder: Path) -> Trained:
+def _plain(folder: Path, *, float32: bool) -> Trained:
     file = str(folder / "examples.jsonl")
+    numbers = {"bf16": False} if float32 else {}
     trainer = UnfusedTrainer(
         model=str(smollm2()),
-        args=guide_arguments(folder / "plain", max_length=LONGEST, use_cpu=True),
+        args=guide_arguments(folder / "plain", max_length=LONGEST, use_cpu=True, **numbers),
         train_dataset=load_dataset("json", data_files=file, split="train", cache_dir=str(folder)),
         peft_config=guide_lora(),
     )

@@ -57,6 +57,8 @@ class Operator:
             "FINETUNE_HEALTH_PORT": str(self.port),
             "FINETUNE_SECRET_GRACE_SECONDS": str(SECRET_GRACE_SECONDS),
             "FINETUNE_LOG_FORMAT": "human",
+            "FINETUNE_LEASE": f"{NAMESPACE}/{RELEASE}",
+            "FINETUNE_IDENTITY": f"operator-{self.port}",
             **settings,
         }
         self._process: subprocess.Popen[bytes] | None = None
@@ -108,6 +110,22 @@ class Operator:
     def stop(self) -> int:
         """End it as Kubernetes does; its exit code."""
         return self._end(signal.SIGTERM)
+
+    def pause(self) -> None:
+        """Stop it in the middle of whatever it does, as a machine that hangs does."""
+        self._send(signal.SIGSTOP)
+
+    def wake(self) -> None:
+        """Let it go on where it was stopped."""
+        self._send(signal.SIGCONT)
+
+    def leads(self) -> bool:
+        """Whether it is the one that acts, by its own word."""
+        return "finetune_leader 1.0" in self.get("/metrics").text
+
+    def _send(self, what: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(what)
 
     def _end(self, how: signal.Signals) -> int:
         if self._process is None:

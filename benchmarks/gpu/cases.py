@@ -34,6 +34,7 @@ CASES: tuple[Case, ...] = (
     case("checkpointing = none", "right", 10, "benchmarks.gpu.checks:checkpointing_as_none"),
     case("1 x 8 = 8 x 1", "right", 10, "benchmarks.gpu.checks:one_pass_as_eight"),
     case("fused = unfused head", "right", 20, "benchmarks.gpu.checks:fused_as_unfused"),
+    case("fused = plain adapters", "right", 10, "benchmarks.gpu.checks:adapters_as_plain"),
     case("resumed = straight", "right", 20, "benchmarks.gpu.checks:resumed_as_straight"),
     case("fused = plain AdamW", "right", 10, "benchmarks.gpu.checks:optimizer_as_plain"),
     case("qlora trains", "right", 20, "benchmarks.gpu.checks:qlora_trains"),

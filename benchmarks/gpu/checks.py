@@ -37,7 +37,7 @@ from benchmarks.gpu.trainings import (
 )
 from finetune_trainer.model.loading import compute_dtype
 from finetune_trainer.train.link import InterruptedTrainingError
-from finetune_trainer.train.recipe import packing, sft
+from finetune_trainer.train.recipe import lora, packing, sft
 from finetune_trainer.train.recipe.trainer import RecipeTrainer
 
 TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.05, torch.float32: 1e-3}
@@ -89,7 +89,7 @@ def waken_adapter(trainer: RecipeTrainer) -> None:
 def one_step(bench: Bench, ask: Ask, *on_trainer: OnTrainer, interpret: bool = False) -> Step:
     """The gradients of a step on all rows."""
     step = Step()
-    fixed = {"lora": {"dropout": 0, "targetModules": ALL_LINEAR}, "warmupRatio": 0}
+    fixed = {"lora": {"dropout": ask.dropout, "targetModules": ALL_LINEAR}, "warmupRatio": 0}
     work = make_work(bench, ask.but(settings=fixed), "step")
     trained = fine_tune(work, waken_adapter, step.attach, *on_trainer, interpret=interpret)
     last = next(line for line in trained.history if line.loss is not None)
@@ -215,6 +215,23 @@ def fused_as_unfused(bench: Bench) -> Outcome:
         return Outcome.left_out("Triton runs here neither on a GPU nor interpreted")
     other = one_step(bench, rows, unfuse)
     return same(one, other, evaluations=[one.evaluations, other.evaluations])
+
+
+def adapters_as_plain(bench: Bench) -> Outcome:
+    """The adapter of a layer as one operation, which a GPU's training takes, and PEFT's own.
+
+    With dropout, whose numbers the backward pass has to draw again.
+    """
+    fused: list[bool] = []
+    rows = _rows(bench).but(split=(ROWS, 1), dropout=0.05)
+
+    def fuse(trainer: RecipeTrainer) -> None:
+        fused.append(lora.fuse_adapters(model_of(trainer), bench.device))
+
+    with switched(sft, fuse_adapters=lambda *_: False):
+        plain = one_step(bench, rows)
+        one = one_step(bench, rows, fuse)
+    return same(one, plain, fused=fused) if fused[0] else Outcome.of_check(False, "left out", {})
 
 
 def optimizer_as_plain(bench: Bench) -> Outcome:

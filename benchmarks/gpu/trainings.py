@@ -93,6 +93,9 @@ class Ask:
     checkpointing: bool = False
     """Gradient checkpointing; counts with `split` alone."""
 
+    dropout: float = 0
+    """Of the adapter, where one step is compared with another."""
+
     held_out: int = 0
     """Rows that are evaluated on, before and after."""
 

@@ -112,13 +112,18 @@ class ControlPlane:
         command = [str(binaries.kubectl()), "--kubeconfig", str(self.kubeconfig), *args]
         return output(command, input=input)
 
-    def apply_definitions(self, file: str, input: str | None = None) -> None:  # noqa: A002 - as subprocess
+    def apply_definitions(
+        self,
+        file: str,
+        *how: str,
+        input: str | None = None,  # noqa: A002 - as subprocess
+    ) -> None:
         """Apply a file with custom resource definitions, and wait until they are served.
 
         The server checks each field; 1.20 can't.
         """
         validate = f"--validate={'strict' if self.minor_version in MINORS else 'false'}"
-        self.kubectl("apply", validate, "-f", file, input=input)
+        self.kubectl("apply", validate, *how, "-f", file, input=input)
         wait_until(self._serves_definitions, what="the custom resources", seconds=READY_SECONDS)
 
     def _serves_definitions(self) -> bool:

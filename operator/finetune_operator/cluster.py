@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -80,11 +80,18 @@ PATHS = {
     "Pod": "/api/v1/namespaces/{namespace}/pods",
     "ConfigMap": "/api/v1/namespaces/{namespace}/configmaps",
     "Event": "/api/v1/namespaces/{namespace}/events",
+    "Lease": "/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases",
     "Node": "/api/v1/nodes",
     "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts",
     "Role": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/roles",
     "RoleBinding": "/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/rolebindings",
 }
+# Of Kueue, newest first; there are clusters without it.
+WORKLOADS = tuple(
+    f"/apis/kueue.x-k8s.io/{version}/namespaces/{{namespace}}/workloads"
+    for version in ("v1beta2", "v1beta1")
+)
+WORKLOAD_OF_JOB = "kueue.x-k8s.io/job-uid"
 WATCHED = {KIND: "", "Job": CHILDREN_SELECTOR, "Pod": CHILDREN_SELECTOR}
 MERGE_PATCH = "application/merge-patch+json"
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
@@ -117,21 +124,33 @@ class Credentials:
     insecure: bool
 
 
+Count = Callable[[str, str, float], None]
+
+
 class Cluster:
     """A connection to the API server, with the rights of the operator's ServiceAccount."""
 
-    def __init__(self, configuration: client.Configuration, request_seconds: float) -> None:
+    def __init__(
+        self,
+        configuration: client.Configuration,
+        request_seconds: float,
+        count: Count,
+    ) -> None:
         self._configuration = configuration
         self._api = client.ApiClient(configuration)
         self._api.user_agent = OPERATOR
         self._timeout = request_seconds
+        self._count = count
         self._nodes: dict[str, tuple[float, tuple[Mapping[str, str], ...]]] = {}
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls, request_seconds: float) -> AsyncIterator[Self]:
-        """Connect as the pod's ServiceAccount, or as the kubeconfig says."""
-        cluster = cls(await _configuration(), request_seconds)
+    async def connect(cls, request_seconds: float, count: Count) -> AsyncIterator[Self]:
+        """Connect as the pod's ServiceAccount, or as the kubeconfig says.
+
+        `count` is told verb, status code and seconds of each request.
+        """
+        cluster = cls(await _configuration(), request_seconds, count)
         try:
             yield cluster
         finally:
@@ -162,12 +181,28 @@ class Cluster:
         """Read an object; raises NotFoundError."""
         return await self._request("GET", f"{_path(kind, {'namespace': namespace})}/{name}")
 
+    async def replace(self, body: JsonObject) -> JsonObject:
+        """Replace an object; raises ConflictError if it changed since it was read."""
+        path = f"{_path(body['kind'], body['metadata'])}/{body['metadata']['name']}"
+        return await self._request("PUT", path, body=body)
+
     async def pods(self, namespace: str, labels: Mapping[str, str]) -> list[JsonObject]:
         """The children's pods with these labels, as the API server has them now."""
         wanted = ",".join([CHILDREN_SELECTOR, *(f"{key}={value}" for key, value in labels.items())])
         query = {"labelSelector": wanted}
         found = await self._request("GET", _collection("Pod", namespace), query=query)
         return list(found["items"] or ())
+
+    async def workload(self, namespace: str, job_uid: str) -> JsonObject | None:
+        """Kueue's Workload of a Job, once it has made one; raises NotFoundError without Kueue."""
+        query = {"labelSelector": f"{WORKLOAD_OF_JOB}={job_uid}"}
+        *newer, oldest = (each.format(namespace=namespace) for each in WORKLOADS)
+        for path in newer:
+            with suppress(NotFoundError):
+                found = await self._request("GET", path, query=query)
+                return next(iter(found["items"] or ()), None)
+        found = await self._request("GET", oldest, query=query)
+        return next(iter(found["items"] or ()), None)
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
         """Delete the Job with this uid, after its pods; no error if it is gone."""
@@ -292,6 +327,7 @@ class Cluster:
         content_type: str = "application/json",
         accept: str = "application/json",
     ) -> JsonObject:
+        began, code = time.monotonic(), "200"
         try:
             answer = await self._api.call_api(
                 path,
@@ -305,10 +341,14 @@ class Cluster:
                 _request_timeout=self._timeout,
             )
         except client.ApiException as error:
+            code = str(error.status)
             raise _convert(error, f"{method} {path}") from error
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            code = "timeout" if isinstance(error, TimeoutError) else "error"
             message = f"{method} {path}: {error or type(error).__name__}"
             raise UnavailableError(message) from error
+        finally:
+            self._count(method, code, time.monotonic() - began)
         return cast(JsonObject, answer)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -70,6 +71,7 @@ class Watches:
         self._gone: set[str] = set()
         self._behind: dict[str, str | None] = {}
         self._dead = ""
+        self._last_event = time.monotonic()
         self._begins_anew = False
         self._finetunejobs: Index = {}
         self._jobs: Index = {}
@@ -124,6 +126,16 @@ class Watches:
         self._look_for_dead_watches(live)
         for key in self.keys():
             self._add(key)
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the watches last showed anything."""
+        return time.monotonic() - self._last_event
+
+    @property
+    def outdated(self) -> int:
+        """Objects that had changed at the last resync without the watches showing it."""
+        return len(self._behind)
 
     @property
     def dead(self) -> str:
@@ -200,6 +212,7 @@ class Watches:
 
     def _is_synced(self) -> None:
         # Kopf calls no handler before all indexes are filled.
+        self._last_event = time.monotonic()
         self.synced = True
         self._begins_anew = False
 

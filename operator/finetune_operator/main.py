@@ -20,6 +20,7 @@ from finetune_operator.cluster import (
     UnavailableError,
 )
 from finetune_operator.handlers import Watches, kopf_settings
+from finetune_operator.leadership import Leadership
 from finetune_operator.monitoring import Metrics, Probes, configure_logging
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import PREFIX, Settings, SettingsError
@@ -49,7 +50,7 @@ def run() -> None:
 async def serve(settings: Settings) -> None:
     """Watch and reconcile until told to stop."""
     metrics = Metrics()
-    async with Cluster.connect(settings.request_timeout_seconds) as cluster:
+    async with Cluster.connect(settings.request_timeout_seconds, metrics.requested) as cluster:
         operator = _Operator(cluster, settings, metrics)
         async with operator.probes.serve():
             await _wait_for_api_server(cluster, settings)
@@ -85,8 +86,11 @@ class _Operator:
         self._settings = settings
         self._metrics = metrics
         self._watches = Watches(cluster, self._add)
-        reconciler = Reconciler(cluster, self._watches.snapshot, settings, metrics)
+        self._leadership = _leadership(cluster, settings)
+        reconciler = Reconciler(cluster, self._watches.snapshot, settings, metrics, self._leads)
         self._queue = WorkQueue(reconciler, expected=(OperatorError,))
+        metrics.watch_queue(lambda: self._queue.depth, lambda: self._queue.age)
+        metrics.watch_events(lambda: self._watches.silence, lambda: self._watches.outdated)
         self.probes = Probes(
             settings.health_port,
             metrics,
@@ -96,17 +100,44 @@ class _Operator:
 
     async def work(self) -> None:
         """Run Kopf, the workers and the resync; if the workers or the resync fail, all end."""
+        # Kopf cancels all tasks that start after it, so let the others start first.
         async with asyncio.TaskGroup() as group:
             group.create_task(self._queue.run(self._settings.workers))
-            resync = group.create_task(self._resync())
-            # Kopf cancels all tasks that start after it, so let these two start first.
+            others = [group.create_task(self._resync())]
+            if self._leadership is not None:
+                self._queue.pause()
+                others.append(group.create_task(self._take_part(self._leadership)))
+            else:
+                self._metrics.leading(True)
             await asyncio.sleep(0)
             try:
                 await self._watches.keep_watching(self._watch, self._metrics.watches_failed)
             finally:
-                resync.cancel()
+                for each in others:
+                    each.cancel()
                 self._queue.stop()
+        if self._leadership is not None:
+            await self._leadership.release()
         logger.info("Stopped.")
+
+    def _leads(self) -> bool:
+        return self._leadership is None or self._leadership.leads
+
+    async def _take_part(self, leadership: Leadership) -> None:
+        """Let the workers work while this operator leads.
+
+        One that doesn't lead watches all the same, so that it can go on at once.
+        """
+        while True:
+            await leadership.acquire()
+            self._metrics.leading(True)
+            known = self._watches.keys()
+            for key in known:
+                self._add(key)
+            self._queue.resume()
+            await leadership.hold()
+            self._queue.pause()
+            self._metrics.leading(False)
 
     async def _watch(self) -> None:
         namespaces = self._settings.namespaces
@@ -129,6 +160,12 @@ class _Operator:
                 await self._watches.resync(self._settings.namespaces)
             except ClusterError as error:
                 logger.warning("The resync has to wait: %s", error)
+
+
+def _leadership(cluster: Cluster, settings: Settings) -> Leadership | None:
+    if not settings.lease:
+        return None
+    return Leadership(cluster, settings.lease, settings.identity, settings.lease_seconds)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,17 +9,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from datetime import datetime
+from importlib.metadata import version
 from typing import Any
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
+from finetune_operator.api.observed import FineTuneJobStatus, StageState, StageStatus
+
 # Most passes make no request; one that starts a stage makes half a dozen.
-BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 30.0)
+PASS_BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 30.0)
+STAGE_BUCKETS = (10, 30, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 72 * 3600)
 UNKNOWN = "Unknown"
 READINESS_SECONDS = 5.0  # the readiness probe reuses a good answer for this long
 
@@ -79,58 +91,141 @@ def _finetunejob(record: logging.LogRecord) -> str | None:
 
 
 class Metrics:
-    """Counts passes and FineTuneJobs, in a registry of its own."""
+    """What Prometheus scrapes, in a registry of its own.
+
+    Each thing that happened is counted once by the operator that wrote it into a status, so that
+    the sum over several operators, and over restarts, is right.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._phases: dict[str, str] = {}
-        self._reconciles = Counter(
-            "finetune_reconciles",
-            "Passes over a FineTuneJob, by result",
-            ["result"],
-            registry=self.registry,
+        self._phases: dict[str, tuple[str, str]] = {}
+        self._reconciles = self._counter(
+            "reconciles", "Passes over a FineTuneJob, by result", "result"
         )
-        self._duration = Histogram(
-            "finetune_reconcile_duration_seconds",
-            "Time of one pass",
-            buckets=BUCKETS,
-            registry=self.registry,
+        self._duration = self._histogram(
+            "reconcile_duration_seconds", "Time of one pass", PASS_BUCKETS
         )
-        self._finetunejobs = Gauge(
-            "finetune_jobs", "FineTuneJobs, by phase", ["phase"], registry=self.registry
+        self._finetunejobs = self._gauge(
+            "jobs", "FineTuneJobs, by namespace and phase", "namespace", "phase"
         )
+        self._attempts = self._counter(
+            "stage_attempts", "Attempts begun, by stage", "namespace", "stage"
+        )
+        self._failures = self._counter(
+            "stage_failures", "Attempts that failed, by reason", "namespace", "stage", "reason"
+        )
+        self._disruptions = self._counter(
+            "stage_disruptions", "Pods lost without the stage's doing", "namespace", "stage"
+        )
+        self._stage_seconds = self._histogram(
+            "stage_duration_seconds", "Time of the attempt that ended well", STAGE_BUCKETS, "stage"
+        )
+        self._gpu_seconds = self._counter(
+            "gpu_seconds", "Seconds that ended pods ran, times their GPUs", "namespace", "stage"
+        )
+        self._requests = self._counter(
+            "api_requests", "Requests to the API server, by verb and status code", "verb", "code"
+        )
+        self._request_seconds = self._histogram(
+            "api_request_duration_seconds", "Time of one request", PASS_BUCKETS, "verb"
+        )
+        self._watch_restarts = self._counter(
+            "watch_restarts", "Times that the watches failed and began anew"
+        )
+        self._leading = self._gauge(
+            "leader", "1 in the operator that acts, 0 in one that waits for it to end"
+        )
+        build = self._gauge(
+            "build_info", "Always 1; the label is the operator's version", "version"
+        )
+        build.labels(version("finetune-operator")).set(1)
+        ProcessCollector(registry=self.registry)
 
-        self._watch_restarts = Counter(
-            "finetune_watch_restarts",
-            "Times that the watches failed and began anew",
-            registry=self.registry,
-        )
+    def watch_queue(self, depth: Callable[[], float], age: Callable[[], float]) -> None:
+        """Show the work queue: how many keys are ready, and how long the oldest of them is."""
+        self._gauge("queue_depth", "FineTuneJobs whose pass is due").set_function(depth)
+        name = "queue_age_seconds"
+        self._gauge(name, "Time that the longest due pass waits").set_function(age)
+
+    def watch_events(self, age: Callable[[], float], outdated: Callable[[], float]) -> None:
+        """Show how far the watches are behind."""
+        name = "watch_last_event_age_seconds"
+        self._gauge(name, "Time since the watches last showed anything").set_function(age)
+        self._gauge(
+            "watch_outdated_objects", "Objects whose change the watches didn't show at the resync"
+        ).set_function(outdated)
+
+    def leading(self, leads: bool) -> None:
+        """Say whether this operator acts."""
+        self._leading.set(leads)
 
     def watches_failed(self) -> None:
         """Count that the watches begin anew."""
         self._watch_restarts.inc()
+
+    def requested(self, verb: str, code: str, seconds: float) -> None:
+        """Count a request to the API server; the code is `timeout` or `error` without an answer."""
+        self._requests.labels(verb, code).inc()
+        self._request_seconds.labels(verb).observe(seconds)
 
     def reconciled(self, result: str, seconds: float) -> None:
         """Count one pass: `changed`, `unchanged`, `stale`, `gone` or `error`."""
         self._reconciles.labels(result).inc()
         self._duration.observe(seconds)
 
+    def wrote(self, key: str, before: FineTuneJobStatus, after: FineTuneJobStatus) -> None:
+        """Count what a status that was written says for the first time."""
+        namespace = key.split("/", 1)[0]
+        known = {stage.name: stage for stage in before.stages}
+        for stage in after.stages:
+            self._changed(namespace, known.get(stage.name, StageStatus(name=stage.name)), stage)
+        used = {each.name: each.gpu_seconds for each in before.usage.stages} if before.usage else {}
+        for each in after.usage.stages if after.usage else ():
+            more = each.gpu_seconds - used.get(each.name, 0)
+            self._gpu_seconds.labels(namespace, each.name).inc(max(more, 0))
+
+    def _changed(self, namespace: str, was: StageStatus, stage: StageStatus) -> None:
+        where = (namespace, stage.name)
+        if stage.attempt > was.attempt:
+            self._attempts.labels(*where).inc(stage.attempt - was.attempt)
+        if stage.disruptions > was.disruptions:
+            self._disruptions.labels(*where).inc(stage.disruptions - was.disruptions)
+        if stage.completion_time is None or stage.completion_time == was.completion_time:
+            return
+        if stage.state is not StageState.SUCCEEDED and stage.reason:
+            self._failures.labels(*where, stage.reason).inc()
+        elif stage.start_time and not stage.cached:
+            began, ended = map(datetime.fromisoformat, (stage.start_time, stage.completion_time))
+            self._stage_seconds.labels(stage.name).observe(max((ended - began).total_seconds(), 0))
+
     def in_phase(self, key: str, phase: str | None) -> None:
-        phase = phase or UNKNOWN
-        if self._phases.get(key) != phase:
+        now = (key.split("/", 1)[0], phase or UNKNOWN)
+        if self._phases.get(key) != now:
             self.forget(key)
-            self._phases[key] = phase
-            self._finetunejobs.labels(phase).inc()
+            self._phases[key] = now
+            self._finetunejobs.labels(*now).inc()
 
     def forget(self, key: str) -> None:
         """Stop counting a FineTuneJob that is gone."""
-        phase = self._phases.pop(key, None)
-        if phase is not None:
-            self._finetunejobs.labels(phase).dec()
+        before = self._phases.pop(key, None)
+        if before is not None:
+            self._finetunejobs.labels(*before).dec()
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self.registry)
+
+    def _counter(self, name: str, words: str, *labels: str) -> Counter:
+        return Counter(f"finetune_{name}", words, labels, registry=self.registry)
+
+    def _gauge(self, name: str, words: str, *labels: str) -> Gauge:
+        return Gauge(f"finetune_{name}", words, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, words: str, buckets: Sequence[float], *labels: str
+    ) -> Histogram:
+        return Histogram(f"finetune_{name}", words, labels, buckets=buckets, registry=self.registry)
 
 
 class Probes:

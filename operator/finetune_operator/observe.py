@@ -18,6 +18,7 @@ from finetune_operator.api import (
     ATTEMPT_LABEL,
     KIND,
     POD_SETTINGS_ANNOTATION,
+    QUEUE_LABEL,
     RETRY_ANNOTATION,
     STAGE_KEY_ANNOTATION,
     STAGE_LABEL,
@@ -55,6 +56,18 @@ class Finish(StrEnum):
 
 
 @dataclass(frozen=True)
+class QueueState:
+    """What Kueue says of a Job that waits."""
+
+    message: str
+    admissible: bool = True
+    """Whether its turn will come if nobody changes anything."""
+
+    preempted: bool = False
+    """Whether it had to make room for another one."""
+
+
+@dataclass(frozen=True)
 class ObservedJob:
     """One attempt at a stage: a batch/v1 Job with its newest pod."""
 
@@ -87,6 +100,12 @@ class ObservedJob:
     suspended: bool = False
     """Whether it may have no pod for now, as a queue of Jobs wants it."""
 
+    queue: str | None = None
+    """Kueue's LocalQueue that it was put in."""
+
+    queue_state: QueueState | None = None
+    """What Kueue says of it, while it waits there."""
+
     deadline_seconds: int | None = None
     """How long it may take."""
 
@@ -103,6 +122,11 @@ class ObservedJob:
         """Whether its controller has it in hand, but there is no pod."""
         waits = self.pod is None and self.finished is None and not self.suspended
         return waits and self.taken_up is not None and not self.deleting
+
+    @property
+    def waits_in_queue(self) -> bool:
+        """Whether Kueue holds it back."""
+        return self.suspended and self.queue is not None and self.finished is None
 
     @property
     def pods_at_work(self) -> tuple[ObservedPod, ...]:
@@ -230,6 +254,21 @@ def observe_jobs(
     return tuple(sorted(found, key=lambda job: (job.created, job.name)))
 
 
+def observe_queue(workload: JsonObject) -> QueueState | None:
+    """What Kueue's Workload says of why its Job waits; None if it waits no longer."""
+    told = (workload.get("status") or {}).get("conditions") or []
+    conditions = {each["type"]: each for each in told}
+    evicted = conditions.get("Evicted", {})
+    if evicted.get("status") == "True":
+        preempted = evicted.get("reason") == "Preempted"
+        return QueueState(str(evicted.get("message", "")), preempted=preempted)
+    quota = conditions.get("QuotaReserved", {})
+    if quota.get("status") != "False":
+        return None
+    admissible = quota.get("reason") != "Inadmissible"
+    return QueueState(str(quota.get("message", "")), admissible=admissible)
+
+
 def pods_without_job(
     jobs: Iterable[ObservedJob], pods: Iterable[JsonObject]
 ) -> tuple[JsonObject, ...]:
@@ -346,6 +385,7 @@ def _job(raw: JsonObject, pods: list[JsonObject]) -> ObservedJob:
         finished_at=moment(ended.get("lastTransitionTime")) if ended else None,
         failed_by_exit_code=ended is not None and ended.get("reason") == "PodFailurePolicy",
         suspended=bool(raw["spec"].get("suspend")),
+        queue=meta["labels"].get(QUEUE_LABEL),
         deadline_seconds=raw["spec"].get("activeDeadlineSeconds"),
         past_deadline=any(c.get("reason") == "DeadlineExceeded" for c in true_conditions(status)),
         deleting="deletionTimestamp" in meta,

@@ -38,9 +38,11 @@ from finetune_operator.monitoring import Metrics
 from finetune_operator.observe import (
     ObservedFineTuneJob,
     ObservedJob,
+    QueueState,
     is_controlled_by,
     observe_finetunejob,
     observe_jobs,
+    observe_queue,
     pods_without_job,
     stages_at_work,
 )
@@ -103,12 +105,18 @@ class Reconciler:
     """Makes the passes; the work queue calls it with a key."""
 
     def __init__(
-        self, cluster: Cluster, lookup: Lookup, settings: Settings, metrics: Metrics
+        self,
+        cluster: Cluster,
+        lookup: Lookup,
+        settings: Settings,
+        metrics: Metrics,
+        may_act: Callable[[], bool] = lambda: True,
     ) -> None:
         self._cluster = cluster
         self._lookup = lookup
         self._settings = settings
         self._metrics = metrics
+        self._may_act = may_act
         self._policy = Policy(
             secret_grace=timedelta(seconds=settings.secret_grace_seconds),
             disruption_limit=settings.disruption_limit,
@@ -205,27 +213,28 @@ class Reconciler:
             decided, denied = decide(denial=error.detail), error
         # Post notices before the status that says so: after a crash in between they are posted
         # again, and the same name makes it the same Event.
-        scope = occasion(decided.status)
-        await self._record(key, finetunejob, decided.notices, scope)
+        await self._record(finetunejob, decided, decided.notices)
         changed = await self._write_status(key, finetunejob, decided, own_writes)
         if decided.actions and not changed:
             await self._make_sure_of(finetunejob)
         await self._act(finetunejob, decided, job, own_writes)
-        await self._record(key, finetunejob, decided.events, scope)
+        await self._record(finetunejob, decided, decided.events)
         if denied is not None:
             raise denied
         result = "changed" if changed or decided.actions else "unchanged"
         return result, decided.requeue_after
 
     async def _explained(self, finetunejob: ObservedFineTuneJob, job: ObservedJob) -> ObservedJob:
-        """The Job with what its controller says of a pod that it can't create, or the kubelet of
-        one that it can't start."""
+        """The Job with what its controller says of a pod that it can't create, the kubelet of one
+        that it can't start, or Kueue of why it waits."""
         pod, namespace = job.pod, finetunejob.namespace
         waiting = datetime.now(UTC) - (job.taken_up or datetime.now(UTC))
         try:
             if pod is not None and pod.mounts_secrets:
                 words = await self._cluster.failed_mount(namespace, pod.uid)
                 return replace(job, pod=replace(pod, mount_failure=words))
+            if job.waits_in_queue:
+                return replace(job, queue_state=await self._queue_state(namespace, job))
             if job.lacks_pod and waiting >= self._policy.pod_grace:
                 words = await self._cluster.failed_create(namespace, job.uid)
                 job = replace(job, refusal=words)
@@ -233,6 +242,13 @@ class Reconciler:
         except ForbiddenError:
             pass  # this version's rights are not there yet
         return job
+
+    async def _queue_state(self, namespace: str, job: ObservedJob) -> QueueState | None:
+        try:
+            workload = await self._cluster.workload(namespace, job.uid)
+        except NotFoundError:
+            return QueueState("The cluster has no Kueue.", admissible=False)
+        return observe_queue(workload) if workload is not None else None
 
     async def _wake(self, namespace: str, job: ObservedJob) -> None:
         """Remind the Job controller of a Job that should have a pod."""
@@ -285,6 +301,8 @@ class Reconciler:
         own_writes: _OwnWrites,
     ) -> None:
         for action in decided.actions:
+            if not self._may_act():
+                raise ConflictError("another operator leads by now")
             if isinstance(action, StopJob):
                 await self._cluster.delete_job(finetunejob.namespace, action.name, action.uid)
                 own_writes.created.pop(action.name, None)
@@ -360,29 +378,29 @@ class Reconciler:
             own_writes.outdated = version
             own_writes.until = time.monotonic() + OWN_WRITES_SECONDS
         self._metrics.in_phase(key, decided.status.phase)
+        self._metrics.wrote(key, finetunejob.status, decided.status)
         return True
 
     async def _record(
-        self, key: str, finetunejob: ObservedFineTuneJob, events: Iterable[Event], scope: str
+        self, finetunejob: ObservedFineTuneJob, decided: Plan, events: Iterable[Event]
     ) -> None:
-        """Post the Events. They are news and not state, so losing one is no failure.
-
-        The same words in another `scope` are another Event.
-        """
+        """Post the Events. They are news and not state, so losing one is no failure."""
         about = {
             "namespace": finetunejob.namespace,
             "name": finetunejob.name,
             "uid": finetunejob.uid,
         }
+        details = _log_fields(finetunejob, decided)
         for event in events:
             level = logging.WARNING if event.type == "Warning" else logging.INFO
-            logger.log(level, "%s: %s", event.reason, event.message, extra={"finetunejob": key})
+            logger.log(level, "%s: %s", event.reason, event.message, extra=details)
+            scope = event.scope or occasion(decided.status)
             try:
                 await self._cluster.record_event(
-                    about, event.type, event.reason, event.message, event.scope or scope
+                    about, event.type, event.reason, event.message, scope
                 )
             except ClusterError as error:
-                logger.warning("An event got lost: %s", error, extra={"finetunejob": key})
+                logger.warning("An event got lost: %s", error, extra=details)
 
     def _own_writes_of(self, key: str, finetunejob: ObservedFineTuneJob) -> _OwnWrites:
         """The own writes about this object; none if there were none, or if they have expired."""
@@ -398,6 +416,19 @@ class Reconciler:
     def _forget(self, key: str) -> None:
         self._own_writes.pop(key, None)
         self._metrics.forget(key)
+
+
+def _log_fields(finetunejob: ObservedFineTuneJob, decided: Plan) -> dict[str, object]:
+    """What a line of the log is about."""
+    attempts = {each.name: each.attempt for each in decided.status.stages}
+    stage = decided.status.stage
+    return {
+        "finetunejob": f"{finetunejob.namespace}/{finetunejob.name}",
+        "uid": finetunejob.uid,
+        "generation": finetunejob.generation,
+        "stage": stage and str(stage),
+        "attempt": attempts.get(stage) if stage else None,
+    }
 
 
 def _jobs(snapshot: Snapshot, own_writes: _OwnWrites) -> list[JsonObject]:

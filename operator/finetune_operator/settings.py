@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
@@ -51,6 +52,15 @@ class Settings(BaseModel):
 
     health_port: Port = 8080
     """Port of /healthz, /readyz and /metrics."""
+
+    lease: Annotated[str, Field(pattern=r"^([^/]+/[^/]+)?$")] = ""
+    """namespace/name of the Lease that says which of several operators acts; empty: this one."""
+
+    lease_seconds: Annotated[float, Field(ge=1, le=3600)] = 10
+    """Seconds after which another operator takes the place of one that was killed."""
+
+    identity: Annotated[str, Field(min_length=1)] = socket.gethostname()
+    """Name of this operator in the Lease; by default its pod's."""
 
     resync_seconds: Annotated[float, Field(gt=0)] = 300
     """Seconds between two looks at every FineTuneJob, whether or not something happened."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -56,18 +55,30 @@ class WorkQueue:
         self._expected = expected  # failures that are logged without a stack trace
         self._clock = clock
         self._chance = chance
-        self._ready: deque[str] = deque()
+        self._ready: dict[str, float] = {}  # and since when, in the order in which they came
         self._active: set[str] = set()
         self._again: set[str] = set()
         self._later: dict[str, tuple[float, Timer]] = {}
         self._failures: dict[str, tuple[int, float]] = {}  # how many, and when it is tried again
         self._arrived = asyncio.Event()
+        self._open = asyncio.Event()
+        self._open.set()
         self._closing = False
 
     @property
     def clock(self) -> Clock:
         """The clock given, or the running event loop."""
         return self._clock or asyncio.get_running_loop()
+
+    @property
+    def depth(self) -> int:
+        """How many keys wait for a worker."""
+        return len(self._ready)
+
+    @property
+    def age(self) -> float:
+        """Seconds that the first of them has waited."""
+        return self.clock.time() - next(iter(self._ready.values())) if self._ready else 0.0
 
     def add(self, key: str) -> None:
         """Process this key as soon as a worker is free."""
@@ -77,7 +88,7 @@ class WorkQueue:
         if key in self._active:
             self._again.add(key)
         elif key not in self._ready:
-            self._ready.append(key)
+            self._ready[key] = self.clock.time()
             self._arrived.set()
 
     def add_later(self, key: str, delay: float) -> None:
@@ -92,6 +103,14 @@ class WorkQueue:
         timer = self.clock.call_later(delay, lambda: self.add(key))
         self._later[key] = (due, timer)
 
+    def pause(self) -> None:
+        """Begin no further pass; those in progress go on."""
+        self._open.clear()
+
+    def resume(self) -> None:
+        """Go on with what has been added."""
+        self._open.set()
+
     async def run(self, workers: int) -> None:
         """Process keys until `stop` is called, and finish the passes in progress."""
         async with asyncio.TaskGroup() as group:
@@ -105,14 +124,20 @@ class WorkQueue:
         for key in list(self._later):
             self._cancel_timer(key)
         self._arrived.set()
+        self._open.set()
 
     async def _work(self) -> None:
         while not self._closing:
+            await self._open.wait()
+            if self._closing:
+                return
             if not self._ready:
                 self._arrived.clear()
                 await self._arrived.wait()
                 continue
-            await self._pass(self._ready.popleft())
+            key = next(iter(self._ready))
+            del self._ready[key]
+            await self._pass(key)
 
     async def _pass(self, key: str) -> None:
         self._active.add(key)

@@ -48,8 +48,9 @@ def test_lints_without_errors() -> None:
             "priorityClassName": "high",
         },
         {"crds": {"enabled": False}},
+        {"replicaCount": 2, "leaderElection": {"leaseSeconds": 20}},
     ],
-    ids=["defaults", "two namespaces", "every pod setting", "without the CRD"],
+    ids=["defaults", "two namespaces", "every pod setting", "without the CRD", "two operators"],
 )
 def test_renders_valid_objects(values: dict[str, Any]) -> None:
     objects = render(**values)
@@ -83,6 +84,7 @@ def test_the_operator_may_do_exactly_this() -> None:
         ("rbac.authorization.k8s.io", "roles"): ["create", "get"],
         ("rbac.authorization.k8s.io", "rolebindings"): ["create", "get"],
         ("", "events"): ["create", "list", "patch"],
+        ("kueue.x-k8s.io", "workloads"): ["list"],
     }
 
 
@@ -101,6 +103,24 @@ def test_the_stages_log_as_the_chart_says() -> None:
     told = environment(trainer={"logFormat": "json"})
     assert told["FINETUNE_TRAINER_LOG_FORMAT"] == "json"
     assert Settings.from_environment(told).trainer_log_format == "json"
+
+
+def test_the_operator_may_write_its_own_lease_alone() -> None:
+    objects = render(watchNamespaces=["team-a"])
+    role = named(objects, "Role", "finetune-operator-leader-election")
+    assert role["metadata"]["namespace"] == "finetune-system"
+    assert [(rule["verbs"], rule.get("resourceNames")) for rule in role["rules"]] == [
+        (["create"], None),
+        (["get", "update"], ["finetune-operator"]),
+    ]
+    assert environment()["FINETUNE_LEASE"] == "finetune-system/finetune-operator"
+
+
+def test_without_the_election_one_operator_ends_before_the_next_one_starts() -> None:
+    objects = render(leaderElection={"enabled": False})
+    assert named(objects, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
+    assert [o["kind"] for o in objects].count("Role") == 0
+    assert "strategy" not in named(render(replicaCount=2), "Deployment")["spec"]
 
 
 def test_watching_namespaces_needs_no_cluster_wide_rights() -> None:

@@ -21,6 +21,8 @@ FINETUNEJOB_UID_LABEL = f"{GROUP}/job-uid"
 STAGE_LABEL = f"{GROUP}/stage"
 ATTEMPT_LABEL = f"{GROUP}/attempt"
 
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"  # Kueue's, on a Job
+
 # Annotations, which may be longer
 FINETUNEJOB_NAME_ANNOTATION = f"{GROUP}/job-name"  # the whole name
 STAGE_KEY_ANNOTATION = f"{GROUP}/key"  # the stage's fingerprint, or `prepare`'s look
@@ -34,6 +36,9 @@ API_VERSION = f"{GROUP}/{VERSION}"
 JsonObject = dict[str, Any]  # a Kubernetes object, or a part of one, as the API server writes it
 
 Name = Annotated[str, Field(min_length=1, max_length=253)]
+LabelValue = Annotated[
+    str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+]
 FileName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
 Quantity = Annotated[int | str, Field(json_schema_extra={"x-kubernetes-int-or-string": True})]
 

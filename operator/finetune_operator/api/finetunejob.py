@@ -11,6 +11,7 @@ from finetune_operator.api import (
     ON_EDIT,
     CaBundle,
     EnvVar,
+    LabelValue,
     Name,
     Preserved,
     PrivateKeyReference,
@@ -194,6 +195,12 @@ class FineTuneJobSpec(Base):
     set, nothing is trained or exported, and neither dataset nor model is looked at. Without it the
     version of this spec is current again, and is not made anew where it is still there. A version
     that output.keepVersions has deleted can't come back."""
+
+    queue_name: LabelValue | None = None
+    """Kueue's LocalQueue, in the FineTuneJob's namespace, in which each stage waits for its quota.
+    Quota counts what stages.*.resources request, and stages.*.priorityClassName orders the queue. A
+    training that has to make room saves its last step, and goes on from there when its turn comes
+    again, without a failed attempt. Left out, the stages start at once."""
 
     service_account_name: Name | None = None
     """ServiceAccount of the pods, for workload identity. Left out, the operator makes one that may

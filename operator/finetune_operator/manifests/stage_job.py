@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from finetune_operator.api import (
     FINETUNEJOB_NAME_ANNOTATION,
     POD_SETTINGS_ANNOTATION,
+    QUEUE_LABEL,
     STAGE_KEY_ANNOTATION,
     TRAINER_CONTAINER,
     EnvVar,
@@ -95,7 +96,10 @@ def stage_job(
     deadline = spec.pod_settings(attempt.stage).active_deadline_seconds
     parts = (attempt.stage_key, pod_settings, attempt.number)
     meta = metadata(owner, child_name(owner, attempt.stage, *parts))
-    meta["labels"] = stage_labels(owner, attempt.stage, attempt.number)
+    meta["labels"] = {
+        **stage_labels(owner, attempt.stage, attempt.number),
+        **({QUEUE_LABEL: spec.queue_name} if spec.queue_name else {}),
+    }
     meta["annotations"] = {
         FINETUNEJOB_NAME_ANNOTATION: owner.name,
         STAGE_KEY_ANNOTATION: attempt.stage_key,
@@ -107,6 +111,8 @@ def stage_job(
         "metadata": meta,
         "spec": {
             "backoffLimit": 0,
+            # Kueue lets it go on when there is quota; until then it has no pod.
+            **({"suspend": True} if spec.queue_name else {}),
             **({"activeDeadlineSeconds": deadline} if deadline is not None else {}),
             "ttlSecondsAfterFinished": _ttl_seconds(spec, attempt.stage),
             "podFailurePolicy": _pod_failure_policy(),
@@ -129,6 +135,7 @@ def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings)
         _dump(spec.model.token_secret_ref),
         *_publishing(spec, stage),
         *store_references(spec, stage),
+        *([{"queue": spec.queue_name}] if spec.queue_name else []),
     )
 
 

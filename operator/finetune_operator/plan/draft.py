@@ -100,6 +100,9 @@ class Policy:
     """The Job controller may take this long to take a Job up. It makes 20 requests a second by
     default, and so needs minutes for a burst of Jobs."""
 
+    queue_look: timedelta = timedelta(seconds=30)
+    """Between two looks at what Kueue says of a Job that waits in its queue."""
+
     wake_interval: timedelta = timedelta(seconds=60)
     """Between two touches of a Job without a pod. Its controller may have lost what it had to do in
     an outage of the API server, and pauses for minutes after a pod that was refused."""
@@ -245,8 +248,8 @@ class Draft:
     def add_action(self, action: Action) -> None:
         self._actions.append(action)
 
-    def add_event(self, reason: str, message: str) -> None:
-        self._events.append(Event("Normal", str(reason), shorten(message)))
+    def add_event(self, reason: str, message: str, scope: str = "") -> None:
+        self._events.append(Event("Normal", str(reason), shorten(message), scope))
 
     def add_warning(self, reason: str, message: str, scope: str = "") -> None:
         event = Event("Warning", str(reason), shorten(message), scope)

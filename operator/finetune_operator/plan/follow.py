@@ -10,12 +10,14 @@ from finetune_operator.observe import ObservedJob
 from finetune_operator.plan import lifecycle, results, versions
 from finetune_operator.plan.draft import Draft
 from finetune_operator.plan.verdict import (
+    PREEMPTED,
     Done,
     Failure,
     Pending,
     Verdict,
     judge,
     lost_pods,
+    made_room,
 )
 from finetune_operator.status import shorten, timestamp
 from finetune_trainer.contract import Reason, Stage
@@ -80,9 +82,21 @@ def _tell_of_lost_pods(draft: Draft, job: ObservedJob) -> None:
         lost = [each for each in lost if each[1].reason is Reason.NODE_LOST]
     names = [name for name, _ in lost]
     for name, failure in lost[names.index(told) + 1 if told in names else 0 :]:
+        if made_room(job, failure):
+            draft.change(job.stage, lost_pod=name)
+            _tell_of_eviction(draft, job, name)
+            continue
         disruptions = draft.stages[job.stage].disruptions + 1
         draft.change(job.stage, disruptions=disruptions, lost_pod=name)
         draft.warn_of_attempt(job.stage, failure.reason, failure.message)
+
+
+def _tell_of_eviction(draft: Draft, job: ObservedJob, pod: str) -> None:
+    state = job.queue_state
+    reason = PREEMPTED if state is not None and state.preempted else "Evicted"
+    why = f": {state.message}" if state is not None else "."
+    words = f"{job.stage} had to make room in Kueue's queue {job.queue}{why}"
+    draft.add_event(reason, words, pod)
 
 
 def _too_many(draft: Draft, stage: Stage, last: Failure) -> Failure | None:

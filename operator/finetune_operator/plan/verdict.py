@@ -12,6 +12,8 @@ from finetune_operator.pods import ObservedPod, Waiting
 from finetune_operator.status import PendingReason
 from finetune_trainer.contract import ExitCode, Reason, Stage, StageResult
 
+JOB_SUSPENDED, QUEUED, PREEMPTED = "JobSuspended", "Queued", "Preempted"  # reasons of Progressing
+
 # How a trainer ends whose pod is deleted: the last two are 128 + SIGKILL and 128 + SIGTERM.
 TOLD_TO_STOP = {int(ExitCode.STOPPED), 137, 143}
 
@@ -128,7 +130,10 @@ def _ended(job: ObservedJob, pod: ObservedPod, policy: Policy, now: datetime) ->
             return failure
         delay = min(left, policy.sidecar_grace).total_seconds()
         return Pending(disruption=failure, requeue_after=delay)
-    return Pending(_suspended(job) if job.suspended else None, disruption=failure)
+    if job.suspended and job.queue is not None:
+        return _held_back(job, policy)  # its pod had to go, which is no failure
+    held = _held_back(job, policy) if job.suspended else Pending()
+    return replace(held, disruption=failure)
 
 
 def _failure(stage: Stage, pod: ObservedPod, at: datetime) -> Failure:
@@ -216,7 +221,7 @@ def _without_pod(job: ObservedJob, stage: StageStatus, policy: Policy, now: date
     if job.finished is not None:
         return _without_pod_report(job, policy, now)
     if job.suspended:
-        return Pending(_suspended(job))
+        return _held_back(job, policy)
     if job.taken_up is None:
         return _not_taken_up(job, policy, now)
     return _pod_not_created(job, job.taken_up, stage, policy, now)
@@ -231,7 +236,7 @@ def _not_taken_up(job: ObservedJob, policy: Policy, now: datetime) -> Pending:
             quiet = grace is policy.pod_grace
             words = f"The Job {job.name} is in the queue of the Job controller."
             return Pending(
-                None if quiet else PendingReason("Queued", words, phase=Phase.QUEUED), delay
+                None if quiet else PendingReason(QUEUED, words, phase=Phase.QUEUED), delay
             )
     minutes = policy.queue_grace.total_seconds() / 60
     words = (
@@ -253,7 +258,7 @@ def _pod_not_created(
         return Pending(PendingReason("PodNotCreated", words, degraded=True), again)
     if stage.lost_pod is not None:
         words = f"The Job {job.name} makes another pod of {job.stage}."
-        return Pending(PendingReason("Queued", words, phase=Phase.QUEUED), again)
+        return Pending(PendingReason(QUEUED, words, phase=Phase.QUEUED), again)
     words = f"The Job {job.name} has no pod yet. `kubectl describe job {job.name}` may say why."
     return Pending(PendingReason("PodNotCreated", words, degraded=True), again)
 
@@ -288,6 +293,16 @@ def lost_pods(job: ObservedJob, policy: Policy, now: datetime) -> list[tuple[str
         if failure is not None and failure.free:
             found.append((pod.name, failure))
     return found
+
+
+def made_room(job: ObservedJob, failure: Failure) -> bool:
+    """Whether a pod ended because Kueue suspended its Job, for another one: then it is no loss.
+
+    The Job controller dates the start of a Job anew whenever it goes on.
+    """
+    if job.queue is None or failure.reason is Reason.NODE_LOST:
+        return False
+    return job.suspended or (job.taken_up is not None and failure.at < job.taken_up)
 
 
 def until_lost(pod: ObservedPod, policy: Policy, now: datetime) -> float | None:
@@ -354,9 +369,24 @@ def _unscheduled(stage: Stage, pod: ObservedPod) -> PendingReason | None:
     return PendingReason(Reason.UNSCHEDULABLE, message, phase=Phase.QUEUED)
 
 
-def _suspended(job: ObservedJob) -> PendingReason:
-    message = f"The Job {job.name} is suspended: it waits for its turn in a queue, if it has one."
-    return PendingReason("JobSuspended", message, phase=Phase.QUEUED)
+def _held_back(job: ObservedJob, policy: Policy) -> Pending:
+    if job.queue is None:
+        words = f"The Job {job.name} is suspended: it waits for its turn in a queue, if it has one."
+        return Pending(PendingReason(JOB_SUSPENDED, words, phase=Phase.QUEUED))
+    words = f"{job.stage} waits in Kueue's queue {job.queue}"
+    state = job.queue_state
+    again = policy.queue_look.total_seconds()  # nothing tells when Kueue says something else
+    if state is None:
+        return Pending(PendingReason(QUEUED, f"{words}.", phase=Phase.QUEUED), again)
+    words = f"{words}: {state.message}"
+    if not state.admissible:
+        remedy = "Have the queue set up, or set spec.queueName to another one."
+        words = f"{words.rstrip('.')}. {remedy}"
+        return Pending(
+            PendingReason("Inadmissible", words, degraded=True, phase=Phase.QUEUED), again
+        )
+    reason = PREEMPTED if state.preempted else QUEUED
+    return Pending(PendingReason(reason, words, phase=Phase.QUEUED), again)
 
 
 def _not_pulled(stage: Stage, pod: ObservedPod, waiting: Waiting) -> str:

@@ -139,7 +139,13 @@ def test_metrics_count_the_jobs_by_phase(here: Namespace, operator: Operator) ->
     here.fail(PREPARE, Reason.DATASET_EMPTY, "no rows")
     here.wait_phase("Failed")
     text = operator.get("/metrics").text
-    assert 'finetune_jobs{phase="Failed"}' in text
+    assert f'finetune_jobs{{namespace="{here.name}",phase="Failed"}} 1.0' in text
+    failure = f'namespace="{here.name}",reason="DatasetEmpty",stage="prepare"'
+    assert f"finetune_stage_failures_total{{{failure}}} 1.0" in text
+    assert f'finetune_stage_attempts_total{{namespace="{here.name}",stage="prepare"}} 1.0' in text
+    assert 'finetune_api_requests_total{code="200",verb="PATCH"}' in text
+    assert "finetune_leader 1.0" in text
+    assert "finetune_queue_depth 0.0" in text
     assert 'finetune_reconciles_total{result="changed"}' in text
 
 

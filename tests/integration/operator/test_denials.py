@@ -197,6 +197,17 @@ def test_a_queue_that_suspends_each_new_job_is_waited_for(here: Namespace, tmp_p
         here.wait_phase("Preparing")
 
 
+def test_a_cluster_without_kueue_is_told_and_the_job_waits(here: Namespace) -> None:
+    here.apply(queueName="team-a")
+    here.wait("the condition", lambda: here.condition("Degraded")[1] == "Inadmissible")
+    assert "The cluster has no Kueue." in here.condition("Degraded")[2]
+    assert here.status()["phase"] == "Queued"
+    assert here.children("pods") == []
+    here.apply()  # without a queue
+    here.start_pod(PREPARE)
+    here.wait_phase("Preparing")
+
+
 def test_the_stages_pods_are_admitted_under_pod_security_restricted(here: Namespace) -> None:
     enforce = "pod-security.kubernetes.io/enforce=restricted"
     here.plane.kubectl("label", "namespace", here.name, enforce)

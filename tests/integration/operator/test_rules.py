@@ -27,6 +27,10 @@ REFUSED: dict[str, Any] = {
     "must be an s3://bucket/key URI, hf://datasets/org/name or the absolute path of a mounted "
     "file": "gs://data/faq.csv",
     "must have three different characters for delimiter, quote and escape": {"delimiter": '"'},
+    "must name no other column beside text, which is learnt as it is": {
+        "text": "body",
+        "instruction": "ask",
+    },
     "must be a whole number from 0, or a percentage such as 10%": "101%",
     "must be a whole number from 1 to 1000, or auto": 1001,
     "must be all-linear alone, or names of layers without it": ["all-linear", "q_proj"],

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Generator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import gguf
 import llama_cpp
@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finetune_trainer.contract import Quantization, Reason, StageError
 from finetune_trainer.contract.output import NEED_IMPORTANCE
@@ -57,7 +57,8 @@ def wide_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     config.hidden_size, config.intermediate_size, config.head_dim = 256, 512, 64
     config.num_attention_heads, config.num_key_value_heads = 4, 2
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder / "model")
+    auto: Any = AutoModelForCausalLM
+    auto.from_config(config).to(torch.float16).save_pretrained(folder / "model")
     return next(write_files(plain(folder / "model"), folder / "gguf", (Quantization.F16,)))[1]
 
 

@@ -25,6 +25,7 @@ MUST_PASS = (
     "checkpointing = none",
     "1 x 8 = 8 x 1",
     "fused = unfused head",
+    "fused = plain adapters",
     "resumed = straight",
     "fused = plain AdamW",
     "qlora trains",

@@ -222,6 +222,7 @@ def test_gradient_checkpointing_where_one_example_is_too_much(
     outcome = training(tiny_model, tmp_path, Fault(with_checkpointing=False))
     assert outcome.codes == ["BatchHalved", "BatchHalved", "GradientCheckpointingEnabled"]
     assert outcome.asked[-1].plan.gradient_checkpointing
+    assert outcome.asked[-1].plan.recompute_every == 2
     assert_same(outcome, undisturbed)
 
 

@@ -259,6 +259,29 @@ def test_training_gguf_and_modelfile_make_the_same_tokens(
     model.close()
 
 
+def test_a_model_of_plain_text_gets_no_template_that_it_never_saw(
+    served: tuple[PreTrainedTokenizerBase, Path, str],
+) -> None:
+    tokenizer, file, expected = served
+    text = write_modelfile(
+        file.parents[1],
+        {Quantization.F16: file},
+        file,
+        tokenizer,
+        config(),
+        parameters=1000,
+        generation={},
+        plain_text=True,
+    ).read_text()
+    (template,) = go_text.read_modelfile(text)["template"]
+    if "### Response" in expected:  # it stands in for a template that the base model lacks
+        assert template == "{{ .Prompt }}"
+        assert "it knows no chat" in text
+    else:
+        assert ".Messages" in template
+        assert "the chat template of the base model" in text
+
+
 def test_a_token_that_the_training_did_not_see_is_switched_off_or_told_of(
     served: tuple[PreTrainedTokenizerBase, Path, str],
 ) -> None:
@@ -280,7 +303,8 @@ def test_a_token_that_the_training_did_not_see_is_switched_off_or_told_of(
 def test_the_system_prompt_and_the_model_s_own_settings(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(ollama, "make_template", lambda *_: OllamaTemplate(None, ("No TEMPLATE.",)))
+    template = OllamaTemplate(None, ("No TEMPLATE.",))
+    monkeypatch.setattr(ollama, "make_template", lambda *_, **__: template)
     settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.05}
     (folder := tmp_path / "gguf").mkdir()
     files = {kind: folder / f"tiny-{kind}.gguf" for kind in (Quantization.F16, Quantization.Q8_0)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,6 +254,7 @@ class Gpu:
 
 AMPERE, TURING = Gpu((8, 0)), Gpu((7, 5))
 BY_KERNEL = packing.KERNEL_NAME
+AUTOCAST = torch.float32, torch.bfloat16  # of the weights, and what is computed in
 
 
 @pytest.mark.parametrize(
@@ -262,6 +264,7 @@ BY_KERNEL = packing.KERNEL_NAME
         (Gpu((9, 0), flash=True), ("llama", torch.bfloat16, "cuda"), [BY_KERNEL, FLASH, "sdpa"]),
         (AMPERE, ("mistral", torch.float16, "cuda"), [BY_KERNEL, "sdpa"]),
         (AMPERE, ("llama", torch.float32, "cuda"), ["sdpa"]),
+        (AMPERE, ("llama", AUTOCAST, "cuda"), [BY_KERNEL, "sdpa"]),  # all weights are trained
         (TURING, ("llama", torch.float16, "cuda"), ["sdpa"]),
         (AMPERE, ("gemma2", torch.bfloat16, "cuda"), ["sdpa"]),  # its scores are capped
         (AMPERE, ("llama", torch.bfloat16, "cpu"), ["sdpa"]),  # it will be spread over GPUs
@@ -269,16 +272,17 @@ BY_KERNEL = packing.KERNEL_NAME
 )
 def test_the_kernel_is_tried_where_it_runs(
     gpu: Gpu,
-    model: tuple[str, torch.dtype, str],
+    model: tuple[str, torch.dtype | tuple[torch.dtype, torch.dtype], str],
     expected: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpu.install(monkeypatch)
-    kind, dtype, device = model
+    kind, types, device = model
+    dtype, compute = types if isinstance(types, tuple) else (types, types)
     there = SimpleNamespace(
         config=tiny(kind).config, dtype=dtype, device=SimpleNamespace(type=device)
     )
-    assert packing._candidates(cast("Any", there), "sdpa") == expected
+    assert packing._candidates(cast("Any", there), "sdpa", compute) == expected
 
 
 @pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
@@ -305,6 +309,60 @@ def test_a_model_that_is_spread_over_gpus_proves_the_kernel_on_a_few_layers(
     assert prepare_packing(model)
     assert model.config._attn_implementation == (packing.KERNEL_NAME if right else "sdpa")
     assert proven == [(2, "cuda")], "a layer with a window and one without"
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
+def test_weights_in_float32_prove_the_kernel_as_they_train_under_autocast(
+    right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel knows 16 bits only, and refuses what comes in float32."""
+    seen = []
+
+    def kernel(query: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        seen.append(query.dtype)
+        if query.dtype is torch.float32:
+            raise RuntimeError("FlashAttention only supports fp16 and bf16")
+        out = plain_varlen_attn(query, *rest, **options)
+        return out if right else out.cumsum(0)
+
+    model = tiny("llama")
+    monkeypatch.setattr(packing, "varlen_attn", kernel)
+    monkeypatch.setattr(packing, "_candidates", lambda *_: [BY_KERNEL, "sdpa"])
+    assert prepare_packing(model, compute=torch.bfloat16)
+    assert seen
+    assert set(seen) == {torch.bfloat16}
+    assert model.config._attn_implementation == (BY_KERNEL if right else "sdpa")
+    if right:
+        batch = PackingCollator(0)(rows())
+        with torch.autocast("cpu", torch.bfloat16):
+            found = gradients(model, batch)
+            model.set_attn_implementation("sdpa")
+            expected = gradients(model, batch)
+        for name, value in expected.items():
+            error = float((found[name] - value).norm() / value.norm().clamp(min=1e-9))
+            assert error < 0.15, name  # rounding; rows that saw each other differ by all
+    model.set_attn_implementation("sdpa")
+    assert prepare_packing(model)
+    assert model.config._attn_implementation == "sdpa", "without autocast it can't"
+
+
+def test_a_pytorch_without_the_kernel_packs_with_a_mask_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # it can't be imported
+    assert packing._find_kernel() is None
+    former = SimpleNamespace(varlen_attn=packing.packed_attention)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", former)
+    assert packing._find_kernel() is None, "it knows no window"
+    monkeypatch.setattr(packing, "varlen_attn", None)
+    AMPERE.install(monkeypatch)
+    there = SimpleNamespace(
+        config=tiny("llama").config, dtype=torch.bfloat16, device=SimpleNamespace(type="cuda")
+    )
+    with caplog.at_level(logging.WARNING, "finetune_trainer"):
+        assert packing._candidates(cast("Any", there), "sdpa", torch.bfloat16) == ["sdpa"]
+    assert "has no kernel for packed rows" in caplog.text
+    assert "4096 tokens" in caplog.text
 
 
 @pytest.mark.parametrize(

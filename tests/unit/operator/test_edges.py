@@ -80,7 +80,7 @@ async def test_nodes_are_not_listed_again_within_a_minute(
         asked.append(f"{kind} {namespace}{selector}")
         yield {"metadata": {"labels": {selector: str(len(asked))}}}
 
-    here = cluster.Cluster(client.Configuration(), 1.0)
+    here = cluster.Cluster(client.Configuration(), 1.0, lambda *_: None)
     monkeypatch.setattr(here, "_list", listed)
     assert await here.node_labels("memory") == ({"memory": "1"},)
     assert await here.node_labels("memory") == ({"memory": "1"},)

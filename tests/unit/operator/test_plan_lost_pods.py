@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.observed import FineTuneJobStatus, StageState, StageStatus
-from finetune_operator.observe import ObservedJob
+from finetune_operator.observe import ObservedJob, QueueState
 from finetune_operator.plan import Plan, Policy, plan
 from finetune_operator.pods import ObservedPod
 from finetune_trainer.contract import Reason
@@ -30,7 +30,7 @@ from tests.unit.operator.build import (
     stamp,
 )
 from tests.unit.operator.endings import EVICTED, EVICTED_MESSAGE, training
-from tests.unit.operator.expect import warning
+from tests.unit.operator.expect import normal, warning
 
 POLICY = Policy(disruption_limit=3)
 
@@ -199,6 +199,32 @@ def test_a_suspended_job_is_said_to_be_when_its_pod_has_stopped() -> None:
     later = decided(made.status, job(TRAIN, pod=None, suspended=True))
     assert progressing(later)[0] == "JobSuspended"
     assert {each.type: each.status for each in later.status.conditions}["Degraded"] == "False"
+
+
+def test_a_training_that_makes_room_in_a_queue_loses_nothing() -> None:
+    stopped = ended(14, said(TRAIN, Reason.STOPPED), name="a", deleting=True)
+    state = QueueState("Preempted to accommodate a workload", preempted=True)
+    queue = {"queue": "team-a", "queue_state": state, "suspended": True}
+    held = {**stopped, "finished": None, "finished_at": None, **queue}
+    made = decided(training(), job(TRAIN, **held))
+    words = "Kueue's queue team-a: Preempted to accommodate a workload"
+    assert progressing(made) == ("Preempted", f"train waits in {words}")
+    assert made.events == (normal("Preempted", f"train had to make room in {words}"),)
+    assert (train_of(made).disruptions, train_of(made).lost_pod) == (0, "a")
+    assert train_of(made).reason is None
+    again = decided(made.status, job(TRAIN, **held))
+    assert again.events == ()
+    goes_on = {**held, "suspended": False, "queue_state": None, "taken_up": at(1)}
+    later = decided(training(), job(TRAIN, **goes_on))  # nobody saw it while it was suspended
+    assert [each.reason for each in later.events] == ["Evicted"]
+    assert train_of(later).disruptions == 0
+
+
+def test_a_pod_that_is_lost_after_its_turn_has_come_counts() -> None:
+    stopped = ended(14, said(TRAIN, Reason.STOPPED), name="a", deleting=True)
+    held = {**stopped, "finished": None, "finished_at": None, "queue": "team-a"}
+    made = decided(training(), job(TRAIN, taken_up=at(-60), **held))
+    assert train_of(made).disruptions == 1
 
 
 def test_a_job_that_makes_another_pod_is_no_trouble() -> None:

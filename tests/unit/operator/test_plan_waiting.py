@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.observed import Phase
+from finetune_operator.observe import ObservedJob, QueueState
 from finetune_operator.plan import Plan
 from finetune_operator.pods import Waiting
 from finetune_trainer.contract import Reason
@@ -98,6 +99,10 @@ def not_pulled(reason: str, words: str) -> str:
     )
 
 
+def queued(state: QueueState | None) -> ObservedJob:
+    return job(PREPARE, pod=None, suspended=True, queue="team-a", queue_state=state)
+
+
 CASES = [
     Case(
         "a pod without a node says what the scheduler says, and is no trouble",
@@ -119,6 +124,43 @@ CASES = [
             "The Job prepare-1 is suspended: it waits for its turn in a queue, if it has one.",
             degraded=False,
             phase=Phase.QUEUED,
+        ),
+    ),
+    Case(
+        "a Job in Kueue's queue says what Kueue says, and looks again",
+        finetunejob(PREPARING),
+        [queued(QueueState("insufficient quota for nvidia.com/gpu"))],
+        says(
+            "Queued",
+            "prepare waits in Kueue's queue team-a: insufficient quota for nvidia.com/gpu",
+            degraded=False,
+            phase=Phase.QUEUED,
+            requeue_after=30,
+        ),
+    ),
+    Case(
+        "one that Kueue has said nothing of yet waits as well",
+        finetunejob(PREPARING),
+        [queued(None)],
+        says(
+            "Queued",
+            "prepare waits in Kueue's queue team-a.",
+            degraded=False,
+            phase=Phase.QUEUED,
+            requeue_after=30,
+        ),
+    ),
+    Case(
+        "a queue that lets nothing through needs a person",
+        finetunejob(PREPARING),
+        [queued(QueueState("LocalQueue team-a doesn't exist", admissible=False))],
+        says(
+            "Inadmissible",
+            "prepare waits in Kueue's queue team-a: LocalQueue team-a doesn't exist. Have the "
+            "queue set up, or set spec.queueName to another one.",
+            degraded=True,
+            phase=Phase.QUEUED,
+            requeue_after=30,
         ),
     ),
     Case(

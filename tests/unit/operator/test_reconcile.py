@@ -107,12 +107,14 @@ class World:
     def __init__(self) -> None:
         self.cluster = FakeCluster()
         self.metrics = Metrics()
+        self.leads = True
         self.snapshot: Snapshot | None = None
         self.reconcile = Reconciler(
             cast(Cluster, self.cluster),
             lambda key: self.snapshot if key == KEY else None,
             Settings(trainer_image="trainer:1"),
             self.metrics,
+            lambda: self.leads,
         )
 
     def shows(
@@ -226,6 +228,13 @@ async def test_a_job_that_the_server_calls_invalid_fails_with_its_words(world: W
     assert patch["conditions"][0]["reason"] == "InvalidSpec"
     assert patch["conditions"][0]["message"] == "cpu: lots is no quantity"
     assert world.calls("event") == ["Warning InvalidSpec"]
+
+
+async def test_one_that_lost_the_lead_after_its_status_does_not_act(world: World) -> None:
+    world.leads = False
+    assert await world.reconcile(KEY) == STALE_RETRY_SECONDS
+    assert world.cluster.patches[0]["phase"] == "Preparing"
+    assert "Job" not in world.calls("create")
 
 
 @pytest.mark.parametrize(

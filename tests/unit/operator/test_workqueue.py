@@ -276,3 +276,25 @@ async def test_stopping_finishes_what_is_under_way_and_drops_the_rest() -> None:
     queue.add("d")
     assert work.calls == ["a"]
     assert clock.pending == []
+
+
+async def test_a_paused_queue_keeps_what_is_added_and_goes_on_with_it() -> None:
+    work, clock = Work(), FakeClock()
+    async with running(work, clock) as queue:
+        queue.pause()
+        queue.add("a")
+        queue.add("b")
+        await settle()
+        assert work.calls == []
+        queue.resume()
+        await settle()
+        assert work.calls == ["a", "b"]
+
+
+async def test_a_paused_queue_can_be_stopped() -> None:
+    queue = WorkQueue(Work(), FakeClock())
+    queue.pause()
+    task = asyncio.create_task(queue.run(2))
+    await settle()
+    queue.stop()
+    await asyncio.wait_for(task, 5)

@@ -198,6 +198,9 @@ def test_the_plan_in_force_goes_on_unless_the_devices_are_others() -> None:
     assert plan_to_resume_with(planned, more) == planned
     assert plan_to_resume_with(planned, recomputing) == recomputing
     assert plan_to_resume_with(recomputing, planned) == recomputing
+    half = recomputing.model_copy(update={"recompute_every": 2})
+    assert plan_to_resume_with(half, recomputing) == recomputing
+    assert plan_to_resume_with(recomputing, half) == recomputing
 
     def checkpoint(saved: TrainingPlan) -> CheckpointMarker:
         return CheckpointMarker(

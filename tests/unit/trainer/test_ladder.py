@@ -121,6 +121,8 @@ def test_the_whole_ladder_in_its_order() -> None:
         "MemoryFreed",
         "GradientCheckpointingEnabled",
         "MemoryFreed",
+        "GradientCheckpointingEnabled",
+        "MemoryFreed",
         "SequenceShortened",
         "MemoryFreed",
         "SequenceShortened",
@@ -140,7 +142,23 @@ def test_without_a_step_done_nothing_is_tried_twice() -> None:
         NoticeCode.BATCH_HALVED,
         NoticeCode.BATCH_HALVED,
         NoticeCode.GRADIENT_CHECKPOINTING_ENABLED,
+        NoticeCode.GRADIENT_CHECKPOINTING_ENABLED,
     ]
+
+
+def test_every_second_layer_is_computed_again_before_all_are() -> None:
+    shares = [
+        (each.plan.gradient_checkpointing, each.plan.recompute_every)
+        for each, _ in rungs(work(batchSize=1), LENGTHS)
+    ]
+    assert shares == [(True, 2), (True, 1)]
+    unsloth = work(batchSize=1).model_copy(update={"engine": "unsloth"})
+    (only,) = rungs(unsloth, LENGTHS)
+    assert only[0].plan.recompute_every == 1, "Unsloth's own is all or nothing"
+    planned = work(batchSize=1, gradientCheckpointing="auto")
+    few = planned.plan.model_copy(update={"gradient_checkpointing": True, "recompute_every": 5})
+    (last,) = rungs(planned.model_copy(update={"plan": few}), LENGTHS)
+    assert last[0].plan.recompute_every == 1
 
 
 def test_a_step_of_an_earlier_attempt_is_no_progress(tmp_path: Path) -> None:
@@ -259,7 +277,7 @@ def test_each_attempt_goes_on_from_the_last_complete_step(tmp_path: Path) -> Non
 
 
 def test_at_the_end_it_says_what_was_tried_and_what_is_left(tmp_path: Path) -> None:
-    worker = Worker(*[full(0)] * 4)
+    worker = Worker(*[full(0)] * 5)
     ending = descend(worker, work(tmp_path), lambda: None, lambda _: None)
     assert isinstance(ending, Failed)
     assert ending.reason is Reason.OUT_OF_GPU_MEMORY
@@ -302,7 +320,7 @@ def test_host_memory_beside_a_gpu_is_none_of_the_ladders_business(tmp_path: Path
 def test_the_smallest_passes_killed_on_a_cpu_are_too_large_for_the_pod(tmp_path: Path) -> None:
     killed = Failed(reason=Reason.OOM_KILLED, message="The training process was killed.")
     on_cpu = work(tmp_path, hardware={"gpus": 0})
-    ending = descend(Worker(*[killed] * 4), on_cpu, lambda: None, lambda _: None)
+    ending = descend(Worker(*[killed] * 5), on_cpu, lambda: None, lambda _: None)
     assert isinstance(ending, Failed)
     assert ending.reason is Reason.OUT_OF_MEMORY
     assert "raise the pod's memory limit" in ending.message
@@ -362,9 +380,9 @@ def test_the_tokens_of_a_pass_are_halved_with_its_examples() -> None:
     tokens = begun.plan.model_copy(update={"pass_tokens": 9000})
     found = rungs(begun.model_copy(update={"plan": tokens}), LENGTHS)
     passes = [(each.plan.batch_size, each.plan.pass_tokens) for each, _ in found]
-    assert passes == [(2, 4500), (1, 2250), (1, 1125), (1, 1000), (1, 1000)]
+    assert passes == [(2, 4500), (1, 2250), (1, 1125), (1, 1000), (1, 1000), (1, 1000)]
     codes = [code for _, code in found]
-    assert codes == [*["BatchHalved"] * 4, "GradientCheckpointingEnabled"]
+    assert codes == [*["BatchHalved"] * 4, *["GradientCheckpointingEnabled"] * 2]
 
 
 def test_a_shorter_sequence_makes_passes_of_fewer_tokens() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_trainer.contract import Lora, TargetModule
-from finetune_trainer.memory.predict import Kept, Recipe, kept_by_layer, scores
+from finetune_trainer.memory.predict import Kept, Recipe, kept_by_layer, recomputed_layers, scores
 from finetune_trainer.model.adapter import lora_config
 from finetune_trainer.model.shape import Shape
-from finetune_trainer.train.recipe.lora import make_layers_faster
+from finetune_trainer.train.recipe.lora import fuse_adapters, make_layers_faster
 
 TOKENS = 512
+FUSED = "bfloat16, adapters as one operation"
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"]
 WIDTHS: dict[str, Any] = {
     "vocab_size": 256,
@@ -37,6 +39,7 @@ def saved(
     *,
     bfloat16: bool,
     trimmed: bool,
+    fused: bool = False,
     attention: str = "sdpa",
 ) -> int:
     """Bytes that autograd saves in a forward pass, parameters apart; without `lora` of a model that
@@ -49,6 +52,8 @@ def saved(
         tuned = get_peft_model(model, lora_config(lora, model))
     if trimmed:
         make_layers_faster(tuned)
+    if fused:
+        assert fuse_adapters(tuned, "cpu")
     parameters = {p.untyped_storage().data_ptr() for p in tuned.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -67,7 +72,7 @@ def saved(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["float32", "bfloat16", "bfloat16, PEFT as it is"])
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "bfloat16, PEFT as it is", FUSED])
 @pytest.mark.parametrize("dropout", [0.05, 0.0])
 @pytest.mark.parametrize("targets", [4, 7], ids=["attention", "all linear layers"])
 def test_a_layer_keeps_what_autograd_saves(
@@ -101,6 +106,57 @@ def test_attention_that_caps_its_scores_keeps_them(how: str) -> None:
     assert kept == pytest.approx(three - two, rel=0.05)
 
 
+def test_layers_that_are_not_computed_again_keep_theirs_and_change_no_bit() -> None:
+    """transformers' own `every_n_layers`, with dropout, whose numbers have to come again."""
+    lora, layers = Lora(r=8), 4
+    found = {every: gradients_and_bytes(lora, layers, every) for every in (None, 1, 2, 4)}
+    plain, _ = found[None]
+    assert any(gradient.any() for gradient in plain.values())
+    for gradients, _ in found.values():
+        assert all(torch.equal(gradients[name], plain[name]) for name in plain)
+    kept = {every: size for every, (_, size) in found.items()}
+    assert kept[1] < kept[2] < kept[4] < kept[None]
+    shape = Shape.from_config({"model_type": "llama", **WIDTHS, "num_hidden_layers": layers})
+    assert shape is not None
+    recipe = Recipe(lora, compute=4, mask=4, kept=Kept.INPUTS)
+    counts = {
+        every: recomputed_layers(shape, replace(recipe, recompute_every=every))
+        for every in (1, 2, 4)
+    }
+    assert counts == {1: 4, 2: 2, 4: 1}
+    a_layer = (kept[4] - kept[2]) / (counts[2] - counts[4]) / TOKENS
+    # A layer's input is kept in either case, and not counted twice here.
+    assert kept_by_layer(shape, recipe) == pytest.approx(a_layer, rel=0.05)
+
+
+def gradients_and_bytes(
+    lora: Lora, layers: int, every: int | None
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Of a forward and a backward pass, in float32; None: without gradient checkpointing."""
+    torch.manual_seed(0)
+    settings = AutoConfig.for_model("llama", **WIDTHS, num_hidden_layers=layers)
+    model = AutoModelForCausalLM.from_config(settings)  # type: ignore[no-untyped-call] # transformers
+    tuned = get_peft_model(model, lora_config(lora, model)).train()
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    if every:
+        model.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if TOKENS in tensor.shape:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.arange(TOKENS)[None] % WIDTHS["vocab_size"]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = tuned(input_ids=ids, labels=ids, use_cache=False).loss
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    loss.backward()
+    return {n: w.grad for n, w in tuned.named_parameters() if w.grad is not None}, size
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["float32", "bfloat16"])
 def test_a_layer_that_is_trained_itself_keeps_the_inputs_of_its_weights(
@@ -115,8 +171,11 @@ def test_a_layer_that_is_trained_itself_keeps_the_inputs_of_its_weights(
 
 
 def compare(kind: str, how: str, lora: Lora) -> None:
-    bfloat16, trimmed = how != "float32", how == "bfloat16"
-    two, three = (saved(kind, n, lora, bfloat16=bfloat16, trimmed=trimmed) for n in (2, 3))
+    bfloat16, fused = how != "float32", how == FUSED
+    trimmed = fused or how == "bfloat16"
+    two, three = (
+        saved(kind, n, lora, bfloat16=bfloat16, trimmed=trimmed, fused=fused) for n in (2, 3)
+    )
     shape = Shape.from_config({"model_type": kind, **WIDTHS, "num_hidden_layers": 2})
     assert shape is not None
     recipe = Recipe(
@@ -125,6 +184,7 @@ def compare(kind: str, how: str, lora: Lora) -> None:
         mask=2 if trimmed else 4,
         kept=Kept.ALL,
         casts=not trimmed,
+        redraws=fused,
     )
     # The rest is attention's log-sum-exp and the norms' means: a number a token and head.
     assert kept_by_layer(shape, recipe) == pytest.approx((three - two) / TOKENS, rel=0.03)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from finetune_trainer.contract import Hardware, Reason, StageError, Training, TrainingPlan
 from finetune_trainer.memory.plan import GPU_USEFUL, HOST_PROCESS, Lengths, plan
-from finetune_trainer.memory.predict import Recipe, predict
+from finetune_trainer.memory.predict import Recipe, kept_by_layer, predict
 from finetune_trainer.memory.remedies import Attempt
 from finetune_trainer.model.shape import Shape
 from tests.unit.trainer.test_memory_shape import shape
@@ -61,7 +61,7 @@ CHOICES = {
         (8, 1, True, "none"),
     ),
     "never keeps everything in smaller passes": (
-        (EIGHT, {"gradient_checkpointing": "never"}, 512, gpus(24)),
+        (EIGHT, {"gradient_checkpointing": "never"}, 512, gpus(22.5)),
         (1, 8, False, "none"),
     ),
     "qlora needs far less": ((EIGHT, {"method": "qlora"}, 512, gpus(12)), (8, 1, True, "none")),
@@ -70,7 +70,7 @@ CHOICES = {
         (4, 1, False, "ddp"),
     ),
     "a model that one GPU does not hold is shared": (
-        ("llama-3.3-70b", {}, 512, gpus(80, 4)),
+        ("llama-3.3-70b", {}, 512, gpus(64, 4)),
         (2, 1, True, "fsdp"),
     ),
     "fsdp where it is asked for": (
@@ -184,6 +184,32 @@ def test_the_prediction_grows_with_passes_and_lengths(
     assert attempt.needs(size, checkpointing) < longer.needs(size, checkpointing)
 
 
+def test_no_more_layers_are_computed_again_than_memory_asks_for() -> None:
+    found = [plan(Training(), shape(EIGHT), Lengths(2048), gpus(gib)) for gib in range(24, 81, 4)]
+    shares = [1 / each.recompute_every if each.gradient_checkpointing else 0 for each in found]
+    assert len(set(shares)) > 3
+    # As large as passes may be with recomputation, more memory goes to the layers.
+    full = [share for share, made in zip(shares, found, strict=True) if made.pass_tokens == 8192]
+    assert full == sorted(full, reverse=True)
+    assert 0 < min(full) < 1
+    always = Training(gradient_checkpointing="always")
+    assert plan(always, shape(EIGHT), Lengths(2048), gpus(48)).recompute_every == 1
+
+
+def test_a_layer_that_is_not_computed_again_counts_as_a_whole() -> None:
+    eight, lora = shape(EIGHT), Training()
+    kept, again = (Recipe.on_gpu(lora, checkpointing=on) for on in (False, True))
+    needs = [
+        predict(eight, replace(again, recompute_every=every), 2048).activations
+        for every in (1, 2, 4, 8)
+    ]
+    assert needs == sorted(needs)
+    assert needs[-1] < predict(eight, kept, 2048).activations
+    # Of 32 layers 16 keep what they computed; each of those keeps its input as a part of that.
+    layer = 2048 * (kept_by_layer(eight, kept) - 2 * eight.hidden)
+    assert needs[1] - needs[0] == pytest.approx(16 * layer, rel=1e-6)
+
+
 GEMMA2_9B = Shape(
     "gemma2", 42, 3584, 4096, 2048, 14_336, 256_000, tied=True, head=256, norms=4, capped=True
 )
@@ -199,9 +225,9 @@ def test_a_training_that_does_not_fit_says_what_would() -> None:
     error = refusal(Training(), EIGHT, 2048, gpus(12))
     assert error.reason is Reason.OUT_OF_GPU_MEMORY
     assert error.message == (
-        "The training needs 17.1 GiB of GPU memory with one example of 2048 tokens a pass, and the "
+        "The training needs 17.0 GiB of GPU memory with one example of 2048 tokens a pass, and the "
         "GPU has 12.0 GiB. Any of these would do: method: qlora (7.5 GiB); 4 such GPUs, which "
-        "share the model (fsdp, 8.5 GiB each); a GPU with 24 GiB; a model of at most 4 billion "
+        "share the model (fsdp, 8.4 GiB each); a GPU with 24 GiB; a model of at most 4 billion "
         "parameters."
     )
 
@@ -223,7 +249,7 @@ def test_all_weights_take_18_bytes_each_and_are_shared_by_gpus() -> None:
 
 def test_what_all_weights_do_not_fit_says_that_an_adapter_would() -> None:
     error = refusal(Training(method="full"), EIGHT, 2048, gpus(40))
-    assert "method: lora (17.1 GiB)" in error.message
+    assert "method: lora (17.0 GiB)" in error.message
     assert "8 such GPUs, which share the model" in error.message
     error = refusal(Training(method="full"), EIGHT, 2048, gpus(12))
     assert "method: qlora" in error.message
@@ -405,7 +431,9 @@ def test_the_tokens_of_a_pass_fit_as_its_examples_do(
     if made.pass_tokens is None:
         return
     assert made.pass_tokens <= max(GPU_USEFUL, longest)
-    attempt = Attempt(training, shape(model), longest)
+    every = made.recompute_every
+    assert every == 1 or (made.gradient_checkpointing and training.gradient_checkpointing == "auto")
+    attempt = Attempt(training, shape(model), longest, recompute_every=every)
     # Of a CPU, what fits at least in one type: all weights take less in float32, without a copy.
     kinds = [attempt] if gpu else [attempt.on_cpu(half=half) for half in (True, False)]
     needs = min(each.needs_for(made.pass_tokens, made.gradient_checkpointing) for each in kinds)
@@ -414,7 +442,7 @@ def test_the_tokens_of_a_pass_fit_as_its_examples_do(
 
 def test_a_pass_has_tokens_between_two_numbers_of_examples() -> None:
     """Three of the longest would fit, and 3 does not divide the step."""
-    made = plan(Training(), shape(EIGHT), Lengths(2048), gpus(24))
+    made = plan(Training(), shape(EIGHT), Lengths(2048), gpus(22.5))
     assert made.batch_size < 4
     assert made.pass_tokens is not None
     assert made.pass_tokens > made.batch_size * 2048

@@ -10,7 +10,16 @@ from huggingface_hub import ModelCard
 
 from finetune_trainer.contract import GateReport
 from finetune_trainer.export.report import license_of, plain, render_card, write_model_card
-from tests.report_facts import artifacts, config, facts, gate, lineage, name, trained
+from tests.report_facts import (
+    artifacts,
+    config,
+    dataset_report,
+    facts,
+    gate,
+    lineage,
+    name,
+    trained,
+)
 
 
 def test_the_metadata_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -86,6 +95,16 @@ def test_the_text_says_what_it_is_and_what_was_not_measured() -> None:
         f"## {title}"
         for title in ("Results", "How to load it", "Data", "Training", "Files", "Limits")
     ]
+
+
+def test_a_model_of_plain_text_is_no_chat() -> None:
+    dataset = dataset_report()
+    dataset["detected"] |= {"layout": "text", "columns": {"text": "text"}}
+    card = ModelCard(render_card(facts(dataset=dataset)))
+    assert "conversational" not in card.data.to_dict()["tags"]  # type: ignore[no-untyped-call] # huggingface_hub
+    for part in ("| Loss on held-out texts", "-no-cnv -p", 'write("…"', "| Split at maxSeq"):
+        assert part in card.text, part
+    assert "-cnv\n" not in card.text.replace("-no-cnv", "")
 
 
 def test_training_rows_in_place_of_held_out_ones_are_named() -> None:

@@ -43,7 +43,7 @@ UNKNOWN: list[dict[str, Any] | None] = [None, {"gpus": 1}, {"gpus": 1, "memoryBy
 @pytest.mark.parametrize("hardware", UNKNOWN)
 @pytest.mark.parametrize(
     ("gib", "expected"),
-    [(80, (4, 2, False)), (24, (2, 4, True)), (20.5, (1, 8, True))],
+    [(80, (4, 2, False)), (22.5, (2, 4, True)), (20.5, (1, 8, True))],
 )
 def test_the_gpu_that_is_here_decides(
     hardware: dict[str, Any] | None, gib: float, expected: tuple[int, int, bool]
@@ -67,10 +67,10 @@ def test_where_nothing_fits_it_ends_before_the_model_is_loaded() -> None:
 
 
 def test_the_smallest_of_several_gpus_counts_and_all_that_can_share_a_step_do() -> None:
-    found = plan_for_gpus(config({"gpus": 3}), AS_WRITTEN, NEEDS, [gpu(80), gpu(24), gpu(80)])
+    found = plan_for_gpus(config({"gpus": 3}), AS_WRITTEN, NEEDS, [gpu(80), gpu(22.5), gpu(80)])
     split = (found.batch_size, found.gradient_accumulation_steps, found.parallelism)
     assert split == (2, 2, "ddp"), "two of the three share eight examples"
-    assert found.memory_bytes == 24 * GIB
+    assert found.memory_bytes == round(22.5 * GIB)
     small = [gpu(16), gpu(16)]
     assert plan_for_gpus(config({"gpus": 2}), AS_WRITTEN, NEEDS, small).parallelism == "fsdp"
 

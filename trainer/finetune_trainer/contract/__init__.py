@@ -40,6 +40,7 @@ from finetune_trainer.contract.base import (
     read_readable,
 )
 from finetune_trainer.contract.dataset import (
+    DOCUMENT,
     HUB_DATASETS,
     Columns,
     CountOrShare,
@@ -53,6 +54,7 @@ from finetune_trainer.contract.dataset import (
     ToolCall,
     allowed,
     as_example,
+    is_document,
 )
 from finetune_trainer.contract.dataset_report import (
     BadRow,
@@ -134,6 +136,7 @@ from finetune_trainer.contract.verdict import REJECTED, FileVerdict, GateReport,
 __all__ = [
     "ADAPTER",
     "ALL_LINEAR",
+    "DOCUMENT",
     "GROUP",
     "HUB_DATASETS",
     "LOCATION_RULE",
@@ -227,6 +230,7 @@ __all__ = [
     "describe",
     "digest",
     "display_name",
+    "is_document",
     "later_fingerprints",
     "parse_duration",
     "prepare_fingerprint",

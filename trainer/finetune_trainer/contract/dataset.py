@@ -74,7 +74,7 @@ class Message(TypedDict):
     """A turn of a conversation."""
 
     role: str
-    """system, user, assistant or tool."""
+    """system, user, assistant or tool; of plain text, document."""
 
     content: str
     """Empty only beside tool calls, or where a tool answers nothing."""
@@ -112,6 +112,15 @@ class Example(TypedDict):
     """The tools that the model may call; absent where there are none."""
 
 
+DOCUMENT = "document"
+"""Role of the one message that plain text makes."""
+
+
+def is_document(example: Example) -> bool:
+    """Whether it is plain text, which is learnt as a whole, and no conversation."""
+    return example["completion"][-1]["role"] == DOCUMENT
+
+
 def as_example(messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Example:
     """The example that a conversation makes."""
     example: Example = {"prompt": list(messages[:-1]), "completion": [messages[-1]]}
@@ -129,11 +138,22 @@ class DataFormat(StrEnum):
     PARQUET = "parquet"
 
 
+_BESIDE_TEXT = ("input", "system", "messages", "chosen", "rejected", "label", "tools")
+_TEXT_ALONE = (
+    "!has(self.text) || (self.instruction == 'instruction' && self.response == 'response' && "
+    + " && ".join(f"!has(self.{name})" for name in _BESIDE_TEXT)
+    + ")"
+)
+_TEXT_ALONE_SAID = "must name no other column beside text, which is learnt as it is"
+
+
 class Columns(Base):
     """Which columns (or JSON keys) of the dataset hold what. Without it, the usual ones are found:
     instruction and response (or output), messages, conversations, prompt and completion (or
-    response), question and answer; for preferences, chosen and rejected, or a label. Case, and
-    white space around a name, don't matter where only one column fits."""
+    response), question and answer, text alone; for preferences, chosen and rejected, or a label.
+    Case, and white space around a name, don't matter where only one column fits."""
+
+    model_config = ConfigDict(json_schema_extra=cel(_TEXT_ALONE, _TEXT_ALONE_SAID))
 
     instruction: ColumnName = "instruction"
     """Column with what the user says."""
@@ -168,6 +188,18 @@ class Columns(Base):
     """Column with the tools that a conversation may call: a list of definitions as OpenAI's API
     takes them, or the same as JSON text. It stands beside messages, or prompt and completion. Left
     out, a column named `tools` is used if there is one."""
+
+    text: ColumnName | None = None
+    """Column with plain text, for continued pretraining: every token of it is learnt, without a
+    chat template, with the end token behind each row. Left out, a column named `text` is used where
+    the file has nothing else to learn from."""
+
+    @model_validator(mode="after")
+    def _text_alone(self) -> Self:
+        others = self.model_dump(exclude={"text"}, exclude_defaults=True)
+        if self.text is not None and others:
+            raise ValueError(_TEXT_ALONE_SAID)
+        return self
 
 
 _QUOTE = "(has(self.quote) ? self.quote : '\"')"

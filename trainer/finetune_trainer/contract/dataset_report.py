@@ -85,7 +85,7 @@ class DetectedFile(Base):
     """How a quote stands inside quotes: `doubled`, or behind this character."""
 
     layout: str
-    """instruction, prompt-completion or messages."""
+    """instruction, prompt-completion, messages, preference or text."""
 
     columns: dict[str, str]
     """Which column (or key) is used as what."""

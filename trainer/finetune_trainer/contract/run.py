@@ -44,6 +44,10 @@ class TrainingPlan(Base):
     gradient_checkpointing: bool
     """Whether activations are computed again in the backward pass."""
 
+    recompute_every: int = 1
+    """With gradient checkpointing: one of so many layers is computed again, and the others keep
+    their activations. 1 computes all of them again."""
+
     parallelism: Literal["none", "ddp", "fsdp"] = "none"
     """How several devices share the work."""
 

@@ -25,9 +25,10 @@ from finetune_trainer.export.gguf import MODELFILE
 from finetune_trainer.export.gguf.files import preferred
 from finetune_trainer.export.llama import Reading, TokenizeRequest
 from finetune_trainer.model.rendering import render
-from finetune_trainer.model.tokenizer import end_of_turn_ids
+from finetune_trainer.model.tokenizer import end_of_turn_ids, is_plain_template
 
 CONTEXT = 4096  # tokens; Ollama's own default
+CONTINUES = ("It was trained on plain text, and goes on from what it is given: it knows no chat.",)
 
 ISO_DATE = "%Y-%m-%d"
 DATE = re.compile("\ue000(.*?)\ue001", re.DOTALL)
@@ -54,15 +55,20 @@ def write_modelfile(
     *,
     parameters: int,
     generation: Mapping[str, JsonValue],
+    plain_text: bool = False,
 ) -> Path:
     """Write `Modelfile` to `folder`, which the GGUF files are below.
 
     `there` is one of them that is on this disk; others may have left it. `parameters` is how many
-    the model has, `generation` what its generation_config.json says.
+    the model has, `generation` what its generation_config.json says. `plain_text` says that it was
+    trained on that, without a template.
     """
     file = files[preferred(files, parameters)]
     others = [other for other in files.values() if other != file]
-    template = make_template(tokenizer, there)
+    if plain_text and is_plain_template(tokenizer):
+        template = OllamaTemplate("{{ .Prompt }}", CONTINUES)
+    else:
+        template = make_template(tokenizer, there, trained=not plain_text)
     if template.text is None:
         log.warning("The Modelfile has no TEMPLATE: %s", " ".join(template.notes))
     base = display_name(config.model.source)
@@ -80,9 +86,11 @@ def write_modelfile(
     return target
 
 
-def make_template(tokenizer: PreTrainedTokenizerBase, file: Path) -> OllamaTemplate:
+def make_template(
+    tokenizer: PreTrainedTokenizerBase, file: Path, *, trained: bool = True
+) -> OllamaTemplate:
     """The tokenizer's chat template for Ollama; `file` is a GGUF file, which is asked how it splits
-    the same text."""
+    the same text. `trained` says whether the training used it."""
     reader = partial(render, tokenizer, prompt=True, today=dated)
     try:
         shape = find_shape(reader)
@@ -93,7 +101,8 @@ def make_template(tokenizer: PreTrainedTokenizerBase, file: Path) -> OllamaTempl
             "Ollama takes the one in the GGUF file where it knows it; else write one here.",
         ]
         return OllamaTemplate(None, tuple(notes))
-    notes = ["Written from the chat template that the model was trained with."]
+    whose = "that the model was trained with" if trained else "of the base model"
+    notes = [f"Written from the chat template {whose}."]
     if shape.system == "refused":
         notes.append("It knows no system prompt: one is put before the first question.")
     if shape.system == "ignored":

@@ -359,6 +359,7 @@ def make_modelfile(context: ExportContext, files: list[CheckedFile]) -> None:
         config,
         parameters=sum(math.prod(info.shape) for info in model.weights.infos.values()),
         generation=generation_settings(model.files.folder),
+        plain_text=context.examples.plain_text,
     )
     context.add_file(file, file.name)
 

@@ -11,7 +11,8 @@ few thousand tokens, a CPU earlier. So, in this order:
 1. the largest micro-batch that fits and has at most SATURATED tokens;
 2. without recomputation (`gradientCheckpointing: auto`), if that micro-batch still fits;
 3. then as large as fits up to USEFUL tokens;
-4. as many tokens as fit beside that, up to the same limit.
+4. as many tokens as fit beside that, up to the same limit;
+5. where activations are recomputed, those of as few layers as fit beside that.
 
 More memory never gives a smaller micro-batch. Choices leave MARGIN free; a training is refused only
 when it does not fit without it.
@@ -19,7 +20,7 @@ when it does not fit without it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from finetune_trainer.contract import Hardware, Reason, StageError, Training, TrainingPlan
@@ -30,6 +31,7 @@ from finetune_trainer.runtime import binary
 
 GPU_SATURATED, GPU_USEFUL = 8192, 16_384
 CPU_USEFUL = 2048
+FEWEST_RECOMPUTED = 8  # one of so many layers; fewer save next to nothing
 HOST_PROCESS = 1 << 30  # of a process that trains on a GPU; less than it takes to start one
 
 Parallelism = Literal["none", "ddp", "fsdp"]
@@ -76,7 +78,8 @@ def describe(made: TrainingPlan, hardware: Hardware) -> str:
         parts[0] += f", fewer where examples of together {made.pass_tokens:,} tokens make one"
     if hardware.gpus > 1:
         parts[0] += f" on each of {hardware.gpus} GPUs ({made.parallelism})"
-    parts.append(f"gradient checkpointing {'on' if made.gradient_checkpointing else 'off'}")
+    every = f" for one of {made.recompute_every} layers" if made.recompute_every > 1 else ""
+    parts.append(f"gradient checkpointing {'on' if made.gradient_checkpointing else 'off'}{every}")
     if made.device_bytes:
         of = f" of {binary(made.memory_bytes)}" if made.memory_bytes else ""
         parts.append(f"{binary(made.device_bytes)}{of} predicted")
@@ -206,7 +209,7 @@ def _choose(attempt: Attempt, memory: int, saturated: int, useful: int) -> Train
             kept = largest(ladder, checkpointing=False)
             if kept is not None and kept >= size:
                 return made(kept, useful, checkpointing=False)
-            return made(size, saturated, checkpointing=True)
+            return _keep_layers(made(size, saturated, checkpointing=True), attempt, memory)
     # Nothing fits with the margin: the least that there is may still do without it.
     if attempt.needs(1, most_saving) <= memory:
         return _made(attempt, 1, checkpointing=most_saving)
@@ -229,6 +232,18 @@ def _made(
         parallelism=attempt.parallelism,
         device_bytes=max(least, attempt.needs_for(tokens, checkpointing) if tokens else 0),
     )
+
+
+def _keep_layers(made: TrainingPlan, attempt: Attempt, memory: int) -> TrainingPlan:
+    """The plan with as few layers computed again as fit the memory beside its passes."""
+    for every in range(min(FEWEST_RECOMPUTED, attempt.shape.layers), 1, -1):
+        keeping = replace(attempt, recompute_every=every)
+        need = keeping.needs(made.batch_size, checkpointing=True)
+        if made.pass_tokens:
+            need = max(need, keeping.needs_for(made.pass_tokens, checkpointing=True))
+        if need * MARGIN <= memory:
+            return made.model_copy(update={"recompute_every": every, "device_bytes": need})
+    return made
 
 
 def _most_tokens(attempt: Attempt, memory: float, most: int, *, checkpointing: bool) -> int:

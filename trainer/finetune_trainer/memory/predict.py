@@ -71,6 +71,9 @@ class Recipe:
     """Of dropout's mask."""
 
     kept: Kept = Kept.INPUTS
+    recompute_every: int = 1
+    """With gradient checkpointing: one of so many layers keeps its input alone."""
+
     head: Head = Head.TILED
     overhead: int = GPU_OVERHEAD
     shards: int = 1
@@ -92,12 +95,16 @@ class Recipe:
     casts: bool = True
     """Whether each adapter copies its input to its own type, as PEFT does by itself."""
 
+    redraws: bool = False
+    """Whether dropout is drawn again in the backward pass, and neither mask nor values are kept."""
+
     @classmethod
     def on_gpu(
         cls,
         training: Training,
         *,
         checkpointing: bool,
+        recompute_every: int = 1,
         shards: int = 1,
         buckets: bool = False,
         half: bool = True,
@@ -112,13 +119,23 @@ class Recipe:
             compute=compute,
             embedding=compute,
             kept=Kept.INPUTS if checkpointing else Kept.ALL,
+            recompute_every=recompute_every,
             shards=shards,
             buckets=buckets,
             casts=False,
+            # Unsloth has its own way, and DoRA is no plain adapter.
+            redraws=half and not training.lora.use_dora and training.engine != "unsloth",
         )
 
     @classmethod
-    def on_cpu(cls, training: Training, *, checkpointing: bool, half: bool = False) -> Self:
+    def on_cpu(
+        cls,
+        training: Training,
+        *,
+        checkpointing: bool,
+        recompute_every: int = 1,
+        half: bool = False,
+    ) -> Self:
         """This trainer's on a CPU: float32, or bfloat16 where it has the instructions."""
         quantized = training.method == "qlora"
         compute = 2 if half else 4
@@ -130,6 +147,7 @@ class Recipe:
             embedding=compute,
             mask=compute,  # on a CPU the mask has the type of what it masks
             kept=Kept.INPUTS if checkpointing else Kept.ALL,
+            recompute_every=recompute_every,
             head=Head.LABELS,
             overhead=CPU_OVERHEAD,
             heap=CPU_HEAP,
@@ -247,11 +265,17 @@ def activations_per_token(shape: Shape, recipe: Recipe) -> float:
     # Gradients in flight: of gate, up and their product, and of the residual in float32.
     backward = 3 * size * shape.mlp + 2 * 4 * shape.hidden
     outside = (4 + 2 * size) * shape.hidden  # embedding and last norm
-    if recipe.kept is Kept.ALL:
+    again = recomputed_layers(shape, recipe)
+    if not again:
         return outside + shape.layers * layer + backward
     stream = FLOAT32 if recipe.full else size  # under autocast the layers hand on float32
-    inputs = shape.layers * stream * shape.hidden if recipe.kept is Kept.INPUTS else 0
-    return outside + inputs + layer + backward
+    inputs = again * stream * shape.hidden if recipe.kept is Kept.INPUTS else 0
+    return outside + inputs + (shape.layers - again + 1) * layer + backward
+
+
+def recomputed_layers(shape: Shape, recipe: Recipe) -> int:
+    """Layers whose activations are computed again: the first one and each `recompute_every`-th."""
+    return 0 if recipe.kept is Kept.ALL else -(-shape.layers // recipe.recompute_every)
 
 
 def scores(shape: Shape, recipe: Recipe, tokens: int) -> int:
@@ -266,7 +290,8 @@ def scores(shape: Shape, recipe: Recipe, tokens: int) -> int:
     pairs = tokens * tokens if recipe.packed else tokens * tokens // recipe.rows
     size = recipe.compute
     each = 4 + size + (size if size < 4 else 0)
-    layers = shape.layers if recipe.kept is Kept.ALL else 1
+    again = recomputed_layers(shape, recipe)
+    layers = shape.layers - again + (1 if again else 0)
     return (layers + 1) * each * (shape.query // shape.head) * pairs
 
 
@@ -322,7 +347,7 @@ def _kept_by_adapters(shape: Shape, recipe: Recipe) -> float:
     parts of one layer's output). For its magnitudes DoRA keeps the outputs of layer and adapter.
     """
     size, lora = recipe.compute, recipe.lora
-    dropout = recipe.mask if lora.dropout > 0 else 0
+    dropout = recipe.mask if lora.dropout > 0 and not recipe.redraws else 0
     copies = dropout or (recipe.casts and recipe.adapter != recipe.compute)
     total = 0.0
     seen = set() if shape.fused else {"o_proj"}

@@ -39,6 +39,9 @@ class Attempt:
     half: bool = True
     """Whether it computes in 16 bits, or in float32."""
 
+    recompute_every: int = 1
+    """With recomputation: one of so many layers."""
+
     @property
     def share(self) -> int:
         """Examples of one optimizer step on each device."""
@@ -79,11 +82,17 @@ class Attempt:
     def recipe(self, *, checkpointing: bool) -> Recipe:
         """What decides on the memory beside the passes."""
         if self.cpu:
-            return Recipe.on_cpu(self.training, checkpointing=checkpointing, half=self.half)
+            return Recipe.on_cpu(
+                self.training,
+                checkpointing=checkpointing,
+                recompute_every=self.recompute_every,
+                half=self.half,
+            )
         shards = self.devices if self.parallelism == "fsdp" else 1
         return Recipe.on_gpu(
             self.training,
             checkpointing=checkpointing,
+            recompute_every=self.recompute_every,
             shards=shards,
             buckets=self.parallelism == "ddp",
             half=self.half,

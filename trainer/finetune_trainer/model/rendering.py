@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Example, Message, Reason, StageError, Tool
+from finetune_trainer.contract import Example, Message, Reason, StageError, Tool, is_document
 
 SECONDS = 5.0
 """CPU time for one conversation. A question and an answer take a thousandth of that; a thousand
@@ -29,6 +29,7 @@ turns take 2 seconds with the slowest template in use (Gemma 4's, which is quadr
 REASONING = ("reasoning_content", "thinking")
 """Where templates look for it: the second is gpt-oss's and LFM2's."""
 
+BEGUN = 400  # characters of plain text that a model goes on from, at most
 _PLAIN_TURNS = re.compile("s?(ua)+")  # initials of the roles
 _NUMBER = 7_310_000_000  # marks that must be numbers begin here
 
@@ -55,6 +56,8 @@ def render(
     # A template is a program, and may loop for days. Only a main thread can be interrupted so, and
     # there `prepare` renders, before any other stage does.
     limited = threading.current_thread() is threading.main_thread()
+    # In place of transformers' own.
+    more: dict[str, Any] = {"strftime_now": today} if today else {}
     if limited:
         _watch()
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
@@ -64,7 +67,7 @@ def render(
             tools=list(tools) or None,
             tokenize=False,
             add_generation_prompt=prompt,
-            **({"strftime_now": today} if today else {}),  # in place of transformers' own
+            **more,
         )
     finally:
         if limited:
@@ -73,14 +76,46 @@ def render(
 
 
 def render_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    """The whole conversation as text; see `render`. Raises NotRenderedError."""
+    """The whole conversation as text; see `render`. Raises NotRenderedError.
+
+    Of plain text: that, between the tokens that begin and end a text.
+    """
+    if is_document(example):
+        return _begin_of_text(tokenizer) + text_of(example) + str(tokenizer.eos_token)
     return script(tokenizer, example).render(tokenizer)
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    """The question as text, up to where the model's answer begins; as `render_example`."""
+    """The question as text, up to where the model's answer begins; as `render_example`.
+
+    Of plain text: its beginning.
+    """
+    if is_document(example):
+        return _begin_of_text(tokenizer) + begun_and_rest(text_of(example))[0]
     part = script(tokenizer, example)
     return part.render(tokenizer, len(part.messages) - 1, prompt=True)
+
+
+def text_of(document: Example) -> str:
+    """Plain text as the dataset has it."""
+    return document["completion"][-1]["content"]
+
+
+def begun_and_rest(text: str) -> tuple[str, str]:
+    """The beginning of plain text, which a model is asked to go on from, and how it goes on.
+
+    It is the first half, or the first BEGUN characters, up to the end of a word.
+    """
+    middle = min(len(text) // 2, BEGUN)
+    words = list(re.finditer(r"(?<=\S)(?=\s)", text[: middle + 1]))
+    cut = words[-1].start() if words else middle
+    return text[:cut], text[cut:]
+
+
+def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that the tokenizer puts before each text, where it does."""
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token) if begins else ""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Example, Reason, StageError, as_example
+from finetune_trainer.contract import Example, Reason, StageError, as_example, is_document
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.rendering import (
     REASONING,
@@ -123,6 +123,11 @@ def fallback_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return BEGIN_OF_TEXT + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
 
 
+def is_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the base model has no chat template, so that PLAIN_TEMPLATE stands in."""
+    return str(tokenizer.get_chat_template()).removeprefix(BEGIN_OF_TEXT) == PLAIN_TEMPLATE
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A conversation in tokens."""
@@ -160,6 +165,16 @@ def message_pair(instruction: str, response: str) -> Example:
     return as_example(
         ({"role": "user", "content": instruction}, {"role": "assistant", "content": response})
     )
+
+
+def pieces(length: int, limit: int) -> list[slice]:
+    """The parts of plain text of so many tokens that are rows of their own, of `limit` at most.
+
+    Each begins with the last token of the one before it, so that every token but the first of all
+    is predicted, and none twice.
+    """
+    starts = range(0, max(length - 1, 1), limit - 1)
+    return [slice(start, min(start + limit, length)) for start in starts]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int]]:
@@ -216,7 +231,8 @@ class _Rendered:
     """Per learnt answer but the last: the text up to its beginning, and up to its end."""
 
     last: str | None
-    """The text up to the beginning of the last answer; None where that is not learnt."""
+    """The text up to the beginning of the last answer; None where that is not learnt. Plain text is
+    an answer from its beginning on."""
 
     only_last: bool = False
     some_left: bool = False
@@ -242,6 +258,8 @@ class _Rendered:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, example: Example) -> _Rendered:
+    if is_document(example):
+        return _Rendered(render_example(tokenizer, example), [], "")  # it begins at once
     part = script(tokenizer, example)
     messages = example["prompt"] + example["completion"]
     full = part.render(tokenizer)

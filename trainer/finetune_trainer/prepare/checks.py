@@ -35,9 +35,8 @@ from finetune_trainer.model.base_model import BaseModelFiles
 from finetune_trainer.model.rendering import render, render_example
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import (
-    BEGIN_OF_TEXT,
-    PLAIN_TEMPLATE,
     end_of_turn_ids,
+    is_plain_template,
     load_tokenizer,
     model_probes,
     other_tokens,
@@ -92,7 +91,7 @@ def describe_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     text = str(tokenizer.get_chat_template())
     return ChatTemplate(
         sha256=hashlib.sha256(text.encode()).hexdigest(),
-        fallback=text.removeprefix(BEGIN_OF_TEXT) == PLAIN_TEMPLATE,
+        fallback=is_plain_template(tokenizer),
     )
 
 

@@ -12,9 +12,16 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Dataset, Example, Reason, StageError, allowed
+from finetune_trainer.contract import (
+    Dataset,
+    Example,
+    Reason,
+    StageError,
+    allowed,
+    is_document,
+)
 from finetune_trainer.model.rendering import NotRenderedError
-from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_sides
+from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_sides, pieces
 from finetune_trainer.prepare.dataset_files import DatasetRows, Mask
 from finetune_trainer.prepare.findings import TokenCounts, length_that_fits, percentile
 from finetune_trainer.store.marker import EXAMPLES, HELD_OUT
@@ -61,10 +68,19 @@ class EncodedRows:
     reasoning_left_out: int
     """Those of which the template leaves out the reasoning of earlier answers."""
 
+    documents: bool = False
+    """Whether they are plain text, which is split at the limit, and not cut."""
+
     @property
     def too_long(self) -> Mask:
         """Rows that are cut, or left out."""
         return np.asarray(self.lengths > self.limit)
+
+    @property
+    def split_into(self) -> int:
+        """Rows that plain text beyond the limit makes."""
+        long = self.lengths[self.too_long].tolist() if self.documents else []
+        return sum(len(pieces(length, self.limit)) for length in long)
 
     @property
     def left_out(self) -> Mask:
@@ -99,11 +115,12 @@ def write_examples(
 
     One Example a line. A row whose answers all
     begin after `limit` tokens is left out; one that the chat template refuses is a bad row, and
-    raises StageError(InvalidRows) where those may not be skipped.
+    raises StageError(InvalidRows) where those may not be skipped. Of plain text nothing is cut.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lengths, answers, whole = array("I"), array("I"), array("I")
     conversations = only_last = some_left = reasoning_left_out = 0
+    documents = False
     refused: dict[int, str] = {}
     numbers = rows.numbers
     with (
@@ -115,10 +132,12 @@ def write_examples(
                 refused[int(numbers[index])] = result
             sides = (NOTHING,) if isinstance(result, str) else result
             encoded = sides[0]
-            learnt = min(_learnt(side, limit) for side in sides)
+            documents = is_document(example)
+            cut = len(encoded.ids) if documents else limit
+            learnt = min(_learnt(side, cut) for side in sides)
             lengths.append(max(len(side.ids) for side in sides))
             answers.append(learnt)
-            whole.append(sum(min(len(side.ids), limit) for side in sides))
+            whole.append(_tokens(encoded, limit) if documents else _cut_tokens(sides, limit))
             conversations += any(m["role"] == "assistant" for m in example["prompt"])
             only_last += encoded.only_last
             some_left += encoded.some_left
@@ -141,11 +160,14 @@ def write_examples(
         only_last,
         some_left,
         reasoning_left_out,
+        documents,
     )
 
 
 def check_lengths(examples: EncodedRows, dataset: Dataset) -> None:
     """Refuse a file of which too many rows are too long, or none is left to train on."""
+    if examples.documents:
+        return
     rows, long = examples.rows, examples.too_long
     may = allowed(dataset.max_truncated_rows, rows.total)
     count = int(np.count_nonzero(long))
@@ -171,6 +193,15 @@ def check_lengths(examples: EncodedRows, dataset: Dataset) -> None:
         f"{length_that_fits(lengths, may)}, to {percentile(lengths, 99)} for 99% of the rows, or "
         f"to {int(lengths.max())} for all (longer takes more memory); or shorten the rows.",
     )
+
+
+def _cut_tokens(sides: Sides, limit: int) -> int:
+    return sum(min(len(side.ids), limit) for side in sides)
+
+
+def _tokens(document: Encoded, limit: int) -> int:
+    """Of all rows that plain text makes."""
+    return sum(part.stop - part.start for part in pieces(len(document.ids), limit))
 
 
 def _learnt(side: Encoded, limit: int) -> int:

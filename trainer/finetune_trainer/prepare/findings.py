@@ -125,6 +125,9 @@ class Prepared(Base):
     notice: str = ""
     """What llama.cpp makes of the first rows, where that is worth knowing."""
 
+    split_into: int | None = None
+    """Rows that plain text beyond the maximum length makes; left out of other data."""
+
 
 @dataclass
 class Findings:
@@ -178,6 +181,7 @@ class Findings:
             shared=int(np.count_nonzero(self._shared())),
             tokens=self.tokens,
             notice=self.notice,
+            split_into=sum(e.split_into for e in found) or None,
         )
 
     def report(self) -> DatasetReport:
@@ -189,7 +193,7 @@ class Findings:
             eval_examples=summary.eval_examples,
             duplicates=self.rows.listed(repeated(self.rows.hashes)),
             split=self._split() if self.examples else None,
-            chat_template=self.template,
+            chat_template=None if self.examples and self.examples.documents else self.template,
             eval_source=FileReport(**_file(self.eval_rows, self.eval_examples))
             if self.eval_rows
             else None,

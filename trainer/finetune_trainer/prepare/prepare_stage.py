@@ -281,7 +281,8 @@ def write_prepared(
         summary = findings.summary() if findings.rows.total else error.dataset
         raise StageError(error.reason, message, dataset=summary) from error
     findings.write(folder)
-    (folder / SUMMARY).write_text(findings.prepared().model_dump_json(indent=2), encoding="utf-8")
+    written = findings.prepared().model_dump_json(indent=2, exclude_none=True)
+    (folder / SUMMARY).write_text(written, encoding="utf-8")
     return base, save_stage(output, Stage.PREPARE, inputs.stored.fingerprint, folder)
 
 
@@ -378,7 +379,12 @@ def summary_line(prepared: Prepared, complete: CompleteStages) -> str:
         parts.append(f"{found.invalid} bad rows skipped")
     if found.duplicates:
         parts.append(f"{found.duplicates} rows repeat another")
-    if cut := found.truncated - prepared.left_out:
+    if prepared.split_into:
+        parts.append(
+            f"{found.truncated} texts beyond the maximum length are split into "
+            f"{prepared.split_into} rows, so that nothing is lost"
+        )
+    elif cut := found.truncated - prepared.left_out:
         parts.append(f"{cut} cut off at the maximum length")
     if prepared.left_out:
         parts.append(f"{prepared.left_out} rows left out: no answer within the maximum length")

@@ -17,9 +17,9 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Example, ListedRows, Message, Sample
+from finetune_trainer.contract import Example, ListedRows, Message, Sample, is_document
 from finetune_trainer.export.reference import MeasuredRow
-from finetune_trainer.model.rendering import render_example, render_prompt
+from finetune_trainer.model.rendering import begun_and_rest, render_example, render_prompt
 from finetune_trainer.model.tokenizer import IGNORED, Encoded, common_length, encode_batch
 
 T = TypeVar("T")
@@ -55,6 +55,12 @@ class ExampleFiles:
 
     numbers: ListedRows | None = None
     """Of the held-out rows in the dataset, where they were taken out of it."""
+
+    @property
+    def plain_text(self) -> bool:
+        """Whether the training learnt plain text, and no answers."""
+        with self.trained.open(encoding="utf-8") as lines:
+            return any(is_document(json.loads(line)) for line in islice(lines, 1))
 
     def measured(self) -> list[Example]:
         """The rows that files are measured on: the held-out ones, or else those trained on."""
@@ -204,7 +210,7 @@ def measured_part(encoded: Encoded, head: int, context: int) -> MeasuredRow:
 
 def _head(tokenizer: PreTrainedTokenizerBase, example: Example, encoded: Encoded) -> int:
     """How many tokens begin the conversation, whatever is asked: BOS, system prompt, tools."""
-    if len(encoded.ids) <= CONTEXTS[-1]:
+    if len(encoded.ids) <= CONTEXTS[-1] or is_document(example):
         return 0  # never cut
     before = list(takewhile(lambda turn: turn["role"] == "system", example["prompt"]))
     asked: Message = {"role": "user", "content": OTHER_QUESTION}
@@ -244,20 +250,25 @@ def within_budget(rows: Sequence[MeasuredRow], most: int | None) -> dict[int, Me
 SAMPLES = 10
 LONGEST_PROMPT = 1024  # tokens
 PROMPT_TOKENS = 4096  # of all prompts
+SHOWN_TEXT = 600  # characters of how plain text goes on: about as many as a sample's answer has
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked, for people to read its answer."""
+    """What a model is asked, for people to read its answer; of plain text, its beginning."""
 
     example: Example
     ids: tuple[int, ...]
 
     def sample(self, base: str | None, tuned: str, stopped: bool) -> Sample:
         """With the answers of both models."""
+        question, expected = question_of(self.example), said(self.example["completion"][-1])
+        if is_document(self.example):
+            question, rest = begun_and_rest(expected)
+            expected = rest if len(rest) <= SHOWN_TEXT else f"{rest[:SHOWN_TEXT]}…"
         return Sample(
-            prompt=question_of(self.example),
-            expected=said(self.example["completion"][-1]),
+            prompt=question,
+            expected=expected,
             base=base,
             tuned=tuned,
             stopped=stopped,
@@ -272,7 +283,7 @@ def prompts_of(
     for example in examples:
         text = render_prompt(tokenizer, example)
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) <= LONGEST_PROMPT:
+        if 0 < len(ids) <= LONGEST_PROMPT:
             found.append(Prompt(example, tuple(ids)))
     chosen = spread(found, SAMPLES)
     while sum(len(prompt.ids) for prompt in chosen) > PROMPT_TOKENS:

@@ -162,7 +162,7 @@ def tags(facts: Facts) -> list[str]:
         "rslora": lora.use_rslora,
         facts.objective: True,
         "gguf": any(each.path.endswith(".gguf") and not each.rejected for each in facts.files),
-        "conversational": True,
+        "conversational": not facts.plain_text,
         "finetune-operator": True,
     }
     return [name for name, applies in kinds.items() if applies]
@@ -185,8 +185,8 @@ def results(facts: Facts) -> list[EvalResult]:
     if change is None:
         return []
     found = {
-        "loss": ("Loss on held-out answers", change.tuned_loss),
-        "perplexity": ("Perplexity of held-out answers", change.tuned_perplexity),
+        "loss": (f"Loss on held-out {facts.learnt}", change.tuned_loss),
+        "perplexity": (f"Perplexity of held-out {facts.learnt}", change.tuned_perplexity),
     }
     return _results_of(facts, found)
 

@@ -132,6 +132,16 @@ class Facts:
         return self.config.training.objective
 
     @property
+    def plain_text(self) -> bool:
+        """Whether plain text was learnt, and no answers."""
+        return self.dataset.detected is not None and self.dataset.detected.layout == "text"
+
+    @property
+    def learnt(self) -> str:
+        """What a loss is taken over."""
+        return "texts" if self.plain_text else "answers"
+
+    @property
     def preferences(self) -> Preferences | None:
         """None where no preferences were learnt, or there were no held-out rows."""
         metrics, objective = self.metrics, self.objective

@@ -137,11 +137,15 @@ def _llama_cpp(facts: Facts) -> Iterator[LoadingCommand]:
     if file is None:
         return
     name = shlex.quote(file)
+    what, mode = "A chat in the terminal", "-cnv"
+    more = " The chat template is in the file."
+    if facts.plain_text:
+        what, mode, more = "Text that it goes on from", "-no-cnv -p '…'", ""
     yield LoadingCommand(
         "llama.cpp",
-        "A chat in the terminal, or an OpenAI-compatible server. The chat template is in the file.",
+        f"{what}, or an OpenAI-compatible server.{more}",
         "sh",
-        f"llama-cli -m {name} -cnv\nllama-server -m {name} --port 8080",
+        f"llama-cli -m {name} {mode}\nllama-server -m {name} --port 8080",
     )
 
 
@@ -157,6 +161,19 @@ def _ollama(facts: Facts) -> Iterator[LoadingCommand]:
     )
 
 
+_CHAT = (
+    "from transformers import pipeline\n\n"
+    'chat = pipeline("text-generation", model="merged", dtype="auto", device_map="auto")\n'
+    'messages = [{"role": "user", "content": "…"}]\n'
+    'print(chat(messages, max_new_tokens=256)[0]["generated_text"][-1]["content"])'
+)
+_WRITE = (
+    "from transformers import pipeline\n\n"
+    'write = pipeline("text-generation", model="merged", dtype="auto", device_map="auto")\n'
+    'print(write("…", max_new_tokens=256)[0]["generated_text"])'
+)
+
+
 def _merged(facts: Facts) -> Iterator[LoadingCommand]:
     if not facts.has("merged"):
         return
@@ -164,10 +181,7 @@ def _merged(facts: Facts) -> Iterator[LoadingCommand]:
         "transformers",
         "The merged model in 16 bits, as a folder of safetensors.",
         "python",
-        "from transformers import pipeline\n\n"
-        'chat = pipeline("text-generation", model="merged", dtype="auto", device_map="auto")\n'
-        'messages = [{"role": "user", "content": "…"}]\n'
-        'print(chat(messages, max_new_tokens=256)[0]["generated_text"][-1]["content"])',
+        _WRITE if facts.plain_text else _CHAT,
     )
     yield LoadingCommand(
         "vLLM, merged model",

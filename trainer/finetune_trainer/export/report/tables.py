@@ -171,6 +171,7 @@ def _row(name: str, value: float | None, write: Any) -> TableRow | None:
 def dataset_rows(facts: Facts) -> tuple[TableRow, ...]:
     """What `prepare` found in the data, as far as its report has it."""
     report = facts.dataset
+    cut = "Split" if facts.plain_text else "Cut"
     found = [
         TableRow("Rows in the file", count(report.rows)),
         TableRow("Examples trained on", count(report.examples)),
@@ -180,7 +181,7 @@ def dataset_rows(facts: Facts) -> tuple[TableRow, ...]:
         TableRow("Rows short of cells that aren't needed", count(report.short_rows or None)),
         TableRow("Rows with empty cells at their end", count(report.long_rows or None)),
         TableRow("Duplicates", count(_count(report.duplicates))),
-        TableRow("Cut at maxSequenceLength", count(_count(report.truncated))),
+        TableRow(f"{cut} at maxSequenceLength", count(_count(report.truncated))),
         TableRow("Left out: no answer within it", count(_count(report.left_out))),
         TableRow("Tokens of an example", _spread(report.tokens)),
         TableRow("Tokens of an answer", _spread(report.answer_tokens)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from finetune_trainer.contract import Message, Tool
+from finetune_trainer.contract import DOCUMENT, Message, Tool
 from finetune_trainer.prepare.reading.conversation import (
     Conversation,
     InvalidError,
@@ -25,6 +25,7 @@ from finetune_trainer.prepare.reading.layout import (
     OPENAI_PAIR,
     PAIR,
     PROMPT,
+    TEXT,
     Layout,
 )
 from finetune_trainer.prepare.reading.record import RowContents, clip, name_of, names
@@ -68,7 +69,9 @@ def _row_builder(
 ) -> RowBuilder:
     if kind == PAIR:
         return _pair(columns, fallback, ignored)
-    if kind == INSTRUCTION:
+    if kind == TEXT:
+        build = _document(columns[TEXT])
+    elif kind == INSTRUCTION:
         build = _instruction(columns, fallback)
     else:
         build = _conversation(kind, columns, fallback, ignored)
@@ -112,6 +115,19 @@ def _conversation(
         if "system" in row and (text := cell_of(row["system"], columns["system"])):
             return checked(items, message_of("system", text), ignored)
         return checked(items, fallback, ignored)
+
+    return build
+
+
+def _document(column: str) -> Builder:
+    """Plain text as it is, white space included."""
+
+    def build(values: Sequence[Any]) -> Conversation:
+        (value,) = values
+        text = text_of(value, column) if isinstance(value, str) else cell_of(value, column)
+        if not text:
+            raise InvalidError(f"{name_of(column)} is blank")
+        return (message_of(DOCUMENT, text),)
 
     return build
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from finetune_trainer.contract import Columns, Objective, Reason, StageError
+from finetune_trainer.contract import Columns, Dataset, Objective, Reason, StageError
 from finetune_trainer.prepare.reading.record import name_of, names
 
 INSTRUCTION, PROMPT, MESSAGES = "instruction", "prompt-completion", "messages"
-PAIR = "preference"
+PAIR, TEXT = "preference", "text"
 TAKES_INPUT = (INSTRUCTION, PAIR)  # kinds with a column of further input
 LABEL = "label"
 
@@ -29,7 +29,7 @@ KNOWN: tuple[tuple[str, dict[str, str]], ...] = (
 
 KNOWN_SAID = (
     "instruction and response (or output), with input if there is more to it; messages or "
-    "conversations; prompt and completion (or response); question and answer"
+    "conversations; prompt and completion (or response); question and answer; text alone"
 )
 
 OPENAI_PAIR = {
@@ -52,7 +52,12 @@ OPTIONAL = ("input", "system", *BESIDE)  # parts that may be blank
 _WHOLE_LAYOUT = 1000  # outweighs any number of single names
 _INVISIBLE = "\\s\u00ad\u200b-\u200f\u2060\ufeff"  # white space, with the hard and the narrow ones
 _AROUND = re.compile(f"^[{_INVISIBLE}]+|[{_INVISIBLE}]+$")
-_BESIDE_TEXT = {"", "id", "idx", "index", "meta", "metadata", "source", "title", "url"}
+_BESIDE_TEXT = {
+    *("", "id", "idx", "index", "meta", "metadata", "source", "title", "url", "date", "timestamp"),
+    *("author", "file_path", "path", "filename", "dump", "lang", "language", "language_score"),
+    *("license", "score", "tokens", "token_count"),
+}
+"""Columns that say something about a text, and are nothing to learn from."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,13 @@ def wanted_for(objective: Objective, columns: Columns) -> Wanted:
     """What an objective learns from: as mapped, or under the known names."""
     answers = _candidates(columns)
     if objective == "sft":
-        return Wanted(columns, answers, hint=_hint_of_answers)
+        return Wanted(columns, [*answers, *_text(columns)], hint=_hint_of_answers)
+    if columns.text is not None:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"spec.dataset.columns.text names plain text, and spec.training.objective {objective} "
+            "learns from answers: set it to sft, or map the columns with the answers.",
+        )
     if objective != "kto":
         return Wanted(columns, _pairs(columns), PAIRS_SAID, _hint_of_pairs(objective))
     label = {LABEL: columns.label or "label"}
@@ -107,6 +118,30 @@ def wanted_for(objective: Objective, columns: Columns) -> Wanted:
         found = [*pairs, *found] if columns.chosen or columns.rejected else [*found, *pairs]
     said = f"{LABELLED_SAID}; or pairs ({PAIRS_SAID})"
     return Wanted(columns, found, said, _hint_of_pairs(objective))
+
+
+def check_text(layout: Layout, fields: Sequence[str], dataset: Dataset, uri: str) -> None:
+    """Raise StageError(InvalidConfig) where text may be a part of something else, or is prompted.
+
+    A column that was meant for an answer, or is one, would be left out without a word.
+    """
+    if layout.kind != TEXT:
+        return
+    beside = [name for name in fields if plain(name) not in _BESIDE_TEXT | {TEXT}]
+    column = layout.columns[TEXT]
+    if dataset.columns.text is None and beside:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"{uri} has the column {name_of(column)} beside {names(beside)}: is it plain text, or "
+            "one side of an example? To learn the text alone, as it is, set spec.dataset.columns: "
+            f"{{text: {column}}}. For questions and answers, map instruction and response there.",
+        )
+    if dataset.system_prompt:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"spec.dataset.systemPrompt: plain text (the column {name_of(column)} of {uri}) is "
+            "learnt as it is, without a system prompt. Leave systemPrompt out.",
+        )
 
 
 def check_objective(layout: Layout, fields: Sequence[str], wanted: Wanted, uri: str) -> None:
@@ -200,7 +235,14 @@ def _with_input(layout: Layout, fields: Fields) -> Layout:
     return Layout(layout.kind, used | {"input": more}, layout.asked | {"input": "input"})
 
 
+def _text(columns: Columns) -> Candidates:
+    """Plain text, where nothing else is mapped."""
+    return [(TEXT, {TEXT: columns.text or TEXT})] if columns.text or columns == Columns() else []
+
+
 def _candidates(columns: Columns) -> Candidates:
+    if columns.text:
+        return []
     system = {"system": columns.system} if columns.system else {}
     if columns.messages:
         return [(MESSAGES, {"messages": columns.messages} | system)]
@@ -328,8 +370,6 @@ def _hint_of_answers(known: dict[str, str]) -> str:
                 "spec.training.objective to dpo, orpo or kto. To learn the chosen answers alone, "
                 "map columns.response to that column."
             )
-    if "text" in known and known.keys() - _BESIDE_TEXT == {"text"}:
-        return " Text alone is not supported: an example is a question with its answer."
     return ""
 
 
@@ -354,7 +394,7 @@ def with_tools(
             "spec.dataset.columns.tools, or leave it out.",
         )
     beside = {"tools": columns.tools} if columns.tools is not None else {}
-    if layout.kind != INSTRUCTION:
+    if layout.kind not in (INSTRUCTION, TEXT):
         beside = {"tools": columns.tools or "tools", FORMER_TOOLS: FORMER_TOOLS}
     used = layout.columns.values()
     found = {part: name for part, name in beside.items() if name in fields and name not in used}

@@ -28,6 +28,7 @@ from finetune_trainer.prepare.reading.layout import (
     Wanted,
     check_columns,
     check_objective,
+    check_text,
     check_unique,
     default_layout,
     find_json_layout,
@@ -260,6 +261,7 @@ def _open(index: int, file: Path, uri: str, dataset: Dataset, wanted: Wanted) ->
     if layout is None:
         raise missing_column(reader.fields, wanted, uri, what=what)
     check_objective(layout, reader.fields, wanted, uri)
+    check_text(layout, reader.fields, dataset, uri)
     layout = with_tools(layout, reader.fields, dataset.columns, uri, what=what)
     check_unique(reader.fields, layout, uri)
     if isinstance(reader, Parquet):

@@ -9,7 +9,7 @@ import logging
 import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Objective, Reason, StageError
-from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_sides, end_of_turn_ids
+from finetune_trainer.contract import Objective, Reason, StageError, is_document
+from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_sides, end_of_turn_ids, pieces
 
 TOKENIZED_AT_ONCE = 512  # conversations in memory as text
 
@@ -68,11 +68,14 @@ def tokenize(
     max_length: int,
     cache: Path,
     objective: Objective = "sft",
+    *,
+    split_at: int | None = None,
 ) -> TokenizedRows:
     """Tokenize a file of `prepare`, cut each row at `max_length`, and keep the result in `cache`.
 
-    Where `objective` is kto, a pair becomes two rows. A later worker with the same cache, and the
-    other processes of this training, find it there.
+    Where `objective` is kto, a pair becomes two rows. Plain text is split at `split_at` tokens
+    (`max_length` if left out), so that its rows are as many, however short the memory has them cut.
+    A later worker with the same cache, and the other processes of this training, find it there.
     """
     datasets.disable_progress_bars()
     about = file.stat()
@@ -83,6 +86,7 @@ def tokenize(
             "tokenizer": tokenizer,
             "max_length": max_length,
             "objective": objective,
+            "split_at": split_at or max_length,
         },
         features=datasets.Features(
             {
@@ -94,7 +98,8 @@ def tokenize(
         ),
         cache_dir=str(cache),
         # Given by hand: working it out would pickle the tokenizer.
-        fingerprint=f"{file.stem}-{about.st_size}-{about.st_mtime_ns}-{max_length}-{objective}",
+        fingerprint=f"{file.stem}-{about.st_size}-{about.st_mtime_ns}-{max_length}-{split_at}-"
+        f"{objective}",
     )
     arrays = rows.select_columns(["targets", "end"]).with_format("numpy")
     sides = [_lengths(rows, name) for name in TOKENS[objective] if name.endswith("_ids")]
@@ -131,12 +136,20 @@ def check_rows(examples: TokenizedRows, *, shortened: bool) -> None:
 
 
 def _tokenized(
-    file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, objective: Objective
+    file: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    objective: Objective,
+    split_at: int,
 ) -> Iterator[dict[str, Any]]:
-    ends = end_of_turn_ids(tokenizer)
+    ends, end = end_of_turn_ids(tokenizer), {int(tokenizer.eos_token_id)}
     with file.open(encoding="utf-8") as lines:
         while chunk := [json.loads(line) for line in itertools.islice(lines, TOKENIZED_AT_ONCE)]:
             for example, sides in zip(chunk, encode_sides(tokenizer, chunk), strict=True):
+                if is_document(example):
+                    for part in _parts(sides[0], split_at):
+                        yield _cut(part, max_length, end)
+                    continue
                 cut = [_cut(side, max_length, ends) for side in sides]
                 if objective == "kto":
                     # The first of a pair is the chosen answer.
@@ -157,6 +170,12 @@ def _cut(side: Encoded, max_length: int, ends: set[int]) -> dict[str, Any]:
         "targets": sum(label != IGNORED for label in labels[1:]),
         "end": not ends.isdisjoint(labels),
     }
+
+
+def _parts(document: Encoded, split_at: int) -> Iterator[Encoded]:
+    """The rows that plain text makes."""
+    for part in pieces(len(document.ids), split_at):
+        yield replace(document, ids=document.ids[part], labels=document.labels[part])
 
 
 def _pair_of(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.model.adapter import ADAPTER_WEIGHTS
 from finetune_trainer.model.shape import of_text
 from finetune_trainer.train.recipe.packing import (
+    KERNEL_TYPES,
     ROUGH_TOLERANCE,
     TOLERANCE,
     deviation,
@@ -121,6 +132,153 @@ class FastDropout(torch.nn.Module):
         # Bytes become floats faster than truth values do.
         kept = keep.view(torch.uint8).to(x.dtype)
         return x * kept.mul_(values / (values - dropped))
+
+
+# --- Adapters as one operation, on a GPU ----------------------------------------------------------
+
+ADAPTER_TOLERANCE = 0.02  # of an output's spread: 16 bits are off by some 0.003
+TRIED_WIDTHS = 64, 48  # of the layer that the operation is tried on; tokens are LIGER_TOKENS
+
+
+class LowRankProduct(torch.autograd.Function):
+    """B A dropout(x), scaled, of which only x and the inner product are kept.
+
+    Layers that read the same x keep it once. The backward pass draws dropout's numbers again, from
+    where the generator stood. The scale is applied to the inner product, which is narrow.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes them so
+        ctx: Any,
+        x: torch.Tensor,  # [..., inputs]
+        a: torch.Tensor,  # [rank, inputs]
+        b: torch.Tensor,  # [outputs, rank]
+        scaling: float,
+        dropout: torch.nn.Module,
+    ) -> torch.Tensor:
+        ctx.scaling, ctx.dropout = scaling, dropout
+        ctx.generator = _generator_state(x.device)
+        inner = linear(dropout(x), a).mul_(scaling)
+        ctx.save_for_backward(x, a, b, inner)
+        return linear(inner, b)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, a, b, inner = ctx.saved_tensors
+        above = gradients[0].flatten(0, -2)  # [tokens, outputs]
+        d_inner = (above @ b).mul_(ctx.scaling)
+        again = x.detach().requires_grad_()
+        with _replayed(x.device, ctx.generator), torch.enable_grad():
+            dropped = ctx.dropout(again)
+        d_a = d_inner.t() @ dropped.detach().flatten(0, -2)
+        d_x = (d_inner @ a).view_as(x)
+        if dropped is not again:
+            (d_x,) = torch.autograd.grad(dropped, again, d_x)
+        return d_x, d_a, above.t() @ inner.flatten(0, -2), None, None
+
+
+def _generator_state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+@contextmanager
+def _replayed(device: torch.device, state: torch.Tensor) -> Iterator[None]:
+    """While the block runs, random numbers come as they did from that state on."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        if cuda:
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)
+        yield
+
+
+def fuse_adapters(model: torch.nn.Module, device: str) -> bool:
+    """Let LoRA layers compute their adapters as one operation, where it is right on this device.
+
+    Only for a model that computes in 16 bits under autocast. DoRA and whatever else is no plain
+    adapter of a linear layer stay as they are.
+    """
+    layers = [layer for layer in model.modules() if _is_plain(layer)]
+    right = bool(layers) and adapters_are_right(device, layers[0])
+    for layer in layers if right else ():
+        _fuse(layer)
+    log.info("Adapters: %s", "one operation" if right else "PEFT's own")
+    return right
+
+
+def _is_plain(layer: torch.nn.Module) -> bool:
+    names = {"Linear", "Linear4bit"}
+    if not isinstance(layer, LoraLayer) or type(layer).__name__ not in names or layer.lora_variant:
+        return False
+    return all(module.bias is None for module in layer.lora_B.values())
+
+
+def _fuse(layer: Any) -> None:
+    plain = layer.forward
+
+    def forward(x: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
+        name, *more = layer.active_adapters
+        special = bool(more or others or options) or layer.disable_adapters or layer.merged
+        if special or x.dtype not in KERNEL_TYPES or not torch.is_grad_enabled():
+            found: torch.Tensor = plain(x, *others, **options)
+            return found
+        found = layer.base_layer(x)
+        a, b = (each[name].weight.to(x.dtype) for each in (layer.lora_A, layer.lora_B))
+        dropout, scaling = layer.lora_dropout[name], layer.scaling[name]
+        added: torch.Tensor = LowRankProduct.apply(x, a, b, scaling, dropout)  # type: ignore[no-untyped-call]
+        return found + added
+
+    layer.forward = forward
+
+
+def adapters_are_right(device: str, like: Any) -> bool:
+    """Whether a layer with the rank, scale and dropout of another has the same output and gradients
+    with its adapter as one operation, within rounding."""
+    numbers = torch.random.fork_rng(devices=[torch.device(device)] if device == "cuda" else [])
+    try:
+        with numbers:  # those of the training stay as they are
+            layer = _layer_like(like, device)
+            before = _output_and_gradients(layer)
+            _fuse(layer)
+            after = _output_and_gradients(layer)
+        off = max(deviation(after[key], before[key]) for key in before)
+    except Exception as error:  # whatever a device can't do; PEFT's own way stays
+        log.warning("Adapters as one operation are left out: %s", error)
+        return False
+    if off > ADAPTER_TOLERANCE:
+        log.warning("Adapters as one operation are left out: they are off by %.1g", off)
+    return off <= ADAPTER_TOLERANCE
+
+
+def _layer_like(like: Any, device: str) -> Any:
+    """A small layer in bfloat16 with an adapter of that rank, scale and dropout."""
+    name = like.active_adapters[0]
+    inputs, outputs = TRIED_WIDTHS
+    base = torch.nn.Sequential(torch.nn.Linear(inputs, outputs, bias=False))
+    config = LoraConfig(r=like.r[name], target_modules=["0"])
+    dtype = torch.get_autocast_dtype(torch.device(device).type)
+    made = get_peft_model(cast("PreTrainedModel", base.to(device, dtype)), config)
+    layer: Any = next(each for each in made.modules() if isinstance(each, LoraLayer))
+    layer.cast_input_dtype_enabled = False
+    (own,) = layer.active_adapters
+    layer.scaling[own], layer.lora_dropout[own] = like.scaling[name], like.lora_dropout[name]
+    torch.nn.init.normal_(layer.lora_B[own].weight, std=0.1)
+    return layer
+
+
+def _output_and_gradients(layer: Any) -> dict[str, torch.Tensor]:
+    """Of random tokens, in float32."""
+    base = layer.base_layer.weight
+    torch.manual_seed(0)
+    shape = 1, LIGER_TOKENS, base.shape[1]
+    x = torch.randn(shape, device=base.device, dtype=base.dtype, requires_grad=True)
+    layer.zero_grad()
+    with torch.autocast(base.device.type, base.dtype):
+        found = layer(x)
+    found.float().pow(2).sum().backward()
+    gradients = {n: p.grad.float() for n, p in layer.named_parameters() if p.grad is not None}
+    return {"output": found.detach().float(), "input": cast("Any", x.grad).float(), **gradients}
 
 
 # --- Liger's kernels for the layers, on a GPU ----------------------------------------------------

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, cast
@@ -13,7 +16,6 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import send_to_device
 from numpy.typing import NDArray
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils.import_utils import is_flash_attn_2_available
@@ -32,6 +34,25 @@ BLOCK = 128  # queries at once; 64 to 128 measured fastest, their scores stay in
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 Bounds = list[tuple[int, int]]
+
+
+def _find_kernel() -> Callable[..., torch.Tensor] | None:
+    """PyTorch's kernel for rows of different length; None where this PyTorch has none.
+
+    Before 2.13 it lacks windows or shared keys, or can't be imported.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn as found  # noqa: PLC0415 - may fail
+    except (ImportError, AttributeError, RuntimeError) as error:
+        log.debug("No kernel for packed rows: %s", error)
+        return None
+    wanted = {"scale", "window_size", "enable_gqa"}
+    return found if wanted <= inspect.signature(found).parameters.keys() else None  # type: ignore[return-value] # a tensor where no more is asked for
+
+
+log = logging.getLogger(__name__)
+
+varlen_attn = _find_kernel()
 
 
 def register_attention() -> None:
@@ -94,6 +115,8 @@ def kernel_attention(
 ) -> tuple[torch.Tensor, None]:
     """The same by PyTorch's kernel for rows of different length, in 16 bits on a GPU."""
     _refuse_special(module, query, others)
+    if varlen_attn is None:
+        raise NotImplementedError("this PyTorch has no such kernel")
     time = query.shape[2]
     bounds, longest = cu_seq_lens_q, max_length_q or time
     if bounds is None:
@@ -114,7 +137,7 @@ def kernel_attention(
         window_size=(causal, 0),  # keys before and behind a query, beside its own
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return cast("torch.Tensor", out)[None], None  # no more was asked for
+    return out[None], None
 
 
 def _refuse_special(module: torch.nn.Module, query: torch.Tensor, others: dict[str, Any]) -> None:
@@ -218,8 +241,6 @@ PROOF_LENGTHS = 7, 5  # tokens of the two rows that the proof is made with
 LEAK = 1e-3  # from another row before it: mostly exactly 0, in every type
 TOLERANCE, ROUGH_TOLERANCE = 1e-3, 0.1  # from the row alone, in float32 and in 16-bit types
 
-log = logging.getLogger(__name__)
-
 
 def pass_limits(
     work: TrainingWork, model: PreTrainedModel, lengths: NDArray[np.int32], *, packed: bool
@@ -240,13 +261,18 @@ def builds_mask(model: PreTrainedModel) -> bool:
     return torch.cuda.is_available() and attention not in WITHOUT_MASK
 
 
-def prepare_packing(model: PreTrainedModel, *, unsloth: bool = False) -> bool:
+def prepare_packing(
+    model: PreTrainedModel, *, unsloth: bool = False, compute: torch.dtype | None = None
+) -> bool:
     """Let the model attend to packed rows in the fastest way that is right; False when none is.
 
     Of several processes the first one decides, since it alone may hold the weights. Unsloth's
-    models have an attention of their own.
+    models have an attention of their own. `compute` is the type that it trains in, under autocast
+    where its weights have another.
     """
-    chosen = _fastest_right_attention(model, unsloth=unsloth) if is_first() else None
+    chosen = None
+    if is_first():
+        chosen = _fastest_right_attention(model, compute or model.dtype, unsloth=unsloth)
     if dist.is_initialized():
         dist.broadcast_object_list(box := [chosen])
         (chosen,) = box
@@ -262,25 +288,37 @@ def prepare_packing(model: PreTrainedModel, *, unsloth: bool = False) -> bool:
     return True
 
 
-def _fastest_right_attention(model: PreTrainedModel, *, unsloth: bool) -> str | None:
+def _fastest_right_attention(
+    model: PreTrainedModel, compute: torch.dtype, *, unsloth: bool
+) -> str | None:
     before = model.config._attn_implementation
     register_attention()
     try:
-        alone = _logits_alone(model)
-        candidates = [before] if unsloth else _candidates(model, before)
-        found = next((name for name in candidates if _is_right(model, name, alone)), None)
+        with _computing(model, compute):
+            alone = _logits_alone(model)
+            candidates = [before] if unsloth else _candidates(model, before, compute)
+            found = next((n for n in candidates if _is_right(model, n, alone, compute)), None)
     finally:
         model.set_attn_implementation(before)
-    if found and model.device.type == "cpu" and torch.cuda.is_available() and kernel_fits(model):
+    spread = model.device.type == "cpu" and torch.cuda.is_available()
+    if found and spread and kernel_fits(model, compute):
         # It will be spread over GPUs. There a few of its layers have to show what they do.
-        found = _proven_on_gpu(model) or found
+        found = _proven_on_gpu(model, compute) or found
     return found
 
 
-def _proven_on_gpu(model: PreTrainedModel) -> str | None:
+def _computing(model: PreTrainedModel, compute: torch.dtype) -> AbstractContextManager[Any]:
+    """As the training does: under autocast where the weights have another type (method full)."""
+    if compute is model.dtype:
+        return nullcontext()
+    return torch.autocast(model.device.type, compute)
+
+
+def _proven_on_gpu(model: PreTrainedModel, compute: torch.dtype) -> str | None:
     try:
         few = few_layers(model, "cuda")
-        right = _is_right(few, KERNEL_NAME, _logits_alone(few))
+        with _computing(few, compute):
+            right = _is_right(few, KERNEL_NAME, _logits_alone(few), compute)
     except Exception as error:  # a model's own code; the attention that is proven stays
         log.debug("No proof on the GPU: %s", error)
         return None
@@ -304,16 +342,24 @@ def few_layers(model: PreTrainedModel, device: str) -> PreTrainedModel:
     return cast("PreTrainedModel", made.to(device))
 
 
-def kernel_fits(model: PreTrainedModel) -> bool:
-    """Whether this GPU, the model's type and its attention are what PyTorch's kernel is for."""
-    return (
+def kernel_fits(model: PreTrainedModel, compute: torch.dtype) -> bool:
+    """Whether PyTorch's kernel is there, and for this GPU, this type and the model's attention."""
+    fits = (
         torch.cuda.get_device_capability() >= KERNEL_CAPABILITY
-        and model.dtype in KERNEL_TYPES
+        and compute in KERNEL_TYPES
         and supports_attention_of(model.config)
     )
+    if fits and varlen_attn is None:
+        log.warning(
+            "PyTorch %s has no kernel for packed rows that knows windows and shared keys (2.13 "
+            "has): a mask keeps them apart, in passes of at most %d tokens",
+            torch.__version__,
+            MASKED_TOKENS,
+        )
+    return fits and varlen_attn is not None
 
 
-def _is_right(model: PreTrainedModel, name: str, alone: torch.Tensor) -> bool:
+def _is_right(model: PreTrainedModel, name: str, alone: torch.Tensor, compute: torch.dtype) -> bool:
     try:
         model.set_attn_implementation(name)
         packed, other = _logits_packed(model, 0), _logits_packed(model, 1)
@@ -323,11 +369,11 @@ def _is_right(model: PreTrainedModel, name: str, alone: torch.Tensor) -> bool:
     second = slice(PROOF_LENGTHS[0], None)
     leak, off = deviation(other[second], packed[second]), deviation(packed, alone)
     log.debug("Packing with the attention %s: leak %.1e, deviation %.1e", name, leak, off)
-    allowed = TOLERANCE if model.dtype is torch.float32 else ROUGH_TOLERANCE
+    allowed = TOLERANCE if compute is torch.float32 else ROUGH_TOLERANCE
     return leak < LEAK and off < allowed
 
 
-def _candidates(model: PreTrainedModel, before: str) -> list[str]:
+def _candidates(model: PreTrainedModel, before: str, compute: torch.dtype) -> list[str]:
     """Ways to attend on the device that the model is on, the fastest one first."""
     names = [before]
     if model.device.type == "cpu":
@@ -335,9 +381,9 @@ def _candidates(model: PreTrainedModel, before: str) -> list[str]:
         if not torch.cuda.is_available() and supports_attention_of(model.config):
             names.insert(0, ATTENTION_NAME)
         return names
-    if is_flash_attn_2_available() and model.dtype in KERNEL_TYPES:
+    if is_flash_attn_2_available() and compute in KERNEL_TYPES:
         names.insert(0, "flash_attention_2")
-    if kernel_fits(model):
+    if kernel_fits(model, compute):
         names.insert(0, KERNEL_NAME)
     return names
 

@@ -52,6 +52,7 @@ from finetune_trainer.train.recipe.lora import (
     count_trainable_parameters,
     embed_in,
     freeze_other_senses,
+    fuse_adapters,
     make_layers_faster,
     start_from,
     use_liger,
@@ -97,7 +98,9 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     reporter.message("Loading the base model")
     model = load(work)
     base_parameters = count_base_parameters(model)
-    packed = settings.packing and prepare_packing(model, unsloth=work.engine == "unsloth")
+    packed = settings.packing and prepare_packing(
+        model, unsloth=work.engine == "unsloth", compute=computes_in(work, model)
+    )
     data = TrainingData(examples, held_out, packed=packed)
     if work.engine != "unsloth":
         use_liger(model)
@@ -138,16 +141,20 @@ def read_rows(
     work: TrainingWork, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[TokenizedRows, TokenizedRows | None]:
     """Training and held-out rows as tokens. StageError when they can't teach what they should."""
-    cache = work.workdir / "tokens"
-    length, objective = work.max_sequence_length, work.config.training.objective
-    examples = tokenize(work.examples, tokenizer, length, cache, objective)
+    length, settings = work.max_sequence_length, work.config.training
+    read = partial(
+        tokenize,
+        tokenizer=tokenizer,
+        max_length=length,
+        cache=work.workdir / "tokens",
+        objective=settings.objective,
+        split_at=settings.max_sequence_length,
+    )
+    examples = read(work.examples)
     # Only the memory ladder goes below the spec's length. Rows that lose their answer are then
     # what the spec allows, and not a fault.
-    shortened = work.max_sequence_length < work.config.training.max_sequence_length
-    check_rows(examples, shortened=shortened)
-    if work.held_out is None:
-        return examples, None
-    return examples, tokenize(work.held_out, tokenizer, length, cache, objective)
+    check_rows(examples, shortened=length < settings.max_sequence_length)
+    return examples, None if work.held_out is None else read(work.held_out)
 
 
 def resolve_epochs(epochs: int | str, rows: int) -> int:
@@ -187,6 +194,12 @@ def load(work: TrainingWork) -> PreTrainedModel:
     )
 
 
+def computes_in(work: TrainingWork, model: PreTrainedModel) -> torch.dtype:
+    """The type of the activations. Weights that are trained themselves are float32."""
+    full = work.config.training.method == "full"
+    return compute_dtype_of(work.model) if full else model.dtype
+
+
 def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -198,7 +211,7 @@ def build_trainer(
     """Put model, adapter, data and hyperparameters together."""
     unsloth, settings = work.engine == "unsloth", work.config.training
     full = settings.method == "full"
-    dtype = compute_dtype_of(work.model) if full else model.dtype
+    dtype = computes_in(work, model)
     kind: Callable[..., RecipeTrainer] = RecipeTrainer
     lora = settings.lora
     if settings.objective != "sft":
@@ -218,6 +231,8 @@ def build_trainer(
     reporting.guard_trackers(trainer)
     if model.dtype is not torch.float32 and not unsloth:
         make_layers_faster(cast("torch.nn.Module", trainer.model))
+        if torch.cuda.is_available():  # a CPU saves no time by it, and has memory
+            fuse_adapters(cast("torch.nn.Module", trainer.model), "cuda")
         if work.config.training.lora.modules_to_save:
             embed_in(cast("PreTrainedModel", trainer.model), model.dtype)
     if work.initial_adapter and work.resume_from is None:
@@ -262,7 +277,10 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, dtype: torch.d
         # Memory. Unsloth recomputes activations by itself. With FSDP this is right as well, unlike
         # accelerate's own setting, which draws dropout anew when it recomputes a layer.
         gradient_checkpointing=plan.gradient_checkpointing and work.engine != "unsloth",
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing_kwargs={
+            "use_reentrant": False,
+            **({"every_n_layers": plan.recompute_every} if plan.recompute_every > 1 else {}),
+        },
         # Several processes. The loss is one mean over the labels of all of them.
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,

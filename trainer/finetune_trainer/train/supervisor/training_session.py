@@ -174,8 +174,13 @@ def plan_to_resume_with(saved: TrainingPlan, planned: TrainingPlan) -> TrainingP
     same = saved.parallelism == planned.parallelism and _rows_on_device(saved) == _rows_on_device(
         planned
     )
-    recomputes = saved.gradient_checkpointing or not planned.gradient_checkpointing
+    recomputes = _recomputed(saved) >= _recomputed(planned)
     return saved if same and recomputes and not _is_larger(saved, planned) else planned
+
+
+def _recomputed(plan: TrainingPlan) -> float:
+    """Share of the layers whose activations are computed again."""
+    return 1 / plan.recompute_every if plan.gradient_checkpointing else 0
 
 
 def _is_larger(one: TrainingPlan, other: TrainingPlan) -> bool:
