@@ -19,7 +19,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from finetune_trainer.contract import Quantization, Reason, StageError
 from finetune_trainer.contract.output import NEED_IMPORTANCE
 from finetune_trainer.export.gate.file_checks import header_problems
-from finetune_trainer.export.gguf.files import GgufSource, quantize, quantize_all, write_files
+from finetune_trainer.export.gguf.files import (
+    GgufSource,
+    quantize,
+    quantize_all,
+    write_files,
+    write_parts,
+)
 from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.model import ModelFolder, converter
 from tests.integration.trainer.vocabulary import write_vocabulary
@@ -141,6 +147,37 @@ def test_two_and_three_bits_need_an_importance_matrix(wide_file: Path, tmp_path:
     assert sizes == sorted(sizes, reverse=True)
     with pytest.raises(StageError, match="can't quantize this model to IQ2_XS"):
         quantize(wide_file, tmp_path / "x.gguf", Quantization.IQ2_XS)
+
+
+def test_a_file_in_parts_is_the_same_model(files: dict[str, Path], tmp_path: Path) -> None:
+    whole = Path(shutil.copy(files["Q8_0"], tmp_path))
+    parts = write_parts(whole, part_bytes := whole.stat().st_size // 3)
+    names = [f"tiny-Q8_0-{n:05d}-of-{len(parts):05d}.gguf" for n in range(1, len(parts) + 1)]
+    assert len(parts) > 2
+    assert [part.name for part in parts] == names
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([whole.name, *names])
+    readers = [gguf.GGUFReader(part) for part in parts]
+    split = [tensor for reader in readers for tensor in reader.tensors]
+    before = gguf.GGUFReader(whole).tensors
+    assert [(t.name, t.tensor_type) for t in split] == [(t.name, t.tensor_type) for t in before]
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(split, before, strict=True))
+    for number, reader in enumerate(readers):
+        marks = {key: int(reader.fields[f"split.{key}"].contents()) for key in ("no", "count")}
+        assert marks == {"no": number, "count": len(parts)}
+        assert int(reader.fields["split.tensors.count"].contents()) == len(before)
+        assert sum(t.n_bytes for t in reader.tensors) <= part_bytes or len(reader.tensors) == 1
+    answers = [_logits(file) for file in (whole, parts[0])]
+    assert np.array_equal(*answers)
+    assert metadata(whole).items() <= metadata(parts[0]).items()
+
+
+def _logits(file: Path) -> Any:
+    model = llama_cpp.Llama(str(file), n_ctx=16, logits_all=True, verbose=False)
+    try:
+        model.eval([1, 5, 9, 2])
+        return model.scores[:4].copy()
+    finally:
+        model.close()
 
 
 def test_a_file_that_is_no_importance_matrix_is_refused(

@@ -31,6 +31,7 @@ from finetune_trainer.contract import (
     TrainingRecord,
     display_name,
 )
+from finetune_trainer.contract.artifacts import PART_BYTES
 from finetune_trainer.contract.verdict import explain_failures
 from finetune_trainer.export.merge import MergedWeights
 from finetune_trainer.export.pipeline import (
@@ -173,6 +174,7 @@ def make_from(export: ExportRun, base: ModelFolder) -> GateReport:
         add_file=export.publication.add,
         reporter=export.reporter,
         discard=export.publication.discard,
+        part_bytes=PART_BYTES,
     )
     return make_models(context)
 

@@ -43,6 +43,7 @@ from finetune_trainer.export.gguf.files import (
     beyond_float16,
     write_adapter,
     write_files,
+    write_parts,
 )
 from finetune_trainer.export.gguf.importance import write_importance
 from finetune_trainer.export.merge import MergedWeights
@@ -132,6 +133,9 @@ class ExportContext:
     discard: Callable[[Path], object] = lambda _: None
     """Takes a file that nothing here reads any more."""
 
+    part_bytes: int | None = None
+    """A larger GGUF file is published in parts of this size; None: files stay whole."""
+
     @property
     def writes_merged(self) -> bool:
         """Whether the merged model is published; where it is what is converted, it is there."""
@@ -150,6 +154,8 @@ class CheckedFile(NamedTuple):
     kind: Quantization
     file: Path
     verdict: FileVerdict
+    served: Path
+    """Itself, or its first part."""
 
 
 def publish_folder(add_file: AddFile, folder: Path) -> None:
@@ -256,8 +262,9 @@ def make_gguf(context: ExportContext, source_gate: SourceGate) -> GateReport:
         kind, source_file = next(written)
         reporter.message(f"Checking {source_file.name}")
         gate = source_gate.check(source_file, kind)
+        served = source_file
         if kind in config.export.gguf:
-            publish_file(context, source_file, gate.source_verdict)
+            served = publish_file(context, source_file, gate.source_verdict)
         adapter = adapter_made.result()
     adapter_verdicts: list[FileVerdict] = []
     if adapter:
@@ -268,7 +275,7 @@ def make_gguf(context: ExportContext, source_gate: SourceGate) -> GateReport:
     if importance:
         rows = read_examples(context.examples.trained)
         write_importance(model, source_file, rows, importance, reporter)
-    source = CheckedFile(kind, source_file, gate.source_verdict)
+    source = CheckedFile(kind, source_file, gate.source_verdict, served)
     files = [source]
     files += check_derived(context, gate, written)
     samples = take_samples(context, gate, files, adapter)
@@ -314,11 +321,11 @@ def check_derived(
         if kind is Quantization.F16 and (beyond := beyond_float16(file)):
             words = f"{beyond} has values that F16 can't hold (its largest is 65,504): take BF16"
             verdict = verdict.model_copy(update={"problems": (words, *verdict.problems)})
-        publish_file(context, file, verdict)
+        served = publish_file(context, file, verdict)
         former, kept = (kept, file) if kept is None or verdict.passed else (file, kept)
         if former is not None:
             context.discard(former)
-        yield CheckedFile(kind, file, verdict)
+        yield CheckedFile(kind, file, verdict, served)
 
 
 def take_samples(
@@ -333,10 +340,22 @@ def take_samples(
     return gate.samples(smallest, adapter)
 
 
-def publish_file(context: ExportContext, file: Path, verdict: FileVerdict) -> None:
-    """Publish a checked file among the good ones, or apart."""
+def publish_file(context: ExportContext, file: Path, verdict: FileVerdict) -> Path:
+    """Publish a checked file among the good ones, or apart; returns what a server is told to load.
+
+    That is the first part of a file that is too large to be published as one.
+    """
     folder = REJECTED if rejects(context.config.export, verdict) else GGUF
-    context.add_file(file, f"{folder}/{file.name}", verdict.quality)
+    if context.part_bytes is None or file.stat().st_size <= context.part_bytes:
+        context.add_file(file, f"{folder}/{file.name}", verdict.quality)
+        return file
+    first, *others = write_parts(file, context.part_bytes)
+    context.add_file(first, f"{folder}/{first.name}", verdict.quality)
+    for part in others:
+        context.add_file(part, f"{folder}/{part.name}")
+    for part in (first, *others):
+        context.discard(part)
+    return first
 
 
 def make_modelfile(context: ExportContext, files: list[CheckedFile]) -> None:
@@ -353,7 +372,7 @@ def make_modelfile(context: ExportContext, files: list[CheckedFile]) -> None:
         return
     file = write_modelfile(
         context.result,
-        {each.kind: each.file for each in good},
+        {each.kind: each.served for each in good},
         next(each.file for each in reversed(good) if each.file.exists()),
         model.tokenizer,
         config,

@@ -16,6 +16,7 @@ from finetune_trainer.contract import (
     StageError,
     Training,
 )
+from finetune_trainer.contract.artifacts import PART_BYTES
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.runtime import binary
 
@@ -139,6 +140,7 @@ def export_disk(
     size = {kind: gguf_bytes(shape, kind) for kind in {*export.gguf, own}}
     converted = sum(size[kind] for kind in {own, *export.gguf} & {own, Quantization.F16})
     files = sum(size.values()) + (merged if export.merged else 0)
+    files += sum(size[kind] for kind in export.gguf if size[kind] > PART_BYTES)  # and its parts
     work += max(merged + converted, files) + GATE_BYTES * shape.vocabulary
     if export.adapter_gguf is not False and training.method != "full":
         work += trained

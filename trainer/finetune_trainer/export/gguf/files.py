@@ -262,6 +262,30 @@ def _failure(done: child.Finished, source: Path, target: Path, kind: Quantizatio
     )
 
 
+def write_parts(file: Path, part_bytes: int) -> list[Path]:
+    """Write a GGUF file once more in parts with so many bytes of tensors, beside itself.
+
+    Names and metadata are those of llama.cpp's gguf-split: its programs load the first part, and
+    find the others. The parts hold the same bytes; a tensor is never cut.
+    """
+    reader = gguf.GGUFReader(file)
+    architecture = str(reader.fields[gguf.Keys.General.ARCHITECTURE].contents())
+    writer = gguf.GGUFWriter(file, architecture, split_max_size=part_bytes)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == gguf.Keys.General.ARCHITECTURE:
+            continue  # which the writer writes itself
+        inner = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file(file)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    total = len(writer.tensors)
+    return [file.with_stem(f"{file.stem}-{n:05d}-of-{total:05d}") for n in range(1, total + 1)]
+
+
 def write_adapter(base: ModelFolder, adapter: Path, target: Path) -> None:
     """Write a LoRA adapter of PEFT as GGUF in F32 to the file `target`.
 
