@@ -148,6 +148,7 @@ generate: $(LIGHT) ## Write crds/, the chart's copy and tables in docs/ from the
 	$(BIN)/python -m finetune_operator.api.crd .
 	$(BIN)/python -m hack.stage_table .
 	$(BIN)/python -m hack.gpu_table .
+	$(BIN)/python -m hack.export_table .
 
 .PHONY: verify
 verify: $(LIGHT) ## Prove, in a temporary folder, that generated files are fresh
@@ -155,6 +156,7 @@ verify: $(LIGHT) ## Prove, in a temporary folder, that generated files are fresh
 	$(BIN)/python -m finetune_operator.api.crd "$$folder"; \
 	$(BIN)/python -m hack.stage_table "$$folder"; \
 	$(BIN)/python -m hack.gpu_table "$$folder"; \
+	$(BIN)/python -m hack.export_table "$$folder"; \
 	for part in crds charts docs; do \
 	  diff -r "$$part" "$$folder/$$part" || { echo 'Generated files are stale: run `make generate`.'; exit 1; }; \
 	done; echo 'Generated files are fresh.'

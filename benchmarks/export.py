@@ -2,12 +2,18 @@
 
     python -m benchmarks.export [--folder DIR] [--repeats 2] [--types F16,Q8_0,Q4_K_M]
     python -m benchmarks.export --sweep
+    python -m benchmarks.export --gate [--shape 1.07] [--repeats 1]
 
 The plain way is what guides tell: load the base in its own type, PEFT's merge_and_unload,
 save_pretrained; llama.cpp's convert_hf_to_gguf.py to F16; then llama_model_quantize with its
 defaults for each type, each step a process of its own. Ours is what the export stage does, checks
 of the gate left out. Both have the same threads, take turns, and read a base that the kernel has in
 its cache. The model has 1.07 billion parameters.
+
+`--gate` compares the whole export, gate and samples included, with the same steps and llama.cpp's
+own llama-perplexity after them, for each file over the same held-out rows (compiled on first use,
+10 minutes; --perplexity names one that is there). Then it prints what the gate reads of each file:
+from the disk where the file stays in memory, and in passes over the weights where it doesn't.
 
 `--sweep` does it with models of several sizes and a vocabulary of 128,256, and prints the peak of
 anonymous memory and the ratios of merging and converting.
@@ -18,17 +24,21 @@ The models are made on first use and kept in DIR; 15 GB are needed there.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks.cost import Cost, measure
 from finetune_trainer.model.converter import SCRIPT, llama_folder
+from hack.llama_cpp import get_tool
 
 SHAPE = "1.07"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator"
 SWEEP = ("0.1", "0.3", "1", "2")
 STEPS = "benchmarks.export_steps"
 
@@ -41,15 +51,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--types", default="F16,Q8_0,Q4_K_M", help="the first is F16 or BF16")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--gate", action="store_true")
+    parser.add_argument("--shape", default=SHAPE, help=f"billions of parameters, of {SWEEP}")
+    parser.add_argument("--perplexity", type=Path, help="a llama-perplexity that is there")
     chosen = parser.parse_args()
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     print(f"{len(os.sched_getaffinity(0))} CPUs, threads: {threads}, load {os.getloadavg()[0]:.1f}")
     kinds = chosen.types.split(",")
-    if chosen.sweep:
+    if chosen.gate:
+        tool = chosen.perplexity or get_tool(CACHE, "llama-perplexity")
+        compare_whole(model(chosen.folder, chosen.shape), kinds, chosen.repeats, tool)
+    elif chosen.sweep:
         for shape in SWEEP:
             sweep(model(chosen.folder, shape), kinds)
     else:
-        compare(model(chosen.folder, SHAPE), kinds, chosen.repeats)
+        compare(model(chosen.folder, chosen.shape), kinds, chosen.repeats)
 
 
 def step(name: str, *arguments: str) -> Cost:
@@ -81,6 +97,46 @@ def compare(place: Path, kinds: list[str], repeats: int) -> None:
     summary("merge and convert", first)
     summary("  ".join(kinds), whole)
     clean(place)
+
+
+def compare_whole(place: Path, kinds: list[str], repeats: int, tool: Path) -> None:
+    """The whole export with its gate, and the plain steps with llama-perplexity; then the reads."""
+    if not (place / "rows.txt").is_file():
+        step("rows", str(place))
+    rounds: list[tuple[Cost, Cost]] = []
+    for repeat in range(repeats):
+        print(f"round {repeat + 1}, load {os.getloadavg()[0]:.1f}")
+        plain = plain_first(place, kinds[0])
+        plain = sum((quantized(place, kinds[0], kind) for kind in kinds[1:]), start=plain)
+        plain = sum((perplexity(place, kind, tool) for kind in kinds), start=plain)
+        shutil.rmtree(place / "ours", ignore_errors=True)
+        warm(place / "base")
+        rounds.append((plain, step("gated", str(place), *kinds)))
+        show("the whole, with checks", *rounds[-1])
+    summary("the whole, with checks", rounds)
+    print((place / "ours" / "gate.json").read_text())
+    for kind in kinds:
+        print_reads(place, place / "plain" / f"model-{kind}.gguf")
+    clean(place)
+
+
+def perplexity(place: Path, kind: str, tool: Path) -> Cost:
+    """llama-perplexity on the held-out rows, with its defaults but for the threads."""
+    file, threads = place / "plain" / f"model-{kind}.gguf", len(os.sched_getaffinity(0))
+    command = [str(tool), "-m", str(file), "-f", str(place / "rows.txt")]
+    return measure([*command, "-t", str(threads)])
+
+
+def print_reads(place: Path, file: Path) -> None:
+    """What the gate reads of a file, relative to its size."""
+    command = [sys.executable, "-m", f"{STEPS}.check", str(place), str(file)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"{file.name}: {found['answers']} answer tokens of {found['tokens']}; from the disk "
+        f"{found['read'] / found['size']:.2f} times its size, {found['passes']} passes over it",
+        flush=True,
+    )
 
 
 def plain_first(place: Path, kind: str) -> Cost:

@@ -65,6 +65,16 @@ WHEEL_EXCLUDES = "/lib/**;/include/**;/bin/**;/llama_cpp/lib/*.so.*.*"
 HELPERS_ON = "set(LLAMA_BUILD_COMMON ON CACHE"
 
 
+TOOL_FLAGS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DBUILD_SHARED_LIBS=OFF",
+    "-DLLAMA_CURL=OFF",
+    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+)
+
+
 class LlamaCppError(Exception):
     """Something a person has to put right; the message says what."""
 
@@ -181,6 +191,34 @@ def build_wheel(sdist: Path, folder: Path, flags: list[str]) -> Path:
         run(label, command, CMAKE_ARGS=" ".join(flags))
         (work / "out").replace(folder)
     return next(folder.glob("*.whl"))
+
+
+def get_tool(cache: Path, name: str) -> Path:
+    """Return a program of llama.cpp, such as llama-perplexity, compiling it on first use.
+
+    Only benchmarks need one: with the wheel's flags, which they compare with the wheel. It needs
+    CMake and Ninja, and takes about 10 minutes on 2 cores.
+    """
+    flags = cmake_flags()
+    file = cache / "tools" / wheel_key(flags) / name
+    with locked(cache):
+        if not file.is_file():
+            build_tool(get_sdist(cache), file, flags)
+    return file
+
+
+def build_tool(sdist: Path, file: Path, flags: list[str]) -> None:
+    """Compile one program; it appears in the cache when it is whole."""
+    check_compiler()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
+        shutil.unpack_archive(sdist, temporary)
+        source = Path(temporary, f"llama_cpp_python-{VERSION}", "vendor", "llama.cpp")
+        build = str(Path(temporary, "build"))
+        command = ["cmake", "-S", str(source), "-B", build, "-G", "Ninja", *flags, *TOOL_FLAGS]
+        run(f"configuring {file.name}", command)
+        run(f"compiling {file.name} (once, about 10 minutes)", ["ninja", "-C", build, file.name])
+        Path(build, "bin", file.name).replace(file)
 
 
 def leave_out_helpers(cmake_lists: Path) -> None:

@@ -59,6 +59,29 @@ class Endlessly(Iterable[float]):
             yield self._pauses[-1]
 
 
+class KeepsNothing(kopf.DiffBaseStorage, kopf.ProgressStorage):
+    """For Kopf, which would copy each object twice to compare it with its last state: no handler
+    here asks for that, and it costs a fifth of the operator's time."""
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        return kopf.BodyEssence({})
+
+    def clear(self, *, essence: kopf.BodyEssence) -> kopf.BodyEssence:
+        return essence
+
+    def fetch(self, **_: Any) -> None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        pass
+
+    def purge(self, **_: Any) -> None:
+        pass
+
+    def touch(self, **_: Any) -> None:
+        pass
+
+
 class Watches:
     """Registers handlers and indexes with Kopf, and reads the indexes."""
 
@@ -252,6 +275,8 @@ def kopf_settings(settings: kopf.OperatorSettings, request_seconds: float) -> No
     settings.networking.error_backoffs = Endlessly(1, 1, 2, 3, 5)
     # A run that fails is followed by another one in this process.
     settings.process.ultimate_exiting_timeout = None
+    settings.persistence.diffbase_storage = KeepsNothing()
+    settings.persistence.progress_storage = KeepsNothing()
     settings.watching.inactivity_timeout = WATCH_SILENCE_SECONDS
     settings.watching.label_selectors[JOBS] = CHILDREN_SELECTOR
     settings.watching.label_selectors[PODS] = CHILDREN_SELECTOR

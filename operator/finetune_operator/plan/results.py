@@ -248,10 +248,11 @@ def _reported_notices(draft: Draft) -> Iterator[Notice]:
     """The notices in the live progress, and in the result of each attempt.
 
     The progress of an earlier training stays until the next one reports. So it counts only if a
-    Job of this training wrote it.
+    Job of this training wrote it, or of the export of what it left.
     """
     jobs = draft.jobs_of(Stage.TRAIN)
-    if draft.finetunejob.reported.job in {job.name for job in jobs}:
+    names = {job.name for job in (*jobs, *draft.jobs_of(Stage.EXPORT))}
+    if draft.finetunejob.reported.job in names:
         yield from draft.finetunejob.reported.notices
     for job in jobs:
         result = job.pod.result if job.pod is not None else None

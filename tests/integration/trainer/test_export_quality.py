@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import subprocess
+import threading
 from typing import Any
+
+import psutil
 
 from finetune_trainer.contract import Quality, Reason, Stage, StageResult
 from hack.object_store import Credentials
 from tests.integration.trainer.conftest import Run, Trainer
+from tests.integration.trainer.s3_proxy import Fault, Proxy, s3_proxy
 
 GOOD, BAD = "gguf/tiny-F16.gguf", "tiny-Q8_0.gguf"
 NO_FILE_KEEPS = 1e-9  # nats per token
@@ -61,27 +68,88 @@ def test_a_refused_file_is_published_apart_and_the_export_is_not_complete(
     assert "llama.cpp" not in remembered.output, "nothing is computed again"
     assert in_bucket(moto, uri)[0] == held
 
-    export["verify"] = "warn"
-    warned = trainer("run", {**run_config, "export": export})
+    warn = {**export, "verify": "warn", "gguf": ["F16", "Q8_0", "Q6_K", "Q4_K_M"]}
+    warned = goes_on(trainer, {**run_config, "export": warn}, moto)
     result = ended(warned, code=0)
     assert "Training examples" not in warned.output
+    assert figures(result)[GOOD] == good, "those of a file that was checked before the pod died"
     assert f"{BAD}: " in result.message
     passed = {path: quality and quality.passed for path, quality in figures(result).items()}
-    assert passed == {GOOD: True, f"gguf/{BAD}": False}
+    others = {f"gguf/tiny-{kind}.gguf": True for kind in ("Q6_K", "Q4_K_M")}
+    assert passed == {GOOD: True, f"gguf/{BAD}": False, **others}
     assert result.version is not None
     assert result.version not in uri
     uri = f"{run_config['output']['uri']}/versions/{result.version}"
     held, manifest, modelfile = in_bucket(moto, uri)
     assert current(moto, run_config["output"]["uri"]) == manifest
     assert not any(path.startswith("rejected/") for path in held)
-    assert f"\nFROM ./{GOOD}\n" in modelfile, "though a small model had better be served as Q8_0"
+    assert "\nFROM ./gguf/tiny-Q6_K.gguf\n" in modelfile, "Q8_0 would be better, but failed"
 
-    cached = ended(trainer("prepare", {**run_config, "export": export}), code=0)
+    cached = ended(trainer("prepare", {**run_config, "export": warn}), code=0)
     assert cached.complete == (Stage.PREPARE, Stage.TRAIN, Stage.EXPORT)
     assert figures(cached) == figures(result)
     assert (cached.version, cached.manifest_uri) == (result.version, result.manifest_uri)
-    goes_back_to(refusal, trainer, {**run_config, "export": {**export, "verify": "fail"}})
+    goes_back_to(refusal, trainer, {**run_config, "export": export})
     assert current(moto, run_config["output"]["uri"]) == manifest
+
+
+def goes_on(trainer: Trainer, config: dict[str, Any], moto: Credentials) -> Run:
+    """An export whose pod dies when two of five files are checked and uploaded, and the third is
+    about to be; what the next attempt says, which does only what is left."""
+    resolved = ended(trainer("prepare", config), code=0).resolved
+    assert resolved is not None
+    last = f"gguf/{BAD}"
+    with s3_proxy(moto.endpoint) as proxy:
+        config = {
+            **config,
+            "storage": {"endpoint": proxy.endpoint},
+            "resolved": resolved.model_dump(mode="json"),
+        }
+        dies_at(last, trainer, config, proxy)
+        first = [each.path for each in proxy.requests if each.method == "PUT"]
+        proxy.forget()
+        proxy.choose = lambda _: None
+        run = trainer("export", config)
+        second = [each.path for each in proxy.requests if each.method == "PUT"]
+    for name in ("tiny-F16.gguf", "tiny-LoRA-F32.gguf"):
+        assert sum(path.endswith(name) for path in first) == 1
+        assert not any(path.endswith(name) for path in second), "it is there"
+        assert f"Checking {name}" not in run.output
+    assert any(path.endswith(last) for path in second)
+    for words in ("Asking the tuned model", "Merging the adapter", "Writing tiny-F16.gguf"):
+        assert words not in run.output
+    for kind in ("Q6_K", "Q4_K_M"):
+        assert f"Checking tiny-{kind}.gguf" in run.output
+    assert "gguf/tiny-F16.gguf was made and uploaded by an earlier attempt" in run.output
+    return run
+
+
+def dies_at(path: str, trainer: Trainer, config: dict[str, Any], proxy: Proxy) -> None:
+    """Run an export until it uploads that file; then its whole pod is killed."""
+    pod = list[psutil.Process]()
+
+    def kill() -> None:
+        children = pod[0].children(recursive=True)
+        for process in (pod[0], *children):
+            process.kill()
+        process_ended.wait()
+
+    process_ended = threading.Event()
+    proxy.choose = lambda request: (
+        Fault(wait=kill) if request.method == "PUT" and request.path.endswith(path) else None
+    )
+    with trainer.processes.popen(
+        trainer.command("export", config),
+        env=trainer.full_environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        pod.append(psutil.Process(process.pid))
+        said, _ = process.communicate(timeout=300)
+        process_ended.set()
+    assert process.returncode == -signal.SIGKILL, said
+    shutil.rmtree(trainer.folder / "workspace")
 
 
 def goes_back_to(refusal: StageResult, trainer: Trainer, config: dict[str, Any]) -> None:

@@ -7,11 +7,15 @@ on it: how far the clean file is from the reference, and the faulty one.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from finetune_trainer.contract import (
     Export,
     FileVerdict,
+    Notice,
+    NoticeCode,
     QualityLimit,
     Quantization,
     Reason,
@@ -28,11 +34,15 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.contract.output import NEED_IMPORTANCE
 from finetune_trainer.export import gate as gate_module
+from finetune_trainer.export import llama
 from finetune_trainer.export.gate import DerivedGate, SourceGate, file_checks, rejects
 from finetune_trainer.export.gguf.header import Header
+from finetune_trainer.export.llama import CheckRequest
 from finetune_trainer.export.reference import float32
+from finetune_trainer.memory.forecast import Widths, llama_bytes, reference_bytes
 from finetune_trainer.model import ModelFolder
-from tests.integration.trainer.conftest import ROWS
+from finetune_trainer.runtime.reporter import Reporter
+from tests.integration.trainer.conftest import ROWS, Processes
 from tests.integration.trainer.families import WIDE
 from tests.integration.trainer.faulty_gguf import (
     flip,
@@ -397,6 +407,53 @@ def test_without_the_adapter_it_is_the_base_model(gate: DerivedGate, adapter: Pa
     assert gate.report(samples=samples).samples == samples
 
 
+def test_the_adapters_file_is_measured_on_the_rows_with_the_longest_answers(
+    gate: DerivedGate, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the base model's log-probabilities of these very rows."""
+    rows = gate.expected.rows
+    asked = list[CheckRequest]()
+
+    def call(request: CheckRequest, *rest: Any) -> Any:
+        asked.append(request)
+        return llama_call(request, *rest)
+
+    llama_call = llama.call
+    monkeypatch.setattr(llama, "call", call)
+    check = gate.check_adapter(adapter)
+    (request,) = asked
+    assert request.places == rows.few
+    assert len(rows.few) == 4 < len(rows.measured)
+    answers = [len(row.measured) for row in rows.measured]
+    left_out = set(range(len(answers))) - set(rows.few)
+    assert min(answers[place] for place in rows.few) >= max(answers[place] for place in left_out)
+    assert check.quality is not None
+    assert check.quality.kl_divergence < 1e-4  # with another row's reference beside it: over 1
+    assert rows.tokens_at((1, 3), rows.conversations) == (1,) * answers[1] + (3,) * answers[3]
+
+
+def test_a_model_without_time_for_a_prompt_is_not_asked(
+    gate: DerivedGate, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the first one is read to its end, and that is said."""
+    monkeypatch.setattr(gate_module, "SAMPLE_SECONDS", 0.0)
+    samples = gate.samples(gate.source, adapter)
+    assert [sample.expected for sample in samples] == [answer for _, answer in ROWS]
+    assert {(sample.base, sample.tuned, sample.stopped) for sample in samples} == {
+        (None, None, False)
+    }
+
+
+def test_a_merged_model_without_time_is_not_asked(
+    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(float32, "measure_in_child", float32.measure_here)
+    monkeypatch.setattr(gate_module, "SAMPLE_SECONDS", 0.0)
+    inputs = replace(tuned.inputs(gguf=()), merged=ModelFolder(tuned.merged))
+    samples = SourceGate.open(inputs, tmp_path / "gate").merged_samples()
+    assert [sample.tuned for sample in samples] == [None] * len(ROWS)
+
+
 def test_a_wrong_scale_of_the_adapter_is_found(
     gate: DerivedGate, adapter: Path, tmp_path: Path
 ) -> None:
@@ -410,3 +467,66 @@ def test_an_adapter_has_to_be_whole(gate: DerivedGate, adapter: Path, tmp_path: 
     file = tmp_path / "LoRA.gguf"
     file.write_bytes(adapter.read_bytes()[:-500])
     refused(gate.check_adapter(file), "was cut")
+
+
+def took(processes: Processes, *arguments: object) -> int:
+    """What gate_memory says of a process of its own."""
+    command = [sys.executable, "-m", f"{__package__}.gate_memory", *map(str, arguments)]
+    with processes.popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=dict(os.environ), text=True
+    ) as process:
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    return int(json.loads(output.splitlines()[-1])["took"])
+
+
+def test_the_gates_memory_is_what_was_predicted(
+    tuned: Tuned, processes: Processes, tmp_path: Path
+) -> None:
+    """Of llama.cpp and of the reference, beside the files that they map; each within 25%."""
+    config = json.loads((tuned.base / "config.json").read_bytes())
+    heads = config["hidden_size"] // config["num_attention_heads"]
+    widths = Widths(
+        config["vocab_size"],
+        config["hidden_size"],
+        config["intermediate_size"],
+        heads * config["num_key_value_heads"],
+        config["num_hidden_layers"],
+    )
+
+    def mapped(*files: Path) -> int:
+        return sum(file.stat().st_size for file in files)
+
+    file = tuned.file(Q.F16)
+    measured = took(processes, "llama", file, tmp_path)
+    measured -= mapped(file, tmp_path / "reference.npy", tmp_path / "kept.npy")
+    assert llama_bytes(widths) == pytest.approx(measured, rel=0.25)
+    measured = took(processes, "reference", tuned.base, tuned.adapter, tmp_path)
+    weights = tuned.base / "model.safetensors"
+    measured -= mapped(weights, tmp_path / "tuned.npy", tmp_path / "base.npy")
+    assert reference_bytes(widths, 1024) == pytest.approx(measured, rel=0.25)
+
+
+class Told(Reporter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[Notice] = []
+
+    def notice(self, notice: Notice) -> None:
+        self.said.append(notice)
+
+
+def test_a_gpu_that_llama_cpp_was_not_built_for_is_said_to_be_unused(
+    tuned: Tuned, opened: SourceGate, tmp_path: Path
+) -> None:
+    """The file is checked all the same, on the CPU; what is small enough would be put there."""
+    reporter = Told()
+    inputs = replace(opened.expected.inputs, reporter=reporter)
+    expected = replace(opened.expected, inputs=inputs, workspace=tmp_path, gpu_memory=24 << 30)
+    file = tuned.file(Q.F16)
+    assert expected.fits_gpu(file)
+    assert not replace(expected, gpu_memory=1 << 30).fits_gpu(file)
+    assert not opened.expected.fits_gpu(file), "this machine has none"
+    assert SourceGate(expected).check(file, Q.F16).source_verdict.passed
+    assert [notice.code for notice in reporter.said] == [NoticeCode.GPU_UNUSED]
+    assert not reporter.said[0].warning

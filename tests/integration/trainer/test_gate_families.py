@@ -42,9 +42,9 @@ def test_files_of_a_clean_model_pass(
     if family == "qwen3-moe":
         swapped = Path(shutil.copy(tuned.file(tuned.own), tmp_path / "swapped.gguf"))
         swap_experts(swapped, "blk.0.ffn_down_exps.weight")
-        verdict = gate.check(swapped, tuned.own).source_verdict
-        assert not verdict.passed
-        assert "divergence" in verdict.problems[0]
+        found = gate.check(swapped, tuned.own).source_verdict
+        assert not found.passed
+        assert "divergence" in found.problems[0]
     derived = gate.check(tuned.file(tuned.own), tuned.own)
     kinds = (Quantization.Q8_0, Quantization.Q4_K_M)
     checked = [derived.check(tuned.file(kind), kind) for kind in kinds]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
 
 from finetune_trainer.export.reference import MeasuredRow, float32, passes
 from finetune_trainer.export.reference.float32 import load_streamed, logits_of, logits_of_both
-from finetune_trainer.model import ModelFolder
-from finetune_trainer.model.loading import load_model
+from finetune_trainer.model import ModelFolder, loading
+from finetune_trainer.model.loading import MappedWeight, load_model
 from tests.integration.trainer.adapters import save_adapter, save_base
 from tests.integration.trainer.architectures import PACKABLE, VOCABULARY, tiny
 
@@ -41,7 +42,7 @@ def test_it_computes_what_a_loaded_model_does(
     kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, but for the order of sums: blocks of a few rows at a time."""
-    monkeypatch.setattr(float32, "BLOCK_VALUES", 640)
+    monkeypatch.setattr(loading, "BLOCK_VALUES", 640)
     base, adapter = save(kind, tmp_path, dtype)
     loaded = PeftModel.from_pretrained(
         load_model(ModelFolder(base), torch.float32, "cpu"), adapter
@@ -76,13 +77,13 @@ def test_variants_of_lora_are_those_of_peft(variant: str, tmp_path: Path) -> Non
 def test_tuned_and_base_model_share_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each weight is read once for both; with DoRA, which PEFT can't mix, twice."""
     read: list[int] = []
-    blockwise = float32._BLOCKWISE[torch.nn.functional.linear]
+    blockwise = loading._BLOCKWISE[torch.nn.functional.linear]
 
     def counted(*args: Any) -> torch.Tensor:
         read.append(args[1].source.data_ptr())
         return blockwise(*args)
 
-    monkeypatch.setitem(float32._BLOCKWISE, torch.nn.functional.linear, counted)
+    monkeypatch.setitem(loading._BLOCKWISE, torch.nn.functional.linear, counted)
     for variant, times in ((False, 1), (True, 2)):
         base, adapter = save("llama", tmp_path / f"{variant}", torch.bfloat16, use_dora=variant)
         model = load_streamed(ModelFolder(base), adapter)
@@ -122,6 +123,35 @@ def test_a_row_is_computed_alike_alone_and_beside_others(tmp_path: Path) -> None
     torch.testing.assert_close(logits_of(model, ROWS), alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+def test_on_another_device_all_is_computed_there_and_the_weights_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By tensors without values, which torch seldom lets meet others. No GPU has run it.
+
+    Rows of an embedding are chosen where it is, so that ids have to be read there.
+    """
+    base, adapter = save("llama", tmp_path, torch.bfloat16)
+    there = torch.device("meta")
+    monkeypatch.setattr(float32, "best_device", lambda: there)
+    model = load_streamed(ModelFolder(base), adapter)
+    assert isinstance(model, PeftModel)
+    assert {each.device for each in model.parameters()} == {there}
+    assert {each.device for each in model.buffers()} == {there}
+    weights = [each.data for each in model.parameters() if isinstance(each.data, MappedWeight)]
+    assert len(weights) > 20
+    assert {weight.source.device.type for weight in weights} == {"cpu"}
+
+    def embed(ids: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.empty((*ids.shape, weight.shape[1]), device=ids.device)
+
+    monkeypatch.setitem(loading._BLOCKWISE, torch.nn.functional.embedding, embed)
+    plain = cast("PreTrainedModel", model.get_base_model())
+    plain.set_attn_implementation("eager")  # the usual one reads the mask
+    logits = logits_of_both(model, ROWS)
+    assert (logits.device, logits.shape) == (there, (10, VOCABULARY))
+
+
 def test_inputs_of_linear_layers_can_be_watched(tmp_path: Path) -> None:
     base, _ = save("llama", tmp_path, torch.bfloat16)
     model = load_streamed(ModelFolder(base), None)
@@ -156,7 +186,7 @@ def test_the_weights_take_no_memory(smollm2_folder: Path) -> None:
 import torch
 from pathlib import Path
 from finetune_trainer.export.reference.float32 import load_streamed
-from finetune_trainer.model import ModelFolder
+from finetune_trainer.model import ModelFolder, loading
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

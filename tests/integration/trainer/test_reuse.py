@@ -20,7 +20,7 @@ from finetune_trainer.contract import (
     StageResult,
 )
 from finetune_trainer.contract import fingerprint as formula
-from finetune_trainer.export import pipeline
+from finetune_trainer.export import inputs
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder
 from finetune_trainer.store.marker import EXAMPLES, HELD_OUT, open_stage, save_stage, stage_folder
@@ -255,12 +255,12 @@ def test_a_training_refuses_examples_that_are_not_those_of_prepare(
 def test_an_export_refuses_an_adapter_that_is_not_the_trained_one(
     prepared: PreparedRunConfig, output: LocalFolder, adapter: str, tmp_path: Path, name: str
 ) -> None:
-    fetched = pipeline.fetch_inputs(prepared, output, tmp_path / "one")
+    fetched = inputs.fetch_inputs(prepared, output, tmp_path / "one")
     assert (fetched.adapter / "adapter_model.safetensors").is_file()
     assert fetched.examples.held_out is not None
     flip(output, f"{adapter}/{name}")
     refused(
-        lambda: pipeline.fetch_inputs(prepared, output, tmp_path / "two"),
+        lambda: inputs.fetch_inputs(prepared, output, tmp_path / "two"),
         f"{output.uri}/{adapter}/{name}",
         f"{output.uri}/{adapter}/complete.json",
     )
@@ -275,9 +275,9 @@ def test_a_marker_that_lists_files_elsewhere_is_refused(
     wrong = stored.marker.model_copy(update={"files": files})
     output.write(f"{adapter}/complete.json", wrong.model_dump_json().encode())
     refused(
-        lambda: pipeline.fetch_inputs(prepared, output, tmp_path / "workspace"),
+        lambda: inputs.fetch_inputs(prepared, output, tmp_path / "workspace"),
         "is not the file that",
     )
     elsewhere = stored.marker.model_copy(update={"folder": "../other"})
     output.write(f"{adapter}/complete.json", elsewhere.model_dump_json().encode())
-    refused(lambda: pipeline.fetch_inputs(prepared, output, tmp_path / "workspace"), "is no marker")
+    refused(lambda: inputs.fetch_inputs(prepared, output, tmp_path / "workspace"), "is no marker")

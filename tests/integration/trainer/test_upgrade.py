@@ -20,7 +20,7 @@ from finetune_trainer.contract import (
     StageResult,
     TrainingPlan,
 )
-from finetune_trainer.export import pipeline
+from finetune_trainer.export import inputs
 from finetune_trainer.model import base_model
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
@@ -151,7 +151,7 @@ def test_the_stages_after_it_find_their_files(
     resolved = prepare(export={"merged": True, "gguf": []}).resolved
     assert resolved is not None
     run = PreparedRunConfig.model_validate({**config, "resolved": resolved.model_dump()})
-    fetched = pipeline.fetch_inputs(run, output, tmp_path / "export")
+    fetched = inputs.fetch_inputs(run, output, tmp_path / "export")
     stored = TREE / "stages" / "train" / FORMER["train"] / "adapter"
     for file in stored.iterdir():
         assert (fetched.adapter / file.name).read_bytes() == file.read_bytes()

@@ -19,7 +19,8 @@ from finetune_trainer.contract import (
 from finetune_trainer.contract.artifacts import PART_BYTES, Artifact
 from finetune_trainer.contract.verdict import explain_failures
 from finetune_trainer.export.gguf.files import file_name
-from finetune_trainer.export.pipeline import ExportContext, publish_file
+from finetune_trainer.export.gguf_pipeline import publish_file
+from finetune_trainer.export.inputs import ExportContext
 from finetune_trainer.export.publish import Publication
 from finetune_trainer.memory.disk import export_disk, gguf_bytes
 from finetune_trainer.runtime.reporter import Reporter
@@ -62,9 +63,9 @@ def test_a_file_above_the_limit_is_published_in_parts_that_leave_the_disk(tmp_pa
             part_bytes=2 * 16 * 16 * 4,
         )
         verdict = FileVerdict(file=file.name, quantization=Q.Q8_0, quality=FIGURES)
-        served = publish_file(context, file, verdict)
+        publish_file(context, file, verdict, f"gguf/{file.name}")
         publication.commit(lambda files: manifest("fp", files))
-    assert served.name == "model-Q8_0-00001-of-00003.gguf"
+    assert context.first_parts[file].name == "model-Q8_0-00001-of-00003.gguf"
     version = cast("Version", current(output))
     parts = image_files(version, "Q8_0")
     assert [path for _, path in parts] == [f"model-Q8_0-0000{n}-of-00003.gguf" for n in (1, 2, 3)]

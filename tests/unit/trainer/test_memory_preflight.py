@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from finetune_trainer.contract import (
     Export,
+    Notice,
+    NoticeCode,
     PreparedRunConfig,
     Quantization,
     Reason,
     StageError,
 )
 from finetune_trainer.export import export_stage
-from finetune_trainer.export.export_stage import check_memory, check_space, memory_need
+from finetune_trainer.export.export_stage import (
+    check_memory,
+    check_space,
+    memory_need,
+    widths_of,
+)
 from finetune_trainer.export.merge import MergedWeights, TensorInfo
-from finetune_trainer.runtime import GIB
+from finetune_trainer.memory.forecast import STAGE_BYTES, ExportWork, Widths
+from finetune_trainer.runtime import GIB, duration
+from finetune_trainer.runtime.reporter import Reporter
 from tests.unit.trainer.test_memory_shape import config
 
 
@@ -72,6 +83,7 @@ SMALL = Weights(tensor("model.embed_tokens.weight", 1000, 64))
 LARGE = Weights(
     tensor("model.embed_tokens.weight", 128_256, 8192),
     *(tensor(f"model.layers.{n}.mlp.up_proj.weight", 28_672, 8192) for n in range(250)),
+    tensor("model.layers.0.self_attn.k_proj.weight", 1024, 8192),
 )
 EXPERTS = Weights(
     *(
@@ -86,41 +98,81 @@ def have(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_stage, "free_memory", lambda: memory)
 
 
+class Told(Reporter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[Notice] = []
+
+    def notice(self, notice: Notice) -> None:
+        self.said.append(notice)
+
+
+def look(weights: Weights, **export: Any) -> tuple[float, Notice | None]:
+    """What an export of these weights says of its time, on 8 CPUs."""
+    parameters = sum(math.prod(info.shape) for info in weights.infos.values())
+    reporter = Told()
+    work = ExportWork(parameters, Export.model_validate(export))
+    seconds = check_memory(weights, work, 8, reporter)
+    return sum(seconds.values()), next(iter(reporter.said), None)
+
+
 def test_a_pod_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    have(GIB, monkeypatch)
+    have(GIB // 2, monkeypatch)
     with pytest.raises(StageError) as raised:
-        check_memory(SMALL, Export())
+        look(SMALL)
     assert raised.value.reason is Reason.OUT_OF_MEMORY
     assert raised.value.message == (
-        "The export needs 1.5 GiB of memory, and there are 1.0 GiB: set "
-        "spec.stages.export.resources.limits.memory to at least 2Gi."
+        "The export needs 835 MiB of memory, and there are 512 MiB: set "
+        "spec.stages.export.resources.limits.memory to at least 836Mi."
     )
 
 
 def test_a_pod_with_what_the_message_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    have(2 * GIB, monkeypatch)
-    check_memory(SMALL, Export())
+    have(GIB, monkeypatch)
+    assert look(SMALL)[1] is None
 
 
 def test_the_largest_matrix_and_experts_count() -> None:
-    assert memory_need(LARGE, Export()) == 3 * GIB // 2 + 7 * 128_256 * 8192
-    assert memory_need(LARGE, Export(gguf=())) == 3 * GIB // 2
-    weights = 2 * 48 * 128 * 2048 * 768
-    assert memory_need(EXPERTS, Export()) == 3 * GIB // 2 + weights
+    """The converter has a matrix in float32, and transformers stacks experts."""
+    assert memory_need(LARGE, Export()) == 2 * STAGE_BYTES + 7 * 128_256 * 8192
+    assert memory_need(LARGE, Export(gguf=(), verify="off")) == 2 * STAGE_BYTES
     unmeasured = memory_need(EXPERTS, Export(verify="off"))
-    assert unmeasured == 3 * GIB // 2 + 7 * 128 * 2048 * 768  # of one layer
+    assert unmeasured == 2 * STAGE_BYTES + 7 * 128 * 2048 * 768  # of one layer
+    assert memory_need(EXPERTS, Export()) > 2 * STAGE_BYTES + 2 * 48 * 128 * 2048 * 768
 
 
-def test_a_model_that_does_not_fit_says_how_long_it_is_read(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_widths_are_those_of_the_matrices() -> None:
+    weights = Weights(
+        tensor("model.embed_tokens.weight", 1000, 64),
+        tensor("model.norm.weight", 64),
+        *(
+            tensor(f"model.layers.{layer}.{name}.weight", *widths)
+            for layer in range(3)
+            for name, widths in {
+                "self_attn.q_proj": (96, 64),
+                "self_attn.k_proj": (32, 64),
+                "mlp.up_proj": (256, 64),
+                "mlp.down_proj": (64, 256),
+            }.items()
+        ),
+    )
+    assert widths_of(weights) == Widths(1000, 64, 256, 32, 3)
+
+
+def test_a_model_that_does_not_fit_says_how_long_that_takes(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """120 GB in 16 bits, in a pod of 32 GiB, and in one that holds it."""
     have(32 * GIB, monkeypatch)
-    check_memory(LARGE, Export())
-    assert "read from the disk again and again" in caplog.text
-    assert "about 8 minutes each time at 250 MB/s" in caplog.text
-    assert "limits.memory: 120Gi" in caplog.text
-    caplog.clear()
-    have(130 * GIB, monkeypatch)
-    check_memory(LARGE, Export())
-    check_memory(LARGE, Export(verify="off"))
-    assert not caplog.text
+    longer, notice = look(LARGE)
+    assert notice is not None
+    assert notice.code == NoticeCode.MODEL_READ_AGAIN
+    assert not notice.warning
+    have(140 * GIB, monkeypatch)
+    enough, none = look(LARGE)
+    assert none is None
+    assert longer > 1.3 * enough
+    assert f"takes about {duration(longer)}, and {duration(enough)} with" in notice.evidence
+    assert "limits.memory to 119Gi" in notice.remedy
+    have(32 * GIB, monkeypatch)
+    assert look(LARGE, verify="off")[1] is None

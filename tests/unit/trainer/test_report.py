@@ -385,3 +385,17 @@ def test_an_adapter_that_it_went_on_from_is_told() -> None:
     text = Page(render_report(given)).text
     assert "Went on from the adapter s3://models/faq/versions/0123456789ab" in text
     assert "sha256:ab" in text
+
+
+def test_a_prompt_without_time_is_called_so() -> None:
+    """And not one that the model didn't end."""
+    asked, *others = gate().samples
+    silent = tuple(each.model_copy(update={"tuned": None, "stopped": False}) for each in others)
+    given = facts(gate=gate(samples=(asked, *silent)))
+    words = f"{len(silent)} of {len(silent) + 1} prompts were not asked, since no time was left."
+    page = Page(render_report(given))
+    assert words in page.text
+    assert page.text.count("(not asked)") == len(silent)
+    assert "did not stop" not in page.text
+    assert words in render_card(given)
+    assert "not asked" not in render_card(facts())

@@ -14,7 +14,7 @@ from finetune_trainer.contract.run import JobReference
 
 
 class NoticeCode(StrEnum):
-    """What the training noticed about itself, or did about it."""
+    """What the training noticed about itself, or did about it; and what an export's pod lacks."""
 
     LOSS_RISING = "LossRising"
     LOSS_FLAT = "LossFlat"
@@ -30,12 +30,20 @@ class NoticeCode(StrEnum):
 
     BEYOND_CONTEXT = "BeyondContext"
     ENGINE_FALLBACK = "EngineFallback"
+    MODEL_READ_AGAIN = "ModelReadAgain"
+    GPU_UNUSED = "GpuUnused"
+
     EARLY_STOPPED = "EarlyStopped"
     RESUMED = "Resumed"
 
 
-NEWS = {NoticeCode.EARLY_STOPPED, NoticeCode.RESUMED}
-"""What went as it should."""
+NEWS = {
+    NoticeCode.EARLY_STOPPED,
+    NoticeCode.RESUMED,
+    NoticeCode.MODEL_READ_AGAIN,
+    NoticeCode.GPU_UNUSED,
+}
+"""What is no fault of the training: it went as it should, or is about the export's time."""
 
 
 class Notice(Base):

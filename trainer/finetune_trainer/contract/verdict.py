@@ -107,9 +107,9 @@ class Sample(Base):
     base: str | None = None
     """The base model's answer; None where it was not asked."""
 
-    tuned: str
+    tuned: str | None = None
     """The answer of the smallest GGUF file that passed, or of the merged model where there is no
-    such file."""
+    such file; None where no time was left to ask it."""
 
     stopped: bool
     """Whether the tuned model ended its answer itself."""

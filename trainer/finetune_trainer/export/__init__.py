@@ -1,8 +1,9 @@
 """Export: turn the adapter into files that people can serve.
 
-export_stage  artifacts and manifest into the store
-pipeline      what the stages before left; the merged model and GGUF files, each checked and
-              published when it is finished
+export_stage   artifacts and manifest into the store
+pipeline       the merged model and GGUF files, each checked and published when it is finished
+gguf_pipeline  the part of the GGUF files
+inputs         what the stages before left, and what an export works with
 
 Its folders, in the order of the data:
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import math
 import platform
 import re
@@ -12,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from finetune_trainer.contract import (
     Artifact,
@@ -21,6 +20,8 @@ from finetune_trainer.contract import (
     GateReport,
     Lineage,
     Manifest,
+    Notice,
+    NoticeCode,
     PreparedRunConfig,
     Quantization,
     Reason,
@@ -33,34 +34,43 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.contract.artifacts import PART_BYTES
 from finetune_trainer.contract.verdict import explain_failures
-from finetune_trainer.export.merge import MergedWeights
-from finetune_trainer.export.pipeline import (
-    MERGED,
+from finetune_trainer.export.gate.kept import KeptFigures
+from finetune_trainer.export.inputs import (
     AddFile,
     ExportContext,
     ExportInputs,
     fetch_examples,
     fetch_inputs,
-    make_models,
     open_tuned_model,
     publish_folder,
 )
+from finetune_trainer.export.merge import MergedWeights
+from finetune_trainer.export.pipeline import MERGED, make_models
 from finetune_trainer.export.publish import Publication, Published, Sign, finish
 from finetune_trainer.export.publish.hub_push import check_token, push
 from finetune_trainer.export.publish.oci_push import push_images, read_login
 from finetune_trainer.export.publish.signing import signer_for
 from finetune_trainer.export.report import Facts, license_of, write_model_card, write_report
 from finetune_trainer.memory.disk import check_disk, export_disk
+from finetune_trainer.memory.forecast import (
+    ExportWork,
+    Machine,
+    Widths,
+    export_bytes,
+    forecast,
+)
 from finetune_trainer.memory.machine import free_memory
 from finetune_trainer.model import ModelFolder, base_model
+from finetune_trainer.model.loading import available_cpus
 from finetune_trainer.model.shape import Shape
-from finetune_trainer.runtime import GIB, binary, size, timestamp
+from finetune_trainer.runtime import binary, duration, size, timestamp
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import MANIFEST, check_owner
 from finetune_trainer.store.pruning import prune
 from finetune_trainer.store.versions import Version, manifest_of, summarize_versions, version_name
 
+UNKNOWN_PARAMETERS = 1e9
 MODEL_CARD, REPORT = "README.md", "report.html"
 _PACKAGES = ("finetune-operator", "torch", "transformers", "trl", "peft", "llama-cpp-python")
 
@@ -71,6 +81,7 @@ class ExportRun:
     inputs: ExportInputs
     workspace: Path
     publication: Publication
+    kept: KeptFigures
     reporter: Reporter
 
     @property
@@ -128,7 +139,8 @@ def make_and_publish(
     inputs = fetch_inputs(config, output, workspace)
     fingerprint = config.resolved.fingerprints.export
     with Publication(output, fingerprint, reporter) as publication:
-        manifest = make_all(ExportRun(config, inputs, workspace, publication, reporter))
+        kept = KeptFigures(output, fingerprint)
+        manifest = make_all(ExportRun(config, inputs, workspace, publication, kept, reporter))
         check_owner(output, config.output, config.job)  # hours may have passed
         return publication.commit(lambda files: encoded(manifest, files), sign)
 
@@ -137,12 +149,15 @@ def make_all(export: ExportRun) -> Manifest:
     """Make all files; returns the manifest but for their list."""
     config, inputs = export.config, export.inputs
     export.result.mkdir()
+    work = expected_work(config, inputs.training)
+    export.reporter.expect_work(forecast(work, Machine(available_cpus())))
     if config.training.method != "full":
         publish_folder(export.publication.add, inputs.adapter)
     export.publication.add(inputs.dataset_report, inputs.dataset_report.name)
     base, gate = None, GateReport()
     if config.export.merged or config.export.merged_fp8 or config.export.gguf:
-        base = base_model.fetch_resolved(config, export.workspace / "model", export.reporter)
+        with export.reporter.part("fetch"):
+            base = base_model.fetch_resolved(config, export.workspace / "model", export.reporter)
         gate = make_from(export, base)
     manifest = Manifest(
         fingerprint=config.resolved.fingerprints.export,
@@ -158,12 +173,28 @@ def make_all(export: ExportRun) -> Manifest:
     return manifest
 
 
+def expected_work(config: RunConfig, trained: TrainingRecord) -> ExportWork:
+    """What has to be done; of a model of unknown size, as for one of UNKNOWN_PARAMETERS."""
+    return ExportWork(
+        trained.metrics.base_parameters or UNKNOWN_PARAMETERS,
+        config.export,
+        adapter=config.training.method != "full",
+        downloads=not PurePosixPath(config.model.source).is_absolute(),
+    )
+
+
 def make_from(export: ExportRun, base: ModelFolder) -> GateReport:
     """Write the merged model and GGUF files. Each is uploaded when it is finished."""
     config, inputs = export.config, export.inputs
     folder = (export.result if config.export.merged else export.workspace) / MERGED
     model = open_tuned_model(config, base, inputs.adapter, folder)
-    check_memory(model.weights, config.export)
+    work = replace(
+        expected_work(config, inputs.training),
+        parameters=sum(math.prod(info.shape) for info in model.weights.infos.values()),
+        own=model.files.own_type,
+    )
+    seconds = check_memory(model.weights, work, available_cpus(), export.reporter)
+    export.reporter.expect_work(seconds)
     check_space(config, base.path, export.workspace, model.files.own_type)
     context = ExportContext(
         config=config,
@@ -175,6 +206,8 @@ def make_from(export: ExportRun, base: ModelFolder) -> GateReport:
         reporter=export.reporter,
         discard=export.publication.discard,
         part_bytes=PART_BYTES,
+        kept=export.kept,
+        uploads=export.publication,
     )
     return make_models(context)
 
@@ -284,18 +317,9 @@ def reason_of(files: Sequence[Artifact]) -> Reason:
     return Reason.QUALITY_GATE_FAILED if bad else Reason.SUCCEEDED
 
 
-log = logging.getLogger(__name__)
-
-MEMORY_BYTES = 3 * GIB // 2
-"""For all processes of an export, beside mapped files: 1.16 GB were measured with the gate, an
-importance matrix and the adapter's file at 1.07 billion parameters; layers are streamed."""
-
-CONVERTING_BYTES = 7
-"""For each value of the largest tensor while the converter writes it: in float32, in 16 bits, and
-in part once more."""
-
 EXPERT = re.compile(r"\.experts\.\d+\.")
-DISK_RATE = 250 * 10**6  # bytes a second, of a usual volume
+LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+KEYS = re.compile(r"\.k_proj\.|\.key\.")
 
 
 def memory_need(weights: MergedWeights, export: Export) -> int:
@@ -309,16 +333,35 @@ def memory_need(weights: MergedWeights, export: Export) -> int:
     for info in weights.infos.values():
         values[EXPERT.sub(".experts.", info.name)] += math.prod(info.shape)
         experts += info.nbytes if EXPERT.search(info.name) else 0
-    if not export.gguf:
-        return MEMORY_BYTES
-    converting = CONVERTING_BYTES * max(values.values(), default=0)
-    return MEMORY_BYTES + max(converting, 0 if export.verify == "off" else experts)
+    largest = max(values.values(), default=0)
+    return export_bytes(widths_of(weights), export, largest, experts)
 
 
-def check_memory(weights: MergedWeights, export: Export) -> None:
-    """Raise StageError(OutOfMemory) when the pod has less than an export takes; and say so where
-    it will take long, since the files don't fit into what is left."""
-    free, need = free_memory(), memory_need(weights, export)
+def widths_of(weights: MergedWeights) -> Widths:
+    """Of a model, by the shapes of its matrices."""
+    matrices = {info.name: info.shape for info in weights.infos.values() if len(info.shape) == 2}
+    inside = {name: shape for name, shape in matrices.items() if LAYER.search(name)}
+    outside = [shape for name, shape in matrices.items() if name not in inside]
+    vocabulary, hidden = max(outside, default=(0, 0))
+    keys = [rows for name, (rows, _) in inside.items() if KEYS.search(name)]
+    return Widths(
+        vocabulary=vocabulary,
+        hidden=hidden,
+        mlp=max((rows for rows, _ in inside.values()), default=0),
+        key_value=max(keys, default=hidden),
+        layers=len(set(LAYER.findall("".join(f"{name} " for name in inside)))),
+    )
+
+
+def check_memory(
+    weights: MergedWeights, work: ExportWork, cpus: int, reporter: Reporter
+) -> dict[str, float]:
+    """How long each part of the export takes with the memory of this pod, in seconds.
+
+    Says so where the files don't fit into what is left of it, since it takes longer then. Raises
+    StageError(OutOfMemory) when the pod has less than an export takes.
+    """
+    free, need = free_memory(), memory_need(weights, work.export)
     if free < need:
         raise StageError(
             Reason.OUT_OF_MEMORY,
@@ -326,15 +369,19 @@ def check_memory(weights: MergedWeights, export: Export) -> None:
             f"spec.stages.export.resources.limits.memory to at least {binary(need, up=True)}.",
         )
     largest = sum(info.nbytes for info in weights.infos.values())
-    if export.gguf and export.verify != "off" and free - need < largest:
-        log.warning(
-            "The model has %s in 16 bits. What doesn't fit into memory is read from the disk again "
-            "and again, about %d minutes each time at 250 MB/s. With "
-            "spec.stages.export.resources.limits.memory: %s it is read once",
-            size(largest),
-            max(1, round(largest / DISK_RATE / 60)),
-            binary(need + largest, up=True),
+    seconds = forecast(work, Machine(cpus, free - need))
+    longer, enough = sum(seconds.values()), sum(forecast(work, Machine(cpus)).values())
+    if longer > enough:
+        notice = Notice(
+            code=NoticeCode.MODEL_READ_AGAIN,
+            evidence=f"The model has {size(largest)} in 16 bits, and {size(free - need)} of memory "
+            f"are left for it, so that it is read from the disk again and again: the export takes "
+            f"about {duration(longer)}, and {duration(enough)} with enough memory",
+            remedy="Set spec.stages.export.resources.limits.memory to "
+            f"{binary(need + largest, up=True)}, or wait.",
         )
+        reporter.notice(notice)
+    return seconds
 
 
 def check_space(config: RunConfig, base: Path, workspace: Path, own: Quantization) -> None:

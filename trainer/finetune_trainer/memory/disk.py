@@ -147,6 +147,11 @@ def export_disk(
     return DiskNeed(model=model_bytes, work=work)
 
 
+def file_bytes(parameters: float, kind: Quantization) -> float:
+    """About the size of a GGUF file of which no more is known than its parameters."""
+    return parameters * _BITS[kind][0] / 8
+
+
 def gguf_bytes(shape: Shape, kind: Quantization) -> int:
     """Size of a GGUF file, without the vocabulary's few megabytes."""
     linear, output = _BITS[kind]

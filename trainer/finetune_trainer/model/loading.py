@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers.utils.logging import disable_progress_bar
 
 from finetune_trainer.model import ModelFolder
@@ -153,3 +155,142 @@ def _keep_weights_in_place(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+# --- Weights that stay in their files -----------------------------------------------------------
+
+BLOCK_VALUES = 1 << 24
+"""Values of a weight that are float32 at a time: 64 MiB."""
+
+
+class MappedWeight(torch.Tensor):
+    """A float32 tensor that converts its values from another one, of any floating type, when read.
+
+    Linear layers and embeddings read it by blocks. Every other operation gets all of it in float32.
+    It can't be trained.
+    """
+
+    source: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, source: torch.Tensor, device: torch.device | None = None) -> MappedWeight:
+        """Wrap `source`, which is read and never written; values come to `device`."""
+        made: MappedWeight = torch.Tensor._make_wrapper_subclass(
+            cls,
+            source.shape,
+            dtype=torch.float32,
+            device=device or source.device,
+            requires_grad=False,
+        )
+        made.source = source
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
+        """In float32, to be written to: PEFT's copy of a module that was trained as a whole."""
+        made = torch.nn.Parameter(_whole(self), requires_grad=False)
+        memo[id(self)] = made
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        blockwise = _BLOCKWISE.get(func)
+        if blockwise is not None:
+            return blockwise(*args, **(kwargs or {}))
+        del types
+        with torch._C.DisableTorchFunctionSubclass():  # what comes out is an ordinary tensor
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override] # torch calls it with the class and function
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        if func is torch.ops.aten.detach.default:
+            return MappedWeight(args[0].source, args[0].device)
+        args, kwargs = tree_map(_whole, (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+
+def _whole(value: Any) -> Any:
+    if not isinstance(value, MappedWeight):
+        return value
+    return value.source.to(value.device).float()
+
+
+def _linear(
+    x: torch.Tensor, weight: MappedWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x·Wᵀ + b, where W (out, in) is converted by blocks of rows."""
+    source = weight.source
+    out = x.new_empty((*x.shape[:-1], source.shape[0]))
+    rows = max(1, BLOCK_VALUES // source.shape[1])
+    for start in range(0, source.shape[0], rows):
+        block = source[start : start + rows].to(x.device).float()
+        out[..., start : start + rows] = torch.nn.functional.linear(x, block)
+    return out if bias is None else out.add_(bias)
+
+
+def _embedding(ids: torch.Tensor, weight: MappedWeight, *_: Any, **__: Any) -> torch.Tensor:
+    """The rows of the tokens. The other arguments of torch's embedding matter in training only."""
+    return weight.source[ids.to(weight.source.device)].to(ids.device).float()
+
+
+_BLOCKWISE: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
+    torch.nn.functional.linear: _linear,
+    torch.nn.functional.embedding: _embedding,
+}
+
+
+@torch.no_grad()
+def compute_in_float32(model: PreTrainedModel, device: torch.device) -> None:
+    """Let a loaded model compute in float32 on a device, while its weights stay where they are."""
+    seen: dict[int, torch.nn.Parameter] = {}  # tied weights stay tied
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_floating_point():
+                continue
+            if id(parameter) not in seen:
+                seen[id(parameter)] = _in_float32(parameter, device)
+            module._parameters[name] = seen[id(parameter)]
+    _compute_buffers_anew(model)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    model.config.dtype = torch.float32
+
+
+def _in_float32(parameter: torch.nn.Parameter, device: torch.device) -> torch.nn.Parameter:
+    # Small ones (norms, biases) are converted once: operations read all of them, again and again.
+    data = parameter.data
+    value = MappedWeight(data, device) if data.dim() > 1 else data.float().to(device)
+    return torch.nn.Parameter(value, requires_grad=False)
+
+
+def _compute_buffers_anew(model: PreTrainedModel) -> None:
+    """Let the model compute its constants in float32, such as Gemma 3's scale of embeddings.
+
+    In a 16-bit model they are rounded to its type. Parameters are marked as loaded, so that the
+    initialisation leaves them alone.
+    """
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    for module in model.modules():
+        rounded = [
+            name
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.dtype in (torch.bfloat16, torch.float16)
+        ]
+        for name in rounded:
+            module._buffers[name] = cast("torch.Tensor", module._buffers[name]).float()
+        if rounded:
+            cast("Any", model)._init_weights(module)

@@ -24,7 +24,8 @@ from typing import IO
 from finetune_trainer.contract import Reason
 from finetune_trainer.contract.base import names_secret, names_user
 from finetune_trainer.runtime.endings import MemoryFullError
-from finetune_trainer.runtime.reporter import Reporter, Transfer
+from finetune_trainer.runtime.reporter import Reporter
+from finetune_trainer.runtime.work import Transfer
 
 OnProgress = Callable[[int, int], None]
 """Called with what is done and the total, in a unit of the child's."""
@@ -228,9 +229,13 @@ def as_transfer(reporter: Reporter | None, what: str) -> OnProgress | None:
 
 
 def as_steps(reporter: Reporter | None) -> OnProgress | None:
-    """What shows a child's progress in percent, and how long the rest takes at that pace."""
+    """What shows a child's progress in percent, and how long the rest takes at that pace; or as
+    that of the part of the work that this thread does."""
     if reporter is None:
         return None
+    if share := reporter.share_of_part():
+        of_part = share
+        return lambda done, total: of_part(done / max(total, 1))
     shown, began = reporter, time.monotonic()
 
     def show(done: int, total: int) -> None:
@@ -244,11 +249,12 @@ class _ShownTransfer:
     def __init__(self, reporter: Reporter, what: str) -> None:
         self._reporter = reporter
         self._what = what
+        self._share = reporter.share_of_part()
         self._transfer: Transfer | None = None
         self._done = 0
 
     def __call__(self, done: int, total: int) -> None:
         if self._transfer is None:
-            self._transfer = self._reporter.transfer(self._what, total)
+            self._transfer = Transfer(self._reporter, self._what, total, self._share)
         self._transfer(done - self._done)
         self._done = done

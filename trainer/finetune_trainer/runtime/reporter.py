@@ -10,12 +10,17 @@ import logging
 import math
 import os
 import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
 from finetune_trainer.contract import JobReference, Notice, Progress, Stage, status_path
 from finetune_trainer.contract.base import redact
-from finetune_trainer.runtime import duration, perplexity, size, timestamp
+from finetune_trainer.runtime import duration, perplexity, timestamp
+from finetune_trainer.runtime.work import Transfer, Work
 
 if TYPE_CHECKING:
     import httpx
@@ -27,6 +32,8 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 # Set by the operator: the Job of this pod, by which it knows whose notices it reads.
 JOB_VARIABLE = "FINETUNE_JOB"
 NOTICE_LIMIT = 20  # the last so many stand in status.progress; all are in the log
+
+_PART: ContextVar[str | None] = ContextVar("part", default=None)  # of the work, by this thread
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +62,9 @@ class Reporter:
         self._interval = interval
         self._heartbeat = heartbeat
         self._begun = False
+        self._work: Work | None = None
+        self._percent = 0
+        self._work_lock = threading.Lock()
         self._changes = Progress()  # not published yet
         self._notices: tuple[Notice, ...] = ()
         self._dirty = threading.Event()
@@ -70,6 +80,7 @@ class Reporter:
 
         What the training reported last (loss, notices) stays, except for `train`.
         """
+        self._work = None
         log.info("%s", message)
         # One update, so that nobody sees the new stage with the message of the one before.
         changes = Progress(
@@ -107,6 +118,56 @@ class Reporter:
         """Say what is being done, in the log and in the status."""
         log.info("%s", text)
         self.update(Progress(message=text))
+
+    def expect_work(self, seconds: Mapping[str, float]) -> None:
+        """The stage's parts, with the seconds that each should take.
+
+        From then on, percent and ETA are of all of them together; `part` says which is at work.
+        When more is known, it can be called again: percent never goes back.
+        """
+        if self._work:
+            self._work.reweigh(seconds)
+        else:
+            self._work, self._percent = Work(seconds), 0
+        self._show_work(self._work)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What this thread does is that part of the work, which is done when the block is."""
+        before = _PART.set(name)
+        try:
+            yield
+        finally:
+            _PART.reset(before)
+        self._advance(name, 1.0)
+
+    def skip(self, parts: Iterable[str]) -> None:
+        """Parts that needn't be done."""
+        if self._work:
+            for name in parts:
+                self._work.skip(name)
+            self._show_work(self._work)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Of the work, by their names."""
+        return self._work.parts if self._work else ()
+
+    def share_of_part(self) -> Callable[[float], None] | None:
+        """What takes the share that is done of this thread's part; None where it does none."""
+        name = _PART.get()
+        return partial(self._advance, name) if self._work and name else None
+
+    def _advance(self, name: str, share: float) -> None:
+        if self._work:
+            self._work.advance(name, share)
+            self._show_work(self._work)
+
+    def _show_work(self, work: Work) -> None:
+        with self._work_lock:
+            self._percent = max(self._percent, min(99, int(100 * work.share)))
+            percent, eta = f"{self._percent}%", duration(work.seconds_left)
+            self.update(Progress(step=None, total_steps=None, percent=percent, eta=eta))
 
     def steps(self, step: int, total: int, *, eta_seconds: float | None = None) -> None:
         self.update(
@@ -187,7 +248,7 @@ class Reporter:
 
     def transfer(self, what: str, total_bytes: int) -> Transfer:
         """Count bytes of a download or upload; the message shows the share."""
-        return Transfer(self, what, total_bytes)
+        return Transfer(self, what, total_bytes, self.share_of_part())
 
     def close(self) -> None:
         """Send what is left, for some seconds at most."""
@@ -241,31 +302,6 @@ class Reporter:
             self._failed = False
 
 
-class Transfer:
-    """Shows how far a download or upload is; called with bytes, from any thread."""
-
-    def __init__(self, reporter: Reporter, what: str, total_bytes: int) -> None:
-        self._reporter = reporter
-        self._what = what
-        self._total = max(total_bytes, 1)
-        self._done = 0
-        self._lock = threading.Lock()
-        self._logged_percent = 0
-        reporter.message(f"{what} ({size(total_bytes)})")
-
-    def __call__(self, count: int) -> None:
-        with self._lock:
-            self._done += count
-            percent = min(100 * self._done // self._total, 100)
-            loud = percent >= self._logged_percent + 25 and self._total > 100 << 20
-            if loud:
-                self._logged_percent = percent
-        text = f"{self._what}: {percent}% of {size(self._total)}"
-        if loud:
-            log.info("%s", text)
-        self._reporter.update(Progress(message=text))
-
-
 class ApiServer:
     """Patches status.progress of one FineTuneJob with the pod's own token."""
 
@@ -306,6 +342,11 @@ class ApiServer:
 
         context = ssl.create_default_context(cafile=str(self._account / "ca.crt"))
         return self._httpx.Client(verify=context, timeout=REQUEST_SECONDS, trust_env=False)
+
+
+def part_of(reporter: Reporter | None, name: str) -> AbstractContextManager[None]:
+    """As Reporter.part, where somebody looks."""
+    return reporter.part(name) if reporter else nullcontext()
 
 
 def reporter_for(job: JobReference | None, account: Path = SERVICE_ACCOUNT) -> Reporter:

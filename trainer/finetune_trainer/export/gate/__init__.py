@@ -1,6 +1,6 @@
 """Whether a model file is what it should be: the gates, in the order in which the files are made.
 
-    source_gate = SourceGate.open(inputs, workspace)   # asks the tuned model, and the merged one
+    source_gate = SourceGate.ask(expect(inputs, workspace), kept)   # the tuned model
     source_gate.check_merged(kind)
     gate = source_gate.check(file, kind)     # the file that all others are made of
     gate.check(other_file, other_kind)
@@ -15,6 +15,7 @@ where the gate itself can't work. With `verify: off` it looks at nothing and pas
 expected     what the training left, and a file held against it
 rows         the rows that files are measured on, and samples of them
 file_checks  header, sizes, types and metadata; the same tokens, template and end as in training
+kept         what earlier attempts have measured
 thresholds   how much a type may lose, by the model's size, and what figures show of it
 """
 
@@ -22,7 +23,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -32,6 +34,8 @@ from finetune_trainer.contract import (
     Export,
     FileVerdict,
     GateReport,
+    Notice,
+    NoticeCode,
     Quantization,
     Reason,
     Sample,
@@ -41,16 +45,25 @@ from finetune_trainer.export import llama
 from finetune_trainer.export.gate import file_checks
 from finetune_trainer.export.gate.expected import Expected, GateInputs, llama_threads, verdict_on
 from finetune_trainer.export.gate.file_checks import tokens_of
-from finetune_trainer.export.gate.rows import MeasuredRows, Prompt, choose_rows, prompts_of
+from finetune_trainer.export.gate.kept import KeptFigures
+from finetune_trainer.export.gate.rows import Prompt, choose_rows, prompts_of
 from finetune_trainer.export.gguf.header import Header, HeaderError
 from finetune_trainer.export.llama import GenerateAnswer, GenerateRequest, LlamaError
 from finetune_trainer.export.reference import Generated, Reference, ReferenceRequest
 from finetune_trainer.export.reference.float32 import compute_reference
+from finetune_trainer.memory.machine import find_gpus
 from finetune_trainer.model.tokenizer import load_tokenizer, other_tokens, rows_read_otherwise
 from finetune_trainer.runtime.child import as_steps
 
 SAMPLE_TOKENS = 128
 SAMPLE_SECONDS = 300.0  # for all answers of one model together, prompts included
+
+GPU_UNUSED = Notice(
+    code=NoticeCode.GPU_UNUSED,
+    evidence="The export's pod has a GPU, and llama.cpp in this image was built without one: its "
+    "files are checked on the CPU",
+    remedy="Build the trainer's image with CMAKE_ARGS=-DGGML_CUDA=ON, or leave the GPU to others.",
+)
 
 log = logging.getLogger(__name__)
 
@@ -64,31 +77,16 @@ class SourceGate:
 
     @classmethod
     def open(cls, inputs: GateInputs, workspace: Path) -> SourceGate:
-        """Choose the rows, and run the models over them unless export.verify is off.
+        """Choose the rows, and run the models over them. Raises StageError when that fails."""
+        return cls.ask(expect(inputs, workspace), KeptFigures())
 
-        `workspace` takes three files of 2 bytes for each token (512 at most) and entry of the
-        vocabulary. Raises StageError when the model can't be run.
+    @classmethod
+    def ask(cls, expected: Expected, kept: KeptFigures) -> SourceGate:
+        """Run the models over the rows, unless an earlier attempt did or export.verify is off.
+
+        Raises StageError when that fails.
         """
-        workspace.mkdir(parents=True, exist_ok=True)
-        base, off = inputs.base, inputs.export.verify == "off"
-        # As the training loads it: without a config.json beside it, which an adapter lacks,
-        # transformers takes another class for some families, with other tokens (Mistral, Phi-3).
-        tokenizer = load_tokenizer(base)
-        rows = choose_rows(tokenizer, () if off else inputs.examples, inputs.names)
-        prompts = prompts_of(tokenizer, rows.examples)
-        config = AutoConfig.from_pretrained(base.path, trust_remote_code=base.trust_remote_code)
-        return cls(
-            Expected(
-                inputs=inputs,
-                tokenizer=tokenizer,
-                rows=rows,
-                text=file_checks.trained_text(tokenizer, rows),
-                context_length=getattr(config.get_text_config(), "max_position_embeddings", None),
-                reference=_ask_models(inputs, rows, prompts, workspace) if rows.measured else None,
-                prompts=prompts,
-                workspace=workspace,
-            )
-        )
+        return cls(replace(expected, reference=_reference(expected, kept)))
 
     def check_merged(self, kind: Quantization) -> FileVerdict | None:
         """Look at the merged model, whose weights are of that type; None where none was given."""
@@ -110,7 +108,9 @@ class SourceGate:
     def merged_samples(self) -> tuple[Sample, ...]:
         """What the merged model answered, where there is no GGUF file to ask."""
         reference = self.expected.reference
-        return _samples(self.expected.prompts, reference.answers if reference else ())
+        if reference is None or self.expected.inputs.merged is None:
+            return ()
+        return _samples(self.expected.prompts, reference.answers)
 
     def check(self, file: Path, kind: Quantization) -> DerivedGate:
         """Look at the source file; returns the gate of the files that are made of it."""
@@ -132,6 +132,8 @@ class SourceGate:
         gate = DerivedGate(expected, file, found.verdict, found.alike)
         for notice in gate.notices:
             log.warning("%s", notice)
+        if expected.gpu_memory and found.gpu is False and expected.inputs.reporter:
+            expected.inputs.reporter.notice(GPU_UNUSED)
         return gate
 
     def report(self, samples: Sequence[Sample] = ()) -> GateReport:
@@ -186,7 +188,10 @@ class DerivedGate:
             return  # the verdict on the source file says it
 
     def check_adapter(self, file: Path) -> FileVerdict:
-        """The adapter alone: taken away from the source file, it has to leave the base model."""
+        """The adapter alone: taken away from the source file, it has to leave the base model.
+
+        It is measured on a few rows.
+        """
         kind, shown, problems = self.source_verdict.quantization, None, list[str]()
         if self.expected.export.verify == "off":
             return FileVerdict(file=file.name, quantization=Quantization.F32)
@@ -195,9 +200,11 @@ class DerivedGate:
                 problems += _adapter_problems(header)
             if not problems:
                 reference = self.expected.reference
-                base = reference.base_file if reference else None
-                found = self.expected.compare(self.source, base, without_adapter=file)
-                shown = self.expected.judge(found.measurement, kind, self.kept, of_tuned=False)
+                base, few = reference.base_file if reference else None, self.expected.rows.few
+                found = self.expected.compare(self.source, base, without_adapter=file, places=few)
+                shown = self.expected.judge(
+                    found.measurement, kind, self.kept, of_tuned=False, places=few
+                )
         except HeaderError as error:
             problems = [f"{error}"]
         except LlamaError as error:
@@ -222,6 +229,7 @@ class DerivedGate:
             seconds=SAMPLE_SECONDS,
             without_adapter=without_adapter,
             threads=llama_threads(),
+            gpu=self.expected.fits_gpu(file),
         )
         try:
             steps = as_steps(self.expected.inputs.reporter)
@@ -246,27 +254,58 @@ class DerivedGate:
         )
 
 
+def expect(inputs: GateInputs, workspace: Path) -> Expected:
+    """Choose the rows that files are measured on; none where export.verify is off.
+
+    `workspace` takes three files of 2 bytes for each token (512 at most) and entry of the
+    vocabulary.
+    """
+    workspace.mkdir(parents=True, exist_ok=True)
+    base, off = inputs.base, inputs.export.verify == "off"
+    # As the training loads it: without a config.json beside it, which an adapter lacks,
+    # transformers takes another class for some families, with other tokens (Mistral, Phi-3).
+    tokenizer = load_tokenizer(base)
+    rows = choose_rows(tokenizer, () if off else inputs.examples, inputs.names)
+    config = AutoConfig.from_pretrained(base.path, trust_remote_code=base.trust_remote_code)
+    return Expected(
+        inputs=inputs,
+        tokenizer=tokenizer,
+        rows=rows,
+        text=file_checks.trained_text(tokenizer, rows),
+        context_length=getattr(config.get_text_config(), "max_position_embeddings", None),
+        reference=None,
+        prompts=prompts_of(tokenizer, rows.examples),
+        workspace=workspace,
+        gpu_memory=min((gpu.memory_bytes for gpu in find_gpus().usable), default=0),
+    )
+
+
 def rejects(export: Export, verdict: FileVerdict) -> bool:
     """Whether a file has to be kept apart; with `verify: warn` none has."""
     return not verdict.passed and export.verify != "warn"
 
 
-def _ask_models(
-    inputs: GateInputs, rows: MeasuredRows, prompts: Sequence[Prompt], workspace: Path
-) -> Reference:
-    asked = [] if inputs.export.gguf or inputs.merged is None else prompts
+def _reference(expected: Expected, kept: KeptFigures) -> Reference | None:
+    inputs, rows = expected.inputs, expected.rows
+    if not rows.measured:
+        return None
+    asked = () if inputs.export.gguf or inputs.merged is None else expected.prompts
     request = ReferenceRequest(
         base=inputs.base,
         adapter=inputs.adapter,
         rows=rows.measured,
-        tuned_file=workspace / "reference-tuned.npy",
-        base_file=workspace / "reference-base.npy",
+        tuned_file=expected.workspace / "reference-tuned.npy",
+        base_file=expected.workspace / "reference-base.npy",
         merged=inputs.merged,
         prompts=tuple(prompt.ids for prompt in asked),
         answer_tokens=SAMPLE_TOKENS,
         answer_seconds=SAMPLE_SECONDS,
     )
+    if kept.reference:
+        log.info("The tuned model was asked by an earlier attempt")
+        return Reference.of(request, kept.reference)
     reference = compute_reference(request, as_steps(inputs.reporter))
+    kept.add_reference(reference.answer, [request.tuned_file, request.base_file])
     log.info(
         "The gate measures on %d tokens of %d rows: perplexity %.4g%s",
         rows.tokens,
@@ -282,17 +321,20 @@ def _samples(
     tuned: Sequence[Generated | None],
     base: Sequence[Generated | None] = (),
 ) -> tuple[Sample, ...]:
-    """Those that there was time to ask."""
-    found = []
-    for number, (prompt, answer) in enumerate(zip(prompts, tuned, strict=False)):
-        if answer is None:
-            continue
-        before = base[number] if base else None
-        found.append(prompt.sample(before.text if before else None, answer.text, answer.stopped))
-    cut = sum(not sample.stopped for sample in found)
+    """Prompts with their answers; a model that had no time for one has none."""
+    found = tuple(
+        prompt.sample(before.text if before else None, after)
+        for prompt, before, after in zip_longest(prompts, base, tuned)
+    )
+    asked = [sample for sample in found if sample.tuned is not None]
+    cut = sum(not sample.stopped for sample in asked)
     if cut:
-        log.warning("%d of %d answers did not end within %d tokens", cut, len(found), SAMPLE_TOKENS)
-    return tuple(found)
+        log.warning("%d of %d answers did not end within %d tokens", cut, len(asked), SAMPLE_TOKENS)
+    if len(asked) < len(found):
+        log.warning(
+            "%d of %d prompts were not asked: no time was left", len(found) - len(asked), len(found)
+        )
+    return found
 
 
 def _report(expected: Expected, kept: Sequence[bool], **found: object) -> GateReport:

@@ -23,6 +23,8 @@ from finetune_trainer.model.loading import available_cpus
 from finetune_trainer.runtime.child import as_steps
 from finetune_trainer.runtime.reporter import Reporter
 
+GPU_SPARE = 2 << 30  # bytes for keys, values, logits and the driver
+
 log = logging.getLogger(__name__)
 
 
@@ -66,6 +68,8 @@ class Expected:
 
     prompts: tuple[Prompt, ...]
     workspace: Path
+    gpu_memory: int = 0
+    """Bytes of the pod's GPU, if it has one."""
 
     @property
     def export(self) -> Export:
@@ -76,6 +80,11 @@ class Expected:
         """Where the source file's log-probabilities are kept."""
         return self.workspace / "source.npy"
 
+    def fits_gpu(self, file: Path) -> bool:
+        """Whether a file with what it takes to run it fits into the GPU's memory."""
+        size = file.stat().st_size if file.exists() else 0
+        return bool(self.gpu_memory) and size + size // 10 + GPU_SPARE <= self.gpu_memory
+
     def compare(
         self,
         file: Path,
@@ -83,8 +92,12 @@ class Expected:
         *,
         kept_file: Path | None = None,
         without_adapter: Path | None = None,
+        places: tuple[int, ...] | None = None,
     ) -> CheckAnswer:
-        """Let llama.cpp load a file, and measure it where there is a reference."""
+        """Let llama.cpp load a file, and measure it where there is a reference.
+
+        `places` are the rows to measure, without which it is all of them.
+        """
         return llama.call(
             CheckRequest(
                 file=file,
@@ -92,9 +105,11 @@ class Expected:
                 ends=self.text.ends,
                 rows=self.rows.measured if reference else (),
                 reference=reference,
+                places=places,
                 kept_file=kept_file,
                 without_adapter=without_adapter,
                 threads=llama_threads(),
+                gpu=self.fits_gpu(file),
             ),
             CheckAnswer,
             as_steps(self.inputs.reporter),
@@ -108,10 +123,12 @@ class Expected:
         *,
         parameters: int = 0,
         of_tuned: bool = True,
+        places: Sequence[int] | None = None,
     ) -> Judgement:
         """The figures with their limit, and the problems that they show.
 
-        `kept` says which tokens count. `of_tuned` is whether it should predict as the tuned model.
+        `kept` says which tokens of all rows count. `of_tuned` is whether it should predict as the
+        tuned model; `places` are the rows that were measured, where that isn't all of them.
         """
         reference = self.reference
         base = reference.base if reference else None
@@ -120,7 +137,11 @@ class Expected:
         learnt = None
         if reference and base and of_tuned:
             learnt = Learnt(base.only(kept), reference.tuned.only(kept))
-        blocks = [block for block, keep in zip(self.rows.blocks, kept, strict=True) if keep]
+        all_blocks = self.rows.blocks
+        if places is not None:
+            kept = self.rows.tokens_at(places, kept)
+            all_blocks = self.rows.tokens_at(places, all_blocks)
+        blocks = [block for block, keep in zip(all_blocks, kept, strict=True) if keep]
         return thresholds.judge(measured.only(kept), blocks, limit, learnt)
 
     def read(
@@ -138,6 +159,7 @@ class Expected:
         `kept` says which tokens count; without it those of rows that llama.cpp reads alike.
         """
         alike, shown, problems = (True,) * len(self.rows.texts), None, list[str]()
+        gpu: bool | None = None
         try:
             with Header(file) as header:
                 problems += file_checks.header_problems(header, kind)
@@ -145,7 +167,7 @@ class Expected:
                     problems += further_problems(header)
                     found = self.compare(file, reference, kept_file=kept_file)
                     problems += file_checks.reading_problems(found.reading, header, self.text)
-                    alike = self.text.rows_alike(found.reading)
+                    alike, gpu = self.text.rows_alike(found.reading), found.gpu
                     shown = self.judge(
                         found.measurement,
                         kind,
@@ -156,7 +178,7 @@ class Expected:
             problems = [f"{error}"]
         except LlamaError as error:
             problems.append(f"llama.cpp can't load it: {error}")
-        return Read(verdict_on(file.name, kind, problems, shown), alike)
+        return Read(verdict_on(file.name, kind, problems, shown), alike, gpu)
 
     def tokens_of(self, alike: Sequence[bool]) -> tuple[bool, ...]:
         """For each token that is measured, whether it is of one of these rows."""
@@ -170,6 +192,9 @@ class Read:
     verdict: FileVerdict
     alike: tuple[bool, ...]
     """Whether llama.cpp splits each row as the training did."""
+
+    gpu: bool | None = None
+    """Whether llama.cpp can use a GPU; None where it could not tell."""
 
 
 def verdict_on(

@@ -11,14 +11,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, takewhile
+from itertools import accumulate, islice, takewhile
 from pathlib import Path
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Example, ListedRows, Message, Sample, is_document
-from finetune_trainer.export.reference import MeasuredRow
+from finetune_trainer.export.reference import Generated, MeasuredRow
 from finetune_trainer.model.rendering import begun_and_rest, render_example, render_prompt
 from finetune_trainer.model.tokenizer import IGNORED, Encoded, common_length, encode_batch
 
@@ -41,6 +41,9 @@ file."""
 BLOCK_TOKENS = 16
 """Neighbouring tokens of a row that count as one observation, since they depend on each other."""
 
+
+FEW_ROWS = 4
+"""For the adapter's own file, whose faults are gross: its values are neither rounded nor merged."""
 
 MOST_ROWS = 5000
 """Examples in memory, more than the gate or an importance matrix measures on."""
@@ -127,6 +130,21 @@ class MeasuredRows:
         """For each token that is measured, which conversation it is of."""
         pairs = zip(self.places, self.measured, strict=True)
         return tuple(place for place, row in pairs for _ in row.measured)
+
+    @property
+    def few(self) -> tuple[int, ...]:
+        """Places of the FEW_ROWS of `measured` whose answers are the longest."""
+        longest = sorted(
+            range(len(self.measured)), key=lambda place: -len(self.measured[place].measured)
+        )
+        return tuple(sorted(longest[:FEW_ROWS]))
+
+    def tokens_at(self, places: Iterable[int], values: Sequence[T]) -> tuple[T, ...]:
+        """Of `values`, one for each token that is measured, those of some of the rows."""
+        begins = [0, *accumulate(len(row.measured) for row in self.measured)]
+        return tuple(
+            value for place in places for value in values[begins[place] : begins[place + 1]]
+        )
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -260,8 +278,8 @@ class Prompt:
     example: Example
     ids: tuple[int, ...]
 
-    def sample(self, base: str | None, tuned: str, stopped: bool) -> Sample:
-        """With the answers of both models."""
+    def sample(self, base: str | None, tuned: Generated | None) -> Sample:
+        """With the answers of both models; None where one was not asked."""
         question, expected = question_of(self.example), said(self.example["completion"][-1])
         if is_document(self.example):
             question, rest = begun_and_rest(expected)
@@ -270,8 +288,8 @@ class Prompt:
             prompt=question,
             expected=expected,
             base=base,
-            tuned=tuned,
-            stopped=stopped,
+            tuned=tuned.text if tuned else None,
+            stopped=tuned is not None and tuned.stopped,
         )
 
 

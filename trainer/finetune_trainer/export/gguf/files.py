@@ -24,12 +24,13 @@ from finetune_trainer.contract import Quantization, Reason, StageError
 from finetune_trainer.contract.output import NEED_IMPORTANCE
 from finetune_trainer.export.gguf import QuantizeRequest
 from finetune_trainer.export.gguf.header import Header
+from finetune_trainer.memory.forecast import SOURCE
 from finetune_trainer.model import ModelFolder, converter
 from finetune_trainer.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finetune_trainer.model.loading import available_cpus
 from finetune_trainer.runtime import child
 from finetune_trainer.runtime.child import as_transfer
-from finetune_trainer.runtime.reporter import Reporter
+from finetune_trainer.runtime.reporter import Reporter, part_of
 from finetune_trainer.store import replacing
 
 QUANTIZE_WORKER = "finetune_trainer.export.gguf.quantize_worker"
@@ -114,6 +115,7 @@ def write_files(
     target: Path,
     kinds: Iterable[Quantization],
     *,
+    source: Path | None = None,
     importance: Path | None = None,
     reporter: Reporter | None = None,
     converted: Callable[[], object] = lambda: None,
@@ -124,27 +126,34 @@ def write_files(
     folder beside `target` where nobody asked for it, and only for as long as the others are made.
     F16 of a bfloat16 model follows, which the converter makes as well; then the others, the largest
     first. What comes after the first is begun when the caller asks for it, and `importance` has to
-    be there by then. `converted` is called when the model's folder isn't needed any more.
+    be there by then. `source` is the first, where it is there already. `converted` is called when
+    the model's folder isn't needed any more.
     """
     kinds = set(kinds)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gguf-", dir=target.parent) as temporary:
-        place = target if model.own_type in kinds else Path(temporary)
-        source = place / file_name(model.name, model.own_type)
-        write_unquantized(model, source, model.own_type, reporter=reporter)
+        if source is None:
+            place = target if model.own_type in kinds else Path(temporary)
+            source = place / file_name(model.name, model.own_type)
+            write_unquantized(model, source, model.own_type, reporter=reporter)
         yield model.own_type, source
-        kinds -= {model.own_type}
-        if Quantization.F16 in kinds:  # of the merged model, for it may not hold all values
-            kinds -= {Quantization.F16}
+        order = derived_order(kinds - {model.own_type})
+        if Quantization.F16 in order:  # of the merged model, for it may not hold all values
             narrow = target / file_name(model.name, Quantization.F16)
             write_unquantized(model, narrow, Quantization.F16, reporter=reporter)
             yield Quantization.F16, narrow
         converted()
-        others = {
-            kind: target / file_name(model.name, kind)
-            for kind in sorted(kinds, key=list(Quantization).index)
+        others = [kind for kind in order if kind is not Quantization.F16]
+        files: dict[Quantization, Path] = {
+            kind: target / file_name(model.name, kind) for kind in others
         }
-        yield from quantize_all(source, others, importance, reporter)
+        yield from quantize_all(source, files, importance, reporter)
+
+
+def derived_order(kinds: Iterable[Quantization]) -> list[Quantization]:
+    """The order in which files are made after the first: F16, then the largest first."""
+    order = list(Quantization)
+    return sorted(kinds, key=lambda kind: (kind is not Quantization.F16, order.index(kind)))
 
 
 def quantize_all(
@@ -178,7 +187,9 @@ def write_unquantized(
     Values that F16 can't hold are infinite in it: see `beyond_float16`. Raises
     StageError(ModelUnsupported) where llama.cpp does not know the model.
     """
+    part = SOURCE if kind is model.own_type else kind
     with (
+        part_of(reporter, f"write {part}"),
         converter.view_of(model.folder, model.name) as view,
         replacing(target) as partial_file,
     ):
@@ -235,7 +246,7 @@ def quantize(
     `importance` is an importance matrix of llama.cpp as a GGUF file. Raises
     StageError(ModelUnsupported) where llama.cpp can't do it.
     """
-    with replacing(target) as partial_file:
+    with part_of(reporter, f"write {kind}"), replacing(target) as partial_file:
         request = QuantizeRequest(
             source=source,
             target=partial_file,

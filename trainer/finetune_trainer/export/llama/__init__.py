@@ -55,6 +55,9 @@ class CheckRequest(Base):
     reference: Path | None
     """Log-probabilities that those of the rows are compared with."""
 
+    places: tuple[int, ...] | None = None
+    """Which of the rows are measured; all of them without it."""
+
     kept_file: Path | None
     """Gets the log-probabilities of the rows."""
 
@@ -62,11 +65,15 @@ class CheckRequest(Base):
     """An adapter's GGUF file, which is taken away from the model."""
 
     threads: int
+    gpu: bool = False
+    """Whether all layers fit into a GPU's memory."""
 
 
 class CheckAnswer(Base):
     reading: Reading
     measurement: Measurement
+    gpu: bool = False
+    """Whether llama.cpp can use a GPU at all, as it was built."""
 
 
 class GenerateRequest(Base):
@@ -79,17 +86,18 @@ class GenerateRequest(Base):
     """The most tokens of an answer."""
 
     seconds: float
-    """For all prompts and answers together, about; what is not finished by then is cut."""
+    """For all prompts and answers together; what is not finished by then is cut."""
 
     without_adapter: Path | None = None
     """As for a check."""
 
     threads: int
+    gpu: bool = False
 
 
 class GenerateAnswer(Base):
     answers: tuple[Generated | None, ...]
-    """In the order of the prompts; None where there was no time to read one."""
+    """In the order of the prompts; None where there was no time to read one to its end."""
 
 
 Request = Annotated[

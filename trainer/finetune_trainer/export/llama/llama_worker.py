@@ -10,9 +10,10 @@ import ctypes
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +50,11 @@ UBATCH = 1024  # tokens that are computed at once: the weights are read once for
 DECODE_TOKENS = 2048  # of all rows of one call, which bounds keys and values
 DECODE_ROWS = 64
 LOGITS_BYTES = 256 << 20  # of one call
+ABORTED = 2  # what llama_decode returns where it was interrupted
+
+
+class TimeUpError(Exception):
+    """llama.cpp was interrupted while it read tokens."""
 
 
 @dataclass
@@ -61,18 +67,22 @@ class LlamaSession:
     check: bool = False
     """Look at every block of every tensor for values that are not finite."""
 
+    gpu: bool = False
+    """Put all layers onto the GPU, where llama.cpp was built for one."""
+
     model: Any = field(init=False)
     vocabulary: Any = field(init=False)
     size: int = field(init=False)
     """Entries of the vocabulary."""
 
     context: Any = field(init=False, default=None)
+    _interrupt: Any = field(init=False, default=None)  # llama.cpp keeps a pointer to it
 
     def __post_init__(self) -> None:
         # The process ends where llama.cpp can't load the file.
         llama_cpp.llama_backend_init()
         options = llama_cpp.llama_model_default_params()
-        options.n_gpu_layers = 0
+        options.n_gpu_layers = -1 if self.gpu and llama_cpp.llama_supports_gpu_offload() else 0
         options.vocab_only = self.vocabulary_only
         options.check_tensors = self.check
         options.use_extra_bufts = False
@@ -123,6 +133,14 @@ class LlamaSession:
         if not self.context:
             sys.exit("llama.cpp can't make a context for this model")
 
+    def interrupt_at(self, until: float) -> None:
+        """Let `run` raise TimeUpError from `until` on, by time.monotonic(), also within a call.
+
+        llama.cpp asks once for each tensor that it computes.
+        """
+        self._interrupt = llama_cpp.ggml_abort_callback(lambda _: time.monotonic() >= until)
+        llama_cpp.llama_set_abort_callback(self.context, self._interrupt, None)
+
     def take_away(self, adapter: Path) -> None:
         """Take a LoRA adapter (a GGUF file) away from the model that it was merged into."""
         loaded = llama_cpp.llama_adapter_lora_init(self.model, str(adapter).encode())
@@ -150,7 +168,10 @@ class LlamaSession:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
 
     def run(self, tokens: Sequence[tuple[int, int, int, bool]]) -> Iterator[npt.NDArray[Any]]:
-        """Read (token, position, sequence, wanted); yields the logits after each wanted token."""
+        """Read (token, position, sequence, wanted); yields the logits after each wanted token.
+
+        Raises TimeUpError where that was interrupted.
+        """
         batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
         try:
             batch.n_tokens = len(tokens)
@@ -163,6 +184,8 @@ class LlamaSession:
             status = llama_cpp.llama_decode(self.context, batch)
         finally:
             llama_cpp.llama_batch_free(batch)
+        if status == ABORTED:
+            raise TimeUpError
         if status != 0:
             sys.exit(f"llama_decode returned {status}")
         for index, (_, _, _, wanted) in enumerate(tokens):
@@ -188,15 +211,14 @@ def greedy(
 ) -> list[tuple[list[int], bool] | None]:
     """Continue all prompts side by side; returns the tokens of each answer, and whether it ended.
 
-    An answer has at most `limit` tokens. After about `seconds` all that are not finished are cut,
-    and prompts that weren't read by then have None.
+    An answer has at most `limit` tokens. After `seconds` all that are not finished are cut, and
+    prompts that weren't read to their end by then have None.
     """
-    until = time.monotonic() + seconds
+    session.interrupt_at(time.monotonic() + seconds)
     pending: dict[int, int] = {}  # the token that comes next, by number of the prompt
-    for number, prompt in enumerate(prompts):
-        if pending and time.monotonic() >= until:
-            break
-        pending[number] = _first(session, number, prompt)
+    with suppress(TimeUpError):
+        for number, prompt in enumerate(prompts):
+            pending[number] = _first(session, number, prompt)
     answers: dict[int, list[int]] = {number: [] for number in pending}
     ended = dict.fromkeys(pending, False)
     live = list(pending)
@@ -207,10 +229,13 @@ def greedy(
                 answers[number].append(pending[number])
             if ended[number] or len(answers[number]) == limit:
                 live.remove(number)
-        if not live or time.monotonic() >= until:
-            break
         step = [(answers[n][-1], len(prompts[n]) + len(answers[n]) - 1, n, True) for n in live]
-        chosen = [int(logits.argmax()) for logits in session.run(step)]
+        try:
+            chosen = [int(logits.argmax()) for logits in session.run(step)] if live else []
+        except TimeUpError:
+            break
+        if not live:
+            break
         pending.update(zip(live, chosen, strict=True))
     return [(answers[n], ended[n]) if n in answers else None for n in range(len(prompts))]
 
@@ -228,8 +253,12 @@ def tokenize(request: TokenizeRequest) -> Reading:
 
 
 def check(request: CheckRequest) -> CheckAnswer:
-    session = LlamaSession(request.file, request.threads, check=True)
-    decodes = list(decodes_of(request.rows, session.size))
+    # With an adapter taken away, the file was looked at before.
+    check_all = request.without_adapter is None
+    session = LlamaSession(request.file, request.threads, check=check_all, gpu=request.gpu)
+    chosen = range(len(request.rows)) if request.places is None else request.places
+    decodes = list(decodes_of([request.rows[place] for place in chosen], session.size))
+    places = placed_tokens(request.rows, chosen)
     session.open(
         length=max((sum(len(row.ids) for row in rows) for rows in decodes), default=MIN_CONTEXT),
         sequences=max(map(len, decodes), default=1),
@@ -239,7 +268,8 @@ def check(request: CheckRequest) -> CheckAnswer:
         session.take_away(request.without_adapter)
     return CheckAnswer(
         reading=_read(session, request.texts, request.ends, add_special=False),
-        measurement=_measure(session, decodes, request.reference, request.kept_file),
+        measurement=_measure(session, decodes, places, request.reference, request.kept_file),
+        gpu=bool(llama_cpp.llama_supports_gpu_offload()),
     )
 
 
@@ -257,6 +287,12 @@ def decodes_of(rows: Sequence[MeasuredRow], vocabulary: int) -> Iterator[list[Me
     return groups(rows, fits)
 
 
+def placed_tokens(rows: Sequence[MeasuredRow], chosen: Iterable[int]) -> list[int]:
+    """Where the first measured token of each chosen row stands among those of all rows."""
+    begins = [0, *accumulate(len(row.measured) for row in rows)]
+    return [begins[place] for place in chosen]
+
+
 def _read(
     session: LlamaSession, texts: Sequence[str], ends: Sequence[int], *, add_special: bool
 ) -> Reading:
@@ -271,24 +307,25 @@ def _read(
 def _measure(
     session: LlamaSession,
     decodes: Sequence[Sequence[MeasuredRow]],
+    begins: Sequence[int],
     reference_file: Path | None,
     kept_file: Path | None,
 ) -> Measurement:
     reference = read_logprobs(reference_file) if reference_file else None
     total = sum(len(row.measured) for rows in decodes for row in rows)
     kept = create_logprobs(kept_file, total, session.size) if kept_file else None
-    meter, done = Meter(), 0
+    meter, places = Meter(), iter(begins)
     for number, rows in enumerate(decodes):
         child.say_progress(number, len(decodes))
         session.clear()
         logits = session.run([token for n, row in enumerate(rows) for token in _tokens(row, n)])
         for row in rows:  # one row's copy at a time
             found = np.stack(list(islice(logits, len(row.measured))))
+            done = next(places)
             beside = None if reference is None else reference[done : done + len(row.measured)]
             values = meter.add(found, [row.ids[position] for position in row.measured], beside)
             if kept is not None and values is not None:
                 store_logprobs(kept, done, values)
-            done += len(row.measured)
     return meter.measurement()
 
 
@@ -300,7 +337,7 @@ def _tokens(row: MeasuredRow, sequence: int) -> Iterator[tuple[int, int, int, bo
 
 
 def generate(request: GenerateRequest) -> GenerateAnswer:
-    session = LlamaSession(request.file, request.threads)
+    session = LlamaSession(request.file, request.threads, gpu=request.gpu)
     most = CACHE_BYTES // max(1, session.bytes_per_token)
     limit, answers = request.limit, list[Generated | None]()
 

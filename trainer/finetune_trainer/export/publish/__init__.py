@@ -32,7 +32,8 @@ from finetune_trainer.contract import (
     version_folder,
 )
 from finetune_trainer.runtime import size
-from finetune_trainer.runtime.reporter import Reporter, Transfer
+from finetune_trainer.runtime.reporter import Reporter
+from finetune_trainer.runtime.work import Transfer
 from finetune_trainer.store import FileInfo, Folder
 from finetune_trainer.store.marker import (
     STAGES,
@@ -100,6 +101,11 @@ class UploadRecord:
         """Whether a file has arrived with this size and SHA-256, now or in an earlier attempt."""
         found = self._files.get(artifact.path)
         return found is not None and _content(found.artifact) == _content(artifact)
+
+    def find(self, path: str) -> Artifact | None:
+        """A file that has arrived."""
+        found = self._files.get(path)
+        return found.artifact if found else None
 
     def add(self, artifact: Artifact) -> None:
         """Remember that a file has arrived."""
@@ -186,6 +192,27 @@ class Publication:
         self._queue.put((file, artifact))
         return artifact
 
+    def find(self, path: str) -> Artifact | None:
+        """A file that an earlier attempt has uploaded, as it was then."""
+        return self._record.find(path)
+
+    def take(self, artifact: Artifact) -> None:
+        """Let a file that was found be one of this version, without it being here."""
+        self._files[artifact.path] = artifact
+
+    def fetch(self, artifact: Artifact, target: Path) -> Path:
+        """Bring a file that was found to disk; returns `target`. StageError if it changed."""
+        moved = self._reporter.transfer(f"Fetching {target.name}", artifact.bytes)
+        place = self._record.path(artifact.path)
+        self._output.download(place, target, moved)
+        if describe_file(target, artifact.path).sha256 != artifact.sha256:
+            raise StageError(
+                Reason.STORED_FILE_CHANGED,
+                f"{self._output.uri_of(place)} is not the file that was uploaded: somebody has "
+                "replaced it, or the store has damaged it. Delete it: it is made again.",
+            )
+        return target
+
     def discard(self, file: Path) -> None:
         """Delete a file that nobody reads any more, as soon as it has been sent."""
         with self._lock:
@@ -227,12 +254,13 @@ class Publication:
         self.close()
 
     def _finish_uploads(self) -> None:
-        with self._lock:
-            if self._waiting:
-                what = "Uploading what is left"
-                self._transfer = self._reporter.transfer(what, self._waiting)
-        self._queue.put(None)
-        self._thread.join()
+        with self._reporter.part("upload"):
+            with self._lock:
+                if self._waiting:
+                    what = "Uploading what is left"
+                    self._transfer = self._reporter.transfer(what, self._waiting)
+            self._queue.put(None)
+            self._thread.join()
         self._raise_failure()
 
     def _write(self, path: str, data: bytes) -> None:

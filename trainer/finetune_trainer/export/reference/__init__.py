@@ -179,6 +179,19 @@ class Reference:
     answers: tuple[Generated, ...] = ()
     """The merged model's answers."""
 
+    @classmethod
+    def of(cls, request: ReferenceRequest, answer: ReferenceAnswer) -> Self:
+        """What was answered to a request."""
+        base_file = request.base_file if answer.base else None
+        return cls(request.tuned_file, base_file, **dict(answer))
+
+    @property
+    def answer(self) -> ReferenceAnswer:
+        """What was measured, without the files."""
+        return ReferenceAnswer(
+            tuned=self.tuned, base=self.base, merged=self.merged, answers=self.answers
+        )
+
 
 def create_logprobs(file: Path, tokens: int, vocabulary: int) -> npt.NDArray[np.float16]:
     """A file for (tokens, vocabulary) log-probabilities in nats, as a memory-mapped array.

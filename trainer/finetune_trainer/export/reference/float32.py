@@ -5,9 +5,8 @@ or of the conversion shows. The model runs in a process of its own, `python -m` 
 which reads a ReferenceRequest and writes a ReferenceAnswer or a Refusal.
 
 transformers maps safetensors into memory, and a 16-bit model takes no memory of its own until it is
-converted. Here it never is: each weight is a `MappedWeight`, which has the type float32 and
-converts the rows that a computation asks for, a block at a time. So a forward pass takes the memory
-of its activations, whatever the model's size. The modules are those of
+converted. Here it never is: each weight is a `MappedWeight` (model/loading). So a forward pass
+takes the memory of its activations, whatever the model's size. The modules are those of
 transformers and PEFT, so hooks work on them as on any model.
 """
 
@@ -15,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import TypeAdapter
-from torch.utils._pytree import tree_map
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.export.merge.deltas import is_whole_model
@@ -45,7 +45,7 @@ from finetune_trainer.export.reference import (
     store_logprobs,
 )
 from finetune_trainer.model import ModelFolder
-from finetune_trainer.model.loading import load_model, use_available_cpus
+from finetune_trainer.model.loading import compute_in_float32, load_model, use_available_cpus
 from finetune_trainer.model.tokenizer import load_tokenizer
 from finetune_trainer.runtime import child
 
@@ -71,11 +71,7 @@ def compute_reference(
             "Base model and adapter compute numbers that are not finite, before anything is "
             "converted: lower spec.training.learningRate and train again.",
         )
-    return Reference(
-        tuned_file=request.tuned_file,
-        base_file=request.base_file if answer.base else None,
-        **dict(answer),
-    )
+    return Reference.of(request, answer)
 
 
 def measure_in_child(
@@ -161,7 +157,7 @@ def _measure(
     targets: list[npt.NDArray[np.float16] | None] = [None] * len(files)
     beside: npt.NDArray[Any] | None
     for group in groups:
-        logits = logits_of_group(group).numpy()
+        logits = logits_of_group(group).cpu().numpy()
         found = logits.reshape(len(files), -1, logits.shape[-1])
         tokens = [row.ids[position] for row in group for position in row.measured]
         beside = None if against is None else against[done : done + len(tokens)]
@@ -205,7 +201,10 @@ def logits_of(
     hook = model.get_output_embeddings().register_forward_pre_hook(measured_only)
     try:
         logits: torch.Tensor = model(
-            input_ids=ids, attention_mask=mask, use_cache=False, **options
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            use_cache=False,
+            **options,
         ).logits
     finally:
         hook.remove()
@@ -239,111 +238,49 @@ def logits_of_two(
 def answer_prompts(
     model: PreTrainedModel | PeftModel, request: ReferenceRequest
 ) -> tuple[Generated, ...]:
-    """Answer the prompts greedily, as transformers does with the folder's own settings."""
+    """Answer the prompts greedily, as transformers does with the folder's own settings.
+
+    None is answered where the time is up before all are read.
+    """
+    until = time.monotonic() + request.answer_seconds
     tokenizer = load_tokenizer(cast("ModelFolder", request.merged))
     width = max(len(prompt) for prompt in request.prompts)
-    ids = torch.full((len(request.prompts), width), int(tokenizer.pad_token_id))
+    shape, padding = (len(request.prompts), width), int(tokenizer.pad_token_id)
+    ids = torch.full(shape, padding)
     mask = torch.zeros_like(ids)
     for index, prompt in enumerate(request.prompts):
         ids[index, width - len(prompt) :] = torch.tensor(prompt)
         mask[index, width - len(prompt) :] = 1
     eos = cast("Any", model).generation_config.eos_token_id
     ends = {eos} if isinstance(eos, int) else set(eos or ())
-    found = cast("Any", model).generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=False,
-        max_new_tokens=request.answer_tokens,
-        max_time=request.answer_seconds,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    reading = register_module_forward_pre_hook(partial(_look_at_clock, until))
+    read = model.register_forward_hook(lambda *_: reading.remove())
+    try:
+        found = cast("Any", model).generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            do_sample=False,
+            max_new_tokens=request.answer_tokens,
+            max_time=request.answer_seconds,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except TimeoutError:
+        return ()
+    finally:
+        reading.remove()
+        read.remove()
     return tuple(Generated.of(tokenizer, answer[width:].tolist(), ends) for answer in found)
 
 
-BLOCK_VALUES = 1 << 24
-"""Values of a weight that are float32 at a time: 64 MiB."""
+def _look_at_clock(until: float, *_: object) -> None:
+    if time.monotonic() >= until:
+        raise TimeoutError
 
 
-class MappedWeight(torch.Tensor):
-    """A float32 tensor that converts its values from another one, of any floating type, when read.
-
-    Linear layers and embeddings read it by blocks. Every other operation gets all of it in float32.
-    It can't be trained.
-    """
-
-    source: torch.Tensor
-
-    @staticmethod
-    def __new__(cls, source: torch.Tensor) -> MappedWeight:
-        """Wrap `source`, which is read and never written."""
-        made: MappedWeight = torch.Tensor._make_wrapper_subclass(
-            cls, source.shape, dtype=torch.float32, device=source.device, requires_grad=False
-        )
-        made.source = source
-        return made
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
-        """In float32, to be written to: PEFT's copy of a module that was trained as a whole."""
-        made = torch.nn.Parameter(self.source.float(), requires_grad=False)
-        memo[id(self)] = made
-        return made
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        blockwise = _BLOCKWISE.get(func)
-        if blockwise is not None:
-            return blockwise(*args, **(kwargs or {}))
-        del types
-        with torch._C.DisableTorchFunctionSubclass():  # what comes out is an ordinary tensor
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override] # torch calls it with the class and function
-        cls,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        del types
-        if func is torch.ops.aten.detach.default:
-            return MappedWeight(args[0].source)
-        args, kwargs = tree_map(_whole, (args, dict(kwargs or {})))
-        return func(*args, **kwargs)
-
-
-def _whole(value: Any) -> Any:
-    return value.source.float() if isinstance(value, MappedWeight) else value
-
-
-def _linear(
-    x: torch.Tensor, weight: MappedWeight, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """x·Wᵀ + b, where W (out, in) is converted by blocks of rows."""
-    source = weight.source
-    out = x.new_empty((*x.shape[:-1], source.shape[0]))
-    rows = max(1, BLOCK_VALUES // source.shape[1])
-    for start in range(0, source.shape[0], rows):
-        block = source[start : start + rows].float()
-        out[..., start : start + rows] = torch.nn.functional.linear(x, block)
-    return out if bias is None else out.add_(bias)
-
-
-def _embedding(ids: torch.Tensor, weight: MappedWeight, *_: Any, **__: Any) -> torch.Tensor:
-    """The rows of the tokens. The other arguments of torch's embedding matter in training only."""
-    return weight.source[ids].float()
-
-
-_BLOCKWISE: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
-    torch.nn.functional.linear: _linear,
-    torch.nn.functional.embedding: _embedding,
-}
+def best_device() -> torch.device:
+    """Where the model is computed: on a GPU, if torch can use one. Its weights come there block by
+    block, so that it needs no room for them."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_streamed(base: ModelFolder, adapter: Path | None) -> PreTrainedModel | PeftModel:
@@ -356,55 +293,18 @@ def load_streamed(base: ModelFolder, adapter: Path | None) -> PreTrainedModel | 
     if adapter is not None and is_whole_model(adapter):
         base, adapter = replace(base, path=adapter), None
     model = load_model(base, "auto", "cpu")
-    _compute_in_float32(model)
+    device = best_device()
+    compute_in_float32(model, device)
     tuned: PreTrainedModel | PeftModel = model
     if adapter is not None:
-        from peft import PeftModel  # noqa: PLC0415 - as above
+        from peft import PeftModel  # noqa: PLC0415 - slow, and not for each model
 
         tuned = PeftModel.from_pretrained(model, adapter)
+    for parameter in tuned.parameters():
+        if parameter.device != device:  # of the adapter
+            parameter.data = parameter.data.to(device)
     tuned.train(False)
     return tuned
-
-
-@torch.no_grad()
-def _compute_in_float32(model: PreTrainedModel) -> None:
-    seen: dict[int, torch.nn.Parameter] = {}  # tied weights stay tied
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or not parameter.is_floating_point():
-                continue
-            if id(parameter) not in seen:
-                seen[id(parameter)] = _in_float32(parameter)
-            module._parameters[name] = seen[id(parameter)]
-    _compute_buffers_anew(model)
-    model.config.dtype = torch.float32
-
-
-def _in_float32(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    # Small ones (norms, biases) are converted once: operations read all of them, again and again.
-    data = parameter.data
-    value = MappedWeight(data) if data.dim() > 1 else data.float()
-    return torch.nn.Parameter(value, requires_grad=False)
-
-
-def _compute_buffers_anew(model: PreTrainedModel) -> None:
-    """Let the model compute its constants in float32, such as Gemma 3's scale of embeddings.
-
-    In a 16-bit model they are rounded to its type. Parameters are marked as loaded, so that the
-    initialisation leaves them alone.
-    """
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-    for module in model.modules():
-        rounded = [
-            name
-            for name, buffer in module._buffers.items()
-            if buffer is not None and buffer.dtype in (torch.bfloat16, torch.float16)
-        ]
-        for name in rounded:
-            module._buffers[name] = cast("torch.Tensor", module._buffers[name]).float()
-        if rounded:
-            cast("Any", model)._init_weights(module)
 
 
 def main() -> None:

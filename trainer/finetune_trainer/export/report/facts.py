@@ -228,6 +228,16 @@ class Facts:
                 places[name] = first.model_copy(update={"bytes": first.bytes + each.bytes})
         return tuple(GgufFile(verdict, places.get(verdict.file)) for verdict in self.gate.files)
 
+    @property
+    def unasked(self) -> str:
+        """What to say of prompts that there was no time for; empty where there are none."""
+        samples = self.gate.samples
+        missing = sum(sample.tuned is None for sample in samples)
+        if not missing:
+            return ""
+        verb = "was" if missing == 1 else "were"
+        return f"{missing} of {len(samples)} prompts {verb} not asked, since no time was left."
+
     def has(self, folder: str) -> bool:
         """Whether the output has such a folder (or file)."""
         return any(each.path == folder or each.path.startswith(f"{folder}/") for each in self.files)

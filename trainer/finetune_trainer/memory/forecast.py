@@ -1,0 +1,238 @@
+"""How long an export takes, part by part, and what memory its gate takes. Pure.
+
+The rates are those of one CPU, measured on AMD EPYC with AVX2 (benchmarks/README.md, "Export").
+They are good to a factor of two on other machines; what counts more is how parts compare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from finetune_trainer.contract import Export, Quantization
+from finetune_trainer.memory.disk import file_bytes
+
+# Rates of one CPU.
+LLAMA_FLOPS = 95e9
+"""llama.cpp on F16, Q8_0 and Q4_K_M (95, 94 and 111) in passes of hundreds of tokens."""
+REFERENCE_FLOPS = 56e9
+"""torch in float32, weights converted block by block on the way."""
+QUANTIZE_SECONDS = 65e-9
+"""For a weight, Q4_K_M."""
+IMPORTANCE_TOKENS = 16_384
+
+# Of the whole machine.
+DISK_RATE = 250e6
+"""Bytes a second, of a usual volume."""
+NETWORK_RATE = 100e6
+"""Bytes a second: 1 Gbit/s."""
+WRITE_RATE = 500e6
+"""Bytes a second that are merged, or converted: one CPU's work beside the disk's."""
+MEMORY_RATE = 10e9
+"""Bytes a second: what an answer's next token waits for."""
+PROCESS_SECONDS = 6.0
+"""For a process to import torch or llama.cpp."""
+
+TOKENS = 2048
+"""That a file is measured on: 512 of answers, and their prompts."""
+ANSWERS = 512
+PASS_TOKENS, PASS_ANSWERS = 1024, 128
+"""Of one forward pass of the reference."""
+UBATCH = 1024
+"""Tokens for which llama.cpp reads the weights once."""
+ADAPTER_TOKENS = 512
+SAMPLE_STEPS = 2 * 128
+"""Tokens of an answer, by two models; all answers of one go side by side."""
+SAMPLE_TOKENS = 2 * 1500
+"""Of all prompts, by two models."""
+MOST_SAMPLE_SECONDS = 2 * 300.0
+
+SOURCE = "source"
+
+
+@dataclass(frozen=True)
+class Machine:
+    cpus: int
+    memory: float = math.inf
+    """Bytes in which files that were read stay."""
+
+
+@dataclass(frozen=True)
+class ExportWork:
+    """What has to be done."""
+
+    parameters: float
+    export: Export
+    active: float = 0.0
+    """Parameters that a token meets, of a mixture of experts."""
+
+    own: Quantization = Quantization.BF16
+    """The 16-bit type of the model's weights."""
+
+    adapter: bool = True
+    downloads: bool = True
+    tokens: int = TOKENS
+
+    @property
+    def source_bytes(self) -> float:
+        return file_bytes(self.parameters, self.own)
+
+    @property
+    def derived(self) -> tuple[Quantization, ...]:
+        """Types that are made after the first file."""
+        return tuple(kind for kind in self.export.gguf if kind is not self.own)
+
+    @property
+    def flops(self) -> float:
+        """Of a token."""
+        return 2 * (self.active or self.parameters)
+
+
+def forecast(work: ExportWork, machine: Machine) -> dict[str, float]:
+    """Seconds of each part, by its name, in their order."""
+    return dict(_parts(work, machine))
+
+
+def _parts(work: ExportWork, machine: Machine) -> Iterator[tuple[str, float]]:
+    export, source = work.export, work.source_bytes
+    verify = export.verify != "off"
+    yield "fetch", source / NETWORK_RATE if work.downloads else 0.0
+    if export.merged_fp8:
+        yield "fp8", PROCESS_SECONDS + source / WRITE_RATE
+    if export.merged or export.gguf:
+        yield "merge", PROCESS_SECONDS + source / WRITE_RATE
+    if verify and (export.merged or export.gguf):
+        yield "reference", reference_seconds(work, machine)
+    if export.gguf:
+        yield f"write {SOURCE}", PROCESS_SECONDS + source / WRITE_RATE
+        yield f"check {SOURCE}", check_seconds(work, machine, work.own) if verify else 0.0
+        if verify and work.adapter and export.adapter_gguf is not False:
+            yield "check adapter", check_seconds(work, machine, work.own, ADAPTER_TOKENS)
+    if export.importance_matrix and export.gguf:
+        flops = work.flops * IMPORTANCE_TOKENS
+        yield "importance", PROCESS_SECONDS + flops / (REFERENCE_FLOPS * machine.cpus)
+    for kind in work.derived:
+        seconds = QUANTIZE_SECONDS * work.parameters / machine.cpus
+        if kind is Quantization.F16:
+            seconds = source / WRITE_RATE
+        yield f"write {kind}", PROCESS_SECONDS + seconds
+        yield f"check {kind}", check_seconds(work, machine, kind) if verify else 0.0
+    if verify and export.gguf:
+        yield "samples", sample_seconds(work, machine)
+    yield "upload", upload_seconds(work)
+
+
+def reference_seconds(work: ExportWork, machine: Machine) -> float:
+    """Base and tuned model share passes; the merged model has its own."""
+    models = 2 + work.export.merged
+    flops = models * work.tokens * work.flops
+    passes = max(math.ceil(work.tokens / PASS_TOKENS), math.ceil(ANSWERS / PASS_ANSWERS))
+    reads = passes * (1 + work.export.merged)
+    computed = flops / (REFERENCE_FLOPS * machine.cpus)
+    return PROCESS_SECONDS + max(computed, read_seconds(work.source_bytes, reads, machine))
+
+
+def check_seconds(
+    work: ExportWork, machine: Machine, kind: Quantization, tokens: int | None = None
+) -> float:
+    """llama.cpp loads a file, looks at all of it, and measures it."""
+    computed = work.flops * (tokens or work.tokens) / (LLAMA_FLOPS * max(1, machine.cpus // 2))
+    reads = 1 + math.ceil((tokens or work.tokens) / UBATCH)
+    size = file_bytes(work.parameters, kind)
+    return PROCESS_SECONDS + max(computed, read_seconds(size, reads, machine))
+
+
+def sample_seconds(work: ExportWork, machine: Machine) -> float:
+    """Answers of the smallest file."""
+    size = min(file_bytes(work.parameters, kind) for kind in {*work.export.gguf, work.own})
+    threads = max(1, machine.cpus // 2)
+    reading = work.flops * SAMPLE_TOKENS / (LLAMA_FLOPS * threads)
+    rate = MEMORY_RATE if size <= machine.memory else DISK_RATE
+    active = size * (work.active or work.parameters) / work.parameters
+    writing = SAMPLE_STEPS * active / rate
+    return PROCESS_SECONDS + min(MOST_SAMPLE_SECONDS, reading + writing)
+
+
+def upload_seconds(work: ExportWork) -> float:
+    """Of the last file: the others are uploaded meanwhile."""
+    kinds = work.export.gguf or (work.own,)
+    return min(file_bytes(work.parameters, kind) for kind in kinds) / NETWORK_RATE
+
+
+def read_seconds(size: float, reads: int, machine: Machine) -> float:
+    """What is read from the disk again and again, since it doesn't stay in memory."""
+    return size * reads / DISK_RATE if size > machine.memory else 0.0
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+MIB = 1 << 20
+STAGE_BYTES = 340 * MIB
+"""Of a process that has imported torch and transformers: the stage itself, the converter, ..."""
+LIGHT_BYTES = 120 * MIB
+"""Of one that runs llama.cpp."""
+QUANTIZING_BYTES = 2 * (LIGHT_BYTES + 64 * MIB)
+"""Two types at a time, with the rows that each has in work."""
+ROW_ANSWERS = 128
+"""Answer tokens of a row that are compared at a time."""
+LOGITS_BYTES = 256 * MIB
+"""The most that llama.cpp keeps of one call."""
+REFERENCE_BYTES = 126 * MIB
+"""A block of weights in float32, and what loading a model leaves."""
+CONVERTING_BYTES = 7
+"""For each value of the largest tensor while the converter writes it: in float32, in 16 bits, and
+in part once more."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What of a model decides how much the gate takes, in elements."""
+
+    vocabulary: int
+    hidden: int
+    mlp: int
+    key_value: int
+    """Key-value heads times their width."""
+
+    layers: int
+
+
+def llama_bytes(widths: Widths, tokens: int = TOKENS) -> int:
+    """Memory of its own that llama.cpp takes to measure a file, beside the process.
+
+    Logits are there twice (in the graph and for the caller), a row's in float32 four times more.
+    """
+    answers = min(ANSWERS, LOGITS_BYTES // (4 * max(1, widths.vocabulary)))
+    logits = 4 * widths.vocabulary * (2 * answers + 4.3 * ROW_ANSWERS)
+    cache = 2 * 2 * tokens * widths.key_value * widths.layers
+    activations = 4 * UBATCH * (2 * widths.mlp + 4 * widths.hidden)
+    return round(logits + cache + activations)
+
+
+def reference_bytes(widths: Widths, tokens: int = 2 * PASS_TOKENS) -> int:
+    """Memory of its own that the reference takes, beside the process; `tokens` of one pass, base
+    and tuned model together."""
+    logits = 6 * 4 * widths.vocabulary * PASS_ANSWERS
+    activations = 4 * tokens * (4 * widths.mlp + 6 * widths.hidden)
+    return round(REFERENCE_BYTES + logits + activations)
+
+
+def export_bytes(widths: Widths, export: Export, largest: int, experts: int = 0) -> int:
+    """Memory for all processes of an export, beside mapped files.
+
+    `largest` is the number of values that the converter has in memory at a time; `experts` the
+    bytes of stacked experts, which transformers doesn't map.
+    """
+    phases = [STAGE_BYTES]  # that merges
+    if export.gguf:
+        phases += [STAGE_BYTES + CONVERTING_BYTES * largest, QUANTIZING_BYTES]
+    if export.verify != "off" and (export.gguf or export.merged):
+        phases.append(STAGE_BYTES + reference_bytes(widths) + experts)
+    if export.verify != "off" and export.gguf:
+        # The adapter's file is made beside the first check, types that follow beside the others.
+        beside = max(STAGE_BYTES, QUANTIZING_BYTES)
+        phases.append(LIGHT_BYTES + llama_bytes(widths) + beside)
+    if export.importance_matrix and export.gguf:
+        phases.append(STAGE_BYTES + reference_bytes(widths, 512) + experts)
+    return STAGE_BYTES + max(phases)
