@@ -32,6 +32,7 @@ from finetune_trainer.contract import (
     Reason,
     StageError,
 )
+from finetune_trainer.contract.output import NEED_IMPORTANCE
 from finetune_trainer.export import gate as gate_module
 from finetune_trainer.export import llama
 from finetune_trainer.export.gate import DerivedGate, SourceGate, file_checks, rejects
@@ -56,7 +57,7 @@ from tests.integration.trainer.faulty_gguf import (
 from tests.integration.trainer.tuned import EXAMPLES, Tuned, make_tuned, write_lora
 
 Q = Quantization
-ALL = (Q.F16, *(kind for kind in Q if kind is not Q.F16))
+ALL = (Q.F16, *(kind for kind in Q if kind not in (Q.F16, *NEED_IMPORTANCE)))
 
 
 @pytest.fixture(scope="module")

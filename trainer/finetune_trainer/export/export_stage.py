@@ -32,6 +32,7 @@ from finetune_trainer.contract import (
     TrainingRecord,
     display_name,
 )
+from finetune_trainer.contract.artifacts import PART_BYTES
 from finetune_trainer.contract.verdict import explain_failures
 from finetune_trainer.export.gate.kept import KeptFigures
 from finetune_trainer.export.inputs import (
@@ -204,6 +205,7 @@ def make_from(export: ExportRun, base: ModelFolder) -> GateReport:
         add_file=export.publication.add,
         reporter=export.reporter,
         discard=export.publication.discard,
+        part_bytes=PART_BYTES,
         kept=export.kept,
         uploads=export.publication,
     )

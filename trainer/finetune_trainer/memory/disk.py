@@ -16,6 +16,7 @@ from finetune_trainer.contract import (
     StageError,
     Training,
 )
+from finetune_trainer.contract.artifacts import PART_BYTES
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.runtime import binary
 
@@ -38,6 +39,14 @@ _BITS: dict[Quantization, tuple[float, float]] = {
     Quantization.Q4_K_M: (4.87, 6.5625),
     Quantization.IQ4_XS: (4.32, 6.5625),
     Quantization.Q3_K_M: (3.85, 6.5625),
+    Quantization.IQ3_M: (3.59, 6.5625),
+    Quantization.IQ3_S: (3.46, 6.5625),
+    Quantization.IQ3_XS: (3.28, 6.5625),
+    Quantization.IQ3_XXS: (3.08, 5.5),
+    Quantization.IQ2_M: (2.7, 5.5),
+    Quantization.IQ2_S: (2.48, 5.5),
+    Quantization.IQ2_XS: (2.38, 5.5),
+    Quantization.IQ2_XXS: (2.15, 5.5),
 }
 _FALLBACK: dict[Quantization, tuple[float, float]] = {
     Quantization.Q6_K: (8.5, 8.5),
@@ -45,12 +54,28 @@ _FALLBACK: dict[Quantization, tuple[float, float]] = {
     Quantization.Q4_K_M: (5.7, 8.5),
     Quantization.IQ4_XS: (4.6, 8.5),
     Quantization.Q3_K_M: (4.9, 8.5),
+    Quantization.IQ3_M: (4.6, 8.5),
+    Quantization.IQ3_S: (4.6, 8.5),
+    Quantization.IQ3_XS: (4.6, 8.5),
+    Quantization.IQ3_XXS: (4.6, 6.0),
+    Quantization.IQ2_M: (4.6, 6.0),
+    Quantization.IQ2_S: (4.6, 6.0),
+    Quantization.IQ2_XS: (4.6, 6.0),
+    Quantization.IQ2_XXS: (4.6, 6.0),
 }
 _BASE_BITS = {
     Quantization.Q5_K_M: 5.5,
     Quantization.Q4_K_M: 4.5,
     Quantization.IQ4_XS: 4.25,
     Quantization.Q3_K_M: 3.4375,
+    Quantization.IQ3_M: 3.4375,
+    Quantization.IQ3_S: 3.4375,
+    Quantization.IQ3_XS: 3.4375,
+    Quantization.IQ3_XXS: 3.4375,
+    Quantization.IQ2_M: 3.4375,
+    Quantization.IQ2_S: 3.4375,
+    Quantization.IQ2_XS: 2.625,
+    Quantization.IQ2_XXS: 2.625,
 }
 """Of an input embedding that is not the output layer as well."""
 
@@ -115,6 +140,7 @@ def export_disk(
     size = {kind: gguf_bytes(shape, kind) for kind in {*export.gguf, own}}
     converted = sum(size[kind] for kind in {own, *export.gguf} & {own, Quantization.F16})
     files = sum(size.values()) + (merged if export.merged else 0)
+    files += sum(size[kind] for kind in export.gguf if size[kind] > PART_BYTES)  # and its parts
     work += max(merged + converted, files) + GATE_BYTES * shape.vocabulary
     if export.adapter_gguf is not False and training.method != "full":
         work += trained
