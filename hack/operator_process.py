@@ -17,6 +17,7 @@ import yaml
 
 from hack import REPOSITORY
 from hack.cluster.control_plane import ControlPlane
+from hack.cluster.versions import MINORS
 from hack.process import ClusterError, wait_until
 
 NAMESPACE = "finetune-system"
@@ -26,13 +27,19 @@ READY_SECONDS = 120  # of which a busy machine takes most for the imports
 SECRET_GRACE_SECONDS = 2
 
 
-def install(plane: ControlPlane, checkout: Path = REPOSITORY) -> None:
-    """Apply all of the chart but its Deployment: definition, ServiceAccount and rights."""
+def chart_objects(checkout: Path = REPOSITORY, **values: Any) -> list[dict[str, Any]]:
+    """What the chart renders with these values."""
     with helm.Chart.load(checkout / CHART) as chart:
-        rendered = chart.render({}, name=RELEASE, namespace=NAMESPACE)
+        rendered = chart.render(values, name=RELEASE, namespace=NAMESPACE)
     texts = [text for name, text in rendered.items() if name.endswith(".yaml")]
-    objects: list[dict[str, Any]] = [doc for text in texts for doc in yaml.safe_load_all(text)]
-    wanted = [each for each in objects if each and each["kind"] != "Deployment"]
+    return [doc for text in texts for doc in yaml.safe_load_all(text) if doc]
+
+
+def install(plane: ControlPlane, checkout: Path = REPOSITORY) -> None:
+    """Apply all of the chart but its Deployment: definition, ServiceAccount, rights, policies."""
+    protected = plane.minor_version in MINORS  # there are no such policies in 1.20
+    objects = chart_objects(checkout, admission={"protectStatus": protected})
+    wanted = [each for each in objects if each["kind"] != "Deployment"]
     plane.kubectl("create", "namespace", NAMESPACE)
     plane.apply_definitions("-", input=yaml.safe_dump_all(wanted))
 
@@ -110,6 +117,13 @@ class Operator:
     def stop(self) -> int:
         """End it as Kubernetes does; its exit code."""
         return self._end(signal.SIGTERM)
+
+    @property
+    def pid(self) -> int:
+        """Its process; raises ClusterError where it doesn't run."""
+        if self._process is None:
+            raise ClusterError("the operator was not started")
+        return self._process.pid
 
     def pause(self) -> None:
         """Stop it in the middle of whatever it does, as a machine that hangs does."""

@@ -82,6 +82,9 @@ VALUES: tuple[Any, ...] = (
 )
 """Those that a field's type takes are tried, and the members of enumerations."""
 
+BESIDE: dict[str, Spec] = {"targetParameters": {"dropout": 0}}
+"""What has to stand beside a field."""
+
 
 @dataclass(frozen=True)
 class SpecField:
@@ -103,7 +106,7 @@ class SpecField:
 
     def _takes(self, value: Any) -> bool:
         try:
-            self.owner.model_validate({self.key: value})
+            self.owner.model_validate({self.key: value, **BESIDE.get(self.key, {})})
         except ValidationError as error:
             return not any(
                 item["loc"][:1] == (self.key,) or not item["loc"]
@@ -251,6 +254,7 @@ def _make_room(spec: Spec, path: str) -> None:
         fields = {info.alias or name: info for name, info in model.model_fields.items()}
         (model,) = _models(fields[key].annotation)
         spec = spec.setdefault(key, least_of(model))
+    spec.update(BESIDE.get(path.rpartition(".")[2], {}))
 
 
 def _put(spec: Spec, path: str, value: Any) -> None:

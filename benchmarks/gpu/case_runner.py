@@ -10,10 +10,11 @@ import gc
 import importlib
 import json
 import os
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from typing import Any
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.outcome import Outcome, Verdict
 from finetune_trainer.runtime import child
+
+LOST = 75
+"""Exit status of a process whose device computes nothing any more: a new one runs what is left."""
 
 HEAVY = ("benchmarks.gpu.checks", "benchmarks.gpu.speed", "benchmarks.gpu.ladder")
 
@@ -73,7 +77,10 @@ def run_cases(order: Order, write: Any) -> None:
     if unsloth:
         import_unsloth(order.folder)
     for module in HEAVY:  # not before: Unsloth has to be loaded first
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except Exception:  # on whatever machine this is: the cases that need it will say so
+            traceback.print_exc()
     gc.collect()
     gc.freeze()  # or each training would look through all libraries for what can go
     from benchmarks.gpu.models import Scale  # noqa: PLC0415 - as they
@@ -88,6 +95,21 @@ def run_cases(order: Order, write: Any) -> None:
         began = time.monotonic()
         outcome = run_case(bench, case)
         write({"ended": case.name, "took": time.monotonic() - began, **outcome.as_json()})
+        if outcome.verdict is Verdict.ERROR and device_is_lost():
+            sys.exit(LOST)
+
+
+def device_is_lost() -> bool:
+    """Whether CUDA has had an error after which everything fails in this process."""
+    import torch  # noqa: PLC0415 - as above
+
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call] # torch
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def run_case(bench: Any, case: Case) -> Outcome:
@@ -102,7 +124,8 @@ def run_case(bench: Any, case: Case) -> Outcome:
     except Exception as error:  # the edge: the cases after it are run all the same
         traceback.print_exc()
         first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        free_memory()
+        with suppress(RuntimeError):  # of a device that computes nothing any more
+            free_memory()
         return Outcome(Verdict.ERROR, f"{first:.160}", {"traceback": traceback.format_exc()})
     print(f"--- {found.verdict}: {found.words}", flush=True)
     return found

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from zipfile import ZipFile
 
 # What the trainer imports when it trains, by module -> by the name of its wheel.
 MODULES = {
@@ -61,6 +62,20 @@ def prepare(wheels: Path | None, *, tiny: bool) -> str | None:
     return None
 
 
+def install(files: list[str], folder: str) -> None:
+    """Into a folder; by pip, which sees whether they are for this Python, or where there is none by
+    unpacking them."""
+    if find_spec("pip") is None:
+        for file in files:
+            with ZipFile(file) as wheel:
+                wheel.extractall(folder)
+        return
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    done = subprocess.run([*pip, "--no-compile", "--target", folder, *files], check=False)
+    if done.returncode:
+        sys.exit("The wheels can't be installed: are they for this Python and machine?")
+
+
 def find_trainer() -> None:
     """Let this process and those that it starts import the trainer from this checkout."""
     if find_spec("finetune_trainer") is None:
@@ -78,8 +93,7 @@ def start_over(wheels: Path) -> None:
     if not files:
         sys.exit(f"There is no wheel in {wheels}")
     with tempfile.TemporaryDirectory(prefix="wheels-") as folder:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-        subprocess.run([*pip, "--no-compile", "--target", folder, *files], check=True)
+        install(files, folder)
         path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": path, INSTALLED: folder}
         command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:]]

@@ -126,6 +126,8 @@ class Processes:
             self._take()
         if late:
             self._end(self._begun or cases[0].name, Outcome.left_out("the time was up"))
+        elif process.exitcode == case_runner.LOST:
+            return  # its last case has said so; the others get a process of their own
         elif process.exitcode or any(case.name not in self._report.cases for case in cases):
             words = f"its process ended with status {process.exitcode}"
             left = next((c.name for c in cases if c.name not in self._report.cases), None)

@@ -140,7 +140,8 @@ def apply_chart(cluster: provider.Cluster, chart: Path, values: dict[str, Any]) 
     """Apply the chart's objects to the last resort, Kubernetes 1.20, which the chart refuses."""
     with step("Operator (kubectl apply: this Kubernetes isn't supported)"):
         with helm.Chart.load(chart) as loaded:
-            rendered = loaded.render(values, name=RELEASE, namespace=OPERATOR_NAMESPACE)
+            known = values | {"admission": {"protectStatus": False}}  # 1.20 has no such policies
+            rendered = loaded.render(known, name=RELEASE, namespace=OPERATOR_NAMESPACE)
         texts = [text for name, text in rendered.items() if name.endswith(".yaml")]
         namespace = {"apiVersion": "v1", "kind": "Namespace"}
         namespace_text = json.dumps({**namespace, "metadata": {"name": OPERATOR_NAMESPACE}})

@@ -22,6 +22,7 @@ from finetune_operator.api import (
     RETRY_ANNOTATION,
     STAGE_KEY_ANNOTATION,
     STAGE_LABEL,
+    TRAINER_CONTAINER,
     WOKEN_ANNOTATION,
     JsonObject,
 )
@@ -31,6 +32,7 @@ from finetune_operator.pods import (
     ENDED,
     ObservedPod,
     created_at,
+    metadata_in_brief,
     moment,
     observe_pod,
     trainer_image,
@@ -233,6 +235,24 @@ def observe_finetunejob(raw: JsonObject) -> ObservedFineTuneJob:
         ],
         deleting="deletionTimestamp" in meta,
     )
+
+
+def finetunejob_in_brief(raw: JsonObject) -> JsonObject:
+    """The part of a FineTuneJob that is read here."""
+    return {
+        "metadata": metadata_in_brief(raw),
+        "spec": raw.get("spec"),
+        "status": raw.get("status"),
+    }
+
+
+def job_in_brief(raw: JsonObject) -> JsonObject:
+    """The part of a Job that is read here: of its pods, the image alone."""
+    spec = raw["spec"]
+    image = trainer_image(spec["template"]["spec"])
+    kept = {key: spec[key] for key in ("suspend", "activeDeadlineSeconds") if key in spec}
+    kept["template"] = {"spec": {"containers": [{"name": TRAINER_CONTAINER, "image": image}]}}
+    return {"metadata": metadata_in_brief(raw), "spec": kept, "status": raw.get("status") or {}}
 
 
 def observe_jobs(

@@ -12,6 +12,7 @@ from finetune_trainer.contract import StageResult
 
 # Reasons in a pod's status for which the container is not to blame: the node or the control plane
 # removed the pod or did not admit it. `OutOf<resource>` is another, for any resource.
+LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 DISRUPTIONS = {
     "Evicted",
     "NodeAffinity",
@@ -221,6 +222,29 @@ def _unschedulable(status: JsonObject) -> str | None:
         if condition["type"] == "PodScheduled" and condition.get("reason") in UNSCHEDULED:
             return str(condition.get("message") or "no node fits")
     return None
+
+
+def pod_in_brief(raw: JsonObject) -> JsonObject:
+    """The part of a pod that is read here: a third of the memory, or less."""
+    spec = raw["spec"]
+    secrets = [each for each in spec.get("volumes") or [] if "secret" in each]
+    kept = {"containers": [_container_in_brief(_trainer(spec))], "volumes": secrets}
+    if "nodeName" in spec:
+        kept["nodeName"] = spec["nodeName"]
+    return {"metadata": metadata_in_brief(raw), "spec": kept, "status": raw.get("status") or {}}
+
+
+def _container_in_brief(container: JsonObject) -> JsonObject:
+    return {key: container[key] for key in ("name", "image", "resources") if key in container}
+
+
+def metadata_in_brief(raw: JsonObject) -> JsonObject:
+    """Metadata without what only other tools read."""
+    meta = {key: value for key, value in raw["metadata"].items() if key != "managedFields"}
+    if LAST_APPLIED in (meta.get("annotations") or {}):
+        notes = {key: text for key, text in meta["annotations"].items() if key != LAST_APPLIED}
+        meta["annotations"] = notes
+    return meta
 
 
 def true_conditions(status: JsonObject) -> list[JsonObject]:

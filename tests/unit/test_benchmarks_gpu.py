@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
 
 import pytest
 
-from benchmarks.gpu import needs
-from benchmarks.gpu.cases import CASES, select
+from benchmarks.gpu import case_runner, needs
+from benchmarks.gpu.cases import CASES, case, select
 from benchmarks.gpu.flops import Work, mfu, model_flops, peak_flops
 from benchmarks.gpu.models import SHAPES, Scale, even_lengths, make_tokenizer, mixed_lengths, row
 from benchmarks.gpu.outcome import Outcome, Verdict
@@ -71,19 +74,19 @@ def test_without_a_known_peak_there_is_no_mfu() -> None:
 
 
 def test_every_case_has_a_name_of_its_own_and_can_be_chosen_by_a_word_of_it() -> None:
-    assert len({case.name for case in CASES}) == len(CASES)
-    assert [case.name for case in select(["packed", "device"])][:2] == ["device", "packed = alone"]
+    assert len({each.name for each in CASES}) == len(CASES)
+    assert [each.name for each in select(["packed", "device"])][:2] == ["device", "packed = alone"]
 
 
 def test_the_part_of_eight_minutes_proves_what_is_right_and_compares_with_trl() -> None:
     left, begun = 8 * 60, []
-    for case in CASES:
-        left -= case.seconds
+    for each in CASES:
+        left -= each.seconds
         if left > 0:
-            begun.append(case.name)
+            begun.append(each.name)
     assert {"packed = alone", "resumed = straight", "out of memory", "8b long: ours"} <= {*begun}
     assert {"8b mixed: ours", "8b mixed: TRL"} <= {*begun}
-    assert sum(case.seconds for case in CASES) <= 25 * 60
+    assert sum(each.seconds for each in CASES) <= 25 * 60
 
 
 @pytest.mark.parametrize("tokens", [40, 600, 2048])
@@ -139,3 +142,41 @@ def test_what_is_not_installed_is_named_with_the_way_to_bring_it(
     assert found is not None
     assert found.startswith("Not installed: trl.")
     assert "--wheels FOLDER" in found
+
+
+@pytest.mark.parametrize("by_pip", [True, False])
+def test_wheels_are_installed_with_and_without_pip(
+    by_pip: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel, metadata = tmp_path / "brought-1.0-py3-none-any.whl", "brought-1.0.dist-info"
+    with ZipFile(wheel, "w") as archive:
+        archive.writestr("brought/__init__.py", "")
+        archive.writestr(
+            f"{metadata}/METADATA", "Metadata-Version: 2.1\nName: brought\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            f"{metadata}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{metadata}/RECORD", "")
+    if not by_pip:
+        monkeypatch.setattr(needs, "find_spec", lambda _: None)
+    elif find_spec("pip") is None:
+        pytest.skip("this environment has no pip")
+    needs.install([str(wheel)], str(tmp_path / "target"))
+    assert (tmp_path / "target" / "brought" / "__init__.py").is_file()
+    assert (tmp_path / "target" / metadata / "METADATA").is_file()
+
+
+def test_a_module_that_can_not_be_imported_costs_its_own_cases_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(case_runner, "HEAVY", ("benchmarks.gpu.flops", "no_such_module_here"))
+    chosen = [
+        case("needs it", "a", 1, "no_such_module_here:run"),
+        case("device", "a", 1, "benchmarks.gpu.speed:device"),
+    ]
+    order = case_runner.Order(chosen, tmp_path, tmp_path / "r", tmp_path / "l", True, 1e12, 1)
+    lines: list[dict[str, Any]] = []
+    case_runner.run_cases(order, lines.append)
+    ended = {line["ended"]: line["verdict"] for line in lines if "ended" in line}
+    assert ended == {"needs it": "ERROR", "device": "measured"}

@@ -10,6 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from finetune_operator.api.observed import FineTuneJobStatus
 from finetune_operator.settings import Settings
 from hack.cluster import versions
 
@@ -103,6 +104,23 @@ def test_the_stages_log_as_the_chart_says() -> None:
     told = environment(trainer={"logFormat": "json"})
     assert told["FINETUNE_TRAINER_LOG_FORMAT"] == "json"
     assert Settings.from_environment(told).trainer_log_format == "json"
+
+
+def test_a_trainer_may_write_no_field_of_status_but_progress() -> None:
+    policy = named(render(), "ValidatingAdmissionPolicy", "finetune-operator-status")
+    guarded = {
+        each["expression"].split("?")[2].split()[0] for each in policy["spec"]["validations"]
+    }
+    fields = {each.alias for each in FineTuneJobStatus.model_fields.values()}
+    assert guarded == fields - {"progress"}
+    assert not any("Admission" in o["kind"] for o in render(admission={"protectStatus": False}))
+
+
+def test_a_network_policy_lets_in_the_probes_and_prometheus_alone() -> None:
+    policy = named(render(networkPolicy={"enabled": True}), "NetworkPolicy")
+    assert policy["spec"]["ingress"] == [{"ports": [{"port": "health", "protocol": "TCP"}]}]
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    assert "NetworkPolicy" not in [o["kind"] for o in render()]
 
 
 def test_the_operator_may_write_its_own_lease_alone() -> None:

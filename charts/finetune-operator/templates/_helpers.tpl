@@ -27,6 +27,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- printf "%s:%s" .image.repository (.image.tag | default .appVersion) -}}
 {{- end -}}
 
+{{/* The fields of status that the operator alone writes. */}}
+{{- define "finetune-operator.statusFields" -}}
+observedGeneration phase reason stage conditions stages version artifacts images versions manifestUri metrics dataset notices lineage resolved lastRefreshTime nextRefreshTime lastHandledRetryAt usage resolvedInputs planned
+{{- end -}}
+
 {{/* What the operator may do where it watches: each verb on each resource by name, nothing on Secrets. */}}
 {{- define "finetune-operator.rules" -}}
 - apiGroups: [finetune.dev]

@@ -34,6 +34,10 @@ REFUSED: dict[str, Any] = {
     "must be a whole number from 0, or a percentage such as 10%": "101%",
     "must be a whole number from 1 to 1000, or auto": 1001,
     "must be all-linear alone, or names of layers without it": ["all-linear", "q_proj"],
+    "must have dropout 0 and no useDora with targetParameters, as PEFT wants it": {
+        "targetParameters": ["mlp.experts.down_proj"],
+        "dropout": 0.05,
+    },
     "must be onEdit, or an interval of 1m or more, such as 30m, 6h or 1h30m": "1s",
     "must be a version's name, 12 characters as in status.versions": "latest",
     "must be a duration of 1s or more, such as 30m or 1h30m": "0s",

@@ -40,6 +40,8 @@ MODULES = (
     "finetune_trainer.prepare.prepare_stage",
     "finetune_trainer.train.train_stage",
     "finetune_trainer.train.recipe.train_worker",
+    "finetune_trainer.train.recipe.sft",
+    "finetune_trainer.train.recipe.preference",
     "finetune_trainer.train.recipe.processes",
     "torch.distributed.run",
     "finetune_trainer.export.export_stage",

@@ -26,6 +26,7 @@ from finetune_trainer.train.supervisor.ladder import descend
 from finetune_trainer.train.supervisor.setup import divide_step
 from finetune_trainer.train.supervisor.training_session import WorkerProcess
 from tests.integration.trainer.float32_worker import NOTE
+from tests.integration.trainer.preferences import make_labelled, make_pairs
 from tests.integration.trainer.recipe import make_work
 
 FLOAT32 = "tests.integration.trainer.float32_worker"
@@ -64,12 +65,18 @@ def make_rows(count: int, seed: int) -> list[Example]:
 
 
 def work_of(
-    model: Path, workdir: Path, processes: int, parallelism: str = "auto", **settings: Any
+    model: Path,
+    workdir: Path,
+    processes: int,
+    parallelism: str = "auto",
+    rows: tuple[list[Example], list[Example]] | None = None,
+    **settings: Any,
 ) -> TrainingWork:
     """18 rows: the last step of an epoch has 2 instead of 4, and 5 held-out rows don't divide."""
     workdir.mkdir()
     settings = {**SETTINGS, "parallelism": parallelism, **settings}
-    work = make_work(model, workdir, make_rows(18, 1), make_rows(5, 2), **settings)
+    train, held_out = rows or (make_rows(18, 1), make_rows(5, 2))
+    work = make_work(model, workdir, train, held_out, **settings)
     plan, divided = divide_step(work.config.training, work.plan, processes)
     assert divided == processes
     return work.model_copy(update={"plan": plan, "processes": processes})
@@ -167,6 +174,25 @@ def test_two_processes_train_like_one_at_the_same_effective_batch(
     assert steps == sorted(steps), "only one process reports"
 
 
+@pytest.mark.parametrize(("objective", "parallelism"), [("dpo", "fsdp"), ("kto", "ddp")])
+def test_two_processes_learn_preferences_like_one(
+    objective: str, parallelism: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """In the last step one of them has no row; the reference is the base, whole or spread."""
+    rows = make_labelled(12) if objective == "kto" else make_pairs(12)
+    given = rows[:9], rows[9:]
+    settings: dict[str, Any] = {"objective": objective, "epochs": 1, "learningRate": 1e-3}
+    alone = run(work_of(tiny_model, tmp_path / "alone", 1, rows=given, **settings))
+    together = run(work_of(tiny_model, tmp_path / "2", 2, parallelism, rows=given, **settings))
+
+    for name in ("loss", "eval_loss", "reward_accuracy", "reward_margin"):
+        expected = alone.series(name)
+        assert len(expected) > 1
+        assert together.series(name) == pytest.approx(expected, abs=LOSS_TOLERANCE), name
+    assert alone.series("reward_margin")[-1] > alone.series("reward_margin")[0]
+    assert_same_adapter(together, alone)
+
+
 def test_recomputed_layers_drop_the_same_values_again(
     sharded: Run, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -183,7 +209,7 @@ def test_in_bfloat16_as_well_it_trains_like_one(
 ) -> None:
     monkeypatch.setenv("COMPUTE_DTYPE", "bfloat16")
     alone = run(work_of(tiny_model, tmp_path / "alone", 1))
-    settings = {"gradientCheckpointing": "always"}
+    settings: dict[str, Any] = {"gradientCheckpointing": "always"}
     together = run(work_of(tiny_model, tmp_path / "together", 2, "fsdp", **settings))
 
     expected = alone.series("loss")

@@ -87,7 +87,10 @@ def test_stopped_early_it_leaves_what_it_has(processes: Processes, tmp_path: Pat
     code, printed, report = run(processes, "tests.integration.trainer.stopped_benchmark", tmp_path)
     assert code == 1
     assert report["ended"] == "by SIGTERM"
-    assert [found["verdict"] for found in report["cases"].values()] == ["measured", "ERROR"]
+    verdicts = {name: found["verdict"] for name, found in report["cases"].items()}
+    broken = {"dies": "ERROR", "breaks": "ERROR"}
+    assert verdicts == {"device": "measured", **broken, "after it": "measured"}
+    assert "illegal memory access" in report["cases"]["breaks"]["words"]
     assert "its process ended with status 3" in report["cases"]["dies"]["words"]
     assert "device" in printed
     assert "by SIGTERM" in printed

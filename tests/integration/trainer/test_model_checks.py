@@ -289,7 +289,7 @@ OF_AN_EXPERT = ["model.layers.0.block_sparse_moe.experts.0.w1.weight"]
             "mixtral",
             {**SHAPE, "num_local_experts": 4},
             ["experts.down_proj"],
-            "experts.down_proj holds all experts of a layer at once, and gets no adapter here",
+            "experts.down_proj holds all experts of a layer at once: name it in targetParameters",
         ),
         (
             "mixtral",

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -18,10 +19,13 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from finetune_trainer.contract import Example, Lora, Preference
+from finetune_trainer.export.merge.model_folder import write_model
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.adapter import lora_config
 from finetune_trainer.model.tokenizer import IGNORED, load_tokenizer
+from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link import InterruptedTrainingError, TrainingWork
+from finetune_trainer.train.recipe import sft
 from finetune_trainer.train.recipe.preference import (
     AnswerScores,
     PassesWithOthers,
@@ -244,6 +248,31 @@ def test_what_is_preferred_is_learnt(tiny_model: Path, tmp_path: Path, objective
     if objective != "orpo":  # the reference is the base model
         assert base["eval_rewards/margins"] == 0
         assert tuned["eval_rewards/accuracies"] > 0.8
+
+
+def test_preferences_are_learnt_against_a_base_in_4_bits(tiny_model: Path, tmp_path: Path) -> None:
+    """The reference is what qlora trains on, so that rewards begin at zero."""
+    work = make_work(
+        tiny_model,
+        tmp_path,
+        make_pairs(16),
+        make_pairs(24)[16:],
+        objective="dpo",
+        method="qlora",
+        epochs=1,
+        learningRate=0.01,
+        batchSize=4,
+        gradientAccumulationSteps=1,
+        scheduler="constant",
+    )
+    metrics = sft.fine_tune(work, Reporter()).metrics
+    assert metrics.base_reward_margin == 0
+    assert (metrics.reward_margin or 0) > 0
+    assert (metrics.reward_accuracy or 0) > 0.8
+    assert (metrics.eval_loss or 0) < (metrics.base_eval_loss or 0)
+    saved = load_file(work.adapter / "adapter_model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    write_model(ModelFolder(tiny_model), work.adapter, tmp_path / "merged")
 
 
 def swapped(pair: Example) -> Example:

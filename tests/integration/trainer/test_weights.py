@@ -132,7 +132,7 @@ def test_sums_are_rounded_once_to_float16(tmp_path: Path, dtype: torch.dtype) ->
     adapter = save_adapter(base, tmp_path / "adapter")
     write(base, adapter, tmp_path / "ours")
     stored, ours = load_file(base / SINGLE), load_file(tmp_path / "ours" / SINGLE)
-    deltas = read_adapter(adapter)
+    deltas = read_adapter(adapter).changes
     for name, value in ours.items():
         exact = stored[name].float()
         delta = deltas.get(name.removesuffix(".weight"))
@@ -206,7 +206,7 @@ def test_a_model_whose_weights_have_other_names_than_its_modules(
     base = save_renamed(tmp_path / "base", prefixed)
     targets = ["q_proj", "gate_proj"]
     adapter = save_adapter(base, tmp_path / "adapter", target_modules=targets)
-    modules = read_adapter(adapter)
+    modules = read_adapter(adapter).changes
     weights = MergedWeights.open(base, adapter)
     assert len(weights.targets) == len(modules)
     assert not {f"{module}.weight" for module in modules} & set(weights.infos)

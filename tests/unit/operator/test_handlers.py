@@ -21,7 +21,9 @@ from finetune_operator.handlers import (
     _index_pod,
     kopf_settings,
 )
+from finetune_operator.pods import pod_in_brief
 from finetune_operator.reconcile import Snapshot
+from tests.unit.operator.raw import raw_job, raw_pod
 
 KEY = "ml/support"
 MINE = "uid/ml/uid-1"
@@ -83,7 +85,7 @@ async def test_pods_of_an_earlier_object_of_that_name_are_told_apart() -> None:
 
 
 async def test_a_pod_is_found_by_its_owners_uid_and_by_its_name() -> None:
-    pod = raw("pod-1")
+    pod = pod_in_brief(raw_pod())
     pod["metadata"]["labels"] = {"finetune.dev/job-uid": "uid-1"}
     assert await _index_pod("ml", cast(kopf.Body, pod)) == {MINE: pod}
     pod["metadata"]["annotations"] = {"finetune.dev/job-name": "support"}
@@ -93,10 +95,8 @@ async def test_a_pod_is_found_by_its_owners_uid_and_by_its_name() -> None:
 async def test_children_in_another_namespace_are_not_ours() -> None:
     """Whoever may create pods there could write our uid on one, with a result of his own."""
     world = World()
-    forged_pod, forged_job = raw("pod-1"), raw("job-1")
+    forged_pod, forged_job = raw_pod(), raw_job()
     forged_pod["metadata"]["labels"] = {"finetune.dev/job-uid": "uid-1"}
-    owner = {"kind": "FineTuneJob", "uid": "uid-1", "controller": True}
-    forged_job["metadata"]["ownerReferences"] = [owner]
     await world.shows(
         [raw("uid-1")],
         jobs={k: [v] for k, v in (await _index_job("theirs", cast(kopf.Body, forged_job))).items()},

@@ -12,12 +12,13 @@ from finetune_operator.observe import (
     Finish,
     ObservedJob,
     ReportedProgress,
+    job_in_brief,
     observe_finetunejob,
     observe_jobs,
     pods_without_job,
     stages_at_work,
 )
-from finetune_operator.pods import observe_pod
+from finetune_operator.pods import observe_pod, pod_in_brief
 from finetune_trainer.contract import Notice, NoticeCode, Stage
 from tests.unit.operator.build import SPEC, finetunejob
 from tests.unit.operator.raw import (
@@ -324,3 +325,33 @@ def test_progress_is_not_read_since_another_trainer_may_write_it() -> None:
 def test_a_finetunejob_that_is_being_deleted() -> None:
     raw = raw_finetunejob(deletionTimestamp="2026-11-24T12:02:00Z")
     assert observe_finetunejob(raw).deleting
+
+
+def test_what_the_watches_keep_says_as_much_as_the_whole() -> None:
+    whole = raw_pod(
+        phase="Failed",
+        reason="Evicted",
+        message="The node was low on resource: ephemeral-storage.",
+        startTime="2026-11-24T12:00:01Z",
+        conditions=[{"type": "DisruptionTarget", "status": "True", "reason": "EvictionByKubelet"}],
+        containerStatuses=[{"name": "trainer", "state": {"terminated": {"exitCode": 137}}}],
+    )
+    whole["metadata"] |= {
+        "deletionTimestamp": "2026-11-24T12:10:00Z",
+        "managedFields": [{"manager": "kubelet"}],
+        "annotations": {"kubectl.kubernetes.io/last-applied-configuration": "{}", "own": "1"},
+    }
+    trainer = whole["spec"]["containers"][1]
+    trainer |= {"resources": {"limits": {"nvidia.com/gpu": 1}}, "env": [{"name": "A"}]}
+    secret = {"name": "signing-key", "secret": {"secretName": "key"}}
+    whole["spec"] |= {"nodeName": "n1", "volumes": [{"name": "w", "emptyDir": {}}, secret]}
+    brief = pod_in_brief(whole)
+    assert observe_pod(brief) == observe_pod(whole)
+    assert brief["metadata"]["annotations"] == {"own": "1"}
+    assert "env" not in str(brief)
+    assert "managedFields" not in brief["metadata"]
+    job = raw_job(startTime="2026-11-24T12:00:01Z")
+    job["spec"] |= {"suspend": True, "activeDeadlineSeconds": 60}
+    seen = observe_jobs(finetunejob(), [job_in_brief(job)], [brief])
+    assert seen == observe_jobs(finetunejob(), [job], [whole])
+    assert (seen[0].suspended, seen[0].deadline_seconds) == (True, 60)

@@ -101,3 +101,10 @@ def test_every_field_says_what_it_means() -> None:
     assert [path for path, field in known.items() if not field.description] == []
     assert known["training.loggingSteps"].default == "10"
     assert known["model.source"].default == ""
+
+
+def test_a_field_that_needs_another_is_read_by_itself() -> None:
+    """What both mean together shows when all settings are there."""
+    given = ["training.lora.targetParameters=mlp.experts.down_proj", "training.lora.dropout=0"]
+    lora = apply_settings({}, given)["training"]["lora"]
+    assert lora == {"targetParameters": ["mlp.experts.down_proj"], "dropout": 0}

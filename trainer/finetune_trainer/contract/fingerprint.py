@@ -190,6 +190,7 @@ def _changing(config: RunConfig, contents: ExampleContents) -> dict[str, Any]:
         update={
             "target_modules": in_order,
             "modules_to_save": tuple(sorted(training.lora.modules_to_save)),
+            "target_parameters": tuple(sorted(training.lora.target_parameters)),
         }
     )
     found: dict[str, Any] = training.model_copy(update={"lora": lora}).model_dump(

@@ -39,10 +39,19 @@ ModuleName = Annotated[
 """Of a layer in the model: the last part of its name, or several parts with dots between."""
 
 _ALONE = "must be all-linear alone, or names of layers without it"
+_PARAMETERS_SAID = "must have dropout 0 and no useDora with targetParameters, as PEFT wants it"
 
 
 class Lora(Base):
     """The low-rank adapter (PEFT's LoraConfig)."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            "!has(self.targetParameters) || size(self.targetParameters) == 0 || "
+            "(self.dropout == 0.0 && !self.useDora)",
+            _PARAMETERS_SAID,
+        )
+    )
 
     r: Annotated[int, Field(ge=1, le=1024)] = 16
     """Rank of the adapter. Twice the rank is twice the trainable parameters."""
@@ -70,6 +79,15 @@ class Lora(Base):
     (Phi-3, Phi-4) q_proj, k_proj and v_proj stand for qkv_proj, gate_proj and up_proj for
     gate_up_proj. With dots a name means fewer layers, e.g. layers.0.self_attn.q_proj."""
 
+    target_parameters: Annotated[
+        tuple[ModuleName, ...],
+        Field(max_length=8, json_schema_extra={"x-kubernetes-list-type": "set"}),
+    ] = ()
+    """Parameters that hold all experts of a layer at once, which get an adapter for each expert, by
+    the last parts of their names in the model (PEFT's target_parameters), e.g.
+    mlp.experts.gate_up_proj and mlp.experts.down_proj. It needs method lora and dropout 0, and
+    llama.cpp can't apply such an adapter alone; the merged files are as usual."""
+
     modules_to_save: Annotated[
         tuple[ModuleName, ...],
         Field(max_length=2, json_schema_extra={"x-kubernetes-list-type": "set"}),
@@ -87,6 +105,12 @@ class Lora(Base):
     """Learn a magnitude for each output beside the direction (DoRA): a little better at small
     ranks, slower to train. llama.cpp can't apply such an adapter alone; the merged files are as
     usual."""
+
+    @model_validator(mode="after")
+    def _fits_parameters(self) -> Self:
+        if self.target_parameters and (self.dropout or self.use_dora):
+            raise ValueError(_PARAMETERS_SAID)
+        return self
 
     @field_validator("target_modules")
     @classmethod

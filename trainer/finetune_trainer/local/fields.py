@@ -73,7 +73,7 @@ class SettableField:
             self.owner.model_validate({self.key: value})
         except ValidationError as error:
             # Other fields of the owner may be missing here.
-            own = [e for e in error.errors(include_url=False) if e["loc"][0] == self.key]
+            own = [e for e in error.errors(include_url=False) if e["loc"][:1] == (self.key,)]
             return list(dict.fromkeys(e["msg"].removeprefix("Value error, ") for e in own))
         return []
 

@@ -178,7 +178,7 @@ def _labels(training: Training, lengths: Lengths) -> int:
 def _parallelisms(training: Training, devices: int) -> list[Parallelism]:
     if devices == 1:
         return ["none"]
-    if training.lora.modules_to_save:
+    if training.lora.modules_to_save or training.lora.target_parameters:
         return ["ddp"]  # prepare_stage.check_config
     return ["ddp", "fsdp"] if training.parallelism == "auto" else [training.parallelism]
 

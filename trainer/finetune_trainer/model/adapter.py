@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from finetune_trainer.contract import (
     ALL_LINEAR,
@@ -33,6 +33,8 @@ WORKER = "finetune_trainer.model.adapter"  # this module as a program
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the names in the latter
 FIELD = "spec.training.lora.targetModules"
+PARAMETERS_FIELD = "spec.training.lora.targetParameters"
+INNER = ".base_layer"  # of a module that PEFT wraps once for each of its parameters
 EXPERT_DIMENSIONS = 3  # of a parameter: experts, outputs and inputs
 
 _OTHER_RESULT = (
@@ -44,7 +46,6 @@ _OTHER_RESULT = (
     "lora_bias",
     "megatron_config",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
@@ -130,7 +131,8 @@ def told_by_files(lora: Lora, tensors: Iterable[str]) -> bool:
 
     They don't tell linear layers from others, nor how transformers holds experts.
     """
-    usual = set(lora.target_modules) <= set(TargetModule) and not lora.modules_to_save
+    usual = set(lora.target_modules) <= set(TargetModule)
+    usual = usual and not lora.modules_to_save and not lora.target_parameters
     return usual and not any(".experts." in name for name in tensors)
 
 
@@ -176,6 +178,23 @@ def resolve_whole(lora: Lora, layers: Layers) -> list[str]:
     if found and layers.tied and layers.embedding:
         return [_short(layers.embedding)]
     return [*found.values()]
+
+
+def resolve_parameters(lora: Lora, layers: Layers) -> list[str]:
+    """The parameters with experts that get an adapter, as PEFT takes them, in order.
+
+    Raises StageError(InvalidConfig) for a name that no such parameter has.
+    """
+    missing = sorted(set(lora.target_parameters) - set(_all_suffixes(layers.experts)))
+    if not missing:
+        return sorted(lora.target_parameters)
+    has = ", ".join(sorted({".".join(name.split(".")[-3:]) for name in layers.experts})) or "none"
+    raise StageError(
+        Reason.INVALID_CONFIG,
+        f"{PARAMETERS_FIELD}: the base model has no parameter {', '.join(missing)} that holds all "
+        f"experts of a layer. Those that it has are {has:.300}: set it to some of them, or leave "
+        "it out.",
+    )
 
 
 def is_meant(name: str, targets: Collection[str]) -> bool:
@@ -237,11 +256,47 @@ def lora_config(lora: Lora, model: torch.nn.Module) -> LoraConfig:
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         target_modules=resolve_targets(lora, layers),
+        target_parameters=resolve_parameters(lora, layers) or None,
         modules_to_save=whole or None,
         ensure_weight_tying=bool(whole) and layers.tied,
         exclude_modules=None if of_text(linear) == linear else NO_TEXT,
         bias="none",
     )
+
+
+def check_stored(model: torch.nn.Module, parameters: Collection[str]) -> None:
+    """Raise StageError(InvalidConfig) where files hold experts in a way that a merge can't undo.
+
+    Known are the parameter as it is, and a matrix for each expert, or two that lie one after the
+    other in it.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
+    from transformers.core_model_loading import (  # noqa: PLC0415
+        Concatenate,
+        MergeModulelist,
+        WeightConverter,
+    )
+
+    for transform in get_model_conversion_mapping(cast("Any", model)):
+        if not isinstance(transform, WeightConverter):
+            continue
+        meant = [name for name in parameters for t in transform.target_patterns if _ends(name, t)]
+        merge, *rest = transform.operations
+        stacked = isinstance(merge, MergeModulelist) and merge.dim == 0
+        joined = not rest or (isinstance(rest[0], Concatenate) and rest[0].dim == 1)
+        if meant and not (stacked and joined and len(rest) < 2):
+            raise StageError(
+                Reason.INVALID_CONFIG,
+                f"{PARAMETERS_FIELD}: the base model's files hold {meant[0]} in a way that an "
+                "adapter can't be merged into. Leave it out.",
+            )
+
+
+def _ends(name: str, pattern: str) -> bool:
+    """Whether a parameter's name and a pattern for its end say the same."""
+    ours, theirs = name.split("."), pattern.strip("^$.").split(".")
+    length = min(len(ours), len(theirs))
+    return ours[-length:] == theirs[-length:]
 
 
 def outline_here(request: OutlineRequest) -> AdapterOutline:
@@ -252,13 +307,17 @@ def outline_here(request: OutlineRequest) -> AdapterOutline:
     layers = Layers.of(model)
     targets = resolve_targets(request.lora, layers)
     meant = {name for name in layers.linear if is_meant(name, targets)}
+    parameters = resolve_parameters(request.lora, layers)
+    check_stored(model, parameters)
+    meant |= {name.rpartition(".")[0] for name in layers.experts if is_meant(name, parameters)}
     try:
         tuned = get_peft_model(model, lora_config(request.lora, model))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise _not_adapted(str(error)) from error
     state = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     outline = AdapterOutline(tensors={name: tuple(each.shape) for name, each in state.items()})
-    if other := sorted(adapted_modules(outline.tensors) - meant):
+    adapted = {name.replace(INNER, "") for name in adapted_modules(outline.tensors)}
+    if other := sorted(adapted - meant):
         # It takes some names of layers for those of experts (Qwen 2 MoE, DeepSeek).
         raise _not_adapted(f"it would adapt {other[0]} as well")
     return outline
@@ -302,7 +361,7 @@ def _missing(missing: list[str], layers: Layers) -> StageError:
     whole = [each for each in (layers.embedding, layers.output) if each]
     named = ", ".join(missing)
     if set(missing) <= set(_all_suffixes(layers.experts)):
-        cause = f"{named} holds all experts of a layer at once, and gets no adapter here"
+        cause = f"{named} holds all experts of a layer at once: name it in targetParameters"
     elif set(missing) <= set(_all_suffixes(whole)):
         cause = f"{named} is the input embedding or the output layer, and gets no adapter"
     else:

@@ -26,6 +26,7 @@ from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    INNER,
     AdapterOutline,
     adapted_modules,
     other_kind,
@@ -167,6 +168,10 @@ def _check_lora(lora: Lora, found: InitialAdapter, saved: dict[str, Any]) -> Non
         "alpha": (saved.get("lora_alpha"), lora.alpha),
         "useRslora": (bool(saved.get("use_rslora")), lora.use_rslora),
         "useDora": (bool(saved.get("use_dora")), lora.use_dora),
+        "targetParameters": (
+            sorted(saved.get("target_parameters") or ()),
+            sorted(lora.target_parameters),
+        ),
     }
     others = {name: pair for name, pair in expected.items() if pair[0] != pair[1]}
     if not others:
@@ -235,7 +240,7 @@ def _plain(source: str) -> str:
 
 
 def _kinds(modules: Iterable[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in modules})
+    return sorted({name.replace(INNER, "").rpartition(".")[2] for name in modules})
 
 
 def _revision(marks: dict[str, str]) -> str:

@@ -6,16 +6,18 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch.utils._pytree import tree_map
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.shape import number_type, overflows_in_float16
 from finetune_trainer.model.tokenizer import unsupported
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def load_model(
@@ -32,6 +34,9 @@ def load_model(
     With `sharded` as well, FSDP can spread them over processes.
     Raises StageError(ModelUnsupported) when transformers can't load it.
     """
+    # Slow to import, and the export's own process loads no model.
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
     disable_progress_bar()  # type: ignore[no-untyped-call] # it moves per tensor
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if quantize:
@@ -128,6 +133,8 @@ def _nf4(dtype: torch.dtype | Literal["auto"], storage: torch.dtype | Literal["a
     FSDP shards floating types alone. It must be the type that it computes in, or FSDP would convert
     the packed values as if they were numbers.
     """
+    from transformers import BitsAndBytesConfig  # noqa: PLC0415 - see above
+
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -155,7 +155,9 @@ def check_config(config: RunConfig) -> None:
         )
     _check_images(config)
     if config.training.lora.modules_to_save:
-        _check_whole_modules(config)
+        _check_alone(config, "modulesToSave")
+    if config.training.lora.target_parameters:
+        _check_alone(config, "targetParameters")
     if config.training.method == "full":
         _check_full(config)
 
@@ -197,19 +199,26 @@ def _check_full(config: RunConfig) -> None:
         )
 
 
-def _check_whole_modules(config: RunConfig) -> None:
-    field = "spec.training.lora.modulesToSave"
+def _check_alone(config: RunConfig, name: str) -> None:
+    """Raise StageError(InvalidConfig) for what can't be done with this field of the adapter."""
+    field = f"spec.training.lora.{name}"
     if config.export.adapter_gguf:
         raise StageError(
             Reason.INVALID_CONFIG,
             f"spec.export.adapterGguf: llama.cpp can't apply an adapter with {field}. Leave "
-            "adapterGguf out (the merged files are as usual), or leave out modulesToSave.",
+            f"adapterGguf out (the merged files are as usual), or leave out {name}.",
         )
     if config.training.parallelism == "fsdp":
         raise StageError(
             Reason.INVALID_CONFIG,
             f"spec.training.parallelism: fsdp can't spread a model with {field}. Set it to ddp, or "
-            "leave out modulesToSave.",
+            f"leave out {name}.",
+        )
+    if name == "targetParameters" and config.training.method == "qlora":
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"{field}: experts that are held together stay in 16 bits with qlora, and are not "
+            f"adapted there. Set spec.training.method to lora, or leave out {name}.",
         )
 
 

@@ -35,7 +35,10 @@ from finetune_trainer.store import replacing
 QUANTIZE_WORKER = "finetune_trainer.export.gguf.quantize_worker"
 LORA_SCRIPT = "convert_lora_to_gguf.py"
 
-_NOT_IN_GGUF = ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "lora_bias")
+_NOT_IN_GGUF = (
+    *("use_dora", "modules_to_save", "target_parameters"),
+    *("alpha_pattern", "rank_pattern", "lora_bias"),
+)
 """Fields of PEFT's LoraConfig that llama.cpp's adapters have no place for."""
 
 BUFFER_BYTES = 64 << 20

@@ -28,6 +28,7 @@ from finetune_trainer.export.merge.checkpoint import (
     OUTPUT_LAYERS,
     BaseTensor,
     TensorInfo,
+    expert_parameters,
     kept_whole,
     other_model_error,
     read_checkpoint,
@@ -38,12 +39,14 @@ from finetune_trainer.export.merge.checkpoint import (
 )
 from finetune_trainer.export.merge.deltas import (
     ALIGNED,
+    ReadAdapter,
     Replacement,
     WeightChange,
     is_whole_model,
     read_adapter,
     read_whole_model,
 )
+from finetune_trainer.model.adapter import EXPERT_DIMENSIONS, INNER
 
 __all__ = ["UNREACHED", "MergedWeights", "TensorInfo", "is_finite"]
 
@@ -51,6 +54,8 @@ SPAN_BYTES = 1 << 20  # of float32 sums that a thread computes at a time: they s
 
 UNREACHED = re.compile(r"(^|\.)(vision|visual|image|audio)\w*\.")
 """Parts of a model that text doesn't reach. Training on text doesn't change them."""
+
+EXPERTS = re.compile(r"\.experts\.")
 
 _S = TypeVar("_S")
 _T = TypeVar("_T")
@@ -142,6 +147,8 @@ class MergedWeights:
             return
         changed = _in_threads(self._changes, self._deltas)
         same = [n for n, c in zip(self._deltas, changed, strict=True) if not c]
+        if any(c for n, c in zip(self._deltas, changed, strict=True) if EXPERTS.search(n)):
+            same = [name for name in same if not EXPERTS.search(name)]  # no token came to some
         if same := [name for name in same if not UNREACHED.search(name)]:
             raise _unchanged(same, len(self._deltas))
 
@@ -202,21 +209,48 @@ def _what_changes(
 ) -> dict[str, WeightChange]:
     """What the training changed, by the names of the weights in the base model's files."""
     found: Mapping[str, WeightChange]
+    experts: dict[str, WeightChange] = {}
     if is_whole_model(trained):
         found = read_whole_model(trained)
         if unknown := sorted(found.keys() - stored.keys()):
             raise other_model_error(f"it has no {shortened(unknown)}")
         names = dict(zip(found, found, strict=True))
     else:
-        found = _without_tied_output(read_adapter(trained), stored)
+        adapter = read_adapter(trained)
+        found = _without_tied_output(adapter.changes, stored)
         names = weight_names(base, found, stored.keys())
-    for module, change in found.items():
-        shape = tuple(stored[names[module]].tensor.shape)
+        experts = _expert_changes(base, adapter, stored) if adapter.experts else {}
+    changes = {names[module]: change for module, change in found.items()} | experts
+    for name, change in changes.items():
+        shape = tuple(stored[name].tensor.shape)
         if shape != change.shape:
-            raise other_model_error(
-                f"its {names[module]} has shape {shape} instead of {change.shape}"
-            )
-    return {names[module]: change for module, change in found.items()}
+            raise other_model_error(f"its {name} has shape {shape} instead of {change.shape}")
+    return changes
+
+
+def _expert_changes(
+    base: Path, adapter: ReadAdapter, stored: Mapping[str, BaseTensor]
+) -> dict[str, WeightChange]:
+    """What an adapter of experts changes, by the names in the base model's files.
+
+    PEFT wraps a module once for each of its parameters, in their order: the last one is outermost.
+    """
+    found: dict[str, WeightChange] = {}
+    parameters = expert_parameters(base, adapter.target_parameters, stored)
+    for wrapped, factors in adapter.experts.items():
+        module = wrapped.replace(INNER, "")
+        own = parameters.get(module, [])
+        place = len(own) - 1 - wrapped.count(INNER)
+        if place < 0:
+            raise other_model_error(f"it has no parameters with experts in {module}")
+        parameter = own[place]
+        if parameter.stored is not None:
+            found[parameter.stored] = factors.stacked(transposed=parameter.transposed)
+        elif {part.expert for part in parameter.parts} != set(range(factors.experts)):
+            raise other_model_error(f"it has not {factors.experts} experts in {module}")
+        for part in parameter.parts:
+            found[part.name] = factors.of(part.expert, part.rows)
+    return found
 
 
 def _without_tied_output(
@@ -238,7 +272,8 @@ def _without_tied_output(
 def _spans(start: int, stop: int, tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
     """Blocks of rows whose sums take about SPAN_BYTES."""
     row_bytes = 4 * max(1, tensor.numel() // max(1, tensor.shape[0]))
-    size = max(ALIGNED, SPAN_BYTES // row_bytes // ALIGNED * ALIGNED)
+    aligned = ALIGNED if tensor.ndim < EXPERT_DIMENSIONS else 1  # else a row is an expert
+    size = max(aligned, SPAN_BYTES // row_bytes // aligned * aligned)
     for low in range(start, stop, size):
         yield low, min(low + size, stop)
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from finetune_trainer.contract import Reason, StageError
+from finetune_trainer.model.adapter import is_meant
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -212,8 +214,84 @@ def _refuse_tied(base: Path, modules: list[str]) -> None:
         )
 
 
+class PartOfExperts(NamedTuple):
+    """A tensor of the files with rows of one expert's matrix."""
+
+    name: str
+    expert: int
+    rows: slice
+
+
+@dataclass(frozen=True)
+class ExpertParameter:
+    """A parameter that holds all experts of a layer, and where the files have it."""
+
+    stored: str | None
+    """As a whole under this name, or in parts."""
+
+    parts: tuple[PartOfExperts, ...] = ()
+    transposed: bool = False
+    """Whether it is (experts, in, out), and not (experts, out, in)."""
+
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+def expert_parameters(
+    base: Path, targets: Collection[str], stored: Mapping[str, BaseTensor]
+) -> dict[str, list[ExpertParameter]]:
+    """The parameters that PEFT adapts by their names, by module, in the order of the module."""
+    names, modules, patterns = _as_loaded(base, stored)
+    found: dict[str, list[ExpertParameter]] = {}
+    for path, module in modules.items():
+        for own, _ in module.named_parameters(recurse=False):
+            if is_meant(f"{path}.{own}", targets):
+                files = names.get(f"{path}.{own}", [])
+                transposed = bool(getattr(module, "is_transposed", False))
+                found.setdefault(path, []).append(_placed(files, stored, patterns, transposed))
+    return found
+
+
+def _placed(
+    files: Sequence[tuple[str, str | None]],
+    stored: Mapping[str, BaseTensor],
+    patterns: Sequence[str],
+    transposed: bool,
+) -> ExpertParameter:
+    if len(files) == 1 and files[0][1] is None:
+        return ExpertParameter(files[0][0], transposed=transposed)
+    ends: dict[int, int] = {}  # rows of each expert so far
+    parts = []
+    for name, _ in sorted(files, key=lambda file: patterns.index(str(file[1]))):
+        number = _EXPERT.search(name)
+        if number is None:
+            raise other_model_error(f"its {name} is of no expert")
+        expert, rows = int(number[1]), stored[name].tensor.shape[0]
+        start = ends.get(expert, 0)
+        ends[expert] = start + rows
+        parts.append(PartOfExperts(name, expert, slice(start, start + rows)))
+    return ExpertParameter(None, tuple(parts))
+
+
 def _renamed(base: Path, stored: Iterable[str]) -> dict[str, str]:
     """From names of a model's parameters to those in the files, where only the name differs."""
+    names, _, _ = _as_loaded(base, stored)
+    return {
+        renamed: name
+        for renamed, files in names.items()
+        for name, pattern in files
+        if pattern is None
+    }
+
+
+def _as_loaded(
+    base: Path, stored: Iterable[str]
+) -> tuple[dict[str, list[tuple[str, str | None]]], dict[str, torch.nn.Module], list[str]]:
+    """How transformers takes the files.
+
+    Of each parameter the names in the files, with the pattern that put them together; the modules
+    without weights; and the patterns in the order of what they stand for in a parameter.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - see above
     from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
     from transformers.core_model_loading import (  # noqa: PLC0415
@@ -227,16 +305,16 @@ def _renamed(base: Path, stored: Iterable[str]) -> dict[str, str]:
             auto: Any = AutoModelForCausalLM
             model = auto.from_config(AutoConfig.from_pretrained(base))
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError):
-        return {}  # the caller names what is missing
+        return {}, {}, []  # the caller names what is missing
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     parameters = model.state_dict()
-    found = {}
+    found: dict[str, list[tuple[str, str | None]]] = {}
     for name in stored:
-        renamed, converted = rename_source_key(
+        renamed, pattern = rename_source_key(
             name, renamings, converters, model.base_model_prefix, parameters
         )
-        if converted is None:
-            found[renamed] = name
-    return found
+        found.setdefault(renamed, []).append((name, pattern))
+    patterns = [pattern for each in converters for pattern in each.source_patterns]
+    return found, dict(model.named_modules()), patterns

@@ -23,6 +23,7 @@ from finetune_trainer.export.merge.checkpoint import (
 from finetune_trainer.model.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    INNER,
     PREFIX,
     is_meant,
     other_kind,
@@ -69,6 +70,71 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class StackedDelta:
+    """The adapter of a parameter that holds all experts of a layer, in one tensor of the files."""
+
+    a: torch.Tensor
+    """(experts, r, in)"""
+
+    b: torch.Tensor
+    """(experts, out, r)"""
+
+    scale: float
+    transposed: bool
+    """Whether the tensor is (experts, in, out), and not (experts, out, in)."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of the tensor that it changes."""
+        experts, out, inputs = self.b.shape[0], self.b.shape[1], self.a.shape[2]
+        return (experts, inputs, out) if self.transposed else (experts, out, inputs)
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        return self.a, self.b
+
+    def merge(self, base: torch.Tensor, start: int) -> torch.Tensor:
+        """The merged experts in float32; `base` are those from `start` on."""
+        some = slice(start, start + base.shape[0])
+        total = torch.bmm(self.b[some].float(), self.a[some].float())
+        if self.transposed:
+            total = total.transpose(1, 2)
+        return (total * self.scale).add_(base)
+
+
+@dataclass(frozen=True)
+class ExpertFactors:
+    """What an adapter's file has of such a parameter."""
+
+    a: torch.Tensor
+    """(experts * r, in)"""
+
+    b: torch.Tensor
+    """(out, r * experts)"""
+
+    rank: int
+    scale: float
+
+    @property
+    def experts(self) -> int:
+        return self.a.shape[0] // self.rank
+
+    @property
+    def _by_expert(self) -> tuple[torch.Tensor, torch.Tensor]:
+        a = self.a.reshape(self.experts, self.rank, -1)
+        return a, self.b.reshape(-1, self.rank, self.experts).permute(2, 0, 1)
+
+    def of(self, expert: int, rows: slice) -> Delta:
+        """That of some rows of an expert's matrix."""
+        a, b = self._by_expert
+        return Delta(a[expert], b[expert, rows].contiguous(), self.scale)
+
+    def stacked(self, *, transposed: bool) -> StackedDelta:
+        a, b = self._by_expert
+        return StackedDelta(a, b.contiguous(), self.scale, transposed)
+
+
+@dataclass(frozen=True)
 class Replacement:
     """A weight that was trained as a whole (PEFT's modules_to_save, or method full)."""
 
@@ -89,7 +155,7 @@ class Replacement:
         return self.weight[start : start + base.shape[0]].float()
 
 
-WeightChange = Delta | Replacement
+WeightChange = Delta | StackedDelta | Replacement
 
 
 def is_whole_model(folder: Path) -> bool:
@@ -115,11 +181,19 @@ _WEIGHT = ".weight"
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 
-def read_adapter(folder: Path) -> dict[str, WeightChange]:
-    """What the adapter changes, by module such as model.layers.0.self_attn.q_proj.
+@dataclass(frozen=True)
+class ReadAdapter:
+    """What an adapter changes, by module such as model.layers.0.self_attn.q_proj."""
 
-    Raises StageError(ModelUnsupported) where it can't be merged.
-    """
+    changes: dict[str, WeightChange]
+    experts: dict[str, ExpertFactors]
+    """By module as well, with `.base_layer` behind it for each parameter that is wrapped before."""
+
+    target_parameters: tuple[str, ...]
+
+
+def read_adapter(folder: Path) -> ReadAdapter:
+    """Read both files of PEFT; raises StageError(ModelUnsupported) where it can't be merged."""
     config = _read_config(folder / ADAPTER_CONFIG)
     _refuse_other_kinds(config)
     if missing := [key for key in ("r", "lora_alpha") if not config.get(key)]:
@@ -128,6 +202,10 @@ def read_adapter(folder: Path) -> dict[str, WeightChange]:
     modules = {name.removesuffix(_A) for name in tensors if name.endswith(_A)}
     used = {f"{m}{part}" for m in modules for part in (_A, _B, _MAGNITUDE)}
     whole = {name for name in tensors if _is_whole(name, config)}
+    experts = _experts_of(modules, tensors, config)
+    targets = tuple(config.get("target_parameters") or ())
+    if targets and not experts:
+        raise _unusable(f"target_parameters names {shortened(targets)}, and no weights are there")
     if unknown := sorted(set(tensors) - used - whole):
         raise StageError(
             Reason.MODEL_UNSUPPORTED,
@@ -138,9 +216,30 @@ def read_adapter(folder: Path) -> dict[str, WeightChange]:
     if not modules:
         raise _unusable("it holds no LoRA layer")
     _check_whole(config, whole)
-    found: dict[str, WeightChange] = {m: _delta(m, tensors, config) for m in sorted(modules)}
+    linear = sorted(modules - experts.keys())
+    found: dict[str, WeightChange] = {m: _delta(m, tensors, config) for m in linear}
     found |= {n.removesuffix(_WEIGHT): Replacement(tensors[n]) for n in sorted(whole)}
-    return {module.removeprefix(PREFIX): change for module, change in found.items()}
+    return ReadAdapter(
+        {module.removeprefix(PREFIX): change for module, change in found.items()},
+        {module.removeprefix(PREFIX): factors for module, factors in experts.items()},
+        targets,
+    )
+
+
+def _experts_of(
+    modules: set[str], tensors: dict[str, torch.Tensor], config: dict[str, Any]
+) -> dict[str, ExpertFactors]:
+    """By the modules that hold them, as PEFT wraps these: once for each parameter."""
+    found, rank = {}, int(config["r"])
+    divisor = math.sqrt(rank) if config.get("use_rslora") else rank
+    for module in sorted(modules) if config.get("target_parameters") else ():
+        a, b = tensors[module + _A], tensors.get(module + _B)
+        if a.shape[0] == rank and INNER not in module:
+            continue
+        if b is None or a.shape[0] % rank or a.shape[0] != b.shape[1]:
+            raise _unusable(f"{module} has matrices that don't fit each other or rank {rank}")
+        found[module] = ExpertFactors(a, b, rank, config["lora_alpha"] / divisor)
+    return found
 
 
 def _check_whole(config: dict[str, Any], whole: set[str]) -> None:

@@ -20,15 +20,13 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from peft import PeftModel
 from pydantic import TypeAdapter
 from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import PreTrainedModel
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.export.merge.deltas import is_whole_model
@@ -50,6 +48,10 @@ from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import compute_in_float32, load_model, use_available_cpus
 from finetune_trainer.model.tokenizer import load_tokenizer
 from finetune_trainer.runtime import child
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 BASE_ALONE = "__base__"  # PEFT's name for no adapter
 UNMIXED = ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices")
@@ -122,6 +124,8 @@ def _measure_tuned(
     request: ReferenceRequest, groups: Sequence[Sequence[MeasuredRow]], step: Callable[[], None]
 ) -> tuple[Measurement, Measurement | None]:
     """Base model and adapter, and the base model alone, in passes that both share."""
+    from peft import PeftModel  # noqa: PLC0415 - slow to import, and only the child needs it
+
     if not groups:
         return Measurement(()), None
     model = load_streamed(request.base, request.adapter)
@@ -291,7 +295,11 @@ def load_streamed(base: ModelFolder, adapter: Path | None) -> PreTrainedModel | 
     model = load_model(base, "auto", "cpu")
     device = best_device()
     compute_in_float32(model, device)
-    tuned = model if adapter is None else PeftModel.from_pretrained(model, adapter)
+    tuned: PreTrainedModel | PeftModel = model
+    if adapter is not None:
+        from peft import PeftModel  # noqa: PLC0415 - slow, and not for each model
+
+        tuned = PeftModel.from_pretrained(model, adapter)
     for parameter in tuned.parameters():
         if parameter.device != device:  # of the adapter
             parameter.data = parameter.data.to(device)

@@ -219,7 +219,7 @@ def _adapter(facts: Facts) -> Iterator[LoadingCommand]:
     )
     lora = facts.config.training.lora
     rank = next((rank for rank in VLLM_RANKS if rank >= lora.r), None)
-    if rank is None or lora.use_dora or lora.modules_to_save:  # neither is served by vLLM
+    if rank is None or lora.use_dora or lora.modules_to_save or lora.target_parameters:
         return
     name = shlex.quote(f"{facts.name}=./adapter")
     yield LoadingCommand(

@@ -209,7 +209,9 @@ def fuse_adapters(model: torch.nn.Module, device: str) -> bool:
 
 def _is_plain(layer: torch.nn.Module) -> bool:
     names = {"Linear", "Linear4bit"}
-    if not isinstance(layer, LoraLayer) or type(layer).__name__ not in names or layer.lora_variant:
+    if not isinstance(layer, LoraLayer) or type(layer).__name__ not in names:
+        return False
+    if getattr(layer, "lora_variant", None):
         return False
     return all(module.bias is None for module in layer.lora_B.values())
 

@@ -268,6 +268,8 @@ def _foreign_layers(lora: Lora) -> str | None:
     """What of the adapter Unsloth doesn't know."""
     if lora.modules_to_save:
         return "it trains no modules as a whole here (training.lora.modulesToSave)"
+    if lora.target_parameters:
+        return "it adapts no experts here (training.lora.targetParameters)"
     if other := set(lora.target_modules) - UNSLOTH_TARGETS:
         return f"it adapts no layers by other names ({', '.join(sorted(other)):.200})"
     return None

@@ -1,0 +1,308 @@
+"""FineTuneJobs by the thousand on a real API server, against the same objects made directly.
+
+    python -m benchmarks.operator [--sizes 100 1000] [--rate 10]
+
+Directly: a loop over the operator's own client makes ServiceAccount, Role, RoleBinding, ConfigMap
+and Job of one stage, and writes a status, with as many at a time as the operator has workers. Ours:
+the operator, which already watches N FineTuneJobs and isn't the leader, gets the Lease; the time is
+until each has its Job, and a status that says so. Nothing runs the pods.
+
+Then FineTuneJobs are created at a steady rate, and the time from each one's creation to its Job is
+taken. At last the operator is left alone for a while, and started anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import ssl
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from finetune_operator.api import KIND
+from finetune_operator.cluster import METADATA_ONLY, Cluster
+from finetune_operator.manifests import stage_objects
+from finetune_operator.observe import observe_finetunejob
+from finetune_operator.settings import Settings
+from finetune_trainer.contract import Hardware, Stage
+from hack.cluster.control_plane import ControlPlane
+from hack.operator_process import NAMESPACE, RELEASE, Operator, install
+from hack.process import wait_until
+
+SPEC = {
+    "model": {"source": "org/base"},
+    "dataset": {"source": "s3://data/faq.csv"},
+    "output": {"uri": "s3://models/{name}"},
+}
+WORKERS = 4
+CREATORS = 16
+LONG = 3600  # seconds of a Lease that nobody waits out
+STEADY_SECONDS = 20
+REST_SECONDS = 30
+WRITES = {"POST", "PUT", "PATCH", "DELETE"}
+Raw = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One size."""
+
+    count: int
+    direct: float
+    """Seconds."""
+
+    ours: float
+    writes: float
+    """Of the operator, for each FineTuneJob."""
+
+    memory: int
+    """Bytes that the operator's process has resident, with all of them at work."""
+
+
+def finetunejob(namespace: str, name: str) -> Raw:
+    spec = json.loads(json.dumps(SPEC).replace("{name}", f"{namespace}/{name}"))
+    meta = {"namespace": namespace, "name": name}
+    return {"apiVersion": "finetune.dev/v1alpha1", "kind": KIND, "metadata": meta, "spec": spec}
+
+
+async def at_a_time(work: Iterable[Callable[[], Awaitable[object]]], limit: int) -> None:
+    """Await all, so many at a time."""
+    left = iter(work)
+
+    async def one_after_the_other() -> None:
+        for each in left:
+            await each()
+
+    await asyncio.gather(*(one_after_the_other() for _ in range(limit)))
+
+
+async def make_directly(cluster: Cluster, namespace: str, count: int) -> float:
+    """Seconds to make the objects of one stage for each FineTuneJob, and its status."""
+    made = await create_all(cluster, namespace, count)
+    settings = Settings(trainer_image="trainer:1")
+
+    async def make(raw: Raw) -> None:
+        owner = observe_finetunejob(raw)
+        if owner.spec is None:
+            raise ValueError(owner.spec_error)
+        objects = stage_objects(
+            owner,
+            owner.spec,
+            settings,
+            stage=Stage.PREPARE,
+            stage_key="1",
+            attempt=1,
+            resolved=None,
+            hardware=Hardware(gpus=0),
+        )
+        for body in objects:
+            await cluster.create(body)
+        status = {"phase": "Preparing", "observedGeneration": owner.generation}
+        await cluster.patch_status(namespace, owner.name, owner.resource_version, status)
+
+    began = time.monotonic()
+    await at_a_time((partial(make, raw) for raw in made), WORKERS)
+    return time.monotonic() - began
+
+
+async def create_all(cluster: Cluster, namespace: str, count: int) -> list[Raw]:
+    """Create so many FineTuneJobs."""
+    made: list[Raw] = []
+
+    async def create(name: str) -> None:
+        made.append(await cluster.create(finetunejob(namespace, name)))
+
+    names = (f"job-{number:05}" for number in range(count))
+    await at_a_time((partial(create, name) for name in names), CREATORS)
+    return made
+
+
+class Lease:
+    """Held here, it keeps the operator from acting."""
+
+    def __init__(self, plane: ControlPlane) -> None:
+        self._plane = plane
+
+    def hold(self) -> None:
+        spec = {"holderIdentity": "benchmark", "leaseDurationSeconds": LONG}
+        body = {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": {"name": RELEASE, "namespace": NAMESPACE},
+            "spec": spec,
+        }
+        self._plane.kubectl("apply", "-f", "-", input=json.dumps(body))
+
+    def give_away(self) -> None:
+        self._plane.kubectl("delete", "lease", RELEASE, "-n", NAMESPACE)
+
+
+def requests(operator: Operator) -> dict[str, float]:
+    """The operator's requests so far, by verb."""
+    found: dict[str, float] = {}
+    pattern = r'^finetune_api_requests_total\{code="\w+",verb="(\w+)"\} (\S+)$'
+    for verb, value in re.findall(pattern, operator.get("/metrics").text, re.MULTILINE):
+        found[verb] = found.get(verb, 0) + float(value)
+    return found
+
+
+def writes(operator: Operator) -> float:
+    return sum(value for verb, value in requests(operator).items() if verb in WRITES)
+
+
+def attempts(operator: Operator) -> float:
+    """How many attempts at `prepare` a status says were begun."""
+    pattern = r'^finetune_stage_attempts_total\{.*stage="prepare"\} (\S+)$'
+    return sum(map(float, re.findall(pattern, operator.get("/metrics").text, re.MULTILINE)))
+
+
+def jobs(plane: ControlPlane, namespace: str, selector: str = "") -> int:
+    """How many Jobs there are."""
+    query = {"labelSelector": selector}
+    path = f"/apis/batch/v1/namespaces/{namespace}/jobs"
+    headers = {"Authorization": f"Bearer {plane.admin_token}", "Accept": METADATA_ONLY}
+    context = ssl.create_default_context(cafile=str(plane.ca))
+    answer = httpx.get(
+        plane.server + path, params=query, headers=headers, verify=context, trust_env=False
+    )
+    answer.raise_for_status()
+    return len(answer.json()["items"] or ())
+
+
+async def compare(plane: ControlPlane, cluster: Cluster, folder: Path, count: int) -> Figures:
+    """Both ways for one size."""
+    direct, ours = f"direct-{count}", f"ours-{count}"
+    for namespace in (direct, ours):
+        plane.kubectl("create", "namespace", namespace)
+    seconds = await make_directly(cluster, direct, count)
+    await create_all(cluster, ours, count)
+    lease = Lease(plane)
+    lease.hold()
+    operator = started(plane, folder / str(count), ours)
+    try:
+        before = writes(operator)
+        lease.give_away()
+        began = time.monotonic()
+        wait_until(
+            lambda: attempts(operator) >= count and jobs(plane, ours) >= count,
+            what=f"{count} Jobs",
+            seconds=3600,
+            interval=0.2,
+        )
+        took = time.monotonic() - began
+        made = writes(operator) - before
+        return Figures(count, seconds, took, made / count, resident(operator))
+    finally:
+        operator.stop()
+
+
+def started(plane: ControlPlane, folder: Path, namespace: str) -> Operator:
+    folder.mkdir(parents=True, exist_ok=True)
+    operator = Operator(plane, folder, FINETUNE_NAMESPACES=namespace, FINETUNE_WORKERS=str(WORKERS))
+    operator.start()
+    return operator
+
+
+def resident(operator: Operator) -> int:
+    return int(psutil.Process(operator.pid).memory_info().rss)
+
+
+async def steadily(
+    plane: ControlPlane, cluster: Cluster, folder: Path, rate: float
+) -> tuple[float, float]:
+    """Median and 99th percentile of the seconds from a FineTuneJob's creation to its Job."""
+    namespace = "steady"
+    plane.kubectl("create", "namespace", namespace)
+    operator = started(plane, folder / namespace, namespace)
+    wait_until(operator.leads, what="the operator to lead", seconds=60)
+    taken: list[float] = []
+
+    async def one(number: int) -> None:
+        await asyncio.sleep(number / rate)
+        began = time.monotonic()
+        raw = await cluster.create(finetunejob(namespace, f"job-{number:04}"))
+        label = f"finetune.dev/job={raw['metadata']['name']}"
+        there = partial(jobs, plane, namespace, label)
+        await asyncio.to_thread(
+            wait_until, lambda: there() > 0, what="a Job", seconds=600, interval=0.02
+        )
+        taken.append(time.monotonic() - began)
+
+    try:
+        await asyncio.gather(*(one(number) for number in range(int(rate * STEADY_SECONDS))))
+    finally:
+        operator.stop()
+    return statistics.median(taken), statistics.quantiles(taken, n=100)[98]
+
+
+def left_alone(plane: ControlPlane, folder: Path, namespace: str) -> tuple[float, float]:
+    """Seconds until an operator that finds them all at work is ready, and what it then writes in
+    REST_SECONDS, but for its Lease."""
+    began = time.monotonic()
+    operator = started(plane, folder / "rest", namespace)
+    try:
+        ready = time.monotonic() - began
+        wait_until(operator.leads, what="the operator to lead", seconds=60)
+        wait_until(
+            lambda: "finetune_queue_depth 0.0" in operator.get("/metrics").text,
+            what="the first passes",
+            seconds=600,
+        )
+        before = requests(operator)
+        time.sleep(REST_SECONDS)
+        after = requests(operator)
+    finally:
+        operator.stop()
+    return ready, sum(after.get(verb, 0) - before.get(verb, 0) for verb in WRITES - {"PUT"})
+
+
+async def run(sizes: list[int], rate: float) -> None:
+    with tempfile.TemporaryDirectory(prefix="operator-") as name:
+        folder = Path(name)
+        with ControlPlane(folder / "plane") as plane:
+            install(plane)
+            os.environ["KUBECONFIG"] = str(plane.kubeconfig)
+            async with Cluster.connect(60, lambda *_: None) as cluster:
+                print(f"Kubernetes {plane.version}, {os.cpu_count()} CPUs, {WORKERS} workers\n")
+                print("    jobs  directly      ours  ratio  jobs/s  writes each  resident")
+                for count in sizes:
+                    print(_row(await compare(plane, cluster, folder, count)), flush=True)
+                median, late = await steadily(plane, cluster, folder, rate)
+                print(f"\nat {rate:g} a second: {median:.2f} s to the Job, 99% within {late:.2f} s")
+                ready, written = left_alone(plane, folder, f"ours-{sizes[-1]}")
+                print(f"started anew with {sizes[-1]}: ready after {ready:.1f} s")
+                print(f"left alone for {REST_SECONDS} s: {written:.0f} writes but for its Lease")
+
+
+def _row(found: Figures) -> str:
+    ratio, rate = found.ours / found.direct, found.count / found.ours
+    times = f"{found.count:8} {found.direct:7.1f} s {found.ours:7.1f} s {ratio:6.2f} {rate:7.1f}"
+    return f"{times} {found.writes:12.1f} {found.memory / 2**20:6.0f} MiB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.operator",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--rate", type=float, default=10, help="FineTuneJobs a second (10)")
+    options = parser.parse_args()
+    asyncio.run(run(options.sizes, options.rate))
+
+
+if __name__ == "__main__":
+    main()
