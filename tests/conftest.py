@@ -15,6 +15,7 @@ from hack import cache_dir
 if TYPE_CHECKING:
     from xdist.remote import Producer
     from xdist.scheduler.protocol import Scheduling
+    from xdist.workermanage import WorkerController
 
 pytest_plugins = ["tests.fixtures"]
 
@@ -45,12 +46,28 @@ LONG_FILES = [
     TRAINER / "test_architectures.py",
     TRAINER / "test_pipeline.py",
     TRAINER / "test_export_quality.py",
+    INTEGRATION / "kwok" / "test_chaos.py",
+    INTEGRATION / "kwok",
     INTEGRATION,
 ]
+# These wait for controllers more than they compute. With three workers or more, one takes them
+# before anything else, and the others take them last, so that no CPU is idle meanwhile. The last
+# two use the control plane that is there by then.
+WAITING_FILES = (
+    INTEGRATION / "kwok",
+    INTEGRATION / "operator",
+    INTEGRATION / "test_cluster_control_plane.py",
+    TRAINER / "test_progress.py",
+)
+WAITING_WORKER = "gw2"
 
 
 def file_of(nodeid: str) -> Path:
     return Path(nodeid.partition("::")[0])
+
+
+def mostly_waits(scope: str) -> bool:
+    return any(file_of(scope).is_relative_to(each) for each in WAITING_FILES)
 
 
 def rank(file: Path) -> int:
@@ -84,6 +101,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedul
         def _split_scope(self, nodeid: str) -> str:
             on_node = any(file_of(nodeid).is_relative_to(each) for each in NODE_FILES)
             return "a node" if on_node else super()._split_scope(nodeid)
+
+        def _assign_work_unit(self, node: WorkerController) -> None:
+            waits = node.gateway.id == WAITING_WORKER
+            if self.numnodes > 2:
+                mine = (each for each in self.workqueue if mostly_waits(each) == waits)
+                if scope := next(mine, None):
+                    self.workqueue.move_to_end(scope, last=False)
+            super()._assign_work_unit(node)
 
     config.option.loadscopereorder = False
     return Files(config, log)

@@ -26,20 +26,29 @@ MEBIBYTE = 1 << 20
 
 
 def training_hardware(spec: FineTuneJobSpec, nodes: Iterable[Labels] = ()) -> Hardware:
-    """Read the limits of stages.train, and of stages.export the disk's.
+    """Read the limits of stages.train, and of stages.export the disk.
 
     `nodes` are the labels of the nodes with GPUs.
     """
     pod = spec.stages.train
-    limits, export = pod.resources.limits, spec.stages.export.resources.limits
+    limits = pod.resources.limits
     gpus = sum(_as_integer(limits[name]) or 0 for name in _gpu_resources(pod))
     return Hardware(
         gpus=gpus,
         gpu_memory_bytes=_gpu_memory(spec, nodes) if gpus else None,
         memory_bytes=_as_integer(limits.get("memory")),
-        ephemeral_storage_bytes=_as_integer(limits.get("ephemeral-storage")),
-        export_storage_bytes=_as_integer(export.get("ephemeral-storage")),
+        ephemeral_storage_bytes=_disk(pod),
+        export_storage_bytes=_disk(spec.stages.export),
     )
+
+
+def _disk(pod: PodSettings) -> int | None:
+    """Bytes that the pod may write, if that is limited."""
+    if pod.workspace.storage is not None:
+        return _as_integer(pod.workspace.storage)
+    limits = (pod.workspace.size_limit, pod.resources.limits.get("ephemeral-storage"))
+    sizes = [size for each in limits if (size := _as_integer(each)) is not None]
+    return min(sizes, default=None)
 
 
 def memory_label(spec: FineTuneJobSpec) -> str | None:

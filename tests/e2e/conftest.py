@@ -15,7 +15,8 @@ NAME = "e2e"
 KEEP = "FINETUNE_KEEP_CLUSTER"
 
 
-@pytest.fixture(scope="session")
+# Not for the session: an idle cluster takes a fifth of a CPU from the tests that come after.
+@pytest.fixture(scope="package")
 def environment(request: pytest.FixtureRequest) -> Iterator[Environment]:
     """A cluster of its own with operator and store; FINETUNE_KEEP_CLUSTER=1 leaves it running."""
     env.take_down(NAME)  # what a run that was ended from outside has left: a store that holds all

@@ -14,7 +14,7 @@ from tests.integration.operator.stage import Namespace, new_namespace
 NODE = "fake-1"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # no longer than it is needed: an idle one takes CPU, too
 def kwok_cluster(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[KwokCluster]:

@@ -21,6 +21,10 @@ REFUSED: dict[str, Any] = {
     "must be org/name on the Hugging Face Hub, s3://bucket/folder, or the absolute path of a "
     "mounted folder": "llama",
     "must have exactly one of configMapRef and secretRef": {},
+    "must have exactly one of claimName, configMap, secret, image": {"mountPath": "/models"},
+    "must have sizeLimit, or storage, and storageClassName with storage alone": {
+        "storageClassName": "fast"
+    },
     "must start with http:// or https://": "minio:9000",
     "must have no user or password in it: keys belong in the Secret of secretRef": "https://a:b@c",
     "must have kmsKeyId only with algorithm aws:kms": {"algorithm": "AES256", "kmsKeyId": "key"},

@@ -5,6 +5,8 @@ COMPUTE_DTYPE=bfloat16 computes in that instead.
 FAIL=RANK:STEP:HOW lets one of the processes run out of GPU memory (full), meet an error of NCCL
 (nccl, nccl-full) or be killed after a step, or run out of memory within it as long as a pass has
 several rows (crowded).
+
+HOLD=yes lets every process wait after the second step until it is told to stop.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,6 +29,7 @@ from finetune_trainer.model import loading
 from finetune_trainer.train.recipe import processes, reporting, train_worker
 
 NOTE = "held-{}.json"
+HOLD_SECONDS = 120
 # As PyTorch words what NCCL says.
 NCCL = {
     "nccl": "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled system error (run with "
@@ -54,6 +59,32 @@ class Failing(TrainerCallback):
         if how in NCCL:
             raise torch.distributed.DistBackendError(NCCL[how])
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+class Holding(TrainerCallback):
+    """Begins no third step before SIGTERM has come."""
+
+    def __init__(self) -> None:
+        self._told = threading.Event()
+
+    def on_step_begin(
+        self,
+        args: Any,  # noqa: ARG002 - transformers' name
+        state: Any,
+        control: Any,  # noqa: ARG002 - transformers' name
+        **_: Any,
+    ) -> None:
+        if state.global_step == 1:  # the worker's own handler is there by now
+            handle = signal.getsignal(signal.SIGTERM)
+            assert callable(handle)
+
+            def tell(number: int, frame: FrameType | None) -> None:
+                self._told.set()
+                handle(number, frame)
+
+            signal.signal(signal.SIGTERM, tell)
+        if state.global_step == 2:
+            assert self._told.wait(HOLD_SECONDS)
 
 
 def _fail_while_crowded(trainer: Any) -> None:
@@ -109,6 +140,8 @@ def main(address: Path, parent: int) -> int:
         if "FAIL" in os.environ:
             trainer.add_callback(Failing())
             _fail_while_crowded(trainer)
+        if "HOLD" in os.environ:
+            trainer.add_callback(Holding())
 
     processes.gathered_state, reporting.guard_trackers = noting, guarding
     _let_accelerate_shard_on_a_cpu()

@@ -283,14 +283,16 @@ def test_a_stop_leaves_one_checkpoint_of_all_processes_to_go_on_from(
     ended: list[bool] = []
     stopper = threading.Thread(target=stop)
     stopper.start()
-    stopped = workers.run(work, hear)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOLD", "yes")  # or it might be over before the stop comes
+        stopped = workers.run(work, hear)
     stopper.join()
 
     assert ended == [True], "within the grace period"
     assert isinstance(stopped, Failed)
     assert stopped.reason is Reason.STOPPED
     assert stopped.step is not None
-    assert 2 <= stopped.step < 10
+    assert stopped.step in (2, 3)
     assert stopped.checkpoint is not None
     assert [m.checkpoint.step for m in messages if m.checkpoint] == [stopped.step]
 

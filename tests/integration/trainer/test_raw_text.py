@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune_trainer.contract import DOCUMENT, Example, as_example
 from finetune_trainer.export.gate.rows import choose_rows, prompts_of
 from finetune_trainer.export.gguf.importance import chunks
+from finetune_trainer.export.reference import Generated
 from tests.integration.trainer.conftest import Trainer
 from tests.integration.trainer.recipe import tokenized
 
@@ -53,7 +54,7 @@ def test_the_gate_measures_texts_and_has_them_continued(
     for prompt, example in zip(prompts_of(tokenizer, rows.examples), examples, strict=True):
         text = example["completion"][0]["content"]
         begun = str(tokenizer.decode(list(prompt.ids)))
-        shown = prompt.sample(None, " and on", stopped=True)
+        shown = prompt.sample(None, Generated(text=" and on", tokens=2, stopped=True))
         assert begun == shown.prompt
         assert shown.prompt + str(shown.expected) == text
     assert sum(map(len, chunks(tokenizer, examples))) == sum(map(len, rows.full_ids))

@@ -55,6 +55,21 @@ def test_the_disk_of_the_export_is_told_as_well() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("workspace", "size"),
+    [
+        ({"storage": "200Gi"}, 200 << 30),
+        ({"sizeLimit": "1Gi"}, 1 << 30),
+        ({"sizeLimit": "20Gi"}, 2 << 30),
+        ({}, 2 << 30),
+    ],
+)
+def test_the_workspace_limits_the_disk(workspace: dict[str, str], size: int) -> None:
+    limits = {"resources": {"limits": {"ephemeral-storage": "2Gi"}}}
+    train = {**limits, "workspace": workspace}
+    assert training_hardware(spec(stages={"train": train})).ephemeral_storage_bytes == size
+
+
 def gpu_memory(spec: Any, *nodes: dict[str, str]) -> int | None:
     found = training_hardware(spec, nodes).gpu_memory_bytes
     return found and found >> 20

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from peft import get_peft_model
+from bitsandbytes.nn.modules import Linear4bit
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_trainer.contract import Lora, TargetModule
@@ -77,6 +79,40 @@ def test_not_a_bit_is_another_where_the_scale_is_a_power_of_two(
     one, other = loss_and_gradients(fused), loss_and_gradients(plain)
     assert len(other) == 2 + 2 * 7 * 3
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_not_a_bit_is_another_over_weights_in_4_bits() -> None:
+    """QLoRA's layer is a class of its own, which PEFT makes where the model says so."""
+    torch.manual_seed(0)
+    four_bits = Linear4bit(64, 48, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")  # type: ignore[no-untyped-call] # bitsandbytes
+    base = torch.nn.Sequential(four_bits)
+    base.is_loaded_in_4bit = True  # type: ignore[assignment]
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3, target_modules=["0"])
+    tuned: Any = get_peft_model(cast("Any", base.to("cpu")), config).train()
+    layer: Any = next(each for each in tuned.modules() if isinstance(each, LoraLayer))
+    assert type(layer).__name__ == "Linear4bit"
+    torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    make_layers_faster(tuned)
+    x = torch.randn(1, 96, 64, dtype=torch.bfloat16, requires_grad=True)
+
+    def found() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        tuned.zero_grad()
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            output = tuned(x)
+        output.float().pow(2).sum().backward()
+        weights = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        return [
+            output.detach(),
+            cast("Any", x.grad),
+            *(cast("Any", w.grad).clone() for w in weights),
+        ]
+
+    plain = found()
+    assert fuse_adapters(tuned, "cpu")
+    assert all(torch.equal(one, other) for one, other in zip(found(), plain, strict=True))
+    assert all(each.any() for each in plain)
 
 
 def test_another_scale_differs_by_its_rounding() -> None:
