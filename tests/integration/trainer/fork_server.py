@@ -244,6 +244,9 @@ def _report(clients: dict[int, socket.socket]) -> None:
 
 def _answer(client: socket.socket, clients: dict[int, socket.socket], others: list[Any]) -> None:
     data, given, _, _ = socket.recv_fds(client, REQUEST_BYTES, 3)
+    if not data:  # it was killed before it could ask
+        client.close()
+        return
     request = json.loads(data)
 
     def work() -> int:
