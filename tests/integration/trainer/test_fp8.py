@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from finetune_trainer.contract import Export, Quantization, StageError
 from finetune_trainer.export.merge import MergedWeights
-from finetune_trainer.export.merge.fp8 import write_fp8
+from finetune_trainer.export.merge.model_folder import write_fp8
 from finetune_trainer.model import rehearsal
 from finetune_trainer.prepare.checks import check_experts, check_few_bits
 from tests.integration.trainer.adapters import SINGLE, merge_in_memory, save_adapter, save_base

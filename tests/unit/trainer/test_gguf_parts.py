@@ -22,7 +22,7 @@ from finetune_trainer.export.gguf.files import file_name
 from finetune_trainer.export.gguf_pipeline import publish_file
 from finetune_trainer.export.inputs import ExportContext
 from finetune_trainer.export.publish import Publication
-from finetune_trainer.memory.disk import export_disk, gguf_bytes
+from finetune_trainer.memory.forecast import export_disk, gguf_bytes
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder
 from finetune_trainer.store.versions import Version, current, image_files

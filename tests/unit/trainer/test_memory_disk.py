@@ -12,7 +12,7 @@ from finetune_trainer.contract import (
     StageError,
     Training,
 )
-from finetune_trainer.memory.disk import (
+from finetune_trainer.memory.forecast import (
     DiskNeed,
     check_disk,
     downloaded,
