@@ -60,7 +60,7 @@ def main(order: Order) -> None:
 
 def prepare_environment(tiny: bool) -> None:
     """Before the libraries are loaded. A CPU interprets Triton's kernels, in the tiny form."""
-    from finetune_trainer.runtime.startup import set_up_libraries  # noqa: PLC0415 - see above
+    from finetune_trainer.runtime.lifecycle import set_up_libraries  # noqa: PLC0415 - see above
 
     if tiny:
         os.environ["TRITON_INTERPRET"] = "1"

@@ -251,43 +251,6 @@ def test_a_file_over_its_limit_is_kept_apart_and_the_others_go_out(
     assert events.count("QualityGateFailed") == 1
 
 
-def test_a_training_whose_pod_is_taken_away_goes_on_from_its_checkpoint(
-    environment: Environment,
-) -> None:
-    change: dict[str, Any] = {
-        "metadata": {"name": "interrupted"},
-        "spec": {
-            "training": {"epochs": 2, "checkpointSteps": 1, "loggingSteps": 1},
-            "export": {"merged": False, "gguf": []},
-        },
-    }
-    job = merged(yaml.safe_load(EXAMPLE.read_text()), change)
-    job["spec"]["output"]["uri"] += "-interrupted"
-    environment.kubectl("apply", "-f", "-", input=json.dumps(job))
-    read = environment.reader("interrupted")
-    deadline = time.monotonic() + 300
-    while not (_step(read()) > 2 and stage_of(read(), "train").get("state") == "Running"):
-        assert time.monotonic() < deadline, read().get("status")
-        time.sleep(0.5)
-    pods = environment.items("pods", "finetune.dev/stage=train")
-    (pod,) = (p for p in pods if p["status"]["phase"] == "Running")
-    environment.kubectl("delete", "pod", pod["metadata"]["name"])
-
-    *_, ended = poll(read, 600)
-    assert ended["status"]["phase"] == "Succeeded", ready_message(ended)
-    resumed = [n for n in ended["status"]["notices"] if n["code"] == "Resumed"]
-    assert len(resumed) == 1
-    assert resumed[0]["step"] > 2
-    assert stage_of(ended, "train").get("failures", 0) == 0
-    events = environment.kubectl("get", "events", "-o", "jsonpath={.items[*].reason}").split()
-    assert events.count("Resumed") == 1
-
-
-def _step(job: dict[str, Any]) -> int:
-    progress = job.get("status", {}).get("progress", {})
-    return int(progress.get("step") or 0) if progress.get("stage") == "train" else 0
-
-
 BAD_JOBS = {
     "wrong-column": ({"dataset": {"columns": {"response": "reply"}}}, "ColumnNotFound", "reply"),
     "no-such-file": ({"dataset": {"source": "s3://datasets/gone.csv"}}, "DatasetNotFound", "gone"),

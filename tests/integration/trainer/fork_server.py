@@ -202,7 +202,7 @@ def fork_server() -> Iterator[ForkServer]:
 
 def serve(address: str) -> None:
     """Fork what clients ask for, and tell each how its process ended, until stdin is closed."""
-    from finetune_trainer.runtime.startup import set_up_libraries
+    from finetune_trainer.runtime.lifecycle import set_up_libraries
 
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.hardware import memory_label, training_hardware
+from finetune_operator.resources import memory_label, training_hardware
 from finetune_trainer.contract import Hardware
 from tests.unit.operator.build import spec
 

@@ -15,9 +15,9 @@ import yaml
 from pydantic import ValidationError
 
 from finetune_operator.api.finetunejob import FineTuneJobSpec
-from finetune_operator.hardware import training_hardware
 from finetune_operator.manifests import pod_settings_digest, stage_objects
 from finetune_operator.observe import ObservedFineTuneJob
+from finetune_operator.resources import training_hardware
 from finetune_operator.settings import Settings
 from finetune_trainer.contract import Hardware, JobReference, RunConfig, Stage, describe
 from tests.unit.operator.build import EXPORT, PREPARE, SPEC, TRAIN, finetunejob, resolved

@@ -1,4 +1,4 @@
-"""A real training is suspended in the middle and goes on; new data is trained on request."""
+"""A real training loses its pod, is suspended, and goes on; new data is trained on request."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def put_rows(environment: Environment, count: int) -> None:
 
 
 def wait(read: Callable[[], Job], what: str, happened: Callable[[Job], Any], seconds: float) -> Job:
+    """The job as soon as something holds of it."""
     deadline = time.monotonic() + seconds
     while not happened(job := read()):
         assert time.monotonic() < deadline, f"{what}: {job.get('status')}"
@@ -44,16 +45,44 @@ def step(job: Job) -> int:
     return int(progress.get("step") or 0) if progress.get("stage") == "train" else 0
 
 
-def stages_of_pods(environment: Environment) -> list[str]:
-    """The stages of this job's pods that are there."""
-    pods = environment.items("pods", f"finetune.dev/job={NAME}")
-    return [pod["metadata"]["labels"]["finetune.dev/stage"] for pod in pods]
+def pods_of(environment: Environment) -> list[Job]:
+    """This job's pods that are there."""
+    return environment.items("pods", f"finetune.dev/job={NAME}")
 
 
-def reasons(environment: Environment) -> list[str]:
-    """Reasons of the events about this job."""
-    events = environment.items("events")
-    return [each["reason"] for each in events if each["involvedObject"]["name"] == NAME]
+def stage_of_pod(pod: Job) -> str:
+    return str(pod["metadata"]["labels"]["finetune.dev/stage"])
+
+
+def pod_at_work(environment: Environment) -> str | None:
+    """The name of the training's pod that runs."""
+    for pod in pods_of(environment):
+        running = pod["status"]["phase"] == "Running" and "deletionTimestamp" not in pod["metadata"]
+        if running and stage_of_pod(pod) == "train":
+            return str(pod["metadata"]["name"])
+    return None
+
+
+def steps_of(environment: Environment, pod: str) -> list[int]:
+    """Steps that a pod trained, by its log."""
+    return [int(n) for n in re.findall(r" step (\d+)/", environment.kubectl("logs", pod))]
+
+
+def first_steps(environment: Environment, seconds: float) -> list[int]:
+    """What the training's pod has trained as soon as it has trained a step."""
+    deadline = time.monotonic() + seconds
+    while True:
+        pod = pod_at_work(environment)
+        if pod and (steps := steps_of(environment, pod)):
+            return steps
+        assert time.monotonic() < deadline, environment.get("finetunejob", NAME).get("status")
+        time.sleep(0.5)
+
+
+def events(environment: Environment) -> list[Job]:
+    """The events about this job."""
+    found = environment.items("events")
+    return [each for each in found if each["involvedObject"]["name"] == NAME]
 
 
 def checkpoints(environment: Environment) -> set[int]:
@@ -70,7 +99,7 @@ def set_suspend(environment: Environment, value: bool) -> None:
     environment.kubectl("patch", "ftj", NAME, "--type=merge", "-p", patch)
 
 
-def test_suspended_in_the_middle_of_a_training_it_goes_on_from_its_last_step(
+def test_a_training_that_loses_its_pod_and_is_suspended_goes_on_from_its_last_step(
     environment: Environment,
 ) -> None:
     put_rows(environment, ROWS)
@@ -78,34 +107,45 @@ def test_suspended_in_the_middle_of_a_training_it_goes_on_from_its_last_step(
     job["metadata"]["name"] = NAME
     spec = job["spec"]
     spec["dataset"] = {"source": f"s3://datasets/{KEY}"}
-    spec["training"] |= {"epochs": 4, "checkpointSteps": 4, "loggingSteps": 1}
+    spec["training"] |= {"epochs": 5, "checkpointSteps": 4, "loggingSteps": 1}
     spec["export"] = {"merged": False, "gguf": []}
     spec["output"]["uri"] = f"s3://artifacts/{NAME}"
     environment.kubectl("apply", "-f", "-", input=json.dumps(job))
     read = environment.reader(NAME)
     before = step(wait(read, "a step", lambda job: step(job) > 4, 600))
 
+    lost = pod_at_work(environment)
+    assert lost
+    environment.kubectl("delete", "pod", lost)
+    found = first_steps(environment, 300)
+    assert found[0] > before, "the step that ran was saved, and no step was trained twice"
+
     set_suspend(environment, True)
     condition = "--for=condition=Suspended"
     environment.kubectl("wait", condition, f"ftj/{NAME}", "--timeout=150s")
     assert read()["status"]["phase"] == "Suspended"
-    assert stages_of_pods(environment) == ["prepare"]
+    assert [stage_of_pod(pod) for pod in pods_of(environment)] == ["prepare"]
     saved = max(checkpoints(environment))
-    assert saved >= before, "the step that ran was saved in the grace period"
+    assert saved >= found[-1], "the step that ran was saved in the grace period"
 
     set_suspend(environment, False)
     wait(read, "the training", lambda job: job["status"]["phase"] == "Training", 120)
     *_, ended = poll(read, 900)
     assert ended["status"]["phase"] == "Succeeded", ready_message(ended)
-    (resumed,) = [n for n in ended["status"]["notices"] if n["code"] == "Resumed"]
-    assert resumed["step"] == saved
+    resumed = [n["step"] for n in ended["status"]["notices"] if n["code"] == "Resumed"]
+    assert sorted(resumed) == [found[0] - 1, saved]
     train = stage_of(ended, "train")
-    assert (train["attempt"], train["failures"], train["disruptions"]) == (2, 0, 0)
-    pods = environment.items("pods", f"finetune.dev/job={NAME},finetune.dev/stage=train")
-    (name,) = [pod["metadata"]["name"] for pod in pods]
-    steps = [int(n) for n in re.findall(r" step (\d+)/", environment.kubectl("logs", name))]
-    assert steps[0] == saved + 1, "no step was trained twice"
-    assert "Suspended" in reasons(environment)
+    assert (train["attempt"], train["failures"], train["disruptions"]) == (3, 0, 1)
+    (name,) = [
+        pod["metadata"]["name"] for pod in pods_of(environment) if stage_of_pod(pod) == "train"
+    ]
+    assert steps_of(environment, name)[0] == saved + 1, "no step was trained twice"
+    told = events(environment)
+    assert "Suspended" in [each["reason"] for each in told]
+    told_resumed = [each["message"] for each in told if each["reason"] == "Resumed"]
+    for each in resumed:  # the end of the suspension is an event of this reason, too
+        end = f"Going on from step {each}."
+        assert sum(message.endswith(end) for message in told_resumed) == 1
 
 
 def test_a_new_csv_under_the_same_key_is_trained_on_request(environment: Environment) -> None:
@@ -125,15 +165,15 @@ def test_a_new_csv_under_the_same_key_is_trained_on_request(environment: Environ
     rows = [each["status"]["lineage"]["datasetRows"] for each in (before, ended)]
     assert rows[1] < rows[0]
     assert ended["status"]["version"] != before["status"]["version"]
-    assert "RetryRequested" in reasons(environment)
+    assert "RetryRequested" in [each["reason"] for each in events(environment)]
 
 
 def test_the_same_request_is_met_once(environment: Environment) -> None:
     """A GitOps tool applies it again and again."""
-    before = stages_of_pods(environment)
+    before = [stage_of_pod(pod) for pod in pods_of(environment)]
     environment.kubectl("annotate", "ftj", NAME, "--overwrite", f"{RETRY}=monday")
     environment.kubectl("label", "ftj", NAME, "touched=yes")
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        assert stages_of_pods(environment) == before
+        assert [stage_of_pod(pod) for pod in pods_of(environment)] == before
         time.sleep(1)
