@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.runtime.startup import set_up_libraries
+from finetune_trainer.runtime.lifecycle import set_up_libraries
 
 SIDES, JUDGE = ("plain", "ours"), "judge"
 

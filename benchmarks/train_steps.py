@@ -30,7 +30,7 @@ from finetune_trainer.memory.plan import Lengths, plan
 from finetune_trainer.model import ModelFolder, loading
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import encode, load_tokenizer
-from finetune_trainer.runtime.startup import set_up_libraries
+from finetune_trainer.runtime.lifecycle import set_up_libraries
 from finetune_trainer.train.link import TrainingWork
 from finetune_trainer.train.recipe import sft
 from finetune_trainer.train.recipe.packing import prepare_packing

@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 from finetune_trainer.contract import Export, Quantization, Training
-from finetune_trainer.memory.disk import export_disk
 from finetune_trainer.memory.forecast import (
     ExportWork,
     Machine,
     Widths,
     export_bytes,
+    export_disk,
     forecast,
 )
 from finetune_trainer.model.shape import Shape

@@ -26,7 +26,7 @@ from finetune_trainer.runtime import child
 LOST = 75
 """Exit status of a process whose device computes nothing any more: a new one runs what is left."""
 
-HEAVY = ("benchmarks.gpu.checks", "benchmarks.gpu.speed", "benchmarks.gpu.ladder")
+HEAVY: tuple[str, ...] = ("benchmarks.gpu.checks", "benchmarks.gpu.speed", "benchmarks.gpu.ladder")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def main(order: Order) -> None:
 
 def prepare_environment(tiny: bool) -> None:
     """Before the libraries are loaded. A CPU interprets Triton's kernels, in the tiny form."""
-    from finetune_trainer.runtime.startup import set_up_libraries  # noqa: PLC0415 - see above
+    from finetune_trainer.runtime.lifecycle import set_up_libraries  # noqa: PLC0415 - see above
 
     if tiny:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -76,11 +76,7 @@ def run_cases(order: Order, write: Any) -> None:
     unsloth = order.cases[0].group.startswith("unsloth")
     if unsloth:
         import_unsloth(order.folder)
-    for module in HEAVY:  # not before: Unsloth has to be loaded first
-        try:
-            importlib.import_module(module)
-        except Exception:  # on whatever machine this is: the cases that need it will say so
-            traceback.print_exc()
+    load_libraries()  # not before: Unsloth has to be loaded first
     gc.collect()
     gc.freeze()  # or each training would look through all libraries for what can go
     from benchmarks.gpu.models import Scale  # noqa: PLC0415 - as they
@@ -97,6 +93,15 @@ def run_cases(order: Order, write: Any) -> None:
         write({"ended": case.name, "took": time.monotonic() - began, **outcome.as_json()})
         if outcome.verdict is Verdict.ERROR and device_is_lost():
             sys.exit(LOST)
+
+
+def load_libraries() -> None:
+    """With the modules of the cases. Where one can't be loaded, the cases that need it say why."""
+    for module in HEAVY:
+        try:
+            importlib.import_module(module)
+        except Exception:  # of whatever machine this is
+            traceback.print_exc()
 
 
 def device_is_lost() -> bool:

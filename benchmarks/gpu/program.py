@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -166,8 +165,7 @@ def run(options: Options) -> int:
     """Run it all. Status 1 where a case says wrong or did not come to an end."""
     if options.tiny:
         case_runner.prepare_environment(tiny=True)
-        for module in case_runner.HEAVY:
-            importlib.import_module(module)  # once, for the forks
+        case_runner.load_libraries()  # once, for the forks
     report = Report(options.output, options.tiny, options.minutes)
     ended = "complete"
     with workspace(options.folder) as folder, told_by_signals():

@@ -32,7 +32,6 @@ from finetune_operator.cluster import (
     InvalidError,
     NotFoundError,
 )
-from finetune_operator.hardware import Labels, memory_label, training_hardware
 from finetune_operator.manifests import StageObjects, pod_settings_digest, stage_objects
 from finetune_operator.monitoring import Metrics
 from finetune_operator.observe import (
@@ -48,9 +47,9 @@ from finetune_operator.observe import (
 )
 from finetune_operator.plan import Event, Plan, Policy, StartStage, StopJob, plan, refuse
 from finetune_operator.pods import ObservedPod, observe_pod
+from finetune_operator.resources import Labels, memory_label, training_hardware, with_usage
 from finetune_operator.settings import Settings
 from finetune_operator.status import occasion, older_phase, status_patch, timestamp
-from finetune_operator.usage import with_usage
 from finetune_trainer.contract import Reason, Stage
 
 logger = logging.getLogger(__name__)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from zipfile import ZipFile
 
 import pytest
 
-from benchmarks.gpu import case_runner, needs
-from benchmarks.gpu.cases import CASES, case, select
+from benchmarks.gpu import needs
+from benchmarks.gpu.cases import CASES, select
 from benchmarks.gpu.flops import Work, mfu, model_flops, peak_flops
 from benchmarks.gpu.models import SHAPES, Scale, even_lengths, make_tokenizer, mixed_lengths, row
 from benchmarks.gpu.outcome import Outcome, Verdict
@@ -165,18 +164,3 @@ def test_wheels_are_installed_with_and_without_pip(
     needs.install([str(wheel)], str(tmp_path / "target"))
     assert (tmp_path / "target" / "brought" / "__init__.py").is_file()
     assert (tmp_path / "target" / metadata / "METADATA").is_file()
-
-
-def test_a_module_that_can_not_be_imported_costs_its_own_cases_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(case_runner, "HEAVY", ("benchmarks.gpu.flops", "no_such_module_here"))
-    chosen = [
-        case("needs it", "a", 1, "no_such_module_here:run"),
-        case("device", "a", 1, "benchmarks.gpu.speed:device"),
-    ]
-    order = case_runner.Order(chosen, tmp_path, tmp_path / "r", tmp_path / "l", True, 1e12, 1)
-    lines: list[dict[str, Any]] = []
-    case_runner.run_cases(order, lines.append)
-    ended = {line["ended"]: line["verdict"] for line in lines if "ended" in line}
-    assert ended == {"needs it": "ERROR", "device": "measured"}

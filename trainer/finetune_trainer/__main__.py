@@ -23,14 +23,14 @@ from finetune_trainer.contract import (
     read_run_config,
 )
 from finetune_trainer.memory.machine import describe_machine
-from finetune_trainer.runtime.endings import explain
-from finetune_trainer.runtime.reporter import Reporter, reporter_for
-from finetune_trainer.runtime.startup import (
+from finetune_trainer.runtime.lifecycle import (
     FORMAT_VARIABLE,
     LogFormat,
+    explain,
     set_up_libraries,
     trust_given_authorities,
 )
+from finetune_trainer.runtime.reporter import Reporter, reporter_for
 from finetune_trainer.stage_runner import (
     as_result,
     guarded,

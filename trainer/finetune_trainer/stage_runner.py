@@ -20,10 +20,9 @@ from finetune_trainer.contract import (
     StageResult,
 )
 from finetune_trainer.memory.remedies import with_remedy
-from finetune_trainer.runtime import child, endings
-from finetune_trainer.runtime.endings import explain
+from finetune_trainer.runtime import child, lifecycle
+from finetune_trainer.runtime.lifecycle import begin_stage, explain
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.runtime.startup import begin_stage
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -105,7 +104,7 @@ def stop_on_signal(stage: Callable[[], Stage], path: Path | None, reporter: Repo
     def wait() -> None:
         while os.read(wake, 1)[0] not in STOPS:  # others end what computes too long
             pass
-        then = endings.stop() or "the stage starts anew with the next attempt"
+        then = lifecycle.stop() or "the stage starts anew with the next attempt"
         result = StageResult(
             stage=stage(), reason=Reason.STOPPED, message=f"Stopped by a signal; {then}."
         )

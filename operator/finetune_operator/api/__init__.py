@@ -207,17 +207,100 @@ class Toleration(Base):
     """Seconds that a NoExecute taint is tolerated; left out, for ever."""
 
 
-class Volume(Base):
-    """A PersistentVolumeClaim to mount, e.g. one that holds the base model."""
+class ConfigMapSource(Base):
+    """A ConfigMap in the FineTuneJob's namespace (core/v1 ConfigMapVolumeSource)."""
 
-    claim_name: Name
-    """Name of the PersistentVolumeClaim in the FineTuneJob's namespace."""
+    name: Name
+    """Name of the ConfigMap; each of its keys is a file."""
+
+
+class SecretSource(Base):
+    """A Secret in the FineTuneJob's namespace (core/v1 SecretVolumeSource)."""
+
+    secret_name: Name
+    """Name of the Secret; each of its keys is a file. The operator may not read it."""
+
+
+class ImageSource(Base):
+    """A container image whose files are mounted (core/v1 ImageVolumeSource; Kubernetes 1.35, or
+    1.33 with the feature gate ImageVolume)."""
+
+    reference: Annotated[str, Field(min_length=1, max_length=1024)]
+    """The image, e.g. `registry.example.com/models/llama:1`; by digest it never changes."""
+
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    """When the node fetches it; left out, as for containers."""
+
+
+VOLUME_SOURCES = ("claimName", "configMap", "secret", "image")
+ONE_VOLUME_SOURCE = f"must have exactly one of {', '.join(VOLUME_SOURCES)}"
+
+
+class Volume(Base):
+    """Something to mount, e.g. a PersistentVolumeClaim that holds the base model."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            f"[{', '.join(f'has(self.{each})' for each in VOLUME_SOURCES)}]"
+            ".filter(given, given).size() == 1",
+            ONE_VOLUME_SOURCE,
+        )
+    )
+
+    claim_name: Name | None = None
+    """Name of a PersistentVolumeClaim in the FineTuneJob's namespace."""
+
+    config_map: ConfigMapSource | None = None
+    """A ConfigMap, which is mounted read-only."""
+
+    secret: SecretSource | None = None
+    """A Secret, which is mounted read-only."""
+
+    image: ImageSource | None = None
+    """An image, which is mounted read-only: a base model that each node fetches once."""
 
     mount_path: Annotated[str, Field(min_length=2, max_length=1024, pattern="^/")]
     """Absolute path at which it is mounted."""
 
     read_only: bool = False
-    """Mount it read-only."""
+    """Mount the PersistentVolumeClaim read-only."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        given = [self.claim_name, self.config_map, self.secret, self.image]
+        if sum(each is not None for each in given) != 1:
+            raise ValueError(ONE_VOLUME_SOURCE)
+        return self
+
+
+ONE_WORKSPACE = "must have sizeLimit, or storage, and storageClassName with storage alone"
+
+
+class Workspace(Base):
+    """The disk that a pod works on: model, checkpoints, what it makes."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            "has(self.storage) ? !has(self.sizeLimit) : !has(self.storageClassName)", ONE_WORKSPACE
+        )
+    )
+
+    size_limit: Quantity | None = None
+    """Evict the pod where it uses more of the node's disk than this (emptyDir)."""
+
+    storage: Quantity | None = None
+    """Size of a volume that is made for each pod and deleted with it (generic ephemeral volume), in
+    place of the node's disk."""
+
+    storage_class_name: Name | None = None
+    """StorageClass of that volume; left out, the cluster's default."""
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> Self:
+        both = self.storage is not None and self.size_limit is not None
+        if both or (self.storage is None and self.storage_class_name is not None):
+            raise ValueError(ONE_WORKSPACE)
+        return self
 
 
 class Condition(Base):

@@ -21,6 +21,7 @@ from finetune_operator.api import (
     SecretReference,
     Toleration,
     Volume,
+    Workspace,
 )
 from finetune_operator.api.observed import FineTuneJobStatus
 from finetune_trainer import contract
@@ -158,7 +159,10 @@ class PodSettings(Base):
     """Further environment variables, with plain values or from Secrets."""
 
     volumes: Annotated[tuple[Volume, ...], Field(max_length=16)] = ()
-    """PersistentVolumeClaims to mount."""
+    """PersistentVolumeClaims, ConfigMaps, Secrets and images to mount."""
+
+    workspace: Workspace = Workspace()
+    """The disk that the pod works on; left out, the node's, without a limit."""
 
     labels: dict[str, str] = {}
     """Further labels of the pod."""

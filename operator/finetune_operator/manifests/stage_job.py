@@ -12,6 +12,8 @@ from finetune_operator.api import (
     TRAINER_CONTAINER,
     EnvVar,
     JsonObject,
+    Volume,
+    Workspace,
 )
 from finetune_operator.api.finetunejob import FineTuneJobSpec, PodSettings
 from finetune_operator.manifests.children import (
@@ -44,6 +46,7 @@ TOKEN_SECONDS = 3607  # the kubelet renews the token long before
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the kernel's name
 SHARED_MEMORY_MIB = 8192
 MEBIBYTE = 1 << 20
+GROUP_TOO = 0o040
 OWNER_ONLY = 0o400  # to which the kubelet adds the pod's group
 SIGNING_MOUNT = {
     "name": "signing-key",
@@ -125,7 +128,7 @@ def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings)
     """Digest of the settings of a stage's pods that can't change its result."""
     pod = spec.pod_settings(stage)
     return digest(
-        pod.model_dump(mode="json", exclude_none=True),
+        pod.model_dump(mode="json", exclude_none=True, exclude=_untouched(pod)),
         _image(pod, settings),
         settings.image_pull_policy,
         settings.image_pull_secrets,
@@ -137,6 +140,11 @@ def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings)
         *store_references(spec, stage),
         *([{"queue": spec.queue_name}] if spec.queue_name else []),
     )
+
+
+def _untouched(pod: PodSettings) -> set[str]:
+    """Fields that came later than the digest, which they leave as it was where they aren't used."""
+    return {"workspace"} if pod.workspace == Workspace() else set()
 
 
 def _ttl_seconds(spec: FineTuneJobSpec, stage: Stage) -> int:
@@ -370,8 +378,9 @@ def mounts(pod: PodSettings, shared_memory: int | None) -> list[JsonObject]:
     if shared_memory is not None:
         found.append({"name": "shared-memory", "mountPath": SHARED_MEMORY})
     for number, volume in enumerate(pod.volumes):
-        mount = {"name": f"claim-{number}", "mountPath": volume.mount_path}
-        found.append(mount | ({"readOnly": True} if volume.read_only else {}))
+        mount = {"name": _volume_name(volume, number), "mountPath": volume.mount_path}
+        read_only = volume.read_only or volume.claim_name is None
+        found.append(mount | ({"readOnly": True} if read_only else {}))
     return found
 
 
@@ -384,17 +393,46 @@ def volumes(pod: PodSettings, config_map: str, shared_memory: int | None) -> lis
         {"downwardAPI": {"items": [{"path": "namespace", **namespace}]}},
     ]
     found: list[JsonObject] = [
-        {"name": "workspace", "emptyDir": {}},
+        {"name": "workspace", **_workspace(pod)},
         {"name": "config", "configMap": {"name": config_map}},
         {"name": "token", "projected": {"sources": sources}},
     ]
     if shared_memory is not None:
         folder = {"medium": "Memory", "sizeLimit": f"{shared_memory}Mi"}
         found.append({"name": "shared-memory", "emptyDir": folder})
-    for number, volume in enumerate(pod.volumes):
-        claim = {"claimName": volume.claim_name}
-        found.append({"name": f"claim-{number}", "persistentVolumeClaim": claim})
+    found += (
+        {"name": _volume_name(volume, number), **_source(volume)}
+        for number, volume in enumerate(pod.volumes)
+    )
     return found
+
+
+def _volume_name(volume: Volume, number: int) -> str:
+    return f"claim-{number}" if volume.claim_name is not None else f"volume-{number}"
+
+
+def _source(volume: Volume) -> JsonObject:
+    if volume.config_map is not None:
+        return {"configMap": {"name": volume.config_map.name}}
+    if volume.secret is not None:
+        mode = OWNER_ONLY | GROUP_TOO  # the container's user isn't root
+        return {"secret": {"secretName": volume.secret.secret_name, "defaultMode": mode}}
+    if volume.image is not None:
+        return {"image": _dump(volume.image)}
+    return {"persistentVolumeClaim": {"claimName": volume.claim_name}}
+
+
+def _workspace(pod: PodSettings) -> JsonObject:
+    given = pod.workspace
+    if given.storage is None:
+        return {"emptyDir": {"sizeLimit": given.size_limit} if given.size_limit else {}}
+    claim = {
+        "accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": given.storage}},
+    }
+    if given.storage_class_name is not None:
+        claim["storageClassName"] = given.storage_class_name
+    return {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
 
 
 def shared_memory_mib(stage: Stage, pod: PodSettings, hardware: Hardware) -> int | None:

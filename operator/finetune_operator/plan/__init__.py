@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from finetune_operator.api.observed import FineTuneJobStatus, Phase, StageState, StageStatus
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
-from finetune_operator.plan import lifecycle, results, versions
+from finetune_operator.plan import follow, results, versions
 from finetune_operator.plan.draft import (
     Action,
     Draft,
@@ -86,9 +86,9 @@ def plan(
         follow_stage(draft, stage)
     results.record_notices(draft)
     if draft.spec.suspend:
-        made = lifecycle.suspend(draft)
+        made = follow.suspend(draft)
     else:
-        lifecycle.tell_of_resumption(draft)
+        follow.tell_of_resumption(draft)
         versions.halt_export(draft)
         made = _advance(draft)
     return versions.with_looks(draft, made)
@@ -157,9 +157,9 @@ def _may_start(draft: Draft, stage: Stage) -> bool:
     if wait > timedelta():
         draft.requeue_after(wait.total_seconds())
         return False
-    if lifecycle.has_pod_at_work(draft, stage):
+    if follow.has_pod_at_work(draft, stage):
         # Two pods at a time would write the same files, e.g. checkpoints.
-        lifecycle.wait_for_earlier_pods(draft, stage)
+        follow.wait_for_earlier_pods(draft, stage)
         return False
     if versions.awaits_export(draft, stage):
         draft.pending_reasons[stage] = PendingReason(

@@ -75,7 +75,7 @@ def warn_of_failed_files(draft: Draft, result: StageResult | None, reason: str) 
     failed = [each for each in result.artifacts if each.failed] if result is not None else []
     for each in failed:
         # Of the merged model one file has the figures, and stands for the others.
-        if each.path.endswith(".gguf") or each.quality is not None:
+        if each.quality is not None or (each.path.endswith(".gguf") and not each.follows):
             draft.add_warning(reason, quality_fault(each.path, each.quality))
     return bool(failed)
 

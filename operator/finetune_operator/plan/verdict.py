@@ -203,7 +203,8 @@ def _oom_killed(stage: Stage) -> str:
 def _out_of_disk(stage: Stage, words: str) -> str:
     return (
         f"{stage} used more disk than it may ({words.rstrip('. ')}). "
-        f"Raise spec.stages.{stage}.resources.limits.ephemeral-storage."
+        f"Raise spec.stages.{stage}.resources.limits.ephemeral-storage, or workspace.sizeLimit "
+        "where it is set."
     )
 
 

@@ -213,7 +213,13 @@ def test_the_stages_pods_are_admitted_under_pod_security_restricted(here: Namesp
     here.plane.kubectl("label", "namespace", here.name, enforce)
     plain = ("run", "plain", "--image=x", "-n", here.name, "--dry-run=server")
     here.wait("Pod Security", lambda: not succeeds(here.plane, *plain))
-    here.apply()
+    mounted = [
+        {"image": {"reference": "models.example/base:1"}, "mountPath": "/base"},
+        {"configMap": {"name": "settings"}, "mountPath": "/settings"},
+        {"secret": {"secretName": "licence"}, "mountPath": "/licence"},
+    ]
+    train = {"volumes": mounted, "workspace": {"storage": "1Gi"}}
+    here.apply(stages={"train": train, "export": {"workspace": {"sizeLimit": "1Gi"}}})
     for result in (prepared(), trained(), exported()):
         here.succeed(result)
     here.wait_phase("Succeeded")

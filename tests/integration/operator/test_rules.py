@@ -21,6 +21,10 @@ REFUSED: dict[str, Any] = {
     "must be org/name on the Hugging Face Hub, s3://bucket/folder, or the absolute path of a "
     "mounted folder": "llama",
     "must have exactly one of configMapRef and secretRef": {},
+    "must have exactly one of claimName, configMap, secret, image": {"mountPath": "/models"},
+    "must have sizeLimit, or storage, and storageClassName with storage alone": {
+        "storageClassName": "fast"
+    },
     "must start with http:// or https://": "minio:9000",
     "must have no user or password in it: keys belong in the Secret of secretRef": "https://a:b@c",
     "must have kmsKeyId only with algorithm aws:kms": {"algorithm": "AES256", "kmsKeyId": "key"},
@@ -47,6 +51,7 @@ REFUSED: dict[str, Any] = {
         "registry.example.com/team/model:v1"
     ),
     "must consist of letters, digits, '.', '_' and '-'": "v1/stable",
+    "must have importanceMatrix: true with the types IQ2 and IQ3 in gguf": {"gguf": ["IQ3_M"]},
     "must be namespace/name of the FineTuneJob that the folder belongs to": "support",
     "must have exactly one of value and valueFrom": {"name": "WANDB_API_KEY"},
     "must leave out lora and initFrom with method full, which trains no adapter": {
@@ -101,6 +106,8 @@ def spec_with(path: str, value: object) -> dict[str, Any]:
         inner = inner.setdefault(part, {})
         if part == "hub":
             inner["tokenSecretRef"] = {"name": "hub"}
+        if part == "oci":
+            inner["repository"] = "registry.example.com/model"
     inner[name.removesuffix("[]")] = [value] if name.endswith("[]") else value
     return spec
 
@@ -238,11 +245,12 @@ def test_types_sets_and_keys_of_lists_are_checked(
         ("output.keepVersions", 0, "should be greater than or equal to 1"),
         ("output.takeOverFrom", "team-a/support", ""),
         ("output.takeOverFrom", "support", "must be namespace/name of the FineTuneJob"),
+        ("export", {"gguf": ["IQ2_XXS"], "importanceMatrix": True}, ""),
+        ("export", {"gguf": ["Q8_0", "IQ4_XS"]}, ""),
         ("output.hub.repo", "org/tuned", ""),
         ("output.oci", {"repository": "localhost:5000/model"}, ""),
         ("output.oci", {"repository": "registry.example.com/a/b-c", "include": ["Q4_K_M"]}, ""),
-        ("output.oci", {"repository": "a.io/b", "include": ["Q9"]}, "Unsupported value"),
-        ("output.oci", {"repository": "registry.example.com"}, "must be a registry's host"),
+        ("output.oci.repository", "registry.example.com", "must be a registry's host"),
         ("output.hub.repo", "tuned", "must be org/name"),
         ("output.hub.repo", "https://huggingface.co/org/tuned", "must be org/name"),
         ("rollbackTo", "0123456789ab", ""),

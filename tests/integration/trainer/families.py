@@ -136,6 +136,23 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "mistral": Family("mistral", MISTRAL, "mistral", {**WIDE, "sliding_window": None}),
+    "qwen3-moe": Family(
+        "qwen3_moe",
+        QWEN,
+        "chatml",
+        {
+            **SMALL,
+            "head_dim": 32,
+            "tie_word_embeddings": False,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "norm_topk_prob": True,
+        },
+    ),
+    "mixtral": Family(
+        "mixtral", MISTRAL, "mistral", {**WIDE, "sliding_window": None, "num_local_experts": 4}
+    ),
     "phi-3": Family("phi3", PHI3, "phi3", {**WIDE, "sliding_window": 511}),
     "phi-4": Family("phi3", PHI4, PHI4_TEMPLATE, {**SMALL, "sliding_window": None}),
     "smollm2": Family("llama", SMOLLM2, "chatml", {**SMALL, "tie_word_embeddings": True}),

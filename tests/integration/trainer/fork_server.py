@@ -202,7 +202,7 @@ def fork_server() -> Iterator[ForkServer]:
 
 def serve(address: str) -> None:
     """Fork what clients ask for, and tell each how its process ended, until stdin is closed."""
-    from finetune_trainer.runtime.startup import set_up_libraries
+    from finetune_trainer.runtime.lifecycle import set_up_libraries
 
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print
@@ -244,6 +244,9 @@ def _report(clients: dict[int, socket.socket]) -> None:
 
 def _answer(client: socket.socket, clients: dict[int, socket.socket], others: list[Any]) -> None:
     data, given, _, _ = socket.recv_fds(client, REQUEST_BYTES, 3)
+    if not data:  # it was killed before it could ask
+        client.close()
+        return
     request = json.loads(data)
 
     def work() -> int:

@@ -31,11 +31,14 @@ def stop_all(bench: Any) -> NoReturn:
         signal.pause()
 
 
+MISSING = "a_module_that_this_machine_lacks"
 OWN = "tests.integration.trainer.stopped_benchmark"
 
 if __name__ == "__main__":
+    case_runner.HEAVY = (MISSING, *case_runner.HEAVY)
     cases.CASES = (
         cases.case("device", "first", 1, "benchmarks.gpu.speed:device"),
+        cases.case("lacks", "first", 1, f"{MISSING}:run"),
         cases.case("dies", "first", 1, f"{OWN}:die"),
         cases.case("breaks", "first", 1, f"{OWN}:break_device"),
         cases.case("after it", "first", 1, "benchmarks.gpu.speed:device"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import threading
@@ -149,7 +148,8 @@ def dies_at(path: str, trainer: Trainer, config: dict[str, Any], proxy: Proxy) -
         said, _ = process.communicate(timeout=300)
         process_ended.set()
     assert process.returncode == -signal.SIGKILL, said
-    shutil.rmtree(trainer.folder / "workspace")
+    # Programs that it started may live a moment longer, and write there.
+    (trainer.folder / "workspace").rename(trainer.folder / "workspace-of-the-dead")
 
 
 def goes_back_to(refusal: StageResult, trainer: Trainer, config: dict[str, Any]) -> None:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
-from finetune_trainer.contract import StageError
+from finetune_trainer.contract import Export, Quantization, StageError
 from finetune_trainer.export.merge import MergedWeights
-from finetune_trainer.export.merge.fp8 import write_fp8
+from finetune_trainer.export.merge.model_folder import write_fp8
 from finetune_trainer.model import rehearsal
-from finetune_trainer.prepare.checks import check_experts
+from finetune_trainer.prepare.checks import check_experts, check_few_bits
 from tests.integration.trainer.adapters import SINGLE, merge_in_memory, save_adapter, save_base
 
 ROUNDING = 2.0**-4  # of a value: e4m3 has three bits behind the point
@@ -81,6 +81,15 @@ def test_stacked_experts_are_refused_before_a_training() -> None:
     with pytest.raises(StageError, match="stacks its experts"):
         check_experts({SINGLE: stacked})
     check_experts({SINGLE: {"model.layers.0.mlp.experts.0.up_proj.weight": tensor(8, 8)}})
+
+
+def test_experts_are_refused_in_types_that_need_a_matrix_of_each() -> None:
+    experts = {SINGLE: {"model.layers.0.mlp.experts.0.up_proj.weight": tensor(8, 8)}}
+    few = Export(gguf=(Quantization.Q8_0, Quantization.IQ2_M), importance_matrix=True)
+    with pytest.raises(StageError, match=r"IQ2_M.*leave these types out"):
+        check_few_bits(few, experts)
+    check_few_bits(Export(), experts)
+    check_few_bits(few, {SINGLE: {"model.layers.0.mlp.up_proj.weight": tensor(8, 8)}})
 
 
 def tensor(*widths: int) -> rehearsal.TensorHeader:

@@ -12,6 +12,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,18 +28,34 @@ from finetune_trainer.contract import (
     FileVerdict,
     Notice,
     NoticeCode,
+    Progress,
     QualityLimit,
     Quantization,
     Reason,
+    RunConfig,
+    Stage,
     StageError,
+    TrainingMetrics,
+    TrainingRecord,
 )
+from finetune_trainer.contract.output import NEED_IMPORTANCE
 from finetune_trainer.export import gate as gate_module
 from finetune_trainer.export import llama
+from finetune_trainer.export.export_stage import expected_work
 from finetune_trainer.export.gate import DerivedGate, SourceGate, file_checks, rejects
+from finetune_trainer.export.gate.rows import ExampleFiles
 from finetune_trainer.export.gguf.header import Header
+from finetune_trainer.export.inputs import ExportContext, open_tuned_model
 from finetune_trainer.export.llama import CheckRequest
+from finetune_trainer.export.pipeline import make_models
 from finetune_trainer.export.reference import float32
-from finetune_trainer.memory.forecast import Widths, llama_bytes, reference_bytes
+from finetune_trainer.memory.forecast import (
+    Machine,
+    Widths,
+    forecast,
+    llama_bytes,
+    reference_bytes,
+)
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.runtime.reporter import Reporter
 from tests.integration.trainer.conftest import ROWS, Processes
@@ -56,7 +73,7 @@ from tests.integration.trainer.faulty_gguf import (
 from tests.integration.trainer.tuned import EXAMPLES, Tuned, make_tuned, write_lora
 
 Q = Quantization
-ALL = (Q.F16, *(kind for kind in Q if kind is not Q.F16))
+ALL = (Q.F16, *(kind for kind in Q if kind not in (Q.F16, *NEED_IMPORTANCE)))
 
 
 @pytest.fixture(scope="module")
@@ -529,3 +546,62 @@ def test_a_gpu_that_llama_cpp_was_not_built_for_is_said_to_be_unused(
     assert SourceGate(expected).check(file, Q.F16).source_verdict.passed
     assert [notice.code for notice in reporter.said] == [NoticeCode.GPU_UNUSED]
     assert not reporter.said[0].warning
+
+
+class Whole(Reporter):
+    """Keeps each change, and not only what stands when it is time for a patch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.percents = list[int]()
+        self.total_steps = set[int | None]()
+        self._kept = threading.Lock()
+
+    def update(self, changes: Progress) -> None:
+        with self._kept:
+            if changes.percent is not None:
+                self.percents.append(int(changes.percent.rstrip("%")))
+                self.total_steps.add(changes.total_steps)
+
+
+def test_percent_is_of_the_whole_export(
+    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It never goes back, moves in each part, and nothing but the upload is left at the end."""
+    monkeypatch.setattr(gate_module, "SAMPLE_TOKENS", 4)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(example) + "\n" for example in EXAMPLES))
+    config = RunConfig.model_validate(
+        {
+            "model": {"source": str(tuned.base)},
+            "dataset": {"source": str(rows)},
+            "output": {"uri": str(tmp_path / "out")},
+            "export": {"gguf": ["F16", "Q8_0"]},
+        }
+    )
+    reporter = Whole()
+    reporter.begin(Stage.EXPORT, "Exporting")
+    metrics = TrainingMetrics(base_parameters=2e7)
+    seconds = forecast(
+        expected_work(config, TrainingRecord(metrics=metrics, hyperparameters={})), Machine(2)
+    )
+    reporter.expect_work(seconds)
+    (tmp_path / "result").mkdir()
+    context = ExportContext(
+        config=config,
+        model=open_tuned_model(
+            config, ModelFolder(tuned.base), tuned.adapter, tmp_path / "result" / "merged"
+        ),
+        examples=ExampleFiles(rows, rows),
+        result=tmp_path / "result",
+        workspace=tmp_path,
+        add_file=lambda *_, **__: None,
+        reporter=reporter,
+    )
+    report = make_models(context)
+    assert all(verdict.passed for verdict in report.files)
+    assert reporter.percents == sorted(reporter.percents)
+    assert len(set(reporter.percents)) >= 7, "at least each part shows"
+    upload = seconds["upload"] / sum(seconds.values())
+    assert reporter.percents[-1] == min(99, int(100 * (1 - upload)))
+    assert reporter.total_steps == {None}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from finetune_trainer.contract import Quantization
 from finetune_trainer.export.gate import SourceGate
+from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.export.reference import float32
 from finetune_trainer.model.tokenizer import message_pair
+from tests.integration.trainer.faulty_gguf import overwrite
 from tests.integration.trainer.tuned import make_tuned
 
 NOT_NORMALISED = [
@@ -21,8 +25,8 @@ NOT_NORMALISED = [
 ]
 """Characters that some tokenizers compose, and llama.cpp doesn't."""
 
-NORMALISED = {"qwen3": ("row 7", "row 8")}
-FAMILIES = ("gemma-2", "gemma-3", "mistral", "phi-3", "qwen3")
+NORMALISED = dict.fromkeys(("qwen3", "qwen3-moe"), ("row 7", "row 8"))
+FAMILIES = ("gemma-2", "gemma-3", "mistral", "phi-3", "qwen3", "qwen3-moe")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -35,6 +39,12 @@ def test_files_of_a_clean_model_pass(
     inputs = tuned.inputs(merged=True)
     rows = [*inputs.examples, *NOT_NORMALISED]
     gate = SourceGate.open(replace(inputs, examples=rows), tmp_path / "gate")
+    if family == "qwen3-moe":
+        swapped = Path(shutil.copy(tuned.file(tuned.own), tmp_path / "swapped.gguf"))
+        swap_experts(swapped, "blk.0.ffn_down_exps.weight")
+        found = gate.check(swapped, tuned.own).source_verdict
+        assert not found.passed
+        assert "divergence" in found.problems[0]
     derived = gate.check(tuned.file(tuned.own), tuned.own)
     kinds = (Quantization.Q8_0, Quantization.Q4_K_M)
     checked = [derived.check(tuned.file(kind), kind) for kind in kinds]
@@ -47,3 +57,13 @@ def test_files_of_a_clean_model_pass(
     assert [all(row in said for row in left_out) for said in derived.notices] == [True] * bool(
         left_out
     )
+
+
+def swap_experts(file: Path, name: str) -> None:
+    """Let the first two experts of a layer change places."""
+    with Header(file) as header:
+        tensor = header.tensors[name]
+        experts = np.frombuffer(header.contents(name), np.uint8).reshape(tensor.shape[-1], -1)
+    swapped = experts[[1, 0, *range(2, len(experts))]].tobytes()
+    assert swapped != experts.tobytes()
+    overwrite(file, tensor.offset, swapped)

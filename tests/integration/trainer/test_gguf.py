@@ -6,20 +6,32 @@ import json
 import shutil
 from collections.abc import Generator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import gguf
 import llama_cpp
 import numpy as np
 import psutil
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finetune_trainer.contract import Quantization, Reason, StageError
-from finetune_trainer.export.gguf.files import GgufSource, quantize, quantize_all, write_files
+from finetune_trainer.contract.output import NEED_IMPORTANCE
+from finetune_trainer.export.gate.file_checks import header_problems
+from finetune_trainer.export.gguf.files import (
+    GgufSource,
+    quantize,
+    quantize_all,
+    write_files,
+    write_parts,
+)
+from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.model import ModelFolder, converter
 from tests.integration.trainer.vocabulary import write_vocabulary
 
-TYPES = tuple(Quantization)
+Q = Quantization
+TYPES = tuple(kind for kind in Quantization if kind not in NEED_IMPORTANCE)
 
 
 def plain(model: Path) -> GgufSource:
@@ -40,6 +52,20 @@ def files(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     written = [file for _, file in write_files(plain(tiny_model), folder, TYPES)]
     assert {file.name for file in folder.iterdir()} == {file.name for file in written}
     return {file.stem.removeprefix("tiny-"): file for file in written}
+
+
+@pytest.fixture(scope="module")
+def wide_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in 16 bits with rows of 256, as the blocks of few bits want them."""
+    folder = tmp_path_factory.mktemp("wide")
+    shutil.copytree(tiny_model, folder / "model")
+    config = LlamaConfig.from_pretrained(tiny_model)
+    config.hidden_size, config.intermediate_size, config.head_dim = 256, 512, 64
+    config.num_attention_heads, config.num_key_value_heads = 4, 2
+    torch.manual_seed(0)
+    auto: Any = AutoModelForCausalLM
+    auto.from_config(config).to(torch.float16).save_pretrained(folder / "model")
+    return next(write_files(plain(folder / "model"), folder / "gguf", (Quantization.F16,)))[1]
 
 
 def metadata(file: Path) -> dict[str, str]:
@@ -105,6 +131,53 @@ def test_an_importance_matrix_changes_a_small_file_which_says_so(
     same = {name for name in before if np.array_equal(before[name], after[name])}
     assert not same & set(inputs)
     assert "output_norm.weight" in same
+
+
+def test_two_and_three_bits_need_an_importance_matrix(wide_file: Path, tmp_path: Path) -> None:
+    write_importance(matrix := tmp_path / "imatrix.gguf", wide_file)
+    sizes = []
+    for kind in (Q.IQ3_XS, Q.IQ3_XXS, Q.IQ2_M, Q.IQ2_XXS):  # the others are their neighbours
+        file = tmp_path / f"{kind}.gguf"
+        quantize(wide_file, file, kind, matrix)
+        with Header(file) as header:
+            assert not list(header_problems(header, kind))
+            assert header.tensors["blk.0.attn_q.weight"].type.name.startswith(("IQ2", "IQ3"))
+        sizes.append(file.stat().st_size)
+        llama_cpp.Llama(model_path=str(file), n_ctx=8, verbose=False).close()
+    assert sizes == sorted(sizes, reverse=True)
+    with pytest.raises(StageError, match="can't quantize this model to IQ2_XS"):
+        quantize(wide_file, tmp_path / "x.gguf", Quantization.IQ2_XS)
+
+
+def test_a_file_in_parts_is_the_same_model(files: dict[str, Path], tmp_path: Path) -> None:
+    whole = Path(shutil.copy(files["Q8_0"], tmp_path))
+    parts = write_parts(whole, part_bytes := whole.stat().st_size // 3)
+    names = [f"tiny-Q8_0-{n:05d}-of-{len(parts):05d}.gguf" for n in range(1, len(parts) + 1)]
+    assert len(parts) > 2
+    assert [part.name for part in parts] == names
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([whole.name, *names])
+    readers = [gguf.GGUFReader(part) for part in parts]
+    split = [tensor for reader in readers for tensor in reader.tensors]
+    before = gguf.GGUFReader(whole).tensors
+    assert [(t.name, t.tensor_type) for t in split] == [(t.name, t.tensor_type) for t in before]
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(split, before, strict=True))
+    for number, reader in enumerate(readers):
+        marks = {key: int(reader.fields[f"split.{key}"].contents()) for key in ("no", "count")}
+        assert marks == {"no": number, "count": len(parts)}
+        assert int(reader.fields["split.tensors.count"].contents()) == len(before)
+        assert sum(t.n_bytes for t in reader.tensors) <= part_bytes or len(reader.tensors) == 1
+    answers = [_logits(file) for file in (whole, parts[0])]
+    assert np.array_equal(*answers)
+    assert metadata(whole).items() <= metadata(parts[0]).items()
+
+
+def _logits(file: Path) -> Any:
+    model = llama_cpp.Llama(str(file), n_ctx=16, logits_all=True, verbose=False)
+    try:
+        model.eval([1, 5, 9, 2])
+        return model.scores[:4].copy()
+    finally:
+        model.close()
 
 
 def test_a_file_that_is_no_importance_matrix_is_refused(

@@ -33,7 +33,7 @@ from finetune_trainer.export.gguf.files import (
 from finetune_trainer.export.merge.checkpoint import SINGLE
 from finetune_trainer.export.merge.model_folder import write_model
 from finetune_trainer.model import ModelFolder
-from finetune_trainer.runtime.endings import MemoryFullError
+from finetune_trainer.runtime.lifecycle import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter
 from tests.integration.trainer.adapters import merge_in_memory, save_adapter
 from tests.integration.trainer.architectures import PACKABLE, in_dtype, random_model

@@ -88,8 +88,9 @@ def test_stopped_early_it_leaves_what_it_has(processes: Processes, tmp_path: Pat
     assert code == 1
     assert report["ended"] == "by SIGTERM"
     verdicts = {name: found["verdict"] for name, found in report["cases"].items()}
-    broken = {"dies": "ERROR", "breaks": "ERROR"}
+    broken = dict.fromkeys(("lacks", "dies", "breaks"), "ERROR")
     assert verdicts == {"device": "measured", **broken, "after it": "measured"}
+    assert "No module named" in report["cases"]["lacks"]["words"]
     assert "illegal memory access" in report["cases"]["breaks"]["words"]
     assert "its process ended with status 3" in report["cases"]["dies"]["words"]
     assert "device" in printed

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from finetune_trainer.contract import Notice, NoticeCode, Reason, StageResult
 from finetune_trainer.model import loading
 from finetune_trainer.model.tokenizer import message_pair
-from finetune_trainer.runtime.endings import explain
+from finetune_trainer.runtime.lifecycle import explain
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link import Failed, Trained, TrainingWork, as_failed, trained_steps
 from finetune_trainer.train.recipe import sft

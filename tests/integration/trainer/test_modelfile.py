@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+from datetime import date
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -19,6 +21,7 @@ from finetune_trainer.export.ollama import (
     ChatShape,
     NoShapeError,
     OllamaTemplate,
+    dated,
     find_shape,
     go_template,
     literal,
@@ -79,6 +82,32 @@ def test_go_renders_what_jinja_renders(
     said = [*trial_conversations(system=system != "refused"), CHAT]
     expected = [render(tokenizer, messages, prompt=True) for messages in said]
     assert go_text.render(go_template(shape), said, tmp_path) == expected
+
+
+def test_the_date_is_that_of_the_day_on_which_it_is_asked(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Ollama's function is one of Helm's under another name here; Ollama writes 2006-01-02."""
+    tokenizer.chat_template = (TEMPLATES / "dated.jinja").read_text().removesuffix("\n")
+    shape = find_shape(partial(render, tokenizer, prompt=True, today=dated))
+    template = go_template(shape)
+    assert template.count("{{ currentDate }}") == 2  # with a system prompt and without
+    assert str(date.today().year) not in template
+    said = [[SYSTEM, *CHAT], CHAT]
+    other = "2031-05-17"
+    expected = [render(tokenizer, each, prompt=True, today=lambda _: other) for each in said]
+    served = template.replace("{{ currentDate }}", f'{{{{ printf "{other}" }}}}')
+    assert go_text.render(served, said, tmp_path) == expected
+    assert f"Today Date: {other}\n" in expected[0]
+
+
+def test_a_template_that_writes_the_time_of_day_has_no_shape(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    dates = (TEMPLATES / "dated.jinja").read_text()
+    tokenizer.chat_template = dates.replace("%d %b %Y", "%H:%M")
+    with pytest.raises(NoShapeError, match="time of day"):
+        find_shape(partial(render, tokenizer, prompt=True, today=dated))
 
 
 def test_a_refused_system_prompt_is_put_before_the_first_question(

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from finetune_trainer.contract import Export, Hub, Reason, Signing, StageError
-from finetune_trainer.export.publish.public_files import public_files
+from finetune_trainer.export.publish.hub_push import public_files
 from finetune_trainer.export.publish.signing import FORMER_VARIABLE, Signer, signer_for
 from finetune_trainer.store import LocalFolder
 from finetune_trainer.store.versions import current

@@ -32,7 +32,12 @@ from tests.integration.trainer.conftest import ROWS
 from tests.integration.trainer.families import FAMILIES, write_family, write_tokenizer
 
 EXAMPLES = [message_pair(*row) for row in ROWS]
-FUSED = {"phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
+OTHERS = {
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "qwen3_moe": ("q_proj", "k_proj", "v_proj", "o_proj"),
+}
+"""Targets of architectures that have not the separate layers of most."""
+
 SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -94,7 +99,7 @@ def make_tuned(name: str, folder: Path, dtype: torch.dtype, **shape: Any) -> Tun
     write_family(
         replace(family, shape={**family.shape, "initializer_range": 0.06, **shape}), base, dtype
     )
-    make_adapter(base, adapter, FUSED.get(family.kind, SEPARATE))
+    make_adapter(base, adapter, OTHERS.get(family.kind, SEPARATE))
     model = PeftModel.from_pretrained(load_model(ModelFolder(base), torch.float32, "cpu"), adapter)
     model.merge_and_unload().to(dtype).save_pretrained(merged)
     write_tokenizer(family, merged)

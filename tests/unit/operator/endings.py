@@ -99,7 +99,8 @@ OOM = (
 FULL = "Pod ephemeral local storage usage exceeds the total limit of containers 10Gi."
 FULL_MESSAGE = (
     "train used more disk than it may (Pod ephemeral local storage usage exceeds the total limit "
-    "of containers 10Gi). Raise spec.stages.train.resources.limits.ephemeral-storage."
+    "of containers 10Gi). Raise spec.stages.train.resources.limits.ephemeral-storage, or "
+    "workspace.sizeLimit where it is set."
 )
 RETRY = failing(
     TRAIN, Reason.INTERNAL_ERROR, CRASH, state=StageState.PENDING, fingerprint="train-a"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.hardware import memory_label, training_hardware
+from finetune_operator.resources import memory_label, training_hardware
 from finetune_trainer.contract import Hardware
 from tests.unit.operator.build import spec
 
@@ -53,6 +53,21 @@ def test_the_disk_of_the_export_is_told_as_well() -> None:
     assert training_hardware(spec(stages={"export": disk})) == Hardware(
         export_storage_bytes=2 << 30
     )
+
+
+@pytest.mark.parametrize(
+    ("workspace", "size"),
+    [
+        ({"storage": "200Gi"}, 200 << 30),
+        ({"sizeLimit": "1Gi"}, 1 << 30),
+        ({"sizeLimit": "20Gi"}, 2 << 30),
+        ({}, 2 << 30),
+    ],
+)
+def test_the_workspace_limits_the_disk(workspace: dict[str, str], size: int) -> None:
+    limits = {"resources": {"limits": {"ephemeral-storage": "2Gi"}}}
+    train = {**limits, "workspace": workspace}
+    assert training_hardware(spec(stages={"train": train})).ephemeral_storage_bytes == size
 
 
 def gpu_memory(spec: Any, *nodes: dict[str, str]) -> int | None:

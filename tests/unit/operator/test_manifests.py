@@ -15,9 +15,9 @@ import yaml
 from pydantic import ValidationError
 
 from finetune_operator.api.finetunejob import FineTuneJobSpec
-from finetune_operator.hardware import training_hardware
 from finetune_operator.manifests import pod_settings_digest, stage_objects
 from finetune_operator.observe import ObservedFineTuneJob
+from finetune_operator.resources import training_hardware
 from finetune_operator.settings import Settings
 from finetune_trainer.contract import Hardware, JobReference, RunConfig, Stage, describe
 from tests.unit.operator.build import EXPORT, PREPARE, SPEC, TRAIN, finetunejob, resolved
@@ -64,7 +64,14 @@ EVERYTHING: dict[str, Any] = {
             "volumes": [
                 {"claimName": "models", "mountPath": "/models", "readOnly": True},
                 {"claimName": "scratch", "mountPath": "/scratch"},
+                {"configMap": {"name": "settings"}, "mountPath": "/settings"},
+                {"secret": {"secretName": "licence"}, "mountPath": "/licence"},
+                {
+                    "image": {"reference": "models.example/base:1", "pullPolicy": "IfNotPresent"},
+                    "mountPath": "/base",
+                },
             ],
+            "workspace": {"storage": "200Gi", "storageClassName": "fast"},
             "labels": {"team": "ml", "finetune.dev/stage": "mine"},
             "annotations": {"note": "hello"},
         }
@@ -425,6 +432,18 @@ def test_several_gpus_get_shared_memory(spec: dict[str, Any], size: str | None) 
     expected = {"medium": "Memory", "sizeLimit": size} if size else None
     assert shared_memory(pod_of(spec)) == expected
     assert shared_memory(pod_of(spec, EXPORT)) is None
+
+
+def test_the_nodes_disk_may_be_limited() -> None:
+    limited = {**SPEC, "stages": {"train": {"workspace": {"sizeLimit": "100Gi"}}}}
+    volumes = {each["name"]: each for each in pod_of(limited)["volumes"]}
+    assert volumes["workspace"]["emptyDir"] == {"sizeLimit": "100Gi"}
+
+
+def test_a_spec_without_the_newer_fields_keeps_its_pods() -> None:
+    """Their digest is that of before these fields were there, so no waiting pod is made anew."""
+    plain = FineTuneJobSpec.model_validate(SPEC)
+    assert pod_settings_digest(plain, TRAIN, SETTINGS) == "346e361a47"
 
 
 @pytest.mark.parametrize(("stage", "seconds"), [(PREPARE, 60), (TRAIN, 120), (EXPORT, 60)])

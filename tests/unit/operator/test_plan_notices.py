@@ -72,6 +72,10 @@ HALVED = Notice(
     code=NoticeCode.BATCH_HALVED, step=3, evidence="CUDA ran out.", remedy="batchSize 1 now."
 )
 RESUMED = Notice(code=NoticeCode.RESUMED, evidence="checkpoint of step 30", remedy="Nothing.")
+READ_AGAIN = Notice(
+    code=NoticeCode.MODEL_READ_AGAIN, evidence="the export takes 3 h, not 1 h", remedy="Wait."
+)
+SAID_READ_AGAIN = Event("Normal", "ModelReadAgain", "the export takes 3 h, not 1 h. Wait.")
 SAID_RISING = Event("Warning", "LossRising", "step 40: loss 1.2, then 3.4. Lower it.")
 SAID_HALVED = Event("Warning", "BatchHalved", "step 3: CUDA ran out. batchSize 1 now.")
 SAID_RESUMED = Event("Normal", "Resumed", "checkpoint of step 30. Nothing.")
@@ -122,7 +126,26 @@ def bad_rows(summary: DatasetSummary | None, reason: Reason = Reason.INVALID_ROW
     )
 
 
+def exporting(*notices: Notice) -> FineTuneJobStatus:
+    given: FineTuneJobStatus = status(
+        Phase.EXPORTING,
+        EXPORT,
+        *ALL_DONE[:2],
+        running(EXPORT, fingerprint="export-a"),
+        resolved=resolved(),
+        metrics=FINISHED["metrics"],
+        notices=notices,
+    )
+    return given
+
+
 CASES = [
+    Case(
+        "what an export says of its time stands beside what the training said",
+        finetunejob(exporting(RISING), reported=reports(READ_AGAIN, finetunejob="export-1")),
+        [job(EXPORT)],
+        Plan(exporting(RISING, READ_AGAIN), notices=(SAID_READ_AGAIN,)),
+    ),
     Case(
         "a live notice is an Event, stands in status, and is hinted at",
         finetunejob(training(), reported=reports(RISING)),

@@ -15,7 +15,7 @@ from finetune_operator.api.observed import (
 )
 from finetune_operator.observe import ObservedJob
 from finetune_operator.pods import ObservedPod, observe_pod
-from finetune_operator.usage import REMEMBERED_PODS, with_usage
+from finetune_operator.resources import REMEMBERED_PODS, with_usage
 from finetune_trainer.contract import Stage
 from tests.unit.operator.build import EXPORT, NOW, TRAIN, at, job, pod, stamp, waiting_pod
 from tests.unit.operator.raw import container, observed_pod, raw_pod

@@ -9,9 +9,11 @@ from statistics import stdev
 import pytest
 
 from finetune_trainer.contract import QualityLimit, Quantization
+from finetune_trainer.contract.output import NEED_IMPORTANCE
 from finetune_trainer.export.gate.thresholds import (
     LARGE_LIMITS,
     PUBLISHED,
+    RUINED,
     Judgement,
     Learnt,
     estimate,
@@ -23,7 +25,7 @@ from finetune_trainer.export.gate.thresholds import (
 from finetune_trainer.export.reference import Measurement
 
 Q = Quantization
-QUANTIZED = (Q.Q8_0, Q.Q6_K, Q.Q5_K_M, Q.Q4_K_M, Q.IQ4_XS, Q.Q3_K_M)
+QUANTIZED = (Q.Q8_0, Q.Q6_K, Q.Q5_K_M, Q.Q4_K_M, Q.IQ4_XS, Q.Q3_K_M, *NEED_IMPORTANCE)
 SMOLLM2 = 134_515_008
 MEASURED = {
     # docs/export-quality.md: SmolLM2-135M, the worst of three models that are not on a 4-bit grid.
@@ -51,6 +53,10 @@ def test_what_was_measured_on_a_small_model_passes(kind: Quantization) -> None:
     assert MEASURED[kind] * 1.5 < limit_for(kind, SMOLLM2)
 
 
+def test_no_model_is_so_small_that_a_ruined_file_passes() -> None:
+    assert max(limit_for(kind, 1_000) for kind in Q) == RUINED
+
+
 def test_the_smaller_the_model_the_larger_the_limit() -> None:
     sizes = (1_000, 10**8, 135_000_000, 10**9, 3 * 10**9, 8 * 10**9, 70 * 10**9)
     factors = [size_factor(size) for size in sizes]
@@ -60,8 +66,13 @@ def test_the_smaller_the_model_the_larger_the_limit() -> None:
 
 
 def test_a_type_that_its_neighbour_is_taken_for_is_over_its_limit() -> None:
-    """As published for 8B: a file that is two types smaller than its name does not pass."""
-    for name, content in zip(QUANTIZED, QUANTIZED[2:], strict=False):
+    """As published for 8B: a file that is two types smaller than its name does not pass. Those of
+    two and three bits lie closer together, so there it is a file that is four types smaller."""
+    few = QUANTIZED[6:]
+    for name, content in (
+        *zip(QUANTIZED, QUANTIZED[2:6], strict=False),
+        *zip(few, few[4:], strict=False),
+    ):
         assert PUBLISHED[content] > limit_for(name, 8_000_000_000)
 
 

@@ -20,7 +20,7 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.memory.remedies import with_remedy
 from finetune_trainer.model import ModelFolder
-from finetune_trainer.runtime.endings import explain
+from finetune_trainer.runtime.lifecycle import explain
 from finetune_trainer.train.link import (
     Failed,
     Trained,

@@ -14,12 +14,12 @@ import pytest
 
 from finetune_trainer.contract import Notice, NoticeCode, Progress
 from finetune_trainer.contract.base import redact
+from finetune_trainer.runtime.lifecycle import JsonLine
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.runtime.startup import JsonLine
 
 PROGRAM = """
 import logging, os, subprocess, sys, warnings
-from finetune_trainer.runtime.startup import begin_stage, set_up_libraries
+from finetune_trainer.runtime.lifecycle import begin_stage, set_up_libraries
 
 set_up_libraries()
 begin_stage("train")
@@ -36,7 +36,7 @@ if "child" not in sys.argv:
 """.replace(
     "CHILD",
     repr(
-        "import logging; from finetune_trainer.runtime.startup import set_up_libraries;"
+        "import logging; from finetune_trainer.runtime.lifecycle import set_up_libraries;"
         "set_up_libraries();"
         "logging.getLogger('finetune_trainer.worker').warning('from the worker')"
     ),

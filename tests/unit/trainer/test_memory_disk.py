@@ -12,7 +12,7 @@ from finetune_trainer.contract import (
     StageError,
     Training,
 )
-from finetune_trainer.memory.disk import (
+from finetune_trainer.memory.forecast import (
     DiskNeed,
     check_disk,
     downloaded,
@@ -34,6 +34,15 @@ FILES = {
     ("llama-3.1-8b", Q.Q4_K_M): 4.58 * GIB,
     ("llama-3.1-8b", Q.IQ4_XS): 4.17 * GIB,
     ("llama-3.1-8b", Q.Q3_K_M): 3.74 * GIB,
+    # Its README of perplexity (Llama 3 8B, of the same widths).
+    ("llama-3.1-8b", Q.IQ3_M): 3.53 * GIB,
+    ("llama-3.1-8b", Q.IQ3_S): 3.42 * GIB,
+    ("llama-3.1-8b", Q.IQ3_XS): 3.28 * GIB,
+    ("llama-3.1-8b", Q.IQ3_XXS): 3.05 * GIB,
+    ("llama-3.1-8b", Q.IQ2_M): 2.74 * GIB,
+    ("llama-3.1-8b", Q.IQ2_S): 2.56 * GIB,
+    ("llama-3.1-8b", Q.IQ2_XS): 2.43 * GIB,
+    ("llama-3.1-8b", Q.IQ2_XXS): 2.24 * GIB,
     # Written by this trainer; 576 is no multiple of 256, so other blocks are taken.
     ("smollm2-135m", Q.F32): 540 * MB,
     ("smollm2-135m", Q.F16): 271 * MB,

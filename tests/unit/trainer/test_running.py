@@ -13,7 +13,7 @@ import torch
 from finetune_trainer.contract import Reason, Stage, StageError, StageResult
 from finetune_trainer.memory.remedies import with_remedy
 from finetune_trainer.runtime import duration, size
-from finetune_trainer.runtime.endings import explain
+from finetune_trainer.runtime.lifecycle import explain
 from finetune_trainer.stage_runner import guarded
 
 

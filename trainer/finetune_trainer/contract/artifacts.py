@@ -6,6 +6,7 @@ manifest.json of the output folder itself has the same bytes and names the curre
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue
@@ -14,6 +15,12 @@ from finetune_trainer.contract.base import Base, Stage
 from finetune_trainer.contract.dataset_report import ShardReport
 from finetune_trainer.contract.run import Fingerprints
 from finetune_trainer.contract.verdict import REJECTED, GateReport, Quality
+
+PART_BYTES = 50 * 10**9
+"""A larger GGUF file is published in parts of so many bytes: that is the most that the Hugging Face
+Hub long took, and what it and many registries still advise."""
+
+_PART = re.compile(r"-(\d{5})-of-\d{5}(?=\.gguf$)")
 
 VERSIONS = "versions"  # folder of the output with one folder for each version
 
@@ -46,6 +53,17 @@ class Artifact(Base):
     def failed(self) -> bool:
         """Whether the quality gate found fault with it; with `verify: warn` it is used anyway."""
         return self.rejected or (self.quality is not None and not self.quality.passed)
+
+    @property
+    def whole(self) -> str:
+        """Its path, or for a part of a GGUF file that of the whole."""
+        return _PART.sub("", self.path)
+
+    @property
+    def follows(self) -> bool:
+        """Whether it is a part of a GGUF file, and not the first, which stands for the others."""
+        found = _PART.search(self.path)
+        return found is not None and int(found[1]) > 1
 
     @property
     def priority_in_message(self) -> int:

@@ -22,10 +22,27 @@ class Quantization(StrEnum):
     Q4_K_M = "Q4_K_M"
     IQ4_XS = "IQ4_XS"
     Q3_K_M = "Q3_K_M"
+    IQ3_M = "IQ3_M"
+    IQ3_S = "IQ3_S"
+    IQ3_XS = "IQ3_XS"
+    IQ3_XXS = "IQ3_XXS"
+    IQ2_M = "IQ2_M"
+    IQ2_S = "IQ2_S"
+    IQ2_XS = "IQ2_XS"
+    IQ2_XXS = "IQ2_XXS"
 
 
 UNQUANTIZED = (Quantization.F32, Quantization.F16, Quantization.BF16)
 """Types that hold weights as they are; the quantizations are made of one of them."""
+
+
+NEED_IMPORTANCE = tuple(kind for kind in Quantization if kind.startswith(("IQ2", "IQ3")))
+"""Types of two and three bits. llama.cpp writes most of them with an importance matrix only
+(src/llama-quant.cpp, tensor_requires_imatrix), and without one the others are no good."""
+
+
+MOST_FILES = 9
+"""GGUF files of one export, so that status can hold the figures of all of them."""
 
 
 class QualityLimit(Base):
@@ -49,8 +66,19 @@ class Signing(Base):
     model-signing (OpenSSF)."""
 
 
+IMPORTANCE_NEEDED = "must have importanceMatrix: true with the types IQ2 and IQ3 in gguf"
+
+
 class Export(Base):
     """The artifacts to write beside the adapter."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            "!has(self.gguf) || !self.gguf.exists(t, t.startsWith('IQ2') || t.startsWith('IQ3'))"
+            " || (has(self.importanceMatrix) && self.importanceMatrix)",
+            IMPORTANCE_NEEDED,
+        )
+    )
 
     merged: bool = True
     """Write the merged model (base plus adapter, 16-bit safetensors) as well."""
@@ -62,10 +90,11 @@ class Export(Base):
 
     gguf: Annotated[
         tuple[Quantization, ...],
-        Field(max_length=len(Quantization), json_schema_extra={"x-kubernetes-list-type": "set"}),
+        Field(max_length=MOST_FILES, json_schema_extra={"x-kubernetes-list-type": "set"}),
     ] = (Quantization.F16, Quantization.Q8_0, Quantization.Q4_K_M)
-    """GGUF files to write, one per type. F16 is exact and largest; Q8_0 is nearly as good at half
-    the size; Q4_K_M is the usual choice for serving on small machines."""
+    """GGUF files to write, one per type, nine at most. F16 is exact and largest; Q8_0 is nearly as
+    good at half the size; Q4_K_M is the usual choice for serving on small machines. The types IQ2
+    and IQ3 are for large models in little memory, and need importanceMatrix."""
 
     adapter_gguf: bool | None = None
     """Write the adapter alone as a GGUF file, which llama.cpp and Ollama apply to a GGUF file of
@@ -95,6 +124,12 @@ class Export(Base):
 
     signing: Signing | None = None
     """Sign the artifacts; left out, they are not signed."""
+
+    @model_validator(mode="after")
+    def _has_the_matrix_that_types_need(self) -> Self:
+        if not self.importance_matrix and set(self.gguf) & set(NEED_IMPORTANCE):
+            raise ValueError(IMPORTANCE_NEEDED)
+        return self
 
 
 class PrivateFile(StrEnum):

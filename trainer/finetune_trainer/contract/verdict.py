@@ -257,7 +257,7 @@ def verdict_on_merged(verdict: FileVerdict, *, rejected: bool) -> Statement:
 
 def explain_failures(gate: GateReport, files: Sequence[Artifact], export: Export) -> str:
     """Which of the output's files fell short, by how much, and what to do; empty where none did."""
-    names = {item.path.rpartition("/")[2] for item in files}
+    names = {item.whole.rpartition("/")[2] for item in files}
     verdicts = [verdict for verdict in gate.files if verdict.file in names]
     said = [_explain_merged(gate.merged, export)] if gate.merged else []
     failed = [verdict for verdict in verdicts if not verdict.passed]

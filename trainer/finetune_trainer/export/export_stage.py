@@ -32,6 +32,7 @@ from finetune_trainer.contract import (
     TrainingRecord,
     display_name,
 )
+from finetune_trainer.contract.artifacts import PART_BYTES
 from finetune_trainer.contract.verdict import explain_failures
 from finetune_trainer.export.gate.kept import KeptFigures
 from finetune_trainer.export.inputs import (
@@ -50,12 +51,13 @@ from finetune_trainer.export.publish.hub_push import check_token, push
 from finetune_trainer.export.publish.oci_push import push_images, read_login
 from finetune_trainer.export.publish.signing import signer_for
 from finetune_trainer.export.report import Facts, license_of, write_model_card, write_report
-from finetune_trainer.memory.disk import check_disk, export_disk
 from finetune_trainer.memory.forecast import (
     ExportWork,
     Machine,
     Widths,
+    check_disk,
     export_bytes,
+    export_disk,
     forecast,
 )
 from finetune_trainer.memory.machine import free_memory
@@ -204,6 +206,7 @@ def make_from(export: ExportRun, base: ModelFolder) -> GateReport:
         add_file=export.publication.add,
         reporter=export.reporter,
         discard=export.publication.discard,
+        part_bytes=PART_BYTES,
         kept=export.kept,
         uploads=export.publication,
     )

@@ -35,6 +35,7 @@ from finetune_trainer.export.gguf.files import (
     file_name,
     write_adapter,
     write_files,
+    write_parts,
 )
 from finetune_trainer.export.gguf.importance import write_importance
 from finetune_trainer.export.inputs import ExportContext
@@ -310,8 +311,21 @@ def publish_file(
     artifact = None
     if asked:
         place = f"{REJECTED}/{file.name}" if rejects(context.config.export, verdict) else path
-        artifact = context.add_file(file, place, verdict.quality)
+        if context.part_bytes is None or file.stat().st_size <= context.part_bytes:
+            artifact = context.add_file(file, place, verdict.quality)
+        else:  # a retry makes it again, since one part doesn't say that all were uploaded
+            publish_parts(context, file, verdict, place)
     context.kept.add_checked(path, file, artifact, verdict, alike)
+
+
+def publish_parts(context: ExportContext, file: Path, verdict: FileVerdict, path: str) -> None:
+    """Publish a file in parts, the first with its figures, since that is what a server loads."""
+    parts = write_parts(file, context.part_bytes or 0)
+    context.first_parts[file] = parts[0]
+    for part in parts:
+        quality = verdict.quality if part is parts[0] else None
+        context.add_file(part, f"{path.rpartition('/')[0]}/{part.name}", quality)
+        context.discard(part)
 
 
 def make_modelfile(context: ExportContext, files: list[CheckedFile]) -> None:
@@ -328,7 +342,7 @@ def make_modelfile(context: ExportContext, files: list[CheckedFile]) -> None:
         return
     file = write_modelfile(
         context.result,
-        {each.kind: each.file for each in good},
+        {each.kind: context.first_parts.get(each.file, each.file) for each in good},
         some_file(context, good),
         model.tokenizer,
         config,

@@ -160,6 +160,11 @@ class ExportContext:
 
     kept: KeptFigures = field(default_factory=KeptFigures)
     uploads: Uploads | None = None
+    part_bytes: int | None = None
+    """A larger GGUF file is published in parts of this size; None: files stay whole."""
+
+    first_parts: dict[Path, Path] = field(default_factory=dict)
+    """By the files that were."""
 
     @property
     def writes_merged(self) -> bool:

@@ -8,8 +8,10 @@ be written so that the same text comes out; Ollama then guesses from the templat
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
@@ -27,6 +29,10 @@ from finetune_trainer.model.tokenizer import end_of_turn_ids, is_plain_template
 
 CONTEXT = 4096  # tokens; Ollama's own default
 CONTINUES = ("It was trained on plain text, and goes on from what it is given: it knows no chat.",)
+
+ISO_DATE = "%Y-%m-%d"
+DATE = re.compile("\ue000(.*?)\ue001", re.DOTALL)
+"""What stands for today's date in a shape, with its format; both characters are for private use."""
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +91,7 @@ def make_template(
 ) -> OllamaTemplate:
     """The tokenizer's chat template for Ollama; `file` is a GGUF file, which is asked how it splits
     the same text. `trained` says whether the training used it."""
-    reader = partial(render, tokenizer, prompt=True)
+    reader = partial(render, tokenizer, prompt=True, today=dated)
     try:
         shape = find_shape(reader)
         shape = without_bos(shape, tokenizer, file)
@@ -105,6 +111,11 @@ def make_template(
         notes.append(
             "It has no tools: let llama.cpp (--jinja) or vLLM serve a model that calls some."
         )
+    if formats := sorted({*DATE.findall(shape.head), *DATE.findall(shape.end)} - {ISO_DATE}):
+        notes.append(
+            f"It writes today's date as {date.today().isoformat()}, the only way that Ollama has; "
+            f"the training's template writes {date.today().strftime(formats[0])}."
+        )
     if shape.strips:
         notes.append("It removes blank space around what is said; Ollama leaves it.")
     return OllamaTemplate(go_template(shape), tuple(notes))
@@ -116,7 +127,8 @@ def without_bos(shape: ChatShape, tokenizer: PreTrainedTokenizerBase, file: Path
     Raises NoShapeError when the file's tokens are not those of the training.
     """
     said = trial_conversations(system=shape.system in ("first", "last"))
-    texts = [render(tokenizer, messages, prompt=True) for messages in said]
+    iso = date.today().isoformat()  # as Ollama writes it, so both have the same
+    texts = [render(tokenizer, messages, prompt=True, today=lambda _: iso) for messages in said]
     adds_bos = llama.call(TokenizeRequest(file=file, texts=()), Reading).adds_bos
     bos = str(tokenizer.bos_token or "")
     if adds_bos and bos:
@@ -125,7 +137,7 @@ def without_bos(shape: ChatShape, tokenizer: PreTrainedTokenizerBase, file: Path
             head=shape.head.removeprefix(bos),
             before_system=shape.before_system.removeprefix(bos),
         )
-    served = tuple(shape.render(messages) for messages in said)
+    served = tuple(DATE.sub(iso, shape.render(messages)) for messages in said)
     reading = llama.call(TokenizeRequest(file=file, texts=served), Reading)
     trained = tokenizer(texts, add_special_tokens=False)["input_ids"]
     if [list(tokens) for tokens in reading.tokens] != trained:
@@ -156,6 +168,13 @@ def _parameters(
         found.append("PARAMETER temperature 0")
     penalty = generation.get("repetition_penalty") or 1.0
     return [*found, f"PARAMETER repeat_penalty {penalty}"]
+
+
+def dated(format: str) -> str:  # noqa: A002 - as strftime names it
+    """What stands for the present time in this format; ValueError for what is no date."""
+    if not re.search("%[dejmyYxD]", format):
+        raise ValueError("it writes the time of day, which Ollama can't")
+    return f"\ue000{format}\ue001"
 
 
 class Render(Protocol):
@@ -340,9 +359,14 @@ def go_template(shape: ChatShape) -> str:
 def literal(text: str) -> str:
     """Text that Go and the Modelfile's parser leave as it is.
 
+    Today's date becomes Ollama's function of that.
+
     The parser drops what can't be printed, and three quotes end a value; Go takes `{{` for the
     beginning of an action, also where the first brace is the text's last character.
     """
+    if found := DATE.search(text):
+        before, after = text[: found.start()], text[found.end() :]
+        return literal(before) + "{{ currentDate }}" + literal(after)
     printable = all(c.isprintable() or c == "\n" for c in text)
     if printable and '"' not in text and "{{" not in text and not text.endswith("{"):
         return text

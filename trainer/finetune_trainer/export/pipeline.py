@@ -21,8 +21,7 @@ from finetune_trainer.export.gate.expected import GateInputs
 from finetune_trainer.export.gate.kept import key_of
 from finetune_trainer.export.gguf_pipeline import Missing, make_gguf
 from finetune_trainer.export.inputs import ExportContext, files_below, publish_folder
-from finetune_trainer.export.merge.fp8 import write_fp8
-from finetune_trainer.export.merge.model_folder import write_merged
+from finetune_trainer.export.merge.model_folder import write_fp8, write_merged
 from finetune_trainer.model import ModelFolder
 
 MERGED, MERGED_FP8, GGUF = "merged", "merged-fp8", "gguf"

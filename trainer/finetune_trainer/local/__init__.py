@@ -45,8 +45,8 @@ from finetune_trainer.export.gguf import MODELFILE
 from finetune_trainer.local.fields import apply_settings, settable_fields
 from finetune_trainer.memory.machine import this_machine
 from finetune_trainer.model import base_model
+from finetune_trainer.runtime.lifecycle import set_up_libraries
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.runtime.startup import set_up_libraries
 from finetune_trainer.stage_runner import as_prepared, guarded, perform, stop_on_signal
 from finetune_trainer.store import LocalFolder
 from finetune_trainer.store.marker import describe_file, open_stage

@@ -1,7 +1,7 @@
 """Memory and disk: what a training needs, and how it is split so that it fits.
 
 predict   bytes on a GPU, or of the process on a CPU, term by term
-disk      bytes on disk, of a training and of an export
+forecast  an export's time and memory; bytes on disk, also of a training
 plan      micro-batch, accumulation, recomputation and parallelism for the hardware that there is
 remedies  what would fit instead, when nothing does
 gpus      what is known about GPUs, and why torch can't use them

@@ -13,7 +13,7 @@ from finetune_trainer.contract import Reason, StageError, Training, TrainingPlan
 from finetune_trainer.memory.predict import Recipe, predict
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.runtime import GIB, binary
-from finetune_trainer.runtime.endings import MemoryFullError
+from finetune_trainer.runtime.lifecycle import MemoryFullError
 
 MARGIN = 1.15  # predictions are within some 10% of what was measured (docs/memory.md)
 GPU_SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 288)  # GiB, as GPUs are sold

@@ -294,7 +294,7 @@ def check_stored(model: torch.nn.Module, parameters: Collection[str]) -> None:
 
 def _ends(name: str, pattern: str) -> bool:
     """Whether a parameter's name and a pattern for its end say the same."""
-    ours, theirs = name.split("."), pattern.strip("^$.").split(".")
+    ours, theirs = name.split("."), pattern.replace("\\", "").strip("^$.").split(".")
     length = min(len(ours), len(theirs))
     return ours[-length:] == theirs[-length:]
 

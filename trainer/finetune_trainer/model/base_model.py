@@ -1,20 +1,33 @@
-"""Where the base model is: its revision, its files, and fetching them.
+"""Where the base model is: its revision, its files, fetching them, and what the Hub's errors mean.
 
 Only safetensors, JSON, tokenizer files and chat templates are read, never pickled weights; Python
-code only when spec.model.trustRemoteCode allows it.
+code only when spec.model.trustRemoteCode allows it. The Hub's client reads HF_TOKEN and HF_ENDPOINT
+from the environment. The token is in no message.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import httpx
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import SafetensorsParsingError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
 
 from finetune_trainer.contract import (
     Model,
@@ -27,7 +40,6 @@ from finetune_trainer.contract import (
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder, OnBytes, open_folder
-from finetune_trainer.store.hub_errors import LIST_SECONDS, MODEL, HubRead, hub_errors, not_found
 
 CARD = "README.md"
 """Names the license. It changes no result, so it is no part of a folder's revision."""
@@ -285,3 +297,101 @@ def _sampled_digest(file: Path) -> str:
                 stream.seek(number * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
                 sha256.update(stream.read(_SAMPLE_BYTES))
     return sha256.hexdigest()
+
+
+LIST_SECONDS = 20.0  # for the list of a repository's files
+
+
+@dataclass(frozen=True)
+class HubRead:
+    """What is read, as messages name it, and the reasons of its errors."""
+
+    noun: str
+    source: str
+    """The field that names the repository."""
+
+    revision: str
+    """Where a user writes the revision."""
+
+    missing: Reason
+    denied: Reason
+
+
+MODEL = HubRead(
+    noun="model",
+    source="spec.model.source",
+    revision="spec.model.revision",
+    missing=Reason.MODEL_NOT_FOUND,
+    denied=Reason.MODEL_ACCESS_DENIED,
+)
+INITIAL_ADAPTER = HubRead(
+    noun="adapter",
+    source="spec.training.initFrom.source",
+    revision="spec.training.initFrom.revision",
+    missing=Reason.MODEL_NOT_FOUND,
+    denied=Reason.MODEL_ACCESS_DENIED,
+)
+DATASET = HubRead(
+    noun="dataset",
+    source="spec.dataset.source",
+    revision="what follows the @",
+    missing=Reason.DATASET_NOT_FOUND,
+    denied=Reason.STORAGE_ACCESS_DENIED,
+)
+
+
+@contextmanager
+def hub_errors(read: HubRead, repository: str, revision: str) -> Iterator[None]:
+    """Turn the client's errors into StageErrors."""
+    named = f"The {read.noun} {repository}"
+    try:
+        yield
+    except GatedRepoError as error:
+        raise StageError(
+            read.denied,
+            f"{named} is gated: accept its licence on its page on the Hub, and name a Secret with "
+            "that account's token in spec.model.tokenSecretRef.",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise StageError(
+            read.missing, f"{named} has no revision {revision!r}: correct {read.revision}."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise not_found(read, repository, revision) from error
+    except HFValidationError as error:
+        raise StageError(
+            Reason.INVALID_CONFIG, f"{repository!r} is no name of a Hub repository: write org/name."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError) as error:
+        raise _unavailable(read, repository, type(error).__name__) from error
+    except EntryNotFoundError as error:
+        raise StageError(
+            read.missing, f"A file of {repository} is missing at {revision}: {error}"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status not in (401, 403):
+            raise _unavailable(read, repository, f"HTTP {status}") from error
+        raise StageError(
+            read.denied,
+            f"The Hub refuses the {read.noun} {repository} (HTTP {status}): check the token in the "
+            "Secret of spec.model.tokenSecretRef, and that its account may read it.",
+        ) from error
+
+
+def not_found(read: HubRead, repository: str, revision: str) -> StageError:
+    """There is no such repository, as far as this token can tell."""
+    return StageError(
+        read.missing,
+        f"The {read.noun} {repository} ({revision}) does not exist on the Hub, or it is private: "
+        f"correct {read.source}, or name a Secret with a token that may read it in "
+        "spec.model.tokenSecretRef.",
+    )
+
+
+def _unavailable(read: HubRead, repository: str, cause: str) -> StageError:
+    return StageError(
+        Reason.MODEL_HUB_UNAVAILABLE,
+        f"The Hub can't be reached for the {read.noun} {repository} ({cause}): check the network "
+        f"and HF_ENDPOINT, or put it into a bucket and name that in {read.source}.",
+    )

@@ -33,6 +33,7 @@ from finetune_trainer.model.adapter import (
     outline_adapter,
 )
 from finetune_trainer.model.base_model import (
+    INITIAL_ADAPTER,
     download_from_hub,
     is_hub,
     list_repository,
@@ -40,7 +41,6 @@ from finetune_trainer.model.base_model import (
 )
 from finetune_trainer.model.rehearsal import Header, as_header, read_header
 from finetune_trainer.store import Folder, open_folder, split
-from finetune_trainer.store.hub_errors import INITIAL_ADAPTER
 
 FIELD = "spec.training.initFrom"
 LORA = "spec.training.lora"

@@ -12,7 +12,7 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
@@ -44,8 +44,11 @@ def render(
     *,
     prompt: bool = False,
     tools: Sequence[Tool] = (),
+    today: Callable[[str], str] | None = None,
 ) -> str:
     """Messages as text; with `prompt` up to where the model's next answer begins.
+
+    `today` makes the present time of a format, as strftime does; without it, it is now.
 
     Raises StageError(ModelUnsupported) when the template takes too long, and whatever the template
     raises for a conversation that it refuses.
@@ -53,6 +56,8 @@ def render(
     # A template is a program, and may loop for days. Only a main thread can be interrupted so, and
     # there `prepare` renders, before any other stage does.
     limited = threading.current_thread() is threading.main_thread()
+    # In place of transformers' own.
+    more: dict[str, Any] = {"strftime_now": today} if today else {}
     if limited:
         _watch()
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
@@ -62,6 +67,7 @@ def render(
             tools=list(tools) or None,
             tokenize=False,
             add_generation_prompt=prompt,
+            **more,
         )
     finally:
         if limited:

@@ -23,6 +23,7 @@ from finetune_trainer.contract import (
     StageError,
     display_name,
 )
+from finetune_trainer.contract.output import NEED_IMPORTANCE
 from finetune_trainer.model import ModelFolder, initial_adapter, rehearsal
 from finetune_trainer.model.adapter import (
     Layers,
@@ -145,6 +146,7 @@ def check_model(
         return ""
     reporter.message("Checking that llama.cpp can convert the model")
     check_widths(config.export, Shape.of_model(base.path))
+    check_few_bits(config.export, headers)
     tokenizer = load_tokenizer(base)
     probes, texts = model_probes(tokenizer), _rendered(tokenizer, rows or {})
     theirs = rehearsal.rehearse(
@@ -215,6 +217,17 @@ def check_experts(headers: rehearsal.Headers) -> None:
                 f"The model stacks its experts in one tensor ({name}), which servers read in FP8 "
                 "only one by one: set spec.export.mergedFp8 to false.",
             )
+
+
+def check_few_bits(export: Export, headers: rehearsal.Headers) -> None:
+    """Raise StageError(ModelUnsupported) for types that need an importance matrix, with experts."""
+    asked = [kind for kind in export.gguf if kind in NEED_IMPORTANCE]
+    if asked and any(".experts." in name for header in headers.values() for name in header):
+        raise StageError(
+            Reason.MODEL_UNSUPPORTED,
+            f"llama.cpp writes {', '.join(asked)} only with an importance matrix of every layer, "
+            "and there is none of experts: leave these types out of spec.export.gguf.",
+        )
 
 
 def check_targets(lora: Lora, base: ModelFolder, tensors: list[str]) -> None:

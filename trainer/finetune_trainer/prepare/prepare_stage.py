@@ -29,7 +29,7 @@ from finetune_trainer.contract import (
     TrainingPlan,
 )
 from finetune_trainer.contract.output import written_models
-from finetune_trainer.memory.disk import check_disk, downloaded, export_disk, training_disk
+from finetune_trainer.memory.forecast import check_disk, downloaded, export_disk, training_disk
 from finetune_trainer.memory.plan import Lengths, describe, plan
 from finetune_trainer.model import ModelFolder, base_model
 from finetune_trainer.model.base_model import BaseModelFiles

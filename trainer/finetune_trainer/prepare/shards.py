@@ -17,9 +17,9 @@ from urllib.parse import unquote
 from huggingface_hub import HfApi, hf_hub_download
 
 from finetune_trainer.contract import HUB_DATASETS, Reason, StageError, Storage
+from finetune_trainer.model.base_model import DATASET, LIST_SECONDS, hub_errors
 from finetune_trainer.prepare.reading.record import names
 from finetune_trainer.store import FileInfo, Folder, OnBytes, open_folder, split
-from finetune_trainer.store.hub_errors import DATASET, LIST_SECONDS, hub_errors
 
 MOST = 10_000  # files that are read as one dataset
 _WILD = re.compile(r"[*?\[]")

@@ -1,9 +1,8 @@
 """How a process of the trainer lives and ends. Below are the units in which it speaks to people.
 
-startup   its log, and the certificate authorities that it trusts
+lifecycle its log, whom it trusts, what an error means, what is saved when it is told to stop
 reporter  how far the work is, in the log and in status.progress
 child     programs that it runs beside itself
-endings   what an error means, and what is saved when it is told to stop
 """
 
 from __future__ import annotations

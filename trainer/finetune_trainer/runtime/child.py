@@ -23,7 +23,7 @@ from typing import IO
 
 from finetune_trainer.contract import Reason
 from finetune_trainer.contract.base import names_secret, names_user
-from finetune_trainer.runtime.endings import MemoryFullError
+from finetune_trainer.runtime.lifecycle import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.runtime.work import Transfer
 

@@ -2,7 +2,6 @@
 
 s3_folder   a prefix of a bucket
 s3_client   a client for each store, and what its errors mean
-hub_errors  what the errors of the Hugging Face Hub mean
 marker      which stages' results are complete; reading them
 versions    versions of the artifacts, and which is current
 pruning     which of them go

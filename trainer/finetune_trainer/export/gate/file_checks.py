@@ -36,6 +36,14 @@ FILE_TYPES = {
     Quantization.Q4_K_M: LlamaFileType.MOSTLY_Q4_K_M,
     Quantization.IQ4_XS: LlamaFileType.MOSTLY_IQ4_XS,
     Quantization.Q3_K_M: LlamaFileType.MOSTLY_Q3_K_M,
+    Quantization.IQ3_M: LlamaFileType.MOSTLY_IQ3_M,
+    Quantization.IQ3_S: LlamaFileType.MOSTLY_IQ3_S,
+    Quantization.IQ3_XS: LlamaFileType.MOSTLY_IQ3_XS,
+    Quantization.IQ3_XXS: LlamaFileType.MOSTLY_IQ3_XXS,
+    Quantization.IQ2_M: LlamaFileType.MOSTLY_IQ2_M,
+    Quantization.IQ2_S: LlamaFileType.MOSTLY_IQ2_S,
+    Quantization.IQ2_XS: LlamaFileType.MOSTLY_IQ2_XS,
+    Quantization.IQ2_XXS: LlamaFileType.MOSTLY_IQ2_XXS,
 }
 """general.file_type of each kind of file."""
 
@@ -49,8 +57,23 @@ MAIN_TYPES = {
     Quantization.Q4_K_M: GGMLQuantizationType.Q4_K,
     Quantization.IQ4_XS: GGMLQuantizationType.IQ4_XS,
     Quantization.Q3_K_M: GGMLQuantizationType.Q3_K,
+    Quantization.IQ3_M: GGMLQuantizationType.IQ3_S,
+    Quantization.IQ3_S: GGMLQuantizationType.IQ3_S,
+    Quantization.IQ3_XS: GGMLQuantizationType.IQ3_S,
+    Quantization.IQ3_XXS: GGMLQuantizationType.IQ3_XXS,
+    Quantization.IQ2_M: GGMLQuantizationType.IQ2_S,
+    Quantization.IQ2_S: GGMLQuantizationType.IQ2_XS,
+    Quantization.IQ2_XS: GGMLQuantizationType.IQ2_XS,
+    Quantization.IQ2_XXS: GGMLQuantizationType.IQ2_XXS,
 }
-"""The type of most layers of each kind. The other types of the mixture are larger."""
+"""The type of most layers of each kind. The others of the mixture are larger, but LEAST_TYPES."""
+
+LEAST_TYPES = {
+    **MAIN_TYPES,
+    Quantization.IQ3_XS: GGMLQuantizationType.IQ3_XXS,
+    Quantization.IQ3_XXS: GGMLQuantizationType.IQ2_S,
+}
+"""The smallest type of each kind: some layers of these two have fewer bits than most."""
 
 NARROW_TYPES = {
     GGMLQuantizationType.Q6_K: GGMLQuantizationType.Q8_0,
@@ -58,6 +81,11 @@ NARROW_TYPES = {
     GGMLQuantizationType.Q4_K: GGMLQuantizationType.Q5_0,
     GGMLQuantizationType.IQ4_XS: GGMLQuantizationType.IQ4_NL,
     GGMLQuantizationType.Q3_K: GGMLQuantizationType.Q4_0,
+    GGMLQuantizationType.IQ3_S: GGMLQuantizationType.IQ4_NL,
+    GGMLQuantizationType.IQ3_XXS: GGMLQuantizationType.IQ4_NL,
+    GGMLQuantizationType.IQ2_S: GGMLQuantizationType.IQ4_NL,
+    GGMLQuantizationType.IQ2_XS: GGMLQuantizationType.IQ4_NL,
+    GGMLQuantizationType.IQ2_XXS: GGMLQuantizationType.IQ4_NL,
 }
 """What llama.cpp takes where rows are no multiple of 256 (src/llama-quant.cpp,
 tensor_type_fallback); where they are none of 32 either, it takes F16."""
@@ -150,9 +178,9 @@ def _overlaps(header: Header) -> Iterator[str]:
 
 
 def _types(header: Header, kind: Quantization) -> Iterator[str]:
-    main = MAIN_TYPES[kind]
+    main, least = MAIN_TYPES[kind], LEAST_TYPES[kind]
     weights = {n: t for n, t in header.tensors.items() if len(t.shape) > 1}
-    smaller = sorted(n for n, t in weights.items() if _bits(t.type) < _bits(_least(t, main)))
+    smaller = sorted(n for n, t in weights.items() if _bits(t.type) < _bits(_least(t, least)))
     if smaller:
         found = header.tensors[smaller[0]].type.name
         yield f"the tensor {smaller[0]} is stored as {found}, which {kind} files don't use"

@@ -21,6 +21,7 @@ import gguf
 import numpy as np
 
 from finetune_trainer.contract import Quantization, Reason, StageError
+from finetune_trainer.contract.output import NEED_IMPORTANCE
 from finetune_trainer.export.gguf import QuantizeRequest
 from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.memory.forecast import SOURCE
@@ -59,9 +60,10 @@ IMPORTANCE_TYPES = (
     Quantization.Q4_K_M,
     Quantization.IQ4_XS,
     Quantization.Q3_K_M,
+    *NEED_IMPORTANCE,
 )
 """Types whose blocks llama.cpp fits with an importance matrix, the more so the fewer bits they have
-(ggml-quants.c; its Q8_0 ignores one). None of them needs it."""
+(ggml-quants.c; its Q8_0 ignores one)."""
 
 SMALL = 2_000_000_000  # parameters; below, four bits cost much quality
 _LARGE_FIRST = (Quantization.Q4_K_M, Quantization.Q5_K_M, Quantization.Q6_K, Quantization.Q8_0)
@@ -272,6 +274,30 @@ def _failure(done: child.Finished, source: Path, target: Path, kind: Quantizatio
         f"llama.cpp can't quantize this model to {kind}: {done.last_line().rstrip('.'):.300}. "
         "Leave it out of spec.export.gguf.",
     )
+
+
+def write_parts(file: Path, part_bytes: int) -> list[Path]:
+    """Write a GGUF file once more in parts with so many bytes of tensors, beside itself.
+
+    Names and metadata are those of llama.cpp's gguf-split: its programs load the first part, and
+    find the others. The parts hold the same bytes; a tensor is never cut.
+    """
+    reader = gguf.GGUFReader(file)
+    architecture = str(reader.fields[gguf.Keys.General.ARCHITECTURE].contents())
+    writer = gguf.GGUFWriter(file, architecture, split_max_size=part_bytes)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == gguf.Keys.General.ARCHITECTURE:
+            continue  # which the writer writes itself
+        inner = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file(file)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    total = len(writer.tensors)
+    return [file.with_stem(f"{file.stem}-{n:05d}-of-{total:05d}") for n in range(1, total + 1)]
 
 
 def write_adapter(base: ModelFolder, adapter: Path, target: Path) -> None:

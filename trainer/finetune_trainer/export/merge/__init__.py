@@ -4,8 +4,7 @@ MergedWeights, below, reads rows of the merged model by blocks.
 
 checkpoint    the base's safetensors, memory-mapped; names of weights; the type to store them in
 deltas        what the adapter adds to each weight, or what a full training put in its place
-model_folder  the merged model as a folder: shards, configuration, tokenizer
-fp8           the same in FP8
+model_folder  the merged model as a folder: shards, configuration, tokenizer; the same in FP8
 
 Nothing here loads a model. Whatever its size, only some blocks of rows are in memory.
 """

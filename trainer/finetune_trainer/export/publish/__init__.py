@@ -4,9 +4,9 @@ Publication, below, uploads the files of a new version in the background, into i
 makes it the current one. The former version stays whole and current until manifest.json names the
 new one.
 
-signing       signs them
-public_files  those that others may read
-hub_push      pushes these to the Hugging Face Hub
+signing   signs them
+hub_push  pushes those that others may read to the Hugging Face Hub
+oci_push  pushes the models to a container registry
 """
 
 from __future__ import annotations

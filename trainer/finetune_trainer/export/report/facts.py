@@ -220,7 +220,12 @@ class Facts:
     @property
     def ggufs(self) -> tuple[GgufFile, ...]:
         """The GGUF files that were checked, in the gate's order."""
-        places = {each.path.rpartition("/")[2]: each for each in self.files}
+        places: dict[str, Artifact] = {}
+        for each in self.files:
+            name = each.whole.rpartition("/")[2]
+            first = places.setdefault(name, each)
+            if first is not each:  # the parts of a file count together
+                places[name] = first.model_copy(update={"bytes": first.bytes + each.bytes})
         return tuple(GgufFile(verdict, places.get(verdict.file)) for verdict in self.gate.files)
 
     @property

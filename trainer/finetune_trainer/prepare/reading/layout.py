@@ -121,10 +121,7 @@ def wanted_for(objective: Objective, columns: Columns) -> Wanted:
 
 
 def check_text(layout: Layout, fields: Sequence[str], dataset: Dataset, uri: str) -> None:
-    """Raise StageError(InvalidConfig) where text may be a part of something else, or is prompted.
-
-    A column that was meant for an answer, or is one, would be left out without a word.
-    """
+    """Raise StageError(InvalidConfig) where text may be one side of an example, or is prompted."""
     if layout.kind != TEXT:
         return
     beside = [name for name in fields if plain(name) not in _BESIDE_TEXT | {TEXT}]

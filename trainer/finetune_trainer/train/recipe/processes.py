@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from finetune_trainer.contract import TrainingPlan
 from finetune_trainer.runtime import child
-from finetune_trainer.runtime.startup import set_up_libraries
+from finetune_trainer.runtime.lifecycle import set_up_libraries
 
 if TYPE_CHECKING:
     import torch

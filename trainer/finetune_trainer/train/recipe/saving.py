@@ -48,7 +48,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.runtime import size
-from finetune_trainer.runtime.endings import explain
+from finetune_trainer.runtime.lifecycle import explain
 from finetune_trainer.train.link import Channel, InterruptedTrainingError, TrainingWork
 from finetune_trainer.train.recipe.training_log import LossSums
 

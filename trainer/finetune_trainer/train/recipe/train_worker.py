@@ -17,9 +17,8 @@ from pathlib import Path
 
 from finetune_trainer.contract import ExitCode, Reason
 from finetune_trainer.runtime import child
-from finetune_trainer.runtime.endings import explain
+from finetune_trainer.runtime.lifecycle import explain, set_up_libraries
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.runtime.startup import set_up_libraries
 from finetune_trainer.train.link import Channel, as_failed
 from finetune_trainer.train.recipe import unsloth_engine
 from finetune_trainer.train.recipe.processes import (

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.model.shape import context_length
-from finetune_trainer.runtime.endings import explain
+from finetune_trainer.runtime.lifecycle import explain
 from finetune_trainer.train.link import TrainingWork, fallback_notice, trained_steps
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from finetune_trainer.contract import Training, parse_duration
-from finetune_trainer.runtime import duration, endings
+from finetune_trainer.runtime import duration, lifecycle
 from finetune_trainer.train.link import WorkerMessage
 
 TICK_SECONDS = 5.0  # at most, between two looks
@@ -78,7 +78,7 @@ class StallWatch:
         while not ended.wait(self._tick):
             # Not by the clock: where the pod as a whole was frozen, the worker is not to blame.
             self._silent += self._tick
-            if endings.is_stopping():
+            if lifecycle.is_stopping():
                 return  # the stop has its own deadline
             if self._silent >= self._limit:
                 self._end(process, ended)

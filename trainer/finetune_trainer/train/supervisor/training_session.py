@@ -15,7 +15,7 @@ from pathlib import Path
 
 from finetune_trainer.contract import Notice, NoticeCode, Reason, StageError, TrainingPlan
 from finetune_trainer.memory.gpus import HIDING, first_visible
-from finetune_trainer.runtime import endings
+from finetune_trainer.runtime import lifecycle
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link import (
     CLOSE_SECONDS,
@@ -71,10 +71,10 @@ class TrainingSession:
         attempt. Afterwards no upload is in progress.
         """
         try:
-            with endings.saving(self.stop):
+            with lifecycle.saving(self.stop):
                 yield
         except Exception:
-            self._uploader.finish(time.monotonic() + endings.save_seconds())
+            self._uploader.finish(time.monotonic() + lifecycle.save_seconds())
             raise
         finally:
             self._uploader.close()
@@ -224,7 +224,7 @@ class WorkerProcess:
                 said.append(message)
             handle(message)
 
-        endings.wait_if_stopping()
+        lifecycle.wait_if_stopping()
         kills = count_oom_kills()
         self._over.clear()
         try:
@@ -233,7 +233,7 @@ class WorkerProcess:
         finally:
             self._over.set()
         # A worker that was told to stop ends as well. Then the stop has the last word.
-        endings.wait_if_stopping()
+        lifecycle.wait_if_stopping()
         if watch.stalled and status != 0:
             return Failed(reason=Reason.STALLED, message=watch.words)
         return ending_of(said, status, may_be_memory=kills is None or kills != count_oom_kills())
@@ -271,7 +271,7 @@ class WorkerProcess:
             return self._process.wait()
 
     def _command(self, work: TrainingWork, address: Path) -> list[str]:
-        return worker_command(self._module, address, work.processes, endings.save_seconds())
+        return worker_command(self._module, address, work.processes, lifecycle.save_seconds())
 
 
 def worker_environment(processes: int, environment: Mapping[str, str]) -> dict[str, str]:
