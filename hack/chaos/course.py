@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from hack import REPOSITORY
 from hack.chaos.api import Api, Away, Raw
-from hack.chaos.faults import Faults
+from hack.chaos.faults import LEASE_SECONDS, Faults
 from hack.chaos.jobs import Subject, subjects, wrong_ends
 from hack.chaos.promises import Broken, Findings, check, left_behind, orphans
 from hack.chaos.proxy import ChaosProxy
@@ -86,8 +86,7 @@ class Run:
         self.ended_by_itself = 0
         self.log: list[tuple[datetime, str]] = []
         self.history = folder / "history.jsonl"
-        settings = {"FINETUNE_RESYNC_SECONDS": "30", "FINETUNE_LOG_FORMAT": ""}
-        self.operator = Operator(cluster.plane, folder, checkout, **settings)
+        self.operators = [_operator(cluster, folder / name, checkout) for name in _names(checkout)]
         self._waiting: list[tuple[float, Subject]] = []
         self._due: list[tuple[float, Subject, bool]] = []
 
@@ -101,10 +100,11 @@ class Run:
             recorder = stack.enter_context(Recorder(plane, self.namespace))
             api = Api(plane, self.namespace)
             stack.callback(api.http.close)
-            self.operator.reach_through(proxy.port, "http")
-            stack.callback(self.operator.kill)
-            self.operator.start(wait=False)
-            wait_until(self.operator.ready, what="the operator", seconds=START_SECONDS)
+            for operator in self.operators:
+                operator.reach_through(proxy.port, "http")
+                stack.callback(operator.kill)
+                operator.start(wait=False)
+                wait_until(operator.ready, what="the operator", seconds=START_SECONDS)
             self._be_unkind(proxy, recorder, api)
             proxy.be_kind()
             calm = time.monotonic()
@@ -132,7 +132,7 @@ class Run:
         faults = Faults(
             cluster=self.cluster,
             proxy=proxy,
-            operator=self.operator,
+            operators=self.operators,
             recorder=recorder,
             api=api,
             subjects=self.subjects,
@@ -196,8 +196,8 @@ class Run:
 
     def _operator_is_ready(self) -> bool:
         try:
-            return self.operator.ready()
-        except ClusterError:  # it was killed right now
+            return all(each.ready() for each in self.operators)
+        except ClusterError:  # one was killed right now
             return False
 
     def _act(self, api: Api) -> None:
@@ -224,10 +224,11 @@ class Run:
         self._due.sort(key=lambda due: due[0])
 
     def _revive(self) -> None:
-        """What a kubelet does when the operator ends by itself."""
-        if not self.operator.is_alive():
-            self.ended_by_itself += self.operator.has_ended()
-            self.operator.start(wait=False)
+        """What a kubelet does when an operator ends by itself."""
+        for operator in self.operators:
+            if not operator.is_alive():
+                self.ended_by_itself += operator.has_ended()
+                operator.start(wait=False)
 
     def _rest(self, api: Api, recorder: Recorder) -> list[Broken]:
         """Wait until all is at its right end; what is not when the time is over."""
@@ -253,6 +254,24 @@ class Run:
         with self.history.open("w") as sink:
             for when, row in sorted(rows, key=lambda row: row[0]):
                 sink.write(json.dumps({"time": when.isoformat(), **row}) + "\n")
+
+
+def _names(checkout: Path) -> tuple[str, ...]:
+    """Two operators, unless that version knows no Lease: then both would act."""
+    elects = (checkout / "operator/finetune_operator/leadership.py").exists()
+    return ("first", "second") if elects else ("only",)
+
+
+def _operator(cluster: KwokCluster, folder: Path, checkout: Path) -> Operator:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Operator(
+        cluster.plane,
+        folder,
+        checkout,
+        FINETUNE_RESYNC_SECONDS="30",
+        FINETUNE_LOG_FORMAT="",
+        FINETUNE_LEASE_SECONDS=str(LEASE_SECONDS),
+    )
 
 
 def _row(change: Change) -> Raw:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import httpx
 
 from finetune_operator.api import FINETUNEJOB_NAME_ANNOTATION, MANAGED_BY_LABEL, OPERATOR
 from hack.chaos.api import Api, Raw
@@ -18,6 +20,8 @@ from hack.operator_process import Operator
 
 HITS = 4  # pods and Jobs that one FineTuneJob may lose, since each time it waits longer
 AT_WRITE_SECONDS = 4.0
+PAUSE_SECONDS = (2.0, 9.0)  # the Lease lasts LEASE_SECONDS
+LEASE_SECONDS = 4
 SILENCE_SECONDS = 80.0  # longer than the operator believes a silent watch
 
 Fault = Callable[[], bool]
@@ -31,13 +35,13 @@ class Faults:
         *,
         cluster: KwokCluster,
         proxy: ChaosProxy,
-        operator: Operator,
+        operators: Sequence[Operator],
         recorder: Recorder,
         api: Api,
         subjects: list[Subject],
         random_: random.Random,
     ) -> None:
-        self._cluster, self._proxy, self._operator = cluster, proxy, operator
+        self._cluster, self._proxy, self._operators = cluster, proxy, operators
         self._recorder, self._api, self._random = recorder, api, random_
         self._subjects = {subject.name: subject for subject in subjects}
         self.target = ""
@@ -49,6 +53,7 @@ class Faults:
         return {
             **long,
             "operator killed": (4, self.kill_operator),
+            "operator paused and woken": (3, self.pause_operator),
             "operator killed right before a write": (3, lambda: self.kill_at_write("before")),
             "operator killed right after a write": (5, lambda: self.kill_at_write("after")),
             "API server killed": (1, self.restart_apiserver),
@@ -68,28 +73,43 @@ class Faults:
     # The operator and the API server
 
     def kill_operator(self) -> bool:
-        self._operator.kill()
-        self._start_operator()
+        leader = self._leader()
+        leader.kill()
+        self._start(leader)
+        return True
+
+    def pause_operator(self) -> bool:
+        """Stop the one that leads in the middle of what it does, mostly beyond its Lease."""
+        leader = self._leader()
+        leader.pause()
+        time.sleep(self._random.uniform(*PAUSE_SECONDS))
+        leader.wake()
         return True
 
     def kill_at_write(self, when: str) -> bool:
         """Kill it in the middle of what belongs together, e.g. a Job and the status about it."""
         hit = threading.Event()
+        leader = self._leader()
 
         def kill() -> None:
-            self._operator.kill()
+            leader.kill()
             hit.set()
 
         self._proxy.at_write(when, kill)
         met = hit.wait(AT_WRITE_SECONDS)
         self._proxy.at_write("", lambda: None)
         if met:
-            self._start_operator()
+            self._start(leader)
         return met
 
-    def _start_operator(self) -> None:
+    def _leader(self) -> Operator:
+        """The one that acts, or any that lives where none does."""
+        alive = [each for each in self._operators if each.is_alive()]
+        return next(filter(_leads, alive), (alive or list(self._operators))[0])
+
+    def _start(self, operator: Operator) -> None:
         time.sleep(self._random.choice((0, 0.2, 1, 4, 8)))
-        self._operator.start(wait=False)
+        operator.start(wait=False)
 
     def restart_apiserver(self) -> bool:
         self._cluster.restart_apiserver(seconds_away=self._random.uniform(0, 3))
@@ -178,6 +198,13 @@ class Faults:
 
     def _subject(self, raw: Raw) -> Subject:
         return self._subjects[raw["metadata"]["annotations"][FINETUNEJOB_NAME_ANNOTATION]]
+
+
+def _leads(operator: Operator) -> bool:
+    try:
+        return operator.leads()
+    except httpx.HTTPError:  # it begins, or ends
+        return False
 
 
 def _settled(raw: Raw) -> bool:
