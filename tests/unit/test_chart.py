@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from finetune_operator.api.observed import FineTuneJobStatus
+from finetune_operator.monitoring import Metrics
 from finetune_operator.settings import Settings
 from hack.cluster import versions
 
@@ -104,6 +106,61 @@ def test_the_stages_log_as_the_chart_says() -> None:
     told = environment(trainer={"logFormat": "json"})
     assert told["FINETUNE_TRAINER_LOG_FORMAT"] == "json"
     assert Settings.from_environment(told).trainer_log_format == "json"
+
+
+MONITORING: dict[str, Any] = {
+    "metrics": {
+        "service": {"enabled": True},
+        "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+        "rules": {"enabled": True},
+    }
+}
+
+
+def test_the_alerts_ask_for_metrics_that_there_are() -> None:
+    rule = named(render(**MONITORING), "PrometheusRule")
+    rules = [each for group in rule["spec"]["groups"] for each in group["rules"]]
+    asked = {name for each in rules for name in re.findall(r"finetune_\w+", each["expr"])}
+    metrics = Metrics()
+    metrics.watch_queue(lambda: 0, lambda: 0)
+    metrics.watch_events(lambda: 0, lambda: 0)
+    names = {each.name for each in metrics.registry.collect()}
+    assert {name.removesuffix("_total") for name in asked} <= names
+    assert all(each["annotations"]["summary"] for each in rules)
+
+
+def test_prometheus_finds_every_operator() -> None:
+    objects = render(**MONITORING)
+    service = named(objects, "Service", "finetune-operator-metrics")
+    labels = named(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+    monitor = named(objects, "PodMonitor")
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+    assert not {"Service", "PodMonitor", "PrometheusRule"} & {o["kind"] for o in render()}
+
+
+def test_several_operators_are_spread_and_drained_one_by_one() -> None:
+    spread = [{"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}]
+    objects = render(
+        replicaCount=2,
+        topologySpreadConstraints=spread,
+        podDisruptionBudget={"enabled": True},
+        extraEnv=[{"name": "HTTPS_PROXY", "value": "http://proxy"}],
+        extraVolumes=[{"name": "ca", "configMap": {"name": "ca"}}],
+        extraVolumeMounts=[{"name": "ca", "mountPath": "/etc/ca"}],
+        extraObjects=[{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "mine"}}],
+    )
+    pod = named(objects, "Deployment")["spec"]["template"]["spec"]
+    [constraint] = pod["topologySpreadConstraints"]
+    assert constraint["labelSelector"]["matchLabels"]["app.kubernetes.io/component"] == "operator"
+    assert constraint["topologyKey"] == "zone"
+    assert named(objects, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
+    assert pod["volumes"][-1]["name"] == pod["containers"][0]["volumeMounts"][-1]["name"] == "ca"
+    assert pod["containers"][0]["env"][-1]["name"] == "HTTPS_PROXY"
+    assert named(objects, "ConfigMap", "mine")
+    for document in objects:
+        kubernetes_validate.validate(document, "1.37", strict=True)
 
 
 def test_a_trainer_may_write_no_field_of_status_but_progress() -> None:
