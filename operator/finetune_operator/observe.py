@@ -202,16 +202,17 @@ class ObservedFineTuneJob:
     deleting: bool = False
 
 
-def observe_finetunejob(raw: JsonObject) -> ObservedFineTuneJob:
+def observe_finetunejob(raw: JsonObject, stages: JsonObject | None = None) -> ObservedFineTuneJob:
     """Parse a FineTuneJob, which another version may have written.
 
-    An invalid spec, which an older or newer CRD may admit, becomes `spec_error`.
+    `stages` are the operator's settings for the pods of every FineTuneJob. An invalid spec, which
+    an older or newer CRD may admit, becomes `spec_error`.
     """
     meta = raw["metadata"]
     spec, error = None, None
     not_understood: list[str] = []
     try:
-        known = read_known(FineTuneJobSpec, raw.get("spec") or {})
+        known = read_known(FineTuneJobSpec, _with_defaults(raw.get("spec") or {}, stages or {}))
     except ValidationError as problem:
         error = describe(problem, prefix="spec.")
     else:
@@ -235,6 +236,27 @@ def observe_finetunejob(raw: JsonObject) -> ObservedFineTuneJob:
         ],
         deleting="deletionTimestamp" in meta,
     )
+
+
+def _with_defaults(spec: JsonObject, stages: JsonObject) -> JsonObject:
+    return {**spec, "stages": merged(stages, spec.get("stages") or {})} if stages else spec
+
+
+def merged(default: Any, own: Any) -> Any:
+    """Both; what is said in both is as in `own`. Lists are joined, by name or mountPath."""
+    if isinstance(default, Mapping) and isinstance(own, Mapping):
+        both = {key: merged(default[key], own[key]) for key in default.keys() & own.keys()}
+        return {**default, **own, **both}
+    if isinstance(default, list) and isinstance(own, list):
+        taken = {_named(each) for each in own} - {None}
+        return [*(each for each in default if _named(each) not in taken), *own]
+    return own
+
+
+def _named(item: Any) -> str | None:
+    """What tells an item of a list from others, if something does."""
+    found = item.get("name") or item.get("mountPath") if isinstance(item, Mapping) else None
+    return str(found) if found else None
 
 
 def finetunejob_in_brief(raw: JsonObject) -> JsonObject:

@@ -137,7 +137,7 @@ class Reconciler:
         if snapshot is None:
             self._forget(key)
             return "gone", None
-        finetunejob = observe_finetunejob(snapshot.finetunejob)
+        finetunejob = observe_finetunejob(snapshot.finetunejob, self._settings.stages)
         own_writes = self._own_writes_of(key, finetunejob)
         if own_writes.outdated == finetunejob.resource_version:
             return "stale", own_writes.pause()  # the watch doesn't show our last write yet

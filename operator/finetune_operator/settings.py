@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from finetune_operator.api import JsonObject
+from finetune_operator.api.finetunejob import StagesSpec
+from finetune_trainer.contract import describe
 
 PREFIX = "FINETUNE_"
 
@@ -22,6 +27,20 @@ def _split(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
+def _stages(value: object) -> object:
+    """Settings of the stages' pods, as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"it is no JSON: {error}") from error
+    try:
+        StagesSpec.model_validate(value)
+    except ValidationError as error:
+        raise ValueError(describe(error)) from error
+    return value
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 LogFormat = Literal["human", "json"]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -34,6 +53,9 @@ class Settings(BaseModel):
 
     trainer_image: Annotated[str, Field(min_length=1)]
     """Trainer image of every stage whose pod settings name no other."""
+
+    stages: Annotated[JsonObject, BeforeValidator(_stages)] = {}
+    """What every FineTuneJob's spec.stages holds beside its own settings, as JSON."""
 
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """imagePullPolicy of the stages' pods."""

@@ -198,6 +198,13 @@ def test_without_the_election_one_operator_ends_before_the_next_one_starts() -> 
     assert "strategy" not in named(render(replicaCount=2), "Deployment")["spec"]
 
 
+def test_the_stages_settings_reach_the_operator() -> None:
+    stages = {"train": {"resources": {"limits": {"nvidia.com/gpu": 1}}}}
+    found = Settings.from_environment(environment(stages=stages))
+    assert found.stages == stages
+    assert "FINETUNE_STAGES" not in environment()
+
+
 def test_watching_namespaces_needs_no_cluster_wide_rights() -> None:
     objects = render(watchNamespaces=["team-a"])
     assert named(objects, "Role")["metadata"]["namespace"] == "team-a"

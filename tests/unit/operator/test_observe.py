@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from finetune_operator.api.finetunejob import PodSettings, StagesSpec
 from finetune_operator.api.observed import FineTuneJobStatus, Phase
 from finetune_operator.observe import (
     Finish,
@@ -355,3 +356,52 @@ def test_what_the_watches_keep_says_as_much_as_the_whole() -> None:
     seen = observe_jobs(finetunejob(), [job_in_brief(job)], [brief])
     assert seen == observe_jobs(finetunejob(), [job], [whole])
     assert (seen[0].suspended, seen[0].deadline_seconds) == (True, 60)
+
+
+DEFAULTS = {
+    "train": {
+        "resources": {"limits": {"nvidia.com/gpu": 1, "memory": "64Gi"}},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+        "env": [{"name": "NCCL_DEBUG", "value": "WARN"}, {"name": "HTTPS_PROXY", "value": "p"}],
+        "volumes": [{"claimName": "models", "mountPath": "/models"}],
+        "runtimeClassName": "nvidia",
+    }
+}
+
+
+def stages_of(**own: Any) -> StagesSpec:
+    raw = raw_finetunejob({**SPEC, "stages": own})
+    found = observe_finetunejob(raw, DEFAULTS)
+    assert found.spec is not None, found.spec_error
+    return found.spec.stages
+
+
+def test_the_operators_settings_stand_beside_the_finetunejobs_own() -> None:
+    train = stages_of().train
+    assert train == PodSettings.model_validate(DEFAULTS["train"])
+    assert stages_of(prepare={"image": "mine:1"}).train == train
+
+
+def test_what_a_finetunejob_says_itself_counts() -> None:
+    train = stages_of(
+        train={
+            "resources": {"limits": {"nvidia.com/gpu": 4}},
+            "env": [{"name": "NCCL_DEBUG", "value": "INFO"}],
+            "volumes": [{"claimName": "mine", "mountPath": "/models"}],
+            "tolerations": [{"key": "spot", "operator": "Exists"}],
+            "runtimeClassName": "other",
+        }
+    ).train
+    assert train.resources.limits == {"nvidia.com/gpu": 4, "memory": "64Gi"}
+    assert {each.name: each.value for each in train.env} == {
+        "NCCL_DEBUG": "INFO",
+        "HTTPS_PROXY": "p",
+    }
+    assert [each.claim_name for each in train.volumes] == ["mine"]
+    assert [each.key for each in train.tolerations] == ["nvidia.com/gpu", "spot"]
+    assert train.runtime_class_name == "other"
+
+
+def test_without_settings_of_the_operator_a_spec_is_as_written() -> None:
+    raw = raw_finetunejob({**SPEC, "stages": {"train": {"runtimeClassName": "nvidia"}}})
+    assert observe_finetunejob(raw, {}) == observe_finetunejob(raw)

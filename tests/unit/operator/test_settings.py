@@ -24,9 +24,25 @@ def test_an_empty_variable_is_as_good_as_none() -> None:
     assert Settings.from_environment({**MINIMUM, **empty}) == Settings(trainer_image="trainer:1")
 
 
+def test_settings_of_the_stages_are_json() -> None:
+    text = '{"train": {"runtimeClassName": "nvidia"}}'
+    settings = Settings.from_environment({**MINIMUM, "FINETUNE_STAGES": text})
+    assert settings.stages == {"train": {"runtimeClassName": "nvidia"}}
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
+        pytest.param(
+            {**MINIMUM, "FINETUNE_STAGES": "{"},
+            "FINETUNE_STAGES={: Value error, it is no JSON",
+            id="no JSON",
+        ),
+        pytest.param(
+            {**MINIMUM, "FINETUNE_STAGES": '{"train": {"runtimeClass": "nvidia"}}'},
+            "Value error, train.runtimeClass: ",
+            id="an unknown field of a stage",
+        ),
         pytest.param({}, "FINETUNE_TRAINER_IMAGE is not set", id="no image"),
         pytest.param(
             {**MINIMUM, "FINETUNE_WORKERS": "many"},
