@@ -100,8 +100,8 @@ test: lint verify kubernetes ## Every test: unit, integration on a real control 
 	$(PYTEST)
 
 .PHONY: test-all
-test-all: lint verify kubernetes ## The same with every family of models, before a release
-	$(PYTEST) --all-families
+test-all: lint verify kubernetes ## The same with every family of models and 10,000 hostile specs, before a release
+	HOSTILE_EXAMPLES=10000 $(PYTEST) --all-families
 
 .PHONY: test-unit
 test-unit: export OMP_NUM_THREADS := 1
