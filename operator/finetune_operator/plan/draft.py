@@ -100,6 +100,7 @@ class Policy:
     """The Job controller may take this long to take a Job up. It makes 20 requests a second by
     default, and so needs minutes for a burst of Jobs."""
 
+    queue_first_look: timedelta = timedelta(seconds=3)
     queue_look: timedelta = timedelta(seconds=30)
     """Between two looks at what Kueue says of a Job that waits in its queue."""
 

@@ -376,9 +376,10 @@ def _held_back(job: ObservedJob, policy: Policy) -> Pending:
         return Pending(PendingReason(JOB_SUSPENDED, words, phase=Phase.QUEUED))
     words = f"{job.stage} waits in Kueue's queue {job.queue}"
     state = job.queue_state
-    again = policy.queue_look.total_seconds()  # nothing tells when Kueue says something else
-    if state is None:
+    if state is None:  # Kueue hasn't looked at it yet, or has just let it go on
+        again = policy.queue_first_look.total_seconds()
         return Pending(PendingReason(QUEUED, f"{words}.", phase=Phase.QUEUED), again)
+    again = policy.queue_look.total_seconds()  # nothing tells when Kueue says something else
     words = f"{words}: {state.message}"
     if not state.admissible:
         remedy = "Have the queue set up, or set spec.queueName to another one."

@@ -80,13 +80,14 @@ def its_pod(here: Namespace) -> Raw:
 
 
 def progressing(here: Namespace, reason: str) -> Any:
-    """What the condition says of the training, once it is for this reason."""
+    """What the condition says of train or export, for this reason and in Kueue's words."""
 
-    def told() -> str:
+    def words() -> str:
         _, why, message = here.condition("Progressing")
-        return message if why == reason and not message.startswith("prepare") else ""
+        told = f" waits in Kueue's queue {QUEUE}: " in message and "prepare" not in message
+        return message if why == reason and told else ""
 
-    return here.wait(reason, told)
+    return here.wait(reason, words)
 
 
 def test_of_two_with_quota_for_one_the_second_waits(

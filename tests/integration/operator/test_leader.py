@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,11 +57,10 @@ def two(installed: ControlPlane, tmp_path: Path) -> Iterator[Pair]:
     installed.kubectl("delete", "lease", RELEASE, "-n", NAMESPACE)
 
 
-def lease(plane: ControlPlane) -> dict[str, object]:
-    found: dict[str, object] = json.loads(
-        plane.kubectl("get", "lease", RELEASE, "-n", NAMESPACE, "-o", "json")
-    )["spec"]
-    return found
+def transitions(plane: ControlPlane) -> int:
+    """How often the Lease has changed hands."""
+    path = "jsonpath={.spec.leaseTransitions}"
+    return int(plane.kubectl("get", "lease", RELEASE, "-n", NAMESPACE, "-o", path))
 
 
 def led_by(operator: Operator) -> Callable[[], bool]:
@@ -77,6 +75,7 @@ def led_by(operator: Operator) -> Callable[[], bool]:
 
 def test_one_acts_and_hands_over_when_it_is_told_to_end(two: Pair, here: Namespace) -> None:
     first, second = two(LONG)
+    before = transitions(here.plane)
     here.apply()
     here.succeed(prepared())
     here.wait_phase("Training")
@@ -87,7 +86,7 @@ def test_one_acts_and_hands_over_when_it_is_told_to_end(two: Pair, here: Namespa
     here.succeed(trained())
     here.succeed(exported())
     here.wait_phase("Succeeded")
-    assert lease(here.plane)["leaseTransitions"] == 1
+    assert transitions(here.plane) == before + 1
     assert [attempt for _, attempt in here.jobs()] == [1, 1, 1]
 
 

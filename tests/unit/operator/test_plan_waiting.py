@@ -147,7 +147,7 @@ CASES = [
             "prepare waits in Kueue's queue team-a.",
             degraded=False,
             phase=Phase.QUEUED,
-            requeue_after=30,
+            requeue_after=3,
         ),
     ),
     Case(
