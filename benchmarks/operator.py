@@ -46,7 +46,7 @@ SPEC = {
     "dataset": {"source": "s3://data/faq.csv"},
     "output": {"uri": "s3://models/{name}"},
 }
-WORKERS = 4
+WORKERS = Settings.model_fields["workers"].default
 CREATORS = 16
 LONG = 3600  # seconds of a Lease that nobody waits out
 STEADY_SECONDS = 20

@@ -69,7 +69,7 @@ class Settings(BaseModel):
     namespaces: Names = ()
     """Namespaces to watch; empty means all."""
 
-    workers: Annotated[int, Field(ge=1, le=256)] = 4
+    workers: Annotated[int, Field(ge=1, le=256)] = 16
     """FineTuneJobs reconciled at the same time."""
 
     health_port: Port = 8080
