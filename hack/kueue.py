@@ -27,6 +27,12 @@ DEFINITIONS = "kueue.yaml"
 API_VERSION = "kueue.x-k8s.io/v1beta2"
 FLAVOR = "default"
 NAMESPACE = "kueue-system"
+INSTALLED = {
+    "Namespace",
+    "CustomResourceDefinition",
+    "MutatingWebhookConfiguration",
+    "ValidatingWebhookConfiguration",
+}
 WEBHOOKS = ("kueue-mutating-webhook-configuration", "kueue-validating-webhook-configuration")
 START_SECONDS = 120
 
@@ -37,9 +43,9 @@ def program() -> Path:
     found = shutil.which(named)
     if not found or not Path(found).with_name(DEFINITIONS).exists():
         raise Unavailable(
-            f"there is no {named} with a {DEFINITIONS} beside it: build Kueue's manager "
-            f"as `kueue`, put its definitions and webhooks there, and name the program with "
-            f"{VARIABLE}"
+            f"there is no {named} with a {DEFINITIONS} beside it: run `go install "
+            "sigs.k8s.io/kueue/cmd/kueue@v0.17.0`, put manifests.yaml of Kueue's release there by "
+            f"that name, and name the program with {VARIABLE}"
         )
     return Path(found)
 
@@ -136,10 +142,28 @@ class Kueue:
 
     def _apply_definitions(self, file: Path, port: int, authority: Authority) -> None:
         bundle = base64.b64encode(authority.certificate.read_bytes()).decode()
-        text = file.read_text().replace("WEBHOOK_URL", f"https://{LOOPBACK}:{port}")
+        url = f"https://{LOOPBACK}:{port}"
+        text = file.read_text().replace("WEBHOOK_URL", url).replace("CA_BUNDLE", bundle)
+        objects = [
+            reached_by(each, url, bundle)
+            for each in yaml.load_all(text, Loader=yaml.CSafeLoader)
+            if each and each["kind"] in INSTALLED
+        ]
         target = self._folder / DEFINITIONS
-        target.write_text(text.replace("CA_BUNDLE", bundle))
+        target.write_text(yaml.dump_all(objects, Dumper=yaml.CSafeDumper))
         self._plane.apply_definitions(str(target), "--server-side")
+
+
+def reached_by(value: Any, url: str, bundle: str) -> Any:
+    """The same object with each webhook at this address, where it was a Service of the cluster."""
+    if isinstance(value, list):
+        return [reached_by(each, url, bundle) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if "service" in value.get("clientConfig", {}):
+        path = value["clientConfig"]["service"].get("path", "/")
+        value = {**value, "clientConfig": {"url": url + path, "caBundle": bundle}}
+    return {key: reached_by(each, url, bundle) for key, each in value.items()}
 
 
 def _shared(name: str, namespace: str) -> str:
