@@ -261,7 +261,7 @@ def left_alone(plane: ControlPlane, folder: Path, namespace: str) -> tuple[float
             seconds=600,
         )
         before = requests(operator)
-        time.sleep(REST_SECONDS)
+        time.sleep(REST_SECONDS)  # what it does meanwhile is what is measured
         after = requests(operator)
     finally:
         operator.stop()

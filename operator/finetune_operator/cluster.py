@@ -124,7 +124,8 @@ class Credentials:
     insecure: bool
 
 
-Count = Callable[[str, str, float], None]
+CountRequest = Callable[[str, str, float], None]
+"""Is told verb, status code (200 for any success) and seconds of a request."""
 
 
 class Cluster:
@@ -134,7 +135,7 @@ class Cluster:
         self,
         configuration: client.Configuration,
         request_seconds: float,
-        count: Count,
+        count: CountRequest,
     ) -> None:
         self._configuration = configuration
         self._api = client.ApiClient(configuration)
@@ -145,11 +146,8 @@ class Cluster:
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls, request_seconds: float, count: Count) -> AsyncIterator[Self]:
-        """Connect as the pod's ServiceAccount, or as the kubeconfig says.
-
-        `count` is told verb, status code and seconds of each request.
-        """
+    async def connect(cls, request_seconds: float, count: CountRequest) -> AsyncIterator[Self]:
+        """Connect as the pod's ServiceAccount, or as the kubeconfig says."""
         cluster = cls(await _configuration(), request_seconds, count)
         try:
             yield cluster
@@ -196,12 +194,11 @@ class Cluster:
     async def workload(self, namespace: str, job_uid: str) -> JsonObject | None:
         """Kueue's Workload of a Job, once it has made one; raises NotFoundError without Kueue."""
         query = {"labelSelector": f"{WORKLOAD_OF_JOB}={job_uid}"}
-        *newer, oldest = (each.format(namespace=namespace) for each in WORKLOADS)
-        for path in newer:
-            with suppress(NotFoundError):
-                found = await self._request("GET", path, query=query)
-                return next(iter(found["items"] or ()), None)
-        found = await self._request("GET", oldest, query=query)
+        newer, older = (each.format(namespace=namespace) for each in WORKLOADS)
+        try:
+            found = await self._request("GET", newer, query=query)
+        except NotFoundError:
+            found = await self._request("GET", older, query=query)
         return next(iter(found["items"] or ()), None)
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:

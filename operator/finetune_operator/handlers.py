@@ -125,8 +125,10 @@ class Watches:
             ),
         )
 
-    def keys(self) -> list[str]:
-        return list(self._finetunejobs)
+    def queue_all(self) -> None:
+        """Have a pass made over every FineTuneJob."""
+        for key in list(self._finetunejobs):
+            self._add(key)
 
     async def problem(self, namespaces: tuple[str, ...]) -> str:
         """Why the watches can't be relied on; empty if they can."""
@@ -148,8 +150,7 @@ class Watches:
         live = await self._cluster.watched_versions(namespaces)
         self._gone = before.keys() - live.keys()
         self._look_for_dead_watches(live)
-        for key in self.keys():
-            self._add(key)
+        self.queue_all()
 
     @property
     def silence(self) -> float:

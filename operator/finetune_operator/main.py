@@ -131,9 +131,7 @@ class _Operator:
         while True:
             await leadership.acquire()
             self._metrics.leading(True)
-            known = self._watches.keys()
-            for key in known:
-                self._add(key)
+            self._watches.queue_all()
             self._queue.resume()
             await leadership.hold()
             self._queue.pause()

@@ -46,6 +46,7 @@ from finetune_trainer.contract import (
     read_readable,
 )
 
+WORKSPACE = "workspace"  # one of two kinds, whose fields don't go together
 REQUEST_LIMIT = 256  # characters of a request to try again, which status repeats
 KNOWN_STATES = {*StageState, None}
 
@@ -245,7 +246,9 @@ def _with_defaults(spec: JsonObject, stages: JsonObject) -> JsonObject:
 def merged(default: Any, own: Any) -> Any:
     """Both; what is said in both is as in `own`. Lists are joined, by name or mountPath."""
     if isinstance(default, Mapping) and isinstance(own, Mapping):
-        both = {key: merged(default[key], own[key]) for key in default.keys() & own.keys()}
+        both = {
+            key: merged(default[key], own[key]) for key in default.keys() & own.keys() - {WORKSPACE}
+        }
         return {**default, **own, **both}
     if isinstance(default, list) and isinstance(own, list):
         taken = {_named(each) for each in own} - {None}

@@ -109,7 +109,7 @@ class Reconciler:
         lookup: Lookup,
         settings: Settings,
         metrics: Metrics,
-        may_act: Callable[[], bool] = lambda: True,
+        may_act: Callable[[], bool],
     ) -> None:
         self._cluster = cluster
         self._lookup = lookup

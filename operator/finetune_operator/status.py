@@ -213,10 +213,12 @@ def status_patch(old: FineTuneJobStatus, new: FineTuneJobStatus) -> dict[str, An
 
 def occasion(status: FineTuneJobStatus) -> str:
     """Of which spec, attempts and pods an event is: it tells apart events with the same words."""
-    attempts = [
-        f"{each.attempt}.{each.disruptions}@{each.start_time or ''}" for each in status.stages
-    ]
-    return "/".join((str(status.observed_generation), *attempts))
+    return "/".join((str(status.observed_generation), *map(attempt_occasion, status.stages)))
+
+
+def attempt_occasion(stage: StageStatus) -> str:
+    """Of which attempt and pod of a stage an event is."""
+    return f"{stage.attempt}.{stage.disruptions}@{stage.start_time or ''}"
 
 
 def timestamp(moment: datetime) -> str:

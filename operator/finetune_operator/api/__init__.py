@@ -36,7 +36,7 @@ API_VERSION = f"{GROUP}/{VERSION}"
 JsonObject = dict[str, Any]  # a Kubernetes object, or a part of one, as the API server writes it
 
 Name = Annotated[str, Field(min_length=1, max_length=253)]
-LabelValue = Annotated[
+DnsLabel = Annotated[
     str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
 ]
 FileName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]

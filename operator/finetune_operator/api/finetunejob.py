@@ -10,8 +10,8 @@ from pydantic import Field
 from finetune_operator.api import (
     ON_EDIT,
     CaBundle,
+    DnsLabel,
     EnvVar,
-    LabelValue,
     Name,
     Preserved,
     PrivateKeyReference,
@@ -200,7 +200,7 @@ class FineTuneJobSpec(Base):
     version of this spec is current again, and is not made anew where it is still there. A version
     that output.keepVersions has deleted can't come back."""
 
-    queue_name: LabelValue | None = None
+    queue_name: DnsLabel | None = None
     """Kueue's LocalQueue, in the FineTuneJob's namespace, in which each stage waits for its quota.
     Quota counts what stages.*.resources request, and stages.*.priorityClassName orders the queue. A
     training that has to make room saves its last step, and goes on from there when its turn comes

@@ -345,11 +345,8 @@ def signing_volumes(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
     signing = spec.export.signing
     if signing is None or not _signs(spec, stage):
         return []
-    file = SIGNING_KEY_FILE.rsplit("/", 1)[1]
     reference = signing.key_secret_ref
-    items = [{"key": reference.key, "path": file}]
-    source = {"secretName": reference.name, "items": items, "defaultMode": OWNER_ONLY}
-    return [{"name": SIGNING_MOUNT["name"], "secret": source}]
+    return [_secret_file(SIGNING_MOUNT, SIGNING_KEY_FILE, reference.name, reference.key)]
 
 
 def registry_volumes(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
@@ -357,9 +354,14 @@ def registry_volumes(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
     oci = spec.output.oci
     if stage is not Stage.EXPORT or oci is None or oci.secret_ref is None:
         return []
-    items = [{"key": ".dockerconfigjson", "path": REGISTRY_FILE.rsplit("/", 1)[1]}]
-    source = {"secretName": oci.secret_ref.name, "items": items, "defaultMode": OWNER_ONLY}
-    return [{"name": REGISTRY_MOUNT["name"], "secret": source}]
+    return [_secret_file(REGISTRY_MOUNT, REGISTRY_FILE, oci.secret_ref.name, ".dockerconfigjson")]
+
+
+def _secret_file(mount: JsonObject, file: str, secret: str, key: str) -> JsonObject:
+    """The volume of one key of a Secret, as the file of that name."""
+    items = [{"key": key, "path": file.rsplit("/", 1)[1]}]
+    source = {"secretName": secret, "items": items, "defaultMode": OWNER_ONLY}
+    return {"name": mount["name"], "secret": source}
 
 
 def _variable(given: EnvVar) -> JsonObject:

@@ -22,7 +22,13 @@ from finetune_operator.api.observed import (
 from finetune_operator.observe import ObservedFineTuneJob, ObservedJob
 from finetune_operator.plan.why import why_prepare
 from finetune_operator.pods import ObservedPod
-from finetune_operator.status import PendingReason, Summary, conditions, shorten
+from finetune_operator.status import (
+    PendingReason,
+    Summary,
+    attempt_occasion,
+    conditions,
+    shorten,
+)
 from finetune_trainer.contract import (
     DatasetSummary,
     ImageReference,
@@ -263,9 +269,7 @@ class Draft:
         The pass that first sees the end of an attempt and the one that starts the next may say the
         same: it stays one Event.
         """
-        status = self.stages[stage]
-        lost = f"{status.attempt}.{status.disruptions}@{status.start_time or ''}"
-        self.add_warning(reason, message, f"{stage}/{lost}")
+        self.add_warning(reason, message, f"{stage}/{attempt_occasion(self.stages[stage])}")
 
     def warn_once(self, reason: str, message: str) -> None:
         """Post a warning, unless a condition already says the same."""

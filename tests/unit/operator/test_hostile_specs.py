@@ -10,7 +10,6 @@ import os
 from dataclasses import replace
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -156,16 +155,15 @@ def test_no_spec_makes_the_operator_crash_or_loop_or_make_an_unsafe_pod(spec: An
     seen = observe_finetunejob(raw(spec), {})
     assert (seen.spec is None) == (seen.spec_error is not None)
     digests = dict.fromkeys(Stage, "s1")
-    status, starts = seen.status, 0
+    status, starts = seen.status, set()
     for _ in range(PASSES):
         made = plan(_with(seen, status), (), digests, Policy(), NOW)
-        starts += sum(isinstance(each, StartStage) for each in made.actions)
-        if made.status == status and not made.actions:
-            break
-        status = made.status
-    assert starts <= PASSES
+        starts |= {each for each in made.actions if isinstance(each, StartStage)}
+        at_rest, status = made.status == status, made.status
+    assert at_rest
+    assert len(starts) <= 1, "the same attempt again, since no Job shows"
     if seen.spec is None:
-        assert starts == 0
+        assert not starts
         assert status.phase == "Failed"
         return
     for stage in Stage:
@@ -202,5 +200,4 @@ def _pod(seen: Any, stage: Stage) -> dict[str, Any]:
 
 def test_what_is_forbidden_would_be_found() -> None:
     assert names_in({"volumes": [{"hostPath": {"path": "/"}}]}) & FORBIDDEN
-    with pytest.raises(AssertionError):
-        assert not names_in({"containers": [{"securityContext": {"privileged": True}}]}) & FORBIDDEN
+    assert names_in({"containers": [{"securityContext": {"privileged": True}}]}) & FORBIDDEN

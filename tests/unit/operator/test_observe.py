@@ -405,3 +405,11 @@ def test_what_a_finetunejob_says_itself_counts() -> None:
 def test_without_settings_of_the_operator_a_spec_is_as_written() -> None:
     raw = raw_finetunejob({**SPEC, "stages": {"train": {"runtimeClassName": "nvidia"}}})
     assert observe_finetunejob(raw, {}) == observe_finetunejob(raw)
+
+
+def test_a_workspace_of_its_own_takes_the_place_of_the_operators() -> None:
+    defaults = {"train": {"workspace": {"storage": "200Gi", "storageClassName": "fast"}}}
+    own = {**SPEC, "stages": {"train": {"workspace": {"sizeLimit": "10Gi"}}}}
+    found = observe_finetunejob(raw_finetunejob(own), defaults)
+    assert found.spec is not None, found.spec_error
+    assert found.spec.stages.train.workspace.size_limit == "10Gi"
