@@ -173,6 +173,14 @@ def test_a_trainer_may_write_no_field_of_status_but_progress() -> None:
     assert not any("Admission" in o["kind"] for o in render(admission={"protectStatus": False}))
 
 
+def test_the_status_of_another_operators_namespaces_is_left_to_it() -> None:
+    kind, name = "ValidatingAdmissionPolicyBinding", "finetune-operator-status"
+    assert "matchResources" not in named(render(), kind, name)["spec"]
+    spec = named(render(watchNamespaces=["team-a"]), kind, name)["spec"]
+    [where] = spec["matchResources"]["namespaceSelector"]["matchExpressions"]
+    assert where["values"] == ["team-a"]
+
+
 def test_a_network_policy_lets_in_the_probes_and_prometheus_alone() -> None:
     policy = named(render(networkPolicy={"enabled": True}), "NetworkPolicy")
     assert policy["spec"]["ingress"] == [{"ports": [{"port": "health", "protocol": "TCP"}]}]

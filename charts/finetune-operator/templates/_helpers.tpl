@@ -27,6 +27,16 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- printf "%s:%s" .image.repository (.image.tag | default .appVersion) -}}
 {{- end -}}
 
+{{/* Where a policy holds: in these namespaces. */}}
+{{- define "finetune-operator.inNamespaces" -}}
+matchResources:
+  namespaceSelector:
+    matchExpressions:
+      - key: kubernetes.io/metadata.name
+        operator: In
+        values: {{- toYaml . | nindent 10 }}
+{{- end -}}
+
 {{/* The fields of status that the operator alone writes. */}}
 {{- define "finetune-operator.statusFields" -}}
 observedGeneration phase reason stage conditions stages version artifacts images versions manifestUri metrics dataset notices lineage resolved lastRefreshTime nextRefreshTime lastHandledRetryAt usage resolvedInputs planned
