@@ -42,7 +42,8 @@ from finetune_trainer.contract.output import NEED_IMPORTANCE
 from finetune_trainer.export import gate as gate_module
 from finetune_trainer.export import llama
 from finetune_trainer.export.export_stage import expected_work
-from finetune_trainer.export.gate import DerivedGate, SourceGate, file_checks, rejects
+from finetune_trainer.export.gate import DerivedGate, SourceGate, expect, file_checks, rejects
+from finetune_trainer.export.gate.kept import KeptFigures
 from finetune_trainer.export.gate.rows import ExampleFiles
 from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.export.inputs import ExportContext, open_tuned_model
@@ -58,6 +59,7 @@ from finetune_trainer.memory.forecast import (
 )
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.runtime.reporter import Reporter
+from finetune_trainer.store import LocalFolder
 from tests.integration.trainer.conftest import ROWS, Processes
 from tests.integration.trainer.families import WIDE
 from tests.integration.trainer.faulty_gguf import (
@@ -356,6 +358,20 @@ def test_the_merged_model_is_checked_as_its_files_are(
     assert [sample.expected for sample in report.samples] == [answer for _, answer in ROWS]
     assert report.tokens == opened.expected.rows.tokens
     assert opened.check_merged(Q.F16) is None, "it was not given"
+
+
+def test_a_later_attempt_has_all_that_the_files_are_held_against(
+    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first one ended before a file's verdict was kept."""
+    monkeypatch.setattr(float32, "measure_in_child", float32.measure_here)
+    output, inputs = LocalFolder(tmp_path / "output"), tuned.inputs()
+    for attempt in ("first", "second"):
+        kept = KeptFigures(output, "fingerprint")
+        kept.expect("rows")
+        gate = SourceGate.ask(expect(inputs, tmp_path / attempt), kept)
+        monkeypatch.setattr(float32, "measure_in_child", None)  # the second need not ask
+    assert gate.check(tuned.file(Q.F16), Q.F16).source_verdict.problems == ()
 
 
 def test_a_merged_models_other_tokenizer_is_found(tuned: Tuned, tmp_path: Path) -> None:

@@ -92,7 +92,8 @@ class Missing:
             f"{do} {kind}" for do in ("write", "check") for kind in self.kinds if kind != own
         }
         needed |= {f"{do} {SOURCE}" for do in ("write", "check")} if self.source else set()
-        needed |= {"check adapter", "importance"} if self.source else set()
+        needed |= {"check adapter"} if self.source else set()
+        needed |= {"importance"} if set(self.kinds) & set(IMPORTANCE_TYPES) else set()
         needed |= {"samples"} if export.gguf and context.kept.samples is None else set()
         return (name for name in context.reporter.parts if name not in {*needed, "upload"})
 
@@ -189,11 +190,7 @@ def check_source(
 
 def bring_logprobs(context: ExportContext, expected: Expected) -> bool:
     """Whether what other files are compared with is here."""
-    reference = expected.reference
-    if reference is None:
-        return True
-    files = [reference.tuned_file, reference.base_file, expected.source_logprobs]
-    return all(context.kept.bring(file) for file in files if file)
+    return expected.reference is None or context.kept.bring(expected.source_logprobs)
 
 
 def check_adapter(context: ExportContext, gate: DerivedGate, file: Path) -> FileVerdict:

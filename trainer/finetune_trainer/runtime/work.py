@@ -78,7 +78,8 @@ class Work:
 
     def _sum(self, names: Iterable[str]) -> float:
         with self._lock:
-            return sum(self._seconds[name] * self._shares[name] for name in names)
+            # What is known may have changed since the names were read.
+            return sum(self._seconds.get(name, 0.0) * self._shares.get(name, 0.0) for name in names)
 
 
 class Transfer:

@@ -302,8 +302,10 @@ def _reference(expected: Expected, kept: KeptFigures) -> Reference | None:
         answer_seconds=SAMPLE_SECONDS,
     )
     if kept.reference:
-        log.info("The tuned model was asked by an earlier attempt")
-        return Reference.of(request, kept.reference)
+        known = Reference.of(request, kept.reference)
+        if all(kept.bring(file) for file in (known.tuned_file, known.base_file) if file):
+            log.info("The tuned model was asked by an earlier attempt")
+            return known
     reference = compute_reference(request, as_steps(inputs.reporter))
     kept.add_reference(reference.answer, [request.tuned_file, request.base_file])
     log.info(
