@@ -35,10 +35,10 @@ from pathlib import Path
 
 from benchmarks.cost import Cost, measure
 from finetune_trainer.model.converter import SCRIPT, llama_folder
+from hack import cache_dir
 from hack.llama_cpp import get_tool
 
 SHAPE = "1.07"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator"
 SWEEP = ("0.1", "0.3", "1", "2")
 STEPS = "benchmarks.export_steps"
 
@@ -59,7 +59,7 @@ def main() -> None:
     print(f"{len(os.sched_getaffinity(0))} CPUs, threads: {threads}, load {os.getloadavg()[0]:.1f}")
     kinds = chosen.types.split(",")
     if chosen.gate:
-        tool = chosen.perplexity or get_tool(CACHE, "llama-perplexity")
+        tool = chosen.perplexity or get_tool(cache_dir(), "llama-perplexity")
         compare_whole(model(chosen.folder, chosen.shape), kinds, chosen.repeats, tool)
     elif chosen.sweep:
         for shape in SWEEP:

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +173,17 @@ def jobs(plane: ControlPlane, namespace: str, selector: str = "") -> int:
     query = {"labelSelector": selector}
     path = f"/apis/batch/v1/namespaces/{namespace}/jobs"
     headers = {"Authorization": f"Bearer {plane.admin_token}", "Accept": METADATA_ONLY}
-    context = ssl.create_default_context(cafile=str(plane.ca))
+    trusted = _trusted(str(plane.ca))
     answer = httpx.get(
-        plane.server + path, params=query, headers=headers, verify=context, trust_env=False
+        plane.server + path, params=query, headers=headers, verify=trusted, trust_env=False
     )
     answer.raise_for_status()
     return len(answer.json()["items"] or ())
+
+
+@cache
+def _trusted(ca: str) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=ca)
 
 
 async def compare(plane: ControlPlane, cluster: Cluster, folder: Path, count: int) -> Figures:

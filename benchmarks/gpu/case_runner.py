@@ -1,7 +1,8 @@
 """The process that runs the cases of one group, one after the other.
 
 It appends a JSON line when a case begins and when it ends, so that whatever ends this process, what
-was found is known.
+was found is known. Libraries are imported in functions: the environment, and Unsloth where it runs,
+have to be there first.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main(order: Order) -> None:
 
 def prepare_environment(tiny: bool) -> None:
     """Before the libraries are loaded. A CPU interprets Triton's kernels, in the tiny form."""
-    from finetune_trainer.runtime.lifecycle import set_up_libraries  # noqa: PLC0415 - see above
+    from finetune_trainer.runtime.lifecycle import set_up_libraries  # noqa: PLC0415
 
     if tiny:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -79,7 +80,7 @@ def run_cases(order: Order, write: Any) -> None:
     load_libraries()  # not before: Unsloth has to be loaded first
     gc.collect()
     gc.freeze()  # or each training would look through all libraries for what can go
-    from benchmarks.gpu.models import Scale  # noqa: PLC0415 - as they
+    from benchmarks.gpu.models import Scale  # noqa: PLC0415
     from benchmarks.gpu.trainings import Bench  # noqa: PLC0415
 
     bench = Bench(order.folder, Scale.smallest() if order.tiny else Scale.full())
@@ -106,7 +107,7 @@ def load_libraries() -> None:
 
 def device_is_lost() -> bool:
     """Whether CUDA has had an error after which everything fails in this process."""
-    import torch  # noqa: PLC0415 - as above
+    import torch  # noqa: PLC0415
 
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call] # torch
         return False
@@ -119,7 +120,7 @@ def device_is_lost() -> bool:
 
 def run_case(bench: Any, case: Case) -> Outcome:
     """What the case found, or the error that ended it."""
-    from benchmarks.gpu.trainings import free_memory  # noqa: PLC0415 - as above
+    from benchmarks.gpu.trainings import free_memory  # noqa: PLC0415
 
     print(f"=== {case.name}", flush=True)
     module, _, function = case.function.partition(":")

@@ -313,23 +313,19 @@ class HubRead:
     revision: str
     """Where a user writes the revision."""
 
-    missing: Reason
-    denied: Reason
+    missing: Reason = Reason.MODEL_NOT_FOUND
+    denied: Reason = Reason.MODEL_ACCESS_DENIED
 
 
 MODEL = HubRead(
     noun="model",
     source="spec.model.source",
     revision="spec.model.revision",
-    missing=Reason.MODEL_NOT_FOUND,
-    denied=Reason.MODEL_ACCESS_DENIED,
 )
 INITIAL_ADAPTER = HubRead(
     noun="adapter",
     source="spec.training.initFrom.source",
     revision="spec.training.initFrom.revision",
-    missing=Reason.MODEL_NOT_FOUND,
-    denied=Reason.MODEL_ACCESS_DENIED,
 )
 DATASET = HubRead(
     noun="dataset",

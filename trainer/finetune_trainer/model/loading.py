@@ -1,4 +1,7 @@
-"""The model in memory, and the machine that it is in."""
+"""The model in memory, and the machine that it is in.
+
+transformers' models are imported late: they are slow, and the export's own process loads none.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,6 @@ def load_model(
     With `sharded` as well, FSDP can spread them over processes.
     Raises StageError(ModelUnsupported) when transformers can't load it.
     """
-    # Slow to import, and the export's own process loads no model.
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     disable_progress_bar()  # type: ignore[no-untyped-call] # it moves per tensor
@@ -133,7 +135,7 @@ def _nf4(dtype: torch.dtype | Literal["auto"], storage: torch.dtype | Literal["a
     FSDP shards floating types alone. It must be the type that it computes in, or FSDP would convert
     the packed values as if they were numbers.
     """
-    from transformers import BitsAndBytesConfig  # noqa: PLC0415 - see above
+    from transformers import BitsAndBytesConfig  # noqa: PLC0415
 
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,

@@ -1,8 +1,9 @@
 """How a process of the trainer lives and ends. Below are the units in which it speaks to people.
 
-lifecycle its log, whom it trusts, what an error means, what is saved when it is told to stop
-reporter  how far the work is, in the log and in status.progress
-child     programs that it runs beside itself
+lifecycle  its log, whom it trusts, what an error means, what is saved when it is told to stop
+reporter   how far the work is, in the log and in status.progress
+work       a stage's parts and transfers: the share that is done, and the time left
+child      programs that it runs beside itself
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     1. free the memory: a new worker with the same plan, once for each plan
     2. fewer examples and tokens a pass and more passes a step, down to one example; the effective
        batch stays the same
-    3. gradient checkpointing of every second layer, then of all of them, unless
+    3. gradient checkpointing of every second layer if there is none, then of all, unless
        training.gradientCheckpointing is `never`
     4. shorter sequences, only down to training.minSequenceLength, and only as far as
        dataset.maxTruncatedRows allows
