@@ -20,6 +20,9 @@ COST_FACTOR = 4  # so much more could all rules cost, before a server refuses th
 REFUSED: dict[str, Any] = {
     "must be org/name on the Hugging Face Hub, s3://bucket/folder, or the absolute path of a "
     "mounted folder": "llama",
+    "must be org/name on the Hugging Face Hub, s3://bucket/folder, oci://registry/repository:tag, "
+    "or the absolute path of a mounted folder": "docker://registry/model:1",
+    "must have exactly one of resourceClaimName and resourceClaimTemplateName": {"name": "gpu"},
     "must have exactly one of configMapRef and secretRef": {},
     "must have exactly one of claimName, configMap, secret, image": {"mountPath": "/models"},
     "must have sizeLimit, or storage, and storageClassName with storage alone": {
@@ -123,6 +126,17 @@ def test_each_rule_refuses_in_its_own_words(default: Namespace, path: str, messa
     said = default.refusal(**spec_with(path.removeprefix("spec."), REFUSED[message]))
     assert f"{path.replace('[]', '[0]')}: Invalid value: " in said
     assert message in said
+
+
+EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: str(file.stem))
+def test_the_server_takes_every_example(default: Namespace, file: Path) -> None:
+    jobs = [each for each in yaml.safe_load_all(file.read_text()) if each["kind"] == "FineTuneJob"]
+    assert jobs
+    for each in jobs:
+        assert default.refusal(**each["spec"]) == ""
 
 
 def test_no_rule_is_near_the_servers_limit_of_cost(default: Namespace) -> None:

@@ -360,7 +360,8 @@ def plan_training(
             config.model.source,
         )
         return None
-    check_disks(config, shape, downloaded(config.model.source, model.sizes), hardware)
+    fetched = 0 if base_model.stays_in_cache(model) else downloaded(model.model.source, model.sizes)
+    check_disks(config, shape, fetched, hardware)
     training_plan = plan(config.training, shape, Lengths(longest), hardware)
     log.info("Plan: %s", describe(training_plan, hardware))
     return training_plan
