@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from finetune_operator.api.crd import custom_resource_definition
 from hack import REPOSITORY
@@ -137,17 +135,6 @@ def test_each_rule_refuses_in_its_own_words(default: Namespace, path: str, messa
     said = default.refusal(**spec_with(path.removeprefix("spec."), REFUSED[message]))
     assert f"{path.replace('[]', '[0]')}: Invalid value: " in said
     assert message in said
-
-
-EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: str(file.stem))
-def test_the_server_takes_every_example(default: Namespace, file: Path) -> None:
-    jobs = [each for each in yaml.safe_load_all(file.read_text()) if each["kind"] == "FineTuneJob"]
-    assert jobs
-    for each in jobs:
-        assert default.refusal(**each["spec"]) == ""
 
 
 def test_no_rule_is_near_the_servers_limit_of_cost(default: Namespace) -> None:
