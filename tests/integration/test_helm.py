@@ -54,6 +54,15 @@ def here(plane: ControlPlane) -> Iterator[Namespace]:
         yield namespace
 
 
+@pytest.fixture
+def operator(plane: ControlPlane, releases: helm.Config, tmp_path: Path) -> Iterator[Operator]:
+    """An operator of today, which the test starts, on a release of 0.1.0."""
+    releases.install(FIRST, RELEASE, {"imagePullSecrets": ["pull"]}, create_namespace=True)
+    operator = Operator(plane, tmp_path)
+    yield operator
+    operator.stop()
+
+
 def read(plane: ControlPlane, *what: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(plane.kubectl("get", *what, "-o", "json"))
     return found
@@ -78,17 +87,17 @@ def run_helm_test(plane: ControlPlane, folder: Path) -> subprocess.CompletedProc
     (folder / "ca.crt").write_text(plane.ca.read_text())
     host, _, port = plane.server.removeprefix("https://").rpartition(":")
     variables = {"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}
-    values = releases_values(plane)
-    [pod] = [each for each in render_all(**values) if each["kind"] == "Pod"]
+    [pod] = [each for each in render_all(healthPort=port_of(plane)) if each["kind"] == "Pod"]
     [container] = pod["spec"]["containers"]
     command = [sys.executable, *container["command"][1:], *container["args"]]
     environment = {**os.environ, **variables, "ACCOUNT_FOLDER": str(folder)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def releases_values(plane: ControlPlane) -> dict[str, Any]:
+def port_of(plane: ControlPlane) -> int:
+    """The port of the operator's probes, by the release's values."""
     with helm.Config(kubeconfig_path=plane.kubeconfig, namespace=NAMESPACE) as config:
-        return dict(config.get_values(RELEASE))
+        return int(config.get_values(RELEASE)["healthPort"])
 
 
 def apply_account_of_the_test(plane: ControlPlane) -> None:
@@ -99,36 +108,39 @@ def apply_account_of_the_test(plane: ControlPlane) -> None:
     plane.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(account))
 
 
-def give_address(plane: ControlPlane) -> str:
-    """Do for the operator's pod what a kubelet does; returns its name."""
+def find_operators(plane: ControlPlane) -> list[str]:
+    """The pod of 0.1.0, which stays until the next one is ready, and that one."""
     selector = f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component=operator"
-    what = ("pods", "-n", NAMESPACE, "-l", selector)
+    what = ("pods", "-n", NAMESPACE, "-l", selector, "-o", "name")
 
-    def lasting() -> list[str]:
-        pods = read(plane, *what)["items"]
-        return [
-            each["metadata"]["name"] for each in pods if "deletionTimestamp" not in each["metadata"]
-        ]
+    def both() -> bool:
+        return len(plane.kubectl("get", *what).split()) == 2
 
-    wait_until(lambda: len(lasting()) == 1, what="one pod of the operator", seconds=60)
-    [name] = lasting()
+    wait_until(both, what="two pods of the operator", seconds=60)
+    return [name.removeprefix("pod/") for name in plane.kubectl("get", *what).split()]
+
+
+def give_addresses(plane: ControlPlane, names: list[str]) -> None:
+    """Do for the operator's pods what a kubelet does."""
     address = {"status": {"podIP": "127.0.0.1", "podIPs": [{"ip": "127.0.0.1"}]}}
-    patch = ("patch", f"pod/{name}", "-n", NAMESPACE, "--subresource=status", "--type=merge")
-    plane.kubectl(*patch, "-p", json.dumps(address))
-    return name
+    how = ("-n", NAMESPACE, "--subresource=status", "--type=merge", "-p", json.dumps(address))
+    for name in names:
+        plane.kubectl("patch", f"pod/{name}", *how)
 
 
 def test_a_release_of_the_first_version_lives_on(
-    plane: ControlPlane, releases: helm.Config, here: Namespace, tmp_path: Path
+    plane: ControlPlane,
+    releases: helm.Config,
+    here: Namespace,
+    operator: Operator,
+    tmp_path: Path,
 ) -> None:
     """0.1.0, upgrade, rollback, upgrade, uninstall, install: no FineTuneJob and no Job is lost."""
-    releases.install(FIRST, RELEASE, {"imagePullSecrets": ["pull"]}, create_namespace=True)
     here.wait("the definition", lambda: not here.refusal())
     assert not has_rules(plane)
     here.apply()
     before = identities(here)
 
-    operator = Operator(plane, tmp_path)
     values = {"imagePullSecrets": ["pull"], "healthPort": operator.port}
     releases.upgrade(CHART, RELEASE, values)
     assert has_rules(plane)
@@ -139,16 +151,18 @@ def test_a_release_of_the_first_version_lives_on(
     assert before.items() < running.items(), "the FineTuneJob is the same, and has a Job now"
 
     apply_account_of_the_test(plane)
+    names = find_operators(plane)
     done = run_helm_test(plane, tmp_path)
-    assert "has no address yet" in done.stdout
-    assert done.returncode == 1
-    name = give_address(plane)
+    assert (done.stdout.count("has no address yet"), done.returncode) == (2, 1)
+    give_addresses(plane, names)
     done = run_helm_test(plane, tmp_path)
-    assert done.stdout == f"The API server serves FineTuneJobs.\n{name} is ready.\n", done.stderr
+    ready = "".join(f"{name} is ready.\n" for name in names)
+    assert done.stdout == f"The API server serves FineTuneJobs.\n{ready}", done.stderr
     assert done.returncode == 0
     operator.stop()
     done = run_helm_test(plane, tmp_path)
-    assert f"{name} can't be reached at http://127.0.0.1:{operator.port}/readyz" in done.stdout
+    gone = f"can't be reached at http://127.0.0.1:{operator.port}/readyz"
+    assert done.stdout.count(gone) == 2, done.stdout
     assert (done.returncode, done.stderr.strip()) == (1, "An operator is not ready.")
 
     releases.rollback(RELEASE, version=1)

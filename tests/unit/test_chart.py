@@ -152,7 +152,9 @@ def test_without_the_election_one_operator_ends_before_the_next_one_starts() -> 
     objects = render(leaderElection={"enabled": False})
     assert named(objects, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
     assert [o["kind"] for o in objects].count("Role") == 0
-    assert "strategy" not in named(render(replicaCount=2), "Deployment")["spec"]
+    strategy = named(render(replicaCount=2), "Deployment")["spec"]["strategy"]
+    assert strategy["type"] == "RollingUpdate"
+    assert strategy["rollingUpdate"], "left to the server, a rollback to Recreate is refused"
 
 
 def test_the_stages_settings_reach_the_operator() -> None:
