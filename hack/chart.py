@@ -125,8 +125,8 @@ def _stages(definition: Schema) -> Schema:
 
 def _model_cache(definition: Schema) -> Schema:
     """One of the volumes of spec.volumes that can hold models for all."""
-    root = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-    volume = _plain(root["properties"]["spec"]["properties"]["volumes"]["items"])
+    stage = _stages(definition)["properties"]["train"]
+    volume = stage["properties"]["volumes"]["items"]
     sources = ("persistentVolumeClaim", "image")
     return closed({each: volume["properties"][each] for each in sources}) | {"maxProperties": 1}
 
