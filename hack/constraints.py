@@ -22,7 +22,7 @@ EXTRAS = {
     "cli": "cli",
     "trainer": "trainer,gguf,trackers,signing",
     "unsloth": "trainer,gguf,trackers,signing,liger,unsloth",
-    "dev": "operator,cli,trainer,gguf,trackers,signing,dev,integration",
+    "dev": "operator,cli,trainer,gguf,trackers,signing,dev,docs,integration",
 }
 
 

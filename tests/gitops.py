@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from hack.cluster import binaries
 from hack.process import Unavailable, output
 
 VARIABLE = "GITOPS_TOOLS"
-HEALTH = Path(__file__).parents[1] / "examples" / "argocd" / "health.lua"
+EXAMPLES = Path(__file__).parents[1] / "examples" / "gitops"
+HEALTH = EXAMPLES / "argocd" / "health.lua"
 NAMES = ("kstatus", "kapply", "glua")
 
 
@@ -41,6 +44,41 @@ def find_programs() -> None:
 def kstatus(raw: dict[str, Any]) -> str:
     """What Flux waits by: InProgress, Current, Failed or Terminating."""
     return output([programs()["kstatus"]], input=json.dumps(raw)).partition("\t")[0].strip()
+
+
+class Repository:
+    """A Git repository of the teams' layout, and the working copy that an engine keeps of it."""
+
+    def __init__(self, folder: Path, namespace: str) -> None:
+        self.origin, self.copy = folder / "origin", folder / "copy"
+        shutil.copytree(EXAMPLES / "teams", self.origin / "teams")
+        for file in self.origin.rglob("overlays/*/kustomization.yaml"):
+            text = re.sub(
+                r"^namespace: .*$", f"namespace: {namespace}", file.read_text(), flags=re.M
+            )
+            file.write_text(text)
+        _git(self.origin, "init", "--quiet", "--initial-branch=main")
+        self.commit("Begin")
+        _git(folder, "clone", "--quiet", str(self.origin), str(self.copy))
+
+    def commit(self, subject: str) -> None:
+        _git(self.origin, "add", "--all")
+        author = ("-c", "user.name=team", "-c", "user.email=team@example.com")
+        _git(self.origin, *author, "commit", "--quiet", "--message", subject)
+
+    def render(self, overlay: str) -> str:
+        """Pull, and render an overlay with the kustomize that kubectl has."""
+        _git(self.copy, "pull", "--quiet")
+        return render(self.copy / "teams", overlay)
+
+
+def render(teams: Path, overlay: str) -> str:
+    """The manifests of an overlay."""
+    return output([str(binaries.kubectl()), "kustomize", str(teams / "overlays" / overlay)])
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return output(["git", "-C", str(folder), *arguments])
 
 
 def argo_health(raw: dict[str, Any], folder: Path) -> tuple[str, str]:

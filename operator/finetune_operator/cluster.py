@@ -184,11 +184,13 @@ class Cluster:
         path = f"{_path(body['kind'], body['metadata'])}/{body['metadata']['name']}"
         return await self._request("PUT", path, body=body)
 
-    async def pods(self, namespace: str, labels: Mapping[str, str]) -> list[JsonObject]:
-        """The children's pods with these labels, as the API server has them now."""
+    async def children(
+        self, kind: Literal["Job", "Pod"], namespace: str, labels: Mapping[str, str]
+    ) -> list[JsonObject]:
+        """The Jobs or pods of stages with these labels, as the API server has them now."""
         wanted = ",".join([CHILDREN_SELECTOR, *(f"{key}={value}" for key, value in labels.items())])
         query = {"labelSelector": wanted}
-        found = await self._request("GET", _collection("Pod", namespace), query=query)
+        found = await self._request("GET", _collection(kind, namespace), query=query)
         return list(found["items"] or ())
 
     async def workload(self, namespace: str, job_uid: str) -> JsonObject | None:

@@ -38,6 +38,7 @@ from finetune_operator.observe import (
     ObservedFineTuneJob,
     ObservedJob,
     QueueState,
+    controller_uid,
     is_controlled_by,
     observe_finetunejob,
     observe_jobs,
@@ -262,29 +263,35 @@ class Reconciler:
         for action in decided.actions:
             if isinstance(action, StartStage):
                 objects = await self._objects(finetunejob, action)
-                await self._make_sure_that_no_pod_works(finetunejob, objects.job)
+                await self._make_sure_that_none_is_at_work(finetunejob, objects.job)
                 for body in (*objects.access, objects.config_map):
                     await self._ensure(finetunejob, body)
                 await self._ensure(finetunejob, objects.job, dry_run=True)
                 return objects.job
         return None
 
-    async def _make_sure_that_no_pod_works(
+    async def _make_sure_that_none_is_at_work(
         self, finetunejob: ObservedFineTuneJob, job: JsonObject
     ) -> None:
-        """Raise ConflictError if the API server has a pod at work that the watch doesn't show yet.
+        """Raise ConflictError if the API server has a pod at work that the watch doesn't show yet,
+        or a Job of an earlier FineTuneJob of this name, which is deleted then.
 
         Jobs and pods are watched separately: a Job may be seen to be gone before its pod is seen to
-        be there. `job` is the one to start.
+        be there. And a FineTuneJob may be deleted just before its Job is created. `job` is the one
+        to start.
         """
+        namespace = finetunejob.namespace
         labels = {
             each: job["metadata"]["labels"][each] for each in (FINETUNEJOB_LABEL, STAGE_LABEL)
         }
-        for pod in await self._cluster.pods(finetunejob.namespace, labels):
-            meta = pod["metadata"]
-            mine = meta.get("annotations", {}).get(FINETUNEJOB_NAME_ANNOTATION) == finetunejob.name
-            if mine and observe_pod(pod).may_work:
-                raise ConflictError(f"the pod {meta['name']} is at work")
+        for other in await self._cluster.children("Job", namespace, labels):
+            meta, owner = other["metadata"], controller_uid(other, KIND)
+            if _named(other, finetunejob) and owner and owner != finetunejob.uid:
+                await self._cluster.delete_job(namespace, meta["name"], meta["uid"])
+                raise ConflictError(f"the Job {meta['name']} of an earlier FineTuneJob is there")
+        for pod in await self._cluster.children("Pod", namespace, labels):
+            if _named(pod, finetunejob) and observe_pod(pod).may_work:
+                raise ConflictError(f"the pod {pod['metadata']['name']} is at work")
 
     async def _make_sure_of(self, finetunejob: ObservedFineTuneJob) -> None:
         """Raise ConflictError unless the API server still holds what the watch shows."""
@@ -415,6 +422,12 @@ class Reconciler:
     def _forget(self, key: str) -> None:
         self._own_writes.pop(key, None)
         self._metrics.forget(key)
+
+
+def _named(child: JsonObject, finetunejob: ObservedFineTuneJob) -> bool:
+    """Whether a child's FineTuneJob has this one's name; its label may be shortened."""
+    notes = child["metadata"].get("annotations") or {}
+    return notes.get(FINETUNEJOB_NAME_ANNOTATION) == finetunejob.name
 
 
 def _log_fields(finetunejob: ObservedFineTuneJob, decided: Plan) -> dict[str, object]:

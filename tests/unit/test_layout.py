@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 OPERATOR = ROOT / "operator" / "finetune_operator"
 TRAINER = ROOT / "trainer" / "finetune_trainer"
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = [file for file in TRAINER.rglob("*.py") if file.name != "__init__.py"]
 PACKAGES = [file.parent for file in TRAINER.rglob("__init__.py")]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
+from finetune_operator.api.observed import Phase
 from finetune_trainer.contract import Reason, Stage
 from hack.cluster.control_plane import ControlPlane
 from hack.operator_process import Operator
 from tests.fixtures import start_or_leave_out
-from tests.gitops import argo_health, find_programs, kstatus, programs
+from tests.gitops import EXAMPLES, Repository, argo_health, find_programs, kstatus, programs, render
 from tests.integration.operator.stage import (
     SPEC,
     Namespace,
@@ -32,6 +35,12 @@ NO_NODE = {
     "status": "False",
     "reason": "Unschedulable",
     "message": "0/3 nodes are available.",
+}
+NO_SECRET = {
+    "waiting": {
+        "reason": "CreateContainerConfigError",
+        "message": 'secret "object-store" not found',
+    }
 }
 NO_IMAGE = {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}}
 KEEP = {"metadata": {"finalizers": ["example.com/keep"]}}
@@ -98,6 +107,8 @@ def test_each_phase_is_what_it_is_to_flux_and_argo_cd(
     here.wait_phase("Training")
     assert verdicts() == ("InProgress", "Progressing")
     here.succeed(trained())
+    here.wait_phase("Exporting")
+    assert verdicts() == ("InProgress", "Progressing")
     here.succeed(exported())
     here.wait_phase("Succeeded")
     assert verdicts() == ("Current", "Healthy")
@@ -116,24 +127,47 @@ def test_each_phase_is_what_it_is_to_flux_and_argo_cd(
     here.plane.kubectl(*patch, '{"metadata":{"finalizers":null}}')
 
 
+COURSE = test_each_phase_is_what_it_is_to_flux_and_argo_cd
+
+
 def condition(kind: str, status: str) -> dict[str, Any]:
     return {"type": kind, "status": status, "reason": "Why", "message": "Words."}
 
 
-def test_a_suspended_job_is_neither_done_nor_broken(tmp_path: Path) -> None:
-    kinds = {"Ready": "False", "Progressing": "False", "Degraded": "False", "Suspended": "True"}
+WRITTEN = {
+    "Pending": ({"Progressing": "True", "Reconciling": "True"}, "Progressing", "Words."),
+    "Suspended": (
+        {"Progressing": "False", "Suspended": "True"},
+        "Suspended",
+        "spec.suspend is set.",
+    ),
+}
+"""Phases that the course above doesn't pass: their conditions, and what Argo CD says."""
+
+
+@pytest.mark.parametrize("phase", WRITTEN)
+def test_what_has_not_begun_or_is_suspended_is_neither_done_nor_broken(
+    phase: str, tmp_path: Path
+) -> None:
+    conditions, *health = WRITTEN[phase]
+    kinds = {"Ready": "False", "Degraded": "False", **conditions}
     raw = {
         "apiVersion": "finetune.dev/v1alpha1",
         "kind": "FineTuneJob",
         "metadata": {"name": "support", "namespace": "ml", "generation": 1},
         "status": {
             "observedGeneration": 1,
-            "phase": "Suspended",
+            "phase": phase,
             "conditions": [condition(*each) for each in kinds.items()],
         },
     }
     assert kstatus(raw) == "InProgress"
-    assert argo_health(raw, tmp_path) == ("Suspended", "spec.suspend is set.")
+    assert list(argo_health(raw, tmp_path)) == health
+
+
+def test_no_phase_is_left_out() -> None:
+    course = set(re.findall(r'wait_phase\("(\w+)"', inspect.getsource(COURSE)))
+    assert course | set(WRITTEN) == set(Phase)
 
 
 def test_kubectl_shows_what_stands_in_the_way(here: Namespace, to_come: Operator) -> None:
@@ -190,6 +224,11 @@ class Applier:
         }
         (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(body))
 
+    def sync(self, repository: Repository, overlay: str, seconds: int) -> str:
+        """Pull, render, apply, wait and prune."""
+        (self.folder / "rendered.yaml").write_text(repository.render(overlay))
+        return self.apply(seconds)
+
     def apply(self, seconds: int) -> str:
         """Apply, and wait until all is Current; what it says, also where that fails."""
         wait = [f"--reconcile-timeout={seconds}s", "--status-events"]
@@ -201,28 +240,59 @@ class Applier:
         return done.stdout + done.stderr
 
 
-def test_a_gitops_engine_waits_for_a_new_job_and_prunes_it(
+def test_an_engine_syncs_a_working_copy_of_git_waits_and_prunes(
     here: Namespace, to_come: Operator, tmp_path: Path
 ) -> None:
-    engine = Applier(here, tmp_path / "repository")
-    engine.write("support")
-    said = engine.apply(seconds=4)
+    repository = Repository(tmp_path, here.name)
+    engine = Applier(here, tmp_path / "rendered")
+    said = engine.sync(repository, "staging", seconds=4)
     assert "support is InProgress" in said, said
     assert "support is Current" not in said, "nobody has looked at it yet"
 
     to_come.start()
+    here.set_pod(here.pod(PREPARE), "Pending", NO_SECRET)  # External Secrets is late
+    assert here.wait_phase("Waiting")["reason"] == "SecretNotFound"
+    here.start_pod(PREPARE)  # as the kubelet does when the Secret is there
     here.succeed(prepared())
     here.succeed(trained())
     here.succeed(exported())
     here.wait_phase("Succeeded")
-    said = engine.apply(seconds=60)
+    said = engine.sync(repository, "staging", seconds=60)
     assert "support is Current" in said, said
+    assert_no_drift(here, repository)
 
-    engine.write("another")  # an empty set is never pruned
-    (engine.folder / "support.yaml").unlink()
-    said = engine.apply(seconds=4)
+    base = repository.origin / "teams" / "base"
+    text = (base / "support.yaml").read_text()
+    (base / "support.yaml").write_text(text.replace("name: support\n", "name: another\n"))
+    overlay = repository.origin / "teams" / "overlays" / "staging" / "kustomization.yaml"
+    overlay.write_text(overlay.read_text().replace("name: support\n", "name: another\n"))
+    repository.commit("Replace support")
+    said = engine.sync(repository, "staging", seconds=4)
     assert "support pruned" in said or "support prune successful" in said, said
-    assert "support" not in here.plane.kubectl("get", "ftj", "-n", here.name, "-o", "name")
+    assert here.plane.kubectl("get", "ftj", "-n", here.name, "-o", "name").split() == [
+        "finetunejob.finetune.dev/another"
+    ]
+
+
+def assert_no_drift(here: Namespace, repository: Repository) -> None:
+    """Neither a diff as Argo CD makes it, nor a write when the same is applied again."""
+    by = ("--server-side", "--field-manager=argocd-controller", "-f", "-")
+    text = repository.render("staging")
+    assert here.plane.kubectl("diff", *by, input=text) == ""
+    here.plane.kubectl("apply", *by, input=text)
+    before = raw_finetunejob(here)["metadata"]
+    here.plane.kubectl("apply", *by, input=text)
+    after = raw_finetunejob(here)["metadata"]
+    assert (after["resourceVersion"], after["generation"]) == (before["resourceVersion"], 1)
+
+
+@pytest.mark.parametrize("overlay", ["staging", "production"])
+def test_the_api_server_takes_each_overlay(here: Namespace, overlay: str, tmp_path: Path) -> None:
+    text = Repository(tmp_path, here.name).render(overlay)
+    said = here.plane.kubectl("apply", "--server-side", "--dry-run=server", "-f", "-", input=text)
+    assert "support serverside-applied" in said
+    namespace = yaml.safe_load(render(EXAMPLES / "teams", overlay))["metadata"]["namespace"]
+    assert namespace == f"ml-{overlay}"
 
 
 def test_a_gitops_engine_fails_fast(here: Namespace, to_come: Operator, tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from finetune_trainer.contract import Csv, Dataset, Reason
@@ -227,8 +228,20 @@ def damaged(draw: st.DrawFn, files: list[bytes]) -> bytes:
     return bytes(data)
 
 
+def nameless() -> bytes:
+    """A zip archive whose directory gives its file no name."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a", HEADER + b"Who?,Me")
+    data = bytearray(file.getvalue())
+    entry = data.index(b"PK\x01\x02")
+    data[entry + 28], data[entry + 30] = 0, 1  # lengths of the name, and of what comes after it
+    return bytes(data)
+
+
 @fuzz(500)
 @given(damaged(GOOD), st.sampled_from([SKIP, FAIL]))
+@example(nameless(), SKIP)
 def test_a_damaged_file_is_read_or_refused(data: bytes, dataset: Dataset) -> None:
     read(data, dataset)
 

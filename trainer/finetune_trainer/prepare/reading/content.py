@@ -203,7 +203,10 @@ def _only_member(archive: zipfile.ZipFile, uri: str) -> zipfile.ZipInfo:
     members = [
         info
         for info, path in zip(archive.infolist(), paths, strict=True)
-        if not info.is_dir() and path.parts[0] != "__MACOSX" and not path.name.startswith(".")
+        if path.parts  # a damaged archive may name nothing
+        and not info.is_dir()
+        and path.parts[0] != "__MACOSX"
+        and not path.name.startswith(".")
     ]
     if len(members) != 1:
         found = f" ({names(info.filename for info in members)})" if members else ""

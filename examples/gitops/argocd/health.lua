@@ -1,5 +1,5 @@
 -- Health of a FineTuneJob for Argo CD. Put it into the ConfigMap argocd-cm, under the key
--- resource.customizations.health.finetune.dev_FineTuneJob (docs/operations.md has the command).
+-- resource.customizations.health.finetune.dev_FineTuneJob (docs/gitops.md has the command).
 local health = {status = "Progressing", message = "The operator has not looked at this spec yet."}
 local status = obj.status or {}
 if status.observedGeneration ~= obj.metadata.generation then
