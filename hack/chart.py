@@ -124,11 +124,16 @@ def _stages(definition: Schema) -> Schema:
 
 
 def _model_cache(definition: Schema) -> Schema:
-    """One of the volumes of spec.volumes that can hold models for all."""
-    stage = _stages(definition)["properties"]["train"]
-    volume = stage["properties"]["volumes"]["items"]
-    sources = ("persistentVolumeClaim", "image")
-    return closed({each: volume["properties"][each] for each in sources}) | {"maxProperties": 1}
+    """A claim, or an image as a stage's volume takes it."""
+    volumes = _stages(definition)["properties"]["train"]["properties"]["volumes"]
+    claim = closed(
+        {"claimName": {"type": "string", "minLength": 1}, "readOnly": {"type": "boolean"}}
+    )
+    sources = {
+        "persistentVolumeClaim": claim | {"required": ["claimName"]},
+        "image": volumes["items"]["properties"]["image"],
+    }
+    return closed(sources) | {"maxProperties": 1}
 
 
 def _plain(node: Schema) -> Schema:

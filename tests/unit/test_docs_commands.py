@@ -25,6 +25,8 @@ RUN_BY = {
     r"\.venv/bin/python -m benchmarks": "tests/unit/test_performance.py",
     r"docker build -f images/(operator|trainer)/Dockerfile ": "tests/e2e/conftest.py",
     r"helm (install|upgrade|rollback|uninstall) finetune": "tests/integration/test_helm.py",
+    r"finetune (init|validate) ": "tests/unit/cli/test_documents.py",
+    r"finetune ": "tests/integration/operator/test_cli.py",
     r"kubectl ": "tests/integration/operator/test_docs_commands.py",
     r"(ls|head|cd) ": "tests/integration/trainer/test_local.py",
     r"finetune-trainer <stage> ": "tests/e2e/test_main_job.py",
