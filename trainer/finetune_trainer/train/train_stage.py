@@ -16,7 +16,7 @@ from finetune_trainer.contract import (
     TrainingMetrics,
     TrainingRecord,
 )
-from finetune_trainer.model import base_model, initial_adapter
+from finetune_trainer.model import initial_adapter, prequantized
 from finetune_trainer.runtime import duration
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
@@ -25,6 +25,7 @@ from finetune_trainer.store.marker import (
     HELD_OUT,
     METRICS,
     SUMMARY,
+    TOKENS,
     StageFiles,
     check_owner,
     find_complete,
@@ -115,7 +116,7 @@ def fetch_work(
     held_out = None
     if config.resolved.eval_rows:
         held_out = prepared.fetch(HELD_OUT, workspace / HELD_OUT)
-    model = base_model.fetch_resolved(config, workspace / "model", reporter)
+    model = prequantized.fetch_whole(config, workspace / "model", reporter)
     workdir = workspace / "training"
     workdir.mkdir()
     return TrainingWork(
@@ -125,10 +126,29 @@ def fetch_work(
         engine="transformers",
         examples=examples,
         held_out=held_out,
+        tokens=fetch_tokens(prepared, EXAMPLES, workspace),
+        held_out_tokens=fetch_tokens(prepared, HELD_OUT, workspace) if held_out else None,
         model=model,
         initial_adapter=initial_adapter.fetch_resolved(config, workspace / "initial"),
         workdir=workdir,
     )
+
+
+def fetch_tokens(prepared: StageFiles, of: str, workspace: Path) -> Path | None:
+    """Bring the tokens of a file of examples to disk, where they are there.
+
+    An earlier release left none. The training makes them anew, so nothing depends on them.
+    """
+    name = TOKENS[of]
+    if prepared.marker.sha256_of(name) is None:
+        return None
+    try:
+        return prepared.fetch(name, workspace / name)
+    except StageError as error:
+        if error.reason is not Reason.STORED_FILE_CHANGED:
+            raise
+        log.warning("%s is tokenized again: %s", of, error.message)
+        return None
 
 
 def train(work: TrainingWork, session: TrainingSession) -> Trained:
