@@ -18,6 +18,8 @@ RUN_BY = {
     r"make (demo|demo-down)$": "tests/e2e/test_main_job.py",
     r"make (test|test-operator)\b": ".ci/run",
     r"make (build|help|test-all|test-unit)\b": ".ci/run",
+    r"make release$": "tests/unit/test_release.py",
+    r"openssl (dgst|ecparam|ec) ": "tests/unit/test_release.py",
     r"make docs$": "tests/unit/test_docs_site.py",
     r"make chaos": "tests/integration/kwok/test_chaos.py",
     r"(make|python -m benchmarks\.)\s?gpu": "tests/unit/test_benchmarks_gpu.py",
