@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 LIGHT  := $(VENV)/.light
 READY  := $(VENV)/.ready
 
-EVERYTHING := operator,trainer,gguf,trackers,signing,dev,integration
+EVERYTHING := operator,trainer,gguf,trackers,signing,dev,docs,integration
 comma      := ,
 
 # What one machine trains with; the guide's names. Empty: the trainer's own default.
@@ -153,6 +153,7 @@ format: $(LIGHT) ## Let ruff put the code in order
 .PHONY: generate
 generate: $(LIGHT) ## Write crds/, the chart's copy and tables in docs/ from the API's types
 	$(BIN)/python -m finetune_operator.api.crd .
+	$(BIN)/python -m hack.reference_page .
 	$(BIN)/python -m hack.stage_table .
 	$(BIN)/python -m hack.gpu_table .
 	$(BIN)/python -m hack.export_table .
@@ -161,12 +162,18 @@ generate: $(LIGHT) ## Write crds/, the chart's copy and tables in docs/ from the
 verify: $(LIGHT) ## Prove, in a temporary folder, that generated files are fresh
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cp -r crds charts docs "$$folder"; \
 	$(BIN)/python -m finetune_operator.api.crd "$$folder"; \
+	$(BIN)/python -m hack.reference_page "$$folder"; \
 	$(BIN)/python -m hack.stage_table "$$folder"; \
 	$(BIN)/python -m hack.gpu_table "$$folder"; \
 	$(BIN)/python -m hack.export_table "$$folder"; \
 	for part in crds charts docs; do \
 	  diff -r "$$part" "$$folder/$$part" || { echo 'Generated files are stale: run `make generate`.'; exit 1; }; \
 	done; echo 'Generated files are fresh.'
+
+# SITE_REPOSITORY=https://… has links to files beside docs/ lead into that repository.
+.PHONY: docs
+docs: $(LIGHT) ## The documentation as a site, in site/ (`.venv/bin/python -m mkdocs serve` shows it as you write)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 .PHONY: images
 images: build ## Build both images with Docker or buildah
@@ -192,7 +199,7 @@ $(LIGHT): pyproject.toml constraints/dev.txt
 	@echo "Setting up $(VENV): a minute beside the downloads."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints/dev.txt pip
-	$(call install,operator$(comma)trainer$(comma)dev)
+	$(call install,operator$(comma)trainer$(comma)dev$(comma)docs)
 	touch $@
 
 # The rest. The wheel of llama-cpp-python is compiled once per version and machine and kept in the

@@ -21,7 +21,7 @@ EXTRAS = {
     "operator": "operator",
     "trainer": "trainer,gguf,trackers,signing",
     "unsloth": "trainer,gguf,trackers,signing,liger,unsloth",
-    "dev": "operator,trainer,gguf,trackers,signing,dev,integration",
+    "dev": "operator,trainer,gguf,trackers,signing,dev,docs,integration",
 }
 
 

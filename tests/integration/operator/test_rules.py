@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.crd import custom_resource_definition
+from hack import REPOSITORY
 from hack.cluster.control_plane import ControlPlane
 from hack.process import CommandFailed
 from tests.integration.operator.stage import Namespace
 
+EXAMPLES = REPOSITORY / "examples"
 SECRET = {"secretKeyRef": {"name": "wandb", "key": "key"}}
 COST_FACTOR = 4  # so much more could all rules cost, before a server refuses the definition
 
@@ -110,6 +112,13 @@ def spec_with(path: str, value: object) -> dict[str, Any]:
             inner["repository"] = "registry.example.com/model"
     inner[name.removesuffix("[]")] = [value] if name.endswith("[]") else value
     return spec
+
+
+def test_every_example_is_accepted(default: Namespace) -> None:
+    files = [*EXAMPLES.glob("*.yaml"), *EXAMPLES.glob("gallery/*.yaml")]
+    named = [f"--filename={file}" for file in files]
+    said = default.plane.kubectl("apply", "--dry-run=server", "--validate=strict", *named)
+    assert said.count("finetunejob.finetune.dev/") == len(files)
 
 
 def test_the_server_has_all_rules(default: Namespace) -> None:

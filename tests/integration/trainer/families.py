@@ -153,6 +153,20 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         "mixtral", MISTRAL, "mistral", {**WIDE, "sliding_window": None, "num_local_experts": 4}
     ),
+    "gpt-oss": Family(
+        "gpt_oss",
+        SMOLLM2,
+        "chatml",
+        {
+            **SMALL,
+            "intermediate_size": 96,
+            "head_dim": 32,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 128,
+            "tie_word_embeddings": False,
+        },
+    ),
     "phi-3": Family("phi3", PHI3, "phi3", {**WIDE, "sliding_window": 511}),
     "phi-4": Family("phi3", PHI4, PHI4_TEMPLATE, {**SMALL, "sliding_window": None}),
     "smollm2": Family("llama", SMOLLM2, "chatml", {**SMALL, "tie_word_embeddings": True}),

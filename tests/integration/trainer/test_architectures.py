@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,16 @@ from finetune_trainer.model.tokenizer import encode, message_pair
 from tests.integration.trainer.conftest import ATTENTION, MLP, ROWS, Processes, write_csv
 from tests.integration.trainer.families import EACH_CHANGE, FAMILIES, write_family
 from tests.integration.trainer.fork_server import ForkServer
+from tests.integration.trainer.narrow import to_fp8, to_mxfp4
 
 KINDS = ("F16", "Q8_0", "Q4_K_M")
 SECONDS = 300.0
 PLAIN = {"r": 8, "dropout": 0}
+NARROW: dict[str, Callable[[Path, Path], Path]] = {
+    "gpt-oss": to_mxfp4,
+    "qwen3-moe": partial(to_fp8, block=(16, 16)),
+}
+"""Families whose base models are published in fewer than 16 bits."""
 FUSED = ("o_proj", "qkv_proj")
 
 
@@ -59,6 +68,10 @@ class Pipeline:
         base = self.folder / name / "base"  # llama.cpp must not need the family's name
         if not base.exists():
             write_family(FAMILIES[name], base)
+            if narrow := NARROW.get(name):
+                narrow(base, base.with_name("narrow"))
+                shutil.rmtree(base)
+                base.with_name("narrow").rename(base)
         folder = self.folder / f"run-{len(list(self.folder.iterdir()))}"
         output, log = folder / "out", folder / "log"
         write = folder / "train.csv"

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 from finetune_trainer.contract import Export, Quantization, StageError
 from finetune_trainer.export.merge import MergedWeights
 from finetune_trainer.export.merge.model_folder import write_fp8
-from finetune_trainer.model import rehearsal
+from finetune_trainer.model import converter
 from finetune_trainer.prepare.checks import check_experts, check_few_bits
 from tests.integration.trainer.adapters import SINGLE, merge_in_memory, save_adapter, save_base
 
@@ -92,5 +92,5 @@ def test_experts_are_refused_in_types_that_need_a_matrix_of_each() -> None:
     check_few_bits(few, {SINGLE: {"model.layers.0.mlp.up_proj.weight": tensor(8, 8)}})
 
 
-def tensor(*widths: int) -> rehearsal.TensorHeader:
-    return rehearsal.TensorHeader("BF16", list(widths), (0, 0))
+def tensor(*widths: int) -> converter.TensorHeader:
+    return converter.TensorHeader("BF16", list(widths), (0, 0))

@@ -26,10 +26,15 @@ NOT_NORMALISED = [
 """Characters that some tokenizers compose, and llama.cpp doesn't."""
 
 NORMALISED = dict.fromkeys(("qwen3", "qwen3-moe"), ("row 7", "row 8"))
-FAMILIES = ("gemma-2", "gemma-3", "mistral", "phi-3", "qwen3", "qwen3-moe")
+FAMILIES = ("gemma-2", "gemma-3", "gpt-oss", "mistral", "phi-3", "qwen3", "qwen3-moe")
+
+WITH_EXPERTS = ("gpt-oss", "qwen3-moe")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[pytest.mark.every_family] * (f == "gpt-oss")) for f in FAMILIES],
+)
 def test_files_of_a_clean_model_pass(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,7 +44,7 @@ def test_files_of_a_clean_model_pass(
     inputs = tuned.inputs(merged=True)
     rows = [*inputs.examples, *NOT_NORMALISED]
     gate = SourceGate.open(replace(inputs, examples=rows), tmp_path / "gate")
-    if family == "qwen3-moe":
+    if family in WITH_EXPERTS:
         swapped = Path(shutil.copy(tuned.file(tuned.own), tmp_path / "swapped.gguf"))
         swap_experts(swapped, "blk.0.ffn_down_exps.weight")
         found = gate.check(swapped, tuned.own).source_verdict

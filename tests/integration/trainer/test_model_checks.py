@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from finetune_trainer.contract import (
     RunConfig,
     StageError,
 )
-from finetune_trainer.model import ModelFolder, adapter, base_model, rehearsal
+from finetune_trainer.model import ModelFolder, adapter, base_model, converter
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import message_pair
-from finetune_trainer.prepare import checks
+from finetune_trainer.prepare import checks, prepare_stage
 from finetune_trainer.prepare.prepare_stage import check_config, plan_training
 from finetune_trainer.runtime.reporter import Reporter
 from hack.object_store import Credentials
 from tests.integration.trainer.families import FAMILIES, write_family
+from tests.integration.trainer.narrow import to_fp8
 
 WEIGHTS = "model.safetensors"
 
@@ -84,7 +86,7 @@ def test_a_model_in_a_bucket_is_checked_without_fetching_its_weights(
     """The headers are longer than what is read at first."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", moto.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", moto.secret_key)
-    monkeypatch.setattr(rehearsal, "FIRST_BYTES", 64)
+    monkeypatch.setattr(converter, "FIRST_BYTES", 64)
     client = moto.client()
     small = tmp_path / "small"
     small.mkdir()
@@ -176,15 +178,36 @@ def test_widths_that_llama_cpp_does_not_quantize(
     assert bool(caplog.messages) is (width == 576)
 
 
-@pytest.mark.parametrize("method", ["fp8", "compressed-tensors", "gptq", "mxfp4"])
-def test_a_quantized_base_is_refused_before_a_training(
-    changed: Path, tmp_path: Path, method: str
+def test_a_quantized_base_that_is_not_read_is_refused_before_a_training(
+    changed: Path, tmp_path: Path
 ) -> None:
-    change(changed / "config.json", quantization_config={"quant_method": method})
-    with pytest.raises(StageError, match=f"quantized \\({method}\\).*in 16 bits") as caught:
+    change(changed / "config.json", quantization_config={"quant_method": "gptq"})
+    with pytest.raises(StageError, match=r"quantized \(gptq\).*in 16 bits") as caught:
         check(changed, tmp_path, export={"gguf": []})
     assert caught.value.reason is Reason.MODEL_UNSUPPORTED
     check(changed, tmp_path, export={"gguf": [], "merged": False})  # nothing is merged
+
+
+def test_a_base_in_eight_bits_is_rehearsed_in_sixteen(good: Path, tmp_path: Path) -> None:
+    narrow = to_fp8(good, tmp_path / "narrow", (16, 16))
+    check(narrow, tmp_path)
+    seen = tmp_path / "rehearsal" / WEIGHTS
+    assert {name: t.dtype for name, t in load_file(seen).items()} == {
+        name: t.dtype for name, t in load_file(good / WEIGHTS).items()
+    }
+    assert "quantization_config" not in json.loads((seen.parent / "config.json").read_bytes())
+    hardware = {"exportStorageBytes": (1 << 50)}
+    config = run_config(narrow, hardware=hardware, training={"maxSequenceLength": 64})
+    with pytest.MonkeyPatch.context() as patch:
+        needs: list[int] = []
+        patch.setattr(prepare_stage, "check_disks", lambda *seen: needs.append(seen[2]))
+        for folder in (good, narrow):
+            files = base_model.find(config.model, config.storage)
+            with suppress(StageError):
+                plan_training(config, files, ModelFolder(folder), longest=64)
+    shape = Shape.of_model(good)
+    assert shape
+    assert needs == [0, 2 * shape.parameters], "it is on the disk in 16 bits as well"
 
 
 def test_weights_of_eight_bits_are_found_in_the_files(changed: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ from finetune_trainer.memory.forecast import (
     forecast,
 )
 from finetune_trainer.memory.machine import free_memory
-from finetune_trainer.model import ModelFolder, base_model
+from finetune_trainer.model import ModelFolder, prequantized
 from finetune_trainer.model.loading import available_cpus
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.runtime import binary, duration, size, timestamp
@@ -158,7 +158,7 @@ def make_all(export: ExportRun) -> Manifest:
     base, gate = None, GateReport()
     if config.export.merged or config.export.merged_fp8 or config.export.gguf:
         with export.reporter.part("fetch"):
-            base = base_model.fetch_resolved(config, export.workspace / "model", export.reporter)
+            base = prequantized.fetch_whole(config, export.workspace / "model", export.reporter)
         gate = make_from(export, base)
     manifest = Manifest(
         fingerprint=config.resolved.fingerprints.export,

@@ -44,7 +44,7 @@ from finetune_trainer.contract.verdict import Statement, Tone, explain_failures,
 from finetune_trainer.export.gguf import MODELFILE
 from finetune_trainer.local.fields import apply_settings, settable_fields
 from finetune_trainer.memory.machine import this_machine
-from finetune_trainer.model import base_model
+from finetune_trainer.model import prequantized
 from finetune_trainer.runtime.lifecycle import set_up_libraries
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.stage_runner import as_prepared, guarded, perform, stop_on_signal
@@ -173,7 +173,7 @@ def merge_adapter(folder: Path, reporter: Reporter) -> StageResult:
     config = _last_run(folder)
     from finetune_trainer.export.merge.model_folder import write_model  # noqa: PLC0415 - imports torch
 
-    base = base_model.fetch_resolved(config, _workspace(folder) / "model", reporter)
+    base = prequantized.fetch_whole(config, _workspace(folder) / "model", reporter)
     target = folder / "merged"
     shutil.rmtree(target, ignore_errors=True)
     reporter.message(f"Merging the {_result_noun(config)} into {config.model.source}")

@@ -39,7 +39,7 @@ from finetune_trainer.model.base_model import (
     list_repository,
     read_hub_header,
 )
-from finetune_trainer.model.rehearsal import Header, as_header, read_header
+from finetune_trainer.model.converter import Header, as_header, read_header
 from finetune_trainer.store import Folder, open_folder, split
 
 FIELD = "spec.training.initFrom"

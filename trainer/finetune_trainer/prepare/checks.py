@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +22,7 @@ from finetune_trainer.contract import (
     display_name,
 )
 from finetune_trainer.contract.output import NEED_IMPORTANCE
-from finetune_trainer.model import ModelFolder, initial_adapter, rehearsal
+from finetune_trainer.model import ModelFolder, converter, initial_adapter
 from finetune_trainer.model.adapter import (
     Layers,
     outline_adapter,
@@ -32,6 +30,7 @@ from finetune_trainer.model.adapter import (
     told_by_files,
 )
 from finetune_trainer.model.base_model import BaseModelFiles
+from finetune_trainer.model.prequantized import needs_whole, outline
 from finetune_trainer.model.rendering import render, render_example
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import (
@@ -46,11 +45,6 @@ from finetune_trainer.runtime.reporter import Reporter
 
 BLOCK = 32  # values that each quantized block has at least (Q8_0)
 K_BLOCK = 256  # of all types below Q8_0; llama.cpp takes a larger type where rows don't divide
-
-NARROW_TYPES = {
-    *("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-}
-"""The safetensors format's names of floating types below 16 bits."""
 
 _MARK = "\N{SNOWMAN}"  # in no template
 _SYSTEM_REMEDY = (
@@ -134,13 +128,13 @@ def check_model(
     as well, but refuse nothing. Raises StageError: InvalidConfig where the model lacks a target
     module, ModelUnsupported where llama.cpp can't do what spec.export.gguf asks for.
     """
-    headers = rehearsal.read_headers(model, config.model_storage)
-    if config.export.merged or config.export.merged_fp8 or config.export.gguf:
-        check_whole(json.loads((base.path / "config.json").read_bytes()), headers)
+    headers = converter.read_headers(model, config.model_storage)
+    if needs_whole(config.export):
+        base, headers = outline(base, headers, workdir / "in-16-bits")
     if config.export.merged_fp8:
         check_experts(headers)
     if config.training.method != "full":
-        check_targets(config.training.lora, base, rehearsal.tensor_names(headers))
+        check_targets(config.training.lora, base, converter.tensor_names(headers))
         initial_adapter.check(config, base, model.revision)
     if not config.export.gguf:
         return ""
@@ -149,8 +143,8 @@ def check_model(
     check_few_bits(config.export, headers)
     tokenizer = load_tokenizer(base)
     probes, texts = model_probes(tokenizer), _rendered(tokenizer, rows or {})
-    theirs = rehearsal.rehearse(
-        rehearsal.with_stand_ins(model, headers, base, workdir / "rehearsal"),
+    theirs = converter.rehearse(
+        converter.with_stand_ins(model, headers, base, workdir / "rehearsal"),
         display_name(config.model.source),
         workdir / "rehearsal.gguf",
         [*probes, *texts.values()],
@@ -190,25 +184,7 @@ def check_tokens(
         )
 
 
-def check_whole(config: dict[str, Any], headers: rehearsal.Headers) -> None:
-    """Raise StageError(ModelUnsupported) for weights of fewer than 16 bits.
-
-    A merge would round twice: to what the weights say, and to what they were made of no more.
-    """
-    quantization = config.get("quantization_config") or {}
-    kind = quantization.get("quant_method") or quantization.get("format")
-    types = {tensor.dtype for header in headers.values() for tensor in header.values()}
-    narrow = sorted(types & NARROW_TYPES)
-    if quantization or narrow:
-        raise StageError(
-            Reason.MODEL_UNSUPPORTED,
-            f"The base model is quantized ({kind or ', '.join(narrow) or 'quantization_config'}), "
-            "and an adapter can't be merged into it without loss: name in spec.model.source the "
-            "model in 16 bits that it was made of.",
-        )
-
-
-def check_experts(headers: rehearsal.Headers) -> None:
+def check_experts(headers: converter.Headers) -> None:
     """Raise StageError(ModelUnsupported) for experts in one tensor: in FP8 nobody reads them."""
     for name, tensor in (item for header in headers.values() for item in header.items()):
         if ".experts." in name and len(tensor.shape) > 2:
@@ -219,7 +195,7 @@ def check_experts(headers: rehearsal.Headers) -> None:
             )
 
 
-def check_few_bits(export: Export, headers: rehearsal.Headers) -> None:
+def check_few_bits(export: Export, headers: converter.Headers) -> None:
     """Raise StageError(ModelUnsupported) for types that need an importance matrix, with experts."""
     asked = [kind for kind in export.gguf if kind in NEED_IMPORTANCE]
     if asked and any(".experts." in name for header in headers.values() for name in header):

@@ -31,7 +31,7 @@ from finetune_trainer.contract import (
 from finetune_trainer.contract.output import written_models
 from finetune_trainer.memory.forecast import check_disk, downloaded, export_disk, training_disk
 from finetune_trainer.memory.plan import Lengths, describe, plan
-from finetune_trainer.model import ModelFolder, base_model
+from finetune_trainer.model import ModelFolder, base_model, prequantized
 from finetune_trainer.model.base_model import BaseModelFiles
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.prepare.dataset_files import DataFiles, DatasetRows, find_data_files, hold_out
@@ -362,7 +362,10 @@ def plan_training(
             config.model.source,
         )
         return None
-    check_disks(config, shape, downloaded(config.model.source, model.sizes), hardware)
+    model_bytes = downloaded(config.model.source, model.sizes)
+    if prequantized.is_quantized(base.path):
+        model_bytes += 2 * shape.parameters  # it is there in 16 bits as well
+    check_disks(config, shape, model_bytes, hardware)
     training_plan = plan(config.training, shape, Lengths(longest), hardware)
     log.info("Plan: %s", describe(training_plan, hardware))
     return training_plan

@@ -16,7 +16,7 @@ from finetune_trainer.contract import (
     TrainingMetrics,
     TrainingRecord,
 )
-from finetune_trainer.model import base_model, initial_adapter
+from finetune_trainer.model import initial_adapter, prequantized
 from finetune_trainer.runtime import duration
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
@@ -116,7 +116,7 @@ def fetch_work(
     held_out = None
     if config.resolved.eval_rows:
         held_out = prepared.fetch(HELD_OUT, workspace / HELD_OUT)
-    model = base_model.fetch_resolved(config, workspace / "model", reporter)
+    model = prequantized.fetch_whole(config, workspace / "model", reporter)
     workdir = workspace / "training"
     workdir.mkdir()
     return TrainingWork(
