@@ -121,14 +121,20 @@ class Watches:
     """Registers handlers with Kopf, and keeps what they are told."""
 
     def __init__(
-        self, cluster: Cluster, add: Callable[[str], None], namespaces: tuple[str, ...] = ()
+        self,
+        cluster: Cluster,
+        add: Callable[[str], None],
+        shown: Callable[[JsonObject], None] = lambda _: None,
+        namespaces: tuple[str, ...] = (),
     ) -> None:
+        """`add` is told the key that an event is about, `shown` the FineTuneJob of an event."""
         self.registry = kopf.OperatorRegistry()
         self.synced = False
         """Whether the watches have shown all that there was when they began."""
 
         self._cluster = cluster
         self._queue_key = add
+        self._shown_to = shown
         self._namespaces = namespaces
         self._told: set[str] = set()  # uids that an event was about, until all have been shown
         self._gone: set[str] = set()
@@ -150,8 +156,7 @@ class Watches:
         found = self._finetunejobs.under(key)
         if not found:
             return None
-        # While an object of the same name is being replaced, the index may hold both.
-        newest = max(found, key=lambda raw: str(raw["metadata"]["creationTimestamp"]))
+        newest = _newest(found)
         uid = newest["metadata"]["uid"]
         mine = by_uid(newest["metadata"]["namespace"], uid)
         return Snapshot(
@@ -160,6 +165,13 @@ class Watches:
             pods=tuple(self._pods.under(mine)),
             earlier_pods=tuple(pod for pod in self._pods.under(key) if _owner_uid(pod) != uid),
         )
+
+    def finetunejobs(self) -> list[JsonObject]:
+        """Every FineTuneJob that the watches show. Raises WatchesError while they begin."""
+        if not self.synced:
+            raise WatchesError("the watches begin anew")
+        index = self._finetunejobs
+        return [_newest(index.under(key)) for key in index.keys()]  # noqa: SIM118 - no mapping
 
     def queue_all(self) -> None:
         """Have a pass made over every FineTuneJob."""
@@ -318,6 +330,7 @@ class Watches:
             self._finetunejobs.put(finetunejob_in_brief(raw), key)
         else:
             self._finetunejobs.drop(meta["uid"])
+        self._shown_to(raw)
         self._add(key)
 
     async def _job_event(self, event: kopf.RawEvent, **_: Any) -> None:
@@ -359,6 +372,11 @@ def kopf_settings(settings: kopf.OperatorSettings, request_seconds: float) -> No
     settings.watching.inactivity_timeout = WATCH_SILENCE_SECONDS
     settings.watching.label_selectors[JOBS] = CHILDREN_SELECTOR
     settings.watching.label_selectors[PODS] = CHILDREN_SELECTOR
+
+
+def _newest(found: Iterable[JsonObject]) -> JsonObject:
+    """While an object of the same name is being replaced, the index may hold both."""
+    return max(found, key=lambda raw: str(raw["metadata"]["creationTimestamp"]))
 
 
 def by_uid(namespace: str | None, uid: str) -> str:
