@@ -100,8 +100,8 @@ def not_pulled(reason: str, words: str) -> str:
 
 
 def queued(state: QueueState | None, since: float = 0) -> ObservedJob:
-    told = {"suspended": True, "queue": "team-a", "queue_state": state}
-    return job(PREPARE, pod=None, created=at(since), **told)
+    held: Any = {"suspended": True, "queue": "team-a", "queue_state": state}
+    return job(PREPARE, pod=None, created=at(since), **held)
 
 
 def looks_again(after: float) -> Plan:
