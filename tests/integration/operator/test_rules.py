@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.crd import custom_resource_definition
+from hack import REPOSITORY
 from hack.cluster.control_plane import ControlPlane
 from hack.process import CommandFailed
 from tests.integration.operator.stage import Namespace
 
+EXAMPLES = REPOSITORY / "examples"
 SECRET = {"secretKeyRef": {"name": "wandb", "key": "key"}}
 COST_FACTOR = 4  # so much more could all rules cost, before a server refuses the definition
 
@@ -20,6 +22,9 @@ COST_FACTOR = 4  # so much more could all rules cost, before a server refuses th
 REFUSED: dict[str, Any] = {
     "must be org/name on the Hugging Face Hub, s3://bucket/folder, or the absolute path of a "
     "mounted folder": "llama",
+    "must be org/name on the Hugging Face Hub, s3://bucket/folder, oci://registry/repository:tag, "
+    "or the absolute path of a mounted folder": "docker://registry/model:1",
+    "must have exactly one of resourceClaimName and resourceClaimTemplateName": {"name": "gpu"},
     "must have exactly one of configMapRef and secretRef": {},
     "must have exactly one of claimName, configMap, secret, image": {"mountPath": "/models"},
     "must have sizeLimit, or storage, and storageClassName with storage alone": {
@@ -110,6 +115,13 @@ def spec_with(path: str, value: object) -> dict[str, Any]:
             inner["repository"] = "registry.example.com/model"
     inner[name.removesuffix("[]")] = [value] if name.endswith("[]") else value
     return spec
+
+
+def test_every_example_is_accepted(default: Namespace) -> None:
+    files = [*EXAMPLES.glob("*.yaml"), *EXAMPLES.glob("gallery/*.yaml")]
+    named = [f"--filename={file}" for file in files]
+    said = default.plane.kubectl("apply", "--dry-run=server", "--validate=strict", *named)
+    assert said.count("finetunejob.finetune.dev/") == len(files)
 
 
 def test_the_server_has_all_rules(default: Namespace) -> None:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from finetune_trainer.model import loading
-from finetune_trainer.train.recipe import processes, reporting, train_worker
+from finetune_trainer.train.recipe import processes, train_worker, training_log
 
 NOTE = "held-{}.json"
 HOLD_SECONDS = 120
@@ -124,7 +124,7 @@ def main(address: Path, parent: int) -> int:
     dtype: torch.dtype = getattr(torch, os.environ.get("COMPUTE_DTYPE", "float32"))
     loading.compute_dtype = lambda: dtype
     workdir: list[Path] = []
-    gathered, guard = processes.gathered_state, reporting.guard_trackers
+    gathered, guard = processes.gathered_state, training_log.guard_trackers
 
     def noting(model: torch.nn.Module) -> Any:
         # Of the layers only: embeddings stay gathered between two passes.
@@ -143,7 +143,7 @@ def main(address: Path, parent: int) -> int:
         if "HOLD" in os.environ:
             trainer.add_callback(Holding())
 
-    processes.gathered_state, reporting.guard_trackers = noting, guarding
+    processes.gathered_state, training_log.guard_trackers = noting, guarding
     _let_accelerate_shard_on_a_cpu()
     return train_worker.main(address, parent)
 

@@ -95,6 +95,7 @@ def test_a_csv_becomes_a_gguf_and_only_what_changes_is_done_again(
     assert trained.result.metrics["trainSteps"] == 120
     assert "Trainable parameters / base parameters: 65,536 / 3,219,776 (2.0354%)" in trained.output
     assert "step 120/120" in trained.output
+    assert "examples.jsonl: the tokens that prepare left are used" in trained.output
 
     exported = trainer("export", run_config)
     assert exported.code == 0, exported.output

@@ -53,6 +53,7 @@ def test_preferences_go_through_all_stages(
     assert metrics["evalLoss"] < metrics["baseEvalLoss"]
     assert "perplexity" not in metrics
     assert "reward accuracy" in trained.output
+    assert "examples.jsonl: the tokens that prepare left are used" in trained.output
 
     exported = trainer("export", config)
     assert exported.result is not None, exported.output

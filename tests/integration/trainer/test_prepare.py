@@ -12,6 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Message, Reason, RunConfig, StageError, as_example
+from finetune_trainer.model.token_rows import tokens_of
 from finetune_trainer.model.tokenizer import (
     encode,
     encode_batch,
@@ -101,7 +102,8 @@ def pair(question: str, answer: str) -> list[Message]:
 
 def write(findings: Findings, tokenizer: PreTrainedTokenizerBase, out: Path, limit: int) -> Any:
     held = hold_out(findings.rows.hashes, findings.config.dataset.eval_fraction)
-    findings.examples = write_examples(findings.rows, held, tokenizer, limit, out)
+    of = tokens_of(tokenizer, findings.config.training.objective, limit)
+    findings.examples = write_examples(findings.rows, held, tokenizer, of, out)
     findings.template = describe_template(tokenizer)
     findings.write(out)
     return json.loads((out / "dataset-report.json").read_text())
@@ -204,8 +206,9 @@ def test_memory_hardly_grows_with_the_rows(
         del rows
         tracemalloc.start()
         findings = load(folder, None)
+        held = hold_out(findings.rows.hashes, 0.05)
         write_examples(
-            findings.rows, hold_out(findings.rows.hashes, 0.05), tokenizer, 2048, folder / "out"
+            findings.rows, held, tokenizer, tokens_of(tokenizer, "sft", 2048), folder / "out"
         )
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()

@@ -88,6 +88,7 @@ def test_text_is_prepared_and_what_was_held_out_is_learnt(
     trained = trainer("train", config)
     assert trained.result is not None, trained.output
     assert trained.code == 0, trained.output
+    assert "eval.jsonl: the tokens that prepare left are used" in trained.output
     assert trained.result.metrics["evalLoss"] < trained.result.metrics["baseEvalLoss"]
     assert trained.result.metrics["perplexity"] < trained.result.metrics["basePerplexity"]
 

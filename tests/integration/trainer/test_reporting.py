@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from finetune_trainer.contract import JobReference, Reason, StageError, Tracker
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link import Trained, TrainingWork
-from finetune_trainer.train.recipe import reporting, sft
+from finetune_trainer.train.recipe import sft, training_log
 from finetune_trainer.train.supervisor import setup
 from tests.integration.trainer.recipe import make_work
 from tests.integration.trainer.test_distributed import make_rows
@@ -97,7 +97,7 @@ def test_mlflow_gets_the_figures_and_the_jobs_name(
     trained = train(make(tiny_model, tmp_path, "mlflow"))
 
     client = MlflowClient(store)
-    experiment = client.get_experiment_by_name(reporting.PROJECT)
+    experiment = client.get_experiment_by_name(training_log.PROJECT)
     assert experiment
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "kettle"
@@ -153,7 +153,7 @@ def test_a_tracker_that_fails_costs_a_warning_and_not_the_training(
         server.server_close()
 
     assert trained.metrics.train_steps == STEPS
-    warnings = [r.getMessage() for r in caplog.records if r.name == reporting.__name__]
+    warnings = [r.getMessage() for r in caplog.records if r.name == training_log.__name__]
     assert len(warnings) == 1
     assert warnings[0].startswith("MLflow fails, the training goes on without it:")
     assert "secret-word" not in caplog.text
@@ -207,4 +207,4 @@ def test_a_guarded_tracker_gets_every_event_that_it_listens_to(tracker: Tracker)
     kind: Any = INTEGRATION_TO_CALLBACK[tracker.value]
     events = {name for name in vars(kind) if name.startswith("on_")}
     # The recipe predicts nothing.
-    assert events - {"on_predict"} <= vars(reporting.GuardedTracker).keys()
+    assert events - {"on_predict"} <= vars(training_log.GuardedTracker).keys()

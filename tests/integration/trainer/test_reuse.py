@@ -23,7 +23,14 @@ from finetune_trainer.contract import fingerprint as formula
 from finetune_trainer.export import inputs
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder
-from finetune_trainer.store.marker import EXAMPLES, HELD_OUT, open_stage, save_stage, stage_folder
+from finetune_trainer.store.marker import (
+    EXAMPLES,
+    HELD_OUT,
+    TOKENS,
+    open_stage,
+    save_stage,
+    stage_folder,
+)
 from finetune_trainer.train import train_stage
 from tests.integration.trainer import first_release
 
@@ -249,6 +256,29 @@ def test_a_training_refuses_examples_that_are_not_those_of_prepare(
     refused(fetch, f"{output.uri}/{folder}/{name}")
     (output.root / folder / "complete.json").unlink()
     refused(fetch, f"{marker}, which says that prepare is complete, is gone")
+
+
+def test_a_training_does_without_tokens_that_are_damaged_or_were_never_left(
+    prepared: PreparedRunConfig, output: LocalFolder, tmp_path: Path
+) -> None:
+    fingerprint = prepared.resolved.fingerprints.prepare
+    folder = stage_folder(Stage.PREPARE, fingerprint)
+    files = {EXAMPLES: b"{}\n", HELD_OUT: b"{}\n", TOKENS[EXAMPLES]: b"tokens"}
+    made = tmp_path / "made"
+    made.mkdir()
+    for name, content in files.items():
+        (made / name).write_bytes(content)
+    save_stage(output, Stage.PREPARE, fingerprint, made)
+
+    def fetch(name: str) -> Path | None:
+        stored = open_stage(output, Stage.PREPARE, fingerprint)
+        return train_stage.fetch_tokens(stored, name, tmp_path)
+
+    assert fetch(EXAMPLES) == tmp_path / TOKENS[EXAMPLES]
+    assert fetch(HELD_OUT) is None
+    flip(output, f"{folder}/{TOKENS[EXAMPLES]}")
+    assert fetch(EXAMPLES) is None
+    assert not (tmp_path / TOKENS[EXAMPLES]).exists()
 
 
 @pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "metrics.json"])

@@ -17,6 +17,7 @@ from finetune_trainer.contract import (
 from finetune_trainer.export.gate.rows import choose_rows, question_of, said
 from finetune_trainer.model import rendering
 from finetune_trainer.model.rendering import render_prompt
+from finetune_trainer.model.token_rows import tokens_of
 from finetune_trainer.model.tokenizer import (
     encode_batch,
 )
@@ -156,5 +157,7 @@ def test_a_template_that_loops_on_one_row_is_ended(
     findings = load(tmp_path, [[user("yes"), assistant("a")], [user("no"), assistant("b")]])
     held = hold_out(findings.rows.hashes, 0)
     with pytest.raises(StageError) as caught:
-        write_examples(findings.rows, held, tokenizer, 80, tmp_path / "out")
+        write_examples(
+            findings.rows, held, tokenizer, tokens_of(tokenizer, "sft", 80), tmp_path / "out"
+        )
     assert caught.value.reason is Reason.MODEL_UNSUPPORTED

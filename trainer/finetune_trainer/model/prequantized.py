@@ -61,7 +61,7 @@ _IGNORED = (
 
 
 @dataclass(frozen=True)
-class Source:
+class NarrowTensor:
     """Where the values of a tensor are that has 16 bits from now on."""
 
     values: str
@@ -92,7 +92,7 @@ class Widened:
     """config.json, without a word of the quantization."""
 
     headers: Headers
-    sources: Mapping[str, Source]
+    sources: Mapping[str, NarrowTensor]
     """Where values come from, by tensor; all others stay as they are."""
 
     @property
@@ -250,7 +250,7 @@ def _named_type(config: Mapping[str, Any]) -> str:
 
 def _header(
     header: Header,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, NarrowTensor],
     tensors: Mapping[str, TensorHeader],
     used: set[str],
     wide: str,
@@ -273,7 +273,7 @@ def _header(
     return made
 
 
-def _shape(source: Source, tensors: Mapping[str, TensorHeader]) -> list[int]:
+def _shape(source: NarrowTensor, tensors: Mapping[str, TensorHeader]) -> list[int]:
     """Of a tensor in 16 bits."""
     shape = tensors[source.values].shape
     if source.mx:
@@ -293,7 +293,7 @@ def _size(tensor: TensorHeader) -> int:
 
 def _fp8(
     settings: Mapping[str, Any], tensors: Mapping[str, TensorHeader], method: str
-) -> dict[str, Source]:
+) -> dict[str, NarrowTensor]:
     """`X` beside `X_scale_inv`, by which it is multiplied all the same."""
     shared = _pair(settings.get("weight_block_size"))
     return _scaled(tensors, "_scale_inv", shared, method, ("F8_E4M3",))
@@ -305,7 +305,7 @@ def _pair(block: Sequence[int] | None) -> tuple[int, int] | None:
 
 def _mxfp4(
     settings: Mapping[str, Any], tensors: Mapping[str, TensorHeader], method: str
-) -> dict[str, Source]:
+) -> dict[str, NarrowTensor]:
     """`X_blocks` (experts, out, blocks, 16 bytes) and `X_scales` (experts, out, blocks)."""
     del settings
     found = {}
@@ -317,13 +317,13 @@ def _mxfp4(
         fits = tensor.dtype == "U8" and len(tensor.shape) == 4
         if scale is None or not fits or scale.shape != tensor.shape[:-1]:
             raise unreadable(f"{method}, but {name} is not laid out as gpt-oss's")
-        found[whole] = Source(values=name, scale=f"{whole}_scales", mx=True)
+        found[whole] = NarrowTensor(values=name, scale=f"{whole}_scales", mx=True)
     return found
 
 
 def _compressed(
     settings: Mapping[str, Any], tensors: Mapping[str, TensorHeader], method: str
-) -> dict[str, Source]:
+) -> dict[str, NarrowTensor]:
     """compressed-tensors: one group of layers, all in one format."""
     groups = settings.get("config_groups") or {}
     weights = [dict(group.get("weights") or {}) for group in groups.values()]
@@ -345,7 +345,7 @@ def _compressed(
     return _packed(tensors, int(first["num_bits"]), named)
 
 
-def _packed(tensors: Mapping[str, TensorHeader], bits: int, named: str) -> dict[str, Source]:
+def _packed(tensors: Mapping[str, TensorHeader], bits: int, named: str) -> dict[str, NarrowTensor]:
     found = {}
     for name, tensor in tensors.items():
         if not name.endswith(".weight_packed"):
@@ -355,7 +355,7 @@ def _packed(tensors: Mapping[str, TensorHeader], bits: int, named: str) -> dict[
         scale = tensors.get(f"{module}_scale")
         if scale is None or tensor.dtype != "I32" or len(tensor.shape) != 2:
             raise unreadable(f"{named}, but {name} has another layout")
-        found[module] = Source(
+        found[module] = NarrowTensor(
             values=name,
             scale=f"{module}_scale",
             bits=bits,
@@ -371,7 +371,7 @@ def _scaled(
     block: tuple[int, int] | None,
     method: str,
     types: tuple[str, ...],
-) -> dict[str, Source]:
+) -> dict[str, NarrowTensor]:
     """Values beside a scale of the same name and `suffix`."""
     found = {}
     for name, tensor in tensors.items():
@@ -381,7 +381,7 @@ def _scaled(
         if tensor.dtype not in types or scale.dtype not in _SCALES or len(tensor.shape) < 2:
             raise unreadable(f"{method}, with {name} in {tensor.dtype}")
         zero = f"{name}_zero_point"
-        found[name] = Source(
+        found[name] = NarrowTensor(
             name, name + suffix, zero=zero if zero in tensors else None, block=block
         )
     return found

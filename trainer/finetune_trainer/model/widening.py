@@ -24,7 +24,7 @@ from finetune_trainer.model.converter import (
 )
 from finetune_trainer.model.prequantized import (
     CONFIG,
-    Source,
+    NarrowTensor,
     WideningRequest,
     unreadable,
     widen,
@@ -110,7 +110,7 @@ class _Narrow:
             return (found.float() - BIAS).exp2()
         return found.float()
 
-    def blocks(self, name: str, source: Source | None, kind: str) -> Iterator[memoryview]:
+    def blocks(self, name: str, source: NarrowTensor | None, kind: str) -> Iterator[memoryview]:
         """The bytes of a tensor of the model in 16 bits, in order."""
         wide = torch.bfloat16 if kind == "BF16" else torch.float16
         if source is None:
@@ -122,7 +122,7 @@ class _Narrow:
         for block in values:
             yield block.to(wide).contiguous().view(-1).view(torch.uint8).numpy().data
 
-    def _mx(self, source: Source) -> Iterator[torch.Tensor]:
+    def _mx(self, source: NarrowTensor) -> Iterator[torch.Tensor]:
         """Expert by expert: (in, out)."""
         table = torch.tensor(FP4)
         blocks, scales = self.tensor(source.values), self.tensor(source.scale)
@@ -131,7 +131,7 @@ class _Narrow:
             power = exponents.int().sub_(BIAS).unsqueeze(-1)
             yield torch.ldexp(table[digits.int()], power).flatten(1).T
 
-    def _rows(self, source: Source) -> Iterator[torch.Tensor]:
+    def _rows(self, source: NarrowTensor) -> Iterator[torch.Tensor]:
         """Some rows of a matrix, or of a stack of them, at a time."""
         values = self.tensor(source.values)
         shape = values.shape
@@ -152,7 +152,7 @@ class _Narrow:
                     exact = exact - self._spread(zero, at, exact, source, len(matrix))
                 yield exact * self._spread(scales[number], at, exact, source, len(matrix))
 
-    def _check_width(self, source: Source) -> None:
+    def _check_width(self, source: NarrowTensor) -> None:
         """Packed rows may be filled up, which the headers don't tell."""
         shape = f"{source.values.removesuffix('_packed')}_shape"
         columns = self._headers[source.values].shape[1] * 32 // source.bits
@@ -164,7 +164,7 @@ class _Narrow:
         grid: torch.Tensor,
         rows: torch.Tensor,
         like: torch.Tensor,
-        source: Source,
+        source: NarrowTensor,
         of_all: int,
     ) -> torch.Tensor:
         """A value of `grid` for each element of the rows."""
@@ -178,7 +178,7 @@ class _Narrow:
             return some
         return torch.repeat_interleave(some, wide, 1)[:, :columns]
 
-    def _zero(self, source: Source, grid: tuple[int, ...]) -> torch.Tensor | None:
+    def _zero(self, source: NarrowTensor, grid: tuple[int, ...]) -> torch.Tensor | None:
         """What stands for zero, (rows, columns) as the scales; packed along the rows."""
         if source.zero is None:
             return None

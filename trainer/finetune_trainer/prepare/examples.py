@@ -21,10 +21,11 @@ from finetune_trainer.contract import (
     is_document,
 )
 from finetune_trainer.model.rendering import NotRenderedError
+from finetune_trainer.model.token_rows import TokensOf, TokensWriter
 from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_sides, pieces
 from finetune_trainer.prepare.dataset_files import DatasetRows, Mask
 from finetune_trainer.prepare.findings import TokenCounts, length_that_fits, percentile
-from finetune_trainer.store.marker import EXAMPLES, HELD_OUT
+from finetune_trainer.store.marker import EXAMPLES, HELD_OUT, TOKENS
 
 BATCH = 256  # rows that are tokenized together
 SHOWN = 10  # rows that a message names
@@ -109,14 +110,16 @@ class EncodedRows:
 
 
 def write_examples(
-    rows: DatasetRows, held: Mask, tokenizer: PreTrainedTokenizerBase, limit: int, folder: Path
+    rows: DatasetRows, held: Mask, tokenizer: PreTrainedTokenizerBase, of: TokensOf, folder: Path
 ) -> EncodedRows:
     """Append the rows to examples.jsonl, and those that are held out to eval.jsonl.
 
-    One Example a line. A row whose answers all
-    begin after `limit` tokens is left out; one that the chat template refuses is a bad row, and
-    raises StageError(InvalidRows) where those may not be skipped. Of plain text nothing is cut.
+    One Example a line, and beside each file its rows in tokens for the training. A row whose
+    answers all begin after `of.max_length` tokens is left out; one that the chat template refuses
+    is a bad row, and raises StageError(InvalidRows) where those may not be skipped. Of plain text
+    nothing is cut.
     """
+    limit = of.max_length
     folder.mkdir(parents=True, exist_ok=True)
     lengths, answers, whole = array("I"), array("I"), array("I")
     conversations = only_last = some_left = reasoning_left_out = 0
@@ -126,6 +129,8 @@ def write_examples(
     with (
         (folder / EXAMPLES).open("a", encoding="utf-8") as train,
         (folder / HELD_OUT).open("a", encoding="utf-8") as evaluation,
+        TokensWriter(folder / TOKENS[EXAMPLES], tokenizer, of) as train_tokens,
+        TokensWriter(folder / TOKENS[HELD_OUT], tokenizer, of) as evaluation_tokens,
     ):
         for index, (example, result) in enumerate(_encoded(rows, tokenizer)):
             if isinstance(result, str):
@@ -143,8 +148,11 @@ def write_examples(
             some_left += encoded.some_left
             reasoning_left_out += encoded.leaves_reasoning_out
             if learnt:
-                out = evaluation if held[index] else train
+                out, tokens = (
+                    (evaluation, evaluation_tokens) if held[index] else (train, train_tokens)
+                )
                 out.write(json.dumps(example, ensure_ascii=False) + "\n")
+                tokens.add(example, sides)
     for name in (EXAMPLES, HELD_OUT):
         if not (folder / name).stat().st_size:
             (folder / name).unlink()

@@ -304,6 +304,7 @@ def encode_rows(
 ) -> None:
     """Apply the chat template and the tokenizer, and write the examples to `workdir`/prepared."""
     # Importing transformers takes seconds. No mistake that is found before this needs it.
+    from finetune_trainer.model.token_rows import tokens_of  # noqa: PLC0415
     from finetune_trainer.model.tokenizer import load_tokenizer  # noqa: PLC0415
     from finetune_trainer.prepare.checks import (  # noqa: PLC0415
         check_model,
@@ -323,13 +324,14 @@ def encode_rows(
         log.warning("%s", findings.notice)
 
     reporter.message(f"Applying the chat template to {rows.total} rows")
-    limit, folder = config.training.max_sequence_length, workdir / "prepared"
+    training, folder = config.training, workdir / "prepared"
+    of = tokens_of(tokenizer, training.objective, training.max_sequence_length)
     held = hold_out(rows.hashes, config.dataset.eval_fraction if config.dataset.splits else 0)
-    findings.examples = write_examples(rows, held, tokenizer, limit, folder)
+    findings.examples = write_examples(rows, held, tokenizer, of, folder)
     check_lengths(findings.examples, config.dataset)
     if eval_rows:
         all_held = np.ones(len(eval_rows.numbers), dtype=np.bool_)
-        findings.eval_examples = write_examples(eval_rows, all_held, tokenizer, limit, folder)
+        findings.eval_examples = write_examples(eval_rows, all_held, tokenizer, of, folder)
         check_lengths(findings.eval_examples, config.dataset)
 
 
@@ -360,7 +362,8 @@ def plan_training(
             config.model.source,
         )
         return None
-    model_bytes = downloaded(config.model.source, model.sizes)
+    cached = base_model.stays_in_cache(model)
+    model_bytes = 0 if cached else downloaded(config.model.source, model.sizes)
     if prequantized.is_quantized(base.path):
         model_bytes += 2 * shape.parameters  # it is there in 16 bits as well
     check_disks(config, shape, model_bytes, hardware)

@@ -43,6 +43,7 @@ REMEMBERED_PUSHES = 50  # of other versions
 # What `prepare` leaves.
 EXAMPLES, HELD_OUT, DATASET_REPORT = "examples.jsonl", "eval.jsonl", "dataset-report.json"
 SUMMARY = "summary.json"
+TOKENS = {EXAMPLES: "tokens.arrow", HELD_OUT: "eval-tokens.arrow"}  # of which file, in tokens
 METRICS = "metrics.json"  # what `train` leaves beside the adapter
 
 log = logging.getLogger(__name__)

@@ -66,6 +66,12 @@ class TrainingWork(Base):
     held_out: Path | None
     """eval.jsonl, or None when no row is held out."""
 
+    tokens: Path | None = None
+    """`examples` in tokens, as `prepare` left them; None where it left none."""
+
+    held_out_tokens: Path | None = None
+    """The same of `held_out`."""
+
     model: ModelFolder
     """The base model."""
 

@@ -25,6 +25,7 @@ from finetune_trainer.store.marker import (
     HELD_OUT,
     METRICS,
     SUMMARY,
+    TOKENS,
     StageFiles,
     check_owner,
     find_complete,
@@ -125,10 +126,29 @@ def fetch_work(
         engine="transformers",
         examples=examples,
         held_out=held_out,
+        tokens=fetch_tokens(prepared, EXAMPLES, workspace),
+        held_out_tokens=fetch_tokens(prepared, HELD_OUT, workspace) if held_out else None,
         model=model,
         initial_adapter=initial_adapter.fetch_resolved(config, workspace / "initial"),
         workdir=workdir,
     )
+
+
+def fetch_tokens(prepared: StageFiles, of: str, workspace: Path) -> Path | None:
+    """Bring the tokens of a file of examples to disk, where they are there.
+
+    An earlier release left none. The training makes them anew, so nothing depends on them.
+    """
+    name = TOKENS[of]
+    if prepared.marker.sha256_of(name) is None:
+        return None
+    try:
+        return prepared.fetch(name, workspace / name)
+    except StageError as error:
+        if error.reason is not Reason.STORED_FILE_CHANGED:
+            raise
+        log.warning("%s is tokenized again: %s", of, error.message)
+        return None
 
 
 def train(work: TrainingWork, session: TrainingSession) -> Trained:

@@ -9,8 +9,7 @@ trainer         TRL's trainer with this order of rows, this loss and an exact ev
 saving          checkpoints, and resuming bit for bit
 watch           trouble while it trains, early stopping, answers that don't follow from questions
 diagnosis       what curves say about a training; pure
-training_log    the Trainer's log as curves, metrics and history
-reporting       progress, and experiment trackers
+training_log    the Trainer's log as progress, for trackers, and as curves, metrics and history
 processes       several processes that train together, and the program that starts them
 unsloth_engine  the other engine
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import heapq
 import itertools
 import json
@@ -9,7 +10,7 @@ import logging
 import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,17 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Objective, Reason, StageError, is_document
-from finetune_trainer.model.tokenizer import IGNORED, Encoded, encode_sides, end_of_turn_ids, pieces
+from finetune_trainer.contract import Objective, Reason, StageError, digest
+from finetune_trainer.model.token_rows import (
+    TokensOf,
+    TokensWriter,
+    read_about,
+    tokens_of,
+    with_labels,
+)
+from finetune_trainer.model.tokenizer import IGNORED, encode_sides
 
 TOKENIZED_AT_ONCE = 512  # conversations in memory as text
-
-_ONE = ("input_ids", "labels")
-_TWO = (*_ONE, "rejected_ids", "rejected_labels")
-TOKENS: dict[Objective, tuple[str, ...]] = {"sft": _ONE, "kto": _ONE, "dpo": _TWO, "orpo": _TWO}
-"""The columns of tokens that a row has."""
 
 log = logging.getLogger(__name__)
 
@@ -70,41 +73,55 @@ def tokenize(
     objective: Objective = "sft",
     *,
     split_at: int | None = None,
+    prepared: Path | None = None,
 ) -> TokenizedRows:
-    """Tokenize a file of `prepare`, cut each row at `max_length`, and keep the result in `cache`.
+    """The rows of a file of `prepare` in tokens, each cut at `max_length`.
 
     Where `objective` is kto, a pair becomes two rows. Plain text is split at `split_at` tokens
     (`max_length` if left out), so that its rows are as many, however short the memory has them cut.
-    A later worker with the same cache, and the other processes of this training, find it there.
+    `prepared` has the tokens that `prepare` left. Where they are of another tokenizer or length,
+    the file is tokenized, once for all processes and later workers, into the folder `cache`.
     """
-    datasets.disable_progress_bars()
+    of = tokens_of(tokenizer, objective, max_length, split_at)
+    if prepared is not None:
+        found = read_about(prepared)
+        if found == of:
+            log.info("%s: the tokens that prepare left are used", file.name)
+            return read_tokens(prepared)
+        why = f"differ in {of.differs(found)}" if found else "can't be read"
+        log.info("%s is tokenized: the tokens that prepare left %s", file.name, why)
+    cache.mkdir(parents=True, exist_ok=True)
     about = file.stat()
-    rows = datasets.Dataset.from_generator(
-        _tokenized,
-        gen_kwargs={
-            "file": file,
-            "tokenizer": tokenizer,
-            "max_length": max_length,
-            "objective": objective,
-            "split_at": split_at or max_length,
-        },
-        features=datasets.Features(
-            {
-                **{name: datasets.List(datasets.Value("int32")) for name in TOKENS[objective]},
-                **({"desirable": datasets.Value("bool")} if objective == "kto" else {}),
-                "targets": datasets.Value("int32"),
-                "end": datasets.Value("bool"),
-            }
-        ),
-        cache_dir=str(cache),
-        # Given by hand: working it out would pickle the tokenizer.
-        fingerprint=f"{file.stem}-{about.st_size}-{about.st_mtime_ns}-{max_length}-{split_at}-"
-        f"{objective}",
-    )
+    made = cache / f"{digest([file.stem, about.st_size, about.st_mtime_ns, of.model_dump()])}.arrow"
+    with made.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            _write_tokens(file, tokenizer, of, made)
+    return read_tokens(made)
+
+
+def _write_tokens(
+    file: Path, tokenizer: PreTrainedTokenizerBase, of: TokensOf, target: Path
+) -> None:
+    unfinished = target.with_suffix(".part")
+    with (
+        file.open(encoding="utf-8") as lines,
+        TokensWriter(unfinished, tokenizer, of) as writer,
+    ):
+        while chunk := [json.loads(line) for line in itertools.islice(lines, TOKENIZED_AT_ONCE)]:
+            for example, sides in zip(chunk, encode_sides(tokenizer, chunk), strict=True):
+                writer.add(example, sides)
+    unfinished.rename(target)
+
+
+def read_tokens(file: Path) -> TokenizedRows:
+    """Map a file of tokens into memory."""
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_file(str(file))
     arrays = rows.select_columns(["targets", "end"]).with_format("numpy")
-    sides = [_lengths(rows, name) for name in TOKENS[objective] if name.endswith("_ids")]
+    sides = [_lengths(rows, name) for name in rows.column_names if name.endswith("_ids")]
     return TokenizedRows(
-        rows=rows.remove_columns(["targets", "end"]),
+        rows=rows.remove_columns(["targets", "end"]).with_transform(with_labels),
         lengths=np.sum(sides, axis=0, dtype=np.int32),
         longest=np.max(sides, axis=0),
         targets=np.asarray(arrays["targets"][:], dtype=np.int32),
@@ -133,58 +150,6 @@ def check_rows(examples: TokenizedRows, *, shortened: bool) -> None:
             "No example's labels contain an end-of-turn token, so the tuned model would never "
             "stop: raise training.maxSequenceLength, or correct the model's chat template.",
         )
-
-
-def _tokenized(
-    file: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    objective: Objective,
-    split_at: int,
-) -> Iterator[dict[str, Any]]:
-    ends, end = end_of_turn_ids(tokenizer), {int(tokenizer.eos_token_id)}
-    with file.open(encoding="utf-8") as lines:
-        while chunk := [json.loads(line) for line in itertools.islice(lines, TOKENIZED_AT_ONCE)]:
-            for example, sides in zip(chunk, encode_sides(tokenizer, chunk), strict=True):
-                if is_document(example):
-                    for part in _parts(sides[0], split_at):
-                        yield _cut(part, max_length, end)
-                    continue
-                cut = [_cut(side, max_length, ends) for side in sides]
-                if objective == "kto":
-                    # The first of a pair is the chosen answer.
-                    for desirable, row in zip((example.get("label", True), False), cut):  # noqa: B905
-                        yield {**row, "desirable": desirable}
-                elif len(cut) == 1:
-                    yield cut[0]
-                else:
-                    yield _pair_of(*cut)
-
-
-def _cut(side: Encoded, max_length: int, ends: set[int]) -> dict[str, Any]:
-    labels = side.labels[:max_length]
-    return {
-        "input_ids": side.ids[:max_length],
-        "labels": labels,
-        # The first token is predicted from nothing.
-        "targets": sum(label != IGNORED for label in labels[1:]),
-        "end": not ends.isdisjoint(labels),
-    }
-
-
-def _parts(document: Encoded, split_at: int) -> Iterator[Encoded]:
-    """The rows that plain text makes."""
-    for part in pieces(len(document.ids), split_at):
-        yield replace(document, ids=document.ids[part], labels=document.labels[part])
-
-
-def _pair_of(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **chosen,
-        "rejected_ids": rejected["input_ids"],
-        "rejected_labels": rejected["labels"],
-        "targets": min(chosen["targets"], rejected["targets"]),
-    }
 
 
 def _lengths(rows: datasets.Dataset, name: str) -> NDArray[np.int32]:

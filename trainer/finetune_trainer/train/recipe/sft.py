@@ -45,7 +45,7 @@ from finetune_trainer.model.loading import (
 from finetune_trainer.model.tokenizer import load_tokenizer
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link import Channel, Trained, TrainingWork
-from finetune_trainer.train.recipe import processes, reporting, unsloth_engine
+from finetune_trainer.train.recipe import processes, training_log, unsloth_engine
 from finetune_trainer.train.recipe.data import TokenizedRows, check_rows, tokenize
 from finetune_trainer.train.recipe.lora import (
     count_base_parameters,
@@ -107,7 +107,7 @@ def fine_tune(work: TrainingWork, reporter: Reporter, channel: Channel | None = 
     with unsloth_engine.until_first_step(work, lambda: 0):
         trainer = build_trainer(model, tokenizer, data, work=work, epochs=epochs)
     best = add_early_stopping(trainer, work, notify)
-    trainer.add_callback(reporting.ProgressReport(reporter, trainer.schedule.tokens))
+    trainer.add_callback(training_log.ProgressReport(reporter, trainer.schedule.tokens))
     trainer.add_callback(TrainingWatch(notify, settings, trainer.accelerator.scaler))
     if channel:
         trainer.on_pass = channel.alive
@@ -150,11 +150,13 @@ def read_rows(
         objective=settings.objective,
         split_at=settings.max_sequence_length,
     )
-    examples = read(work.examples)
+    examples = read(work.examples, prepared=work.tokens)
     # Only the memory ladder goes below the spec's length. Rows that lose their answer are then
     # what the spec allows, and not a fault.
     check_rows(examples, shortened=length < settings.max_sequence_length)
-    return examples, None if work.held_out is None else read(work.held_out)
+    if work.held_out is None:
+        return examples, None
+    return examples, read(work.held_out, prepared=work.held_out_tokens)
 
 
 def resolve_epochs(epochs: int | str, rows: int) -> int:
@@ -228,7 +230,7 @@ def build_trainer(
     # ProgressReport takes their place.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    reporting.guard_trackers(trainer)
+    training_log.guard_trackers(trainer)
     if model.dtype is not torch.float32 and not unsloth:
         make_layers_faster(cast("torch.nn.Module", trainer.model))
         if torch.cuda.is_available():  # a CPU saves no time by it, and has memory
@@ -244,7 +246,7 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, dtype: torch.d
     """The hyperparameters, by the Trainer's names."""
     settings, plan = work.config.training, work.plan
     gpu, sharded = torch.cuda.is_available(), plan.parallelism == "fsdp"
-    reporting.set_tracker_variables(work)
+    training_log.set_tracker_variables(work)
     return SFTConfig(
         output_dir=str(work.checkpoints),
         # Optimization. To the Trainer a step is one batch; RecipeTrainer divides it into passes.
@@ -297,7 +299,7 @@ def arguments(work: TrainingWork, epochs: int, *, evaluate: bool, dtype: torch.d
         logging_nan_inf_filter=False,  # RecipeTrainer has its own
         save_strategy="no",
         report_to=[tracker.value for tracker in settings.report_to] or "none",
-        run_name=reporting.run_name(work.config),
+        run_name=training_log.run_name(work.config),
         disable_tqdm=True,
     )
 
