@@ -52,7 +52,7 @@ def doctor(
     ] = None,
     output: Output = Form.TABLE,
 ) -> None:
-    """Say what is ready and what isn't: cluster, operator, GPUs, rights.
+    """Say what is ready in the cluster, and what is missing.
 
     Ends with 1 where something is wrong.
     """

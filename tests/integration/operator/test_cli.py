@@ -68,7 +68,7 @@ def test_from_a_file_to_a_finished_job(here: Namespace, finetune: Run, tmp_path:
     assert "No FineTuneJob" in finetune("list").stderr
     assert "created" in finetune("submit", "-f", file).stdout
     assert "unchanged" in finetune("submit", "-f", file).stdout
-    changed = write_job(tmp_path, training={"epochs": 5})
+    changed = write_job(tmp_path, backoffLimit=3)  # reruns nothing
     assert "changed" in finetune("submit", "-f", changed).stdout
     here.succeed(prepared())
     here.report(here.start_pod(Stage.TRAIN), percent="40%", step=4, totalSteps=10, loss=1.25)
