@@ -24,7 +24,7 @@ RUN_BY = {
     r"(\w+=\S+ )?\.venv/bin/python -m pytest ": ".ci/run",
     r"\.venv/bin/python -m benchmarks": "tests/unit/test_performance.py",
     r"docker build -f images/(operator|trainer)/Dockerfile ": "tests/e2e/conftest.py",
-    r"helm (install|upgrade|rollback|uninstall) finetune-operator ": "tests/unit/test_chart.py",
+    r"helm (install|upgrade|rollback|uninstall) finetune": "tests/integration/test_helm.py",
     r"kubectl ": "tests/integration/operator/test_docs_commands.py",
     r"(ls|head|cd) ": "tests/integration/trainer/test_local.py",
     r"finetune-trainer <stage> ": "tests/e2e/test_main_job.py",
