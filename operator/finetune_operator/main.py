@@ -90,8 +90,11 @@ class _Operator:
         self._watches = Watches(cluster, self._add, self._show)
         self.page = WebPage(settings, self._watches.finetunejobs)
         self._leadership = _leadership(cluster, settings)
-        reconciler = Reconciler(cluster, self._watches.snapshot, settings, metrics, self._leads)
-        self._queue = WorkQueue(reconciler, expected=(OperatorError,))
+        self._reconciler = Reconciler(
+            cluster, self._watches.snapshot, settings, metrics, self._leads
+        )
+        self._queue = WorkQueue(self._reconciler, expected=(OperatorError,))
+        self._began_to_lead = asyncio.Event()
         metrics.watch_queue(lambda: self._queue.depth, lambda: self._queue.age)
         metrics.watch_events(lambda: self._watches.silence, lambda: self._watches.outdated)
         self.probes = Probes(
@@ -106,12 +109,16 @@ class _Operator:
         # Kopf cancels all tasks that start after it, so let the others start first.
         async with asyncio.TaskGroup() as group:
             group.create_task(self._queue.run(self._settings.workers))
-            others = [group.create_task(self._resync())]
+            others = [
+                group.create_task(self._resync()),
+                group.create_task(self._look_back()),
+            ]
             if self._leadership is not None:
                 self._queue.pause()
                 others.append(group.create_task(self._take_part(self._leadership)))
             else:
                 self._metrics.leading(True)
+                self._began_to_lead.set()
             await asyncio.sleep(0)
             try:
                 await self._watches.keep_watching(self._watch, self._metrics.watches_failed)
@@ -136,8 +143,10 @@ class _Operator:
             self._metrics.leading(True)
             self._watches.queue_all()
             self._queue.resume()
+            self._began_to_lead.set()
             await leadership.hold()
             self._queue.pause()
+            self._reconciler.step_down()
             self._metrics.leading(False)
 
     async def _watch(self) -> None:
@@ -153,6 +162,22 @@ class _Operator:
 
     def _add(self, key: str) -> None:
         self._queue.add(key)
+
+    async def _look_back(self) -> None:
+        """Whenever this operator begins to lead, see what others have left."""
+        while True:
+            await self._began_to_lead.wait()
+            self._began_to_lead.clear()
+            try:
+                left = await self._reconciler.take_over()
+            except ClusterError as error:
+                logger.warning("What is there already can't be listed: %s", error)
+                await asyncio.sleep(self._settings.resync_seconds)
+                self._began_to_lead.set()
+                continue
+            if self._watches.synced:  # else a pass over each follows anyway
+                for key in left:
+                    self._queue.add(key)
 
     def _show(self, raw: JsonObject) -> None:
         self.page.note(raw)

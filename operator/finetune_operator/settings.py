@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from finetune_operator.api import JsonObject
+from finetune_operator.api import JsonObject, ModelCache
 from finetune_operator.api.finetunejob import StagesSpec
 from finetune_trainer.contract import describe
 
@@ -30,13 +30,27 @@ def _split(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
+def _parsed(value: object) -> object:
+    """What a variable holds as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"it is no JSON: {error}") from error
+
+
+def _model_cache(value: object) -> ModelCache | None:
+    """Where base models are kept, as JSON; nothing where there is no such place."""
+    try:
+        return ModelCache.model_validate(value) if (value := _parsed(value)) else None
+    except ValidationError as error:
+        raise ValueError(describe(error)) from error
+
+
 def _stages(value: object) -> object:
     """Settings of the stages' pods, as JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"it is no JSON: {error}") from error
+    value = _parsed(value)
     try:
         StagesSpec.model_validate(value)
     except ValidationError as error:
@@ -73,6 +87,9 @@ class Settings(BaseModel):
 
     stages: Annotated[JsonObject, BeforeValidator(_stages)] = {}
     """What every FineTuneJob's spec.stages holds beside its own settings, as JSON."""
+
+    model_cache: Annotated[ModelCache | None, BeforeValidator(_model_cache)] = None
+    """Where every stage finds base models, and keeps those that it fetches, as JSON."""
 
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """imagePullPolicy of the stages' pods."""
