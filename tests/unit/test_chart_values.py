@@ -11,17 +11,20 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from finetune_operator.api import ModelCache
 from finetune_operator.settings import PREFIX, Settings
 from hack import chart
 from hack.cluster import versions
 from tests.chart import CHART, environment, loaded, named, operators_pod, render, render_all
 
+CACHE = {"image": {"reference": "r/m:1"}}
 REPORTS = "https://minio.example/{bucket}/{key}"
 DIGEST = "sha256:" + "0a" * 32
 # A value of the chart for each of the operator's settings, other than the default.
 SETTINGS: dict[str, tuple[dict[str, Any], object]] = {
     "trainer_image": ({"trainer": {"image": {"repository": "r/t", "tag": "1"}}}, "r/t:1"),
     "stages": ({"stages": {"train": {"runtimeClassName": "nvidia"}}}, None),
+    "model_cache": ({"modelCache": CACHE}, ModelCache.model_validate(CACHE)),
     "image_pull_policy": ({"trainer": {"image": {"pullPolicy": "Always"}}}, "Always"),
     "image_pull_secrets": ({"imagePullSecrets": ["a", {"name": "b"}]}, ("a", "b")),
     "trainer_log_format": ({"trainer": {"logFormat": "json"}}, "json"),
