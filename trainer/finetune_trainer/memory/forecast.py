@@ -245,6 +245,15 @@ def export_bytes(widths: Widths, export: Export, largest: int, experts: int = 0)
     return STAGE_BYTES + max(phases)
 
 
+def export_memory(shape: Shape, export: Export) -> int | None:
+    """The same by config.json alone, before there are weights; None for a mixture of experts, of
+    which it doesn't tell what the converter has in memory."""
+    if shape.experts:
+        return None
+    widths = Widths(shape.vocabulary, shape.hidden, shape.mlp, shape.key_value, shape.layers)
+    return export_bytes(widths, export, shape.hidden * max(shape.vocabulary, shape.mlp))
+
+
 BLOCK = 256  # weights in one block of the K types
 CHECKPOINTS = 3  # two kept and one being written
 GATE_BYTES = 3 * 512 * 2
