@@ -126,7 +126,8 @@ def _fuse_on_a_cpu(workdir: list[Path]) -> None:
     """Which the recipe does on a GPU only."""
     from finetune_trainer.train.recipe import lora, sft
 
-    faster, apply = lora.make_layers_faster, lora.LowRankProduct.apply
+    faster = lora.make_layers_faster
+    apply: Any = lora.LowRankProduct.apply
     taken = [0]
 
     def counted(*arguments: Any) -> Any:
@@ -140,8 +141,8 @@ def _fuse_on_a_cpu(workdir: list[Path]) -> None:
         faster(model)
         assert lora.fuse_adapters(model, "cpu")
 
-    sft.make_layers_faster = make
-    lora.LowRankProduct.apply = counted  # type: ignore[method-assign,assignment]
+    vars(sft)["make_layers_faster"] = make
+    lora.LowRankProduct.apply = counted  # type: ignore[method-assign]
 
 
 def main(address: Path, parent: int) -> int:
