@@ -148,6 +148,7 @@ lint: build ## ruff, mypy, import-linter, hadolint, the workflows' schema, helm 
 	$(BIN)/hadolint images/*/Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yaml
 	$(BIN)/python -m hack.chart lint
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yaml
 
 .PHONY: format
 format: $(LIGHT) ## Let ruff put the code in order
@@ -157,6 +158,7 @@ format: $(LIGHT) ## Let ruff put the code in order
 .PHONY: generate
 generate: $(LIGHT) ## Write crds/, the chart's copy, schema and README, and tables in docs/
 	$(BIN)/python -m finetune_operator.api.crd .
+	$(BIN)/python -m hack.release --write-version .
 	$(BIN)/python -m hack.reference_page .
 	$(BIN)/python -m hack.stage_table .
 	$(BIN)/python -m hack.gpu_table .
@@ -167,6 +169,7 @@ generate: $(LIGHT) ## Write crds/, the chart's copy, schema and README, and tabl
 verify: $(LIGHT) ## Prove, in a temporary folder, that generated files are fresh
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cp -r crds charts docs "$$folder"; \
 	$(BIN)/python -m finetune_operator.api.crd "$$folder"; \
+	$(BIN)/python -m hack.release --write-version "$$folder"; \
 	$(BIN)/python -m hack.reference_page "$$folder"; \
 	$(BIN)/python -m hack.stage_table "$$folder"; \
 	$(BIN)/python -m hack.gpu_table "$$folder"; \
@@ -184,6 +187,13 @@ docs: $(LIGHT) ## The documentation as a site, in site/ (`.venv/bin/python -m mk
 .PHONY: images
 images: build ## Build both images with Docker or buildah
 	$(BIN)/python -m hack.images build
+
+# RELEASE_KEY=key.pem signs the checksums. IMAGES=1 adds both images, with Docker or buildah.
+DIST ?= dist
+
+.PHONY: release
+release: $(LIGHT) ## sdist, wheel, chart, bills of materials and checksums in DIST, which must be empty
+	$(BIN)/python -m hack.release "$(DIST)" $(if $(IMAGES),--images)
 
 .PHONY: constraints
 constraints: build ## Resolve the pins anew, keeping those that still fit (UPGRADE=1: newest)

@@ -109,6 +109,7 @@ def schema(values: tuple[Value, ...], definition: Schema) -> Schema:
         "title": "Values of finetune-operator",
         **closed(properties),
         "definitions": {
+            "modelCache": _model_cache(definition),
             "named": {"type": "object", "required": ["name"]},
             "policy": policy | {"required": ["name"]},
             "reference": reference,
@@ -120,6 +121,19 @@ def schema(values: tuple[Value, ...], definition: Schema) -> Schema:
 def _stages(definition: Schema) -> Schema:
     root = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     return _plain(root["properties"]["spec"]["properties"]["stages"])
+
+
+def _model_cache(definition: Schema) -> Schema:
+    """A claim, or an image as a stage's volume takes it."""
+    volumes = _stages(definition)["properties"]["train"]["properties"]["volumes"]
+    claim = closed(
+        {"claimName": {"type": "string", "minLength": 1}, "readOnly": {"type": "boolean"}}
+    )
+    sources = {
+        "persistentVolumeClaim": claim | {"required": ["claimName"]},
+        "image": volumes["items"]["properties"]["image"],
+    }
+    return closed(sources) | {"maxProperties": 1}
 
 
 def _plain(node: Schema) -> Schema:

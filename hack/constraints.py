@@ -19,9 +19,10 @@ from hack import REPOSITORY
 FOLDER = REPOSITORY / "constraints"
 EXTRAS = {
     "operator": "operator",
+    "cli": "cli",
     "trainer": "trainer,gguf,trackers,signing",
     "unsloth": "trainer,gguf,trackers,signing,liger,unsloth",
-    "dev": "operator,trainer,gguf,trackers,signing,dev,docs,integration",
+    "dev": "operator,cli,trainer,gguf,trackers,signing,dev,docs,integration",
 }
 
 

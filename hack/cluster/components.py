@@ -35,6 +35,8 @@ CONTROLLERS = (
 )
 EVICTION = "taint-eviction-controller"
 """Takes the pods off a tainted node. Before 1.29 it was part of nodelifecycle."""
+CLAIMS = "resourceclaim-controller"
+"""Makes the ResourceClaims of pods. Before 1.34 there are none by default."""
 
 
 @dataclass
@@ -173,7 +175,9 @@ def controller_manager(program: Path, layout: Layout) -> list[str]:
         "service-account-private-key-file": layout.pki / "service-account.key",
         "root-ca-file": layout.pki / "ca.crt",
         "leader-elect": False,
-        "controllers": f"{CONTROLLERS},{EVICTION}" if minor >= 29 else CONTROLLERS,
+        "controllers": ",".join(
+            [CONTROLLERS, *([EVICTION] if minor >= 29 else []), *([CLAIMS] if minor >= 34 else [])]
+        ),
         **_insecure_port_off(minor),
         **_gates(minor),
     }

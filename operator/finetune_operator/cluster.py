@@ -16,6 +16,8 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self, cast
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from kubernetes.aio import client, config
@@ -93,6 +95,7 @@ WORKLOADS = tuple(
 )
 WORKLOAD_OF_JOB = "kueue.x-k8s.io/job-uid"
 WATCHED = {KIND: "", "Job": CHILDREN_SELECTOR, "Pod": CHILDREN_SELECTOR}
+SUPPORTS = ("ServiceAccount", "Role", "RoleBinding", "ConfigMap")  # what a stage's pod needs
 MERGE_PATCH = "application/merge-patch+json"
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
 PAGE = 500
@@ -138,9 +141,15 @@ class Cluster:
         count: CountRequest,
     ) -> None:
         self._configuration = configuration
-        self._api = client.ApiClient(configuration)
-        self._api.user_agent = OPERATOR
-        self._timeout = request_seconds
+        self._client = client.ApiClient(configuration)
+        # The client's own way through its session costs more time than the rest of a request.
+        self._http = aiohttp.ClientSession(
+            connector=self._client.rest_client.pool_manager.connector,
+            connector_owner=False,
+            headers={"User-Agent": OPERATOR},
+            proxy=configuration.proxy or _proxy_of_environment(configuration.host),
+            timeout=aiohttp.ClientTimeout(total=request_seconds),
+        )
         self._count = count
         self._nodes: dict[str, tuple[float, tuple[Mapping[str, str], ...]]] = {}
 
@@ -152,7 +161,12 @@ class Cluster:
         try:
             yield cluster
         finally:
-            await cluster._api.close()
+            await cluster.close()
+
+    async def close(self) -> None:
+        """End all connections."""
+        await self._http.close()
+        await self._client.close()
 
     async def credentials(self) -> Credentials:
         """The credentials as they are now; a ServiceAccount's token is renewed every hour."""
@@ -205,17 +219,21 @@ class Cluster:
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
         """Delete the Job with this uid, after its pods; no error if it is gone."""
+        await self.delete("Job", namespace, name, uid, propagationPolicy="Foreground")
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str, **how: str) -> None:
+        """Delete the object with this uid; no error if it is gone."""
         body = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
-            "propagationPolicy": "Foreground",
             "preconditions": {"uid": uid},
+            **how,
         }
-        path = f"{_path('Job', {'namespace': namespace})}/{name}"
+        path = f"{_path(kind, {'namespace': namespace})}/{name}"
         try:
             await self._request("DELETE", path, body=body)
         except (NotFoundError, ConflictError):
-            return  # it is gone, or its name belongs to another Job by now
+            return  # it is gone, or its name belongs to another one by now
 
     async def wake_job(self, namespace: str, name: str, at: str) -> None:
         """Touch a Job, so that its controller looks at it; no error if it is gone."""
@@ -290,11 +308,18 @@ class Cluster:
         """The resourceVersion by uid of all objects that the operator watches, read from the API
         server."""
         versions: dict[str, str] = {}
-        for kind, selector in WATCHED.items():
-            for namespace in namespaces or ("",):
-                async for item in self._list(kind, namespace, selector):
-                    versions[item["metadata"]["uid"]] = item["metadata"]["resourceVersion"]
+        for kind in WATCHED:
+            async for item in self.in_brief(kind, namespaces):
+                versions[item["metadata"]["uid"]] = item["metadata"]["resourceVersion"]
         return versions
+
+    async def in_brief(self, kind: str, namespaces: tuple[str, ...]) -> AsyncIterator[JsonObject]:
+        """The metadata of all objects of a kind that are the operator's, read from the API
+        server."""
+        selector = WATCHED.get(kind, CHILDREN_SELECTOR)
+        for namespace in namespaces or ("",):
+            async for item in self._list(kind, namespace, selector):
+                yield item
 
     async def any_finetunejob(self, namespaces: tuple[str, ...]) -> bool:
         """Whether there is a FineTuneJob; raises where the API server doesn't serve the Kind."""
@@ -327,28 +352,39 @@ class Cluster:
         accept: str = "application/json",
     ) -> JsonObject:
         began, code = time.monotonic(), "200"
+        headers = {"Accept": accept, "Content-Type": content_type}
+        token = await self._configuration.get_api_key_with_prefix("BearerToken")
+        if token:
+            headers["Authorization"] = token
         try:
-            answer = await self._api.call_api(
-                path,
+            async with self._http.request(
                 method,
-                query_params=[(key, value) for key, value in (query or {}).items() if value],
-                header_params={"Accept": accept, "Content-Type": content_type},
-                body=body,
-                response_types_map=dict.fromkeys((200, 201, 202), "object"),
-                auth_settings=["BearerToken"],
-                _return_http_data_only=True,
-                _request_timeout=self._timeout,
-            )
-        except client.ApiException as error:
-            code = str(error.status)
-            raise _convert(error, f"{method} {path}") from error
+                self._configuration.host + path,
+                params={key: value for key, value in (query or {}).items() if value},
+                headers=headers,
+                data=json.dumps(body).encode() if body is not None else None,
+                proxy_headers=self._configuration.proxy_headers,
+                server_hostname=self._configuration.tls_server_name,
+            ) as response:
+                answer = await response.read()
+                if not response.ok:
+                    code = str(response.status)
+                    raise _refusal(response.status, response.reason, answer, f"{method} {path}")
+                return cast(JsonObject, json.loads(answer))
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             code = "timeout" if isinstance(error, TimeoutError) else "error"
             message = f"{method} {path}: {error or type(error).__name__}"
             raise UnavailableError(message) from error
         finally:
             self._count(method, code, time.monotonic() - began)
-        return cast(JsonObject, answer)
+
+
+def _proxy_of_environment(server: str) -> str | None:
+    """The proxy that HTTPS_PROXY names, unless NO_PROXY names the API server."""
+    url = urlsplit(server)
+    if url.hostname is None or proxy_bypass(url.netloc):
+        return None
+    return getproxies().get(url.scheme)
 
 
 async def _configuration() -> client.Configuration:
@@ -377,15 +413,15 @@ def _collection(kind: str, namespace: str) -> str:
     return PATHS[kind].replace("/namespaces/{namespace}", part)
 
 
-def _convert(error: client.ApiException, what: str) -> ClusterError:
-    status = _status(error.body)
-    detail = str(status.get("message") or error.reason)
-    kind = ERROR_BY_STATUS.get(error.status, UnavailableError)
-    if error.status == 409 and status.get("reason") == "AlreadyExists":
+def _refusal(code: int, words: str | None, body: bytes, what: str) -> ClusterError:
+    status = _status(body)
+    detail = str(status.get("message") or words)
+    kind = ERROR_BY_STATUS.get(code, UnavailableError)
+    if code == 409 and status.get("reason") == "AlreadyExists":
         kind = AlreadyExistsError
-    if error.status in {400, 422} and _names_a_field(status, detail):
+    if code in {400, 422} and _names_a_field(status, detail):
         kind = InvalidError
-    if error.status == 500 and WEBHOOK_AWAY in detail:
+    if code == 500 and WEBHOOK_AWAY in detail:
         kind = DeniedError
     return kind(f"{what}: {detail}", detail)
 
@@ -402,7 +438,7 @@ def _names_a_field(status: Mapping[str, Any], detail: str) -> bool:
     return UNDECODABLE in detail or any(cause.get("field") for cause in causes)
 
 
-def _status(body: str | bytes | None) -> Mapping[str, Any]:
+def _status(body: bytes) -> Mapping[str, Any]:
     """The meta/v1 Status in the body of a refusal."""
     try:
         status = json.loads(body or "{}")

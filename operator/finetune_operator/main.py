@@ -11,6 +11,7 @@ from functools import partial
 
 import kopf
 
+from finetune_operator.api import JsonObject
 from finetune_operator.cluster import (
     Cluster,
     ClusterError,
@@ -24,6 +25,7 @@ from finetune_operator.leadership import Leadership
 from finetune_operator.monitoring import Metrics, Probes, configure_logging
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import PREFIX, Settings, SettingsError
+from finetune_operator.web import WebPage
 from finetune_operator.workqueue import WorkQueue
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ async def serve(settings: Settings) -> None:
     metrics = Metrics()
     async with Cluster.connect(settings.request_timeout_seconds, metrics.requested) as cluster:
         operator = _Operator(cluster, settings, metrics)
-        async with operator.probes.serve():
+        async with operator.probes.serve(), operator.page.serve():
             await _wait_for_api_server(cluster, settings)
             await operator.work()
 
@@ -85,10 +87,14 @@ class _Operator:
         self._cluster = cluster
         self._settings = settings
         self._metrics = metrics
-        self._watches = Watches(cluster, self._add)
+        self._watches = Watches(cluster, self._add, self._show)
+        self.page = WebPage(settings, self._watches.finetunejobs)
         self._leadership = _leadership(cluster, settings)
-        reconciler = Reconciler(cluster, self._watches.snapshot, settings, metrics, self._leads)
-        self._queue = WorkQueue(reconciler, expected=(OperatorError,))
+        self._reconciler = Reconciler(
+            cluster, self._watches.snapshot, settings, metrics, self._leads
+        )
+        self._queue = WorkQueue(self._reconciler, expected=(OperatorError,))
+        self._began_to_lead = asyncio.Event()
         metrics.watch_queue(lambda: self._queue.depth, lambda: self._queue.age)
         metrics.watch_events(lambda: self._watches.silence, lambda: self._watches.outdated)
         self.probes = Probes(
@@ -103,12 +109,16 @@ class _Operator:
         # Kopf cancels all tasks that start after it, so let the others start first.
         async with asyncio.TaskGroup() as group:
             group.create_task(self._queue.run(self._settings.workers))
-            others = [group.create_task(self._resync())]
+            others = [
+                group.create_task(self._resync()),
+                group.create_task(self._look_back()),
+            ]
             if self._leadership is not None:
                 self._queue.pause()
                 others.append(group.create_task(self._take_part(self._leadership)))
             else:
                 self._metrics.leading(True)
+                self._began_to_lead.set()
             await asyncio.sleep(0)
             try:
                 await self._watches.keep_watching(self._watch, self._metrics.watches_failed)
@@ -133,8 +143,10 @@ class _Operator:
             self._metrics.leading(True)
             self._watches.queue_all()
             self._queue.resume()
+            self._began_to_lead.set()
             await leadership.hold()
             self._queue.pause()
+            self._reconciler.step_down()
             self._metrics.leading(False)
 
     async def _watch(self) -> None:
@@ -150,6 +162,25 @@ class _Operator:
 
     def _add(self, key: str) -> None:
         self._queue.add(key)
+
+    async def _look_back(self) -> None:
+        """Whenever this operator begins to lead, see what others have left."""
+        while True:
+            await self._began_to_lead.wait()
+            self._began_to_lead.clear()
+            try:
+                left = await self._reconciler.take_over()
+            except ClusterError as error:
+                logger.warning("What is there already can't be listed: %s", error)
+                await asyncio.sleep(self._settings.resync_seconds)
+                self._began_to_lead.set()
+                continue
+            if self._watches.synced:  # else a pass over each follows anyway
+                for key in left:
+                    self._queue.add(key)
+
+    def _show(self, raw: JsonObject) -> None:
+        self.page.note(raw)
 
     async def _resync(self) -> None:
         while True:

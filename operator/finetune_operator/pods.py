@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from finetune_operator.api import TRAINER_CONTAINER, JsonObject
+from finetune_operator.api import GPUS_ANNOTATION, TRAINER_CONTAINER, JsonObject
 from finetune_trainer.contract import StageResult
 
 # Reasons in a pod's status for which the container is not to blame: the node or the control plane
@@ -93,6 +93,9 @@ class ObservedPod:
     resources: Mapping[str, int | str] = field(default_factory=dict)
     """What the trainer's container requests, or else may use at most."""
 
+    claimed_gpus: int = 0
+    """The GPUs of its resource claims."""
+
     uid: str = ""
     secrets: Mapping[str, str] = field(default_factory=dict)
     """The Secrets that it can't start without, by the volume that each is mounted from."""
@@ -165,6 +168,7 @@ def observe_pod(raw: JsonObject) -> ObservedPod:
         created=moment(meta.get("creationTimestamp")),
         started_at=moment((state.get("running") or ended).get("startedAt")),
         resources=_resources(raw["spec"]),
+        claimed_gpus=_claimed_gpus(meta),
         uid=meta.get("uid", ""),
         secrets=_mounted_secrets(raw["spec"]),
     )
@@ -265,6 +269,11 @@ def _trainer(pod_spec: JsonObject) -> JsonObject:
 def _resources(pod_spec: JsonObject) -> Mapping[str, int | str]:
     given = _trainer(pod_spec).get("resources") or {}
     return {**(given.get("limits") or {}), **(given.get("requests") or {})}
+
+
+def _claimed_gpus(meta: JsonObject) -> int:
+    told = str((meta.get("annotations") or {}).get(GPUS_ANNOTATION, ""))
+    return int(told) if told.isdecimal() else 0
 
 
 def _mounted_secrets(pod_spec: JsonObject) -> Mapping[str, str]:

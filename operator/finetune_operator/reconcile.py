@@ -15,15 +15,11 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 
 from finetune_operator.api import (
-    FINETUNEJOB_LABEL,
-    FINETUNEJOB_NAME_ANNOTATION,
     KIND,
-    STAGE_LABEL,
     JsonObject,
 )
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.cluster import (
-    AlreadyExistsError,
     Cluster,
     ClusterError,
     ConflictError,
@@ -38,18 +34,26 @@ from finetune_operator.observe import (
     ObservedFineTuneJob,
     ObservedJob,
     QueueState,
-    controller_uid,
-    is_controlled_by,
     observe_finetunejob,
     observe_jobs,
     observe_queue,
     pods_without_job,
     stages_at_work,
 )
-from finetune_operator.plan import Event, Plan, Policy, StartStage, StopJob, plan, refuse
+from finetune_operator.plan import (
+    Event,
+    Plan,
+    Policy,
+    StartStage,
+    StopJob,
+    has_ended,
+    plan,
+    refuse,
+)
 from finetune_operator.pods import ObservedPod, observe_pod
 from finetune_operator.resources import Labels, memory_label, training_hardware, with_usage
 from finetune_operator.settings import Settings
+from finetune_operator.starting import Starts
 from finetune_operator.status import occasion, older_phase, status_patch, timestamp
 from finetune_trainer.contract import Reason, Stage
 
@@ -62,6 +66,7 @@ STALE_RETRY_CAP_SECONDS = 30.0  # the pause doubles as long as it goes on changi
 WATCH_SILENCE_SECONDS = 70.0
 # After this time the watches show an own write: a dead one was noticed and began anew.
 OWN_WRITES_SECONDS = 2 * WATCH_SILENCE_SECONDS
+DOUBTS = {Reason.REQUEST_DENIED, Reason.INVALID_SPEC}  # what the API server had against a Job
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,21 @@ class Reconciler:
         self._settings = settings
         self._metrics = metrics
         self._may_act = may_act
+        self._starts = Starts(cluster, may_act)
         self._policy = Policy(
             secret_grace=timedelta(seconds=settings.secret_grace_seconds),
             disruption_limit=settings.disruption_limit,
         )
         self._own_writes: dict[str, _OwnWrites] = {}
+
+    async def take_over(self) -> set[str]:
+        """Learn what there is when this operator begins to lead; the FineTuneJobs, as
+        `namespace/name`, that may have something to be tidied up."""
+        return await self._starts.take_over(self._settings.namespaces)
+
+    def step_down(self) -> None:
+        """Another operator may lead from now on."""
+        self._starts.step_down()
 
     async def __call__(self, key: str) -> float | None:
         """Make one pass over `namespace/name`; return the seconds until the next one."""
@@ -146,12 +161,13 @@ class Reconciler:
         jobs = tuple([await self._explained(finetunejob, job) for job in observed])
         loose = pods_without_job(jobs, snapshot.pods)
         others = (*snapshot.earlier_pods, *loose)
+        at_work = any(each.may_have_pod_at_work for each in jobs) or bool(stages_at_work(loose))
         self._metrics.in_phase(key, finetunejob.status.phase)
         decide = partial(
             self._plan, finetunejob, jobs, stages_at_work(others), tuple(map(observe_pod, loose))
         )
         try:
-            result = await self._carry_out(key, finetunejob, decide, own_writes)
+            result = await self._carry_out(key, finetunejob, decide, own_writes, at_work=at_work)
         except ConflictError:
             return "stale", own_writes.pause()
         except NotFoundError:
@@ -194,6 +210,8 @@ class Reconciler:
         finetunejob: ObservedFineTuneJob,
         decide: Callable[..., Plan],
         own_writes: _OwnWrites,
+        *,
+        at_work: bool,
     ) -> tuple[str, float | None]:
         """Write the status that explains the actions, and act only once it stands.
 
@@ -203,7 +221,7 @@ class Reconciler:
         decided: Plan = decide()
         job, denied = None, None
         try:
-            job = await self._rehearse(finetunejob, decided)
+            job = await self._make_ready(finetunejob, decided)
         except InvalidError as error:
             # E.g. a malformed quantity, which only the API server detects.
             decided = refuse(finetunejob, Reason.INVALID_SPEC, error.detail, datetime.now(UTC))
@@ -221,8 +239,19 @@ class Reconciler:
         await self._record(finetunejob, decided, decided.events)
         if denied is not None:
             raise denied
-        result = "changed" if changed or decided.actions else "unchanged"
+        tidied = not at_work and await self._tidy(finetunejob, decided, changed)
+        result = "changed" if changed or decided.actions or tidied else "unchanged"
         return result, decided.requeue_after
+
+    async def _tidy(self, finetunejob: ObservedFineTuneJob, decided: Plan, changed: bool) -> bool:
+        """Delete what no stage of a settled FineTuneJob needs any more; whether there was any."""
+        over = has_ended(decided.status, finetunejob.generation) and not decided.actions
+        if not over or not self._starts.has_supports(finetunejob):
+            return False
+        if not changed:
+            await self._make_sure_of(finetunejob)
+        await self._starts.tidy(finetunejob)
+        return True
 
     async def _explained(self, finetunejob: ObservedFineTuneJob, job: ObservedJob) -> ObservedJob:
         """The Job with what its controller says of a pod that it can't create, the kubelet of one
@@ -257,41 +286,18 @@ class Reconciler:
         if now - last >= self._policy.wake_interval:
             await self._cluster.wake_job(namespace, job.name, timestamp(now))
 
-    async def _rehearse(self, finetunejob: ObservedFineTuneJob, decided: Plan) -> JsonObject | None:
+    async def _make_ready(
+        self, finetunejob: ObservedFineTuneJob, decided: Plan
+    ) -> JsonObject | None:
         """Create what the Job of a stage to start needs; return the Job, which the API server
         would accept."""
         for action in decided.actions:
             if isinstance(action, StartStage):
                 objects = await self._objects(finetunejob, action)
-                await self._make_sure_that_none_is_at_work(finetunejob, objects.job)
-                for body in (*objects.access, objects.config_map):
-                    await self._ensure(finetunejob, body)
-                await self._ensure(finetunejob, objects.job, dry_run=True)
+                doubtful = finetunejob.status.reason in DOUBTS
+                await self._starts.make_ready(finetunejob, objects, doubtful=doubtful)
                 return objects.job
         return None
-
-    async def _make_sure_that_none_is_at_work(
-        self, finetunejob: ObservedFineTuneJob, job: JsonObject
-    ) -> None:
-        """Raise ConflictError if the API server has a pod at work that the watch doesn't show yet,
-        or a Job of an earlier FineTuneJob of this name, which is deleted then.
-
-        Jobs and pods are watched separately: a Job may be seen to be gone before its pod is seen to
-        be there. And a FineTuneJob may be deleted just before its Job is created. `job` is the one
-        to start.
-        """
-        namespace = finetunejob.namespace
-        labels = {
-            each: job["metadata"]["labels"][each] for each in (FINETUNEJOB_LABEL, STAGE_LABEL)
-        }
-        for other in await self._cluster.children("Job", namespace, labels):
-            meta, owner = other["metadata"], controller_uid(other, KIND)
-            if _named(other, finetunejob) and owner and owner != finetunejob.uid:
-                await self._cluster.delete_job(namespace, meta["name"], meta["uid"])
-                raise ConflictError(f"the Job {meta['name']} of an earlier FineTuneJob is there")
-        for pod in await self._cluster.children("Pod", namespace, labels):
-            if _named(pod, finetunejob) and observe_pod(pod).may_work:
-                raise ConflictError(f"the pod {pod['metadata']['name']} is at work")
 
     async def _make_sure_of(self, finetunejob: ObservedFineTuneJob) -> None:
         """Raise ConflictError unless the API server still holds what the watch shows."""
@@ -313,7 +319,7 @@ class Reconciler:
                 await self._cluster.delete_job(finetunejob.namespace, action.name, action.uid)
                 own_writes.created.pop(action.name, None)
             elif job is not None:
-                made = await self._ensure(finetunejob, job)
+                made = await self._starts.create_job(finetunejob, job)
                 own_writes.created[made["metadata"]["name"]] = made
                 own_writes.until = time.monotonic() + OWN_WRITES_SECONDS
 
@@ -350,20 +356,6 @@ class Reconciler:
             key = f"{finetunejob.namespace}/{finetunejob.name}"
             logger.info("No right to read the nodes' GPU memory.", extra={"finetunejob": key})
             return ()
-
-    async def _ensure(
-        self, finetunejob: ObservedFineTuneJob, body: JsonObject, *, dry_run: bool = False
-    ) -> JsonObject:
-        """Create an object, or return the existing one if this FineTuneJob owns it."""
-        try:
-            return await self._cluster.create(body, dry_run=dry_run)
-        except AlreadyExistsError:
-            meta = body["metadata"]
-            found = await self._cluster.get(body["kind"], meta["namespace"], meta["name"])
-            if not is_controlled_by(found, finetunejob):
-                message = f"{body['kind']} {meta['name']} exists and belongs to someone else"
-                raise ForbiddenError(message) from None
-            return found
 
     async def _write_status(
         self, key: str, finetunejob: ObservedFineTuneJob, decided: Plan, own_writes: _OwnWrites
@@ -421,13 +413,8 @@ class Reconciler:
 
     def _forget(self, key: str) -> None:
         self._own_writes.pop(key, None)
+        self._starts.forget(key)
         self._metrics.forget(key)
-
-
-def _named(child: JsonObject, finetunejob: ObservedFineTuneJob) -> bool:
-    """Whether a child's FineTuneJob has this one's name; its label may be shortened."""
-    notes = child["metadata"].get("annotations") or {}
-    return notes.get(FINETUNEJOB_NAME_ANNOTATION) == finetunejob.name
 
 
 def _log_fields(finetunejob: ObservedFineTuneJob, decided: Plan) -> dict[str, object]:

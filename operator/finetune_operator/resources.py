@@ -40,6 +40,10 @@ GPU_RESOURCE = re.compile(r"(nvidia\.com/(gpu|mig-)|amd\.com/gpu)")
 # NVIDIA's GPU feature discovery labels a node with the memory of one GPU or slice in MiB, as
 # <resource>.memory. There is no such label for a shared GPU.
 MEMORY_RESOURCE = re.compile(r"nvidia\.com/(gpu|mig-[^/]+)")
+# A slice is named for its compute units and its memory, rounded up: nvidia.com/mig-3g.20gb has
+# 19.5 GiB, mig-1g.5gb 4.75 GiB, and of an H200 mig-1g.18gb 16 GiB (NVIDIA's MIG user guide). So
+# seven eighths of the figure are there for certain.
+SLICE = re.compile(r"nvidia\.com/mig-\d+g\.(?P<gib>\d+)gb(\..+)?")
 MEBIBYTE = 1 << 20
 
 
@@ -51,6 +55,7 @@ def training_hardware(spec: FineTuneJobSpec, nodes: Iterable[Labels] = ()) -> Ha
     pod = spec.stages.train
     limits = pod.resources.limits
     gpus = sum(_as_integer(limits[name]) or 0 for name in _gpu_resources(pod))
+    gpus += pod.claimed_gpus
     return Hardware(
         gpus=gpus,
         gpu_memory_bytes=_gpu_memory(spec, nodes) if gpus else None,
@@ -73,7 +78,7 @@ def memory_label(spec: FineTuneJobSpec) -> str | None:
     """The node label with the GPU memory; None if it isn't needed or couldn't be relied on."""
     pod = spec.stages.train
     resources = _gpu_resources(pod)
-    if spec.training.gpu_memory is not None or len(resources) != 1:
+    if spec.training.gpu_memory is not None or len(resources) != 1 or pod.claimed_gpus:
         return None
     if not MEMORY_RESOURCE.fullmatch(resources[0]) or _requires_affinity(pod):
         return None
@@ -88,7 +93,13 @@ def _gpu_memory(spec: FineTuneJobSpec, nodes: Iterable[Labels]) -> int | None:
         return None
     fitting = [node for node in nodes if selector.items() <= node.items()]
     sizes = [int(node[label]) for node in fitting if node.get(label, "").isdecimal()]
-    return min(sizes, default=0) * MEBIBYTE or None
+    return min(sizes, default=0) * MEBIBYTE or _named_memory(label)
+
+
+def _named_memory(label: str) -> int | None:
+    """What a slice's name tells, where no node does."""
+    named = SLICE.fullmatch(label.removesuffix(".memory"))
+    return int(named["gib"]) * 1024 * MEBIBYTE * 7 // 8 if named else None
 
 
 def _gpu_resources(pod: PodSettings) -> list[str]:
@@ -200,7 +211,7 @@ class _Count:
             job=job.name,
             stage=job.stage,
             start_time=timestamp(begun),
-            gpus=round(sum(_amounts(pod, GPU))),
+            gpus=round(sum(_amounts(pod, GPU))) + pod.claimed_gpus,
             cpus=sum(_amounts(pod, re.compile("cpu"))),
         )
 

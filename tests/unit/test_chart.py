@@ -9,6 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from finetune_operator.api import ModelCache
 from finetune_operator.api.observed import FineTuneJobStatus
 from finetune_operator.settings import Settings
 from hack.chart import lint
@@ -68,10 +69,10 @@ def test_the_operator_may_do_exactly_this() -> None:
         ("finetune.dev", "finetunejobs/finalizers"): ["update"],
         ("batch", "jobs"): ["create", "delete", "get", "list", "patch", "watch"],
         ("", "pods"): ["get", "list", "watch"],
-        ("", "configmaps"): ["create", "get"],
-        ("", "serviceaccounts"): ["create", "get"],
-        ("rbac.authorization.k8s.io", "roles"): ["create", "get"],
-        ("rbac.authorization.k8s.io", "rolebindings"): ["create", "get"],
+        ("", "configmaps"): ["create", "delete", "get", "list"],
+        ("", "serviceaccounts"): ["create", "delete", "get", "list"],
+        ("rbac.authorization.k8s.io", "roles"): ["create", "delete", "get", "list"],
+        ("rbac.authorization.k8s.io", "rolebindings"): ["create", "delete", "get", "list"],
         ("", "events"): ["create", "list", "patch"],
         ("kueue.x-k8s.io", "workloads"): ["list"],
     }
@@ -162,6 +163,21 @@ def test_the_stages_settings_reach_the_operator() -> None:
     found = Settings.from_environment(environment(stages=stages))
     assert found.stages == stages
     assert "FINETUNE_STAGES" not in environment()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}},
+        {"image": {"reference": "registry.example.com/models:1"}},
+    ],
+    ids=["claim", "image"],
+)
+def test_the_cache_of_models_is_declared_once(place: dict[str, Any]) -> None:
+    found = Settings.from_environment(environment(modelCache=place))
+    assert found.model_cache == ModelCache.model_validate(place)
+    assert "FINETUNE_MODEL_CACHE" not in environment()
+    assert Settings.from_environment(environment()).model_cache is None
 
 
 def test_watching_namespaces_needs_no_cluster_wide_rights() -> None:

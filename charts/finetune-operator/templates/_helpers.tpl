@@ -95,12 +95,14 @@ observedGeneration phase reason stage conditions stages version artifacts images
 - apiGroups: [""]
   resources: [pods]
   verbs: [get, list, watch]
+# Its own are made for a FineTuneJob's stages and deleted after the last one. They are listed once
+# an operator begins to lead, by its label, to find what the one before has left.
 - apiGroups: [""]
   resources: [configmaps, serviceaccounts]
-  verbs: [get, create]
+  verbs: [get, list, create, delete]
 - apiGroups: [rbac.authorization.k8s.io]
   resources: [roles, rolebindings]
-  verbs: [get, create]
+  verbs: [get, list, create, delete]
 # Listed to say why the Job controller can't create a pod.
 - apiGroups: [""]
   resources: [events]

@@ -28,6 +28,7 @@ FINETUNEJOB_NAME_ANNOTATION = f"{GROUP}/job-name"  # the whole name
 STAGE_KEY_ANNOTATION = f"{GROUP}/key"  # the stage's fingerprint, or `prepare`'s look
 RETRY_ANNOTATION = f"{GROUP}/retry-requested-at"  # on a FineTuneJob, and the user's
 WOKEN_ANNOTATION = f"{GROUP}/woken-at"  # when the operator last touched the Job
+GPUS_ANNOTATION = f"{GROUP}/gpus"  # on a pod: the GPUs of its resource claims
 POD_SETTINGS_ANNOTATION = f"{GROUP}/pod-settings"  # digest of the settings of its pods
 
 KIND = "FineTuneJob"
@@ -188,6 +189,41 @@ class Resources(Base):
     """What the container may use at most, e.g. `nvidia.com/gpu: 1`."""
 
 
+ONE_CLAIM = "must have exactly one of resourceClaimName and resourceClaimTemplateName"
+
+
+class ResourceClaim(Base):
+    """Devices that dynamic resource allocation gives to the pod, and to the trainer in it (core/v1
+    PodResourceClaim; Kubernetes 1.34)."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            "has(self.resourceClaimName) != has(self.resourceClaimTemplateName)", ONE_CLAIM
+        )
+    )
+
+    name: DnsLabel
+    """Name of the claim within the pod."""
+
+    resource_claim_name: Name | None = None
+    """A ResourceClaim in the FineTuneJob's namespace, which pods may share."""
+
+    resource_claim_template_name: Name | None = None
+    """A ResourceClaimTemplate in the FineTuneJob's namespace, of which each pod gets a
+    ResourceClaim of its own."""
+
+    gpus: Annotated[int, Field(ge=0, le=64)] = 1
+    """GPUs, or slices of one, that the claim comes to: the number that it requests. Zero for other
+    devices, e.g. a network card. spec.training.gpuMemory tells how much memory each has; left out,
+    the training's pod finds out."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.resource_claim_name is None) == (self.resource_claim_template_name is None):
+            raise ValueError(ONE_CLAIM)
+        return self
+
+
 class Toleration(Base):
     """A taint that the pod may be scheduled onto (core/v1 Toleration)."""
 
@@ -234,6 +270,35 @@ class ImageSource(Base):
 
 VOLUME_SOURCES = ("claimName", "configMap", "secret", "image")
 ONE_VOLUME_SOURCE = f"must have exactly one of {', '.join(VOLUME_SOURCES)}"
+
+
+ONE_CACHE = "must have exactly one of persistentVolumeClaim and image"
+
+
+class ClaimSource(Base):
+    """A PersistentVolumeClaim (core/v1 PersistentVolumeClaimVolumeSource)."""
+
+    claim_name: Name
+    """Its name, in the namespace of each FineTuneJob."""
+
+    read_only: bool = False
+    """Mount it read-only: what it doesn't hold is fetched by each stage."""
+
+
+class ModelCache(Base):
+    """Where base models of all FineTuneJobs are kept (the chart's modelCache)."""
+
+    persistent_volume_claim: ClaimSource | None = None
+    """A volume to which the first stage that needs a model brings it."""
+
+    image: ImageSource | None = None
+    """An image that holds models already, below its root as in a cache of the Hub's client."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.persistent_volume_claim is None) == (self.image is None):
+            raise ValueError(ONE_CACHE)
+        return self
 
 
 class Volume(Base):

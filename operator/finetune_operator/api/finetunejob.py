@@ -16,6 +16,7 @@ from finetune_operator.api import (
     Preserved,
     PrivateKeyReference,
     Refresh,
+    ResourceClaim,
     Resources,
     SecretKeyReference,
     SecretReference,
@@ -138,7 +139,22 @@ class PodSettings(Base):
     (DeadlineExceeded) without another attempt. Left out, there is no limit."""
 
     resources: Resources = Resources()
-    """Requests and limits. Ask for a GPU here: `limits: {nvidia.com/gpu: 1}`."""
+    """Requests and limits. Ask for a GPU here: `limits: {nvidia.com/gpu: 1}`, or a slice of one
+    (MIG): `limits: {nvidia.com/mig-3g.20gb: 1}`. Memory and disk (ephemeral-storage) that neither
+    are requested nor limited here are requested as predicted."""
+
+    resource_claims: Annotated[
+        tuple[ResourceClaim, ...],
+        Field(
+            max_length=16,
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["name"],
+            },
+        ),
+    ] = ()
+    """Devices by dynamic resource allocation, e.g. GPUs, in place of a resource like
+    nvidia.com/gpu. The trainer's container gets all of them."""
 
     node_selector: dict[str, str] = {}
     """Labels that a node must have."""
@@ -169,6 +185,11 @@ class PodSettings(Base):
 
     annotations: dict[str, str] = {}
     """Further annotations of the pod."""
+
+    @property
+    def claimed_gpus(self) -> int:
+        """GPUs that its resource claims come to."""
+        return sum(claim.gpus for claim in self.resource_claims)
 
 
 class StagesSpec(Base):
@@ -250,7 +271,10 @@ class FineTuneJobSpec(Base):
     @property
     def hardware_digest(self) -> str:
         """Digest of what the training is split by."""
-        return _short_digest(self.stages.train.resources.model_dump(mode="json"))
+        train = self.stages.train
+        claims = [each.model_dump(mode="json") for each in train.resource_claims]
+        resources = train.resources.model_dump(mode="json")
+        return _short_digest({**resources, **({"claims": claims} if claims else {})})
 
     def run_config(
         self,

@@ -1,5 +1,5 @@
 """Names, labels and owners of a FineTuneJob's children; run.json, the right to report progress, and
-keys and certificates for a pod's object stores, by reference.
+the keys of a pod's object stores, by reference.
 
 The name of a child is a function of its purpose, so creating it twice leads to one object. A
 FineTuneJob's name may have 253 characters, but a Job's only 63, since it becomes a label of its
@@ -20,10 +20,10 @@ from finetune_operator.api import (
     MANAGED_BY_LABEL,
     OPERATOR,
     STAGE_LABEL,
-    CaBundle,
     JsonObject,
 )
-from finetune_operator.api.finetunejob import AnyStorageSpec, FineTuneJobSpec
+from finetune_operator.api.finetunejob import FineTuneJobSpec
+from finetune_operator.manifests.volumes import certificate_files
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_trainer.contract import GROUP, PLURAL, Hardware, JobReference, Resolved, Stage
 from finetune_trainer.contract.output import CA_BUNDLES, CREDENTIALS
@@ -164,8 +164,6 @@ def _role(owner: ObservedFineTuneJob, name: str) -> JsonObject:
     }
 
 
-CERTIFICATES_FOLDER = "/etc/finetune-ca"
-CERTIFICATES_FILE = "ca.crt"
 REQUIRED = CREDENTIALS[:2]
 
 
@@ -196,48 +194,5 @@ def store_variables(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
         if store.secret_ref is not None
         for key in CREDENTIALS
     ]
-    files = [
-        f"{store.field}.caBundle={_folder(store)}/{CERTIFICATES_FILE}"
-        for store, _ in _bundles(spec, stage)
-    ]
+    files = certificate_files(spec, stage)
     return [*found, *([{"name": CA_BUNDLES, "value": ":".join(files)}] if files else [])]
-
-
-def certificate_mounts(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
-    """Where each store's certificates are."""
-    return [
-        {"name": _volume(store), "mountPath": _folder(store), "readOnly": True}
-        for store, _ in _bundles(spec, stage)
-    ]
-
-
-def certificate_volumes(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
-    """The ConfigMaps and Secrets that hold them.
-
-    They are optional for the kubelet, which would wait for them for ever: the trainer says at once
-    what is missing.
-    """
-    return [{"name": _volume(store), **_source(bundle)} for store, bundle in _bundles(spec, stage)]
-
-
-def _source(bundle: CaBundle) -> JsonObject:
-    if bundle.config_map_ref is not None:
-        reference, kind, name = bundle.config_map_ref, "configMap", "name"
-    else:
-        assert bundle.secret_ref is not None, "a CaBundle has one of the two"  # noqa: S101
-        reference, kind, name = bundle.secret_ref, "secret", "secretName"
-    items = [{"key": reference.key, "path": CERTIFICATES_FILE}]
-    return {kind: {name: reference.name, "items": items, "optional": True}}
-
-
-def _bundles(spec: FineTuneJobSpec, stage: Stage) -> list[tuple[AnyStorageSpec, CaBundle]]:
-    return [(each, each.ca_bundle) for each in spec.stores(stage) if each.ca_bundle is not None]
-
-
-def _volume(store: AnyStorageSpec) -> str:
-    # spec.storage, spec.dataset.storage, spec.model.storage
-    return "-".join(["ca", *store.field.split(".")[1:]])
-
-
-def _folder(store: AnyStorageSpec) -> str:
-    return f"{CERTIFICATES_FOLDER}/{_volume(store).removeprefix('ca-')}"

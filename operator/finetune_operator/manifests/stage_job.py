@@ -6,19 +6,18 @@ from dataclasses import dataclass
 
 from finetune_operator.api import (
     FINETUNEJOB_NAME_ANNOTATION,
+    GPUS_ANNOTATION,
     POD_SETTINGS_ANNOTATION,
     QUEUE_LABEL,
     STAGE_KEY_ANNOTATION,
     TRAINER_CONTAINER,
     EnvVar,
     JsonObject,
-    Volume,
+    ResourceClaim,
     Workspace,
 )
 from finetune_operator.api.finetunejob import FineTuneJobSpec, PodSettings
 from finetune_operator.manifests.children import (
-    certificate_mounts,
-    certificate_volumes,
     child_name,
     digest,
     from_secret,
@@ -28,36 +27,24 @@ from finetune_operator.manifests.children import (
     store_references,
     store_variables,
 )
+from finetune_operator.manifests.volumes import (
+    CACHE_FOLDER,
+    CONFIG_FOLDER,
+    WORKSPACE,
+    shared_memory_mib,
+    stage_mounts,
+    stage_volumes,
+)
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.settings import Settings
 from finetune_trainer.contract import (
-    REGISTRY_FILE,
-    SIGNING_KEY_FILE,
+    MODEL_CACHE,
     Base,
     ExitCode,
     Hardware,
     Stage,
 )
 
-CONFIG_FOLDER = "/etc/finetune"
-WORKSPACE = "/workspace"
-TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"  # noqa: S105 - a path
-TOKEN_SECONDS = 3607  # the kubelet renews the token long before
-SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the kernel's name
-SHARED_MEMORY_MIB = 8192
-MEBIBYTE = 1 << 20
-GROUP_TOO = 0o040
-OWNER_ONLY = 0o400  # to which the kubelet adds the pod's group
-SIGNING_MOUNT = {
-    "name": "signing-key",
-    "mountPath": SIGNING_KEY_FILE.rsplit("/", 1)[0],
-    "readOnly": True,
-}
-REGISTRY_MOUNT = {
-    "name": "registry",
-    "mountPath": REGISTRY_FILE.rsplit("/", 1)[0],
-    "readOnly": True,
-}
 USER = 65532
 # How long a stopped stage may take to report; a training also uploads a checkpoint.
 GRACE_SECONDS = {Stage.PREPARE: 60, Stage.TRAIN: 120, Stage.EXPORT: 60}
@@ -139,12 +126,14 @@ def pod_settings_digest(spec: FineTuneJobSpec, stage: Stage, settings: Settings)
         *_publishing(spec, stage),
         *store_references(spec, stage),
         *([{"queue": spec.queue_name}] if spec.queue_name else []),
+        *([{"cache": _dump(settings.model_cache)}] if settings.model_cache else []),
     )
 
 
 def _untouched(pod: PodSettings) -> set[str]:
     """Fields that came later than the digest, which they leave as it was where they aren't used."""
-    return {"workspace"} if pod.workspace == Workspace() else set()
+    later = {"workspace": Workspace(), "resource_claims": ()}
+    return {name for name, unused in later.items() if getattr(pod, name) == unused}
 
 
 def _ttl_seconds(spec: FineTuneJobSpec, stage: Stage) -> int:
@@ -198,7 +187,11 @@ def _pod_template(
     return {
         "metadata": {
             "labels": {**pod.labels, **own},
-            "annotations": {**pod.annotations, FINETUNEJOB_NAME_ANNOTATION: owner.name},
+            "annotations": {
+                **pod.annotations,
+                **_gpus_told(pod),
+                FINETUNEJOB_NAME_ANNOTATION: owner.name,
+            },
         },
         "spec": {
             "restartPolicy": "Never",
@@ -216,12 +209,9 @@ def _pod_template(
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
             "containers": [_container(spec, attempt.stage, settings, name, shared_memory)],
-            "volumes": [
-                *volumes(pod, attempt.config_map, shared_memory),
-                *certificate_volumes(spec, attempt.stage),
-                *signing_volumes(spec, attempt.stage),
-                *registry_volumes(spec, attempt.stage),
-            ],
+            "volumes": stage_volumes(
+                spec, attempt.stage, settings.model_cache, shared_memory, attempt.config_map
+            ),
             **_pull_secrets(settings),
             **_placement(pod),
         },
@@ -251,12 +241,7 @@ def _container(
         "args": [str(stage), "--config", config, "--workspace", WORKSPACE],
         "workingDir": WORKSPACE,
         "env": environment(spec, stage, pod, settings, fixed),
-        "volumeMounts": [
-            *mounts(pod, shared_memory),
-            *certificate_mounts(spec, stage),
-            *([SIGNING_MOUNT] if _signs(spec, stage) else []),
-            *([REGISTRY_MOUNT] if registry_volumes(spec, stage) else []),
-        ],
+        "volumeMounts": stage_mounts(spec, stage, settings.model_cache, shared_memory),
         # If a container ends without a StageResult, the end of its log helps a person.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
@@ -266,9 +251,16 @@ def _container(
         },
     }
     resources = {name: value for name, value in pod.resources.model_dump().items() if value}
+    if pod.resource_claims:
+        resources["claims"] = [{"name": claim.name} for claim in pod.resource_claims]
     if resources:
         container["resources"] = resources
     return container
+
+
+def _gpus_told(pod: PodSettings) -> dict[str, str]:
+    """Nothing in a pod says how many devices its claims come to."""
+    return {GPUS_ANNOTATION: str(pod.claimed_gpus)} if pod.claimed_gpus else {}
 
 
 def _pull_secrets(settings: Settings) -> JsonObject:
@@ -282,6 +274,7 @@ def _placement(pod: PodSettings) -> JsonObject:
     return {
         key: value
         for key, value in {
+            "resourceClaims": [_claim(each) for each in pod.resource_claims],
             "nodeSelector": pod.node_selector,
             "tolerations": [_dump(each) for each in pod.tolerations],
             "affinity": pod.affinity,
@@ -290,6 +283,10 @@ def _placement(pod: PodSettings) -> JsonObject:
         }.items()
         if value
     }
+
+
+def _claim(claim: ResourceClaim) -> JsonObject:
+    return claim.model_dump(mode="json", exclude_none=True, exclude={"gpus"})
 
 
 def environment(
@@ -301,6 +298,8 @@ def environment(
 ) -> list[JsonObject]:
     """The user's variables, those in `fixed`, and the credentials by reference."""
     own = [{"name": name, "value": value} for name, value in fixed.items()]
+    if settings.model_cache is not None:
+        own.append({"name": MODEL_CACHE, "value": CACHE_FOLDER})
     own += _credentials(spec, stage)
     own += _credentials_of_export(spec) if stage is Stage.EXPORT else []
     # The user can't override the operator's own variables: they are part of the contract between
@@ -333,119 +332,8 @@ def _credentials_of_export(spec: FineTuneJobSpec) -> list[JsonObject]:
     return found
 
 
-def _signs(spec: FineTuneJobSpec, stage: Stage) -> bool:
-    return stage is Stage.EXPORT and spec.export.signing is not None
-
-
-def signing_volumes(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
-    """The private key as a file in memory: no variable that every process of the pod has.
-
-    It is not optional. The kubelet starts the pod when the Secret is there, so no attempt is lost.
-    """
-    signing = spec.export.signing
-    if signing is None or not _signs(spec, stage):
-        return []
-    reference = signing.key_secret_ref
-    return [_secret_file(SIGNING_MOUNT, SIGNING_KEY_FILE, reference.name, reference.key)]
-
-
-def registry_volumes(spec: FineTuneJobSpec, stage: Stage) -> list[JsonObject]:
-    """The registry's login as a file in memory, as the signing key."""
-    oci = spec.output.oci
-    if stage is not Stage.EXPORT or oci is None or oci.secret_ref is None:
-        return []
-    return [_secret_file(REGISTRY_MOUNT, REGISTRY_FILE, oci.secret_ref.name, ".dockerconfigjson")]
-
-
-def _secret_file(mount: JsonObject, file: str, secret: str, key: str) -> JsonObject:
-    """The volume of one key of a Secret, as the file of that name."""
-    items = [{"key": key, "path": file.rsplit("/", 1)[1]}]
-    source = {"secretName": secret, "items": items, "defaultMode": OWNER_ONLY}
-    return {"name": mount["name"], "secret": source}
-
-
 def _variable(given: EnvVar) -> JsonObject:
     if given.value_from is None:
         return {"name": given.name, "value": given.value}
     secret = given.value_from.secret_key_ref
     return from_secret(given.name, secret.name, secret.key, optional=secret.optional)
-
-
-def mounts(pod: PodSettings, shared_memory: int | None) -> list[JsonObject]:
-    found: list[JsonObject] = [
-        {"name": "workspace", "mountPath": WORKSPACE},
-        {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
-        {"name": "token", "mountPath": TOKEN_FOLDER, "readOnly": True},
-    ]
-    if shared_memory is not None:
-        found.append({"name": "shared-memory", "mountPath": SHARED_MEMORY})
-    for number, volume in enumerate(pod.volumes):
-        mount = {"name": _volume_name(volume, number), "mountPath": volume.mount_path}
-        read_only = volume.read_only or volume.claim_name is None
-        found.append(mount | ({"readOnly": True} if read_only else {}))
-    return found
-
-
-def volumes(pod: PodSettings, config_map: str, shared_memory: int | None) -> list[JsonObject]:
-    namespace = {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}
-    root = {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
-    sources = [
-        {"serviceAccountToken": {"path": "token", "expirationSeconds": TOKEN_SECONDS}},
-        {"configMap": root},
-        {"downwardAPI": {"items": [{"path": "namespace", **namespace}]}},
-    ]
-    found: list[JsonObject] = [
-        {"name": "workspace", **_workspace(pod)},
-        {"name": "config", "configMap": {"name": config_map}},
-        {"name": "token", "projected": {"sources": sources}},
-    ]
-    if shared_memory is not None:
-        folder = {"medium": "Memory", "sizeLimit": f"{shared_memory}Mi"}
-        found.append({"name": "shared-memory", "emptyDir": folder})
-    found += (
-        {"name": _volume_name(volume, number), **_source(volume)}
-        for number, volume in enumerate(pod.volumes)
-    )
-    return found
-
-
-def _volume_name(volume: Volume, number: int) -> str:
-    return f"claim-{number}" if volume.claim_name is not None else f"volume-{number}"
-
-
-def _source(volume: Volume) -> JsonObject:
-    if volume.config_map is not None:
-        return {"configMap": {"name": volume.config_map.name}}
-    if volume.secret is not None:
-        mode = OWNER_ONLY | GROUP_TOO  # the container's user isn't root
-        return {"secret": {"secretName": volume.secret.secret_name, "defaultMode": mode}}
-    if volume.image is not None:
-        return {"image": _dump(volume.image)}
-    return {"persistentVolumeClaim": {"claimName": volume.claim_name}}
-
-
-def _workspace(pod: PodSettings) -> JsonObject:
-    given = pod.workspace
-    if given.storage is None:
-        return {"emptyDir": {"sizeLimit": given.size_limit} if given.size_limit else {}}
-    claim = {
-        "accessModes": ["ReadWriteOnce"],
-        "resources": {"requests": {"storage": given.storage}},
-    }
-    if given.storage_class_name is not None:
-        claim["storageClassName"] = given.storage_class_name
-    return {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
-
-
-def shared_memory_mib(stage: Stage, pod: PodSettings, hardware: Hardware) -> int | None:
-    """MiB of /dev/shm for the communication of several GPUs' processes (NCCL, gloo).
-
-    A container's default of 64 MiB is too small. What is written there counts against the pod's
-    memory limit, so take at most a quarter of it.
-    """
-    mounted = {volume.mount_path.rstrip("/") for volume in pod.volumes}
-    if stage is not Stage.TRAIN or hardware.gpus <= 1 or SHARED_MEMORY in mounted:
-        return None
-    if hardware.memory_bytes is None:
-        return SHARED_MEMORY_MIB
-    return max(min(SHARED_MEMORY_MIB, hardware.memory_bytes // 4 // MEBIBYTE), 1)

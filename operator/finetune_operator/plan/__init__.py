@@ -35,7 +35,17 @@ from finetune_operator.status import (
 )
 from finetune_trainer.contract import Reason, Stage
 
-__all__ = ["Action", "Event", "Plan", "Policy", "StartStage", "StopJob", "plan", "refuse"]
+__all__ = [
+    "Action",
+    "Event",
+    "Plan",
+    "Policy",
+    "StartStage",
+    "StopJob",
+    "has_ended",
+    "plan",
+    "refuse",
+]
 
 TERMINAL = {Phase.SUCCEEDED, Phase.FAILED}
 
@@ -92,6 +102,12 @@ def plan(
         versions.halt_export(draft)
         made = _advance(draft)
     return versions.with_looks(draft, made)
+
+
+def has_ended(status: FineTuneJobStatus, generation: int) -> bool:
+    """Whether it came to its end, well or badly, and no stage is still followed."""
+    current = status.observed_generation == generation and status.phase in TERMINAL
+    return current and all(stage.state is not StageState.RUNNING for stage in status.stages)
 
 
 def _is_settled(finetunejob: ObservedFineTuneJob) -> bool:

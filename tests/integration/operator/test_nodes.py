@@ -74,9 +74,53 @@ def test_the_node_selector_counts_and_several_gpus_share_memory(
 
 
 def test_where_no_node_tells_its_gpus_memory_the_training_finds_out(here: Namespace) -> None:
-    limits = {"nvidia.com/mig-1g.5gb": 1}
+    limits = {"amd.com/gpu": 1}
     here.apply(stages={"train": {"resources": {"limits": limits}}})
     assert told(here) == Hardware(gpus=1)
+
+
+def test_a_training_gets_its_gpu_by_dynamic_resource_allocation(
+    supported: ControlPlane, here: Namespace
+) -> None:
+    if supported.minor_version < 34:
+        pytest.skip("Kubernetes has resourceClaims by default since 1.34")
+    exactly = {"deviceClassName": "gpu.nvidia.com", "allocationMode": "ExactCount", "count": 1}
+    template = {
+        "apiVersion": "resource.k8s.io/v1",
+        "kind": "ResourceClaimTemplate",
+        "metadata": {"name": "one-gpu", "namespace": here.name},
+        "spec": {"spec": {"devices": {"requests": [{"name": "gpu", "exactly": exactly}]}}},
+    }
+    supported.kubectl("create", "-f", "-", input=json.dumps(template))
+    claims = [{"name": "gpu", "resourceClaimTemplateName": "one-gpu"}]
+    here.apply(stages={"train": {"resourceClaims": claims}}, training={"gpuMemory": "80Gi"})
+    assert told(here) == Hardware(gpus=1, gpu_memory_bytes=80 << 30)
+    here.succeed(prepared())
+    pod = here.pod(TRAIN)
+    assert pod["spec"]["resourceClaims"] == claims
+    assert pod["spec"]["containers"][0]["resources"]["claims"] == [{"name": "gpu"}]
+    made = here.wait("the pod's claim", lambda: owned(here, "resourceclaims", pod))
+    assert made["spec"]["devices"]["requests"][0]["exactly"]["deviceClassName"] == "gpu.nvidia.com"
+    here.start_pod(TRAIN)
+
+    def counted() -> list[dict[str, Any]]:
+        pods = here.status().get("usage", {}).get("pods", [])
+        return [each for each in pods if each["stage"] == "train"]
+
+    assert [each["gpus"] for each in here.wait("the pod to count", counted)] == [1]
+
+
+def owned(here: Namespace, resource: str, pod: dict[str, Any]) -> Any:
+    """The object that the control plane made for a pod."""
+    found = json.loads(here.plane.kubectl("get", resource, "-n", here.name, "-o", "json"))["items"]
+    return next(
+        (
+            each
+            for each in found
+            if pod["metadata"]["uid"] in [o["uid"] for o in each["metadata"]["ownerReferences"]]
+        ),
+        None,
+    )
 
 
 def training_on(here: Namespace, node: str) -> dict[str, Any]:

@@ -22,6 +22,9 @@ COST_FACTOR = 4  # so much more could all rules cost, before a server refuses th
 REFUSED: dict[str, Any] = {
     "must be org/name on the Hugging Face Hub, s3://bucket/folder, or the absolute path of a "
     "mounted folder": "llama",
+    "must be org/name on the Hugging Face Hub, s3://bucket/folder, oci://registry/repository:tag, "
+    "or the absolute path of a mounted folder": "docker://registry/model:1",
+    "must have exactly one of resourceClaimName and resourceClaimTemplateName": {"name": "gpu"},
     "must have exactly one of configMapRef and secretRef": {},
     "must have exactly one of claimName, configMap, secret, image": {"mountPath": "/models"},
     "must have sizeLimit, or storage, and storageClassName with storage alone": {

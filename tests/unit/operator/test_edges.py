@@ -14,10 +14,8 @@ from finetune_operator import cluster
 from finetune_operator.monitoring import HumanLine, JsonLine
 
 
-def refusal(status: int, **body: Any) -> client.ApiException:
-    error = client.ApiException(status=status, reason="Reason")
-    error.body = json.dumps(body)
-    return error
+def refusal(status: int, what: str, **body: Any) -> cluster.ClusterError:
+    return cluster._refusal(status, "Reason", json.dumps(body).encode(), what)
 
 
 @pytest.mark.parametrize(
@@ -36,8 +34,7 @@ def refusal(status: int, **body: Any) -> client.ApiException:
 def test_a_refusal_becomes_an_error_of_our_own(
     status: int, reason: str, expected: type[cluster.ClusterError]
 ) -> None:
-    refused = refusal(status, reason=reason, message="no such luck")
-    error = cluster._convert(refused, "GET /x")
+    error = refusal(status, "GET /x", reason=reason, message="no such luck")
     assert type(error) is expected
     assert str(error) == "GET /x: no such luck"
     assert error.detail == "no such luck"
@@ -67,8 +64,8 @@ WEBHOOK = 'admission webhook "images.example.org" denied the request: no'
 def test_only_a_fault_in_a_field_is_the_specs(
     status: int, message: str, causes: list[Any], expected: type[cluster.ClusterError]
 ) -> None:
-    refused = refusal(status, message=message, details={"causes": causes})
-    assert type(cluster._convert(refused, "POST /x")) is expected
+    error = refusal(status, "POST /x", message=message, details={"causes": causes})
+    assert type(error) is expected
 
 
 async def test_nodes_are_not_listed_again_within_a_minute(
@@ -88,7 +85,28 @@ async def test_nodes_are_not_listed_again_within_a_minute(
     monkeypatch.setattr(cluster, "NODES_SECONDS", -1.0)  # the minute is over
     assert await here.node_labels("memory") == ({"memory": "3"},)
     assert asked == ["Node memory", "Node other", "Node memory"]
-    await here._api.close()
+    await here.close()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        ({"https_proxy": "http://proxy:3128"}, "http://proxy:3128"),
+        ({"https_proxy": "http://proxy:3128", "no_proxy": "api.example.com"}, None),
+        ({"http_proxy": "http://proxy:3128"}, None),
+    ],
+    ids=["none", "a proxy", "not for this host", "not for this scheme"],
+)
+def test_the_proxy_is_the_environments(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str | None
+) -> None:
+    for name in ("http_proxy", "https_proxy", "no_proxy"):
+        for each in (name, name.upper()):
+            monkeypatch.delenv(each, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cluster._proxy_of_environment("https://api.example.com:6443") == expected
 
 
 def test_the_same_words_about_something_else_are_another_event() -> None:
@@ -103,9 +121,8 @@ def test_the_same_words_about_something_else_are_another_event() -> None:
 
 
 def test_an_answer_that_is_no_status_is_told_by_its_reason() -> None:
-    error = client.ApiException(status=502, reason="Bad Gateway")
-    error.body = "<html>"
-    assert str(cluster._convert(error, "GET /x")) == "GET /x: Bad Gateway"
+    error = cluster._refusal(502, "Bad Gateway", b"<html>", "GET /x")
+    assert str(error) == "GET /x: Bad Gateway"
 
 
 def test_an_event_has_a_name_that_fits_whatever_the_job_is_called() -> None:

@@ -30,7 +30,11 @@ def training(limits: dict[str, Any], memory: str | None = None, **train: Any) ->
         pytest.param({"nvidia.com/gpu": 2}, Hardware(gpus=2), id="a number"),
         pytest.param({"nvidia.com/gpu": "2"}, Hardware(gpus=2), id="a number as text"),
         pytest.param({"amd.com/gpu": 4}, Hardware(gpus=4), id="AMD"),
-        pytest.param({"nvidia.com/mig-3g.40gb": 1}, Hardware(gpus=1), id="a slice"),
+        pytest.param(
+            {"nvidia.com/mig-3g.20gb": 1},
+            Hardware(gpus=1, gpu_memory_bytes=35 << 29),
+            id="a slice",
+        ),
         pytest.param({"nvidia.com/gpu.shared": 1}, Hardware(gpus=1), id="a shared one"),
         pytest.param({"nvidia.com/gpu": "some"}, Hardware(), id="no quantity"),
         pytest.param(
@@ -46,6 +50,52 @@ def test_limits_are_read_as_kubernetes_reads_them(
     limits: dict[str, Any], expected: Hardware
 ) -> None:
     assert training_hardware(training(limits)) == expected
+
+
+@pytest.mark.parametrize(
+    ("resource", "gib"),
+    [
+        # What NVIDIA's MIG user guide says that the slices have.
+        ("mig-1g.5gb", 4.75),
+        ("mig-3g.20gb", 19.5),
+        ("mig-1g.10gb.me", 9.5),
+        ("mig-7g.80gb", 78.5),
+        ("mig-1g.18gb", 16.0),
+    ],
+)
+def test_a_slice_whose_nodes_say_nothing_has_what_its_name_says(resource: str, gib: float) -> None:
+    named = gpu_memory(training({f"nvidia.com/{resource}": 1}))
+    assert named is not None
+    assert 0.88 * gib <= named / 1024 <= gib
+
+
+def test_a_node_that_tells_a_slices_memory_is_believed_before_its_name() -> None:
+    slices = {"nvidia.com/mig-3g.20gb": 1}
+    assert gpu_memory(training(slices), {"nvidia.com/mig-3g.20gb.memory": "19968"}) == 19968
+    assert gpu_memory(training(slices, memory="19Gi")) == 19 << 10
+
+
+CLAIM = {"name": "gpu", "resourceClaimTemplateName": "one-gpu"}
+
+
+def test_the_gpus_of_resource_claims_count() -> None:
+    assert training_hardware(training({}, resourceClaims=[CLAIM])) == Hardware(gpus=1)
+    claims = [{**CLAIM, "gpus": 4}, {"name": "network", "resourceClaimName": "nic", "gpus": 0}]
+    told = training_hardware(training({}, memory="80Gi", resourceClaims=claims))
+    assert told == Hardware(gpus=4, gpu_memory_bytes=80 << 30)
+
+
+def test_no_label_tells_the_memory_of_a_claimed_gpu() -> None:
+    assert memory_label(training({}, resourceClaims=[CLAIM])) is None
+    assert memory_label(training(ONE, resourceClaims=[CLAIM])) is None
+
+
+def test_another_claim_is_another_hardware() -> None:
+    before = training({}).hardware_digest
+    one = training({}, resourceClaims=[CLAIM]).hardware_digest
+    assert (
+        len({before, one, training({}, resourceClaims=[{**CLAIM, "gpus": 2}]).hardware_digest}) == 3
+    )
 
 
 def test_the_disk_of_the_export_is_told_as_well() -> None:

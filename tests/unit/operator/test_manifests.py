@@ -14,6 +14,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from finetune_operator.api import ModelCache
 from finetune_operator.api.finetunejob import FineTuneJobSpec
 from finetune_operator.manifests import pod_settings_digest, stage_objects
 from finetune_operator.observe import ObservedFineTuneJob
@@ -114,6 +115,27 @@ WITH_SECRETS = Settings(
     image_pull_secrets=("registry",),
     trainer_log_format="json",
 )
+CLAIMS: dict[str, Any] = {
+    **SPEC,
+    "model": {"source": "oci://models.example/team/base:1"},
+    "stages": {
+        "train": {
+            "resourceClaims": [
+                {"name": "gpus", "resourceClaimTemplateName": "two-gpus", "gpus": 2},
+                {"name": "network", "resourceClaimName": "infiniband", "gpus": 0},
+            ]
+        }
+    },
+}
+
+
+def keeping(**place: Any) -> Settings:
+    """Settings with a cache of models."""
+    return Settings(trainer_image="trainer:1", model_cache=ModelCache.model_validate(place))
+
+
+WITH_CACHE = keeping(persistentVolumeClaim={"claimName": "models"})
+WITH_CACHE_IMAGE = keeping(image={"reference": "models.example/all:1"})
 LONG_NAME = "a-very-long.name." + "x" * 200
 
 CASES = {
@@ -122,6 +144,7 @@ CASES = {
     "export-long-name": (finetunejob(name=LONG_NAME), SPEC, SETTINGS, EXPORT),
     "export-published": (finetunejob(), PUBLISHING, SETTINGS, EXPORT),
     "prepare-stores": (finetunejob(), STORES, SETTINGS, PREPARE),
+    "train-claims-and-cache": (finetunejob(), CLAIMS, WITH_CACHE, TRAIN),
     "train-stores": (finetunejob(), STORES, SETTINGS, TRAIN),
 }
 
@@ -186,6 +209,36 @@ def test_names_and_labels_fit(name: str) -> None:
 def test_the_job_comes_last_since_its_pod_needs_the_others() -> None:
     kinds = [made["kind"] for made in objects(*CASES["prepare-minimal"])]
     assert kinds == ["ServiceAccount", "Role", "RoleBinding", "ConfigMap", "Job"]
+
+
+@pytest.mark.parametrize("stage", Stage)
+@pytest.mark.parametrize(
+    ("settings", "source"),
+    [
+        (WITH_CACHE, {"persistentVolumeClaim": {"claimName": "models"}}),
+        (WITH_CACHE_IMAGE, {"image": {"reference": "models.example/all:1"}}),
+    ],
+    ids=["claim", "image"],
+)
+def test_every_stage_mounts_the_cache_of_models(
+    stage: Stage, settings: Settings, source: dict[str, Any]
+) -> None:
+    pod = pod_of(SPEC, stage, settings)
+    (container,) = pod["containers"]
+    assert {"name": "model-cache", **source} in pod["volumes"]
+    (mount,) = [each for each in container["volumeMounts"] if each["name"] == "model-cache"]
+    assert mount.get("readOnly", False) is ("image" in source)
+    folder = {"name": "FINETUNE_MODEL_CACHE", "value": mount["mountPath"]}
+    assert folder in container["env"]
+
+
+def test_another_cache_makes_other_pods() -> None:
+    parsed = FineTuneJobSpec.model_validate(SPEC)
+    made = {
+        pod_settings_digest(parsed, TRAIN, each)
+        for each in (SETTINGS, WITH_CACHE, WITH_CACHE_IMAGE)
+    }
+    assert len(made) == 3
 
 
 def test_the_users_service_account_is_not_made() -> None:
@@ -403,10 +456,11 @@ def test_a_node_that_comes_or_goes_changes_what_is_told_and_not_the_job() -> Non
     assert told.hardware == Hardware(gpus=1, gpu_memory_bytes=81559 << 20)
 
 
-def pod_of(spec: dict[str, Any], stage: Stage = TRAIN) -> dict[str, Any]:
-    made: dict[str, Any] = objects(finetunejob(), spec, SETTINGS, stage)[-1]["spec"]["template"][
-        "spec"
-    ]
+def pod_of(
+    spec: dict[str, Any], stage: Stage = TRAIN, settings: Settings = SETTINGS
+) -> dict[str, Any]:
+    job = objects(finetunejob(), spec, settings, stage)[-1]
+    made: dict[str, Any] = job["spec"]["template"]["spec"]
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -36,7 +37,7 @@ from tests.unit.operator.build import SPEC
 from tests.unit.operator.raw import raw_pod
 
 KEY = "ml/support"
-MADE = ["ServiceAccount", "Role", "RoleBinding", "ConfigMap", "Job"]
+MADE = ["ServiceAccount", "ConfigMap", "Role", "RoleBinding", "Job"]
 
 
 class FakeCluster:
@@ -51,7 +52,8 @@ class FakeCluster:
         self.said: list[tuple[str, str]] = []
         self.version = 7
         self.live_version = "7"
-        self.live_pods: list[dict[str, Any]] = []
+        self.live: dict[str, list[dict[str, Any]]] = {}
+        self.brief: dict[str, list[dict[str, Any]]] = {}
 
     def _call(self, verb: str, what: str) -> None:
         self.calls.append((verb, what))
@@ -62,10 +64,11 @@ class FakeCluster:
         self._call("rehearse" if dry_run else "create", body["kind"])
         if dry_run:
             return body
-        self.made.append(body)
         # Now, as a server would: a Job that is long without a pod is worth a note in status.
         stamped = {"uid": f"uid-{body['kind']}", "creationTimestamp": timestamp(datetime.now(UTC))}
-        return {**body, "metadata": {**body["metadata"], **stamped}}
+        made = {**body, "metadata": {**body["metadata"], **stamped}}
+        self.made.append(made)
+        return made
 
     async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
         self._call("get", kind)
@@ -74,9 +77,21 @@ class FakeCluster:
         found: dict[str, Any] = self.existing[kind]
         return {**found, "metadata": {**found["metadata"], "name": name, "namespace": namespace}}
 
-    async def pods(self, namespace: str, labels: dict[str, str]) -> list[dict[str, Any]]:
-        self._call("pods", f"{namespace}/{labels['finetune.dev/stage']}")
-        return self.live_pods
+    async def children(
+        self, kind: str, namespace: str, labels: dict[str, str]
+    ) -> list[dict[str, Any]]:
+        self._call(f"{kind}s", f"{namespace}/{labels['finetune.dev/stage']}")
+        return self.live.get(kind, [])
+
+    async def in_brief(self, kind: str, namespaces: tuple[str, ...]) -> AsyncIterator[Any]:
+        del namespaces
+        self._call("list", kind)
+        for each in self.brief.get(kind, []):
+            yield each
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
+        del name
+        self._call("delete", f"{kind} {namespace}/{uid}")
 
     async def delete_job(self, namespace: str, name: str, uid: str) -> None:
         self._call("delete", f"{namespace}/{name}/{uid}")
@@ -159,9 +174,10 @@ def world() -> World:
 async def test_a_job_starts_only_once_status_says_so(world: World) -> None:
     assert await world.reconcile(KEY) is None
     assert world.cluster.calls == [
-        ("pods", "ml/prepare"),
-        *(("create", kind) for kind in MADE[:-1]),
+        ("Jobs", "ml/prepare"),
+        ("Pods", "ml/prepare"),
         ("rehearse", "Job"),
+        *(("create", kind) for kind in MADE[:-1]),
         ("patch", "ml/support@7"),
         ("create", "Job"),
         ("event", "Normal StageStarted"),
@@ -300,11 +316,134 @@ async def test_nothing_is_started_beside_a_pod_that_the_watch_does_not_show_yet(
     known = {"annotations": {"finetune.dev/job-name": "support"}}
     statuses = [{"name": "trainer", "state": state}]
     left = raw_pod(containerStatuses=statuses)
-    world.cluster.live_pods = [{**left, "metadata": {**left["metadata"], **known}}]
+    world.cluster.live["Pod"] = [{**left, "metadata": {**left["metadata"], **known}}]
     await world.reconcile(KEY)
-    assert world.calls("pods") == ["ml/prepare"]
+    assert world.calls("Pods") == ["ml/prepare"]
     assert ("Job" in world.calls("create")) is starts
     assert bool(world.cluster.patches) is starts
+
+
+async def test_an_operator_that_knows_what_there_was_asks_for_no_pods(world: World) -> None:
+    assert await world.reconcile.take_over() == set()
+    await world.reconcile(KEY)
+    assert world.calls("Jobs") == world.calls("Pods") == []
+    assert world.calls("create") == MADE
+    # One of the same name: the pods of the first may be at work yet.
+    world.shows(uid="uid-2")
+    await world.reconcile(KEY)
+    assert world.calls("Jobs") == world.calls("Pods") == ["ml/prepare"]
+
+
+@pytest.mark.parametrize("kind", ["Job", "Pod"])
+async def test_what_another_operator_has_started_is_asked_for(world: World, kind: str) -> None:
+    known = {"annotations": {"finetune.dev/job-name": "support"}, "namespace": "ml"}
+    world.cluster.brief[kind] = [{"metadata": known}]
+    await world.reconcile.take_over()
+    await world.reconcile(KEY)
+    assert world.calls("Pods") == ["ml/prepare"]
+
+
+async def test_an_operator_that_led_before_knows_nothing_any_more(world: World) -> None:
+    await world.reconcile.take_over()
+    world.reconcile.step_down()
+    await world.reconcile(KEY)
+    assert world.calls("Pods") == ["ml/prepare"]
+
+
+async def test_a_job_like_one_just_admitted_is_not_rehearsed(world: World) -> None:
+    await world.reconcile(KEY)
+    world.shows(uid="uid-2")
+    await world.reconcile(KEY)
+    assert world.calls("rehearse") == ["Job"]
+    world.shows(uid="uid-3", spec={**SPEC, "serviceAccountName": "mine"})
+    await world.reconcile(KEY)
+    assert world.calls("rehearse") == ["Job"] * 2, "another kind of Job"
+
+
+async def test_after_a_denial_each_job_is_rehearsed(world: World) -> None:
+    await world.reconcile(KEY)
+    world.cluster.failures["create", "Job"] = ForbiddenError("POST …", "exceeded quota: gpus")
+    world.shows(uid="uid-2")
+    with pytest.raises(ForbiddenError):
+        await world.reconcile(KEY)
+    assert world.cluster.patches[-1]["phase"] == "Preparing"
+    assert len(world.calls("event")) == 1, "it was not started"
+    world.cluster.failures = {("rehearse", "Job"): ForbiddenError("POST …", "exceeded quota: gpus")}
+    world.shows("9", status=world.cluster.patches[-1], uid="uid-2")
+    with pytest.raises(ForbiddenError):
+        await world.reconcile(KEY)
+    assert world.cluster.patches[-1]["reason"] == "RequestDenied"
+    assert world.calls("event")[1:] == ["Warning RequestDenied"]
+
+
+async def test_what_stands_is_not_made_again_for_the_next_stage(world: World) -> None:
+    await world.reconcile(KEY)
+    world.shows("9", generation=2, jobs=ended_jobs(world))
+    await world.reconcile(KEY)
+    assert world.calls("create") == [*MADE, "Job"]
+
+
+FAILED = {
+    "observedGeneration": 1,
+    "phase": "Failed",
+    "stages": [{"name": "prepare", "state": "Failed", "attempt": 1}],
+}
+SUPPORTS = {f"{kind} ml/uid-{kind}" for kind in MADE[:-1]}
+
+
+def ended_jobs(world: World) -> list[dict[str, Any]]:
+    """The Jobs that were made, after their end."""
+    failed = {"conditions": [{"type": "Failed", "status": "True"}]}
+    return [{**each, "status": failed} for each in world.cluster.made if each["kind"] == "Job"]
+
+
+async def test_what_the_stages_needed_goes_when_all_is_over(world: World) -> None:
+    await world.reconcile(KEY)
+    assert world.calls("delete") == []
+    world.cluster.live_version = "9"
+    world.shows("9", status=FAILED)
+    await world.reconcile(KEY)
+    assert world.calls("delete") == [], "a Job may have a pod at work"
+    world.shows("9", status=FAILED, jobs=ended_jobs(world))
+    await world.reconcile(KEY)
+    assert set(world.calls("delete")) == SUPPORTS
+    await world.reconcile(KEY)
+    assert len(world.calls("delete")) == len(SUPPORTS), "once"
+
+
+async def test_nothing_is_deleted_on_what_has_changed(world: World) -> None:
+    await world.reconcile(KEY)
+    world.cluster.live_version = "10"  # an edit that the watch doesn't show yet
+    world.shows("9", status=FAILED, jobs=ended_jobs(world))
+    assert await world.reconcile(KEY) == STALE_RETRY_SECONDS
+    world.cluster.live_version, world.leads = "9", False
+    assert await world.reconcile(KEY) == 2 * STALE_RETRY_SECONDS
+    assert world.calls("delete") == []
+    world.leads = True
+    await world.reconcile(KEY)
+    assert set(world.calls("delete")) == SUPPORTS
+
+
+async def test_what_an_operator_before_has_left_is_deleted(world: World) -> None:
+    owner = {"kind": "FineTuneJob", "uid": "uid-1", "name": "support", "controller": True}
+    meta = {"namespace": "ml", "name": "role", "uid": "uid-Role", "ownerReferences": [owner]}
+    others = {"namespace": "ml", "name": "else", "uid": "uid-else"}
+    world.cluster.brief["Role"] = [{"metadata": meta}, {"metadata": others}]
+    assert await world.reconcile.take_over() == {KEY}
+    world.shows(status=FAILED)
+    await world.reconcile(KEY)
+    assert world.calls("delete") == ["Role ml/uid-Role"]
+
+
+async def test_an_operator_without_the_right_to_tidy_up_goes_on(world: World) -> None:
+    await world.reconcile(KEY)
+    world.cluster.live_version = "9"
+    for each in SUPPORTS:
+        world.cluster.failures["delete", each] = ForbiddenError("DELETE …", "no right")
+    world.shows("9", status=FAILED, jobs=ended_jobs(world))
+    assert await world.reconcile(KEY) is None
+    await world.reconcile(KEY)
+    assert len(world.calls("delete")) == len(SUPPORTS), "tried once"
 
 
 async def test_nothing_is_started_on_a_status_that_has_changed(world: World) -> None:

@@ -43,6 +43,16 @@ def test_settings_of_the_stages_are_json() -> None:
             "Value error, train.runtimeClass: ",
             id="an unknown field of a stage",
         ),
+        pytest.param(
+            {**MINIMUM, "FINETUNE_MODEL_CACHE": '{"image": {"reference": "a"}, "claim": "b"}'},
+            "Value error, claim: ",
+            id="an unknown place for models",
+        ),
+        pytest.param(
+            {**MINIMUM, "FINETUNE_MODEL_CACHE": '{"persistentVolumeClaim": null}'},
+            "must have exactly one of persistentVolumeClaim and image",
+            id="no place for models",
+        ),
         pytest.param({}, "FINETUNE_TRAINER_IMAGE is not set", id="no image"),
         pytest.param(
             {**MINIMUM, "FINETUNE_WORKERS": "many"},

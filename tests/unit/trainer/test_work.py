@@ -9,9 +9,9 @@ import pytest
 
 from finetune_trainer.contract import Export, Progress, Quantization, Stage
 from finetune_trainer.memory.forecast import ExportWork, Machine, forecast
+from finetune_trainer.runtime import Work
 from finetune_trainer.runtime.child import as_steps, as_transfer
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.runtime.work import Work
 
 EIGHT = ExportWork(8e9, Export())
 

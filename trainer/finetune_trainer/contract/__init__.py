@@ -118,6 +118,9 @@ from finetune_trainer.contract.run import (
 from finetune_trainer.contract.training import (
     ADAPTER,
     ALL_LINEAR,
+    MODEL_CACHE,
+    MODEL_IMAGE,
+    MODEL_IMAGE_FOLDER,
     WHOLE_MODEL,
     EarlyStopping,
     InitFrom,
@@ -129,6 +132,7 @@ from finetune_trainer.contract.training import (
     Tracker,
     Training,
     display_name,
+    is_mounted,
     usual_rate,
 )
 from finetune_trainer.contract.verdict import REJECTED, FileVerdict, GateReport, Quality, Sample
@@ -140,6 +144,9 @@ __all__ = [
     "GROUP",
     "HUB_DATASETS",
     "LOCATION_RULE",
+    "MODEL_CACHE",
+    "MODEL_IMAGE",
+    "MODEL_IMAGE_FOLDER",
     "NEWS",
     "PLURAL",
     "REGISTRY_FILE",
@@ -231,6 +238,7 @@ __all__ = [
     "digest",
     "display_name",
     "is_document",
+    "is_mounted",
     "later_fingerprints",
     "parse_duration",
     "prepare_fingerprint",

@@ -120,16 +120,40 @@ class Lora(Base):
         return names
 
 
+MODEL_IMAGE = "oci://"
+"""How the source begins of a base model that is a container image."""
+
+MODEL_IMAGE_FOLDER = "/var/lib/finetune/model"
+"""Where the operator mounts such an image."""
+
+MODEL_CACHE = "FINETUNE_MODEL_CACHE"
+"""The environment variable that names the folder in which base models are kept."""
+
+_FOLDERS = (
+    "self.startsWith('s3://') || self.startsWith('/')"
+    " || self.matches('^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')"
+)
+AdapterSource = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=1024,
+        json_schema_extra=cel(
+            _FOLDERS,
+            "must be org/name on the Hugging Face Hub, s3://bucket/folder, "
+            "or the absolute path of a mounted folder",
+        ),
+    ),
+]
 ModelSource = Annotated[
     str,
     Field(
         min_length=1,
         max_length=1024,
         json_schema_extra=cel(
-            "self.startsWith('s3://') || self.startsWith('/')"
-            " || self.matches('^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')",
+            f"{_FOLDERS} || self.matches('^oci://[a-z0-9][A-Za-z0-9_.:@/-]+$')",
             "must be org/name on the Hugging Face Hub, s3://bucket/folder, "
-            "or the absolute path of a mounted folder",
+            "oci://registry/repository:tag, or the absolute path of a mounted folder",
         ),
     ),
 ]
@@ -138,7 +162,7 @@ ModelSource = Annotated[
 class InitFrom(Base):
     """An adapter to go on from, instead of one that changes nothing yet."""
 
-    source: ModelSource
+    source: AdapterSource
     """Folder with adapter_config.json and adapter_model.safetensors, or with a version of a job:
     `s3://bucket/models/faq/versions/0123456789ab` (reached by spec.storage), `org/name` on the
     Hugging Face Hub, or the absolute path of a mounted folder. It must be of this base model, and
@@ -445,8 +469,10 @@ class Model(Base):
     """The base model to fine-tune."""
 
     source: ModelSource
-    """Where the base model is: `org/name` on the Hugging Face Hub, `s3://bucket/folder`, or the
-    absolute path of a folder that is mounted into the pods. It must hold safetensors weights."""
+    """Where the base model is: `org/name` on the Hugging Face Hub, `s3://bucket/folder`, the
+    absolute path of a folder that is mounted into the pods, or `oci://registry/repository:tag`, a
+    container image that holds it in its root or in /models and that each node fetches once (an
+    image volume: Kubernetes 1.35). It must hold safetensors weights."""
 
     revision: Annotated[str, Field(min_length=1, max_length=256)] = "main"
     """Branch, tag or commit of a Hub model. It is resolved to a commit, which status.lineage
@@ -464,4 +490,11 @@ class Model(Base):
 def display_name(source: str) -> str:
     """The model's short name, for file names: the last part of its source."""
     name = PurePosixPath(source.removeprefix("s3://").rstrip("/")).name
+    if source.startswith(MODEL_IMAGE):
+        name = name.partition("@")[0].partition(":")[0]
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in name) or "model"
+
+
+def is_mounted(source: str) -> bool:
+    """Whether a base model lies on a volume, so that nothing of it is fetched."""
+    return source.startswith(("/", MODEL_IMAGE))

@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from finetune_trainer.contract import (
     Artifact,
@@ -31,6 +31,7 @@ from finetune_trainer.contract import (
     StageResult,
     TrainingRecord,
     display_name,
+    is_mounted,
 )
 from finetune_trainer.contract.artifacts import PART_BYTES
 from finetune_trainer.contract.verdict import explain_failures
@@ -180,7 +181,7 @@ def expected_work(config: RunConfig, trained: TrainingRecord) -> ExportWork:
         trained.metrics.base_parameters or UNKNOWN_PARAMETERS,
         config.export,
         adapter=config.training.method != "full",
-        downloads=not PurePosixPath(config.model.source).is_absolute(),
+        downloads=not is_mounted(config.model.source),
     )
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from finetune_trainer.contract import (
     Export,
@@ -20,6 +19,7 @@ from finetune_trainer.contract import (
     Reason,
     StageError,
     Training,
+    is_mounted,
 )
 from finetune_trainer.contract.artifacts import PART_BYTES
 from finetune_trainer.model.shape import Shape
@@ -329,7 +329,7 @@ class DiskNeed:
 
 def downloaded(source: str, sizes: dict[str, int]) -> int:
     """Bytes of a base model that end on the pod's disk; a mounted folder is used where it is."""
-    return 0 if PurePosixPath(source).is_absolute() else sum(sizes.values())
+    return 0 if is_mounted(source) else sum(sizes.values())
 
 
 def trained_bytes(shape: Shape, training: Training) -> int:

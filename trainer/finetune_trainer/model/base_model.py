@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import httpx
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -30,14 +30,17 @@ from huggingface_hub.errors import (
 )
 
 from finetune_trainer.contract import (
+    MODEL_IMAGE,
+    MODEL_IMAGE_FOLDER,
     Model,
     PreparedRunConfig,
     Reason,
     StageError,
     Storage,
     digest,
+    is_mounted,
 )
-from finetune_trainer.model import ModelFolder
+from finetune_trainer.model import ModelCache, ModelFolder, holds, size_of
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder, OnBytes, open_folder
 
@@ -77,7 +80,7 @@ class BaseModelFiles:
 
 def is_hub(source: str) -> bool:
     """Whether a model's source names a Hub repository rather than a folder."""
-    return not source.startswith(("s3://", "/"))
+    return not source.startswith("s3://") and not is_mounted(source)
 
 
 def find(model: Model, storage: Storage) -> BaseModelFiles:
@@ -86,6 +89,7 @@ def find(model: Model, storage: Storage) -> BaseModelFiles:
     Raises StageError: ModelNotFound, ModelAccessDenied, ModelUnsupported (no safetensors),
     ModelHubUnavailable, or the store's reasons.
     """
+    model = _located(model)
     if is_hub(model.source):
         listing = list_repository(MODEL, model.source, model.revision)
     else:
@@ -116,25 +120,52 @@ def fetch(
 ) -> ModelFolder:
     """Bring the files to disk, without weights and card if so asked; returns their folder.
 
-    A folder that is mounted is used as it is; a Hub model goes to the Hub client's cache.
+    A folder that is mounted is used as it is. Others stay in the cache for all jobs, if there is
+    one; else a Hub model goes to its client's own.
     """
     model = files.model
     names = list(files.sizes) if weights else files.small()
-    if model.source.startswith("/"):
-        return ModelFolder(Path(model.source), model.trust_remote_code)
-    total = sum(files.sizes[name] for name in names)
+    wanted = {name: files.sizes[name] for name in names}
+    at_hand = Path(model.source) if is_mounted(model.source) else cached(files, wanted)
+    if at_hand is not None:
+        return ModelFolder(at_hand, model.trust_remote_code)
     moved = reporter.transfer(
-        f"Fetching {'' if weights else 'the tokenizer of '}{model.source}", total
+        f"Fetching {'' if weights else 'the tokenizer of '}{model.source}", sum(wanted.values())
     )
+    cache = ModelCache.found()
+    cache = cache if cache is not None and cache.writable else None
     if is_hub(model.source):
-        target = download_from_hub(
-            MODEL, model.source, files.commit or model.revision, names, moved
-        )
+        commit, root = files.commit or model.revision, cache.root if cache else None
+        target = download_from_hub(MODEL, model.source, commit, names, moved, cache=root)
         return ModelFolder(target, model.trust_remote_code)
     folder = open_folder(model.source, storage)
-    for name in names:
-        folder.download(name, target / name, moved)
+    if cache is not None:
+        target = cache.folder(files.revision)
+    for name, size in wanted.items():
+        if size_of(target / name) != size:  # downloads are whole or not there
+            folder.download(name, target / name, moved)
     return ModelFolder(target, model.trust_remote_code)
+
+
+def cached(files: BaseModelFiles, wanted: Mapping[str, int]) -> Path | None:
+    """The folder in the cache for all jobs that holds these files whole, if there is one."""
+    cache = ModelCache.found()
+    if cache is None:
+        return None
+    if not is_hub(files.model.source):
+        folder: Path | None = cache.folder(files.revision)
+    else:
+        config = try_to_load_from_cache(
+            files.model.source, "config.json", cache.root, files.commit or files.model.revision
+        )
+        folder = Path(config).parent if isinstance(config, str) else None
+    return folder if folder is not None and holds(folder, wanted) else None
+
+
+def stays_in_cache(files: BaseModelFiles) -> bool:
+    """Whether none of the model's files end on the disk of a pod."""
+    cache = ModelCache.found()
+    return cache is not None and (cache.writable or cached(files, files.sizes) is not None)
 
 
 def fetch_resolved(config: PreparedRunConfig, target: Path, reporter: Reporter) -> ModelFolder:
@@ -173,6 +204,22 @@ class Listing:
     commit: str | None = None
 
 
+def _located(model: Model) -> Model:
+    """The model; one that is an image, as the folder that it is mounted at."""
+    if not model.source.startswith(MODEL_IMAGE):
+        return model
+    root = Path(MODEL_IMAGE_FOLDER)
+    if not root.is_dir():
+        raise StageError(
+            Reason.MODEL_NOT_FOUND,
+            f"{model.source} is not mounted at {root}: that takes the operator and Kubernetes 1.35 "
+            "or newer (image volumes). Elsewhere name a folder, a bucket or the Hub.",
+        )
+    inside = root / "models"  # as export pushes a model, and as KServe looks for one
+    at_root = (root / "config.json").exists() or not inside.is_dir()
+    return model.model_copy(update={"source": str(root if at_root else inside)})
+
+
 def _list_folder(model: Model, storage: Storage) -> Listing:
     folder = open_folder(model.source, storage)
     if isinstance(folder, LocalFolder) and not folder.root.is_dir():
@@ -191,7 +238,8 @@ def _list_folder(model: Model, storage: Storage) -> Listing:
     sizes = {info.path: info.size for info in found}
     if isinstance(folder, LocalFolder):
         root = folder.root
-        return Listing(sizes, lambda name: _mark_of_mounted(root / name))
+        mark = _mark_of_image if root.is_relative_to(MODEL_IMAGE_FOLDER) else _mark_of_mounted
+        return Listing(sizes, lambda name: mark(root / name))
     return Listing(sizes, {info.path: info.etag for info in found}.__getitem__)
 
 
@@ -213,6 +261,13 @@ def _mark_of_mounted(file: Path) -> str:
         return f"changed:{status.st_mtime_ns}"
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _mark_of_image(file: Path) -> str:
+    """SHA-256 of a file, or of parts of a large one: in an image, times of change may be fixed."""
+    if file.stat().st_size > HASHED_BYTES:
+        return f"sampled:{_sampled_digest(file)}"
+    return _mark_of_mounted(file)
 
 
 def list_repository(read: HubRead, repository: str, revision: str) -> Listing:
@@ -240,12 +295,15 @@ def download_from_hub(
     commit: str,
     names: list[str],
     on_bytes: OnBytes | None = None,
+    *,
+    cache: Path | None = None,
 ) -> Path:
-    """Download files of a commit into the Hub client's cache; returns the folder they are in."""
+    """Download files of a commit into a cache, by default the Hub client's own; returns the folder
+    they are in."""
     folder = Path()
     for name in names:
         with hub_errors(read, repository, commit):
-            file = Path(hf_hub_download(repository, name, revision=commit))
+            file = Path(hf_hub_download(repository, name, revision=commit, cache_dir=cache))
         if on_bytes:
             on_bytes(file.stat().st_size)
         folder = file.parent

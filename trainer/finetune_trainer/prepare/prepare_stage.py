@@ -362,7 +362,8 @@ def plan_training(
             config.model.source,
         )
         return None
-    model_bytes = downloaded(config.model.source, model.sizes)
+    cached = base_model.stays_in_cache(model)
+    model_bytes = 0 if cached else downloaded(config.model.source, model.sizes)
     if prequantized.is_quantized(base.path):
         model_bytes += 2 * shape.parameters  # it is there in 16 bits as well
     check_disks(config, shape, model_bytes, hardware)

@@ -23,9 +23,9 @@ from typing import IO
 
 from finetune_trainer.contract import Reason
 from finetune_trainer.contract.base import names_secret, names_user
+from finetune_trainer.runtime import Transfer
 from finetune_trainer.runtime.lifecycle import MemoryFullError
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.runtime.work import Transfer
 
 OnProgress = Callable[[int, int], None]
 """Called with what is done and the total, in a unit of the child's."""

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from finetune_trainer.contract import JobReference, Notice, Progress, Stage, status_path
 from finetune_trainer.contract.base import redact
-from finetune_trainer.runtime import duration, perplexity, timestamp
-from finetune_trainer.runtime.work import Transfer, Work
+from finetune_trainer.runtime import Transfer, Work, duration, perplexity, timestamp
 
 if TYPE_CHECKING:
     import httpx

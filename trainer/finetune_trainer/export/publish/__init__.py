@@ -31,9 +31,8 @@ from finetune_trainer.contract import (
     StageError,
     version_folder,
 )
-from finetune_trainer.runtime import size
+from finetune_trainer.runtime import Transfer, size
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.runtime.work import Transfer
 from finetune_trainer.store import FileInfo, Folder
 from finetune_trainer.store.marker import (
     STAGES,

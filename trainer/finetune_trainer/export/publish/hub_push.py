@@ -43,8 +43,8 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.export.publish import SHA256SUMS, Sign, sha256sums
 from finetune_trainer.model.base_model import is_hub
+from finetune_trainer.runtime import Transfer
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.runtime.work import Transfer
 from finetune_trainer.store import Folder
 from finetune_trainer.store.marker import MANIFEST, PUSHED, Marker, Pushed, describe_file
 from finetune_trainer.store.versions import Version, find_pushed

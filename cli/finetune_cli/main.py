@@ -1,0 +1,86 @@
+"""The commands of `finetune`, and how each ends."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from finetune_cli.commands import files, jobs, logs, watch
+from finetune_cli.exits import CliError, ExitCode
+
+HELP = "Fine-tune models on Kubernetes: submit FineTuneJobs, watch them, use what they make."
+
+
+class Commands(TyperGroup):
+    """Turns errors into one line and an exit code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - of the base class
+        """In the order of use, not of the alphabet."""
+        return list(self.commands)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except CliError as error:
+            typer.echo(f"error: {error.message}", err=True)
+            raise typer.Exit(error.code) from error
+        except KeyboardInterrupt as error:
+            typer.echo("", err=True)
+            raise typer.Exit(ExitCode.INTERRUPTED) from error
+
+
+app = typer.Typer(
+    help=HELP,
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"finetune {version('finetune-operator')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and end.")
+    ] = False,
+) -> None:
+    """Set what holds for every command."""
+
+
+for _name, _command in (
+    ("init", files.init),
+    ("validate", files.validate),
+    ("submit", files.submit),
+    ("list", jobs.list_jobs),
+    ("watch", watch.watch),
+    ("logs", logs.logs),
+    ("suspend", jobs.suspend),
+    ("resume", jobs.resume),
+    ("retry", jobs.retry),
+    ("rollback", jobs.rollback),
+):
+    app.command(_name)(_command)
+
+
+def main() -> None:
+    """Run it, under the name that the user called it by."""
+    called = Path(sys.argv[0]).name
+    app(prog_name="kubectl finetune" if called.startswith("kubectl-") else "finetune")
+
+
+if __name__ == "__main__":
+    main()
