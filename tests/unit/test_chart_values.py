@@ -10,12 +10,14 @@ import helm_python as helm
 import pytest
 import yaml
 
+from finetune_operator.api import ModelCache
 from finetune_operator.settings import PREFIX, Settings
 from hack import chart
 from hack.cluster import versions
 from tests.chart import CHART, environment, loaded, named, operators_pod, render, render_all
 
 DIGEST = "sha256:" + "0a" * 32
+CACHE = {"persistentVolumeClaim": {"claimName": "models"}}
 # A value of the chart for each of the operator's settings, other than the default.
 SETTINGS: dict[str, tuple[dict[str, Any], object]] = {
     "trainer_image": ({"trainer": {"image": {"repository": "r/t", "tag": "1"}}}, "r/t:1"),
@@ -33,6 +35,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], object]] = {
     "disruption_limit": ({"disruptionLimit": 2}, 2),
     "request_timeout_seconds": ({"requestTimeoutSeconds": 0.5}, 0.5),
     "log_format": ({"logFormat": "human"}, "human"),
+    "web_port": ({"web": {"enabled": True, "port": 9091}}, 9091),
+    "web_address": ({"web": {"enabled": True, "address": "*"}}, "*"),
+    "web_namespaces": ({"web": {"enabled": True, "namespaces": ["a"]}}, ("a",)),
+    "web_report_url": (
+        {"web": {"enabled": True, "reportUrl": "https://s.example/{bucket}/{key}"}},
+        "https://s.example/{bucket}/{key}",
+    ),
+    "model_cache": ({"modelCache": CACHE}, ModelCache.model_validate(CACHE)),
     "log_level": ({"logLevel": "DEBUG"}, "DEBUG"),
 }
 OF_THE_INSTALLATION = {"trainer_image", "lease", "identity"}
@@ -63,6 +73,19 @@ def test_a_port_of_ones_own_is_the_probes_too() -> None:
     assert container["ports"] == [{"name": "health", "containerPort": 9090}]
     assert container["readinessProbe"]["httpGet"]["port"] == "health"
     assert container["args"] == ["--help"]
+
+
+def test_the_page_is_reached_through_the_network_policy_where_it_listens() -> None:
+    def ports(**web: Any) -> list[str]:
+        objects = render(networkPolicy={"enabled": True}, web={"enabled": True, **web})
+        [rule] = named(objects, "NetworkPolicy")["spec"]["ingress"]
+        return [port["port"] for port in rule["ports"]]
+
+    assert ports() == ["health"]
+    assert ports(address="*") == ["health", "web"]
+    [container] = operators_pod(web={"enabled": True})["containers"]
+    assert container["ports"][-1] == {"name": "web", "containerPort": 8081}
+    assert "FINETUNE_WEB_PORT" not in environment()
 
 
 def test_images_are_pinned_by_their_digests() -> None:
