@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import helm_python as helm
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -16,18 +17,24 @@ from hack import chart
 from hack.cluster import versions
 from tests.chart import CHART, environment, loaded, named, operators_pod, render, render_all
 
+CACHE = {"image": {"reference": "r/m:1"}}
+REPORTS = "https://minio.example/{bucket}/{key}"
 DIGEST = "sha256:" + "0a" * 32
-CACHE = {"persistentVolumeClaim": {"claimName": "models"}}
 # A value of the chart for each of the operator's settings, other than the default.
 SETTINGS: dict[str, tuple[dict[str, Any], object]] = {
     "trainer_image": ({"trainer": {"image": {"repository": "r/t", "tag": "1"}}}, "r/t:1"),
     "stages": ({"stages": {"train": {"runtimeClassName": "nvidia"}}}, None),
+    "model_cache": ({"modelCache": CACHE}, ModelCache.model_validate(CACHE)),
     "image_pull_policy": ({"trainer": {"image": {"pullPolicy": "Always"}}}, "Always"),
     "image_pull_secrets": ({"imagePullSecrets": ["a", {"name": "b"}]}, ("a", "b")),
     "trainer_log_format": ({"trainer": {"logFormat": "json"}}, "json"),
     "namespaces": ({"watchNamespaces": ["a", "b"]}, ("a", "b")),
     "workers": ({"workers": 3}, 3),
     "health_port": ({"healthPort": 9090}, 9090),
+    "web_port": ({"web": {"enabled": True, "port": 9091}}, 9091),
+    "web_address": ({"web": {"enabled": True, "service": {"enabled": True}}}, "*"),
+    "web_namespaces": ({"web": {"enabled": True, "namespaces": ["a"]}}, ("a",)),
+    "web_report_url": ({"web": {"enabled": True, "reportUrl": REPORTS}}, REPORTS),
     "lease": ({}, "finetune-system/finetune-operator"),
     "lease_seconds": ({"leaderElection": {"leaseSeconds": 2.5}}, 2.5),
     "resync_seconds": ({"resyncSeconds": 60}, 60),
@@ -35,14 +42,6 @@ SETTINGS: dict[str, tuple[dict[str, Any], object]] = {
     "disruption_limit": ({"disruptionLimit": 2}, 2),
     "request_timeout_seconds": ({"requestTimeoutSeconds": 0.5}, 0.5),
     "log_format": ({"logFormat": "human"}, "human"),
-    "web_port": ({"web": {"enabled": True, "port": 9091}}, 9091),
-    "web_address": ({"web": {"enabled": True, "address": "*"}}, "*"),
-    "web_namespaces": ({"web": {"enabled": True, "namespaces": ["a"]}}, ("a",)),
-    "web_report_url": (
-        {"web": {"enabled": True, "reportUrl": "https://s.example/{bucket}/{key}"}},
-        "https://s.example/{bucket}/{key}",
-    ),
-    "model_cache": ({"modelCache": CACHE}, ModelCache.model_validate(CACHE)),
     "log_level": ({"logLevel": "DEBUG"}, "DEBUG"),
 }
 OF_THE_INSTALLATION = {"trainer_image", "lease", "identity"}
@@ -75,17 +74,35 @@ def test_a_port_of_ones_own_is_the_probes_too() -> None:
     assert container["args"] == ["--help"]
 
 
-def test_the_page_is_reached_through_the_network_policy_where_it_listens() -> None:
-    def ports(**web: Any) -> list[str]:
-        objects = render(networkPolicy={"enabled": True}, web={"enabled": True, **web})
-        [rule] = named(objects, "NetworkPolicy")["spec"]["ingress"]
-        return [port["port"] for port in rule["ports"]]
+PROXY = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "proxy"}}}]
 
-    assert ports() == ["health"]
-    assert ports(address="*") == ["health", "web"]
-    [container] = operators_pod(web={"enabled": True})["containers"]
-    assert container["ports"][-1] == {"name": "web", "containerPort": 8081}
-    assert "FINETUNE_WEB_PORT" not in environment()
+
+def test_the_page_is_reached_by_a_port_forward_alone_unless_it_has_a_service() -> None:
+    objects = render(web={"enabled": True}, networkPolicy={"enabled": True})
+    [container] = named(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert {"name": "web", "containerPort": 8081} in container["ports"]
+    assert "FINETUNE_WEB_ADDRESS" not in environment(web={"enabled": True})
+    assert Settings.from_environment(environment(web={"enabled": True})).web_address == "127.0.0.1"
+    assert "Service" not in {each["kind"] for each in objects}
+    assert len(named(objects, "NetworkPolicy")["spec"]["ingress"]) == 1
+    # Without the switch, the rest of its settings changes nothing.
+    assert render(web={"service": {"enabled": True}, "port": 9091}) == render()
+
+
+def test_the_pages_service_leads_to_it_and_can_be_kept_for_a_proxy() -> None:
+    page = {"enabled": True, "service": {"enabled": True, "annotations": {"a": "b"}}}
+    objects = render(web=page | {"allowFrom": PROXY}, networkPolicy={"enabled": True})
+    service = named(objects, "Service", "finetune-operator-web")
+    pod = named(objects, "Deployment")["spec"]["template"]
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert service["spec"]["ports"][0]["targetPort"] in {
+        each["name"] for each in pod["spec"]["containers"][0]["ports"]
+    }
+    assert service["metadata"]["annotations"] == {"a": "b"}
+    _, rule = named(objects, "NetworkPolicy")["spec"]["ingress"]
+    assert rule == {"ports": [{"port": "web", "protocol": "TCP"}], "from": PROXY}
+    for each in objects:
+        kubernetes_validate.validate(each, "1.37", strict=True)
 
 
 def test_images_are_pinned_by_their_digests() -> None:
@@ -140,6 +157,7 @@ def test_the_definition_goes_with_the_chart_only_where_that_is_asked_for() -> No
         ({"admission": {"policies": [{"name": "a", "image": []}]}}, "/admission/policies/0"),
         ({"podLabels": {"team": 7}}, "/podLabels/team"),
         ({"extraEnv": [{"value": "x"}]}, "/extraEnv/0"),
+        ({"web": {"reportUrl": "javascript:alert({key})"}}, "/web/reportUrl"),
         ({"metrics": {"rules": {"enabled": "yes"}}}, "/metrics/rules/enabled"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -19,8 +19,7 @@ from finetune_trainer.train.link import (
     WorkerMessage,
     listening,
 )
-from finetune_trainer.train.supervisor.stall_watch import StallWatch
-from finetune_trainer.train.supervisor.training_session import WorkerProcess
+from finetune_trainer.train.supervisor.training_session import StallWatch, WorkerProcess
 from tests.unit.trainer.training_work import work_in
 
 ALIVE = WorkerMessage(alive=True)
