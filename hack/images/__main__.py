@@ -1,10 +1,10 @@
-"""`python -m hack.images build [--operator] [--trainer]`: build and archive the images."""
+"""`python -m hack.images build [--operator] [--trainer] [--demo-store]`: build and archive."""
 
 from __future__ import annotations
 
 import argparse
 
-from hack.images.build import NAMES, build_image
+from hack.images.build import DEMO_STORE, NAMES, build_image
 
 
 def main() -> None:
@@ -15,8 +15,10 @@ def main() -> None:
         build.add_argument(
             f"--{name}", action="store_true", help=f"the {name} image (default: both)"
         )
-    args = parser.parse_args()
-    chosen = [name for name in NAMES if getattr(args, name)] or list(NAMES)
+    build.add_argument(f"--{DEMO_STORE}", action="store_true", help="the store to try it with")
+    args = vars(parser.parse_args())
+    every = (*NAMES, DEMO_STORE)
+    chosen = [name for name in every if args[name.replace("-", "_")]] or list(NAMES)
     for name in chosen:
         image = build_image(name)
         print(f"{image.reference} {image.archive}")

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from examples.base_model import smollm2
 from hack import REPOSITORY, cache_dir
 from hack.images.base import base_image, buildah
 from hack.images.pip_settings import PipSettings, pip_settings
@@ -33,6 +34,7 @@ APT_PACKAGES = ("buildah", "runc", "mmdebstrap")
 """What a Debian machine without Docker needs."""
 
 NAMES = ("operator", "trainer")
+DEMO_STORE = "demo-store"
 SHARED_INPUTS = (".dockerignore", "pyproject.toml", "images/*.py", "trainer/finetune_trainer/**/*")
 INPUTS = {
     "operator": (
@@ -47,6 +49,7 @@ INPUTS = {
         "constraints/trainer.txt",
         "constraints/unsloth.txt",
     ),
+    DEMO_STORE: ("images/demo-store/*", "examples/base_model.py", "examples/data/*.csv"),
 }
 NOT_HASHED = ("README.md", "LICENSE")
 """Copied into the package's metadata alone: a build needs them, and no build is worth them."""
@@ -87,6 +90,8 @@ def build_image(name: str) -> Image:
         archive = cache_dir() / "images" / f"{name}-{tag}.tar"
         image = Image(name, f"localhost/finetune-operator/{name}:{tag}", archive)
         if not archive.exists():
+            if name == DEMO_STORE:
+                shutil.copytree(smollm2(), context / "images" / DEMO_STORE / "model")
             with_docker = docker_works()
             (build_with_docker if with_docker else build_with_buildah)(image, context)
             archive_image(image, with_docker=with_docker)
@@ -114,7 +119,8 @@ def set_dates(context: Path) -> None:
 
 def input_files(name: str, root: Path, extra: tuple[str, ...] = ()) -> list[Path]:
     """List the files that an image is made of."""
-    patterns = (*SHARED_INPUTS, *INPUTS[name], *extra)
+    shared = SHARED_INPUTS if name in NAMES else (".dockerignore", "pyproject.toml")
+    patterns = (*shared, *INPUTS[name], *extra)
     files = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
     return sorted(file for file in files if "__pycache__" not in file.parts)
 

@@ -187,3 +187,17 @@ def test_a_wrong_value_changes_nothing(releases: helm.Config) -> None:
     with pytest.raises(helm.HelmError, match="/trainer/image"):
         releases.upgrade(CHART, RELEASE, {"trainer": {"image": {"repo": "r"}}})
     assert len(releases.history(RELEASE)) == count
+
+
+def test_the_demo_stores_keys_outlive_an_upgrade(
+    plane: ControlPlane, releases: helm.Config
+) -> None:
+    values = {"demoStore": {"enabled": True, "secretNamespaces": ["default"]}}
+    releases.upgrade(CHART, RELEASE, values)
+    keys = read(plane, "secret/object-store", "-n", "default")["data"]
+    releases.upgrade(CHART, RELEASE, {**values, "logLevel": "DEBUG"})
+    assert read(plane, "secret/object-store", "-n", "default")["data"] == keys
+    own = read(plane, f"secret/{RELEASE}-demo-store", "-n", NAMESPACE)["data"]
+    assert own.items() < keys.items()
+    releases.upgrade(CHART, RELEASE, {"demoStore": {"enabled": False}})
+    assert "object-store" not in plane.kubectl("get", "secrets", "-n", "default", "-o", "name")

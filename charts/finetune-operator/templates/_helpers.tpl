@@ -57,6 +57,10 @@ imagePullSecrets:
 {{ include "finetune-operator.labels" . | fromYaml | merge (dict "app.kubernetes.io/component" "test") | toYaml }}
 {{- end -}}
 
+{{- define "finetune-operator.demoStoreLabels" -}}
+{{ include "finetune-operator.labels" . | fromYaml | merge (dict "app.kubernetes.io/component" "demo-store") | toYaml }}
+{{- end -}}
+
 {{/* Where a policy holds: in these namespaces. */}}
 {{- define "finetune-operator.inNamespaces" -}}
 matchResources:
