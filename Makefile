@@ -13,7 +13,7 @@ READY  := $(VENV)/.ready
 EVERYTHING := operator,trainer,gguf,trackers,signing,dev,docs,integration
 comma      := ,
 
-# What one machine trains with; the guide's names. Empty: the trainer's own default.
+# What one machine trains with. Empty: the trainer's own default.
 DATASET    ?=
 BASE_MODEL ?=
 EPOCHS     ?=

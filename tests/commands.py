@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def blocks(text: str) -> Iterator[str]:
     """The text of each block that may have commands."""
     for _, language, body in FENCED.findall(text):
         if language not in NOT_COMMANDS:
-            yield body
+            yield textwrap.dedent(body)
     for block in INDENTED.findall(FENCED.sub("", text)):
         yield "\n".join(line[4:] for line in block.splitlines())
 

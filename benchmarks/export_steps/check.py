@@ -35,7 +35,7 @@ def measure(folder: str, name: str) -> None:
         ends=(),
         rows=rows.measured,
         reference=None,
-        kept_file=None,
+        logprobs_file=None,
         threads=max(1, len(os.sched_getaffinity(0)) // 2),
     )
     vocabulary = LlamaSession(file, threads=1, vocabulary_only=True).size

@@ -14,5 +14,6 @@ curve      a line drawn in text
 frame      what `watch` shows
 documents  FineTuneJobs in files, with the lines of their fields
 bucket     the artifacts in their store
+version    one version of them, by its manifest
 commands   one module for each group of commands
 """

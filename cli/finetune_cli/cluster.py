@@ -52,8 +52,9 @@ class Cluster:
 
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # it tells of each retry
         settings = client.Configuration()
+        kubeconfig = kubeconfig or os.environ.get("KUBECONFIG")
         try:
-            if _in_pod() and not (kubeconfig or context or os.environ.get("KUBECONFIG")):
+            if _in_pod() and not (kubeconfig or context):
                 config.load_incluster_config(client_configuration=settings)
                 found, default = "in-cluster", SERVICE_ACCOUNT.read_text().strip()
             else:

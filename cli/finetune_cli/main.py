@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from finetune_cli.commands import files, jobs, logs, watch
+from finetune_cli.commands import chat, doctor, files, jobs, logs, results, watch
 from finetune_cli.exits import CliError, ExitCode
 
 HELP = "Fine-tune models on Kubernetes: submit FineTuneJobs, watch them, use what they make."
@@ -68,10 +68,15 @@ for _name, _command in (
     ("list", jobs.list_jobs),
     ("watch", watch.watch),
     ("logs", logs.logs),
+    ("report", results.report),
+    ("artifacts", results.artifacts),
+    ("chat", chat.chat),
+    ("compare", results.compare),
     ("suspend", jobs.suspend),
     ("resume", jobs.resume),
     ("retry", jobs.retry),
     ("rollback", jobs.rollback),
+    ("doctor", doctor.doctor),
 ):
     app.command(_name)(_command)
 

@@ -87,13 +87,14 @@ class KwokCluster:
         name: str,
         *,
         cpu: int = 1000,
-        memory: str = "4Ti",
+        memory: str = "100Ti",
         gpus: int = 0,
         labels: Mapping[str, str] | None = None,
         taints: Sequence[Mapping[str, str]] = (),
     ) -> None:
         """Add a node of this size, and wait until pods can be put on it."""
         amounts = {"cpu": str(cpu), "memory": memory, "pods": "10000"}
+        amounts["ephemeral-storage"] = "100Ti"
         if gpus:
             amounts["nvidia.com/gpu"] = str(gpus)
         node: dict[str, Any] = {

@@ -2,7 +2,8 @@
 
 Nothing is decided here. All handlers are `on.event` ones, since only they write nothing to the
 user's object: no finalizer that blocks its deletion, and no annotation that a GitOps tool takes for
-drift.
+drift. The indexes are our own: for each object that Kopf indexes at the start it wakes all others
+that wait for their turn, which for some thousands of them takes minutes.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Set
+from typing import Any, cast
 
 import kopf
 
@@ -21,8 +22,6 @@ from finetune_operator.api import (
     FINETUNEJOB_NAME_ANNOTATION,
     FINETUNEJOB_UID_LABEL,
     KIND,
-    MANAGED_BY_LABEL,
-    OPERATOR,
     JsonObject,
 )
 from finetune_operator.cluster import Cluster, ClusterError, OperatorError
@@ -34,11 +33,11 @@ from finetune_trainer.contract import GROUP, PLURAL, VERSION
 FINETUNEJOBS = (GROUP, VERSION, PLURAL)
 JOBS = ("batch", "v1", "jobs")
 PODS = ("", "v1", "pods")
-OURS = {MANAGED_BY_LABEL: OPERATOR}
-
-Index = Mapping[str, Iterable[JsonObject]]
 
 RESTART_SECONDS = 5.0  # before watches that have failed begin anew
+FIRST_LISTS_SECONDS = 0.1  # between two looks whether the watches have shown all
+IDLE_SECONDS = 0.5  # for so long Kopf keeps a task for each object that an event was about
+LIST_AGAIN_SECONDS = 5.0  # what was deleted just before the watches began is never shown
 
 logger = logging.getLogger(__name__)
 
@@ -82,41 +81,79 @@ class KeepsNothing(kopf.DiffBaseStorage, kopf.ProgressStorage):
         pass
 
 
+class Index:
+    """Objects of one kind, each under some keys."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, JsonObject] = {}
+        """By uid."""
+
+        self._keys: dict[str, tuple[str, ...]] = {}
+        self._uids: dict[str, dict[str, None]] = {}
+
+    def put(self, raw: JsonObject, *keys: str) -> None:
+        """Show an object under these keys and no others."""
+        uid = raw["metadata"]["uid"]
+        if self._keys.get(uid) != keys:
+            self.drop(uid)
+        self.objects[uid], self._keys[uid] = raw, keys
+        for key in keys:
+            self._uids.setdefault(key, {})[uid] = None
+
+    def drop(self, uid: str) -> None:
+        """Show an object no more."""
+        self.objects.pop(uid, None)
+        for key in self._keys.pop(uid, ()):
+            del self._uids[key][uid]
+            if not self._uids[key]:
+                del self._uids[key]
+
+    def under(self, key: str) -> list[JsonObject]:
+        """All objects under a key."""
+        return [self.objects[uid] for uid in self._uids.get(key, ())]
+
+    def keys(self) -> list[str]:
+        """All keys that have objects."""
+        return list(self._uids)
+
+
 class Watches:
-    """Registers handlers and indexes with Kopf, and reads the indexes."""
+    """Registers handlers with Kopf, and keeps what they are told."""
 
     def __init__(
         self,
         cluster: Cluster,
         add: Callable[[str], None],
         shown: Callable[[JsonObject], None] = lambda _: None,
+        namespaces: tuple[str, ...] = (),
     ) -> None:
         """`add` is told the key that an event is about, `shown` the FineTuneJob of an event."""
         self.registry = kopf.OperatorRegistry()
         self.synced = False
-        """Whether Kopf has called a handler, which it does after all indexes are filled."""
+        """Whether the watches have shown all that there was when they began."""
 
         self._cluster = cluster
-        self._add = add
+        self._queue_key = add
         self._shown_to = shown
+        self._namespaces = namespaces
+        self._told: set[str] = set()  # uids that an event was about, until all have been shown
         self._gone: set[str] = set()
         self._behind: dict[str, str | None] = {}
         self._dead = ""
         self._last_event = time.monotonic()
-        self._begins_anew = False
-        self._finetunejobs: Index = {}
-        self._jobs: Index = {}
-        self._pods: Index = {}
+        self._finetunejobs = Index()
+        self._jobs = Index()
+        self._pods = Index()
         self._register()
 
     def snapshot(self, key: str) -> Snapshot | None:
         """What the watches show of one FineTuneJob and its children; None if it is gone.
 
-        Raises WatchesError while they begin anew: half of the children would look like none.
+        Raises WatchesError while they begin: half of the children would look like none.
         """
-        if self._begins_anew:
+        if not self.synced:
             raise WatchesError("the watches begin anew")
-        found = self._present(self._finetunejobs, key)
+        found = self._finetunejobs.under(key)
         if not found:
             return None
         newest = _newest(found)
@@ -124,44 +161,42 @@ class Watches:
         mine = by_uid(newest["metadata"]["namespace"], uid)
         return Snapshot(
             finetunejob=newest,
-            jobs=tuple(self._present(self._jobs, mine)),
-            pods=tuple(self._present(self._pods, mine)),
-            earlier_pods=tuple(
-                pod for pod in self._present(self._pods, key) if _owner_uid(pod) != uid
-            ),
+            jobs=tuple(self._jobs.under(mine)),
+            pods=tuple(self._pods.under(mine)),
+            earlier_pods=tuple(pod for pod in self._pods.under(key) if _owner_uid(pod) != uid),
         )
 
     def finetunejobs(self) -> list[JsonObject]:
-        """Every FineTuneJob that the watches show. Raises WatchesError while they begin anew."""
-        if self._begins_anew:
+        """Every FineTuneJob that the watches show. Raises WatchesError while they begin."""
+        if not self.synced:
             raise WatchesError("the watches begin anew")
-        found = (self._present(self._finetunejobs, key) for key in list(self._finetunejobs))
-        return [_newest(each) for each in found if each]
+        index = self._finetunejobs
+        return [_newest(index.under(key)) for key in index.keys()]  # noqa: SIM118 - no mapping
 
     def queue_all(self) -> None:
         """Have a pass made over every FineTuneJob."""
-        for key in list(self._finetunejobs):
+        for key in self._finetunejobs.keys():  # noqa: SIM118 - it is no mapping
             self._add(key)
 
-    async def problem(self, namespaces: tuple[str, ...]) -> str:
+    async def problem(self) -> str:
         """Why the watches can't be relied on; empty if they can."""
         try:
-            some = await self._cluster.any_finetunejob(namespaces)
+            await self._cluster.any_finetunejob(self._namespaces)
         except ClusterError as error:
             return str(error)
-        if some and not self.synced:
+        if not self.synced:
             return "the first lists of the watches are not in yet"
         return ""
 
-    async def resync(self, namespaces: tuple[str, ...]) -> None:
-        """Ignore indexed objects that no longer exist, and queue every FineTuneJob.
+    async def resync(self) -> None:
+        """Forget indexed objects that no longer exist, and queue every FineTuneJob.
 
-        If a watch was broken for long, Kopf lists everything again, but its indexes keep objects
+        If a watch was broken for long, Kopf lists everything again, but says nothing of objects
         that were deleted in the meantime.
         """
         before = self._shown()
-        live = await self._cluster.watched_versions(namespaces)
-        self._gone = before.keys() - live.keys()
+        live = await self._cluster.watched_versions(self._namespaces)
+        self._drop(before.keys() - live.keys())
         self._look_for_dead_watches(live)
         self.queue_all()
 
@@ -183,11 +218,17 @@ class Watches:
     def _shown(self) -> dict[str, str]:
         """The resourceVersion of each object in the indexes, by uid."""
         return {
-            raw["metadata"]["uid"]: raw["metadata"].get("resourceVersion", "")
+            uid: raw["metadata"].get("resourceVersion", "")
             for index in (self._finetunejobs, self._jobs, self._pods)
-            for key in list(index)
-            for raw in index[key]
+            for uid, raw in index.objects.items()
         }
+
+    def _drop(self, uids: Set[str]) -> None:
+        """Forget objects that are known to exist no more; a late event doesn't bring them back."""
+        self._gone = set(uids)
+        for uid in uids:
+            for index in (self._finetunejobs, self._jobs, self._pods):
+                index.drop(uid)
 
     def _look_for_dead_watches(self, live: Mapping[str, str]) -> None:
         """A watch is dead if it shows an object as it was though it had changed long before: at
@@ -207,15 +248,19 @@ class Watches:
         """Run Kopf until it is told to stop; whenever it fails, begin anew."""
         stop = asyncio.Event()
         while not stop.is_set():
+            # Kopf cancels all tasks that start after it, so this one starts before.
+            first_lists = asyncio.create_task(self._await_first_lists())
             try:
                 await watch()
             except Exception as error:  # whatever it is, a new start is the remedy
                 logger.exception("The watches have failed, and begin anew: %s", error)  # noqa: TRY401
             else:
                 return
+            finally:
+                first_lists.cancel()
             failed()
-            self._begins_anew = True
             self.synced = False
+            self._told.clear()
             # Kopf's own handlers are of the run that failed.
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -225,34 +270,45 @@ class Watches:
             except TimeoutError:
                 continue
 
-    def _present(self, index: Index, key: str) -> list[JsonObject]:
-        found = index.get(key, ())
-        return [raw for raw in found if raw["metadata"]["uid"] not in self._gone]
+    async def _await_first_lists(self) -> None:
+        """Wait until the watches have shown all that there is, and look at every FineTuneJob."""
+        while not self.synced:
+            try:
+                live = await self._cluster.watched_versions(self._namespaces)
+            except ClusterError as error:
+                logger.warning("Waiting for the first lists: %s", error)
+                await asyncio.sleep(RESTART_SECONDS)
+                continue
+            again = time.monotonic() + LIST_AGAIN_SECONDS
+            while missing := live.keys() - self._told:
+                if time.monotonic() > again:
+                    break
+                await asyncio.sleep(FIRST_LISTS_SECONDS)
+            self.synced = not missing
+        self._drop(self._shown().keys() - self._told)  # of watches before these
+        self._told.clear()
+        self.queue_all()
 
     def _register(self) -> None:
-        kopf.on.startup(registry=self.registry)(self._startup)
         kopf.on.login(registry=self.registry)(self._login)
-        for resource, name, index in (
-            (FINETUNEJOBS, "finetunejobs", _index_finetunejob),
-            (JOBS, "jobs", _index_job),
-            (PODS, "pods", _index_pod),
+        for resource, handler in (
+            (FINETUNEJOBS, self._finetunejob_event),
+            (JOBS, self._job_event),
+            (PODS, self._pod_event),
         ):
-            ours = None if resource is FINETUNEJOBS else OURS
-            event = self._finetunejob_event if resource is FINETUNEJOBS else self._child_event
-            kopf.index(*resource, id=name, labels=ours, registry=self.registry)(index)
-            kopf.on.event(*resource, id=f"{name}-event", labels=ours, registry=self.registry)(event)
+            kopf.on.event(*resource, id=resource[-1], registry=self.registry)(handler)
 
-    async def _startup(self, **known: Any) -> None:
-        # Kopf passes each index under its name.
-        self._finetunejobs = known["finetunejobs"]
-        self._jobs = known["jobs"]
-        self._pods = known["pods"]
+    def _add(self, key: str) -> None:
+        if self.synced:  # else a look at all follows
+            self._queue_key(key)
 
-    def _is_synced(self) -> None:
-        # Kopf calls no handler before all indexes are filled.
+    def _is_there(self, event: kopf.RawEvent) -> bool:
+        """Whether the object that an event is about is there, and not just about to be dropped."""
         self._last_event = time.monotonic()
-        self.synced = True
-        self._begins_anew = False
+        uid = event["object"]["metadata"]["uid"]
+        if not self.synced:
+            self._told.add(uid)
+        return event["type"] != "DELETED" and uid not in self._gone
 
     async def _login(self, **_: Any) -> kopf.ConnectionInfo:
         credentials = await self._cluster.credentials()
@@ -266,19 +322,37 @@ class Watches:
             private_key_path=credentials.key_file,
         )
 
-    async def _finetunejob_event(
-        self, namespace: str | None, name: str, body: Mapping[str, Any] | None = None, **_: Any
-    ) -> None:
-        self._is_synced()
-        self._shown_to(dict(body or {}))
-        self._add(f"{namespace}/{name}")
+    async def _finetunejob_event(self, event: kopf.RawEvent, **_: Any) -> None:
+        raw = cast(JsonObject, event["object"])
+        meta = raw["metadata"]
+        key = f"{meta['namespace']}/{meta['name']}"
+        if self._is_there(event):
+            self._finetunejobs.put(finetunejob_in_brief(raw), key)
+        else:
+            self._finetunejobs.drop(meta["uid"])
+        self._shown_to(raw)
+        self._add(key)
 
-    async def _child_event(
-        self, namespace: str | None, annotations: Mapping[str, str], **_: Any
-    ) -> None:
-        self._is_synced()
-        if FINETUNEJOB_NAME_ANNOTATION in annotations:
-            self._add(f"{namespace}/{annotations[FINETUNEJOB_NAME_ANNOTATION]}")
+    async def _job_event(self, event: kopf.RawEvent, **_: Any) -> None:
+        raw = cast(JsonObject, event["object"])
+        if self._is_there(event):
+            key = by_uid(raw["metadata"]["namespace"], controller_uid(raw, KIND))
+            self._jobs.put(job_in_brief(raw), key)
+        else:
+            self._jobs.drop(raw["metadata"]["uid"])
+        self._child_event(raw)
+
+    async def _pod_event(self, event: kopf.RawEvent, **_: Any) -> None:
+        raw = cast(JsonObject, event["object"])
+        if self._is_there(event):
+            self._pods.put(pod_in_brief(raw), *pod_keys(raw))
+        else:
+            self._pods.drop(raw["metadata"]["uid"])
+        self._child_event(raw)
+
+    def _child_event(self, raw: JsonObject) -> None:
+        if key := _key_of_child(raw):
+            self._add(key)
 
 
 def kopf_settings(settings: kopf.OperatorSettings, request_seconds: float) -> None:
@@ -294,6 +368,7 @@ def kopf_settings(settings: kopf.OperatorSettings, request_seconds: float) -> No
     settings.process.ultimate_exiting_timeout = None
     settings.persistence.diffbase_storage = KeepsNothing()
     settings.persistence.progress_storage = KeepsNothing()
+    settings.queueing.idle_timeout = IDLE_SECONDS
     settings.watching.inactivity_timeout = WATCH_SILENCE_SECONDS
     settings.watching.label_selectors[JOBS] = CHILDREN_SELECTOR
     settings.watching.label_selectors[PODS] = CHILDREN_SELECTOR
@@ -304,29 +379,25 @@ def _newest(found: Iterable[JsonObject]) -> JsonObject:
     return max(found, key=lambda raw: str(raw["metadata"]["creationTimestamp"]))
 
 
-async def _index_finetunejob(
-    namespace: str | None, name: str, body: kopf.Body, **_: Any
-) -> dict[str, JsonObject]:
-    return {f"{namespace}/{name}": finetunejob_in_brief(dict(body))}
-
-
 def by_uid(namespace: str | None, uid: str) -> str:
     """The key of the children of a FineTuneJob. Only those in its own namespace are its children:
     in another one, somebody else may write the same uid."""
     return f"uid/{namespace}/{uid}"
 
 
-async def _index_job(namespace: str | None, body: kopf.Body, **_: Any) -> dict[str, JsonObject]:
-    return {by_uid(namespace, controller_uid(body, KIND)): job_in_brief(dict(body))}
+def pod_keys(raw: JsonObject) -> tuple[str, ...]:
+    """The uid of the pod's FineTuneJob, and its name, which a later one may have too."""
+    mine = by_uid(raw["metadata"]["namespace"], _owner_uid(raw))
+    name = _key_of_child(raw)
+    return (mine, name) if name else (mine,)
 
 
-async def _index_pod(namespace: str | None, body: kopf.Body, **_: Any) -> dict[str, JsonObject]:
-    """Index by the uid of the FineTuneJob, and by its name, which a later one may have too."""
-    raw = pod_in_brief(dict(body))
-    name = (body["metadata"].get("annotations") or {}).get(FINETUNEJOB_NAME_ANNOTATION)
-    by_name = {f"{namespace}/{name}": raw} if name else {}
-    return {by_uid(namespace, _owner_uid(raw)): raw, **by_name}
+def _key_of_child(raw: JsonObject) -> str | None:
+    """namespace/name of the FineTuneJob that a Job or pod is of."""
+    meta = raw["metadata"]
+    name = (meta.get("annotations") or {}).get(FINETUNEJOB_NAME_ANNOTATION)
+    return f"{meta['namespace']}/{name}" if name else None
 
 
 def _owner_uid(pod: JsonObject) -> str:
-    return str(pod["metadata"]["labels"].get(FINETUNEJOB_UID_LABEL, ""))
+    return str((pod["metadata"].get("labels") or {}).get(FINETUNEJOB_UID_LABEL, ""))

@@ -7,7 +7,6 @@ import asyncio
 import logging
 import os
 import sys
-from functools import partial
 
 import kopf
 
@@ -87,7 +86,7 @@ class _Operator:
         self._cluster = cluster
         self._settings = settings
         self._metrics = metrics
-        self._watches = Watches(cluster, self._add, self._show)
+        self._watches = Watches(cluster, self._add, self._show, settings.namespaces)
         self.page = WebPage(settings, self._watches.finetunejobs)
         self._leadership = _leadership(cluster, settings)
         self._reconciler = Reconciler(
@@ -100,7 +99,7 @@ class _Operator:
         self.probes = Probes(
             settings.health_port,
             metrics,
-            partial(self._watches.problem, settings.namespaces),
+            self._watches.problem,
             lambda: self._watches.dead,
         )
 
@@ -186,7 +185,7 @@ class _Operator:
         while True:
             await asyncio.sleep(self._settings.resync_seconds)
             try:
-                await self._watches.resync(self._settings.namespaces)
+                await self._watches.resync()
             except ClusterError as error:
                 logger.warning("The resync has to wait: %s", error)
 

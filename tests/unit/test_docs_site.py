@@ -75,6 +75,27 @@ def test_the_reference_has_what_is_required_in_bold_with_its_rules() -> None:
     assert "- must have importanceMatrix: true with the types IQ2 and IQ3 in gguf" in text
 
 
+LIBRARIES = {
+    "PyTorch": "torch",
+    "transformers": "transformers",
+    "PEFT": "peft",
+    "TRL": "trl",
+    "bitsandbytes": "bitsandbytes",
+    "llama-cpp-python, with its llama.cpp": "llama_cpp_python",
+    "kopf": "kopf",
+}
+
+
+def test_the_versions_are_those_that_are_pinned() -> None:
+    text = (DOCS / "versions.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([^|]+) \| (\d[\d.]+) \|$", text, re.MULTILINE))
+    assert rows.pop("Python") == "3.11"
+    constraints = REPOSITORY / "constraints"
+    pins = "".join((constraints / f"{name}.txt").read_text() for name in ("operator", "trainer"))
+    known = dict(line.split("==") for line in pins.split())
+    assert rows == {title: known[name] for title, name in LIBRARIES.items()}
+
+
 def test_the_list_of_images_is_what_the_chart_names() -> None:
     text = (DOCS / "air-gapped.md").read_text(encoding="utf-8")
     named = set(re.findall(r"^\| `(finetune-operator/\S+?)` \|", text, re.MULTILINE))

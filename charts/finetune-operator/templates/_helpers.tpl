@@ -90,7 +90,7 @@ observedGeneration phase reason stage conditions stages version artifacts images
   verbs: [get, list, watch, create, delete, patch]
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch]
+  verbs: [list, watch]
 # Its own are made for a FineTuneJob's stages and deleted after the last one. They are listed once
 # an operator begins to lead, by its label, to find what the one before has left.
 - apiGroups: [""]

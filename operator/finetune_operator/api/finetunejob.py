@@ -239,7 +239,7 @@ class FineTuneJobSpec(Base):
 
     backoff_limit: Annotated[int, Field(ge=0, le=100)] = 2
     """Further attempts of a stage after a failure that a retry can cure. Bad data or a bad spec is
-    never tried again; an evicted or preempted pod is tried again free of charge."""
+    never tried again; an evicted or preempted pod doesn't count."""
 
     ttl_seconds_after_finished: Annotated[int, Field(ge=0)] = 86400
     """Seconds that finished pods and their logs are kept. The result in the object store and in
@@ -305,11 +305,11 @@ def _short_digest(value: Any) -> str:
 
 
 class FineTuneJob(Base):
-    """Fine-tunes a causal language model on a CSV and leaves adapter, merged model and GGUF files
-    in an object store."""
+    """Fine-tunes a causal language model on a dataset and leaves adapter, merged model and GGUF
+    files in an object store."""
 
     spec: FineTuneJobSpec
-    """What should be in the object store."""
+    """Desired state: base model, dataset, training and outputs."""
 
     status: FineTuneJobStatus = FineTuneJobStatus()
     """What is there, and what is being done about it."""

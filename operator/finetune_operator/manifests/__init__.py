@@ -43,7 +43,8 @@ def stage_objects(
     hardware: Hardware,
 ) -> StageObjects:
     config_map = run_config_map(owner, spec, resolved, hardware)
-    which = Attempt(stage, stage_key, attempt, config_map["metadata"]["name"], hardware)
+    name, needs = config_map["metadata"]["name"], resolved.needs if resolved else None
+    which = Attempt(stage, stage_key, attempt, name, hardware, needs)
     return StageObjects(
         access=progress_access(owner, spec.service_account_name),
         config_map=config_map,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from finetune_operator.api import (
@@ -30,6 +31,7 @@ from finetune_operator.manifests.children import (
 from finetune_operator.manifests.volumes import (
     CACHE_FOLDER,
     CONFIG_FOLDER,
+    MEBIBYTE,
     WORKSPACE,
     shared_memory_mib,
     stage_mounts,
@@ -42,10 +44,13 @@ from finetune_trainer.contract import (
     Base,
     ExitCode,
     Hardware,
+    Needs,
     Stage,
 )
 
 USER = 65532
+# What `prepare` requests: it imports transformers, and has the dataset on its disk and in memory.
+PREPARE_MEMORY, PREPARE_DISK = 512 << 20, 1 << 30
 # How long a stopped stage may take to report; a training also uploads a checkpoint.
 GRACE_SECONDS = {Stage.PREPARE: 60, Stage.TRAIN: 120, Stage.EXPORT: 60}
 # A Job that is deleted as soon as it ends may take its result with it.
@@ -76,6 +81,9 @@ class Attempt:
     config_map: str
     hardware: Hardware
     """The hardware of the training's pod."""
+
+    needs: Needs | None = None
+    """What `prepare` predicts for the pods of the later stages."""
 
 
 def stage_job(
@@ -208,7 +216,7 @@ def _pod_template(
                 "fsGroupChangePolicy": "OnRootMismatch",
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
-            "containers": [_container(spec, attempt.stage, settings, name, shared_memory)],
+            "containers": [_container(spec, attempt, settings, name, shared_memory)],
             "volumes": stage_volumes(
                 spec, attempt.stage, settings.model_cache, shared_memory, attempt.config_map
             ),
@@ -220,12 +228,12 @@ def _pod_template(
 
 def _container(
     spec: FineTuneJobSpec,
-    stage: Stage,
+    attempt: Attempt,
     settings: Settings,
     job_name: str,
     shared_memory: int | None,
 ) -> JsonObject:
-    pod = spec.pod_settings(stage)
+    stage, pod = attempt.stage, spec.pod_settings(attempt.stage)
     fixed = {
         "HOME": WORKSPACE,
         "TMPDIR": WORKSPACE,
@@ -251,11 +259,38 @@ def _container(
         },
     }
     resources = {name: value for name, value in pod.resources.model_dump().items() if value}
+    if predicted := _predicted_requests(spec, attempt):
+        resources["requests"] = {**pod.resources.requests, **predicted}
     if pod.resource_claims:
         resources["claims"] = [{"name": claim.name} for claim in pod.resource_claims]
     if resources:
         container["resources"] = resources
     return container
+
+
+def _predicted_requests(spec: FineTuneJobSpec, attempt: Attempt) -> dict[str, str]:
+    """Memory and disk as predicted, of which the spec says nothing.
+
+    In a queue only the spec counts: its quota may cover neither.
+    """
+    if spec.queue_name:
+        return {}
+    stage, needs, pod = attempt.stage, attempt.needs, spec.pod_settings(attempt.stage)
+    memory, disk = None, None
+    if stage is Stage.PREPARE:
+        memory, disk = PREPARE_MEMORY, PREPARE_DISK
+    elif needs is not None and stage is Stage.TRAIN:
+        memory, disk = needs.train_memory_bytes, needs.train_storage_bytes
+    elif needs is not None:
+        memory, disk = needs.export_memory_bytes, needs.export_storage_bytes
+    if pod.workspace.storage is not None:
+        disk = None  # a volume of its own
+    said = {**pod.resources.limits, **pod.resources.requests}
+    return {
+        name: f"{math.ceil(size / MEBIBYTE)}Mi"
+        for name, size in (("memory", memory), ("ephemeral-storage", disk))
+        if size is not None and name not in said
+    }
 
 
 def _gpus_told(pod: PodSettings) -> dict[str, str]:

@@ -108,7 +108,8 @@ class Policy:
 
     queue_first_look: timedelta = timedelta(seconds=3)
     queue_look: timedelta = timedelta(seconds=30)
-    """Between two looks at what Kueue says of a Job that waits in its queue."""
+    """Between two looks at what Kueue says of a Job that waits in its queue. As long as it says
+    nothing, or the operator may not ask it, the looks become rarer from one to the other."""
 
     wake_interval: timedelta = timedelta(seconds=60)
     """Between two touches of a Job without a pod. Its controller may have lost what it had to do in

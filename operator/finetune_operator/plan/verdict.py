@@ -131,8 +131,8 @@ def _ended(job: ObservedJob, pod: ObservedPod, policy: Policy, now: datetime) ->
         delay = min(left, policy.sidecar_grace).total_seconds()
         return Pending(disruption=failure, requeue_after=delay)
     if job.suspended and job.queue is not None:
-        return _held_back(job, policy)  # its pod had to go, which is no failure
-    held = _held_back(job, policy) if job.suspended else Pending()
+        return _held_back(job, policy, now)  # its pod had to go, which is no failure
+    held = _held_back(job, policy, now) if job.suspended else Pending()
     return replace(held, disruption=failure)
 
 
@@ -222,7 +222,7 @@ def _without_pod(job: ObservedJob, stage: StageStatus, policy: Policy, now: date
     if job.finished is not None:
         return _without_pod_report(job, policy, now)
     if job.suspended:
-        return _held_back(job, policy)
+        return _held_back(job, policy, now)
     if job.taken_up is None:
         return _not_taken_up(job, policy, now)
     return _pod_not_created(job, job.taken_up, stage, policy, now)
@@ -370,14 +370,17 @@ def _unscheduled(stage: Stage, pod: ObservedPod) -> PendingReason | None:
     return PendingReason(Reason.UNSCHEDULABLE, message, phase=Phase.QUEUED)
 
 
-def _held_back(job: ObservedJob, policy: Policy) -> Pending:
+def _held_back(job: ObservedJob, policy: Policy, now: datetime) -> Pending:
     if job.queue is None:
         words = f"The Job {job.name} is suspended: it waits for its turn in a queue, if it has one."
         return Pending(PendingReason(JOB_SUSPENDED, words, phase=Phase.QUEUED))
     words = f"{job.stage} waits in Kueue's queue {job.queue}"
     state = job.queue_state
-    if state is None:  # Kueue hasn't looked at it yet, or has just let it go on
-        again = policy.queue_first_look.total_seconds()
+    if state is None:
+        # Kueue hasn't looked at it yet, or has just let it go on, or may not be asked. Each time
+        # the Job waits as long again as it has, within limits.
+        waited = max(now - job.created, policy.queue_first_look)
+        again = min(waited, policy.queue_look).total_seconds()
         return Pending(PendingReason(QUEUED, f"{words}.", phase=Phase.QUEUED), again)
     again = policy.queue_look.total_seconds()  # nothing tells when Kueue says something else
     words = f"{words}: {state.message}"

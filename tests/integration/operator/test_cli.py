@@ -13,18 +13,26 @@ from typer.testing import CliRunner, Result
 
 from finetune_cli.commands import watch as watching
 from finetune_cli.exits import ExitCode
+from finetune_cli.job import Job
 from finetune_cli.main import app
-from finetune_trainer.contract import Reason, Stage
+from finetune_cli.version import Version
+from finetune_trainer.contract import Reason, Stage, Storage
+from finetune_trainer.store import open_folder
+from hack.demo.models import base_gguf
 from tests.integration.operator.stage import (
     EXPORTED_VERSION,
     SPEC,
     Namespace,
     exported,
     prepared,
+    resolved,
     trained,
 )
 from tests.integration.operator.test_rollback import OLD, ROLLED_BACK, finish_once
+from tests.publishing import folder as version_folder
+from tests.publishing import publish
 
+MODELFILE = b"FROM ./gguf/smol-Q4_1.gguf\nPARAMETER temperature 0\nPARAMETER num_ctx 256\n"
 Run = Callable[..., Result]
 
 
@@ -60,7 +68,7 @@ def test_from_a_file_to_a_finished_job(here: Namespace, finetune: Run, tmp_path:
     assert "No FineTuneJob" in finetune("list").stderr
     assert "created" in finetune("submit", "-f", file).stdout
     assert "unchanged" in finetune("submit", "-f", file).stdout
-    changed = write_job(tmp_path, training={"epochs": 5})
+    changed = write_job(tmp_path, backoffLimit=3)  # reruns nothing
     assert "changed" in finetune("submit", "-f", changed).stdout
     here.succeed(prepared())
     here.report(here.start_pod(Stage.TRAIN), percent="40%", step=4, totalSteps=10, loss=1.25)
@@ -131,6 +139,66 @@ def test_logs_say_what_they_wait_for(here: Namespace, finetune: Run) -> None:
     none = finetune("logs", "support", "--stage", "train", code=ExitCode.NOT_FOUND)
     assert "no pod of train" in none.stderr
     finetune("logs", "support", "--stage", "merge", code=ExitCode.USAGE)
+
+
+def finish_in(here: Namespace, output: Path, name: str, **spec: Any) -> str:
+    """Let the job succeed with a version in a folder of this machine; the version's name."""
+    model = base_gguf()
+    version = version_folder(name).rpartition("/")[2]
+    fingerprints = {"train": f"train-{name}", "export": f"export-{name}"}
+    here.apply(output={"uri": str(output)}, **spec)
+    here.succeed(prepared(found=resolved(**fingerprints)), attempt=1)
+    here.succeed(trained().model_copy(update={"metrics": {"evalLoss": 0.5}}))
+    files = {
+        "gguf/smol-Q4_1.gguf": model.read_bytes(),
+        "report.html": b"<html>fine</html>",
+        "Modelfile": MODELFILE,
+    }
+    publish(open_folder(str(output), Storage()), output.with_name("work"), name, files)
+    listed = Version.read(
+        Job({"metadata": {"name": "support"}, "spec": {"output": {"uri": str(output)}}}), version
+    )
+    manifest = f"{output}/versions/{version}/manifest.json"
+    done = {"artifacts": listed.files, "version": version, "manifest_uri": manifest}
+    here.succeed(exported().model_copy(update=done))
+    here.wait_phase("Succeeded")
+    return version
+
+
+def test_what_a_job_has_made(
+    here: Namespace, finetune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = finish_in(here, tmp_path / "bucket", "a")
+    assert "gguf/smol-Q4_1.gguf" in finetune("artifacts", "support").stdout
+    assert "bucket" in finetune("watch", "support", "--once").stdout
+    folder = tmp_path / "here"
+    finetune("artifacts", "support", "--download", str(folder), "--only", "*.html")
+    assert sorted(each.name for each in folder.iterdir()) == ["manifest.json", "report.html"]
+    page = tmp_path / "page.html"
+    assert str(page) in finetune("report", "support", "--to", str(page)).stdout
+    assert page.read_bytes() == b"<html>fine</html>"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = ("--prompt", "What is the capital of France?", "--tokens", "16")
+    answered = finetune("chat", "support", *asked)
+    assert len(answered.stdout.strip()) > 3
+    assert version in answered.stderr
+    assert "don't differ" in finetune("compare", "support", "support").stdout
+    assert "don't differ" in finetune("compare", f"support@{version}", f"support@{version}").stdout
+    here.apply(name="other", training={"epochs": 7})
+    rows = [row.split() for row in finetune("compare", "support", "other").stdout.splitlines()]
+    assert ["training.epochs", "3", "7"] in rows
+    assert ["metrics.evalLoss", "0.5", "-"] in rows
+
+
+def test_doctor_says_what_is_there_and_what_isnt(here: Namespace, finetune: Run) -> None:
+    told = finetune("doctor").stdout
+    for part in ("+ API server: v1.", "+ FineTuneJob: is installed", "+ operator: operator-"):
+        assert part in told
+    assert "+ rights: all that is needed" in told
+    kubeconfig = here.plane.kubeconfig_for_service_account(here.name, "default")
+    poor = finetune("doctor", "--kubeconfig", str(kubeconfig), code=ExitCode.FAILED).stdout
+    assert "x rights: you may not get finetunejobs" in poor
+    assert "? GPUs: nodes is forbidden" in poor
 
 
 def test_what_the_api_server_refuses(here: Namespace, finetune: Run, tmp_path: Path) -> None:

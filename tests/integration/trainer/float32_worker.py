@@ -6,6 +6,8 @@ FAIL=RANK:STEP:HOW lets one of the processes run out of GPU memory (full), meet 
 (nccl, nccl-full) or be killed after a step, or run out of memory within it as long as a pass has
 several rows (crowded).
 
+FUSED=yes computes adapters as one operation, as on a GPU; it notes how many products it took.
+
 HOLD=yes lets every process wait after the second step until it is told to stop.
 """
 
@@ -29,6 +31,7 @@ from finetune_trainer.model import loading
 from finetune_trainer.train.recipe import processes, train_worker, training_log
 
 NOTE = "held-{}.json"
+FUSED_NOTE = "fused-{}.json"
 HOLD_SECONDS = 120
 # As PyTorch words what NCCL says.
 NCCL = {
@@ -119,12 +122,38 @@ def _let_accelerate_shard_on_a_cpu() -> None:
     AcceleratorState.__init__ = make
 
 
+def _fuse_on_a_cpu(workdir: list[Path]) -> None:
+    """Which the recipe does on a GPU only."""
+    from finetune_trainer.train.recipe import lora, sft
+
+    faster = lora.make_layers_faster
+    apply: Any = lora.LowRankProduct.apply
+    taken = [0]
+
+    def counted(*arguments: Any) -> Any:
+        taken[0] += 1
+        if workdir:
+            note = workdir[0] / FUSED_NOTE.format(os.environ.get("RANK", "0"))
+            note.write_text(json.dumps(taken[0]))
+        return apply(*arguments)
+
+    def make(model: torch.nn.Module) -> None:
+        faster(model)
+        assert lora.fuse_adapters(model, "cpu")
+
+    vars(sft)["make_layers_faster"] = make
+    lora.LowRankProduct.apply = counted  # type: ignore[method-assign]
+
+
 def main(address: Path, parent: int) -> int:
     """Train; bfloat16 would hide the differences that the tests look for."""
     dtype: torch.dtype = getattr(torch, os.environ.get("COMPUTE_DTYPE", "float32"))
     loading.compute_dtype = lambda: dtype
     workdir: list[Path] = []
     gathered, guard = processes.gathered_state, training_log.guard_trackers
+
+    if os.environ.get("FUSED"):
+        _fuse_on_a_cpu(workdir)
 
     def noting(model: torch.nn.Module) -> Any:
         # Of the layers only: embeddings stay gathered between two passes.

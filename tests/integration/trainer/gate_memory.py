@@ -46,7 +46,7 @@ def llama(file: str, folder: str) -> None:
         ends=(),
         rows=ROWS,
         reference=reference,
-        kept_file=Path(folder, "kept.npy"),
+        logprobs_file=Path(folder, "kept.npy"),
         threads=1,
     )
     took(lambda: check(request))

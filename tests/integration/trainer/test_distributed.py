@@ -25,7 +25,7 @@ from finetune_trainer.train.link import (
 from finetune_trainer.train.supervisor.ladder import descend
 from finetune_trainer.train.supervisor.setup import divide_step
 from finetune_trainer.train.supervisor.training_session import WorkerProcess
-from tests.integration.trainer.float32_worker import NOTE
+from tests.integration.trainer.float32_worker import FUSED_NOTE, NOTE
 from tests.integration.trainer.preferences import make_labelled, make_pairs
 from tests.integration.trainer.recipe import make_work
 
@@ -219,6 +219,29 @@ def test_in_bfloat16_as_well_it_trains_like_one(
     )
     # Were gradients added up in bfloat16, as accelerate would, it were 1% of the largest weight.
     assert_same_adapter(together, alone, 5 * WEIGHT_TOLERANCE)
+
+
+def test_adapters_as_one_operation_train_the_same_spread_over_processes(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With recomputed layers and dropout, whose numbers come again in each backward pass."""
+    monkeypatch.setenv("COMPUTE_DTYPE", "bfloat16")
+    rows = make_rows(8, 1), make_rows(2, 2)
+    runs = []
+    for name in ("plain", "fused"):
+        settings = {**RECOMPUTED, "epochs": 1}
+        runs.append(run(work_of(tiny_model, tmp_path / name, 2, "fsdp", rows, **settings)))
+        monkeypatch.setenv("FUSED", "yes")
+    plain, fused = runs
+    assert len(fused.series("loss")) == 2
+    assert fused.series("loss") == plain.series("loss")
+    expected = plain.adapter()
+    for key, weights in fused.adapter().items():
+        assert weights.equal(expected[key]), key
+    for rank in (0, 1):
+        taken = json.loads((fused.work.workdir / FUSED_NOTE.format(rank)).read_text())
+        assert taken > 8, "it was one operation indeed"
+        assert not (plain.work.workdir / FUSED_NOTE.format(rank)).exists()
 
 
 def test_weights_of_4_bits_are_spread_over_processes_and_train_as_in_one(

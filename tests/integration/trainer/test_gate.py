@@ -72,7 +72,7 @@ from tests.integration.trainer.faulty_gguf import (
     tensor_place,
     weights,
 )
-from tests.integration.trainer.tuned import EXAMPLES, Tuned, make_tuned, write_lora
+from tests.integration.trainer.tuned import EXAMPLES, Tuned, make_tuned, open_gate, write_lora
 
 Q = Quantization
 ALL = (Q.F16, *(kind for kind in Q if kind not in (Q.F16, *NEED_IMPORTANCE)))
@@ -347,7 +347,7 @@ def test_the_merged_model_is_checked_as_its_files_are(
     found = {}
     for folder in (tuned.merged, faulty):
         inputs = replace(tuned.inputs(gguf=()), merged=ModelFolder(folder))
-        gate = SourceGate.open(inputs, tmp_path / "gate")
+        gate = open_gate(inputs, tmp_path / "gate")
         found[folder] = gate.check_merged(Q.F16)
     good, bad = found.values()
     assert good is not None
@@ -381,7 +381,7 @@ def test_a_merged_models_other_tokenizer_is_found(tuned: Tuned, tmp_path: Path) 
     content["model"]["merges"] = content["model"]["merges"][:-2000]
     file.write_text(json.dumps(content))
     inputs = replace(tuned.inputs(), examples=[], merged=ModelFolder(folder))
-    verdict = SourceGate.open(inputs, tmp_path / "gate").check_merged(Q.F16)
+    verdict = open_gate(inputs, tmp_path / "gate").check_merged(Q.F16)
     assert verdict is not None
     refused(verdict, "Its tokenizer splits")
 
@@ -417,7 +417,7 @@ def test_a_model_that_is_not_there_is_an_error(tuned: Tuned, tmp_path: Path) -> 
     broken = Path(shutil.copytree(tuned.base, tmp_path / "base"))
     (broken / "model.safetensors").write_bytes(b"none")
     with pytest.raises(StageError) as caught:
-        SourceGate.open(replace(tuned.inputs(), base=ModelFolder(broken)), tmp_path / "gate")
+        open_gate(replace(tuned.inputs(), base=ModelFolder(broken)), tmp_path / "gate")
     assert caught.value.reason in (Reason.MODEL_UNSUPPORTED, Reason.INTERNAL_ERROR)
 
 
@@ -482,7 +482,7 @@ def test_a_merged_model_without_time_is_not_asked(
     monkeypatch.setattr(float32, "measure_in_child", float32.measure_here)
     monkeypatch.setattr(gate_module, "SAMPLE_SECONDS", 0.0)
     inputs = replace(tuned.inputs(gguf=()), merged=ModelFolder(tuned.merged))
-    samples = SourceGate.open(inputs, tmp_path / "gate").merged_samples()
+    samples = open_gate(inputs, tmp_path / "gate").merged_samples()
     assert [sample.tuned for sample in samples] == [None] * len(ROWS)
 
 

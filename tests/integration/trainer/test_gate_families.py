@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from finetune_trainer.contract import Quantization
-from finetune_trainer.export.gate import SourceGate
 from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.export.reference import float32
 from finetune_trainer.model.tokenizer import message_pair
 from tests.integration.trainer.faulty_gguf import overwrite
-from tests.integration.trainer.tuned import make_tuned
+from tests.integration.trainer.tuned import make_tuned, open_gate
 
 NOT_NORMALISED = [
     message_pair("How large is the resistor?", "It has 10 \N{OHM SIGN}."),
@@ -43,7 +42,7 @@ def test_files_of_a_clean_model_pass(
     tuned = make_tuned(family, tmp_path / "tuned", torch.bfloat16)
     inputs = tuned.inputs(merged=True)
     rows = [*inputs.examples, *NOT_NORMALISED]
-    gate = SourceGate.open(replace(inputs, examples=rows), tmp_path / "gate")
+    gate = open_gate(replace(inputs, examples=rows), tmp_path / "gate")
     if family in WITH_EXPERTS:
         swapped = Path(shutil.copy(tuned.file(tuned.own), tmp_path / "swapped.gguf"))
         swap_experts(swapped, "blk.0.ffn_down_exps.weight")

@@ -31,6 +31,15 @@ def plan_of(trainer: Trainer, config: dict[str, Any]) -> TrainingPlan | None:
     assert run.code == 0, run.output
     assert run.result is not None
     assert run.result.resolved is not None
+    needs = run.result.resolved.needs
+    assert needs is not None
+    assert needs.train_memory_bytes is not None
+    assert needs.export_memory_bytes is not None
+    assert GIB < needs.train_memory_bytes < 4 * GIB  # of a tiny model: torch and CUDA, no more
+    assert 512 * MIB < needs.export_memory_bytes < 4 * GIB
+    assert needs.train_storage_bytes is not None
+    assert needs.export_storage_bytes is not None
+    assert 256 * MIB < needs.train_storage_bytes < needs.export_storage_bytes < GIB
     return run.result.resolved.plan
 
 

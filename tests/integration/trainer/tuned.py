@@ -16,8 +16,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from finetune_trainer.contract import Export, Quantization
-from finetune_trainer.export.gate import SourceGate
+from finetune_trainer.export.gate import SourceGate, expect
 from finetune_trainer.export.gate.expected import GateInputs
+from finetune_trainer.export.gate.kept import KeptFigures
 from finetune_trainer.export.gguf.files import GgufSource, quantize, write_unquantized
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.converter import gguf_name, llama_folder
@@ -39,6 +40,11 @@ OTHERS = {
 """Targets of architectures that have not the separate layers of most."""
 
 SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def open_gate(inputs: GateInputs, workspace: Path) -> SourceGate:
+    """Of an export that has no earlier attempt."""
+    return SourceGate.ask(expect(inputs, workspace), KeptFigures())
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class Tuned:
 
     def gate(self, workspace: Path, **export: Any) -> SourceGate:
         """A gate that has seen nothing yet."""
-        return SourceGate.open(self.inputs(**export), workspace)
+        return open_gate(self.inputs(**export), workspace)
 
     def inputs(self, *, merged: bool = False, **export: Any) -> GateInputs:
         """What a gate is opened with."""

@@ -15,13 +15,12 @@ from finetune_operator import handlers
 from finetune_operator.cluster import Cluster, Credentials
 from finetune_operator.handlers import (
     Endlessly,
+    Index,
     Watches,
     WatchesError,
-    _index_job,
-    _index_pod,
     kopf_settings,
+    pod_keys,
 )
-from finetune_operator.pods import pod_in_brief
 from finetune_operator.reconcile import Snapshot
 from tests.unit.operator.raw import raw_job, raw_pod
 
@@ -40,7 +39,7 @@ class FakeCluster:
 
     async def watched_versions(self, namespaces: tuple[str, ...]) -> dict[str, str]:
         del namespaces
-        return self.live
+        return dict(self.live)
 
     async def credentials(self) -> Credentials:
         return Credentials("https://server", "/ca", "token", None, None, insecure=False)
@@ -51,6 +50,7 @@ class World:
         self.added: list[str] = []
         self.cluster = FakeCluster(*live)
         self.watches = Watches(cast(Cluster, self.cluster), self.added.append)
+        self.watches.synced = True
 
     async def shows(
         self,
@@ -58,8 +58,33 @@ class World:
         jobs: dict[str, list[dict[str, Any]]] | None = None,
         pods: dict[str, list[dict[str, Any]]] | None = None,
     ) -> None:
-        indexes = {"finetunejobs": {KEY: finetunejobs}, "jobs": jobs or {}, "pods": pods or {}}
-        await self.watches._startup(**indexes)
+        for index, shown in (
+            (self.watches._finetunejobs, {KEY: finetunejobs}),
+            (self.watches._jobs, jobs or {}),
+        ):
+            for key, objects in shown.items():
+                for each in objects:
+                    index.put(each, key)
+        for each, keys in by_object(pods or {}):
+            self.watches._pods.put(each, *keys)
+
+    async def event(self, kind: str, raw: dict[str, Any], change: str | None = None) -> None:
+        """What Kopf calls; the change of an object that is listed is None."""
+        handler = getattr(self.watches, f"_{kind}_event")
+        await handler(event={"type": change, "object": raw})
+
+
+def by_object(shown: dict[str, list[dict[str, Any]]]) -> list[tuple[dict[str, Any], list[str]]]:
+    found: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for key, objects in shown.items():
+        for each in objects:
+            found.setdefault(each["metadata"]["uid"], (each, []))[1].append(key)
+    return list(found.values())
+
+
+def finetunejob(uid: str = "uid-1", name: str = "support") -> dict[str, Any]:
+    found = raw(uid)
+    return {**found, "metadata": {**found["metadata"], "name": name}, "spec": {}}
 
 
 async def test_a_snapshot_holds_the_children_of_that_very_object() -> None:
@@ -84,25 +109,72 @@ async def test_pods_of_an_earlier_object_of_that_name_are_told_apart() -> None:
     assert (snapshot.pods, snapshot.earlier_pods) == ((mine,), (old,))
 
 
-async def test_a_pod_is_found_by_its_owners_uid_and_by_its_name() -> None:
-    pod = pod_in_brief(raw_pod())
+def test_a_pod_is_found_by_its_owners_uid_and_by_its_name() -> None:
+    pod = raw_pod()
     pod["metadata"]["labels"] = {"finetune.dev/job-uid": "uid-1"}
-    assert await _index_pod("ml", cast(kopf.Body, pod)) == {MINE: pod}
+    assert pod_keys(pod) == (MINE,)
     pod["metadata"]["annotations"] = {"finetune.dev/job-name": "support"}
-    assert await _index_pod("ml", cast(kopf.Body, pod)) == {MINE: pod, KEY: pod}
+    assert pod_keys(pod) == (MINE, KEY)
 
 
 async def test_children_in_another_namespace_are_not_ours() -> None:
     """Whoever may create pods there could write our uid on one, with a result of his own."""
     world = World()
     forged_pod, forged_job = raw_pod(), raw_job()
-    forged_pod["metadata"]["labels"] = {"finetune.dev/job-uid": "uid-1"}
-    await world.shows(
-        [raw("uid-1")],
-        jobs={k: [v] for k, v in (await _index_job("theirs", cast(kopf.Body, forged_job))).items()},
-        pods={k: [v] for k, v in (await _index_pod("theirs", cast(kopf.Body, forged_pod))).items()},
-    )
+    forged_pod["metadata"] |= {"labels": {"finetune.dev/job-uid": "uid-1"}, "namespace": "theirs"}
+    forged_job["metadata"]["namespace"] = "theirs"
+    await world.shows([raw("uid-1")])
+    await world.event("job", forged_job)
+    await world.event("pod", forged_pod)
     assert world.watches.snapshot(KEY) == Snapshot(raw("uid-1"), (), ())
+
+
+def test_an_index_shows_an_object_under_its_present_keys() -> None:
+    index = Index()
+    index.put(raw("a"), "x", "y")
+    index.put(raw("b"), "y")
+    index.put(raw("a", version="2"), "y", "z")
+    assert [each["metadata"]["uid"] for each in index.under("y")] == ["b", "a"]
+    assert (index.under("x"), index.under("z")) == ([], [raw("a", version="2")])
+    index.drop("a")
+    index.drop("a")
+    assert index.keys() == ["y"]
+
+
+async def test_an_object_that_was_deleted_is_shown_no_more() -> None:
+    world = World()
+    await world.event("finetunejob", finetunejob())
+    assert world.watches.snapshot(KEY) is not None
+    await world.event("finetunejob", finetunejob(), "DELETED")
+    assert world.watches.snapshot(KEY) is None
+    assert world.added == [KEY, KEY]
+
+
+async def test_a_late_event_does_not_bring_back_what_is_known_to_be_gone() -> None:
+    world = World()
+    await world.event("finetunejob", finetunejob())
+    await world.watches.resync()
+    await world.event("finetunejob", finetunejob(), "MODIFIED")
+    assert world.watches.snapshot(KEY) is None
+
+
+async def test_nothing_is_done_before_all_is_shown_that_there_was() -> None:
+    world = World("uid-1", "job-1", "deleted meanwhile")
+    watches = world.watches
+    watches.synced = False
+    first_lists = asyncio.create_task(watches._await_first_lists())
+    await world.event("finetunejob", finetunejob())
+    await asyncio.sleep(0)
+    assert (watches.synced, world.added) == (False, [])
+    with pytest.raises(WatchesError):
+        watches.snapshot(KEY)
+    job = raw_job()
+    job["metadata"]["uid"] = "job-1"
+    await world.event("job", job)
+    await world.event("job", {**job, "metadata": raw("deleted meanwhile")["metadata"]}, "DELETED")
+    await asyncio.wait_for(first_lists, 10)
+    assert world.added == [KEY]
+    assert watches.snapshot(KEY) is not None
 
 
 async def test_what_is_not_watched_is_gone() -> None:
@@ -123,7 +195,7 @@ async def test_while_an_object_is_replaced_the_newer_one_counts() -> None:
 async def test_a_resync_drops_what_vanished_unseen_and_looks_at_all() -> None:
     world = World("uid-1", "job-1")
     await world.shows([raw("uid-1")], jobs={MINE: [raw("job-1"), raw("ghost")]})
-    await world.watches.resync(())
+    await world.watches.resync()
     snapshot = world.watches.snapshot(KEY)
     assert snapshot is not None
     assert snapshot.jobs == (raw("job-1"),)
@@ -133,21 +205,21 @@ async def test_a_resync_drops_what_vanished_unseen_and_looks_at_all() -> None:
 async def test_a_resync_drops_a_finetunejob_that_vanished_unseen() -> None:
     world = World()
     await world.shows([raw("uid-1")])
-    await world.watches.resync(())
+    await world.watches.resync()
     assert world.watches.snapshot(KEY) is None
 
 
 async def test_a_watch_that_shows_no_change_from_one_look_to_the_next_is_dead() -> None:
     world = World("uid-1", "job-1")
     await world.shows([raw("uid-1")], jobs={MINE: [raw("job-1")]})
-    await world.watches.resync(())
+    await world.watches.resync()
     world.cluster.live["job-1"] = "2"  # it has changed, and the watch doesn't say so
-    await world.watches.resync(())
+    await world.watches.resync()
     assert world.watches.dead == "", "the event may still be on its way"
-    await world.watches.resync(())
+    await world.watches.resync()
     assert "don't show changes of 1 objects" in world.watches.dead
     await world.shows([raw("uid-1")], jobs={MINE: [raw("job-1", version="2")]})
-    await world.watches.resync(())
+    await world.watches.resync()
     assert world.watches.dead == ""
 
 
@@ -156,34 +228,37 @@ async def test_a_watch_that_is_late_each_time_is_alive() -> None:
     for version in ("1", "2", "3", "4"):
         await world.shows([raw("uid-1", version=version)])
         world.cluster.live["uid-1"] = str(int(version) + 1)
-        await world.watches.resync(())
+        await world.watches.resync()
         assert world.watches.dead == ""
 
 
 async def test_a_watch_that_never_shows_a_new_object_is_dead() -> None:
     world = World("uid-1", "new")
     await world.shows([raw("uid-1")])
-    await world.watches.resync(())
-    await world.watches.resync(())
+    await world.watches.resync()
+    await world.watches.resync()
     assert world.watches.dead
 
 
 async def test_watches_that_fail_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handlers, "RESTART_SECONDS", 0.01)
-    world = World()
-    await world.shows([raw("uid-1")])
+    world = World("uid-1")
+    await world.shows([raw("uid-1"), raw("deleted meanwhile", created="2026-11-24T13:00:00Z")])
     failures: list[Exception] = [RuntimeError("500"), PermissionError("403")]
     counted: list[str] = []
 
     async def watch() -> None:
         if failures:
             raise failures.pop()
-        # Until Kopf has filled its indexes anew, half of the children would look like none.
+        # Until all has been shown anew, half of the children would look like none.
         with pytest.raises(WatchesError):
             world.watches.snapshot(KEY)
-        assert not world.watches.synced
-        await world.watches._finetunejob_event("ml", "support")
-        assert world.watches.snapshot(KEY) is not None
+        await world.event("finetunejob", finetunejob())
+        while not world.watches.synced:  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0)
+        snapshot = world.watches.snapshot(KEY)
+        assert snapshot is not None
+        assert snapshot.finetunejob["metadata"]["uid"] == "uid-1"
 
     await asyncio.wait_for(world.watches.keep_watching(watch, lambda: counted.append("")), 10)
     assert (failures, len(counted)) == ([], 2)
@@ -215,12 +290,12 @@ def test_no_outage_of_the_api_server_is_too_long() -> None:
 
 async def test_an_event_of_a_child_is_one_of_its_finetunejob() -> None:
     world = World()
-    name = {"finetune.dev/job-name": "support"}
-    await world.watches._child_event("ml", name)
-    await world.watches._child_event("ml", {})
-    await world.watches._finetunejob_event("ml", "other")
+    pod = raw_pod()
+    await world.event("pod", pod)
+    pod["metadata"]["annotations"] = {"finetune.dev/job-name": "support"}
+    await world.event("pod", pod)
+    await world.event("finetunejob", finetunejob(name="other"))
     assert world.added == [KEY, "ml/other"]
-    assert world.watches.synced
 
 
 async def test_kopf_gets_the_same_credentials() -> None:

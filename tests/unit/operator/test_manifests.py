@@ -20,7 +20,7 @@ from finetune_operator.manifests import pod_settings_digest, stage_objects
 from finetune_operator.observe import ObservedFineTuneJob
 from finetune_operator.resources import training_hardware
 from finetune_operator.settings import Settings
-from finetune_trainer.contract import Hardware, JobReference, RunConfig, Stage, describe
+from finetune_trainer.contract import Hardware, JobReference, Needs, RunConfig, Stage, describe
 from tests.unit.operator.build import EXPORT, PREPARE, SPEC, TRAIN, finetunejob, resolved
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -239,6 +239,70 @@ def test_another_cache_makes_other_pods() -> None:
         for each in (SETTINGS, WITH_CACHE, WITH_CACHE_IMAGE)
     }
     assert len(made) == 3
+
+
+NEEDS = Needs(
+    train_memory_bytes=3 << 30,
+    train_storage_bytes=(5 << 30) + 1,
+    export_memory_bytes=2 << 30,
+    export_storage_bytes=7 << 30,
+)
+
+
+def requested(stage: Stage, needs: Needs | None = NEEDS, **more: Any) -> dict[str, Any]:
+    """What the pod of a stage requests, with these settings."""
+    own = more.pop("settings", {})
+    parsed = FineTuneJobSpec.model_validate({**SPEC, "stages": {str(stage): own}, **more})
+    found = resolved().model_copy(update={"needs": needs})
+    job = stage_objects(
+        finetunejob(),
+        parsed,
+        SETTINGS,
+        stage=stage,
+        stage_key="1",
+        attempt=1,
+        resolved=None if stage is PREPARE else found,
+        hardware=Hardware(),
+    ).job
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    requests: dict[str, Any] = container.get("resources", {}).get("requests", {})
+    return requests
+
+
+def test_pods_request_what_is_predicted() -> None:
+    assert requested(PREPARE) == {"memory": "512Mi", "ephemeral-storage": "1024Mi"}
+    assert requested(TRAIN) == {"memory": "3072Mi", "ephemeral-storage": "5121Mi"}
+    assert requested(EXPORT) == {"memory": "2048Mi", "ephemeral-storage": "7168Mi"}
+    assert requested(TRAIN, Needs(train_memory_bytes=1)) == {"memory": "1Mi"}
+    assert requested(TRAIN, None) == {}
+
+
+def test_what_the_spec_says_of_memory_and_disk_counts() -> None:
+    limits = {"resources": {"limits": {"memory": "8Gi"}, "requests": {"cpu": 2}}}
+    assert requested(TRAIN, settings=limits) == {"cpu": 2, "ephemeral-storage": "5121Mi"}
+    volume = {"workspace": {"storage": "200Gi"}}
+    assert requested(EXPORT, settings=volume) == {"memory": "2048Mi"}
+
+
+def test_a_queue_counts_what_the_spec_requests_alone() -> None:
+    assert requested(TRAIN, queueName="team") == {}
+
+
+def test_a_prediction_changes_no_jobs_name() -> None:
+    names = {
+        stage_objects(
+            finetunejob(),
+            FineTuneJobSpec.model_validate(SPEC),
+            SETTINGS,
+            stage=TRAIN,
+            stage_key="1",
+            attempt=1,
+            resolved=resolved().model_copy(update={"needs": needs}),
+            hardware=Hardware(),
+        ).job["metadata"]["name"]
+        for needs in (NEEDS, None)
+    }
+    assert len(names) == 1
 
 
 def test_the_users_service_account_is_not_made() -> None:

@@ -99,8 +99,19 @@ def not_pulled(reason: str, words: str) -> str:
     )
 
 
-def queued(state: QueueState | None) -> ObservedJob:
-    return job(PREPARE, pod=None, suspended=True, queue="team-a", queue_state=state)
+def queued(state: QueueState | None, since: float = 0) -> ObservedJob:
+    held: Any = {"suspended": True, "queue": "team-a", "queue_state": state}
+    return job(PREPARE, pod=None, created=at(since), **held)
+
+
+def looks_again(after: float) -> Plan:
+    return says(
+        "Queued",
+        "prepare waits in Kueue's queue team-a.",
+        degraded=False,
+        phase=Phase.QUEUED,
+        requeue_after=after,
+    )
 
 
 CASES = [
@@ -142,13 +153,19 @@ CASES = [
         "one that Kueue has said nothing of yet waits as well",
         finetunejob(PREPARING),
         [queued(None)],
-        says(
-            "Queued",
-            "prepare waits in Kueue's queue team-a.",
-            degraded=False,
-            phase=Phase.QUEUED,
-            requeue_after=3,
-        ),
+        looks_again(3),
+    ),
+    Case(
+        "as long again as it has",
+        finetunejob(PREPARING),
+        [queued(None, since=-12)],
+        looks_again(12),
+    ),
+    Case(
+        "but no longer than between looks at what Kueue says",
+        finetunejob(PREPARING),
+        [queued(None, since=-3600)],
+        looks_again(30),
     ),
     Case(
         "a queue that lets nothing through needs a person",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from finetune_trainer.contract import Quantization
+from finetune_trainer.contract.output import IMPORTANCE_TYPES
 from finetune_trainer.export.gguf.files import (
-    IMPORTANCE_TYPES,
     adapter_file_name,
     file_name,
     preferred,

@@ -19,8 +19,7 @@ from finetune_trainer.contract import (
 from finetune_trainer.contract.artifacts import PART_BYTES, Artifact
 from finetune_trainer.contract.verdict import explain_failures
 from finetune_trainer.export.gguf.files import file_name
-from finetune_trainer.export.gguf_pipeline import publish_file
-from finetune_trainer.export.inputs import ExportContext
+from finetune_trainer.export.inputs import ExportContext, publish_file
 from finetune_trainer.export.publish import Publication
 from finetune_trainer.memory.forecast import export_disk, gguf_bytes
 from finetune_trainer.runtime.reporter import Reporter

@@ -195,10 +195,11 @@ def test_a_layer_that_is_trained_itself_keeps_the_inputs_of_its_weights(
 
 @pytest.mark.parametrize("kind", MIXTURES)
 @pytest.mark.parametrize("how", ["float32", "bfloat16"])
-@pytest.mark.parametrize("what", ["attention", "experts", "one of their matrices", "all weights"])
+@pytest.mark.parametrize("what", ["attention", "experts", "all weights"])
 def test_a_mixture_keeps_what_each_of_a_tokens_experts_does(kind: str, how: str, what: str) -> None:
     bfloat16, full = how == "bfloat16", what == "all weights"
-    named = {"experts": ADAPTED, "one of their matrices": ADAPTED[1:]}.get(what, ())
+    # In float32 one of their matrices only.
+    named = (ADAPTED if bfloat16 else ADAPTED[1:]) if what == "experts" else ()
     lora = Lora(r=8, dropout=0, target_parameters=named)
 
     def counted(shape: Sequence[int]) -> bool:

@@ -138,6 +138,9 @@ def test_the_largest_matrix_and_experts_count() -> None:
     assert memory_need(LARGE, Export(gguf=(), verify="off")) == 2 * STAGE_BYTES
     unmeasured = memory_need(EXPERTS, Export(verify="off"))
     assert unmeasured == 2 * STAGE_BYTES + 7 * 128 * 2048 * 768  # of one layer
+    q8 = Export(gguf=(Quantization.F16, Quantization.Q8_0))
+    matrix = q8.model_copy(update={"importance_matrix": True})
+    assert memory_need(EXPERTS, matrix) == memory_need(EXPERTS, q8), "no type takes the matrix"
     assert memory_need(EXPERTS, Export()) > 2 * STAGE_BYTES + 2 * 48 * 128 * 2048 * 768
 
 

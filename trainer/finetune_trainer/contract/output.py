@@ -41,6 +41,18 @@ NEED_IMPORTANCE = tuple(kind for kind in Quantization if kind.startswith(("IQ2",
 (src/llama-quant.cpp, tensor_requires_imatrix), and without one the others are no good."""
 
 
+IMPORTANCE_TYPES = (
+    Quantization.Q6_K,
+    Quantization.Q5_K_M,
+    Quantization.Q4_K_M,
+    Quantization.IQ4_XS,
+    Quantization.Q3_K_M,
+    *NEED_IMPORTANCE,
+)
+"""Types whose blocks llama.cpp fits with an importance matrix, the more so the fewer bits they have
+(ggml-quants.c; its Q8_0 ignores one)."""
+
+
 MOST_FILES = 9
 """GGUF files of one export, so that status can hold the figures of all of them."""
 
@@ -124,6 +136,11 @@ class Export(Base):
 
     signing: Signing | None = None
     """Sign the artifacts; left out, they are not signed."""
+
+    @property
+    def measures_importance(self) -> bool:
+        """Whether an importance matrix is asked for, and a type takes one."""
+        return self.importance_matrix and not set(self.gguf).isdisjoint(IMPORTANCE_TYPES)
 
     @model_validator(mode="after")
     def _has_the_matrix_that_types_need(self) -> Self:

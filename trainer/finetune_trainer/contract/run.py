@@ -77,6 +77,23 @@ class Hardware(Base):
     """Limit of the ephemeral storage of the export's pod."""
 
 
+class Needs(Base):
+    """Bytes that the pods of the later stages should take at their peak; absent where nobody can
+    tell. They are no part of a fingerprint."""
+
+    train_memory_bytes: int | None = None
+    """Memory of the training's pod, that of GPUs apart."""
+
+    train_storage_bytes: int | None = None
+    """Disk of the training's pod."""
+
+    export_memory_bytes: int | None = None
+    """Memory of the export's pod, mapped files apart."""
+
+    export_storage_bytes: int | None = None
+    """Disk of the export's pod."""
+
+
 class Resolved(Base):
     """What `prepare` found out and the later stages rely on."""
 
@@ -92,6 +109,9 @@ class Resolved(Base):
 
     plan: TrainingPlan | None = None
     """How the training is split into passes; None when nothing is known of the hardware."""
+
+    needs: Needs | None = None
+    """What the pods of the later stages should take, which they request where nobody says more."""
 
     model_revision: str
     """A digest over the base model's files that are used. (0.1.0 wrote a Hub model's commit.)"""

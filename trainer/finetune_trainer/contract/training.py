@@ -261,7 +261,7 @@ _NO_REFERENCE = (
 
 
 class Training(Base):
-    """What is learnt from the rows, and the hyperparameters, with the defaults of the guide."""
+    """What is learnt from the rows, and the hyperparameters."""
 
     objective: Objective = "sft"
     """What is learnt: `sft` learns answers. `dpo`, `orpo` and `kto` learn which answers people

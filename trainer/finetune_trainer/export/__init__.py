@@ -2,8 +2,7 @@
 
 export_stage   artifacts and manifest into the store
 pipeline       the merged model and GGUF files, each checked and published when it is finished
-gguf_pipeline  the part of the GGUF files
-inputs         what the stages before left, and what an export works with
+inputs         what the stages before left, what an export works with, and publishing it
 
 Its folders, in the order of the data:
 

@@ -37,6 +37,7 @@ from finetune_trainer.contract.artifacts import PART_BYTES
 from finetune_trainer.contract.verdict import explain_failures
 from finetune_trainer.export.gate.kept import KeptFigures
 from finetune_trainer.export.inputs import (
+    MERGED,
     AddFile,
     ExportContext,
     ExportInputs,
@@ -46,7 +47,7 @@ from finetune_trainer.export.inputs import (
     publish_folder,
 )
 from finetune_trainer.export.merge import MergedWeights
-from finetune_trainer.export.pipeline import MERGED, make_models
+from finetune_trainer.export.pipeline import make_models
 from finetune_trainer.export.publish import Publication, Published, Sign, finish
 from finetune_trainer.export.publish.hub_push import check_token, push
 from finetune_trainer.export.publish.oci_push import push_images, read_login

@@ -1,19 +1,24 @@
-"""What an export works with: what the stages before left, the tuned model, and where files go."""
+"""What an export works with: what the stages before left, the tuned model, and where files go.
+
+Below is how a file is published that was checked, and how one comes back that was.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from finetune_trainer.contract import (
+    REJECTED,
     Artifact,
     DatasetReport,
+    FileVerdict,
     PreparedRunConfig,
     Quality,
     Quantization,
@@ -22,9 +27,10 @@ from finetune_trainer.contract import (
     TrainingRecord,
     display_name,
 )
+from finetune_trainer.export.gate import rejects
 from finetune_trainer.export.gate.kept import KeptFigures, KeptFile
 from finetune_trainer.export.gate.rows import ExampleFiles, count_lines
-from finetune_trainer.export.gguf.files import GgufSource
+from finetune_trainer.export.gguf.files import GgufSource, file_name, write_parts
 from finetune_trainer.export.merge import MergedWeights
 from finetune_trainer.export.merge.model_folder import assemble
 from finetune_trainer.model import ModelFolder
@@ -39,6 +45,8 @@ from finetune_trainer.store.marker import (
     METRICS,
     open_stage,
 )
+
+MERGED, MERGED_FP8, GGUF = "merged", "merged-fp8", "gguf"
 
 log = logging.getLogger(__name__)
 
@@ -206,3 +214,88 @@ def publish_folder(add_file: AddFile, folder: Path) -> tuple[Artifact, ...]:
 
 def files_below(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+class CheckedFile(NamedTuple):
+    """A GGUF file of the merged model with its verdict."""
+
+    kind: Quantization
+    file: Path
+    verdict: FileVerdict
+
+
+def fetch(context: ExportContext, artifact: Artifact) -> Path:
+    """Bring a GGUF file here that an earlier attempt has uploaded, unless it is here."""
+    target = context.result / GGUF / artifact.path.rpartition("/")[2]
+    if target.exists() or context.uploads is None:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return context.uploads.fetch(artifact, target)
+
+
+def some_file(context: ExportContext, files: Sequence[CheckedFile]) -> Path:
+    """The smallest of them that is here; where none is, the smallest that was uploaded."""
+    here = [each.file for each in files if each.file.exists()]
+    if here:
+        return min(here, key=lambda file: file.stat().st_size)
+    uploaded = [context.standing(gguf_path(context, each.kind)) for each in files]
+    return fetch(
+        context, min((each.artifact for each in uploaded if each), key=lambda item: item.bytes)
+    )
+
+
+def publish_file(
+    context: ExportContext,
+    file: Path,
+    verdict: FileVerdict,
+    path: str,
+    alike: tuple[bool, ...] = (),
+    *,
+    asked: bool = True,
+) -> None:
+    """Publish a checked file as `path`, or apart, if it was asked for; and keep its verdict."""
+    artifact = None
+    if asked:
+        place = f"{REJECTED}/{file.name}" if rejects(context.config.export, verdict) else path
+        if context.part_bytes is None or file.stat().st_size <= context.part_bytes:
+            artifact = context.add_file(file, place, verdict.quality)
+        else:  # a retry makes it again, since one part doesn't say that all were uploaded
+            publish_parts(context, file, verdict, place)
+    context.kept.add_checked(path, file, artifact, verdict, alike)
+
+
+def publish_parts(context: ExportContext, file: Path, verdict: FileVerdict, path: str) -> None:
+    """Publish a file in parts, the first with its figures, since that is what a server loads."""
+    parts = write_parts(file, context.part_bytes or 0)
+    context.first_parts[file] = parts[0]
+    for part in parts:
+        quality = verdict.quality if part is parts[0] else None
+        context.add_file(part, f"{path.rpartition('/')[0]}/{part.name}", quality)
+        context.discard(part)
+
+
+def gguf_path(context: ExportContext, kind: Quantization) -> str:
+    """Where a GGUF file is published, if it isn't rejected."""
+    return f"{GGUF}/{file_name(context.model.files.name, kind)}"
+
+
+def publish_merged(
+    context: ExportContext, verdict: FileVerdict, there: Sequence[Artifact] = ()
+) -> None:
+    """Publish the merged model in its folder, or apart; its first weights bear the figures.
+
+    `there` is what of it an earlier attempt has uploaded.
+    """
+    if there:
+        for artifact in there:
+            context.take(artifact)
+        return
+    folder = context.model.files.folder.path
+    apart = f"{REJECTED}/" if rejects(context.config.export, verdict) else ""
+    first = next(file for file in files_below(folder) if file.suffix == ".safetensors")
+    added = []
+    for file in files_below(folder):
+        quality = verdict.quality if file == first else None
+        path = apart + file.relative_to(folder.parent).as_posix()
+        added.append(context.add_file(file, path, quality))
+    context.kept.add_folder(MERGED, [artifact for artifact in added if artifact])

@@ -76,15 +76,11 @@ class ExportWork:
 
     parameters: float
     export: Export
-    active: float = 0.0
-    """Parameters that a token meets, of a mixture of experts."""
-
     own: Quantization = Quantization.BF16
     """The 16-bit type of the model's weights."""
 
     adapter: bool = True
     downloads: bool = True
-    tokens: int = TOKENS
 
     @property
     def source_bytes(self) -> float:
@@ -98,7 +94,7 @@ class ExportWork:
     @property
     def flops(self) -> float:
         """Of a token."""
-        return 2 * (self.active or self.parameters)
+        return 2 * self.parameters
 
 
 def forecast(work: ExportWork, machine: Machine) -> dict[str, float]:
@@ -121,7 +117,7 @@ def _parts(work: ExportWork, machine: Machine) -> Iterator[tuple[str, float]]:
         yield f"check {SOURCE}", check_seconds(work, machine, work.own) if verify else 0.0
         if verify and work.adapter and export.adapter_gguf is not False:
             yield "check adapter", check_seconds(work, machine, work.own, ADAPTER_TOKENS)
-    if export.importance_matrix and export.gguf:
+    if export.measures_importance:
         flops = work.flops * IMPORTANCE_TOKENS
         yield "importance", PROCESS_SECONDS + flops / (REFERENCE_FLOPS * machine.cpus)
     for kind in work.derived:
@@ -138,19 +134,19 @@ def _parts(work: ExportWork, machine: Machine) -> Iterator[tuple[str, float]]:
 def reference_seconds(work: ExportWork, machine: Machine) -> float:
     """Base and tuned model share passes; the merged model has its own."""
     models = 2 + work.export.merged
-    flops = models * work.tokens * work.flops
-    passes = max(math.ceil(work.tokens / PASS_TOKENS), math.ceil(ANSWERS / PASS_ANSWERS))
+    flops = models * TOKENS * work.flops
+    passes = max(math.ceil(TOKENS / PASS_TOKENS), math.ceil(ANSWERS / PASS_ANSWERS))
     reads = passes * (1 + work.export.merged)
     computed = flops / (REFERENCE_FLOPS * machine.cpus)
     return PROCESS_SECONDS + max(computed, read_seconds(work.source_bytes, reads, machine))
 
 
 def check_seconds(
-    work: ExportWork, machine: Machine, kind: Quantization, tokens: int | None = None
+    work: ExportWork, machine: Machine, kind: Quantization, tokens: int = TOKENS
 ) -> float:
     """llama.cpp loads a file, looks at all of it, and measures it."""
-    computed = work.flops * (tokens or work.tokens) / (LLAMA_FLOPS * max(1, machine.cpus // 2))
-    reads = 1 + math.ceil((tokens or work.tokens) / UBATCH)
+    computed = work.flops * tokens / (LLAMA_FLOPS * max(1, machine.cpus // 2))
+    reads = 1 + math.ceil(tokens / UBATCH)
     size = file_bytes(work.parameters, kind)
     return PROCESS_SECONDS + max(computed, read_seconds(size, reads, machine))
 
@@ -161,8 +157,7 @@ def sample_seconds(work: ExportWork, machine: Machine) -> float:
     threads = max(1, machine.cpus // 2)
     reading = work.flops * SAMPLE_TOKENS / (LLAMA_FLOPS * threads)
     rate = MEMORY_RATE if size <= machine.memory else DISK_RATE
-    active = size * (work.active or work.parameters) / work.parameters
-    writing = SAMPLE_STEPS * active / rate
+    writing = SAMPLE_STEPS * size / rate
     return PROCESS_SECONDS + min(MOST_SAMPLE_SECONDS, reading + writing)
 
 
@@ -245,9 +240,18 @@ def export_bytes(widths: Widths, export: Export, largest: int, experts: int = 0)
         # The adapter's file is made beside the first check, types that follow beside the others.
         beside = max(STAGE_BYTES, QUANTIZING_BYTES)
         phases.append(LIGHT_BYTES + llama_bytes(widths) + beside)
-    if export.importance_matrix and export.gguf:
+    if export.measures_importance:
         phases.append(STAGE_BYTES + reference_bytes(widths, 512) + experts)
     return STAGE_BYTES + max(phases)
+
+
+def export_memory(shape: Shape, export: Export) -> int | None:
+    """The same by config.json alone, before there are weights; None for a mixture of experts, of
+    which it doesn't tell what the converter has in memory."""
+    if shape.experts:
+        return None
+    widths = Widths(shape.vocabulary, shape.hidden, shape.mlp, shape.key_value, shape.layers)
+    return export_bytes(widths, export, shape.hidden * max(shape.vocabulary, shape.mlp))
 
 
 BLOCK = 256  # weights in one block of the K types

@@ -33,6 +33,7 @@ GPU_SATURATED, GPU_USEFUL = 8192, 16_384
 CPU_USEFUL = 2048
 FEWEST_RECOMPUTED = 8  # one of so many layers; fewer save next to nothing
 HOST_PROCESS = 1 << 30  # of a process that trains on a GPU; less than it takes to start one
+STAGE_PROCESS = 128 << 20  # the stage itself, beside the process that trains
 
 Parallelism = Literal["none", "ddp", "fsdp"]
 
@@ -104,21 +105,34 @@ def check_devices(training: Training, devices: int) -> None:
 
 def check_host(shape: Shape, hardware: Hardware, attempt: Attempt) -> None:
     """A GPU's process needs some memory of the pod; with fsdp the whole model passes through it."""
-    limit = hardware.memory_bytes
-    if limit is None:
-        return
-    need = hardware.gpus * HOST_PROCESS
-    if attempt.training.method == "full":
-        need += _host_bytes_of_full(shape, attempt)
-    elif attempt.parallelism == "fsdp":
-        need += model_on_host(shape, attempt.recipe(checkpointing=True))
-    if need > limit:
+    limit, need = hardware.memory_bytes, _host_bytes(shape, hardware.gpus, attempt)
+    if limit is not None and need > limit:
         raise StageError(
             Reason.OUT_OF_MEMORY,
             f"The training's processes need {binary(need)} of memory beside that of the GPUs, and "
             f"the pod has {binary(limit)}: set stages.train.resources.limits.memory to at least "
             f"{binary(need, up=True)}.",
         )
+
+
+def training_memory(
+    training: Training, shape: Shape, lengths: Lengths, gpus: int, made: TrainingPlan
+) -> int | None:
+    """Bytes that the training's pod should take, that of GPUs apart; for what it requests."""
+    if gpus:
+        kind = made.parallelism
+        attempt = Attempt(training, shape, lengths.longest, devices=gpus, parallelism=kind)
+        return STAGE_PROCESS + _host_bytes(shape, gpus, attempt)
+    return None if made.device_bytes is None else STAGE_PROCESS + made.device_bytes
+
+
+def _host_bytes(shape: Shape, gpus: int, attempt: Attempt) -> int:
+    need = gpus * HOST_PROCESS
+    if attempt.training.method == "full":
+        need += _host_bytes_of_full(shape, attempt)
+    elif attempt.parallelism == "fsdp":
+        need += model_on_host(shape, attempt.recipe(checkpointing=True))
+    return need
 
 
 def _host_bytes_of_full(shape: Shape, attempt: Attempt) -> int:

@@ -81,7 +81,7 @@ def render_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     Of plain text: that, between the tokens that begin and end a text.
     """
     if is_document(example):
-        return _begin_of_text(tokenizer) + text_of(example) + str(tokenizer.eos_token)
+        return begin_of_text(tokenizer) + text_of(example) + str(tokenizer.eos_token)
     return script(tokenizer, example).render(tokenizer)
 
 
@@ -91,7 +91,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     Of plain text: its beginning.
     """
     if is_document(example):
-        return _begin_of_text(tokenizer) + begun_and_rest(text_of(example))[0]
+        return begin_of_text(tokenizer) + begun_and_rest(text_of(example))[0]
     part = script(tokenizer, example)
     return part.render(tokenizer, len(part.messages) - 1, prompt=True)
 
@@ -112,7 +112,7 @@ def begun_and_rest(text: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
+def begin_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """The token that the tokenizer puts before each text, where it does."""
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return str(tokenizer.bos_token) if begins else ""

@@ -19,6 +19,7 @@ from finetune_trainer.model.rendering import (
     REASONING,
     NotRenderedError,
     Script,
+    begin_of_text,
     render_example,
     render_prompt,
     script,
@@ -119,8 +120,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, target: Path)
 
 
 def fallback_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return BEGIN_OF_TEXT + PLAIN_TEMPLATE if begins else PLAIN_TEMPLATE
+    return BEGIN_OF_TEXT + PLAIN_TEMPLATE if begin_of_text(tokenizer) else PLAIN_TEMPLATE
 
 
 def is_plain_template(tokenizer: PreTrainedTokenizerBase) -> bool:

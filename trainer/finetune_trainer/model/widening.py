@@ -176,7 +176,7 @@ class _Narrow:
             return some[:, self.tensor(source.group).long()]
         if grid.shape[1] == 1:
             return some
-        return torch.repeat_interleave(some, wide, 1)[:, :columns]
+        return some.unsqueeze(2).expand(-1, -1, wide).flatten(1)[:, :columns]
 
     def _zero(self, source: NarrowTensor, grid: tuple[int, ...]) -> torch.Tensor | None:
         """What stands for zero, (rows, columns) as the scales; packed along the rows."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from finetune_trainer.contract import (
     Hardware,
+    Needs,
     Reason,
     Resolved,
     RunConfig,
@@ -29,8 +30,14 @@ from finetune_trainer.contract import (
     TrainingPlan,
 )
 from finetune_trainer.contract.output import written_models
-from finetune_trainer.memory.forecast import check_disk, downloaded, export_disk, training_disk
-from finetune_trainer.memory.plan import Lengths, describe, plan
+from finetune_trainer.memory.forecast import (
+    check_disk,
+    downloaded,
+    export_disk,
+    export_memory,
+    training_disk,
+)
+from finetune_trainer.memory.plan import Lengths, describe, plan, training_memory
 from finetune_trainer.model import ModelFolder, base_model, prequantized
 from finetune_trainer.model.base_model import BaseModelFiles
 from finetune_trainer.model.shape import Shape
@@ -112,6 +119,7 @@ def run(config: RunConfig, workdir: Path, reporter: Reporter) -> StageResult:
         dataset_rows=prepared.dataset.examples,
         eval_rows=prepared.dataset.eval_examples,
         plan=training_plan,
+        needs=predict_needs(config, inputs.model, base, prepared.tokens.max, training_plan),
         model_revision=inputs.model.revision,
         model_commit=inputs.model.commit,
         init_revision=inputs.stored.init_revision,
@@ -362,14 +370,40 @@ def plan_training(
             config.model.source,
         )
         return None
-    cached = base_model.stays_in_cache(model)
-    model_bytes = 0 if cached else downloaded(config.model.source, model.sizes)
-    if prequantized.is_quantized(base.path):
-        model_bytes += 2 * shape.parameters  # it is there in 16 bits as well
-    check_disks(config, shape, model_bytes, hardware)
+    check_disks(config, shape, model_on_disk(config, model, base, shape), hardware)
     training_plan = plan(config.training, shape, Lengths(longest), hardware)
     log.info("Plan: %s", describe(training_plan, hardware))
     return training_plan
+
+
+def model_on_disk(config: RunConfig, model: BaseModelFiles, base: ModelFolder, shape: Shape) -> int:
+    """Bytes of the base model on the disk of a later stage's pod."""
+    cached = base_model.stays_in_cache(model)
+    size = 0 if cached else downloaded(config.model.source, model.sizes)
+    if prequantized.is_quantized(base.path):
+        size += 2 * shape.parameters  # it is there in 16 bits as well
+    return size
+
+
+def predict_needs(
+    config: RunConfig,
+    model: BaseModelFiles,
+    base: ModelFolder | None,
+    longest: int,
+    made: TrainingPlan | None,
+) -> Needs | None:
+    """What the pods of the later stages should take; None where nothing can be told."""
+    shape = Shape.of_model(base.path) if base is not None else None
+    if base is None or shape is None or config.hardware is None:
+        return None
+    training, export, gpus = config.training, config.export, config.hardware.gpus
+    size, lengths = model_on_disk(config, model, base, shape), Lengths(longest)
+    return Needs(
+        train_memory_bytes=made and training_memory(training, shape, lengths, gpus, made),
+        train_storage_bytes=training_disk(shape, training, size).total if made else None,
+        export_memory_bytes=export_memory(shape, export),
+        export_storage_bytes=export_disk(shape, training, export, size).total,
+    )
 
 
 def check_disks(config: RunConfig, shape: Shape, model_bytes: int, hardware: Hardware) -> None:

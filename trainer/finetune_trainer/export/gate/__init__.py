@@ -76,11 +76,6 @@ class SourceGate:
     expected: Expected
 
     @classmethod
-    def open(cls, inputs: GateInputs, workspace: Path) -> SourceGate:
-        """Choose the rows, and run the models over them. Raises StageError when that fails."""
-        return cls.ask(expect(inputs, workspace), KeptFigures())
-
-    @classmethod
     def ask(cls, expected: Expected, kept: KeptFigures) -> SourceGate:
         """Run the models over the rows, unless an earlier attempt did or export.verify is off.
 
@@ -127,7 +122,7 @@ class SourceGate:
             kind,
             further_problems,
             reference=expected.reference.tuned_file if expected.reference else None,
-            kept_file=expected.source_logprobs if expected.reference else None,
+            logprobs_file=expected.source_logprobs if expected.reference else None,
         )
         gate = DerivedGate(expected, file, found.verdict, found.alike)
         for notice in gate.notices:

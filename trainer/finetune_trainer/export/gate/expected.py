@@ -90,7 +90,7 @@ class Expected:
         file: Path,
         reference: Path | None,
         *,
-        kept_file: Path | None = None,
+        logprobs_file: Path | None = None,
         without_adapter: Path | None = None,
         places: tuple[int, ...] | None = None,
     ) -> CheckAnswer:
@@ -106,7 +106,7 @@ class Expected:
                 rows=self.rows.measured if reference else (),
                 reference=reference,
                 places=places,
-                kept_file=kept_file,
+                logprobs_file=logprobs_file,
                 without_adapter=without_adapter,
                 threads=llama_threads(),
                 gpu=self.fits_gpu(file),
@@ -152,7 +152,7 @@ class Expected:
         reference: Path | None,
         *,
         kept: Sequence[bool] | None = None,
-        kept_file: Path | None = None,
+        logprobs_file: Path | None = None,
     ) -> Read:
         """Read, load and measure a file of the model.
 
@@ -165,7 +165,7 @@ class Expected:
                 problems += file_checks.header_problems(header, kind)
                 if not file_checks.cut_problem(header):  # else it is of no use to anybody
                     problems += further_problems(header)
-                    found = self.compare(file, reference, kept_file=kept_file)
+                    found = self.compare(file, reference, logprobs_file=logprobs_file)
                     problems += file_checks.reading_problems(found.reading, header, self.text)
                     alike, gpu = self.text.rows_alike(found.reading), found.gpu
                     shown = self.judge(

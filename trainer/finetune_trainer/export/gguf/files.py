@@ -21,7 +21,7 @@ import gguf
 import numpy as np
 
 from finetune_trainer.contract import Quantization, Reason, StageError
-from finetune_trainer.contract.output import NEED_IMPORTANCE
+from finetune_trainer.contract.output import IMPORTANCE_TYPES
 from finetune_trainer.export.gguf import QuantizeRequest
 from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.memory.forecast import SOURCE
@@ -53,17 +53,6 @@ AT_A_TIME = 2
 """Quantizations. One computes while the other reads, writes, or is checked by the caller."""
 
 log = logging.getLogger(__name__)
-
-IMPORTANCE_TYPES = (
-    Quantization.Q6_K,
-    Quantization.Q5_K_M,
-    Quantization.Q4_K_M,
-    Quantization.IQ4_XS,
-    Quantization.Q3_K_M,
-    *NEED_IMPORTANCE,
-)
-"""Types whose blocks llama.cpp fits with an importance matrix, the more so the fewer bits they have
-(ggml-quants.c; its Q8_0 ignores one)."""
 
 SMALL = 2_000_000_000  # parameters; below, four bits cost much quality
 _LARGE_FIRST = (Quantization.Q4_K_M, Quantization.Q5_K_M, Quantization.Q6_K, Quantization.Q8_0)

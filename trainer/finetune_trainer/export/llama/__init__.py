@@ -58,7 +58,7 @@ class CheckRequest(Base):
     places: tuple[int, ...] | None = None
     """Which of the rows are measured; all of them without it."""
 
-    kept_file: Path | None
+    logprobs_file: Path | None
     """Gets the log-probabilities of the rows."""
 
     without_adapter: Path | None = None

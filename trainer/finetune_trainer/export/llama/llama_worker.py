@@ -268,7 +268,7 @@ def check(request: CheckRequest) -> CheckAnswer:
         session.take_away(request.without_adapter)
     return CheckAnswer(
         reading=_read(session, request.texts, request.ends, add_special=False),
-        measurement=_measure(session, decodes, places, request.reference, request.kept_file),
+        measurement=_measure(session, decodes, places, request.reference, request.logprobs_file),
         gpu=bool(llama_cpp.llama_supports_gpu_offload()),
     )
 
@@ -309,11 +309,11 @@ def _measure(
     decodes: Sequence[Sequence[MeasuredRow]],
     begins: Sequence[int],
     reference_file: Path | None,
-    kept_file: Path | None,
+    logprobs_file: Path | None,
 ) -> Measurement:
     reference = read_logprobs(reference_file) if reference_file else None
     total = sum(len(row.measured) for rows in decodes for row in rows)
-    kept = create_logprobs(kept_file, total, session.size) if kept_file else None
+    written = create_logprobs(logprobs_file, total, session.size) if logprobs_file else None
     meter, places = Meter(), iter(begins)
     for number, rows in enumerate(decodes):
         child.say_progress(number, len(decodes))
@@ -324,8 +324,8 @@ def _measure(
             done = next(places)
             beside = None if reference is None else reference[done : done + len(row.measured)]
             values = meter.add(found, [row.ids[position] for position in row.measured], beside)
-            if kept is not None and values is not None:
-                store_logprobs(kept, done, values)
+            if written is not None and values is not None:
+                store_logprobs(written, done, values)
     return meter.measurement()
 
 

@@ -28,12 +28,12 @@ from finetune_trainer.export.merge.checkpoint import (
     BaseTensor,
     TensorInfo,
     expert_parameters,
-    kept_whole,
     other_model_error,
     read_checkpoint,
     read_config,
     shortened,
     sixteen_bit_type,
+    stays_whole,
     weight_names,
 )
 from finetune_trainer.export.merge.deltas import (
@@ -77,13 +77,15 @@ class MergedWeights:
         self.dtype = dtype
         """The 16-bit type of floating weights after the merge."""
 
-        kept = kept_whole(item.tensor for item in stored.values())
+        whole = stays_whole(item.tensor for item in stored.values())
+
+        def stays(name: str, tensor: torch.Tensor) -> bool:
+            return not tensor.is_floating_point() or (whole(tensor) and name not in deltas)
+
         self.infos = {
             name: TensorInfo(
                 name,
-                item.tensor.dtype
-                if not item.tensor.is_floating_point() or (kept(item.tensor) and name not in deltas)
-                else dtype,
+                item.tensor.dtype if stays(name, item.tensor) else dtype,
                 tuple(item.tensor.shape),
                 item.shard,
             )

@@ -149,7 +149,7 @@ def sixteen_bit_type(config: dict[str, Any], tensors: Iterable[torch.Tensor]) ->
     return usual if usual in _SIXTEEN else None
 
 
-def kept_whole(tensors: Iterable[torch.Tensor]) -> Callable[[torch.Tensor], bool]:
+def stays_whole(tensors: Iterable[torch.Tensor]) -> Callable[[torch.Tensor], bool]:
     """What says of a tensor whether it stays as it is: float32 in a base of 16 bits."""
     usual = _floating_bytes(tensors).most_common(1)
     sixteen = bool(usual) and usual[0][0] in _SIXTEEN

@@ -246,7 +246,7 @@ SCALE = "_scale"  # behind the weight's name
 SPAN_ROWS = 1024  # whose largest values are looked for at a time
 
 _LAYER = re.compile(r"\.(layers|h|blocks)\.\d+\.")
-_KEPT = ("gate", "router", "shared_expert_gate")
+_SIXTEEN_BITS = ("gate", "router", "shared_expert_gate")
 """Routers of a mixture of experts: a wrong expert costs more than their few weights save."""
 
 
@@ -332,6 +332,6 @@ def _is_linear(info: TensorInfo, weights: MergedWeights) -> bool:
         and len(info.shape) == 2
         and info.dtype is weights.dtype
         and _LAYER.search(info.name) is not None
-        and module.rpartition(".")[2] not in _KEPT
+        and module.rpartition(".")[2] not in _SIXTEEN_BITS
         and UNREACHED.search(info.name) is None
     )

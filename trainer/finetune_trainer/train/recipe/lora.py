@@ -137,7 +137,7 @@ class FastDropout(torch.nn.Module):
 # --- Adapters as one operation, on a GPU ----------------------------------------------------------
 
 ADAPTER_TOLERANCE = 0.02  # of an output's spread: 16 bits are off by some 0.003
-TRIED_WIDTHS = 64, 48  # of the layer that the operation is tried on; tokens are LIGER_TOKENS
+TRIED_WIDTHS, TRIED_TOKENS = (64, 48), 16  # of the layer that it is tried on, and of the row
 
 
 class LowRankProduct(torch.autograd.Function):
@@ -273,7 +273,7 @@ def _output_and_gradients(layer: Any) -> dict[str, torch.Tensor]:
     """Of random tokens, in float32."""
     base = layer.base_layer.weight
     torch.manual_seed(0)
-    shape = 1, LIGER_TOKENS, base.shape[1]
+    shape = 1, TRIED_TOKENS, base.shape[1]
     x = torch.randn(shape, device=base.device, dtype=base.dtype, requires_grad=True)
     layer.zero_grad()
     with torch.autocast(base.device.type, base.dtype):
