@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
@@ -16,10 +18,9 @@ from hack.operator_process import Operator
 from hack.process import free_ports
 from tests import chromium
 from tests.fixtures import start_or_leave_out
-from tests.integration.operator.stage import Namespace, exported, prepared, trained
+from tests.integration.operator.stage import VERSION_FOLDER, Namespace, exported, prepared, trained
 
 PHONE, DESK = (360, 780), (1280, 800)
-REPORTS = "https://minio.example/{bucket}/{key}"
 ATTACK = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
 OUTSIDE = """() => [...document.querySelectorAll('body *')].filter(each => {
@@ -70,15 +71,39 @@ def address() -> str:
 
 
 @pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket that a browser can read, with the report of the version, at the path that stores
+    give an object."""
+    root = tmp_path_factory.mktemp("store")
+    report = root / VERSION_FOLDER.removeprefix("s3://") / "report.html"
+    report.parent.mkdir(parents=True)
+    report.write_text('<!doctype html><link rel="icon" href="data:,"><h1>The report</h1>')
+    serve = partial(QuietFiles, directory=str(root))
+    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+class QuietFiles(SimpleHTTPRequestHandler):
+    """Serves files and logs nothing."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
 def operator(
-    installed: ControlPlane, address: str, tmp_path_factory: pytest.TempPathFactory
+    installed: ControlPlane, address: str, store: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Operator]:
     """An operator with the page switched on."""
     operator = Operator(
         installed,
         tmp_path_factory.mktemp("operator"),
         FINETUNE_WEB_PORT=address.rpartition(":")[2],
-        FINETUNE_WEB_REPORT_URL=REPORTS,
+        FINETUNE_WEB_REPORT_URL=f"{store}/{{bucket}}/{{key}}",
     )
     operator.start()
     yield operator
@@ -135,7 +160,7 @@ def says(address: str, text: str) -> bool:
 
 
 def test_a_training_is_followed_in_a_browser(
-    here: Namespace, address: str, browser: Browser
+    here: Namespace, address: str, store: str, browser: Browser
 ) -> None:
     here.apply()
     here.succeed(prepared())
@@ -171,10 +196,12 @@ def test_a_training_is_followed_in_a_browser(
         page = reader.page
         page.reload()
         report = page.get_by_role("link", name="Open the report")
-        folder = "https://minio.example/models/support/versions/0123456789ab"
-        assert report.get_attribute("href") == f"{folder}/report.html"
         assert "gguf/model-F16.gguf" in page.get_by_role("table", name="Artifacts").inner_text()
         reader.check()
+        report.click()
+        page.get_by_role("heading", level=1, name="The report").wait_for()
+        assert page.url == f"{store}/models/support/versions/0123456789ab/report.html"
+        assert "/" not in page.evaluate("document.referrer")
         reader.close()
 
 
