@@ -137,13 +137,15 @@ kubernetes: build ## Find or get the control plane (and node) that the tests run
 	$(BIN)/python -m hack.cluster build-binaries || [ "$${CI:-}" != true ]
 
 .PHONY: lint
-lint: build ## ruff, mypy, import-linter, hadolint, the workflows' schema
+lint: build ## ruff, mypy, import-linter, hadolint, the workflows' schema, helm lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint images/operator/Dockerfile images/trainer/Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yaml
+	$(BIN)/python -m hack.chart lint
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yaml
 
 .PHONY: format
 format: $(LIGHT) ## Let ruff put the code in order
@@ -151,21 +153,25 @@ format: $(LIGHT) ## Let ruff put the code in order
 	$(BIN)/ruff format
 
 .PHONY: generate
-generate: $(LIGHT) ## Write crds/, the chart's copy and tables in docs/ from the API's types
+generate: $(LIGHT) ## Write crds/, the chart's copy, schema and README, and tables in docs/
 	$(BIN)/python -m finetune_operator.api.crd .
+	$(BIN)/python -m hack.release --write-version .
 	$(BIN)/python -m hack.reference_page .
 	$(BIN)/python -m hack.stage_table .
 	$(BIN)/python -m hack.gpu_table .
 	$(BIN)/python -m hack.export_table .
+	$(BIN)/python -m hack.chart generate .
 
 .PHONY: verify
 verify: $(LIGHT) ## Prove, in a temporary folder, that generated files are fresh
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cp -r crds charts docs "$$folder"; \
 	$(BIN)/python -m finetune_operator.api.crd "$$folder"; \
+	$(BIN)/python -m hack.release --write-version "$$folder"; \
 	$(BIN)/python -m hack.reference_page "$$folder"; \
 	$(BIN)/python -m hack.stage_table "$$folder"; \
 	$(BIN)/python -m hack.gpu_table "$$folder"; \
 	$(BIN)/python -m hack.export_table "$$folder"; \
+	$(BIN)/python -m hack.chart generate "$$folder"; \
 	for part in crds charts docs; do \
 	  diff -r "$$part" "$$folder/$$part" || { echo 'Generated files are stale: run `make generate`.'; exit 1; }; \
 	done; echo 'Generated files are fresh.'
@@ -178,6 +184,13 @@ docs: $(LIGHT) ## The documentation as a site, in site/ (`.venv/bin/python -m mk
 .PHONY: images
 images: build ## Build both images with Docker or buildah
 	$(BIN)/python -m hack.images build
+
+# RELEASE_KEY=key.pem signs the checksums. IMAGES=1 adds both images, with Docker or buildah.
+DIST ?= dist
+
+.PHONY: release
+release: $(LIGHT) ## sdist, wheel, chart, bills of materials and checksums in DIST, which must be empty
+	$(BIN)/python -m hack.release "$(DIST)" $(if $(IMAGES),--images)
 
 .PHONY: constraints
 constraints: build ## Resolve the pins anew, keeping those that still fit (UPGRADE=1: newest)

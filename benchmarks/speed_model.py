@@ -177,7 +177,7 @@ def model_flops(setup: Setup) -> float:
     shape, tokens = setup.shape, setup.tokens
     head, each = shape.vocabulary * shape.hidden, 6 if setup.full else 4
     attention = 6 * shape.layers * shape.query * min(ROW, tokens)
-    weights = each * (shape.linear + head * LABELS) + 6 * setup.adapter
+    weights = each * (shape.met + head * LABELS) + 6 * setup.adapter
     return float(tokens * (weights + attention))
 
 
@@ -186,8 +186,8 @@ def linear_flops(setup: Setup) -> float:
     the output layer."""
     shape, tokens = setup.shape, setup.tokens
     head, each = shape.vocabulary * shape.hidden, 6 if setup.full else 4
-    again = 2 * setup.recomputed * (shape.linear + setup.adapter)
-    weights = each * shape.linear + (each + 2) * head * LABELS + 6 * setup.adapter
+    again = 2 * setup.recomputed * (shape.met + setup.adapter)
+    weights = each * shape.met + (each + 2) * head * LABELS + 6 * setup.adapter
     return float(tokens * (weights + again))
 
 

@@ -25,6 +25,8 @@ MODELS = {
     "Mistral 7B": "mistral-7b-v0.3",
     "Llama 3.1 8B": "llama-3.1-8b",
     "Qwen3 32B": "qwen3-32b",
+    "Qwen3 30B A3B": "qwen3-30b-a3b",
+    "Mixtral 8x7B": "mixtral-8x7b",
     "Llama 3.3 70B": "llama-3.3-70b",
 }
 METHODS = ("lora", "qlora", "full")

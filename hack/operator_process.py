@@ -28,11 +28,17 @@ SECRET_GRACE_SECONDS = 2
 
 
 def chart_objects(checkout: Path = REPOSITORY, **values: Any) -> list[dict[str, Any]]:
-    """What the chart renders with these values."""
+    """What an install of the chart makes with these values."""
     with helm.Chart.load(checkout / CHART) as chart:
         rendered = chart.render(values, name=RELEASE, namespace=NAMESPACE)
     texts = [text for name, text in rendered.items() if name.endswith(".yaml")]
-    return [doc for text in texts for doc in yaml.safe_load_all(text) if doc]
+    documents = [doc for text in texts for doc in yaml.safe_load_all(text) if doc]
+    return [each for each in documents if not is_hook(each)]
+
+
+def is_hook(document: dict[str, Any]) -> bool:
+    """Whether it is one of `helm test`, which no install makes."""
+    return "helm.sh/hook" in document["metadata"].get("annotations", {})
 
 
 def install(plane: ControlPlane, checkout: Path = REPOSITORY) -> None:

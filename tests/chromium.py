@@ -53,6 +53,36 @@ FONTS = """<?xml version="1.0"?>
 <fontconfig><dir>{root}/usr/share/fonts</dir><cachedir>{root}/var/cache/fontconfig</cachedir></fontconfig>
 """
 
+CONTRAST = """() => {
+  const parse = text => {
+    const values = text.match(/[\\d.]+/g).map(Number);
+    return [...values.slice(0, 3), values[3] ?? 1];
+  };
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = element => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = parse(getComputedStyle(at).backgroundColor);
+      if (colour[3] === 1) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || !element.checkVisibility()) continue;
+    const style = getComputedStyle(element);
+    const text = parse(element.closest('svg') ? style.fill : style.color);
+    const [high, low] = [light(text), light(behind(element))].sort((a, b) => b - a);
+    const ratio = (high + 0.05) / (low + 0.05);
+    found.push({text: walker.currentNode.data.trim().slice(0, 40), ratio});
+  }
+  return found;
+}"""
+"""Contrast of each text with what is behind it, by WCAG 2.2's formula (success criterion 1.4.3)."""
+
 
 @dataclass(frozen=True)
 class Chromium:

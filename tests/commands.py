@@ -18,7 +18,7 @@ NOT_COMMANDS = ("yaml", "json", "csv", "python", "lua")
 """Languages of blocks in which nothing is typed into a shell."""
 PROGRAMS = (
     "make|kubectl|helm|docker|git|aws|ollama|llama-cli|llama-server|vllm|python3?|pip|eksctl|gcloud|az"
-    "|curl|weed|mc|jq|sha256sum|model_signing|head|ls|cd|finetune|finetune-trainer"
+    "|curl|weed|mc|jq|openssl|sha256sum|model_signing|head|ls|cd|finetune|finetune-trainer"
     r"|\.venv/bin/\S+"
 )
 COMMAND = re.compile(rf"^(?:\$ )?((?:[A-Z_]+=\S+ )*(?:{PROGRAMS})(?: .*)?)$")

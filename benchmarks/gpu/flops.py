@@ -71,7 +71,7 @@ class Work:
 def model_flops(shape: Shape, lora: Lora, work: Work) -> float:
     """What a training of an adapter needs for this work."""
     head = shape.vocabulary * shape.hidden
-    linear = 4 * shape.linear * work.tokens + 4 * head * work.labels
+    linear = 4 * shape.met * work.tokens + 4 * head * work.labels
     adapter = 6 * shape.adapter(lora) * work.tokens
     attention = 6 * shape.layers * shape.query * work.squares
     return float(linear + adapter + attention)

@@ -85,13 +85,20 @@ class KeepsNothing(kopf.DiffBaseStorage, kopf.ProgressStorage):
 class Watches:
     """Registers handlers and indexes with Kopf, and reads the indexes."""
 
-    def __init__(self, cluster: Cluster, add: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        add: Callable[[str], None],
+        shown: Callable[[JsonObject], None] = lambda _: None,
+    ) -> None:
+        """`add` is told the key that an event is about, `shown` the FineTuneJob of an event."""
         self.registry = kopf.OperatorRegistry()
         self.synced = False
         """Whether Kopf has called a handler, which it does after all indexes are filled."""
 
         self._cluster = cluster
         self._add = add
+        self._shown_to = shown
         self._gone: set[str] = set()
         self._behind: dict[str, str | None] = {}
         self._dead = ""
@@ -112,8 +119,7 @@ class Watches:
         found = self._present(self._finetunejobs, key)
         if not found:
             return None
-        # While an object of the same name is being replaced, the index may hold both.
-        newest = max(found, key=lambda raw: str(raw["metadata"]["creationTimestamp"]))
+        newest = _newest(found)
         uid = newest["metadata"]["uid"]
         mine = by_uid(newest["metadata"]["namespace"], uid)
         return Snapshot(
@@ -124,6 +130,13 @@ class Watches:
                 pod for pod in self._present(self._pods, key) if _owner_uid(pod) != uid
             ),
         )
+
+    def finetunejobs(self) -> list[JsonObject]:
+        """Every FineTuneJob that the watches show. Raises WatchesError while they begin anew."""
+        if self._begins_anew:
+            raise WatchesError("the watches begin anew")
+        found = (self._present(self._finetunejobs, key) for key in list(self._finetunejobs))
+        return [_newest(each) for each in found if each]
 
     def queue_all(self) -> None:
         """Have a pass made over every FineTuneJob."""
@@ -253,8 +266,11 @@ class Watches:
             private_key_path=credentials.key_file,
         )
 
-    async def _finetunejob_event(self, namespace: str | None, name: str, **_: Any) -> None:
+    async def _finetunejob_event(
+        self, namespace: str | None, name: str, body: Mapping[str, Any] | None = None, **_: Any
+    ) -> None:
         self._is_synced()
+        self._shown_to(dict(body or {}))
         self._add(f"{namespace}/{name}")
 
     async def _child_event(
@@ -281,6 +297,11 @@ def kopf_settings(settings: kopf.OperatorSettings, request_seconds: float) -> No
     settings.watching.inactivity_timeout = WATCH_SILENCE_SECONDS
     settings.watching.label_selectors[JOBS] = CHILDREN_SELECTOR
     settings.watching.label_selectors[PODS] = CHILDREN_SELECTOR
+
+
+def _newest(found: Iterable[JsonObject]) -> JsonObject:
+    """While an object of the same name is being replaced, the index may hold both."""
+    return max(found, key=lambda raw: str(raw["metadata"]["creationTimestamp"]))
 
 
 async def _index_finetunejob(

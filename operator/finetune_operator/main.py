@@ -11,6 +11,7 @@ from functools import partial
 
 import kopf
 
+from finetune_operator.api import JsonObject
 from finetune_operator.cluster import (
     Cluster,
     ClusterError,
@@ -24,6 +25,7 @@ from finetune_operator.leadership import Leadership
 from finetune_operator.monitoring import Metrics, Probes, configure_logging
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.settings import PREFIX, Settings, SettingsError
+from finetune_operator.web import WebPage
 from finetune_operator.workqueue import WorkQueue
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ async def serve(settings: Settings) -> None:
     metrics = Metrics()
     async with Cluster.connect(settings.request_timeout_seconds, metrics.requested) as cluster:
         operator = _Operator(cluster, settings, metrics)
-        async with operator.probes.serve():
+        async with operator.probes.serve(), operator.page.serve():
             await _wait_for_api_server(cluster, settings)
             await operator.work()
 
@@ -85,7 +87,8 @@ class _Operator:
         self._cluster = cluster
         self._settings = settings
         self._metrics = metrics
-        self._watches = Watches(cluster, self._add)
+        self._watches = Watches(cluster, self._add, self._show)
+        self.page = WebPage(settings, self._watches.finetunejobs)
         self._leadership = _leadership(cluster, settings)
         self._reconciler = Reconciler(
             cluster, self._watches.snapshot, settings, metrics, self._leads
@@ -175,6 +178,9 @@ class _Operator:
             if self._watches.synced:  # else a pass over each follows anyway
                 for key in left:
                     self._queue.add(key)
+
+    def _show(self, raw: JsonObject) -> None:
+        self.page.note(raw)
 
     async def _resync(self) -> None:
         while True:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from finetune_operator.api import JsonObject, ModelCache
 from finetune_operator.api.finetunejob import StagesSpec
 from finetune_trainer.contract import describe
 
 PREFIX = "FINETUNE_"
+EVERY_ADDRESS = "*"
 
 
 class SettingsError(ValueError):
@@ -55,6 +58,20 @@ def _stages(value: object) -> object:
     return value
 
 
+def _address(value: str) -> str:
+    """An IP address; * stands for all."""
+    return value if value == EVERY_ADDRESS else str(ip_address(value))
+
+
+def _report_url(value: str) -> str:
+    """An address with a place for the object's key. A browser is sent there, so no other scheme."""
+    places = value.replace("{bucket}", "").replace("{key}", "", 1)
+    begins = re.match(r"https?://[^\s{}/]+/", value.replace("{bucket}", "bucket"))
+    if value and ("{key}" not in value or not begins or re.search(r"[\s{}]", places)):
+        raise ValueError("it must begin with https:// or http:// and have {key}, and may {bucket}")
+    return value
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 LogFormat = Literal["human", "json"]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -91,6 +108,18 @@ class Settings(BaseModel):
 
     health_port: Port = 8080
     """Port of /healthz, /readyz and /metrics."""
+
+    web_port: Port | None = None
+    """Port of a read-only web page about FineTuneJobs; empty: there is none."""
+
+    web_address: Annotated[str, AfterValidator(_address)] = "127.0.0.1"
+    """Address that the page is served on: by default for this machine and port-forwards; *: all."""
+
+    web_namespaces: Names = ()
+    """Namespaces that the page shows; empty means all that are watched."""
+
+    web_report_url: Annotated[str, AfterValidator(_report_url)] = ""
+    """Where a browser finds an object of the store, e.g. https://minio.example/{bucket}/{key}."""
 
     lease: Annotated[str, Field(pattern=r"^([^/]+/[^/]+)?$")] = ""
     """namespace/name of the Lease that says which of several operators acts; empty: this one."""

@@ -14,7 +14,7 @@ import yaml
 from hack import REPOSITORY
 from hack.docs_site import VARIABLE, lead
 from hack.reference_page import page
-from tests.unit.test_chart import render
+from tests.chart import render
 
 DOCS = REPOSITORY / "docs"
 

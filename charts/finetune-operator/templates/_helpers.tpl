@@ -1,5 +1,7 @@
 {{- define "finetune-operator.fullname" -}}
-{{- if contains .Chart.Name .Release.Name -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride -}}
+{{- else if contains .Chart.Name .Release.Name -}}
 {{- .Release.Name | trunc 63 | trimSuffix "-" -}}
 {{- else -}}
 {{- printf "%s-%s" .Release.Name .Chart.Name | trunc 63 | trimSuffix "-" -}}
@@ -25,6 +27,34 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 
 {{- define "finetune-operator.image" -}}
 {{- printf "%s:%s" .image.repository (.image.tag | default .appVersion) -}}
+{{- with .image.digest -}}@{{ . }}{{- end -}}
+{{- end -}}
+
+{{/* Names of the Secrets for pulling images, as a JSON list; 0.1.0 took plain names alone. */}}
+{{- define "finetune-operator.pullSecrets" -}}
+{{- $names := list -}}
+{{- range .Values.imagePullSecrets -}}
+{{- if kindIs "string" . -}}
+{{- $names = append $names . -}}
+{{- else -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $names -}}
+{{- end -}}
+
+{{- define "finetune-operator.imagePullSecrets" -}}
+{{- with include "finetune-operator.pullSecrets" . | fromJsonArray -}}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end -}}
+{{- end -}}
+
+{{/* Of the pod of `helm test` and its account: no selector of the operator finds them. */}}
+{{- define "finetune-operator.testLabels" -}}
+{{ include "finetune-operator.labels" . | fromYaml | merge (dict "app.kubernetes.io/component" "test") | toYaml }}
 {{- end -}}
 
 {{/* Where a policy holds: in these namespaces. */}}

@@ -14,11 +14,13 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from finetune_trainer.contract import Lora, Reason, StageError
+from finetune_trainer.contract import Export, Lora, Reason, StageError
+from finetune_trainer.export.export_stage import EXPERT, memory_need, widths_of
 from finetune_trainer.export.gguf.files import write_adapter
 from finetune_trainer.export.merge import MergedWeights
 from finetune_trainer.export.reference import MeasuredRow
 from finetune_trainer.export.reference.float32 import load_streamed, logits_of, logits_of_both
+from finetune_trainer.memory.forecast import STAGE_BYTES, reference_bytes
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.adapter import OutlineRequest, check_stored, lora_config, outline_here
 from finetune_trainer.model.loading import load_model
@@ -27,8 +29,9 @@ from finetune_trainer.prepare.prepare_stage import check_config
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.recipe import sft
 from finetune_trainer.train.recipe.saving import train_with_checkpoints
-from tests.integration.trainer.conftest import ROWS
+from tests.integration.trainer.conftest import ROWS, Processes
 from tests.integration.trainer.recipe import build_from, make_work
+from tests.integration.trainer.test_gate import took
 
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 WIDTHS: dict[str, Any] = {
@@ -55,10 +58,11 @@ KINDS: dict[str, dict[str, Any]] = {
 transposed. 72 is no multiple of what a thread computes at a time."""
 
 
-def make(kind: str, folder: Path, words: int = 320) -> Path:
+def make(kind: str, folder: Path, words: int = 320, **widths: int) -> Path:
     """A tiny model with random weights in bfloat16."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, vocab_size=words, head_dim=16, **WIDTHS, **KINDS[kind])
+    shape = {**WIDTHS, **KINDS[kind], **widths}
+    config = AutoConfig.for_model(kind, vocab_size=words, head_dim=16, **shape)
     auto: Any = AutoModelForCausalLM
     model = cast("PreTrainedModel", auto.from_config(config))
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type] # transformers
@@ -120,6 +124,30 @@ def test_the_gate_s_reference_runs_experts_unmerged(kind: str, tmp_path: Path) -
     ours = load_streamed(ModelFolder(base), adapter)
     assert isinstance(ours, PeftModel)
     torch.testing.assert_close(logits_of_both(ours, rows), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_the_reference_of_experts_takes_what_was_predicted(
+    kind: str, processes: Processes, tmp_path: Path
+) -> None:
+    """96 MiB of experts: stacked by transformers, or mapped; one at a time in float32."""
+    many = {"qwen3_moe": "num_experts", "gpt_oss": "num_local_experts"}[kind]
+    wide = {"qwen3_moe": "moe_intermediate_size", "gpt_oss": "intermediate_size"}[kind]
+    widths = {"hidden_size": 256, "num_hidden_layers": 4, many: 16, wide: 1024}
+    base = make(kind, tmp_path / "base", 2048, **widths)
+    loaded = load_model(ModelFolder(base), torch.bfloat16, "cpu")
+    tuned = get_peft_model(loaded, lora_config(Lora(dropout=0), loaded))
+    tuned.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    weights = MergedWeights.open(base, tmp_path / "adapter")
+    stacked = sum(each.nbytes for name, each in weights.infos.items() if EXPERT.search(name))
+    assert stacked == (96 << 20 if kind == "qwen3_moe" else 0)
+    predicted = reference_bytes(widths_of(weights)) + stacked
+    files = [base / "model.safetensors", tmp_path / "tuned.npy", tmp_path / "base.npy"]
+    measured = took(processes, "reference", base, tmp_path / "adapter", tmp_path)
+    measured -= sum(file.stat().st_size for file in files)
+    assert 0.9 * measured < predicted < 1.6 * measured
+    wanted = memory_need(weights, Export(gguf=()))
+    assert wanted == 2 * STAGE_BYTES + predicted, "of the whole export"
 
 
 @pytest.fixture(scope="module")

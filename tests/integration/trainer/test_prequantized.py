@@ -109,10 +109,7 @@ def test_blocks_that_do_not_divide_a_matrix_are_cut(dense: Path, tmp_path: Path)
 
 @pytest.mark.filterwarnings("ignore")
 def test_mxfp4_is_read_as_transformers_does(tmp_path: Path) -> None:
-    shape = {**experts.KINDS["gpt_oss"], "intermediate_size": 96}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(experts.KINDS, "gpt_oss", shape)
-        base = experts.make("gpt_oss", tmp_path / "base")
+    base = experts.make("gpt_oss", tmp_path / "base", intermediate_size=96)
     narrow = to_mxfp4(base, tmp_path / "narrow")
     ours = widened(narrow, tmp_path / "wide")
     assert_same(ours, as_loaded(narrow, Mxfp4Config(dequantize=True)))

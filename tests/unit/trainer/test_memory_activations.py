@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,16 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_trainer.contract import Lora, TargetModule
-from finetune_trainer.memory.predict import Kept, Recipe, kept_by_layer, recomputed_layers, scores
+from finetune_trainer.memory.predict import (
+    Kept,
+    Recipe,
+    adapted_experts,
+    kept_by_layer,
+    predict,
+    recomputed_layers,
+    scores,
+    weights,
+)
 from finetune_trainer.model.adapter import lora_config
 from finetune_trainer.model.shape import Shape
 from finetune_trainer.train.recipe.lora import fuse_adapters, make_layers_faster
@@ -32,6 +42,17 @@ WIDTHS: dict[str, Any] = {
 }
 
 
+EXPERTS, ACTIVE = 8, 3
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"moe_intermediate_size": 40, "num_experts": EXPERTS},
+    "mixtral": {"num_local_experts": EXPERTS},
+    "gpt_oss": {"num_local_experts": EXPERTS, "attention_bias": True},
+}
+for _mixture in MIXTURES.values():
+    _mixture["num_experts_per_tok"] = ACTIVE
+ADAPTED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
 def saved(
     kind: str,
     layers: int,
@@ -41,10 +62,12 @@ def saved(
     trimmed: bool,
     fused: bool = False,
     attention: str = "sdpa",
+    counted: Callable[[Sequence[int]], bool] = lambda shape: TOKENS in shape,
 ) -> int:
     """Bytes that autograd saves in a forward pass, parameters apart; without `lora` of a model that
     is trained itself, in float32."""
-    settings = AutoConfig.for_model(kind, **WIDTHS, num_hidden_layers=layers)
+    widths = {**WIDTHS, **MIXTURES.get(kind, {})}
+    settings = AutoConfig.for_model(kind, **widths, num_hidden_layers=layers)
     settings._attn_implementation = attention
     tuned = model = AutoModelForCausalLM.from_config(settings)  # type: ignore[no-untyped-call] # transformers
     if lora is not None:
@@ -60,7 +83,7 @@ def saved(
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         # Casts of weights are counted with the adapter: they do not grow with the tokens.
-        if storage.data_ptr() not in parameters and TOKENS in tensor.shape:
+        if storage.data_ptr() not in parameters and counted(tensor.shape):
             kept[storage.data_ptr()] = tensor
         return tensor
 
@@ -168,6 +191,70 @@ def test_a_layer_that_is_trained_itself_keeps_the_inputs_of_its_weights(
     assert shape is not None
     recipe = Recipe(Lora(), full=True, compute=2 if bfloat16 else 4, kept=Kept.ALL)
     assert kept_by_layer(shape, recipe) == pytest.approx((three - two) / TOKENS, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("how", ["float32", "bfloat16"])
+@pytest.mark.parametrize("what", ["attention", "experts", "one of their matrices", "all weights"])
+def test_a_mixture_keeps_what_each_of_a_tokens_experts_does(kind: str, how: str, what: str) -> None:
+    bfloat16, full = how == "bfloat16", what == "all weights"
+    named = {"experts": ADAPTED, "one of their matrices": ADAPTED[1:]}.get(what, ())
+    lora = Lora(r=8, dropout=0, target_parameters=named)
+
+    def counted(shape: Sequence[int]) -> bool:
+        pairs = TOKENS * ACTIVE
+        return TOKENS in shape or pairs in shape or (len(shape) == 3 and shape[0] == EXPERTS)
+
+    two, three = (
+        saved(
+            kind,
+            layers,
+            None if full else lora,
+            bfloat16=bfloat16,
+            trimmed=bfloat16 and not full,
+            attention="eager" if kind == "gpt_oss" else "sdpa",
+            counted=counted,
+        )
+        for layers in (2, 3)
+    )
+    shape = mixture(kind, layers=3)
+    recipe = Recipe(
+        lora, full=full, compute=2 if bfloat16 else 4, mask=2, kept=Kept.ALL, casts=False
+    )
+    kept = kept_by_layer(shape, recipe) * TOKENS + scores(shape, recipe, TOKENS) / 4
+    two_layers = replace(shape, layers=2)
+    kept += adapted_experts(shape, recipe) - adapted_experts(two_layers, recipe)
+    assert kept == pytest.approx(three - two, rel=0.03)
+
+
+def test_memory_of_a_mixture_by_hand() -> None:
+    """QLoRA holds attention in 4 bits and experts in 16; adapters of experts need room for them."""
+    shape = mixture("mixtral", layers=2)
+    attention, experts = 2 * 96 * (2 * 192 + 2 * 64), 2 * EXPERTS * 3 * 96 * 224
+    rest = 2 * 256 * 96 + 2 * (2 * 96 + EXPERTS * 96) + 96
+    plain = Lora(dropout=0)
+    four = Recipe(plain, quantized=True)
+    assert weights(shape, Recipe(plain)) == 2 * (attention + experts + rest)
+    unpacked = 2 * 96 * 192
+    held = 0.516 * attention + 2 * experts + 2 * rest + unpacked
+    assert weights(shape, four) == pytest.approx(held)
+    adapted = Lora(dropout=0, target_parameters=ADAPTED)
+    room = {
+        kept: predict(shape, Recipe(adapted, kept=kept), 1).activations
+        - predict(shape, Recipe(plain, kept=kept), 1).activations
+        for kept in (Kept.ALL, Kept.INPUTS)
+    }
+    # A layer that is computed again keeps its sums for itself alone.
+    assert room[Kept.ALL] - room[Kept.INPUTS] == pytest.approx(2 * experts / 2, rel=0.03)
+    assert room[Kept.INPUTS] > 2 * experts / 2
+
+
+def mixture(kind: str, layers: int) -> Shape:
+    widths = {**WIDTHS, **MIXTURES[kind], "num_hidden_layers": layers}
+    found = Shape.from_config({"model_type": kind, **widths, "tie_word_embeddings": False})
+    assert found is not None
+    assert (found.experts, found.active) == (EXPERTS, ACTIVE)
+    return found
 
 
 def compare(kind: str, how: str, lora: Lora) -> None:

@@ -11,6 +11,7 @@ import pytest
 from finetune_trainer.contract import Lora, TargetModule
 from finetune_trainer.model.shape import Shape
 
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 MODELS = Path(__file__).parents[2] / "data" / "models"
 
 PARAMETERS = {
@@ -30,6 +31,9 @@ PARAMETERS = {
     "gemma-2-2b": 2_614_341_888,
     "gemma-3-1b": 999_885_952,
     "phi-3-mini": 3_821_079_552,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
+    "gpt-oss-20b": 20_914_757_184,
 }
 
 
@@ -61,6 +65,9 @@ def test_base_and_adapter_are_those_of_transformers_and_peft(name: str, targets:
     settings = settings.get("text_config", settings)
     modules = tuple(TargetModule)[: 4 if targets == "attention" else 7]
     lora = Lora(r=8, target_modules=modules)
+    if shape(name).experts:
+        named = EXPERTS if targets == "all" else ()
+        lora = Lora(r=8, dropout=0, target_parameters=named)
     kind = settings.pop("model_type")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call] # transformers
@@ -72,7 +79,23 @@ def test_base_and_adapter_are_those_of_transformers_and_peft(name: str, targets:
     trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     assert shape(name).adapter(lora) == trainable
     if targets == "all":
-        assert shape(name).adapter(Lora(r=8, target_modules=("all-linear",))) == trainable
+        linear = lora.model_copy(update={"target_modules": ("all-linear",)})
+        assert shape(name).adapter(linear) == trainable
+
+
+def test_a_mixture_by_hand() -> None:
+    """Qwen3-30B-A3B: 128 experts of 768 in each of 48 layers, of which a token meets 8."""
+    one = shape("qwen3-30b-a3b")
+    attention = 48 * (2 * 2048 * 32 * 128 + 2 * 2048 * 4 * 128)
+    assert one.all_experts == 48 * 128 * 3 * 2048 * 768
+    assert one.linear == attention + one.all_experts
+    assert one.met == attention + 48 * 8 * 3 * 2048 * 768
+    assert one.other == 48 * (2 * 2048 + 2 * 128 + 128 * 2048) + 2048
+    # A of r x input and B of output x r for each expert; PEFT has them in two matrices.
+    of_experts = 48 * 128 * 16 * ((2048 + 2 * 768) + (768 + 2048))
+    plain = Lora(r=16)
+    adapted = plain.model_copy(update={"target_parameters": EXPERTS})
+    assert one.adapter(adapted) - one.adapter(plain) == of_experts
 
 
 def test_the_guides_adapter() -> None:
@@ -97,7 +120,9 @@ def test_an_unheard_of_model_is_read_by_the_standard_keys() -> None:
     [
         pytest.param({}, id="empty"),
         pytest.param(config("gpt2"), id="no standard keys"),
-        pytest.param(config("qwen3-30b-a3b"), id="a mixture of experts"),
+        pytest.param({**config("qwen3-30b-a3b"), "model_type": "new_moe"}, id="another mixture"),
+        pytest.param({**config("qwen3-30b-a3b"), "mlp_only_layers": [0]}, id="a dense layer"),
+        pytest.param({**config("qwen3-30b-a3b"), "decoder_sparse_step": 2}, id="dense layers"),
         pytest.param({**config("llama-3.1-8b"), "hidden_size": "wide"}, id="no number"),
         pytest.param({**config("llama-3.1-8b"), "hidden_size": 0}, id="no width"),
         pytest.param({**config("llama-3.1-8b"), "num_attention_heads": 0}, id="no heads"),

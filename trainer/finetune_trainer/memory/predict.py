@@ -24,6 +24,7 @@ FULL_LOGITS = 15  # bytes per token and word of the vocabulary; fitted on publis
 CPU_LOGITS = 12.5  # logits, their logarithms and both gradients, in float32; measured
 CPU_HEAP = 1.4  # what the C allocator holds for what is in use; benchmarks/memory.py
 MASKED_TOKENS = 4096  # in a packed pass whose rows are kept apart by a mask, on a GPU, at most
+ROUTING = 40  # bytes for each pair of token and expert: three places, its rank, weights, a mask
 TILE_TOKENS, TILE_WORDS = 4096, 32_768  # TRL computes the loss in tiles of this size
 
 
@@ -182,6 +183,7 @@ def predict(shape: Shape, recipe: Recipe, tokens: int, labels: int | None = None
             recipe.heap
             * (tokens * activations_per_token(shape, recipe) + scores(shape, recipe, tokens))
             + mask(recipe, tokens)
+            + adapted_experts(shape, recipe)
         ),
         logits=round(logits(shape, recipe, tokens if labels is None else labels)),
         overhead=recipe.overhead,
@@ -189,7 +191,10 @@ def predict(shape: Shape, recipe: Recipe, tokens: int, labels: int | None = None
 
 
 def weights(shape: Shape, recipe: Recipe) -> float:
-    """The frozen model; QLoRA holds the linear layers in 4 bits, embeddings and norms in full."""
+    """The frozen model; QLoRA holds the linear layers in 4 bits, embeddings and norms in full.
+
+    Experts are no linear layers to bitsandbytes, and stay as they are.
+    """
     if recipe.full:
         return _trained_weights(shape, recipe)
     rest = (shape.embedding + shape.other) * recipe.embedding
@@ -197,8 +202,11 @@ def weights(shape: Shape, recipe: Recipe) -> float:
     if recipe.quantized:
         # Each layer's weights are unpacked for its matrix product, the largest one at a time.
         # Scales belong to no parameter, so that FSDP leaves all of them on each device.
-        unpacked = shape.hidden * max(shape.mlp, shape.query) * recipe.compute
-        linear, alone = 0.5 * shape.linear, NF4_SCALES * shape.linear + unpacked
+        widest = shape.query if shape.experts else max(shape.mlp, shape.query)
+        unpacked = shape.hidden * widest * recipe.compute
+        small = shape.linear - shape.all_experts
+        linear = 0.5 * small + recipe.compute * shape.all_experts
+        alone = NF4_SCALES * small + unpacked
     if recipe.shards == 1:
         return linear + alone + rest
     # FSDP gathers the layer at work and the one after it; embeddings stay gathered in a pass.
@@ -213,7 +221,8 @@ def model_on_host(shape: Shape, recipe: Recipe) -> int:
     if not recipe.quantized:
         return recipe.compute * shape.parameters
     rest = (shape.embedding + shape.other) * recipe.embedding
-    return round(recipe.shards * (NF4 * shape.linear + rest))
+    rest += recipe.compute * shape.all_experts
+    return round(recipe.shards * (NF4 * (shape.linear - shape.all_experts) + rest))
 
 
 def _trained_weights(shape: Shape, recipe: Recipe) -> float:
@@ -225,7 +234,9 @@ def _trained_weights(shape: Shape, recipe: Recipe) -> float:
     if recipe.shards > 1:
         gathered = 2 * shape.linear / shape.layers + shape.embedding
         return FLOAT32 * shape.parameters / recipe.shards + recipe.compute * gathered
-    copy = recipe.compute * (shape.linear + head) if recipe.compute != FLOAT32 else 0
+    # Experts are computed in float32: autocast doesn't know their products.
+    cast = shape.linear - shape.all_experts + head
+    copy = recipe.compute * cast if recipe.compute != FLOAT32 else 0
     return FLOAT32 * shape.parameters + copy
 
 
@@ -279,17 +290,20 @@ def recomputed_layers(shape: Shape, recipe: Recipe) -> int:
 
 
 def scores(shape: Shape, recipe: Recipe, tokens: int) -> int:
-    """What attention keeps that computes all scores (Gemma 2, which caps them).
+    """What attention keeps that computes all scores (Gemma 2, which caps them; gpt-oss's sinks).
 
     For each head and pair of tokens of a row, or of a packed pass: the capped score, the
-    probability in float32, and once more in the compute type where that is another. One layer has
-    as much again while its gradient is computed.
+    probability in float32, and once more in the compute type where that is another; with sinks the
+    probability alone, in float32 where autocast is on. One layer has as much again while its
+    gradient is computed.
     """
-    if not shape.capped:
+    if not (shape.capped or shape.sinks):
         return 0
     pairs = tokens * tokens if recipe.packed else tokens * tokens // recipe.rows
     size = recipe.compute
     each = 4 + size + (size if size < 4 else 0)
+    if shape.sinks:
+        each = size + (FLOAT32 if recipe.full and size < FLOAT32 else 0)
     again = recomputed_layers(shape, recipe)
     layers = shape.layers - again + (1 if again else 0)
     return (layers + 1) * each * (shape.query // shape.head) * pairs
@@ -308,17 +322,54 @@ def kept_by_layer(shape: Shape, recipe: Recipe) -> float:
     """Bytes a token that autograd saves in one layer, with attention that keeps no matrix.
 
     A frozen linear layer saves nothing. A norm saves its input in float32; attention its query,
-    key, value and output; the gated MLP gate, its activation, and up.
+    key, value and output; the gated MLP gate, its activation, and up. A mixture's experts do so for
+    each token that goes through them.
     """
     size = recipe.compute
     total = 4.0 * shape.norms * shape.hidden
-    total += size * (2 * shape.query + 2 * shape.key_value) + 3 * size * shape.mlp
+    total += size * (2 * shape.query + 2 * shape.key_value)
+    total += _kept_by_experts(shape, recipe) if shape.experts else 3 * size * shape.mlp
+    if shape.sinks:
+        # Key and value are repeated for every head.
+        total += 2 * size * (shape.query - shape.key_value)
     if shape.qk_norm:
         total += 4 * (shape.query + shape.key_value)
     if shape.fused:
         # The value is a part of the fused layer's output, which is kept as a whole.
         total += size * (shape.query + shape.key_value)
     return total + (_kept_for_weights if recipe.full else _kept_by_adapters)(shape, recipe)
+
+
+def _kept_by_experts(shape: Shape, recipe: Recipe) -> float:
+    """Bytes a token in one layer: gate, its activation and up; the outputs, for the gradient of
+    their weights; and these weights with the places of the tokens.
+
+    gpt-oss limits gate and up, and so has three more. A gradient of an expert's matrix takes its
+    input: of each pair of token and expert.
+    """
+    size = FLOAT32 if recipe.full else recipe.compute
+    outputs = shape.active * shape.hidden
+    values = (6 if shape.sinks else 3) * shape.mlp + outputs
+    trained = {"gate_up_proj", "down_proj"} if recipe.full else shape.expert_targets(recipe.lora)
+    values += outputs if "gate_up_proj" in trained else 0
+    values += shape.mlp if "down_proj" in trained else 0
+    return size * values + ROUTING * shape.active + FLOAT32 * shape.experts
+
+
+def adapted_experts(shape: Shape, recipe: Recipe) -> int:
+    """What adapters of experts keep whatever the pass: PEFT adds each to all of a layer's experts.
+
+    The sums stay for the backward pass of the layer. One layer has a matrix's product and its
+    gradient besides.
+    """
+    if recipe.full or not shape.expert_targets(recipe.lora):
+        return 0
+    third = recipe.compute * shape.all_experts // shape.layers // 3  # gate, up and down are alike
+    parts = {"gate_up_proj": 2, "down_proj": 1}
+    sums = [parts[name] * third for name in shape.expert_targets(recipe.lora)]
+    again = recomputed_layers(shape, recipe)
+    layers = shape.layers - again + (1 if again else 0)
+    return layers * sum(sums) + 2 * max(sums)
 
 
 def _kept_for_weights(shape: Shape, recipe: Recipe) -> float:
@@ -328,14 +379,16 @@ def _kept_for_weights(shape: Shape, recipe: Recipe) -> float:
     o_proj, is saved already (not where query, key and value are parts of one layer's output).
     """
     size = recipe.compute
-    total = 4.0 * shape.norms * shape.hidden + size * shape.mlp
+    total = 4.0 * shape.norms * shape.hidden
+    total += 0 if shape.experts else size * shape.mlp
     if shape.qk_norm:
         # Gemma multiplies what it has normalised in float32, Qwen in the compute type.
         normalised = FLOAT32 if shape.model_type.startswith("gemma") else size
         total += normalised * (shape.query + shape.key_value)
     if shape.fused:
         total += size * shape.query
-    readers = 2 if shape.fused or size == FLOAT32 else 5  # of the hidden states: q, k, v; gate, up
+    # Of the hidden states: q, k, v; gate, up; or in their place what chooses the experts.
+    readers = 2 if shape.fused or size == FLOAT32 else 4 if shape.experts else 5
     return total + size * readers * shape.hidden
 
 

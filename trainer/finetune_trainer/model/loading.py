@@ -168,8 +168,8 @@ BLOCK_VALUES = 1 << 24
 class MappedWeight(torch.Tensor):
     """A float32 tensor that converts its values from another one, of any floating type, when read.
 
-    Linear layers and embeddings read it by blocks. Every other operation gets all of it in float32.
-    It can't be trained.
+    Linear layers and embeddings read it by blocks, and an index what it names. Every other
+    operation gets all of it in float32. It can't be trained.
     """
 
     source: torch.Tensor
@@ -247,7 +247,14 @@ def _embedding(ids: torch.Tensor, weight: MappedWeight, *_: Any, **__: Any) -> t
     return weight.source[ids.to(weight.source.device)].to(ids.device).float()
 
 
+def _some(weight: MappedWeight, index: Any) -> torch.Tensor:
+    """One expert of a stack, or some rows."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.source[index].to(weight.device).float()
+
+
 _BLOCKWISE: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
+    torch.Tensor.__getitem__: _some,
     torch.nn.functional.linear: _linear,
     torch.nn.functional.embedding: _embedding,
 }
@@ -255,7 +262,12 @@ _BLOCKWISE: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
 
 @torch.no_grad()
 def compute_in_float32(model: PreTrainedModel, device: torch.device) -> None:
-    """Let a loaded model compute in float32 on a device, while its weights stay where they are."""
+    """Let a loaded model compute in float32 on a device, while its weights stay where they are.
+
+    Experts are computed one by one, so that one of them is in float32 at a time.
+    """
+    if any(".experts." in name and each.dim() > 2 for name, each in model.named_parameters()):
+        model.set_experts_implementation("eager")
     seen: dict[int, torch.nn.Parameter] = {}  # tied weights stay tied
     for module in model.modules():
         for name, parameter in module._parameters.items():

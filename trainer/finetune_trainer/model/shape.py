@@ -1,9 +1,10 @@
 """The widths of a model, its parameters, and what an adapter of its layers takes.
 
 Widths are read from config.json.
-Covered exactly: llama (and SmolLM), mistral, qwen2, qwen3, gemma, gemma2, gemma3 (text), phi3.
-Other dense decoders with a gated MLP are taken by the standard keys. Mixtures of experts and
-models without these keys are not covered: there is no shape, and so no prediction.
+Covered exactly: llama (and SmolLM), mistral, qwen2, qwen3, gemma, gemma2, gemma3 (text), phi3, and
+the mixtures of experts mixtral, qwen3_moe and gpt_oss. Other dense decoders with a gated MLP are
+taken by the standard keys. Other mixtures, those with dense layers in between, and models without
+these keys are not covered: there is no shape, and so no prediction.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ _GEMMA3 = {
 }
 _TIED = {"gemma", "gemma2", "gemma3_text", "smollm3"}  # where config.json leaves the key out
 _NORMS_PER_LAYER = {"gemma2": 4, "gemma3_text": 4}
-_NORM_ON_QUERY_AND_KEY = {"qwen3", "gemma3_text"}
+_NORM_ON_QUERY_AND_KEY = {"qwen3", "qwen3_moe", "gemma3_text"}
+_MIXTURES = {  # their keys for the number of experts and for the width of one, and the defaults of
+    # transformers for the number that a token meets
+    "mixtral": ("num_local_experts", "intermediate_size", 2),
+    "qwen3_moe": ("num_experts", "moe_intermediate_size", 8),
+    "gpt_oss": ("num_local_experts", "intermediate_size", 4),
+}
 _FUSED = {"phi3"}  # query, key and value are one layer, gate and up another
 
 _FUSED_NAME: dict[str, str] = {
@@ -63,6 +70,8 @@ class Shape:
     """Key-value heads times their width."""
 
     mlp: int
+    """Of a mixture: of all the experts that a token meets, together."""
+
     vocabulary: int
     tied: bool
     """Whether the input embedding is the output layer as well."""
@@ -86,6 +95,16 @@ class Shape:
     fused: bool = False
     """Whether query, key and value (and gate and up) are one linear layer."""
 
+    experts: int = 0
+    """Of a mixture, in one layer. transformers holds them as two parameters, and as no linear
+    layers, so that QLoRA leaves them in 16 bits."""
+
+    active: int = 0
+    """Experts that a token meets."""
+
+    sinks: bool = False
+    """Whether attention has a further score for each head, and computes all of them (gpt-oss)."""
+
     @classmethod
     def of_model(cls, folder: Path) -> Self | None:
         """Of the model in a folder; see `from_config`."""
@@ -100,7 +119,7 @@ class Shape:
         kind = str(config.get("model_type", ""))
         if kind == "gemma3_text":
             config = {**_GEMMA3, **config}
-        if any(config.get(key) for key in _EXPERTS):
+        if any(config.get(key) for key in _EXPERTS) and not _is_plain_mixture(kind, config):
             return None
         try:
             return cls._read(kind, config)
@@ -113,9 +132,9 @@ class Shape:
         heads = int(config["num_attention_heads"])
         head = int(config.get("head_dim") or hidden // heads)
         key_value = int(config.get("num_key_value_heads") or heads) * head
-        query, mlp = heads * head, int(config["intermediate_size"])
+        query, (experts, active, mlp) = heads * head, _experts(kind, config)
         bias = query + 2 * key_value if kind == "qwen2" else 0
-        if config.get("attention_bias") is True:
+        if config.get("attention_bias", kind == "gpt_oss") is True:
             bias = query + 2 * key_value + hidden
         tied = config.get("tie_word_embeddings")
         shape = cls(
@@ -129,11 +148,14 @@ class Shape:
             tied=kind in _TIED if tied is None else bool(tied),
             head=head,
             attention_bias=bias,
-            mlp_bias=2 * mlp + hidden if config.get("mlp_bias") is True else 0,
+            mlp_bias=_mlp_bias(kind, config, hidden),
             norms=_NORMS_PER_LAYER.get(kind, 2),
             qk_norm=kind in _NORM_ON_QUERY_AND_KEY,
             capped=bool(config.get("attn_logit_softcapping", kind == "gemma2")),
             fused=kind in _FUSED,
+            experts=experts,
+            active=active,
+            sinks=kind == "gpt_oss",
         )
         if min(shape.layers, hidden, query, key_value, mlp, shape.vocabulary) <= 0:
             raise ValueError("a width is not positive")
@@ -141,9 +163,26 @@ class Shape:
 
     @property
     def linear(self) -> int:
-        """Parameters of the linear layers' weights, which QLoRA holds in 4 bits."""
-        attention = self.hidden * (2 * self.query + 2 * self.key_value)
-        return self.layers * (attention + 3 * self.hidden * self.mlp)
+        """Parameters of the linear layers' weights, experts included."""
+        return self._attention + (self.all_experts or self._mlps)
+
+    @property
+    def met(self) -> int:
+        """Those of them that a token meets: of a mixture, of the experts that it goes through."""
+        return self._attention + self._mlps
+
+    @property
+    def all_experts(self) -> int:
+        """Parameters of the weights of all experts; 0 where there are none."""
+        return self._mlps // self.active * self.experts if self.experts else 0
+
+    @property
+    def _attention(self) -> int:
+        return self.layers * self.hidden * (2 * self.query + 2 * self.key_value)
+
+    @property
+    def _mlps(self) -> int:
+        return self.layers * 3 * self.hidden * self.mlp
 
     @property
     def embedding(self) -> int:
@@ -152,9 +191,12 @@ class Shape:
 
     @property
     def other(self) -> int:
-        """Parameters of norms and biases."""
+        """Parameters of norms, biases, and what chooses the experts."""
         layer = self.norms * self.hidden + self.attention_bias + self.mlp_bias
         layer += 2 * self.head if self.qk_norm else 0
+        layer += self.experts * self.hidden
+        if self.sinks:
+            layer += self.experts + self.query // self.head
         return self.layers * layer + self.hidden
 
     @property
@@ -177,6 +219,8 @@ class Shape:
         }
         own = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
         there = own if self.fused else widths.keys() - {"qkv_proj", "gate_up_proj"}
+        if self.experts:
+            there = {"q_proj", "k_proj", "v_proj", "o_proj"}
         if ALL_LINEAR in lora.target_modules:
             return {name: widths[name] for name in widths if name in there}
         # With dots, a name means some of these layers; here all count.
@@ -187,14 +231,23 @@ class Shape:
     def adapter(self, lora: Lora) -> int:
         """Trainable parameters: A is rank x input, B is output x rank, in every layer.
 
-        DoRA has a magnitude for each output as well. Embeddings that are trained as a whole count
-        with all their weights.
+        Each expert has its own, where a parameter with all of them gets adapters. DoRA has a
+        magnitude for each output as well. Embeddings that are trained as a whole count with all
+        their weights.
         """
         whole = min(len(lora.modules_to_save), 1 if self.tied else 2)
         magnitudes = 1 if lora.use_dora else 0
         widths = self.targets(lora).values()
         matrices = self.layers * sum(lora.r * (i + o) + magnitudes * o for i, o in widths)
+        matrices += self.layers * self.experts * lora.r * sum(self.expert_targets(lora).values())
         return matrices + whole * self.vocabulary * self.hidden
+
+    def expert_targets(self, lora: Lora) -> dict[str, int]:
+        """Input and output width, added up, of each kind of an expert's matrix with an adapter."""
+        width = self.mlp // self.active if self.active else 0
+        widths = {"gate_up_proj": self.hidden + 2 * width, "down_proj": width + self.hidden}
+        named = {name.rpartition(".")[2] for name in lora.target_parameters if self.experts}
+        return {name: widths[name] for name in widths if name in named}
 
     def scaled(self, factor: float) -> Shape:
         """A model of like proportions, `factor` times as wide and deep, of the same vocabulary."""
@@ -212,6 +265,30 @@ class Shape:
             attention_bias=times(self.attention_bias) if self.attention_bias else 0,
             mlp_bias=times(self.mlp_bias) if self.mlp_bias else 0,
         )
+
+
+def _is_plain_mixture(kind: str, config: dict[str, Any]) -> bool:
+    """Whether it is a mixture that is covered: one with experts in every layer."""
+    dense = config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
+    return kind in _MIXTURES and not dense
+
+
+def _experts(kind: str, config: dict[str, Any]) -> tuple[int, int, int]:
+    """Experts in a layer, those that a token meets, and their width together; of a dense model
+    none, and the width of its MLP."""
+    if kind not in _MIXTURES:
+        return 0, 0, int(config["intermediate_size"])
+    number, width, usual = _MIXTURES[kind]
+    active = int(config.get("num_experts_per_tok") or usual)
+    return int(config[number]), active, active * int(config[width])
+
+
+def _mlp_bias(kind: str, config: dict[str, Any], hidden: int) -> int:
+    """Parameters of the biases beside the MLP's weights; gpt-oss has them in each expert."""
+    width = int(config["intermediate_size"])
+    if kind == "gpt_oss":
+        return int(config["num_local_experts"]) * (2 * width + hidden)
+    return 2 * width + hidden if config.get("mlp_bias") is True else 0
 
 
 def context_length(model: Path) -> int | None:

@@ -3,10 +3,10 @@
 facts      what both are written from: the values of the stages, read once
 tables     the rows of every table, as text; how figures are written
 summary    what came out, in sentences; how each artifact is loaded, as commands
-charts     the curves and the histogram as SVG
-templates/ the texts, the style of the page
+charts     the curves and the histogram
+templates/ the texts, the style of the page, the drawings
 
-Both are made of values alone: nothing here reads the store or a model.
+All is made of values alone: nothing here reads the store or a model.
 
 The page is one file that asks for nothing else. What models and datasets say is not to be trusted:
 everything goes through Jinja's escaping, and a Content-Security-Policy lets the page run no script
@@ -93,14 +93,12 @@ def _shown_in_both(facts: Facts) -> dict[str, Sequence[object]]:
     }
 
 
-def _charts(facts: Facts) -> dict[str, Markup | None]:
-    drawn = {
+def _charts(facts: Facts) -> dict[str, charts.Chart | None]:
+    return {
         "loss_wide": charts.loss_chart(facts, charts.WIDE, "loss-wide"),
         "loss_narrow": charts.loss_chart(facts, charts.NARROW, "loss-narrow"),
         "lengths": charts.length_chart(facts, charts.LENGTHS, "lengths"),
     }
-    # matplotlib escapes what it writes, and only numbers and our own words go in.
-    return {name: Markup(svg) if svg else None for name, svg in drawn.items()}  # noqa: S704
 
 
 def visible(text: str) -> str:
