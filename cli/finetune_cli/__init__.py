@@ -15,5 +15,7 @@ frame      what `watch` shows
 documents  FineTuneJobs in files, with the lines of their fields
 bucket     the artifacts in their store
 version    one version of them, by its manifest
+estimate   what a job needs: memory, disk, time, price
+rows       the first rows of a dataset
 commands   one module for each group of commands
 """

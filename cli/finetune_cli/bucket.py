@@ -58,7 +58,15 @@ class Bucket:
 
     def read(self, uri: str) -> bytes:
         """A small file as a whole."""
-        return b"".join(self._pieces(uri, 0))
+        return b"".join(self.pieces(uri))
+
+    def size(self, uri: str) -> int:
+        """Bytes of a file."""
+        with self._errors(uri):
+            if self.client is None:
+                return Path(uri).stat().st_size
+            bucket, _, key = uri.removeprefix("s3://").partition("/")
+            return int(self.client.head_object(Bucket=bucket, Key=key)["ContentLength"])
 
     def download(
         self, uri: str, target: Path, size: int, sha256: str, on_bytes: OnBytes | None = None
@@ -93,7 +101,7 @@ class Bucket:
                 return
             try:
                 with part.open("ab") as sink:
-                    for piece in self._pieces(uri, start):
+                    for piece in self.pieces(uri, start):
                         sink.write(piece)
                         if on_bytes:
                             on_bytes(len(piece))
@@ -105,7 +113,8 @@ class Bucket:
                 ExitCode.FAILED, f"{uri} has {part.stat().st_size} bytes, and should have {size}."
             )
 
-    def _pieces(self, uri: str, start: int) -> Iterator[bytes]:
+    def pieces(self, uri: str, start: int = 0) -> Iterator[bytes]:
+        """A file as it comes, from a byte on."""
         with self._errors(uri):
             if self.client is None:
                 with Path(uri).open("rb") as source:

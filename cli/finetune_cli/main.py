@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from finetune_cli.commands import chat, doctor, files, jobs, logs, results, watch
+from finetune_cli.commands import chat, doctor, files, jobs, logs, plan, results, run, watch
 from finetune_cli.exits import CliError, ExitCode
 
 HELP = "Fine-tune models on Kubernetes: submit FineTuneJobs, watch them, use what they make."
@@ -64,6 +64,8 @@ def options(
 for _name, _command in (
     ("init", files.init),
     ("validate", files.validate),
+    ("plan", plan.plan),
+    ("run", run.run),
     ("submit", files.submit),
     ("list", jobs.list_jobs),
     ("watch", watch.watch),

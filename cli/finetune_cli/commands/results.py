@@ -156,7 +156,7 @@ def compare(
         typer.echo(f"{first} and {second} don't differ.")
     else:
         columns = (Column("FIELD", 9), Column(first, 9), Column(second, 9))
-        show_table(columns, [[key, _word(a), _word(b)] for key, a, b in different])
+        show_table(columns, [[key, word(a), word(b)] for key, a, b in different])
 
 
 def _facts(cluster: Cluster, named: str, endpoint: str | None) -> dict[str, Any]:
@@ -170,8 +170,8 @@ def _facts(cluster: Cluster, named: str, endpoint: str | None) -> dict[str, Any]
         settings = {"training": lineage.pop("hyperparameters", {})}
         known = ("model", "modelRevision", "dataset", "datasetETag", "datasetRows", "evalRows")
         facts = {key: lineage[key] for key in known if key in lineage}
-        return facts | _flat(settings) | _measured(found.manifest.get("metrics") or {}, files)
-    facts = _flat({part: job.spec[part] for part in UNITS if part in job.spec})
+        return facts | flat(settings) | _measured(found.manifest.get("metrics") or {}, files)
+    facts = flat({part: job.spec[part] for part in UNITS if part in job.spec})
     return facts | _measured(job.status.get("metrics") or {}, _of_status(job))
 
 
@@ -189,17 +189,18 @@ def _measured(metrics: JsonObject, files: list[JsonObject]) -> dict[str, Any]:
     return facts
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def flat(value: Any, path: str = "") -> dict[str, Any]:
     """Leaves of a document by their paths; lists are leaves."""
     if not isinstance(value, dict):
         return {path: value}
     found: dict[str, Any] = {}
     for key, each in value.items():
-        found |= _flat(each, f"{path}.{key}" if path else key)
+        found |= flat(each, f"{path}.{key}" if path else key)
     return found
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
+    """A value in a table."""
     if value is None:
         return "-"
     if isinstance(value, float):
