@@ -59,6 +59,7 @@ CREATORS = 16
 LONG = 3600  # seconds of a Lease that nobody waits out
 STEADY_SECONDS = 20
 REST_SECONDS = 30
+SETTLED_SECONDS = 10  # for what the last pod has changed
 PROGRESS_SECONDS = 10
 WRITES = {"POST", "PUT", "PATCH", "DELETE"}
 Raw = dict[str, Any]
@@ -333,6 +334,12 @@ async def steadily(
     return statistics.median(taken), statistics.quantiles(taken, n=100)[98]
 
 
+def pods_are_made(plane: ControlPlane, namespace: str) -> bool:
+    """Whether the Job controller, which makes some 20 pods a second, is done."""
+    found = plane.kubectl("get", "pods", "-n", namespace, "-o", "name").split()
+    return len(found) >= jobs(plane, namespace)
+
+
 def left_alone(plane: ControlPlane, folder: Path, namespace: str) -> tuple[float, float]:
     """Seconds until an operator that finds them all at work is ready, and what it then writes in
     REST_SECONDS, but for its Lease."""
@@ -346,6 +353,8 @@ def left_alone(plane: ControlPlane, folder: Path, namespace: str) -> tuple[float
             what="the first passes",
             seconds=600,
         )
+        wait_until(partial(pods_are_made, plane, namespace), what="all pods", seconds=600)
+        time.sleep(SETTLED_SECONDS)
         before = requests(operator)
         time.sleep(REST_SECONDS)  # what it does meanwhile is what is measured
         after = requests(operator)
