@@ -138,15 +138,17 @@ def test_metrics_count_the_jobs_by_phase(here: Namespace, operator: Operator) ->
     here.apply()
     here.fail(PREPARE, Reason.DATASET_EMPTY, "no rows")
     here.wait_phase("Failed")
-    text = operator.get("/metrics").text
-    assert f'finetune_jobs{{namespace="{here.name}",phase="Failed"}} 1.0' in text
     failure = f'namespace="{here.name}",reason="DatasetEmpty",stage="prepare"'
-    assert f"finetune_stage_failures_total{{{failure}}} 1.0" in text
-    assert f'finetune_stage_attempts_total{{namespace="{here.name}",stage="prepare"}} 1.0' in text
-    assert 'finetune_api_requests_total{code="200",verb="PATCH"}' in text
-    assert "finetune_leader 1.0" in text
-    assert "finetune_queue_depth 0.0" in text
-    assert 'finetune_reconciles_total{result="changed"}' in text
+    for line in (
+        f'finetune_jobs{{namespace="{here.name}",phase="Failed"}} 1.0',
+        f"finetune_stage_failures_total{{{failure}}} 1.0",
+        f'finetune_stage_attempts_total{{namespace="{here.name}",stage="prepare"}} 1.0',
+        'finetune_api_requests_total{code="200",verb="PATCH"}',
+        "finetune_leader 1.0",
+        "finetune_queue_depth 0.0",
+        'finetune_reconciles_total{result="changed"}',
+    ):
+        here.wait(line, lambda line=line: line in operator.get("/metrics").text)  # type: ignore[misc]
 
 
 def test_a_sidecar_that_goes_on_does_not_keep_the_pod(here: Namespace) -> None:

@@ -64,6 +64,7 @@ def test_each_kubectl_command_works_as_it_is_written(page: Path, shell: dict[str
             capture_output=True,
             text=True,
             check=False,
+            timeout=120,  # a command that goes on, such as a watch, is to be marked
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 

@@ -84,6 +84,7 @@ def test_it_trains_as_transformers_own_trainer_does(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            remove_unused_columns=False,  # the labels are made of one
         ),
         train_dataset=rows,
         data_collator=PaddingCollator(
