@@ -94,8 +94,11 @@ def test_fp8_in_blocks_is_read_as_transformers_does(kind: str, dense: Path, tmp_
     assert abs(size - (base / WEIGHTS).stat().st_size) < 4096
 
 
-def test_blocks_that_do_not_divide_a_matrix_are_cut(dense: Path, tmp_path: Path) -> None:
-    block = (48, 40)
+@pytest.mark.parametrize("block", [(48, 40), (64, 2), (128, 1)])
+def test_blocks_that_do_not_divide_a_matrix_are_cut(
+    block: tuple[int, int], dense: Path, tmp_path: Path
+) -> None:
+    """In a wide matrix there may be as many blocks as rows."""
     narrow = to_fp8(dense, tmp_path / "narrow", block)
     found = load_file(widened(narrow, tmp_path / "wide") / WEIGHTS)
     tensors = load_file(narrow / WEIGHTS)
@@ -209,3 +212,16 @@ def test_narrow_values_without_a_scale_are_refused(dense: Path, tmp_path: Path) 
     save_file(tensors, narrow / WEIGHTS)
     with pytest.raises(StageError, match="F8_E4M3 that no scale belongs to"):
         widened(narrow, tmp_path / "wide")
+
+
+def test_scales_of_other_blocks_than_the_named_ones_are_refused(
+    dense: Path, tmp_path: Path
+) -> None:
+    narrow = to_fp8(dense, tmp_path / "narrow", (8, 8))
+    file = narrow / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["weight_block_size"] = [8, 16]
+    file.write_text(json.dumps(config))
+    with pytest.raises(StageError, match="scales where blocks make") as caught:
+        widened(narrow, tmp_path / "wide")
+    assert caught.value.reason is Reason.MODEL_UNSUPPORTED

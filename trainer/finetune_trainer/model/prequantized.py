@@ -299,8 +299,10 @@ def _fp8(
     return _scaled(tensors, "_scale_inv", shared, method, ("F8_E4M3",))
 
 
-def _pair(block: Sequence[int] | None) -> tuple[int, int] | None:
-    return (int(block[0]), int(block[1])) if block else None
+def _pair(block: Sequence[int] | str | None) -> tuple[int, int] | None:
+    """Rows and columns of a block; older files have them as "128x128"."""
+    sides = block.split("x") if isinstance(block, str) else block
+    return (int(sides[0]), int(sides[1])) if sides else None
 
 
 def _mxfp4(
@@ -337,7 +339,7 @@ def _compressed(
     (kind,), (first, *_) = formats, weights
     if kind in ("float-quantized", "int-quantized", "naive-quantized"):
         shared = _pair(first.get("block_structure"))
-        if not shared and first.get("group_size"):
+        if not shared and (first.get("group_size") or 0) > 0:
             shared = (1, int(first["group_size"]))
         return _scaled(tensors, "_scale", shared, named, ("F8_E4M3", "I8"))
     if kind != "pack-quantized" or first.get("num_bits") not in (4, 8):

@@ -141,6 +141,7 @@ class _Narrow:
         scale = self.scale(source.scale)
         # Of a matrix: (rows of scales, columns of scales).
         scales = scale.view(len(matrices), *_grid(scale.shape, shape))
+        self._check_grid(source, matrices, scales)
         zero = self._zero(source, scales.shape[-2:])
         for number, matrix in enumerate(matrices):
             rows = max(1, BLOCK_VALUES // (matrix.shape[1] * (32 // (source.bits or 32))))
@@ -159,6 +160,18 @@ class _Narrow:
         if shape in self._headers and self.tensor(shape)[1] != columns:
             raise unreadable(f"compressed-tensors, whose {shape} is no multiple of a word")
 
+    def _check_grid(
+        self, source: NarrowTensor, matrices: torch.Tensor, scales: torch.Tensor
+    ) -> None:
+        """Raise StageError if the scales are not those of the blocks that config.json names."""
+        grid = tuple(scales.shape[-2:])
+        if source.block is None or grid == (1, 1):
+            return
+        (high, wide), columns = source.block, matrices.shape[2] * (32 // (source.bits or 32))
+        wanted = (-(-matrices.shape[1] // high), -(-columns // wide))
+        if grid != wanted:
+            raise unreadable(f"{source.scale} has {grid} scales where blocks make {wanted}")
+
     def _spread(
         self,
         grid: torch.Tensor,
@@ -172,8 +185,8 @@ class _Narrow:
         high, wide = source.block or (-(-of_all // grid.shape[0]), -(-columns // grid.shape[1]))
         high = max(high, of_all) if grid.shape[0] == 1 else high
         some = grid[rows // high]
-        if source.group is not None:
-            return some[:, self.tensor(source.group).long()]
+        if source.group is not None and (group := self.tensor(source.group).long()).min() >= 0:
+            return some[:, group]  # else the columns are in order, and the groups are unused
         if grid.shape[1] == 1:
             return some
         return some.unsqueeze(2).expand(-1, -1, wide).flatten(1)[:, :columns]
@@ -193,7 +206,7 @@ def _grid(scale: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, int]:
     per_matrix = math.prod(scale) // max(1, math.prod(shape[:-2]))
     if per_matrix == 1:
         return 1, 1
-    if per_matrix == shape[-2] and (len(scale) < 2 or scale[-1] in (1, shape[-2])):
+    if per_matrix == shape[-2] and (len(scale) == len(shape) - 1 or scale[-1] == 1):
         return shape[-2], 1
     return scale[-2], scale[-1]
 
