@@ -13,6 +13,7 @@ import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Set
+from contextlib import suppress
 from typing import Any, cast
 
 import kopf
@@ -132,6 +133,9 @@ class Watches:
         self.synced = False
         """Whether the watches have shown all that there was when they began."""
 
+        self.stop = asyncio.Event()
+        """Set when the process is told to stop."""
+
         self._cluster = cluster
         self._queue_key = add
         self._shown_to = shown
@@ -245,14 +249,15 @@ class Watches:
     async def keep_watching(
         self, watch: Callable[[], Awaitable[None]], failed: Callable[[], None]
     ) -> None:
-        """Run Kopf until it is told to stop; whenever it fails, begin anew."""
-        stop = asyncio.Event()
-        while not stop.is_set():
+        """Run Kopf until the process is told to stop; whenever it fails, begin anew."""
+        while not self.stop.is_set():
             # Kopf cancels all tasks that start after it, so this one starts before.
             first_lists = asyncio.create_task(self._await_first_lists())
             try:
                 await watch()
             except Exception as error:  # whatever it is, a new start is the remedy
+                if self.stop.is_set():  # what Kopf has cancelled may fail
+                    return
                 logger.exception("The watches have failed, and begin anew: %s", error)  # noqa: TRY401
             else:
                 return
@@ -261,14 +266,15 @@ class Watches:
             failed()
             self.synced = False
             self._told.clear()
-            # Kopf's own handlers are of the run that failed.
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, stop.set)
-            try:
-                await asyncio.wait_for(stop.wait(), RESTART_SECONDS)
-            except TimeoutError:
-                continue
+            self._take_signals()  # Kopf may have failed before it asked
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.stop.wait(), RESTART_SECONDS)
+
+    def _take_signals(self) -> None:
+        """Heed SIGTERM and SIGINT, in place of Kopf, whose handlers end with each run of it."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop.set)
 
     async def _await_first_lists(self) -> None:
         """Wait until the watches have shown all that there is, and look at every FineTuneJob."""
@@ -311,6 +317,7 @@ class Watches:
         return event["type"] != "DELETED" and uid not in self._gone
 
     async def _login(self, **_: Any) -> kopf.ConnectionInfo:
+        self._take_signals()  # Kopf has set up its own before it asks
         credentials = await self._cluster.credentials()
         return kopf.ConnectionInfo(
             server=credentials.server,

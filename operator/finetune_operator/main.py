@@ -157,6 +157,7 @@ class _Operator:
             settings=config,
             clusterwide=not namespaces,
             namespaces=namespaces,
+            stop_flag=self._watches.stop,
         )
 
     def _add(self, key: str) -> None:

@@ -22,7 +22,9 @@ b=/busybox
 $b id -u
 $b touch /tmp/written && echo "scratch space"
 $b touch /written 2>/dev/null || echo "read-only root"
-$b nc -w 5 $KUBERNETES_SERVICE_HOST $KUBERNETES_SERVICE_PORT </dev/null && echo "reached the API"
+for try in 1 2 3 4 5 6; do  # kube-proxy may begin after the pod
+  $b nc -w 5 $KUBERNETES_SERVICE_HOST $KUBERNETES_SERVICE_PORT </dev/null 2>/dev/null && break
+done && echo "reached the API"
 echo '{"result": "from the pod"}' > /dev/termination-log
 exit 14
 """

@@ -277,6 +277,20 @@ async def test_between_two_tries_it_can_be_stopped() -> None:
     assert len(tries) == 1
 
 
+async def test_what_fails_while_it_stops_begins_nothing_anew() -> None:
+    """E.g. a request of a pass that Kopf has cancelled."""
+    world = World()
+    tries: list[str] = []
+
+    async def watch() -> None:
+        tries.append("")
+        world.watches.stop.set()
+        raise RuntimeError("404")
+
+    await asyncio.wait_for(world.watches.keep_watching(watch, lambda: None), 10)
+    assert len(tries) == 1
+
+
 def test_no_outage_of_the_api_server_is_too_long() -> None:
     settings = kopf.OperatorSettings()
     kopf_settings(settings, 30.0)
