@@ -154,6 +154,16 @@ def test_a_run_here_is_told_what_the_operator_would_tell(
     assert config.output.uri == str(tmp_path / "support")
 
 
+def test_a_run_here_signs_nothing(
+    tmp_path: Path, spec: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec["export"] = {"signing": {"keySecretRef": {"name": "key"}}}
+    file = tmp_path / "run.json"
+    file.write_text(run_json(document(tmp_path, spec), tmp_path / "support"))
+    assert read_run_config(file).value.export.signing is None
+    assert "nothing is signed here" in capsys.readouterr().err
+
+
 def test_without_the_trainer_the_extra_is_named(
     tmp_path: Path, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
