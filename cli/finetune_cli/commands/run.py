@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Annotated
@@ -62,13 +63,12 @@ def _wait(command: list[str]) -> tuple[int, bool]:
 
     The terminal sends Ctrl-C to the program as well, which then needs time to save.
     """
-    interrupted = False
-    with subprocess.Popen(command) as process:
-        while True:
-            try:
-                return process.wait(), interrupted
-            except KeyboardInterrupt:
-                interrupted = True
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        return subprocess.run(command, check=False).returncode, bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run_json(document: Document, folder: Path) -> str:
