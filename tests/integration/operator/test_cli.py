@@ -182,6 +182,8 @@ def test_what_a_job_has_made(
     answered = finetune("chat", "support", *asked)
     assert len(answered.stdout.strip()) > 3
     assert version in answered.stderr
+    long = finetune("chat", "support", "--prompt", "word " * 400, code=ExitCode.FAILED)
+    assert "error: llama.cpp can't answer: " in long.stderr
     assert "don't differ" in finetune("compare", "support", "support").stdout
     assert "don't differ" in finetune("compare", f"support@{version}", f"support@{version}").stdout
     here.apply(name="other", training={"epochs": 7})

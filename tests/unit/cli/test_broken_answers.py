@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -18,7 +20,11 @@ from typer.testing import CliRunner
 
 from finetune_cli.cluster import Cluster
 from finetune_cli.commands import logs
+from finetune_cli.commands.chat import _llama_cpp, _load
+from finetune_cli.commands.doctor import _store
+from finetune_cli.estimate import _from_hub
 from finetune_cli.exits import CliError, ExitCode
+from finetune_cli.job import Job
 from finetune_cli.main import Commands, app
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -52,6 +58,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
         self.close_connection = True
 
+    def do_PATCH(self) -> None:
+        self.do_GET()
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -59,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(*answers: Answer) -> Iterator[Server]:
     with Server(*answers) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
             yield server
@@ -176,3 +185,85 @@ def test_ctrl_c_lets_the_program_save(tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         assert process.stdout.read() == "(1, True)\n"
     assert saved.exists()
+
+
+def as_answer(body: dict[str, Any]) -> Answer:
+    return 200, {}, json.dumps(body).encode()
+
+
+def a_job(**status: Any) -> dict[str, Any]:
+    meta = {"name": "support", "namespace": "team", "uid": "1", "generation": 1}
+    return {"metadata": meta, "spec": {}, "status": {"observedGeneration": 1, **status}}
+
+
+@pytest.mark.parametrize(("degraded", "code"), [("True", 1), ("False", 0)])
+def test_a_further_look_that_failed_fails_the_retry(
+    degraded: str, code: int, tmp_path: Path
+) -> None:
+    said = {"type": "Degraded", "status": degraded, "message": "The last look failed."}
+    job = as_answer(a_job(phase="Succeeded", conditions=[said]))
+    none = as_answer({"items": []})
+    with serving(job, job, job, none, none, job) as server:
+        file = str(kubeconfig(tmp_path, server.port))
+        command = ["retry", "support", "--watch", "--kubeconfig", file]
+        found = CliRunner().invoke(app, command)
+    assert found.exit_code == code, (found.output, found.exception)
+    assert ("error: The last look failed." in found.stderr) == bool(code)
+
+
+def test_a_deleted_version_is_not_rolled_back_to(tmp_path: Path) -> None:
+    versions = [
+        {"version": "b" * 12, "state": "Current"},
+        {"version": "a" * 12, "state": "Deleted"},
+    ]
+    with serving(as_answer(a_job(versions=versions))) as server:
+        file = str(kubeconfig(tmp_path, server.port))
+        found = CliRunner().invoke(app, ["rollback", "support", "a" * 12, "--kubeconfig", file])
+    assert found.exit_code == ExitCode.NOT_FOUND
+    assert f"it has {'b' * 12} (Current)." in found.stderr
+
+
+def test_a_label_alone_is_a_change(tmp_path: Path) -> None:
+    before, after = a_job(), a_job()
+    after["metadata"]["labels"] = {"team": "support"}
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        "{apiVersion: finetune.dev/v1alpha1, kind: FineTuneJob, metadata: {name: support}, spec: "
+        "{model: {source: a/b}, dataset: {source: s3://a/b.csv}, output: {uri: s3://a/b}}}"
+    )
+    with serving(*map(as_answer, (before, after, after, after))) as server:
+        config = str(kubeconfig(tmp_path, server.port))
+        told = [
+            CliRunner().invoke(app, ["submit", "-f", str(file), "--kubeconfig", config]).stdout
+            for _ in range(2)
+        ]
+    assert told == ["team/support changed\n", "team/support unchanged\n"]
+
+
+def test_the_token_stays_with_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with serving((200, {}, b"{}")) as elsewhere:
+        moved: Answer = (302, {"Location": f"http://localhost:{elsewhere.port}/file"}, b"")
+        with serving(moved) as hub:
+            monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.port}")
+            assert _from_hub("org/base", "refs/pr/1") == b"{}"
+    (path, headers), (_, others) = *hub.asked, *elsewhere.asked
+    assert path == "/org/base/resolve/refs%2Fpr%2F1/config.json"
+    assert headers["authorization"] == "Bearer secret"
+    assert "authorization" not in others
+
+
+def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    file.write_text("no model")
+    with pytest.raises(CliError, match="can't load"):
+        _load(_llama_cpp(), file, 256)
+
+
+def test_doctor_asks_the_store_at_another_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    job = Job({"metadata": {"name": "a"}, "spec": {"output": {"uri": "s3://models/a"}}})
+    with serving((200, {"Content-Length": "2"}, b"{}")) as server:
+        found = _store(job, f"http://127.0.0.1:{server.port}")
+    assert found.verdict == "ok", found.told
