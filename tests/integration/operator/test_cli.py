@@ -174,6 +174,16 @@ def test_what_a_job_has_made(
     folder = tmp_path / "here"
     finetune("artifacts", "support", "--download", str(folder), "--only", "*.html")
     assert sorted(each.name for each in folder.iterdir()) == ["manifest.json", "report.html"]
+    listed = tmp_path / "bucket" / "versions" / version / "manifest.json"
+    assert (folder / "manifest.json").read_bytes() == listed.read_bytes()
+    mine = tmp_path / "mine" / "report.html"
+    mine.parent.mkdir()
+    mine.write_text("my own")
+    again = ("artifacts", "support", "--download", str(mine.parent), "--only", "*.html")
+    assert f"{mine} is there already" in finetune(*again, code=ExitCode.USAGE).stderr
+    assert mine.read_text() == "my own"
+    finetune(*again, "--force")
+    assert mine.read_bytes() == b"<html>fine</html>"
     page = tmp_path / "page.html"
     assert str(page) in finetune("report", "support", "--to", str(page)).stdout
     assert page.read_bytes() == b"<html>fine</html>"

@@ -211,6 +211,27 @@ def test_a_further_look_that_failed_fails_the_retry(
     assert ("error: The last look failed." in found.stderr) == bool(code)
 
 
+def test_tail_cuts_the_log_of_the_first_pod_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "SECONDS", 0)
+
+    def pods(*names: str) -> Answer:
+        state = {"containerStatuses": [{"state": {"running": {}}}]}
+        meta = [{"name": each, "creationTimestamp": each} for each in names]
+        return as_answer({"items": [{"metadata": each, "status": state} for each in meta]})
+
+    line: Answer = (200, {"Content-Length": "2"}, b"x\n")
+    on, over = as_answer(a_job(phase="Training")), as_answer(a_job(phase="Succeeded"))
+    with serving(on, pods("a"), line, on, pods("a", "b"), line, over) as server:
+        file = str(kubeconfig(tmp_path, server.port))
+        command = ["logs", "support", "-f", "--tail", "5", "--kubeconfig", file]
+        found = CliRunner().invoke(app, command)
+    assert found.exit_code == 0, (found.output, found.exception)
+    tails = ["tailLines=5" in path for path, _ in server.asked if "/log?" in path]
+    assert tails == [True, False]
+
+
 def test_a_deleted_version_is_not_rolled_back_to(tmp_path: Path) -> None:
     versions = [
         {"version": "b" * 12, "state": "Current"},
