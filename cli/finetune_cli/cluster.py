@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -42,6 +43,8 @@ class Cluster:
     api: ApiClient = field(repr=False)
     namespace: str
     context: str
+    named: bool = False
+    """Whether the user named the namespace."""
 
     @classmethod
     def connect(
@@ -59,7 +62,7 @@ class Cluster:
                 found, default = "in-cluster", SERVICE_ACCOUNT.read_text().strip()
             else:
                 config.load_kube_config(kubeconfig, context, client_configuration=settings)
-                found, default = _context(config.list_kube_config_contexts(kubeconfig), context)
+                found, default = _context(kubeconfig, context)
         except (config.ConfigException, OSError, TypeError, KeyError) as error:
             raise CliError(
                 ExitCode.UNREACHABLE,
@@ -69,7 +72,7 @@ class Cluster:
         settings.retries = 1
         api = client.ApiClient(settings)
         api.user_agent = FIELD_MANAGER
-        return cls(api, namespace or default or "default", found)
+        return cls(api, namespace or default or "default", found, bool(namespace))
 
     @property
     def server(self) -> str:
@@ -133,18 +136,27 @@ class Cluster:
         found = self.request("GET", path, query={"labelSelector": wanted})["items"] or []
         return sorted(found, key=lambda each: str(each["metadata"]["creationTimestamp"]))
 
-    def log(self, pod: str, *, follow: bool = False, tail: int | None = None) -> Iterator[bytes]:
-        """The log of a stage's pod, in pieces as they come."""
+    def log(
+        self,
+        pod: str,
+        *,
+        follow: bool = False,
+        tail: int | None = None,
+        since_seconds: int | None = None,
+    ) -> Iterator[bytes]:
+        """The log of a stage's pod, in pieces as they come; raises CliError also midway."""
         from finetune_operator.api import TRAINER_CONTAINER
 
         query = {
             "container": TRAINER_CONTAINER,
             "follow": "true" if follow else "",
             "tailLines": "" if tail is None else str(tail),
+            "sinceSeconds": "" if since_seconds is None else str(since_seconds),
         }
         path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/log"
-        answer = self._call("GET", path, query=query, patient=follow)
-        return cast(Iterator[bytes], answer.stream(8192, decode_content=True))
+        with self._errors():
+            answer = self._call("GET", path, query=query, patient=follow)
+            yield from answer.stream(8192, decode_content=True)
 
     def may(self, verb: str, resource: str, group: str = "", namespace: str | None = None) -> bool:
         """Whether the user has a right (SelfSubjectAccessReview)."""
@@ -176,8 +188,9 @@ class Cluster:
         content_type: str = "application/json",
     ) -> JsonObject:
         """Send a request, and return the object that is the answer."""
-        answer = self._call(method, path, body=body, query=query, content_type=content_type)
-        return cast(JsonObject, json.loads(answer.data))
+        with self._errors():
+            answer = self._call(method, path, body=body, query=query, content_type=content_type)
+            return cast(JsonObject, json.loads(answer.data))
 
     def _call(
         self,
@@ -189,40 +202,46 @@ class Cluster:
         content_type: str = "application/json",
         patient: bool = False,
     ) -> Any:
+        given = urlencode({key: value for key, value in (query or {}).items() if value})
+        return self.api.call_api(
+            f"{path}?{given}" if given else path,
+            method,
+            header_params={"Accept": "application/json, */*", "Content-Type": content_type},
+            body=body,
+            auth_settings=["BearerToken"],
+            _return_http_data_only=True,
+            _preload_content=False,
+            _request_timeout=(CONNECT_SECONDS, None if patient else ANSWER_SECONDS),
+        )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Around a request and the reading of its answer."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
-        given = urlencode({key: value for key, value in (query or {}).items() if value})
         try:
-            answer = self.api.call_api(
-                f"{path}?{given}" if given else path,
-                method,
-                header_params={"Accept": "application/json, */*", "Content-Type": content_type},
-                body=body,
-                auth_settings=["BearerToken"],
-                _return_http_data_only=True,
-                _preload_content=False,
-                _request_timeout=(CONNECT_SECONDS, None if patient else ANSWER_SECONDS),
-            )
+            yield
         except ApiException as error:
             raise _refused(error, self) from error
-        except (HTTPError, OSError) as error:
+        except (HTTPError, OSError, json.JSONDecodeError) as error:
             raise CliError(
                 ExitCode.UNREACHABLE,
                 f"the API server {self.server} can't be reached (context {self.context}): "
                 f"{_one_line(str(error))} Check the network, HTTPS_PROXY and NO_PROXY.",
             ) from error
-        return answer
 
 
 def _in_pod() -> bool:
     return bool(os.environ.get("KUBERNETES_SERVICE_HOST")) and SERVICE_ACCOUNT.is_file()
 
 
-def _context(found: tuple[list[JsonObject], JsonObject], name: str | None) -> tuple[str, str]:
-    """Name and namespace of the context that is meant."""
-    known, active = found
-    meant = next((each for each in known if each["name"] == name), active)
+def _context(kubeconfig: str | None, name: str | None) -> tuple[str, str]:
+    """Name and namespace of the context that is meant, or of the current one."""
+    from kubernetes.config import kube_config
+
+    files = kube_config.KubeConfigMerger(kubeconfig or kube_config.KUBE_CONFIG_DEFAULT_LOCATION)
+    meant = kube_config.KubeConfigLoader(files.config, active_context=name).current_context
     return str(meant["name"]), str(meant["context"].get("namespace") or "")
 
 
@@ -236,7 +255,8 @@ def _refused(error: Any, cluster: Cluster) -> CliError:
     if not error.status:  # no answer at all, e.g. a certificate that isn't trusted
         words = f"the API server {cluster.server} can't be spoken to: {_one_line(said)}"
         return CliError(ExitCode.UNREACHABLE, words)
-    code = _CODES.get(error.status, ExitCode.FAILED)
+    away = error.status == 429 or error.status >= 500  # it may answer again soon
+    code = ExitCode.UNREACHABLE if away else _CODES.get(error.status, ExitCode.FAILED)
     return CliError(code, f"{_one_line(said)}{_remedy(error.status, said, cluster)}")
 
 

@@ -150,6 +150,19 @@ def read_jobs(files: Sequence[Path]) -> list[Document]:
     return jobs
 
 
+def check_namespaces(jobs: Sequence[Document], named: str | None) -> None:
+    """Raise CliError where a job names another namespace than the command."""
+    for each in jobs:
+        meta = each.body.get("metadata")
+        own = meta.get("namespace") if isinstance(meta, dict) else None
+        if named and own and own != named:
+            raise CliError(
+                ExitCode.USAGE,
+                f"{each.place(['metadata', 'namespace'])}: metadata.namespace is {own}, and -n "
+                f"names {named}: leave one of them out.",
+            )
+
+
 def _read(file: Path) -> list[Document]:
     import yaml
 

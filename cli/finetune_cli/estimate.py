@@ -20,6 +20,19 @@ HUB = "https://huggingface.co"
 SECONDS = 10
 
 
+def check_quantity(text: str) -> None:
+    """Raise CliError where it is no quantity of Kubernetes."""
+    from kubernetes.utils.quantity import parse_quantity
+
+    from finetune_cli.exits import ExitCode
+
+    try:
+        parse_quantity(text)
+    except ValueError as error:
+        said = f"--gpu-memory {text} is no quantity of Kubernetes: write it as 24Gi or 24G."
+        raise CliError(ExitCode.USAGE, said) from error
+
+
 def needs(
     spec: FineTuneJobSpec,
     job: Job | None = None,
@@ -65,6 +78,9 @@ def _shape(spec: FineTuneJobSpec, endpoint: str | None) -> Shape:
     if source.startswith(("s3://", "/")):
         storage = (spec.model.storage or spec.storage).model_dump(mode="json", by_alias=True)
         text = read_uri(f"{source.rstrip('/')}/config.json", storage, endpoint)
+    elif source.startswith("oci://"):
+        said = f"{source} is a container image, which is not read here; prepare reads it."
+        raise CliError(ExitCode.FAILED, said)
     else:
         text = _from_hub(source, spec.model.revision or "main")
     try:
@@ -79,15 +95,17 @@ def _shape(spec: FineTuneJobSpec, endpoint: str | None) -> Shape:
 
 def _from_hub(source: str, revision: str) -> bytes:
     from urllib.error import URLError
+    from urllib.parse import quote
     from urllib.request import Request, urlopen
 
     from finetune_cli.exits import ExitCode
 
-    url = f"{os.environ.get('HF_ENDPOINT', HUB)}/{source}/resolve/{revision}/config.json"
-    token = os.environ.get("HF_TOKEN")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    where = f"{quote(source)}/resolve/{quote(revision, safe='')}/config.json"
+    asked = Request(f"{os.environ.get('HF_ENDPOINT', HUB)}/{where}")  # noqa: S310 - https
+    if token := os.environ.get("HF_TOKEN"):
+        asked.add_unredirected_header("Authorization", f"Bearer {token}")  # for the Hub alone
     try:
-        with urlopen(Request(url, headers=headers), timeout=SECONDS) as answer:  # noqa: S310 - https
+        with urlopen(asked, timeout=SECONDS) as answer:  # noqa: S310 - https
             return bytes(answer.read())
     except (URLError, OSError) as error:
         said = f"{source}'s config.json can't be read here ({error}); HF_TOKEN opens gated models."

@@ -3,7 +3,7 @@ another version of the operator can be shown as well."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +128,7 @@ class Job:
                 return each
         raise CliError(
             ExitCode.NOT_FOUND,
-            f"{self.name} has no version {name}: it has {_listed(self.versions)}.",
+            f"{self.name} has no version {name}: it has {listed(self.versions)}.",
         )
 
 
@@ -136,5 +136,6 @@ def _has_spec(entry: JsonObject) -> bool:
     return "f:spec" in (entry.get("fieldsV1") or {})
 
 
-def _listed(versions: Sequence[JsonObject]) -> str:
+def listed(versions: Iterable[JsonObject]) -> str:
+    """Versions in words, with their states."""
     return ", ".join(f"{each['version']} ({each.get('state')})" for each in versions) or "none yet"

@@ -29,6 +29,11 @@ class Commands(TyperGroup):
         except CliError as error:
             typer.echo(f"error: {error.message}", err=True)
             raise typer.Exit(error.code) from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(ExitCode.FAILED) from error
         except KeyboardInterrupt as error:
             typer.echo("", err=True)
             raise typer.Exit(ExitCode.INTERRUPTED) from error

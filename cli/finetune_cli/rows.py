@@ -69,17 +69,25 @@ def first_rows(spec: FineTuneJobSpec, endpoint: str | None) -> list[str]:
         start = read_uri(source, storage, endpoint, START_BYTES)
     except CliError as error:
         return [f"rows: not shown: {error.message}"]
-    text = start.decode(spec.dataset.encoding or "utf-8-sig", errors="replace")
     columns = spec.dataset.columns.model_dump(mode="json", by_alias=True, exclude_none=True)
-    shown = list(_described(_records(text, kind, spec), columns))
+    try:
+        text = start.decode(spec.dataset.encoding or "utf-8-sig", errors="replace")
+        shown = list(_described(_records(text, kind, spec), columns))
+    except (csv.Error, LookupError) as error:  # a cell without an end, an unknown encoding
+        return [f"rows: not shown: {error}; {NEEDS_TRAINER}"]
     return shown or [f"rows: none with the columns {', '.join(columns.values())}; {NEEDS_TRAINER}"]
 
 
 def _records(text: str, kind: str, spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
     if kind in (".csv", ".tsv"):
-        given = spec.dataset.csv.delimiter
-        delimiter = given or ("\t" if kind == ".tsv" else _delimiter(text))
-        yield from csv.DictReader(io.StringIO(text), delimiter=delimiter)
+        given = spec.dataset.csv
+        yield from csv.DictReader(
+            io.StringIO(text),
+            delimiter=given.delimiter or ("\t" if kind == ".tsv" else _delimiter(text)),
+            quotechar=given.quote or None,
+            quoting=csv.QUOTE_MINIMAL if given.quote else csv.QUOTE_NONE,
+            escapechar=given.escape,
+        )
         return
     for line in text.splitlines():
         try:

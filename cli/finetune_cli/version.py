@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_cli.bucket import Bucket
+from finetune_cli.bucket import Bucket, digest
 from finetune_cli.exits import CliError, ExitCode
 from finetune_cli.job import Job
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from finetune_trainer.contract import Artifact
 
 MANIFEST = "manifest.json"
+_NAME = re.compile(r"[0-9a-f]{0,64}")  # empty in a manifest of 0.1.0
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Version:
     folder: str
     manifest: dict[str, Any]
     files: tuple[Artifact, ...]
+    raw: bytes = b""
+    """The manifest as it was read."""
 
     @property
     def name(self) -> str:
@@ -41,12 +45,16 @@ class Version:
         uri = _manifest_uri(job, version)
         bucket = Bucket.of(job, endpoint)
         try:
-            found = json.loads(bucket.read(uri))
+            raw = bucket.read(uri)
+            found = json.loads(raw)
             listed = [read_readable(Artifact, each) for each in found["files"]]
         except (ValueError, KeyError, TypeError) as error:
             raise CliError(ExitCode.FAILED, f"{uri} is no manifest: {error}.") from error
+        name = str(found.get("version") or "")
+        if not _NAME.fullmatch(name):  # it becomes a folder's name
+            raise CliError(ExitCode.FAILED, f"{uri} is no manifest: its version is {name!r}.")
         files = tuple(each.value for each in listed if each and stays_below(each.value.path))
-        return cls(bucket, uri.rpartition("/")[0], found, files)
+        return cls(bucket, uri.rpartition("/")[0], found, files, raw)
 
     def uri(self, file: Artifact) -> str:
         """Where a file lies."""
@@ -63,6 +71,34 @@ class Version:
                 f"no file matches {' or '.join(patterns)}; `finetune artifacts` lists them.",
             )
         return tuple(found)
+
+    def refuse_to_overwrite(self, files: Sequence[Artifact], folder: Path) -> None:
+        """Raise CliError where a file there has another content and isn't of this version."""
+        manifest = folder / MANIFEST
+        if self._is_here(manifest):
+            return
+        taken = [manifest] if manifest.exists() else []
+        for file in files:
+            target = folder / file.path
+            if target.exists() and not _same(target, file):
+                taken.append(target)
+        if taken:
+            raise CliError(
+                ExitCode.USAGE,
+                f"{taken[0]} is there already with another content: name another folder, or write "
+                "over it with --force.",
+            )
+
+    def _is_here(self, manifest: Path) -> bool:
+        """Whether a folder's manifest is of this version, so that its files were fetched."""
+        try:
+            found = json.loads(manifest.read_bytes())
+        except (OSError, ValueError):
+            return False
+        same = ("version", "fingerprint", "created")
+        return isinstance(found, dict) and all(
+            found.get(key) == self.manifest.get(key) for key in same
+        )
 
     def download(self, files: Sequence[Artifact], folder: Path) -> list[Path]:
         """Fetch files into a folder, with a bar on a terminal; those that are here stay."""
@@ -100,6 +136,12 @@ class Version:
                 "spec.export.gguf.",
             )
         return tuple(min(good, key=lambda parts: sum(each.bytes for each in parts)))
+
+
+def _same(target: Path, file: Artifact) -> bool:
+    return (
+        target.is_file() and target.stat().st_size == file.bytes and digest(target) == file.sha256
+    )
 
 
 def _manifest_uri(job: Job, version: str | None) -> str:

@@ -89,7 +89,7 @@ def chat(
     model, *_ = found.download([*sorted(chosen, key=lambda each: each.path), *extra], folder)
     modelfile = folder / MODELFILE
     manner = Manner.of(modelfile.read_text(encoding="utf-8")) if extra else Manner()
-    loaded = llama_cpp.Llama(str(model), n_ctx=manner.context, verbose=False)
+    loaded = _load(llama_cpp, model, manner.context)
     try:
         for question in [prompt] if prompt is not None else _questions():
             _answer(loaded, manner, question, tokens)
@@ -107,6 +107,13 @@ def _llama_cpp() -> Any:
             "wheel fits), or download the file with `finetune artifacts` and use Ollama.",
         ) from error
     return llama_cpp
+
+
+def _load(llama_cpp: Any, model: Path, context: int) -> Any:
+    try:
+        return llama_cpp.Llama(str(model), n_ctx=context, verbose=False)
+    except ValueError as error:
+        raise CliError(ExitCode.FAILED, f"llama.cpp can't load {model}: {error}.") from error
 
 
 def _cache() -> Path:
@@ -133,9 +140,12 @@ def _answer(model: Any, manner: Manner, question: str, tokens: int) -> None:
         *([{"role": "system", "content": manner.system}] if manner.system else []),
         {"role": "user", "content": question},
     ]
-    pieces = model.create_chat_completion(
-        messages=messages, max_tokens=tokens, stream=True, **manner.options
-    )
-    for piece in pieces:
-        typer.echo(piece["choices"][0]["delta"].get("content") or "", nl=False)
+    try:
+        pieces = model.create_chat_completion(
+            messages=messages, max_tokens=tokens, stream=True, **manner.options
+        )
+        for piece in pieces:
+            typer.echo(piece["choices"][0]["delta"].get("content") or "", nl=False)
+    except ValueError as error:  # e.g. a question that is longer than the context
+        raise CliError(ExitCode.FAILED, f"llama.cpp can't answer: {error}.") from error
     typer.echo("")

@@ -11,6 +11,7 @@ import typer
 
 from finetune_cli.bucket import Bucket
 from finetune_cli.cluster import Cluster, JsonObject
+from finetune_cli.commands.results import Endpoint
 from finetune_cli.exits import CliError, ExitCode
 from finetune_cli.job import Job
 from finetune_cli.options import Output, on_cluster
@@ -50,13 +51,14 @@ def doctor(
     name: Annotated[
         str | None, typer.Argument(help="A job whose bucket is to be looked at too.")
     ] = None,
+    endpoint: Endpoint = None,
     output: Output = Form.TABLE,
 ) -> None:
     """Say what is ready in the cluster, and what is missing.
 
     Ends with 1 where something is wrong.
     """
-    findings = list(_findings(cluster, name))
+    findings = list(_findings(cluster, name, endpoint))
     if output in (Form.JSON, Form.YAML):
         show_object([vars(each) for each in findings], output)
     else:
@@ -66,7 +68,7 @@ def doctor(
         raise typer.Exit(ExitCode.FAILED)
 
 
-def _findings(cluster: Cluster, name: str | None) -> Iterator[Finding]:
+def _findings(cluster: Cluster, name: str | None, endpoint: str | None) -> Iterator[Finding]:
     yield _api_server(cluster)
     yield _definition(cluster)
     yield _operator(cluster)
@@ -74,7 +76,7 @@ def _findings(cluster: Cluster, name: str | None) -> Iterator[Finding]:
     yield _kueue(cluster)
     yield _rights(cluster)
     if name is not None:
-        yield _store(Job(cluster.job(name)))
+        yield _store(Job(cluster.job(name)), endpoint)
 
 
 def _api_server(cluster: Cluster) -> Finding:
@@ -227,11 +229,11 @@ def _rights(cluster: Cluster) -> Finding:
     return Finding(GOOD, "rights", f"all that is needed in namespace {cluster.namespace}")
 
 
-def _store(job: Job) -> Finding:
+def _store(job: Job, endpoint: str | None) -> Finding:
     """Whether the user's own keys can read what a job has made."""
     uri = f"{str(job.spec['output']['uri']).rstrip('/')}/owner.json"
     try:
-        Bucket.of(job).read(uri)
+        Bucket.of(job, endpoint).read(uri)
     except CliError as error:
         if error.code is ExitCode.NOT_FOUND:
             return Finding(UNKNOWN, "store", f"nothing of {job.name} is there yet: {error.message}")

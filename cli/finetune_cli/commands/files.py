@@ -10,7 +10,7 @@ import typer
 
 from finetune_cli.cluster import Cluster, JsonObject
 from finetune_cli.commands.watch import follow
-from finetune_cli.documents import Document, read_jobs
+from finetune_cli.documents import Document, check_namespaces, read_jobs
 from finetune_cli.exits import CliError, ExitCode
 from finetune_cli.job import Job
 from finetune_cli.options import Files, Output, on_cluster
@@ -89,6 +89,7 @@ def validate(
     Fields and rules are checked here; --offline asks no cluster.
     """
     jobs = read_jobs(files)
+    check_namespaces(jobs, namespace)
     _fail_if([problem for each in jobs for problem in each.problems()])
     asked = "" if offline else _dry_run(jobs, kubeconfig, context, namespace)
     for each in jobs:
@@ -137,19 +138,20 @@ def submit(
 ) -> None:
     """Create or change the FineTuneJobs of files (server-side apply)."""
     jobs = read_jobs(files)
+    check_namespaces(jobs, cluster.namespace if cluster.named else None)
     _fail_if([problem for each in jobs for problem in each.problems()])
     if watch and len(jobs) > 1:
         raise CliError(ExitCode.USAGE, f"--watch follows one job, and these are {len(jobs)}.")
     for each in jobs:
-        before = _generation(cluster, each)
+        before = _live(cluster, each)
         job = Job(cluster.apply_job(each.body, force=force))
         if output in (Form.JSON, Form.YAML):
             show_object(job.tidy, output)
         elif output is Form.NAME:
             typer.echo(f"finetunejob.finetune.dev/{job.name}")
         else:
-            after = job.raw["metadata"]["generation"]
-            done = "created" if before is None else "unchanged" if before == after else "changed"
+            done = "changed" if before is None or _set(before) != _set(job) else "unchanged"
+            done = "created" if before is None else done
             typer.echo(f"{job.namespace}/{job.name} {done}")
     if watch:
         from dataclasses import replace
@@ -157,14 +159,20 @@ def submit(
         raise typer.Exit(follow(replace(cluster, namespace=job.namespace), job.name, output=output))
 
 
-def _generation(cluster: Cluster, document: Document) -> int | None:
-    """The generation of the job that is there, if there is one."""
+def _set(job: Job) -> tuple[object, ...]:
+    """What a file can change; resourceVersion also changes with the status."""
+    meta = job.raw["metadata"]
+    return tuple(meta.get(key) for key in ("generation", "labels", "annotations"))
+
+
+def _live(cluster: Cluster, document: Document) -> Job | None:
+    """The job that is there, if there is one."""
     from dataclasses import replace
 
     meta = document.body["metadata"]
     try:
         there = replace(cluster, namespace=meta.get("namespace") or cluster.namespace)
-        return int(there.job(meta["name"])["metadata"]["generation"])
+        return Job(there.job(meta["name"]))
     except CliError as error:
         if error.code is ExitCode.NOT_FOUND:
             return None

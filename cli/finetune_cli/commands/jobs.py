@@ -10,7 +10,7 @@ import typer
 from finetune_cli.cluster import Cluster, JsonObject
 from finetune_cli.commands.watch import follow
 from finetune_cli.exits import CliError, ExitCode
-from finetune_cli.job import Job
+from finetune_cli.job import Job, listed
 from finetune_cli.options import Name, Output, on_cluster
 from finetune_cli.output import Column, Form, age, note, show_object, show_table
 
@@ -127,7 +127,17 @@ def retry(cluster: Cluster, name: Name, watch: Watch = False) -> None:
     now = datetime.now(UTC).isoformat(timespec="microseconds")
     cluster.patch_job(name, {"metadata": {"annotations": {RETRY_ANNOTATION: now}}})
     typer.echo(f"{name}: dataset and model are looked at again; only what changed is made anew.")
-    _follow(cluster, name, watch)
+    if watch:
+        code = follow(cluster, name)
+        raise typer.Exit(code or _look_of(Job(cluster.job(name))))
+
+
+def _look_of(job: Job) -> ExitCode:
+    """How the look of a job that keeps its earlier result ended."""
+    if job.condition("Degraded").get("status") != "True":
+        return ExitCode.OK
+    note(f"error: {job.message or 'dataset and model could not be looked at again.'}")
+    return ExitCode.FAILED
 
 
 @on_cluster
@@ -150,7 +160,14 @@ def rollback(
         _edit(cluster, name, {"rollbackTo": None})
         typer.echo(f"{name} goes back to the version of its spec.")
     else:
-        chosen = str((job.version(version) if version else _before_current(job))["version"])
+        wanted = job.version(version) if version else _before_current(job)
+        chosen = str(wanted["version"])
+        if wanted.get("state") == "Deleted":
+            raise CliError(
+                ExitCode.NOT_FOUND,
+                f"the store doesn't hold version {chosen} of {name} any more: it has "
+                f"{listed(each for each in job.versions if each.get('state') != 'Deleted')}.",
+            )
         _edit(cluster, name, {"rollbackTo": chosen})
         typer.echo(f"{name} goes back to {chosen}. `finetune rollback {name} --undo` undoes it.")
     _follow(cluster, name, watch)

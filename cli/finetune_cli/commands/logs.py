@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from finetune_cli.options import Name, on_cluster
 from finetune_cli.output import note
 
 SECONDS = 1.0  # between two looks for the next pod
+AWAY_SECONDS = 120.0  # for which a log that broke off may stay away
 
 
 @on_cluster
@@ -44,7 +46,8 @@ def logs(
                 if not follow:
                     raise CliError(ExitCode.NOT_FOUND, _waiting(pod))
                 continue
-            _print(cluster.log(_name(pod), follow=follow, tail=tail), _name(pod), bool(shown))
+            pieces = _pieces(cluster, _name(pod), follow, None if shown else tail)
+            _print(pieces, _name(pod), bool(shown))
             shown.update(map(_name, pods[: pods.index(pod) + 1]))
         if not follow:
             return
@@ -64,6 +67,29 @@ def _started(pod: JsonObject) -> bool:
     """Whether the trainer's container has run, so that there can be a log."""
     states = (pod.get("status") or {}).get("containerStatuses") or ()
     return any(set(each.get("state") or ()) & {"running", "terminated"} for each in states)
+
+
+def _pieces(cluster: Cluster, pod: str, follow: bool, tail: int | None) -> Iterator[bytes]:
+    """A pod's log; one that is followed is opened anew where the connection breaks."""
+    last: float | None = None  # when a piece came
+    away: float | None = None
+    while True:
+        now = time.monotonic()
+        since = None if last is None else math.ceil(now - last) + 1  # lines rather twice than never
+        lines = tail if last is None else None
+        try:
+            for piece in cluster.log(pod, follow=follow, tail=lines, since_seconds=since):
+                last, away = time.monotonic(), None
+                yield piece
+        except CliError as error:
+            away = now if away is None else away
+            gone = error.code is not ExitCode.UNREACHABLE or now - away > AWAY_SECONDS
+            if gone or not follow:
+                raise
+            note(f"note: {error.message} The log is opened anew; some lines may come twice.")
+            time.sleep(SECONDS)
+        else:
+            return
 
 
 def _print(pieces: Iterator[bytes], pod: str, another: bool) -> None:

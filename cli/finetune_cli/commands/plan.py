@@ -10,7 +10,7 @@ import typer
 from finetune_cli import estimate, rows
 from finetune_cli.cluster import Cluster
 from finetune_cli.commands.results import UNITS, Endpoint, flat, word
-from finetune_cli.documents import Document, read_jobs
+from finetune_cli.documents import Document, check_namespaces, read_jobs
 from finetune_cli.exits import CliError, ExitCode
 from finetune_cli.job import STAGES, Job
 from finetune_cli.options import Files, Output
@@ -44,8 +44,12 @@ def plan(
 
     Three rows are shown as the model will learn them, where the dataset can be read from here.
     """
+    if gpu_memory is not None:
+        estimate.check_quantity(gpu_memory)
     told = []
-    for each in read_jobs(files):
+    jobs = read_jobs(files)
+    check_namespaces(jobs, namespace)
+    for each in jobs:
         problems = each.problems()
         if problems:
             for problem in problems:

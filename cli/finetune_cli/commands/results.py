@@ -44,6 +44,9 @@ def artifacts(
     only: Annotated[
         list[str] | None, typer.Option(help="Files to fetch, e.g. 'gguf/*Q4*' (repeatable).")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over files with another content.")
+    ] = False,
     version: VersionOption = None,
     endpoint: Endpoint = None,
     output: Output = Form.TABLE,
@@ -59,10 +62,12 @@ def artifacts(
         return
     found = Version.read(job, version, endpoint)
     files = found.chosen(only or [])
+    if not force:
+        found.refuse_to_overwrite(files, download)
     size = bytes_in_words(sum(each.bytes for each in files))
     note(f"{len(files)} files, {size}, of version {found.name} from {found.bucket.where}")
     found.download(files, download)
-    (download / MANIFEST).write_text(json.dumps(found.manifest, indent=2), encoding="utf-8")
+    (download / MANIFEST).write_bytes(found.raw)
     typer.echo(f"{len(files)} files in {download}, each with the manifest's SHA-256.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Annotated
@@ -47,19 +48,43 @@ def run(
     config = workspace / "run.json"
     config.write_text(run_json(jobs[0], folder), encoding="utf-8")
     command = [program, "run", "--config", str(config), "--workspace", str(workspace)]
-    code = subprocess.run(command, check=False).returncode
+    code, interrupted = _wait(command)
+    if interrupted:
+        said = "interrupted; the same command goes on from the last step that was saved."
+        raise CliError(ExitCode.INTERRUPTED, said)
     if code:
         said = f"the trainer ended with {code}; its last line above says why."
         raise CliError(ExitCode.FAILED, said)
     _tell(folder)
 
 
+def _wait(command: list[str]) -> tuple[int, bool]:
+    """Run a program to its end; its exit code, and whether Ctrl-C was pressed meanwhile.
+
+    The terminal sends Ctrl-C to the program as well, which then needs time to save.
+    """
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        return subprocess.run(command, check=False).returncode, bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def run_json(document: Document, folder: Path) -> str:
-    """What the operator would tell the trainer, with a folder of this machine as the output."""
+    """What the operator would tell the trainer, with a folder of this machine as the output.
+
+    Nothing is signed here: the key is in the cluster.
+    """
     from finetune_trainer.contract import JobReference, Output
 
     config = document.spec().run_config(JobReference(name="", namespace=""), None)
-    here = config.model_copy(update={"job": None, "output": Output(uri=str(folder))})
+    export = config.export
+    if export.signing is not None:
+        note("note: nothing is signed here: the key of spec.export.signing is in the cluster.")
+        export = export.model_copy(update={"signing": None})
+    output = Output(uri=str(folder))
+    here = config.model_copy(update={"job": None, "output": output, "export": export})
     return here.model_dump_json(indent=2, exclude_defaults=True)
 
 

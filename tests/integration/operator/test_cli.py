@@ -174,6 +174,16 @@ def test_what_a_job_has_made(
     folder = tmp_path / "here"
     finetune("artifacts", "support", "--download", str(folder), "--only", "*.html")
     assert sorted(each.name for each in folder.iterdir()) == ["manifest.json", "report.html"]
+    listed = tmp_path / "bucket" / "versions" / version / "manifest.json"
+    assert (folder / "manifest.json").read_bytes() == listed.read_bytes()
+    mine = tmp_path / "mine" / "report.html"
+    mine.parent.mkdir()
+    mine.write_text("my own")
+    again = ("artifacts", "support", "--download", str(mine.parent), "--only", "*.html")
+    assert f"{mine} is there already" in finetune(*again, code=ExitCode.USAGE).stderr
+    assert mine.read_text() == "my own"
+    finetune(*again, "--force")
+    assert mine.read_bytes() == b"<html>fine</html>"
     page = tmp_path / "page.html"
     assert str(page) in finetune("report", "support", "--to", str(page)).stdout
     assert page.read_bytes() == b"<html>fine</html>"
@@ -182,6 +192,8 @@ def test_what_a_job_has_made(
     answered = finetune("chat", "support", *asked)
     assert len(answered.stdout.strip()) > 3
     assert version in answered.stderr
+    long = finetune("chat", "support", "--prompt", "word " * 400, code=ExitCode.FAILED)
+    assert "error: llama.cpp can't answer: " in long.stderr
     assert "don't differ" in finetune("compare", "support", "support").stdout
     assert "don't differ" in finetune("compare", f"support@{version}", f"support@{version}").stdout
     here.apply(name="other", training={"epochs": 7})

@@ -109,3 +109,21 @@ def test_init_writes_a_valid_file_once(tmp_path: Path) -> None:
     again = CliRunner().invoke(app, ["init", str(file)])
     assert again.exit_code == ExitCode.USAGE
     assert "--force" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [["validate", "--offline"], ["plan", "--offline"], ["submit", "--context", "a"]]
+)
+def test_two_namespaces_are_one_too_many(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config"
+    config.write_text(
+        "{clusters: [{name: a, cluster: {server: 'http://127.0.0.1:9'}}],"
+        " users: [{name: a, user: {}}], contexts: [{name: a, context: {cluster: a, user: a}}]}"
+    )
+    monkeypatch.setenv("KUBECONFIG", str(config))
+    file = write(tmp_path, GOOD.replace("name: support", "name: support\n  namespace: team"))
+    found = CliRunner().invoke(app, [*command, "-f", str(file), "-n", "prod"])
+    assert found.exit_code == ExitCode.USAGE, found.output
+    assert f"{file}:5: metadata.namespace is team, and -n names prod" in found.stderr

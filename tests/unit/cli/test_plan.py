@@ -143,6 +143,40 @@ def test_rows_of_each_format(tmp_path: Path, spec: dict[str, Any], name: str, te
     assert told == ["row 1, instruction: where?", "row 1, response: here"]
 
 
+@pytest.mark.parametrize(
+    ("dataset", "text", "said"),
+    [
+        ({"csv": {"quote": "'"}}, "instruction,response\n'a, b',c\n", "row 1, instruction: a, b"),
+        ({"csv": {"quote": ""}}, 'instruction,response\n"a,b\n', 'row 1, instruction: "a'),
+        ({"csv": {"escape": "!"}}, "instruction,response\na!, b,c\n", "row 1, instruction: a, b"),
+        ({}, f"instruction,response\n{'a' * 200_000},b\n", "rows: not shown: field larger"),
+        ({"encoding": "klingon"}, "instruction,response\na,b\n", "rows: not shown: unknown enc"),
+    ],
+)
+def test_rows_as_the_spec_says(
+    tmp_path: Path, spec: dict[str, Any], dataset: dict[str, Any], text: str, said: str
+) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(text)
+    encoding = dataset.get("encoding")
+    spec["dataset"] = {"source": str(file)} | {k: v for k, v in dataset.items() if k == "csv"}
+    made = document(tmp_path, spec).spec()
+    changed = made.dataset.model_copy(update={"encoding": encoding})  # as a newer API may allow it
+    assert rows.first_rows(made.model_copy(update={"dataset": changed}), None)[0].startswith(said)
+
+
+def test_a_model_in_an_image_is_not_asked_of_the_hub(tmp_path: Path, spec: dict[str, Any]) -> None:
+    spec["model"] = {"source": "oci://registry.example/base:1"}
+    assert "is a container image" in plan(tmp_path, spec)["needs"]["memory"]
+
+
+def test_a_size_that_is_no_quantity(tmp_path: Path, spec: dict[str, Any]) -> None:
+    command = ["plan", "--offline", "-f", str(written(tmp_path, spec)), "--gpu-memory", "24GB"]
+    found = CliRunner().invoke(app, command)
+    assert found.exit_code == ExitCode.USAGE
+    assert "24Gi" in found.stderr
+
+
 def test_a_run_here_is_told_what_the_operator_would_tell(
     tmp_path: Path, spec: dict[str, Any]
 ) -> None:
@@ -152,6 +186,16 @@ def test_a_run_here_is_told_what_the_operator_would_tell(
     config = read_run_config(file).value
     assert (config.job, config.training.epochs) == (None, 2)
     assert config.output.uri == str(tmp_path / "support")
+
+
+def test_a_run_here_signs_nothing(
+    tmp_path: Path, spec: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec["export"] = {"signing": {"keySecretRef": {"name": "key"}}}
+    file = tmp_path / "run.json"
+    file.write_text(run_json(document(tmp_path, spec), tmp_path / "support"))
+    assert read_run_config(file).value.export.signing is None
+    assert "nothing is signed here" in capsys.readouterr().err
 
 
 def test_without_the_trainer_the_extra_is_named(
