@@ -12,7 +12,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from finetune_cli.commands import watch as watching
-from finetune_cli.exits import ExitCode
+from finetune_cli.commands.chat import _llama_cpp, _load
+from finetune_cli.exits import CliError, ExitCode
 from finetune_cli.job import Job
 from finetune_cli.main import app
 from finetune_cli.version import Version
@@ -225,3 +226,10 @@ def test_what_the_api_server_refuses(here: Namespace, finetune: Run, tmp_path: P
     assert "--force-conflicts" in taken.stderr
     finetune("submit", "--force-conflicts", "-f", write_job(tmp_path, training={"epochs": 2}))
     assert here.spec()["training"]["epochs"] == 2
+
+
+def test_a_file_that_is_no_model_is_told_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    file.write_text("no model")
+    with pytest.raises(CliError, match="can't load"):
+        _load(_llama_cpp(), file, 256)

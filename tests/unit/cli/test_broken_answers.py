@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 
 from finetune_cli.cluster import Cluster
 from finetune_cli.commands import logs
-from finetune_cli.commands.chat import _llama_cpp, _load
 from finetune_cli.commands.doctor import _store
 from finetune_cli.estimate import _from_hub
 from finetune_cli.exits import CliError, ExitCode
@@ -217,7 +216,7 @@ def test_tail_cuts_the_log_of_the_first_pod_alone(
     monkeypatch.setattr(logs, "SECONDS", 0)
 
     def pods(*names: str) -> Answer:
-        state = {"containerStatuses": [{"state": {"running": {}}}]}
+        state: dict[str, Any] = {"containerStatuses": [{"state": {"running": {}}}]}
         meta = [{"name": each, "creationTimestamp": each} for each in names]
         return as_answer({"items": [{"metadata": each, "status": state} for each in meta]})
 
@@ -272,13 +271,6 @@ def test_the_token_stays_with_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert path == "/org/base/resolve/refs%2Fpr%2F1/config.json"
     assert headers["authorization"] == "Bearer secret"
     assert "authorization" not in others
-
-
-def test_a_file_that_is_no_model(tmp_path: Path) -> None:
-    file = tmp_path / "a.gguf"
-    file.write_text("no model")
-    with pytest.raises(CliError, match="can't load"):
-        _load(_llama_cpp(), file, 256)
 
 
 def test_doctor_asks_the_store_at_another_address(monkeypatch: pytest.MonkeyPatch) -> None:
