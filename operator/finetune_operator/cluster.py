@@ -371,7 +371,7 @@ class Cluster:
                     code = str(response.status)
                     raise _refusal(response.status, response.reason, answer, f"{method} {path}")
                 return cast(JsonObject, json.loads(answer))
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:  # or no JSON
             code = "timeout" if isinstance(error, TimeoutError) else "error"
             message = f"{method} {path}: {error or type(error).__name__}"
             raise UnavailableError(message) from error
@@ -382,7 +382,7 @@ class Cluster:
 def _proxy_of_environment(server: str) -> str | None:
     """The proxy that HTTPS_PROXY names, unless NO_PROXY names the API server."""
     url = urlsplit(server)
-    if url.hostname is None or proxy_bypass(url.netloc):
+    if url.hostname is None or proxy_bypass(url.hostname) or proxy_bypass(url.netloc):
         return None
     return getproxies().get(url.scheme)
 

@@ -101,13 +101,15 @@ class Index:
         for key in keys:
             self._uids.setdefault(key, {})[uid] = None
 
-    def drop(self, uid: str) -> None:
-        """Show an object no more."""
+    def drop(self, uid: str) -> tuple[str, ...]:
+        """Show an object no more; the keys that it was under."""
         self.objects.pop(uid, None)
-        for key in self._keys.pop(uid, ()):
+        keys = self._keys.pop(uid, ())
+        for key in keys:
             del self._uids[key][uid]
             if not self._uids[key]:
                 del self._uids[key]
+        return keys
 
     def under(self, key: str) -> list[JsonObject]:
         """All objects under a key."""
@@ -231,8 +233,10 @@ class Watches:
         """Forget objects that are known to exist no more; a late event doesn't bring them back."""
         self._gone = set(uids)
         for uid in uids:
-            for index in (self._finetunejobs, self._jobs, self._pods):
+            for index in (self._jobs, self._pods):
                 index.drop(uid)
+            for key in self._finetunejobs.drop(uid):  # a pass forgets it everywhere
+                self._add(key)
 
     def _look_for_dead_watches(self, live: Mapping[str, str]) -> None:
         """A watch is dead if it shows an object as it was though it had changed long before: at

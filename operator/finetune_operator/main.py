@@ -139,6 +139,7 @@ class _Operator:
         """
         while True:
             await leadership.acquire()
+            self._reconciler.step_down()  # what was learnt before is old
             self._metrics.leading(True)
             self._watches.queue_all()
             self._queue.resume()
@@ -173,7 +174,8 @@ class _Operator:
             except ClusterError as error:
                 logger.warning("What is there already can't be listed: %s", error)
                 await asyncio.sleep(self._settings.resync_seconds)
-                self._began_to_lead.set()
+                if self._leads():
+                    self._began_to_lead.set()
                 continue
             if self._watches.synced:  # else a pass over each follows anyway
                 for key in left:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ from finetune_operator.cluster import (
     Cluster,
     ClusterError,
     ConflictError,
+    DeniedError,
     ForbiddenError,
+    NotFoundError,
 )
 from finetune_operator.manifests import StageObjects
 from finetune_operator.observe import ObservedFineTuneJob, controller_uid, is_controlled_by
@@ -119,11 +122,13 @@ class Starts:
 
     async def tidy(self, finetunejob: ObservedFineTuneJob) -> None:
         """Delete what the stages needed. An edit makes it anew."""
-        there = self._supports[_key(finetunejob)]
+        there = self._supports.get(_key(finetunejob))
+        if there is None:  # this operator doesn't lead any more
+            return
         try:
             await side_by_side(*(self._delete(finetunejob, each, there) for each in [*there.known]))
-        except ForbiddenError as error:
-            logger.info("No right to tidy up: %s", error, extra={"finetunejob": _key(finetunejob)})
+        except DeniedError as error:
+            logger.info("Not tidied up: %s", error, extra={"finetunejob": _key(finetunejob)})
         self._supports.pop(_key(finetunejob), None)
 
     async def _delete(
@@ -132,6 +137,7 @@ class Starts:
         if not self._may_act():
             raise ConflictError("another operator leads by now")
         uid, _ = there.known[support]
+        there.known[support] = (uid, -math.inf)  # even if there is no answer, it may be gone
         await self._cluster.delete(support.kind, finetunejob.namespace, support.name, uid)
         there.known.pop(support, None)
 
@@ -289,7 +295,10 @@ async def ensure(
         return await cluster.create(body, dry_run=dry_run)
     except AlreadyExistsError:
         meta = body["metadata"]
-        found = await cluster.get(body["kind"], meta["namespace"], meta["name"])
+        try:
+            found = await cluster.get(body["kind"], meta["namespace"], meta["name"])
+        except NotFoundError as error:
+            raise ConflictError(f"{body['kind']} {meta['name']} has just been deleted") from error
         if not is_controlled_by(found, finetunejob):
             message = f"{body['kind']} {meta['name']} exists and belongs to someone else"
             raise ForbiddenError(message) from None

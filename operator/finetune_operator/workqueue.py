@@ -72,13 +72,13 @@ class WorkQueue:
 
     @property
     def depth(self) -> int:
-        """How many keys wait for a worker."""
-        return len(self._ready)
+        """How many keys wait for a worker; none while the queue is paused."""
+        return len(self._ready) if self._open.is_set() else 0
 
     @property
     def age(self) -> float:
         """Seconds that the first of them has waited."""
-        return self.clock.time() - next(iter(self._ready.values())) if self._ready else 0.0
+        return self.clock.time() - next(iter(self._ready.values())) if self.depth else 0.0
 
     def add(self, key: str) -> None:
         """Process this key as soon as a worker is free."""

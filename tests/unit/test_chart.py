@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import helm_python as helm
 import kubernetes_validate
 import pytest
 import yaml
@@ -76,6 +77,12 @@ def test_the_operator_may_do_exactly_this() -> None:
         ("", "events"): ["create", "list", "patch"],
         ("kueue.x-k8s.io", "workloads"): ["list"],
     }
+
+
+def test_several_operators_need_one_that_leads() -> None:
+    with pytest.raises(helm.HelmError, match="one has to lead"):
+        render(replicaCount=2, leaderElection={"enabled": False})
+    assert named(render(replicaCount=2), "Deployment")["spec"]["replicas"] == 2
 
 
 def test_the_right_to_list_nodes_can_be_kept_back() -> None:

@@ -205,8 +205,10 @@ async def test_a_resync_drops_what_vanished_unseen_and_looks_at_all() -> None:
 async def test_a_resync_drops_a_finetunejob_that_vanished_unseen() -> None:
     world = World()
     await world.shows([raw("uid-1")])
+    world.added.clear()
     await world.watches.resync()
     assert world.watches.snapshot(KEY) is None
+    assert world.added == [KEY], "whoever counts it has to forget it"
 
 
 async def test_a_watch_that_shows_no_change_from_one_look_to_the_next_is_dead() -> None:

@@ -286,6 +286,7 @@ async def test_a_paused_queue_keeps_what_is_added_and_goes_on_with_it() -> None:
         queue.add("b")
         await settle()
         assert work.calls == []
+        assert (queue.depth, queue.age) == (0, 0.0), "a standby is not behind"
         queue.resume()
         await settle()
         assert work.calls == ["a", "b"]
