@@ -28,8 +28,13 @@ from finetune_trainer.prepare import prepare_stage
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import MANIFEST
-from finetune_trainer.store.pruning import make_current_and_prune, prune
-from finetune_trainer.store.versions import current, list_versions, version_name
+from finetune_trainer.store.versions import (
+    current,
+    list_versions,
+    make_current_and_prune,
+    prune,
+    version_name,
+)
 from tests.dying_folder import contents
 from tests.integration.trainer.conftest import ALL_STORES, keys_of, use_keys
 

@@ -22,12 +22,13 @@ from finetune_trainer.store.marker import (
     Marker,
     write_marker,
 )
-from finetune_trainer.store.pruning import make_current_and_prune, prune
 from finetune_trainer.store.versions import (
     FIRST_MANIFEST,
     current,
     find_version,
     make_current,
+    make_current_and_prune,
+    prune,
     version_name,
 )
 from tests.dying_folder import DyingFolder, KilledError, contents

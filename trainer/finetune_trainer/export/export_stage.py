@@ -70,8 +70,13 @@ from finetune_trainer.runtime import binary, duration, size, timestamp
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
 from finetune_trainer.store.marker import MANIFEST, check_owner
-from finetune_trainer.store.pruning import prune
-from finetune_trainer.store.versions import Version, manifest_of, summarize_versions, version_name
+from finetune_trainer.store.versions import (
+    Version,
+    manifest_of,
+    prune,
+    summarize_versions,
+    version_name,
+)
 
 UNKNOWN_PARAMETERS = 1e9
 MODEL_CARD, REPORT = "README.md", "report.html"

@@ -1,14 +1,16 @@
 """What the machine at hand has: GPUs, memory, disk.
 
-The driver is asked through NVML (nvidia-ml-py), torch in a process of its own (`torch_probe`):
-importing it takes seconds, and the caller may have to do without it.
+The driver is asked through NVML (nvidia-ml-py), torch in a process of its own, `python -m` this
+module: importing it takes seconds, and the caller may have to do without it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ from finetune_trainer.memory.gpus import (
 )
 from finetune_trainer.runtime import binary
 
-TORCH_PROBE = "finetune_trainer.memory.torch_probe"  # a program
 PROBE_SECONDS = 120.0  # a cold CUDA driver takes up to half a minute
 
 
@@ -128,7 +129,7 @@ def _read_driver(nvml: Any) -> Driver:
 
 
 def _ask_torch() -> tuple[TorchBuild | None, str | None]:
-    command = [sys.executable, "-m", TORCH_PROBE]
+    command = [sys.executable, "-m", __name__]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False
@@ -140,3 +141,52 @@ def _ask_torch() -> tuple[TorchBuild | None, str | None]:
     except (IndexError, ValueError, TypeError, KeyError):
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         return None, f"torch can't be loaded: {last:.300}"
+
+
+def look_with_torch() -> TorchBuild:
+    """Count the GPUs with torch, and run a kernel on each."""
+    import torch  # noqa: PLC0415 - only this process may wait for it
+
+    version = torch.version
+    flags = getattr(torch._C, "_cuda_getArchFlags", None)
+    found, errors = [], []
+    try:
+        if torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+            torch.cuda.init()  # type: ignore[no-untyped-call] # it says what is wrong
+        for index in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(index)
+            if (error := _try_kernel(index)) is not None:
+                errors.append(f"{about.name}: {error}")
+                continue
+            found.append(Gpu(about.name, about.total_memory, (about.major, about.minor)))
+    except (RuntimeError, AssertionError) as error:
+        errors.append(_first_line(error))
+    return TorchBuild(
+        version=str(torch.__version__),
+        cuda=version.cuda,
+        hip=version.hip,
+        architectures=tuple((flags() or "").split()) if flags else (),
+        gpus=tuple(found),
+        error="; ".join(errors) or None,
+    )
+
+
+def _try_kernel(index: int) -> str | None:
+    """What is wrong with a GPU; nothing where it is only full for the moment."""
+    import torch  # noqa: PLC0415 - only this process may wait for it
+
+    try:
+        torch.ones(8, device=f"cuda:{index}").add_(1).sum().item()
+    except torch.OutOfMemoryError:
+        return None
+    except RuntimeError as error:
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(look_with_torch())))  # noqa: T201 - the answer

@@ -65,8 +65,7 @@ from finetune_trainer.store.marker import (
     save_stage,
     stage_folder,
 )
-from finetune_trainer.store.pruning import make_current_and_prune
-from finetune_trainer.store.versions import summarize_versions
+from finetune_trainer.store.versions import make_current_and_prune, summarize_versions
 
 ROWS_READ_BY_LLAMA_CPP = 16  # before the training; the export compares held-out rows as well
 ATTEMPTS = 3  # to read one version of a file that somebody is writing

@@ -3,8 +3,7 @@
 s3_folder   a prefix of a bucket
 s3_client   a client for each store, and what its errors mean
 marker      which stages' results are complete, reading them; whose an output folder is
-versions    versions of the artifacts, and which is current
-pruning     which of them go
+versions    versions of the artifacts, which is current, and which go
 
 `open_folder` takes an `s3://bucket/prefix` or the path of a folder. Errors of the store are turned
 into `StageError` in here and nowhere else, with the URI and what to do about it, and never with a

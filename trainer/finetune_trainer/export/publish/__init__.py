@@ -39,9 +39,9 @@ from finetune_trainer.store.marker import (
     describe_file,
     stage_folder,
 )
-from finetune_trainer.store.pruning import discard_unfinished
 from finetune_trainer.store.versions import (
     Version,
+    discard_unfinished,
     find_version,
     make_current,
     manifest_path,
