@@ -13,14 +13,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from playwright.sync_api import Browser, Error, Playwright
+import pytest
+from playwright.sync_api import Browser, Error, Playwright, sync_playwright
 
 from hack import cache_dir, debian
 from hack.process import ClusterError, Unavailable
 from hack.progress import step
+from tests.fixtures import start_or_leave_out
 
 VARIABLE = "FINETUNE_CHROMIUM"
 PROGRAMS = (
@@ -90,6 +93,16 @@ class Chromium:
 
     program: Path
     environment: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def started(config: pytest.Config) -> Iterator[Browser]:
+    """A browser for some tests, which are left out where there is none."""
+    with sync_playwright() as playwright:
+        browsers: list[Browser] = []
+        start_or_leave_out(config, "a real browser", lambda: browsers.append(launch(playwright)))
+        yield browsers[0]
+        browsers[0].close()
 
 
 def launch(playwright: Playwright) -> Browser:

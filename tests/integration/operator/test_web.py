@@ -10,14 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from finetune_trainer.contract import Reason, Stage
 from hack.cluster.control_plane import ControlPlane
 from hack.operator_process import Operator
 from hack.process import free_ports
 from tests import chromium
-from tests.fixtures import start_or_leave_out
 from tests.integration.operator.stage import VERSION_FOLDER, Namespace, exported, prepared, trained
 
 PHONE, DESK = (360, 780), (1280, 800)
@@ -113,15 +112,8 @@ def operator(
 @pytest.fixture(scope="module")
 def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
     """A real Chromium; on Debian it is fetched into the cache folder where there is none."""
-    with sync_playwright() as playwright:
-        started: list[Browser] = []
-        start_or_leave_out(
-            request.config,
-            "a real browser",
-            lambda: started.append(chromium.launch(playwright)),
-        )
-        yield started[0]
-        started[0].close()
+    with chromium.started(request.config) as browser:
+        yield browser
 
 
 class Reader:

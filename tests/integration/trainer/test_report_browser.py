@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, sync_playwright
+from playwright.sync_api import Browser, Page, Route
 
 from finetune_trainer.contract import GateReport, Sample
 from finetune_trainer.export.report import write_report
 from tests import chromium, report_facts
-from tests.fixtures import start_or_leave_out
 
 PHONE, SMALL_PHONE, DESK = (390, 844), (360, 780), (1280, 800)
 SECTIONS = ("result", "quality", "answers", "training", "use", "dataset", "settings", "files")
@@ -29,15 +28,8 @@ OUTSIDE = """() => [...document.querySelectorAll('body *')].filter(each => {
 @pytest.fixture(scope="module")
 def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
     """A real Chromium; on Debian it is fetched into the cache folder where there is none."""
-    with sync_playwright() as playwright:
-        started: list[Browser] = []
-        start_or_leave_out(
-            request.config,
-            "a real browser",
-            lambda: started.append(chromium.launch(playwright)),
-        )
-        yield started[0]
-        started[0].close()
+    with chromium.started(request.config) as browser:
+        yield browser
 
 
 @dataclass
