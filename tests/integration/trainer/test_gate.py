@@ -58,6 +58,7 @@ from finetune_trainer.memory.forecast import (
     reference_bytes,
 )
 from finetune_trainer.model import ModelFolder
+from finetune_trainer.runtime import child
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder
 from tests.integration.trainer.conftest import ROWS, Processes
@@ -502,10 +503,11 @@ def test_an_adapter_has_to_be_whole(gate: DerivedGate, adapter: Path, tmp_path: 
 
 
 def took(processes: Processes, *arguments: object) -> int:
-    """What gate_memory says of a process of its own."""
+    """What gate_memory says of a process of its own, set up as the gate's are."""
     command = [sys.executable, "-m", f"{__package__}.gate_memory", *map(str, arguments)]
+    environment = {**os.environ, **child.SETTINGS}
     with processes.popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=dict(os.environ), text=True
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment, text=True
     ) as process:
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 0

@@ -122,7 +122,7 @@ def test_a_pod_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         look(SMALL)
     assert raised.value.reason is Reason.OUT_OF_MEMORY
     assert raised.value.message == (
-        "The export needs 835 MiB of memory, and there are 512 MiB: set "
+        "The export needs 836 MiB of memory, and there are 512 MiB: set "
         "spec.stages.export.resources.limits.memory to at least 836Mi."
     )
 

@@ -51,6 +51,19 @@ _INHERITED = re.compile(
 """Variables that a child needs: how to find programs, libraries, certificates and the Hub, and how
 many threads to use."""
 
+SETTINGS = {
+    "GGML_NO_BACKTRACE": "1",  # its own handler would call a debugger for a stack trace
+    "MALLOC_MMAP_THRESHOLD_": str(16 << 20),
+    "PYTHONWARNINGS": "ignore",
+    "TQDM_DISABLE": "1",
+}
+"""Variables that a child gets beside those.
+
+glibc gives a freed block back to the kernel only if the block was mapped, and maps fewer blocks the
+larger the freed ones are (mallopt(3)). A fixed limit keeps large matrices from staying in the heap:
+the reference takes 50 MiB less for a vocabulary of 49,152, and the same in each run.
+"""
+
 _running: set[subprocess.Popen[str]] = set()
 
 
@@ -81,14 +94,7 @@ def run(
     can read that. Raises MemoryFullError(OOMKilled)
     where it was killed: only the kernel does that, and `kill_running`, after which nobody asks.
     """
-    # GGML's own handler would call a debugger for a stack trace, if there is one.
-    variables = {
-        **inherited(os.environ),
-        "GGML_NO_BACKTRACE": "1",
-        "PYTHONWARNINGS": "ignore",
-        "TQDM_DISABLE": "1",
-        **(environment or {}),
-    }
+    variables = {**inherited(os.environ), **SETTINGS, **(environment or {})}
     errors: list[str] = []
     with subprocess.Popen(
         command,
