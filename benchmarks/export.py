@@ -3,6 +3,7 @@
     python -m benchmarks.export [--folder DIR] [--repeats 2] [--types F16,Q8_0,Q4_K_M]
     python -m benchmarks.export --sweep
     python -m benchmarks.export --gate [--shape 1.07] [--repeats 1]
+    python -m benchmarks.export --alone [--shape 7] [--types BF16,Q4_K_M]
 
 The plain way is what guides tell: load the base in its own type, PEFT's merge_and_unload,
 save_pretrained; llama.cpp's convert_hf_to_gguf.py to F16; then llama_model_quantize with its
@@ -15,10 +16,15 @@ own llama-perplexity after them, for each file over the same held-out rows (comp
 10 minutes; --perplexity names one that is there). Then it prints what the gate reads of each file:
 from the disk where the file stays in memory, and in passes over the weights where it doesn't.
 
+`--alone` runs ours once, gate and samples included, and prints what the trainer predicts beside
+what it took: time, memory, disk. It is for models that the plain steps have no room for. The base
+isn't read before; the kernel's cache keeps of it what it has room for.
+
 `--sweep` does it with models of several sizes and a vocabulary of 128,256, and prints the peak of
 anonymous memory and the ratios of merging and converting.
 
-The models are made on first use and kept in DIR; 15 GB are needed there.
+The models are made on first use and kept in DIR; 15 GB are needed there, and of the shape 7, 40 GB
+there and 20 GB of memory.
 """
 
 from __future__ import annotations
@@ -31,15 +37,28 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
+from typing import cast
 
 from benchmarks.cost import Cost, measure
+from finetune_trainer.contract import Export, Quantization, Training
+from finetune_trainer.memory.forecast import (
+    ExportWork,
+    Machine,
+    export_disk,
+    export_memory,
+    forecast,
+)
+from finetune_trainer.memory.machine import free_memory
 from finetune_trainer.model.converter import SCRIPT, llama_folder
+from finetune_trainer.model.shape import Shape
 from hack import cache_dir
 from hack.llama_cpp import get_tool
 
 SHAPE = "1.07"
 SWEEP = ("0.1", "0.3", "1", "2")
+LARGE = "7"
 STEPS = "benchmarks.export_steps"
 
 
@@ -52,7 +71,10 @@ def main() -> None:
     parser.add_argument("--types", default="F16,Q8_0,Q4_K_M", help="the first is F16 or BF16")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--gate", action="store_true")
-    parser.add_argument("--shape", default=SHAPE, help=f"billions of parameters, of {SWEEP}")
+    parser.add_argument(
+        "--shape", default=SHAPE, help=f"billions of parameters, of {(*SWEEP, LARGE)}"
+    )
+    parser.add_argument("--alone", action="store_true")
     parser.add_argument("--perplexity", type=Path, help="a llama-perplexity that is there")
     chosen = parser.parse_args()
     threads = os.environ.get("OMP_NUM_THREADS", "all")
@@ -61,6 +83,8 @@ def main() -> None:
     if chosen.gate:
         tool = chosen.perplexity or get_tool(cache_dir(), "llama-perplexity")
         compare_whole(model(chosen.folder, chosen.shape), kinds, chosen.repeats, tool)
+    elif chosen.alone:
+        run_alone(model(chosen.folder, chosen.shape), kinds)
     elif chosen.sweep:
         for shape in SWEEP:
             sweep(model(chosen.folder, shape), kinds)
@@ -118,6 +142,62 @@ def compare_whole(place: Path, kinds: list[str], repeats: int, tool: Path) -> No
     for kind in kinds:
         print_reads(place, place / "plain" / f"model-{kind}.gguf")
     clean(place)
+
+
+def run_alone(place: Path, kinds: list[str]) -> None:
+    """Ours, whole, beside what is predicted of it."""
+    if not (place / "rows.txt").is_file():
+        step("rows", str(place))
+    clean(place)
+    export = Export.model_validate({"gguf": kinds})
+    shape = cast("Shape", Shape.of_model(place / "base"))  # of a Llama it is known
+    need = export_memory(shape, export) or 0
+    free = free_memory()
+    cpus = len(os.sched_getaffinity(0))
+    work = ExportWork(shape.parameters, export, Quantization.BF16, downloads=False)
+    seconds = forecast(work, Machine(cpus, free - need))
+    disk = export_disk(shape, Training(), export, 0, Quantization.BF16).total
+    print(
+        f"{shape.parameters / 1e9:.2f} billion parameters, {free / 1e9:.1f} GB of memory are free"
+    )
+    for part, value in seconds.items():
+        print(f"predicted: {part:16} {value:7.0f} s")
+    print(
+        f"predicted: {sum(seconds.values()):.0f} s, {need / 1e9:.2f} GB of memory beside mapped "
+        f"files, {disk / 1e9:.0f} GB of disk",
+        flush=True,
+    )
+    before = shutil.disk_usage(place).free
+    least = LeastFree(place)
+    least.start()
+    cost = step("gated", str(place), *kinds)
+    least.stop()
+    print(
+        f"took: {cost.seconds:.0f} s, {cost.cpu_seconds:.0f} CPU-s, "
+        f"{cost.anonymous_bytes / 1e9:.2f} GB of anonymous memory, "
+        f"{(before - least.bytes) / 1e9:.0f} GB of disk beside the base, load "
+        f"{os.getloadavg()[0]:.1f}"
+    )
+    print((place / "ours" / "gate.json").read_text())
+    clean(place)
+
+
+class LeastFree(threading.Thread):
+    """Looks at the disk each second until it is stopped."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__(daemon=True)
+        self.bytes = shutil.disk_usage(place).free
+        self._place = place
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(1):
+            self.bytes = min(self.bytes, shutil.disk_usage(self._place).free)
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
 
 
 def perplexity(place: Path, kind: str, tool: Path) -> Cost:
