@@ -2,41 +2,65 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import helm_python as helm
 
-from finetune_trainer.contract import Message
+from finetune_trainer.contract import Message, Tool
 
 _BETWEEN = "\N{INVERTED INTERROBANG}next\N{INVERTED INTERROBANG}"
 
 
-def render(template: str, conversations: list[list[Message]], folder: Path) -> list[str]:
-    """Each conversation as Ollama would give it to the template (template/template.go: collate)."""
+def render(
+    template: str,
+    conversations: Sequence[Sequence[Message | Mapping[str, Any]]],
+    folder: Path,
+    tools: Sequence[Tool] = (),
+) -> list[str]:
+    """Each conversation as Ollama would give it to the template (template/template.go: collate).
+
+    JSON is written as Python does, where Ollama leaves blanks out.
+    """
     chart = folder / "chart"
     (chart / "templates").mkdir(parents=True, exist_ok=True)
     (chart / "Chart.yaml").write_text("apiVersion: v2\nname: chart\nversion: 0.1.0\n")
     (chart / "templates" / "out.yaml").write_text(
-        '{{ define "it" }}' + template + "{{ end }}"
+        '{{ define "it" }}' + template.replace("{{ json ", "{{ toJson ") + "{{ end }}"
         '{{ range .Values.all }}{{ template "it" . }}' + _BETWEEN + "{{ end }}"
     )
-    values = {"all": [given(messages) for messages in conversations]}
+    values = {"all": [given(messages, tools) for messages in conversations]}
     with helm.Chart.load(chart) as loaded:
         rendered = loaded.render(values, name="it", namespace="it")
     (text,) = rendered.values()
     return text.split(_BETWEEN)[:-1]
 
 
-def given(messages: list[Message]) -> dict[str, object]:
-    """Ollama's variables for a conversation."""
+def given(
+    messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[Tool] = ()
+) -> dict[str, object]:
+    """Ollama's variables for a conversation. What prints itself as JSON there is a text here."""
     system = [m["content"] for m in messages if m["role"] == "system"]
-    collated: list[dict[str, str]] = []
+    collated: list[dict[str, Any]] = []
     for message in messages:
-        if collated and collated[-1]["Role"] == message["role"]:
+        calls = [
+            {"Function": {"Name": call["function"]["name"], "Arguments": _json(call, "arguments")}}
+            for call in message.get("tool_calls", ())
+        ]
+        same = collated and collated[-1]["Role"] == message["role"] != "tool"
+        if same and not calls:
             collated[-1]["Content"] += "\n\n" + message["content"]
         else:
-            collated.append({"Role": message["role"], "Content": message["content"]})
-    return {"System": "\n\n".join(system), "Messages": collated}
+            said = {"Role": message["role"], "Content": message["content"], "ToolCalls": calls}
+            collated.append(said)
+    listed = [json.dumps(tool, ensure_ascii=False) for tool in tools]
+    return {"System": "\n\n".join(system), "Messages": collated, "Tools": listed}
+
+
+def _json(call: Mapping[str, Any], name: str) -> str:
+    return json.dumps(call["function"][name], ensure_ascii=False)
 
 
 def read_modelfile(text: str) -> dict[str, list[str]]:

@@ -19,11 +19,20 @@ from typing import Literal, Protocol
 from pydantic import JsonValue
 from transformers import PreTrainedTokenizerBase
 
-from finetune_trainer.contract import Message, Quantization, RunConfig, display_name
+from finetune_trainer.contract import Message, Quantization, RunConfig, Tool, display_name
 from finetune_trainer.export import llama
 from finetune_trainer.export.gguf import MODELFILE
 from finetune_trainer.export.gguf.files import preferred
 from finetune_trainer.export.llama import Reading, TokenizeRequest
+from finetune_trainer.export.ollama_tools import (
+    NoToolsError,
+    Said,
+    ToolShape,
+    common_end,
+    find_tools,
+    go_head,
+    go_messages,
+)
 from finetune_trainer.model.rendering import render
 from finetune_trainer.model.tokenizer import end_of_turn_ids, is_plain_template
 
@@ -93,8 +102,8 @@ def make_template(
     the same text. `trained` says whether the training used it."""
     reader = partial(render, tokenizer, prompt=True, today=dated)
     try:
-        shape = find_shape(reader)
-        shape = without_bos(shape, tokenizer, file)
+        found = find_shape(reader)
+        shape = without_bos(found, tokenizer, file)
     except NoShapeError as error:
         notes = [
             f"No TEMPLATE: the model's chat template can't be written for Ollama, since {error}.",
@@ -107,10 +116,18 @@ def make_template(
         notes.append("It knows no system prompt: one is put before the first question.")
     if shape.system == "ignored":
         notes.append("It leaves system prompts out.")
+    tools: ToolShape | None = None
     if "tools" in str(tokenizer.get_chat_template()):
-        notes.append(
-            "It has no tools: let llama.cpp (--jinja) or vLLM serve a model that calls some."
-        )
+        try:
+            tools = tools_beside(shape, tokenizer, head=found.head.removesuffix(shape.head))
+        except NoToolsError as error:
+            notes.append(f"It has no tools, since of the model's chat template {error}: let")
+            notes.append("llama.cpp (--jinja) or vLLM serve a model that calls some.")
+        else:
+            notes.append(
+                "Ollama writes tools and arguments as JSON without blanks; the model's chat"
+            )
+            notes.append("template, and so the training, writes them with blanks.")
     if formats := sorted({*DATE.findall(shape.head), *DATE.findall(shape.end)} - {ISO_DATE}):
         notes.append(
             f"It writes today's date as {date.today().isoformat()}, the only way that Ollama has; "
@@ -118,7 +135,36 @@ def make_template(
         )
     if shape.strips:
         notes.append("It removes blank space around what is said; Ollama leaves it.")
-    return OllamaTemplate(go_template(shape), tuple(notes))
+    return OllamaTemplate(go_template(shape, tools), tuple(notes))
+
+
+def tools_beside(shape: ChatShape, tokenizer: PreTrainedTokenizerBase, *, head: str) -> ToolShape:
+    """The tools of the tokenizer's chat template, for Ollama; raises NoToolsError.
+
+    `head` is what Ollama itself puts at the beginning.
+    """
+
+    def reader(messages: Sequence[Said], tools: Sequence[Tool]) -> str:
+        return render(tokenizer, messages, prompt=True, tools=tools, today=dated)
+
+    if shape.system == "last":
+        raise NoToolsError("it puts the system prompt before the last question")
+    found = find_tools(reader, system=shape.system == "first")
+    between = found.between
+    if (shape.answer, shape.further, shape.end) != (
+        between["user", "answer"],
+        between["answer", "user"],
+        between["user", "end"],
+    ):
+        raise NoToolsError("it writes turns in another way where there are tools")
+    listed = found.definitions
+    before = listed.before_system
+    listed = replace(
+        listed,
+        head=listed.head.removeprefix(head),
+        before_system=before and before.removeprefix(head),
+    )
+    return replace(found, definitions=listed)
 
 
 def without_bos(shape: ChatShape, tokenizer: PreTrainedTokenizerBase, file: Path) -> ChatShape:
@@ -327,15 +373,19 @@ def _split(text: str, marks: Sequence[str]) -> list[str]:
     return [*parts, text]
 
 
-def go_template(shape: ChatShape) -> str:
-    """The template; its renderings equal `shape.render` for conversations that end with the user.
+def go_template(shape: ChatShape, tools: ToolShape | None = None) -> str:
+    """The template; its renderings equal `shape.render` for conversations that end with the user,
+    and those of `tools` where there are some.
 
     One that ends with an assistant's message is rendered up to that message's end, so that the
     model goes on with it.
     """
-    ask = _common_end(shape.head, shape.further)
+    if tools is not None:
+        head = go_head(tools.definitions, _head(shape, ""), literal)
+        return head + "\n".join(go_messages(tools, _inside(shape), literal))
+    ask = common_end([shape.head, shape.further])
     if shape.system == "first":
-        ask = _common_end(ask, shape.after_system)
+        ask = common_end([ask, shape.after_system])
     lines = [
         _head(shape, ask) + "{{ range $i, $_ := .Messages }}",
         "{{- $last := eq (len (slice $.Messages $i)) 1 }}",
@@ -405,11 +455,3 @@ def _inside(shape: ChatShape) -> str:
     if shape.system == "refused":  # the system prompt is message 0 where there is one
         return '{{ if and $.System (eq $i 1) }}{{ $.System }}{{ "\\n\\n" }}{{ end }}'
     return ""
-
-
-def _common_end(one: str, other: str) -> str:
-    """The longest text that both end with."""
-    length = 0
-    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
-        length += 1
-    return one[len(one) - length :]

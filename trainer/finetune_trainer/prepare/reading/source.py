@@ -17,7 +17,13 @@ from finetune_trainer.contract import (
     StageError,
     allowed,
 )
-from finetune_trainer.prepare.reading.content import PARQUET, Content, foreign, unreadable
+from finetune_trainer.prepare.reading.content import (
+    PARQUET,
+    Content,
+    Parquet,
+    foreign,
+    unreadable,
+)
 from finetune_trainer.prepare.reading.contents import builder
 from finetune_trainer.prepare.reading.conversation import InvalidError
 from finetune_trainer.prepare.reading.encoding import Text, beginning, check_encoding, find_encoding
@@ -39,7 +45,6 @@ from finetune_trainer.prepare.reading.layout import (
     wanted_for,
     with_tools,
 )
-from finetune_trainer.prepare.reading.parquet import Parquet
 from finetune_trainer.prepare.reading.record import (
     UNUSED_SHOWN,
     DamageError,
