@@ -19,6 +19,7 @@ from finetune_trainer.contract import (
     FileVerdict,
     GateReport,
     Quantization,
+    Reason,
     Sample,
     StageError,
 )
@@ -49,7 +50,12 @@ from finetune_trainer.export.inputs import (
     some_file,
 )
 from finetune_trainer.export.merge.deltas import is_whole_model
-from finetune_trainer.export.merge.model_folder import generation_settings, write_fp8, write_merged
+from finetune_trainer.export.merge.model_folder import (
+    fp8_problem,
+    generation_settings,
+    write_fp8,
+    write_merged,
+)
 from finetune_trainer.export.ollama import write_modelfile
 from finetune_trainer.memory.forecast import SOURCE
 from finetune_trainer.model import ModelFolder
@@ -162,7 +168,10 @@ def make_merged(context: ExportContext) -> None:
 
 
 def make_fp8(context: ExportContext) -> None:
-    """Write the merged model in FP8, and publish its folder."""
+    """Write the merged model in FP8, read it back against the merged one, and publish its folder.
+
+    Raises StageError(QualityGateFailed), unless export.verify is off.
+    """
     if there := context.standing_folder(MERGED_FP8):
         for artifact in there:
             context.take(artifact)
@@ -172,6 +181,12 @@ def make_fp8(context: ExportContext) -> None:
         total = sum(info.nbytes for info in weights.infos.values())
         moved = context.reporter.transfer("Writing FP8", total)
         write_fp8(weights, context.model.files.folder.path, narrow, moved)
+        verifies = context.config.export.verify != "off"
+        if verifies and (problem := fp8_problem(weights, narrow)):
+            raise StageError(
+                Reason.QUALITY_GATE_FAILED,
+                f"{MERGED_FP8}/: {problem}. Nothing of it is published: start the export again.",
+            )
     context.kept.add_folder(MERGED_FP8, publish_folder(context.add_file, narrow))
     for file in narrow.glob("*.safetensors"):
         context.discard(file)

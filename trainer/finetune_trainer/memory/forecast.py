@@ -107,7 +107,8 @@ def _parts(work: ExportWork, machine: Machine) -> Iterator[tuple[str, float]]:
     verify = export.verify != "off"
     yield "fetch", source / NETWORK_RATE if work.downloads else 0.0
     if export.merged_fp8:
-        yield "fp8", PROCESS_SECONDS + source / WRITE_RATE
+        passes = 2 if verify else 1  # read back
+        yield "fp8", PROCESS_SECONDS + passes * source / WRITE_RATE
     if export.merged or export.gguf:
         yield "merge", PROCESS_SECONDS + source / WRITE_RATE
     if verify and (export.merged or export.gguf):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_trainer.export.merge import UNREACHED, MergedWeights
@@ -323,6 +324,53 @@ def write_fp8(
     config["quantization_config"] = narrow.settings()
     (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_merged(narrow, target, on_bytes)
+
+
+ROUNDING = 2.0**-4 + 2.0**-8
+"""Of a value: half a step of e4m3, which has three bits behind the point, and a scale's 8 bits."""
+
+SMALLEST = 2.0**-9
+"""e4m3's smallest step, of a scale."""
+
+
+def fp8_problem(weights: MergedWeights, folder: Path) -> str | None:
+    """What a folder in FP8 has otherwise than the merged model rounded; None if nothing.
+
+    Each value is read back, times its channel's scale, and has to be within FP8's rounding of the
+    merged one; tensors that stay in 16 bits have to be equal. So a wrong scale of one channel is
+    found, a tensor in another's place, and what the disk lost.
+    """
+    names = dict(weights.infos)
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:  # type: ignore[no-untyped-call]
+            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                scales = f"{name.removesuffix(SCALE)}{SCALE}"
+                if name == scales:
+                    continue
+                if names.pop(name, None) is None:
+                    return f"{name} is no tensor of the model, or is there twice"
+                scale = tensors.get_tensor(scales) if scales in tensors.keys() else None  # noqa: SIM118
+                if (row := _other_row(weights, name, tensors.get_slice(name), scale)) is not None:
+                    return f"row {row} of {name} isn't the merged model's in FP8"
+    return f"{min(names)} is missing" if names else None
+
+
+def _other_row(
+    weights: MergedWeights, name: str, found: Any, scale: torch.Tensor | None
+) -> int | None:
+    """The first row whose values, times its scale, are not the merged ones rounded."""
+    rows = weights.infos[name].shape[0] if weights.infos[name].shape else 1
+    for low in range(0, rows, SPAN_ROWS):
+        exact, read = weights.rows(name, low, low + SPAN_ROWS), found[low : low + SPAN_ROWS]
+        if scale is None:
+            same = read == exact
+        else:
+            factor = scale[low : low + SPAN_ROWS].float()
+            off = (read.float() * factor - exact.float()).abs()
+            same = off <= exact.float().abs() * ROUNDING + factor * SMALLEST
+        if not same.all():
+            return low + int((~same).flatten(1).any(1).nonzero()[0]) if same.dim() > 1 else low
+    return None
 
 
 def _is_linear(info: TensorInfo, weights: MergedWeights) -> bool:
