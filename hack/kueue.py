@@ -88,14 +88,17 @@ class Kueue:
         self._plane.kubectl("delete", webhooks, *WEBHOOKS, "--ignore-not-found")
         self._daemon.stop(seconds=STOP_SECONDS)
 
-    def add_queue(self, name: str, namespace: str, *, gpus: int) -> None:
-        """A LocalQueue with a ClusterQueue of its own, whose quota counts GPUs alone.
+    def add_queue(
+        self, name: str, namespace: str, *, gpus: int = 0, cpus: int | None = None
+    ) -> None:
+        """A LocalQueue with a ClusterQueue of its own, whose quota counts GPUs or CPUs alone.
 
-        A more urgent Job preempts a less urgent one.
+        A more urgent Job preempts a less urgent one. A queue that is there gets this quota.
         """
-        quota = [{"name": "nvidia.com/gpu", "nominalQuota": gpus}]
+        resource = "nvidia.com/gpu" if cpus is None else "cpu"
+        quota = [{"name": resource, "nominalQuota": gpus if cpus is None else cpus}]
         group = {
-            "coveredResources": ["nvidia.com/gpu"],
+            "coveredResources": [resource],
             "flavors": [{"name": FLAVOR, "resources": quota}],
         }
         cluster_queue = {
@@ -106,11 +109,18 @@ class Kueue:
         self._apply(_object("ClusterQueue", _shared(name, namespace), cluster_queue))
         self.share_queue(name, of=namespace, namespace=namespace)
 
-    def share_queue(self, name: str, *, of: str, namespace: str) -> None:
-        """A LocalQueue of the same name in another namespace, with the same quota."""
-        local = _object("LocalQueue", name, {"clusterQueue": _shared(name, of)})
+    def share_queue(self, name: str, *, of: str, namespace: str, alias: str = "") -> None:
+        """A LocalQueue in another namespace or of another name, with the same quota."""
+        local = _object("LocalQueue", alias or name, {"clusterQueue": _shared(name, of)})
         local["metadata"]["namespace"] = namespace
         self._apply(local)
+
+    def hold(self, name: str, namespace: str, *, held: bool) -> None:
+        """Let a LocalQueue admit nothing more, or admit again."""
+        patch = json.dumps({"spec": {"stopPolicy": "Hold" if held else "None"}})
+        self._plane.kubectl(
+            "patch", "localqueue", name, "-n", namespace, "--type=merge", "-p", patch
+        )
 
     def delete_queue(self, name: str, namespace: str) -> None:
         """Delete the LocalQueue."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.fixtures import start_or_leave_out
 
 NAME = "e2e"
 KEEP = "FINETUNE_KEEP_CLUSTER"
+MODEL = Path(__file__).parents[1] / "data" / "first_release" / "inputs" / "model"
 
 
 # Not for the session: an idle cluster takes a fifth of a CPU from the tests that come after.
@@ -25,3 +27,11 @@ def environment(request: pytest.FixtureRequest) -> Iterator[Environment]:
     yield started[0]
     if not os.environ.get(KEEP):
         env.take_down(NAME)
+
+
+@pytest.fixture(scope="package")
+def one_layer(environment: Environment) -> str:
+    """The URI of a model of one layer, which trains a step in milliseconds."""
+    for file in sorted(MODEL.iterdir()):
+        environment.store.client().upload_file(str(file), "models", f"one-layer/{file.name}")
+    return "s3://models/one-layer"

@@ -45,9 +45,9 @@ def step(job: Job) -> int:
     return int(progress.get("step") or 0) if progress.get("stage") == "train" else 0
 
 
-def pods_of(environment: Environment) -> list[Job]:
-    """This job's pods that are there."""
-    return environment.items("pods", f"finetune.dev/job={NAME}")
+def pods_of(environment: Environment, job: str = NAME) -> list[Job]:
+    """The job's pods that are there."""
+    return environment.items("pods", f"finetune.dev/job={job}")
 
 
 def stage_of_pod(pod: Job) -> str:
@@ -85,9 +85,9 @@ def events(environment: Environment) -> list[Job]:
     return [each for each in found if each["involvedObject"]["name"] == NAME]
 
 
-def checkpoints(environment: Environment) -> set[int]:
+def checkpoints(environment: Environment, output: str = NAME) -> set[int]:
     """Steps of the whole checkpoints in the store."""
-    prefix = f"{NAME}/stages/train/"
+    prefix = f"{output}/stages/train/"
     listing = environment.store.client().list_objects_v2(Bucket="artifacts", Prefix=prefix)
     keys = [item["Key"] for item in listing.get("Contents", [])]
     found = (re.search(r"/checkpoints/(\d+)/complete\.json$", key) for key in keys)

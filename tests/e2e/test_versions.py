@@ -12,7 +12,6 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ from hack.demo.environment import EXAMPLE, Environment
 
 NAME = "changing"
 OUTPUT = "s3://artifacts/changing"
-MODEL = Path(__file__).parents[1] / "data" / "first_release" / "inputs" / "model"  # of one layer
 ROWS = list(csv.reader((EXAMPLE.parent / "data" / "lumora-nest.csv").read_text().splitlines()))
 FEW, MORE = 8, 12
 SECONDS = 600
@@ -40,15 +38,13 @@ def upload(environment: Environment, rows: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def changing(environment: Environment) -> Iterator[Environment]:
+def changing(environment: Environment, one_layer: str) -> Iterator[Environment]:
     """A job that looks every minute, on a model of a second."""
-    for file in sorted(MODEL.iterdir()):
-        environment.store.client().upload_file(str(file), "models", f"one-layer/{file.name}")
     upload(environment, FEW)
     job = yaml.safe_load(EXAMPLE.read_text())
     job["metadata"]["name"] = NAME
     job["spec"] |= {
-        "model": {"source": "s3://models/one-layer"},
+        "model": {"source": one_layer},
         "dataset": {
             **job["spec"]["dataset"],
             "source": "s3://datasets/changing.csv",
