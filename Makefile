@@ -66,16 +66,16 @@ doctor: build ## What a training finds here: GPUs, driver, torch, memory, disk, 
 train: build ## Fine-tune: make train DATASET=my.csv BASE_MODEL=org/name-or-folder METHOD=lora
 	$(BIN)/finetune-trainer local train --output "$(OUTPUT)" \
 	  $(if $(DATASET),--dataset "$(DATASET)") $(if $(BASE_MODEL),--base-model "$(BASE_MODEL)") \
-	  $(if $(EPOCHS),--epochs "$(EPOCHS)") $(if $(METHOD),--set "training.method=$(METHOD)") \
-	  $(if $(OBJECTIVE),--set "training.objective=$(OBJECTIVE)") $(TRAIN_ARGS)
+	  $(if $(EPOCHS),--epochs "$(EPOCHS)") $(if $(METHOD),--method "$(METHOD)") \
+	  $(if $(OBJECTIVE),--objective "$(OBJECTIVE)") $(TRAIN_ARGS)
 
 .PHONY: merge
 merge: build ## Merge the adapter of the last `make train` into its base model
 	$(BIN)/finetune-trainer local merge --output "$(OUTPUT)"
 
 .PHONY: gguf
-gguf: build ## Convert the merged model to GGUF and quantize it
-	$(BIN)/finetune-trainer local gguf --output "$(OUTPUT)"
+gguf: build ## Convert the merged model to GGUF and quantize it: make gguf GGUF=Q4_K_M,Q8_0
+	$(BIN)/finetune-trainer local gguf --output "$(OUTPUT)" $(if $(GGUF),--gguf "$(GGUF)")
 
 # Needs no .venv: torch for CUDA, transformers, accelerate and peft are enough, with the few wheels that
 # it names (GPU_ARGS='--wheels FOLDER'). TINY=1 runs every line on a CPU and measures nothing.

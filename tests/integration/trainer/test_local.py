@@ -68,6 +68,7 @@ def test_train_merge_and_convert(local: Local, tiny_model: Path) -> None:
         "Training examples: 6, epochs: 40",
         "step 10/120  epoch 3.33  loss ",
         "learning rate ",
+        "Next: `finetune-trainer local merge` (`make merge`)",
     ):
         assert said in output
     assert {
@@ -77,10 +78,14 @@ def test_train_merge_and_convert(local: Local, tiny_model: Path) -> None:
         "tokenizer_config.json",
     } <= local.files("lora_adapter")
 
-    local("merge")
+    assert "Next: `finetune-trainer local gguf` (`make gguf`)" in local("merge")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= local.files("merged")
 
-    output = local("gguf", "--set=export.gguf=Q8_0,Q4_K_M")
+    output = local("gguf", "--gguf=Q8_0,Q4_K_M")
+    assert "Next: look at " in output
+    assert "tiny-Q4_K_M.gguf" in (local.folder / "models" / "README.md").read_text()
+    report = (local.folder / "models" / "report.html").read_text()
+    assert all(said in report for said in ("tiny-Q8_0.gguf", 'id="loss-wide', "my.csv"))
     assert local.files("gguf") == {"tiny-Q8_0.gguf", "tiny-Q4_K_M.gguf"}
     modelfile = (local.folder / "models" / "Modelfile").read_text()
     assert "FROM ./gguf/tiny-Q8_0.gguf\n" in modelfile
@@ -108,21 +113,21 @@ def test_what_comes_first_is_said(local: Local) -> None:
     ("arguments", "code", "said"),
     [
         (["--dataset=none.csv", "--base-model=a/b"], 10, "There is no dataset at "),
-        (["--epochs=0", "--base-model=a/b"], 11, "training.epochs: must be a whole number"),
+        (["--epochs=0", "--base-model=a/b"], 11, "--epochs: must be a whole number"),
         (
             ["--set=training.engine=best", "--base-model=a/b"],
             11,
             "training.engine: Input should be",
         ),
         (
-            ["--set=training.learningRate=2", "--base-model=a/b"],
+            ["--learning-rate=2", "--base-model=a/b"],
             11,
-            "training.learningRate: Input should be",
+            "--learning-rate: Input should be",
         ),
         (
             ["--set=training.learningrate=1e-3", "--base-model=a/b"],
             11,
-            "the nearest is training.learningRate",
+            "the nearest is --learning-rate",
         ),
     ],
 )

@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from finetune_trainer.contract import Reason, StageError
-from finetune_trainer.local.fields import apply_settings, settable_fields
+from finetune_trainer.local import app
+from finetune_trainer.local.fields import (
+    FLAGS,
+    apply_settings,
+    in_local_words,
+    settable_fields,
+)
 
 
 @pytest.mark.parametrize(
@@ -108,3 +116,55 @@ def test_a_field_that_needs_another_is_read_by_itself() -> None:
     given = ["training.lora.targetParameters=mlp.experts.down_proj", "training.lora.dropout=0"]
     lora = apply_settings({}, given)["training"]["lora"]
     assert lora == {"targetParameters": ["mlp.experts.down_proj"], "dropout": 0}
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            "base model and adapter diverge: lower spec.training.learningRate and train again.",
+            "base model and adapter diverge: lower --learning-rate and train again.",
+        ),
+        (
+            "The base model a/b (main) does not exist on the Hub, or it is private: correct "
+            "spec.model.source, or name a Secret with a token that may read it in "
+            "spec.model.tokenSecretRef.",
+            "The base model a/b (main) does not exist on the Hub, or it is private: correct "
+            "--base-model, or set HF_TOKEN to a token that may read it.",
+        ),
+        (
+            "spec.training.parallelism: fsdp can't spread a model with it. Set it to ddp.",
+            "training.parallelism: fsdp can't spread a model with it. Set it to ddp. (--set "
+            "training.parallelism=… sets that field)",
+        ),
+        (
+            "There are no credentials for s3://a/b: name a Secret with AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY in spec.storage.secretRef, or use workload identity "
+            "(spec.serviceAccountName).",
+            "There are no credentials for s3://a/b: set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY.",
+        ),
+        (
+            "set stages.train.resources.limits.memory to at least 17Gi",
+            "free 17Gi at least",
+        ),
+        ("step 10/120  epoch 3.33  loss 0.5", "step 10/120  epoch 3.33  loss 0.5"),
+        ("/data/model.source.csv has 3 rows", "/data/model.source.csv has 3 rows"),
+    ],
+)
+def test_messages_speak_of_flags_and_variables(message: str, said: str) -> None:
+    assert in_local_words(message) == said
+
+
+def test_every_flag_is_of_a_field_and_of_a_command() -> None:
+    commands = {name: get_command(app).commands[name] for name in ("train", "gguf")}  # type: ignore[attr-defined]
+    flags = {flag for command in commands.values() for each in command.params for flag in each.opts}
+    assert set(FLAGS.values()) <= flags
+    assert set(FLAGS) <= set(settable_fields())
+
+
+@pytest.mark.parametrize("command", ["train", "merge", "gguf"])
+def test_help_fits_a_screen(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"})
+    assert shown.exit_code == 0
+    assert len(shown.output.splitlines()) <= 40

@@ -69,7 +69,13 @@ from finetune_trainer.model.shape import Shape
 from finetune_trainer.runtime import binary, duration, size, timestamp
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import Folder, open_folder
-from finetune_trainer.store.marker import MANIFEST, check_owner
+from finetune_trainer.store.marker import (
+    DATASET_REPORT,
+    MANIFEST,
+    METRICS,
+    check_owner,
+    open_stage,
+)
 from finetune_trainer.store.versions import (
     Version,
     manifest_of,
@@ -250,9 +256,41 @@ def describe(export: ExportRun, base: ModelFolder | None, manifest: Manifest) ->
         created=manifest.created,
         license=license_of(base.path if base else None),
     )
-    for name, write in ((MODEL_CARD, write_model_card), (REPORT, write_report)):
-        write(export.result / name, facts)
+    for name in write_texts(export.result, facts):
         export.publication.add(export.result / name, name)
+
+
+def write_texts(folder: Path, facts: Facts) -> tuple[str, ...]:
+    """Write model card and report to a folder; returns their names."""
+    write_model_card(folder / MODEL_CARD, facts)
+    write_report(folder / REPORT, facts)
+    return MODEL_CARD, REPORT
+
+
+def describe_converted(
+    config: PreparedRunConfig,
+    folder: Path,
+    store: Folder,
+    gate: GateReport,
+    files: Sequence[Artifact],
+) -> None:
+    """Model card and report of what `convert_merged` made, in `folder`."""
+    prints = config.resolved.fingerprints
+    trained = open_stage(store, Stage.TRAIN, prints.train).read(METRICS)
+    report = open_stage(store, Stage.PREPARE, prints.prepare).read(DATASET_REPORT)
+    training = TrainingRecord.model_validate_json(trained)
+    dataset = DatasetReport.model_validate_json(report)
+    facts = Facts(
+        config=config,
+        lineage=lineage_of(config, training, dataset),
+        trained=training,
+        dataset=dataset,
+        gate=gate,
+        files=tuple(files),
+        created=timestamp(),
+        license=license_of(folder / MERGED),
+    )
+    write_texts(folder, facts)
 
 
 def lineage_of(config: PreparedRunConfig, trained: TrainingRecord, found: DatasetReport) -> Lineage:

@@ -7,6 +7,9 @@ the results laid out where people look for them:
     models/tuned/           in its place: the whole model in float32, with training.method full
     models/merged/          16-bit safetensors         (local merge)
     models/gguf/            GGUF files                 (local gguf)
+    models/report.html      what came out, with README.md, the model card
+
+Messages speak of flags and environment variables, not of a FineTuneJob's fields and of Secrets.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.contract.verdict import Statement, Tone, explain_failures, word_for
 from finetune_trainer.export.gguf import MODELFILE
-from finetune_trainer.local.fields import apply_settings, settable_fields
+from finetune_trainer.local.fields import apply_settings, in_local_words, settable_fields
 from finetune_trainer.memory.machine import this_machine
 from finetune_trainer.model import prequantized
 from finetune_trainer.runtime.lifecycle import set_up_libraries
@@ -73,18 +76,34 @@ DEFAULT_OUTPUT = Path("models")
 
 @app.command()
 def train(
+    *,
     dataset: Annotated[
         str | None,
-        typer.Option(help="CSV, JSON lines or Parquet (dataset.source); default: the sample."),
+        typer.Option(help="CSV, JSON lines or Parquet; default: the sample."),
     ] = None,
     base_model: Annotated[
         str | None,
         typer.Option(
-            help="org/name or a folder (model.source); default: the sample's small model."
+            help="org/name or a folder; default: the sample's small model. HF_TOKEN is a "
+            "token of the Hub."
         ),
     ] = None,
-    epochs: Annotated[
-        str | None, typer.Option(help="Passes over the data, or auto (training.epochs).")
+    eval_dataset: Annotated[
+        str | None, typer.Option(help="Held-out examples; default: some of the dataset's.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="lora (default), qlora or full.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="sft (default), dpo, orpo or kto, by the dataset's columns.")
+    ] = None,
+    epochs: Annotated[str | None, typer.Option(help="Passes over the data, or auto.")] = None,
+    learning_rate: Annotated[
+        str | None, typer.Option(help="The optimizer's; default: 2e-4.")
+    ] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(help="Examples a pass, at most; default: 2.")
+    ] = None,
+    max_sequence_length: Annotated[
+        str | None, typer.Option(help="Tokens at which examples are cut; default: 2048.")
     ] = None,
     output: OutputOption = DEFAULT_OUTPUT,
     settings: Annotated[
@@ -99,7 +118,17 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune: leaves OUTPUT/lora_adapter, or OUTPUT/tuned with the method full."""
-    flags = {"dataset.source": dataset, "model.source": base_model, "training.epochs": epochs}
+    flags = {
+        "dataset.source": dataset,
+        "dataset.evalSource": eval_dataset,
+        "model.source": base_model,
+        "training.method": method,
+        "training.objective": objective,
+        "training.epochs": epochs,
+        "training.learningRate": learning_rate,
+        "training.batchSize": batch_size,
+        "training.maxSequenceLength": max_sequence_length,
+    }
     given = [f"{path}={value}" for path, value in flags.items() if value is not None]
     given += settings or []
     _finish(Stage.TRAIN, lambda reporter: train_adapter(given, output.resolve(), reporter))
@@ -114,20 +143,24 @@ def merge(output: OutputOption = DEFAULT_OUTPUT) -> None:
 
 @app.command()
 def gguf(
+    types: Annotated[
+        str | None,
+        typer.Option("--gguf", help="Types, e.g. Q8_0,Q4_K_M; default: F16,Q8_0,Q4_K_M."),
+    ] = None,
     output: OutputOption = DEFAULT_OUTPUT,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="PATH=VALUE",
-            help="Any field of export, e.g. export.gguf=Q8_0,Q4_K_M (repeatable).",
+            help="Any field of export, e.g. export.importanceMatrix=true (repeatable).",
         ),
     ] = None,
 ) -> None:
-    """Convert the merged model to GGUF files, and measure each: leaves OUTPUT/gguf."""
-    _finish(
-        Stage.EXPORT, lambda reporter: convert_to_gguf(settings or [], output.resolve(), reporter)
-    )
+    """Convert the merged model to GGUF files, and measure each: leaves OUTPUT/gguf, a Modelfile,
+    a report and a model card."""
+    given = ([f"export.gguf={types}"] if types else []) + (settings or [])
+    _finish(Stage.EXPORT, lambda reporter: convert_to_gguf(given, output.resolve(), reporter))
 
 
 @app.command()
@@ -139,8 +172,18 @@ def fields() -> None:
         console.print(f"    {field.description}", markup=False)
 
 
+class LocalWords(logging.Filter):
+    """Puts what is logged into the words of one machine."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = in_local_words(record.getMessage()), ()
+        return True
+
+
 def _finish(stage: Stage, work: Callable[[Reporter], StageResult]) -> None:
     set_up_libraries()
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(LocalWords())
     with Reporter() as reporter:
         stop_on_signal(lambda: stage, None, reporter)
         result = guarded(stage, lambda: work(reporter))
@@ -165,7 +208,7 @@ def train_adapter(settings: Sequence[str], folder: Path, reporter: Reporter) -> 
     store = LocalFolder(_store_folder(folder))
     trained = open_stage(store, Stage.TRAIN, config.resolved.fingerprints.train)
     trained.fetch_folder(config.training.result_folder, target)
-    return _done(Stage.TRAIN, f"the {_result_noun(config)} is in {target}")
+    return _done(Stage.TRAIN, f"the {_result_noun(config)} is in {target}", "merge", folder)
 
 
 def merge_adapter(folder: Path, reporter: Reporter) -> StageResult:
@@ -178,7 +221,7 @@ def merge_adapter(folder: Path, reporter: Reporter) -> StageResult:
     shutil.rmtree(target, ignore_errors=True)
     reporter.message(f"Merging the {_result_noun(config)} into {config.model.source}")
     write_model(base, _result(config, folder), target)
-    return _done(Stage.EXPORT, f"the merged model is in {target}")
+    return _done(Stage.EXPORT, f"the merged model is in {target}", "gguf", folder)
 
 
 def convert_to_gguf(settings: Sequence[str], folder: Path, reporter: Reporter) -> StageResult:
@@ -212,7 +255,11 @@ def convert_to_gguf(settings: Sequence[str], folder: Path, reporter: Reporter) -
         if item.rejected:  # not before all are made, since some are made of it
             (folder / REJECTED).mkdir(exist_ok=True)
             (folder / "gguf" / Path(item.path).name).rename(folder / item.path)
-    done = f"{len(export.gguf)} GGUF files are in {folder / 'gguf'}, and a Modelfile beside"
+    export_stage.describe_converted(config, folder, store, gate, files)
+    done = (
+        f"{len(export.gguf)} GGUF files are in {folder / 'gguf'}, and a Modelfile beside. Next: "
+        f"look at {folder / export_stage.REPORT}, then `ollama create NAME -f {folder / MODELFILE}`"
+    )
     return StageResult(
         stage=Stage.EXPORT,
         reason=export_stage.reason_of(files),
@@ -239,13 +286,13 @@ def run_config(settings: Sequence[str], folder: Path) -> RunConfig:
             raise StageError(Reason.INVALID_CONFIG, "Name a file of examples with --dataset.")
         dataset["source"] = str(SAMPLE)
         dataset.setdefault("evalSource", str(SAMPLE_EVAL))
+    for key in ("source", "evalSource"):
+        if (path := dataset.get(key)) and not path.startswith(("s3://", HUB_DATASETS)):
+            dataset[key] = str(Path(path).resolve()) + ("/" if path.endswith("/") else "")
     if "source" not in model:
         model["source"] = make_base_model()
     elif Path(model["source"]).is_dir():
         model["source"] = str(Path(model["source"]).resolve())
-    for key in ("source", "evalSource"):
-        if (path := dataset.get(key)) and not path.startswith(("s3://", HUB_DATASETS)):
-            dataset[key] = str(Path(path).resolve()) + ("/" if path.endswith("/") else "")
     fields.setdefault("hardware", this_machine(folder))
     return RunConfig.model_validate(fields)
 
@@ -297,8 +344,12 @@ def _result_noun(config: RunConfig) -> str:
     return "tuned model" if config.training.method == "full" else "adapter"
 
 
-def _done(stage: Stage, message: str) -> StageResult:
-    return StageResult(stage=stage, reason=Reason.SUCCEEDED, message=message)
+def _done(stage: Stage, message: str, then: str, folder: Path) -> StageResult:
+    """`then` is the command that goes on from here."""
+    where = "" if folder == DEFAULT_OUTPUT.resolve() else f" --output {folder}"
+    make = f"make {then}" + (f" OUTPUT={folder}" if where else "")
+    following = f"Next: `finetune-trainer local {then}{where}` (`{make}`)"
+    return StageResult(stage=stage, reason=Reason.SUCCEEDED, message=f"{message}. {following}")
 
 
 def show_quality(artifacts: Sequence[Artifact]) -> None:

@@ -1,9 +1,12 @@
-"""`--set path=value`: which fields there are, and how the contract's types read a value."""
+"""`--set path=value`: which fields there are, how the contract's types read a value; and messages
+in words of flags.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
@@ -17,6 +20,43 @@ from finetune_trainer.contract import Reason, RunConfig, StageError
 # `local` itself fills in the other parts of run.json.
 PARTS = ("model", "dataset", "training", "export", "storage", "hardware")
 LISTING = "`finetune-trainer local fields` lists all fields."
+
+FLAGS = {
+    "dataset.source": "--dataset",
+    "dataset.evalSource": "--eval-dataset",
+    "model.source": "--base-model",
+    "training.method": "--method",
+    "training.objective": "--objective",
+    "training.epochs": "--epochs",
+    "training.learningRate": "--learning-rate",
+    "training.batchSize": "--batch-size",
+    "training.maxSequenceLength": "--max-sequence-length",
+    "export.gguf": "--gguf",
+}
+"""Fields that have a flag of their own."""
+
+_OF_A_CLUSTER = (
+    (
+        r"name a Secret with that account's token in spec\.model\.tokenSecretRef",
+        "set HF_TOKEN to a token of that account",
+    ),
+    (
+        r"name a Secret with a token that may read it in spec\.model\.tokenSecretRef",
+        "set HF_TOKEN to a token that may read it",
+    ),
+    (r"the token in the Secret of spec\.model\.tokenSecretRef", "HF_TOKEN"),
+    (
+        r"name a Secret with (?:AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) in [\w.]+, or use "
+        r"workload identity \(spec\.serviceAccountName\)",
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    ),
+    (r"the keys in the Secret of [\w.]+", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    (r"set (spec\.)?stages\.\w+\.resources\.limits\.memory to at least (\w+)", r"free \2 at least"),
+    (r"[Rr]aise the (memory limit of the stage's pod|pod's memory limit)", "close other programs"),
+)
+"""What messages say of a cluster, and what it is on one machine."""
+
+_FIELD = re.compile(r"\b(?:spec\.)?([a-z]\w*(?:\.[a-z]\w*)+)")
 
 
 @dataclass(frozen=True)
@@ -132,3 +172,24 @@ def _alternatives(info: FieldInfo) -> tuple[Any, ...]:
     """The types of a union; else the one type that there is."""
     annotation = info.annotation
     return (annotation,) if get_origin(annotation) in (None, tuple) else get_args(annotation)
+
+
+def in_local_words(message: str) -> str:
+    """A message of a stage as somebody without a cluster reads it: flags in place of fields of a
+    FineTuneJob, environment variables in place of Secrets."""
+    for pattern, words in _OF_A_CLUSTER:
+        message = re.sub(pattern, words, message)
+    others = list[str]()
+
+    def local(match: re.Match[str]) -> str:
+        path = match[1]
+        if flag := FLAGS.get(path):
+            return flag
+        if path in settable_fields() and match[0].startswith("spec."):
+            others.append(path)
+        return path
+
+    message = _FIELD.sub(local, message)
+    if others and "--set" not in message:
+        message += f" (--set {others[0]}=… sets that field)"
+    return message

@@ -342,7 +342,7 @@ def fp8_problem(weights: MergedWeights, folder: Path) -> str | None:
     """
     names = dict(weights.infos)
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:  # type: ignore[no-untyped-call]
+        with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - it is no mapping
                 scales = f"{name.removesuffix(SCALE)}{SCALE}"
                 if name == scales:
