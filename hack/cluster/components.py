@@ -31,7 +31,8 @@ SERVICE_ADDRESS = "10.96.0.1"
 CONTROLLERS = (
     "job,cronjob,garbagecollector,namespace,serviceaccount,serviceaccount-token,"
     "root-ca-cert-publisher,endpoint,endpointslice,deployment,replicaset,disruption,"
-    "nodelifecycle,podgc,resourcequota,ttl-after-finished,clusterrole-aggregation"
+    "nodelifecycle,podgc,resourcequota,ttl-after-finished,clusterrole-aggregation,"
+    "persistentvolume-binder,pvc-protection,ephemeral-volume"
 )
 EVICTION = "taint-eviction-controller"
 """Takes the pods off a tainted node. Before 1.29 it was part of nodelifecycle."""

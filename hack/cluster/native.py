@@ -171,6 +171,14 @@ class NativeCluster:
         if ref not in output([*self._ctr(), "images", "list", "--quiet"]).split():
             raise ClusterError(f"{archive} holds no image named {ref}")
 
+    def pull_without_tls(self, registry: str) -> None:
+        """Have the node's containerd speak plain HTTP to the registry at this host and port."""
+        folder = self.node.registries / registry
+        folder.mkdir(exist_ok=True)
+        url = json.dumps(f"http://{registry}")
+        can = 'capabilities = ["pull", "resolve"]'
+        (folder / "hosts.toml").write_text(f"server = {url}\n[host.{url}]\n{can}\n")
+
     def load_image(self, archive: Path, ref: str) -> None:
         """Import a docker-archive whose tag is `ref`; one that is already there is skipped."""
         stat = archive.stat()

@@ -61,6 +61,11 @@ class Node:
         self._identity = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
 
     @property
+    def registries(self) -> Path:
+        """A folder for each container registry that containerd is told something about."""
+        return self.folder / "registries"
+
+    @property
     def record(self) -> NodeRecord:
         """The node's network and traces, chosen at its first start."""
         if not self._record_file.exists():
@@ -140,14 +145,16 @@ class Node:
         """Forget what only holds for one life of the node, as a reboot would."""
         self._start_file.unlink(missing_ok=True)
         shutil.rmtree(self.folder / "cni-state", ignore_errors=True)
-        for name in (*BINDS, "containerd", "cni"):
+        for name in (*BINDS, "containerd", "cni", self.registries.name):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
 
     def _write_plan(self, programs: dict[str, Path], plane: ControlPlane) -> None:
         """Write the daemons' configuration, and what the first process is to do."""
         root = self.folder
         snapshotter = "native" if _filesystem(root) == "overlayfs" else "overlayfs"
-        runtime = node_config.Containerd(root / "containerd", root / "cni", snapshotter)
+        runtime = node_config.Containerd(
+            root / "containerd", root / "cni", self.registries, snapshotter
+        )
         network = self.network
         minor = minor_version(programs["kubelet"])
         files: dict[str, str] = {

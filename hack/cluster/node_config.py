@@ -30,6 +30,9 @@ class Containerd:
 
     root: Path
     cni: Path
+    registries: Path
+    """How to speak to a registry that has no TLS: `HOST/hosts.toml`, read at every pull."""
+
     snapshotter: str
 
     def config(self, major: int) -> str:
@@ -60,6 +63,8 @@ class Containerd:
             [plugins."io.containerd.grpc.v1.cri".cni]
               bin_dir = "{CNI_PLUGINS}"
               conf_dir = {json.dumps(str(self.cni))}
+            [plugins."io.containerd.grpc.v1.cri".registry]
+              config_path = {json.dumps(str(self.registries))}
             [plugins."io.containerd.grpc.v1.cri".containerd]
               snapshotter = "{self.snapshotter}"
               default_runtime_name = "runc"
@@ -73,6 +78,8 @@ class Containerd:
         return f"""\
             [plugins."io.containerd.cri.v1.images"]
               snapshotter = "{self.snapshotter}"
+            [plugins."io.containerd.cri.v1.images".registry]
+              config_path = {json.dumps(str(self.registries))}
             [plugins."io.containerd.cri.v1.images".pinned_images]
               sandbox = "{PAUSE_IMAGE}"
             [plugins."io.containerd.cri.v1.runtime"]

@@ -293,7 +293,8 @@ def test_containerd_gets_the_configuration_that_its_version_reads(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert containerd_version() == major
 
-    written = node_config.Containerd(Path("/root"), Path("/cni"), "native").config(major)
+    places = (Path("/root"), Path("/cni"), Path("/registries"))
+    written = node_config.Containerd(*places, "native").config(major)
 
     read = tomllib.loads(written)
     assert read["version"] == {1: 2, 2: 3}[major]
@@ -304,10 +305,12 @@ def test_containerd_gets_the_configuration_that_its_version_reads(
         assert cri["sandbox_image"] == node_config.PAUSE_IMAGE
         assert cri["cni"] == {"bin_dir": "/usr/lib/cni", "conf_dir": "/cni"}
         assert cri["containerd"]["snapshotter"] == "native"
+        assert cri["registry"] == {"config_path": "/registries"}
     else:
         images = plugins["io.containerd.cri.v1.images"]
         assert images["pinned_images"] == {"sandbox": node_config.PAUSE_IMAGE}
         assert images["snapshotter"] == "native"
+        assert images["registry"] == {"config_path": "/registries"}
         cri = plugins["io.containerd.cri.v1.runtime"]
         assert cri["cni"] == {"bin_dirs": ["/usr/lib/cni"], "conf_dir": "/cni"}
     assert cri["restrict_oom_score_adj"]

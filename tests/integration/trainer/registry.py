@@ -87,15 +87,17 @@ class RunningRegistry:
 
 
 @contextmanager
-def running_registry(folder: Path, authority: Authority | None = None) -> Iterator[RunningRegistry]:
+def running_registry(
+    folder: Path, authority: Authority | None = None, address: str = ADDRESS
+) -> Iterator[RunningRegistry]:
     """Run one with its data in an empty folder; with an `authority` it has TLS and a login."""
-    (port,) = lasting_ports(ADDRESS, 1)
+    (port,) = lasting_ports(address, 1)
     folder.mkdir(parents=True)
     config: dict[str, Any] = {
         "version": 0.1,
         "log": {"level": "error"},
         "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
-        "http": {"addr": f"{ADDRESS}:{port}", "secret": "tests"},
+        "http": {"addr": f"{address}:{port}", "secret": "tests"},
     }
     if authority:
         (folder / "htpasswd").write_text(f"{HTPASSWD}\n")
@@ -104,7 +106,7 @@ def running_registry(folder: Path, authority: Authority | None = None) -> Iterat
         config["http"]["tls"] = {"certificate": chain, "key": chain}
     (folder / "config.json").write_text(json.dumps(config))  # which is YAML as well
     log = folder / "access.log"
-    running = RunningRegistry(f"{ADDRESS}:{port}", authority, log)
+    running = RunningRegistry(f"{address}:{port}", authority, log)
     command = [program(), "serve", str(folder / "config.json")]
     with log.open("w") as stream, subprocess.Popen(command, stdout=stream, stderr=sys.stderr) as it:
         try:
