@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +16,7 @@ from typer.core import TyperGroup
 from finetune_cli.commands import chat, doctor, files, jobs, logs, plan, results, run, watch
 from finetune_cli.exits import CliError, ExitCode
 
+TAKES_A_FILE = ("-f", "--filename", "--kubeconfig", "--download")
 HELP = "Fine-tune models on Kubernetes: submit FineTuneJobs, watch them, use what they make."
 
 
@@ -92,6 +97,23 @@ def main() -> None:
     """Run it, under the name that the user called it by."""
     called = Path(sys.argv[0]).name
     app(prog_name="kubectl finetune" if called.startswith("kubectl-") else "finetune")
+
+
+def complete() -> None:
+    """Complete a command line for kubectl, which calls `kubectl_complete-finetune` with its words.
+
+    It wants a candidate a line, and at last what else to do: nothing (:4, Cobra's
+    ShellCompDirectiveNoFileComp), or names of files (:0). The words go to typer as bash's do.
+    """
+    *words, incomplete = sys.argv[1:] or [""]
+    line = ["finetune", *words, *([incomplete] if incomplete else [])]
+    variables = {"COMP_WORDS": shlex.join(line), "COMP_CWORD": str(len(words) + 1)}
+    os.environ |= {**variables, "_FINETUNE_COMPLETE": "complete_bash"}
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as found:
+        app(prog_name="finetune")
+    for candidate in found.getvalue().split():
+        typer.echo(candidate)
+    typer.echo(":0" if words and words[-1] in TAKES_A_FILE else ":4")
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ GPU_RESOURCE = re.compile(r"(nvidia\.com/(gpu|mig-)|amd\.com/gpu)")
 MEMORY_RESOURCE = re.compile(r"nvidia\.com/(gpu|mig-[^/]+)")
 # A slice is named for its compute units and its memory, rounded up: nvidia.com/mig-3g.20gb has
 # 19.5 GiB, mig-1g.5gb 4.75 GiB, and of an H200 mig-1g.18gb 16 GiB (NVIDIA's MIG user guide). So
-# seven eighths of the figure are there for certain.
-SLICE = re.compile(r"nvidia\.com/mig-\d+g\.(?P<gib>\d+)gb(\..+)?")
+# seven eighths of the figure are there for certain, but for one that several pods share.
+SLICE = re.compile(r"nvidia\.com/mig-\d+g\.(?P<gib>\d+)gb(\.(?!.*shared).+)?")
 MEBIBYTE = 1 << 20
 
 

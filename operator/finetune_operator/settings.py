@@ -9,7 +9,17 @@ from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from finetune_operator.api import JsonObject, ModelCache
 from finetune_operator.api.finetunejob import StagesSpec
@@ -147,6 +157,15 @@ class Settings(BaseModel):
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severe level that is logged."""
+
+    @field_validator("web_port")
+    @classmethod
+    def _apart(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value == info.data.get("health_port"):
+            raise PydanticCustomError(
+                "same_port", "is FINETUNE_HEALTH_PORT's as well: the web page needs one of its own"
+            )
+        return value
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:

@@ -41,6 +41,8 @@ from finetune_trainer.contract import Stage
 
 logger = logging.getLogger(__name__)
 
+_Key = TypeVar("_Key")
+
 # A support that somebody deletes by hand is missed until then, at the start of the next stage.
 TRUSTED_SECONDS = 600.0
 # A Job like one that was admitted so lately needs no rehearsal; after a denial, each needs one.
@@ -111,9 +113,9 @@ class Starts:
         try:
             made = await ensure(self._cluster, finetunejob, job)
         except ClusterError:
-            self._denied[finetunejob.namespace] = time.monotonic()
+            _remember(self._denied, finetunejob.namespace, DENIED_SECONDS)
             raise
-        self._admitted[_likeness(job)] = time.monotonic()
+        _remember(self._admitted, _likeness(job), ADMITTED_SECONDS)
         return made
 
     def has_supports(self, finetunejob: ObservedFineTuneJob) -> bool:
@@ -237,7 +239,7 @@ class Starts:
         try:
             await ensure(self._cluster, finetunejob, job, dry_run=True)
         except ClusterError:
-            self._denied[finetunejob.namespace] = time.monotonic()
+            _remember(self._denied, finetunejob.namespace, DENIED_SECONDS)
             raise
 
     async def _make_sure_that_none_is_at_work(
@@ -311,6 +313,15 @@ def _key(finetunejob: ObservedFineTuneJob) -> str:
 
 def _support(body: JsonObject) -> _Support:
     return _Support(body["kind"], body["metadata"]["name"])
+
+
+def _remember(times: dict[_Key, float], key: _Key, seconds: float) -> None:
+    """Note the time of `key`, and forget what is older than so many seconds."""
+    now = time.monotonic()
+    times.pop(key, None)  # what is noted last stands last
+    times[key] = now
+    while now - times[oldest := next(iter(times))] >= seconds:
+        del times[oldest]
 
 
 def _likeness(job: JsonObject) -> tuple[str, ...]:

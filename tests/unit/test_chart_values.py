@@ -105,6 +105,28 @@ def test_the_pages_service_leads_to_it_and_can_be_kept_for_a_proxy() -> None:
         kubernetes_validate.validate(each, "1.37", strict=True)
 
 
+def test_names_of_objects_stay_within_63_letters() -> None:
+    """Also of a long release, whose operator keeps the name that it had."""
+    long = "a" * 60
+    objects = render(
+        fullnameOverride=long,
+        demoStore={"enabled": True},
+        web={"enabled": True, "service": {"enabled": True}},
+        metrics={"service": {"enabled": True}},
+    )
+    services = {each["metadata"]["name"] for each in objects if each["kind"] == "Service"}
+    assert services == {
+        f"{'a' * (63 - len(end))}{end}" for end in ("-demo-store", "-web", "-metrics")
+    }
+    assert named(objects, "Deployment", long)
+
+
+def test_a_setting_of_the_operator_is_set_by_its_value_alone() -> None:
+    """Twice in a list of variables, the last one would win without a word."""
+    with pytest.raises(Exception, match="FINETUNE_WORKERS is a setting of the operator"):
+        render(extraEnv=[{"name": "FINETUNE_WORKERS", "value": "3"}])
+
+
 def test_images_are_pinned_by_their_digests() -> None:
     pinned = {"repository": "r.example.com/o", "tag": "1", "digest": DIGEST}
     values = {"image": pinned, "trainer": {"image": pinned}}

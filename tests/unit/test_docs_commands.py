@@ -13,7 +13,6 @@ from tests.commands import PAGES, commands
 
 RUN_BY = {
     r"make (train|merge|gguf)\b": "tests/integration/trainer/test_local.py",
-    r"\.venv/bin/finetune-trainer local ": "tests/integration/trainer/test_local.py",
     r"make doctor$": "tests/unit/trainer/test_gpus.py",
     r"make (demo|demo-down)$": "tests/e2e/test_main_job.py",
     r"make (test|test-operator)\b": ".ci/run",

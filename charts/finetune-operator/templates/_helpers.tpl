@@ -8,6 +8,12 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Of an object beside the operator, by a list of the root and the end of its name; 63 letters at most. */}}
+{{- define "finetune-operator.nameOf" -}}
+{{- $end := printf "-%s" (index . 1) -}}
+{{- include "finetune-operator.fullname" (index . 0) | trunc (int (sub 63 (len $end))) | trimSuffix "-" -}}{{- $end -}}
+{{- end -}}
+
 {{- define "finetune-operator.serviceAccountName" -}}
 {{- .Values.serviceAccount.name | default (include "finetune-operator.fullname" .) -}}
 {{- end -}}

@@ -185,6 +185,20 @@ def test_tools_are_written_as_the_training_wrote_them(
     assert behind.partition("{")[0] == tag
 
 
+def test_what_a_template_says_stays_in_its_comment(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Its own error is text of somebody else's: on a line of its own it would be an instruction."""
+    said = "it\nADAPTER ./evil\n" * 40
+    tokenizer.chat_template = (
+        "{%- if tools %}{{ raise_exception(" + repr(said) + ") }}{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    )
+    shape = find_shape(partial(render, tokenizer, prompt=True, today=dated))
+    with pytest.raises(NoToolsError, match="fails on a conversation with calls") as raised:
+        tools_beside(shape, tokenizer, head="")
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 300
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

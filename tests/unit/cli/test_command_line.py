@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from finetune_cli.exits import ExitCode
-from finetune_cli.main import app
+from finetune_cli.main import app, complete
 
 ROOT = Path(__file__).parents[3]
 HEAVY = {"torch", "transformers", "peft", "datasets", "kopf", "boto3", "kubernetes", "pydantic"}
@@ -65,3 +66,32 @@ def test_an_unreachable_server_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_wrong_flag_is_a_usage_error() -> None:
     assert CliRunner().invoke(app, ["list", "--nonsense"]).exit_code == ExitCode.USAGE
     assert CliRunner().invoke(app, ["lst"]).exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("words", "first", "last"),
+    [
+        ([""], "init", ":4"),
+        (["wa"], "watch", ":4"),
+        (["submit", "--wa"], "--watch", ":4"),
+        (["list", "-o", "j"], "json", ":4"),
+        (["submit", "-f", ""], ":0", ":0"),
+    ],
+)
+def test_kubectl_completes_commands_flags_values_and_files(
+    words: list[str],
+    first: str,
+    last: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the program that kubectl looks for: kubectl_complete-<plugin>."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts["kubectl_complete-finetune"] == "finetune_cli.main:complete"
+    for name in ("COMP_WORDS", "COMP_CWORD", "_FINETUNE_COMPLETE"):
+        monkeypatch.setenv(name, "")  # and gone afterwards
+    monkeypatch.setattr(sys, "argv", ["kubectl_complete-finetune", *words])
+    complete()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(first)
+    assert lines[-1] == last

@@ -69,6 +69,10 @@ def test_a_slice_whose_nodes_say_nothing_has_what_its_name_says(resource: str, g
     assert 0.88 * gib <= named / 1024 <= gib
 
 
+def test_a_slice_that_several_pods_share_has_no_memory_of_its_own() -> None:
+    assert gpu_memory(training({"nvidia.com/mig-1g.5gb.shared": 1})) is None
+
+
 def test_a_node_that_tells_a_slices_memory_is_believed_before_its_name() -> None:
     slices = {"nvidia.com/mig-3g.20gb": 1}
     assert gpu_memory(training(slices), {"nvidia.com/mig-3g.20gb.memory": "19968"}) == 19968

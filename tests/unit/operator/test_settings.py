@@ -69,6 +69,11 @@ def test_settings_of_the_stages_are_json() -> None:
             "FINETUNE_LOG_FORMAT=plain: Input should be 'human' or 'json'",
             id="an unknown format of the log",
         ),
+        pytest.param(
+            {**MINIMUM, "FINETUNE_WEB_PORT": "8080"},
+            "FINETUNE_WEB_PORT=8080: is FINETUNE_HEALTH_PORT's as well",
+            id="one port for both",
+        ),
     ],
 )
 def test_errors_name_the_variable(environment: dict[str, str], message: str) -> None:

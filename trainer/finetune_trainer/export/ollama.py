@@ -32,6 +32,7 @@ from finetune_trainer.export.ollama_tools import (
     find_tools,
     go_head,
     go_messages,
+    one_line,
 )
 from finetune_trainer.model.rendering import render
 from finetune_trainer.model.tokenizer import end_of_turn_ids, is_plain_template
@@ -286,7 +287,9 @@ def find_shape(render: Render) -> ChatShape:
     except NoShapeError:
         raise
     except Exception as error:  # the model's own template runs: anything can come out
-        raise NoShapeError(f"it fails on a conversation of several turns ({error})") from error
+        raise NoShapeError(
+            f"it fails on a conversation of several turns ({one_line(error)})"
+        ) from error
     for messages in trial_conversations(system=shape.system not in ("refused", "ignored")):
         if shape.render(messages) != render(messages):
             raise NoShapeError("what it writes depends on what is said")

@@ -126,6 +126,11 @@ def written(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def one_line(error: Exception) -> str:
+    """What a template says, for a comment in the Modelfile."""
+    return " ".join(str(error).split())[:200]
+
+
 def common_end(texts: Sequence[str]) -> str:
     """The longest text that all end with."""
     first, *others = texts
@@ -228,7 +233,7 @@ def find_tools(render: RenderTools, *, system: bool) -> ToolShape:
     except NoToolsError:
         raise
     except Exception as error:  # the model's own template runs: anything can come out
-        raise NoToolsError(f"it fails on a conversation with calls ({error})") from error
+        raise NoToolsError(f"it fails on a conversation with calls ({one_line(error)})") from error
     if not same:
         raise NoToolsError("what it writes depends on what is said")
     if not all(

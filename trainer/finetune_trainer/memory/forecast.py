@@ -188,9 +188,9 @@ LOGITS_BYTES = 256 * MIB
 """The most that llama.cpp keeps of one call."""
 REFERENCE_BYTES = 150 * MIB
 """A block of weights in float32, and what loading a model leaves."""
-CONVERTING_BYTES = 7
-"""For each value of the largest tensor while the converter writes it: in float32, in 16 bits, and
-in part once more."""
+CONVERTING_BYTES = 8
+"""For each value of the largest tensor while the converter writes it: in float32, and in 16 bits
+twice. Measured on 7 billion parameters with a vocabulary of 128,256: 7.9."""
 
 
 @dataclass(frozen=True)

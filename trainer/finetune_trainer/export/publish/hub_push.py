@@ -103,6 +103,10 @@ def push(
 
 
 class _Push:
+    """One commit. huggingface_hub's upload_folder would make it of a folder with all files on this
+    disk at once, some hundred gigabytes of a 70B model; here each large file comes from the store,
+    is sent, and leaves again before the next one comes."""
+
     def __init__(self, hub: Hub, output: Folder, version: Version, workspace: Path) -> None:
         self._hub = hub
         self._output = output
