@@ -32,7 +32,7 @@ def init(
     gpus: Annotated[int, typer.Option(min=0, help="GPUs to train on; 0: the CPU.")] = 1,
     force: Annotated[bool, typer.Option("--force", help="Write over a file.")] = False,
 ) -> None:
-    """Write the first FineTuneJob: a valid file of about ten lines."""
+    """Write the first FineTuneJob: a valid file of at most ten lines."""
     if file.exists() and not force:
         raise CliError(ExitCode.USAGE, f"{file} is there already: --force writes over it.")
     name = _ask(name, "Name of the job", "my-model")
@@ -55,8 +55,6 @@ def _ask(given: str | None, what: str, default: str) -> str:
 
 
 def _first_job(name: str, answers: dict[str, str], gpus: int) -> str:
-    import yaml
-
     from finetune_operator.api import API_VERSION, KIND
 
     spec: JsonObject = {
@@ -68,11 +66,20 @@ def _first_job(name: str, answers: dict[str, str], gpus: int) -> str:
         spec["storage"] = {"secretRef": {"name": answers["secret"]}}
     if gpus:
         spec["stages"] = {"train": {"resources": {"limits": {"nvidia.com/gpu": gpus}}}}
-    body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}, "spec": spec}
-    text: str = yaml.safe_dump(
-        body, sort_keys=False, allow_unicode=True, default_flow_style=None, width=1000
-    )
-    return text
+    head = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}}
+    lines = [*_line_each(head), "spec:", *(f"  {line}" for line in _line_each(spec))]
+    return "\n".join(lines) + "\n"
+
+
+def _line_each(fields: JsonObject) -> list[str]:
+    """One line of YAML for each field, however deep its value is."""
+    import yaml
+
+    mappings: list[str] = [
+        yaml.safe_dump({key: value}, allow_unicode=True, default_flow_style=True, width=10_000)
+        for key, value in fields.items()
+    ]
+    return [text.strip()[1:-1] for text in mappings]  # without the braces
 
 
 def validate(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune_trainer.contract import StageError
 from finetune_trainer.local import SAMPLE, SAMPLE_EVAL, run_config
 from tests.integration.trainer.conftest import ATTENTION, MLP, Trainer, write_csv
 
@@ -150,6 +151,24 @@ def test_the_sample_dataset_is_the_default(monkeypatch: pytest.MonkeyPatch, tmp_
     assert own.eval_source is None
     both = run_config([*given, "dataset.evalSource=other.csv"], tmp_path).dataset
     assert both.eval_source == str(tmp_path / "other.csv")
+
+
+def test_a_dataset_that_is_not_there_is_told_before_a_model_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[str] = []
+
+    def model() -> str:
+        made.append("a/b")
+        return made[0]
+
+    monkeypatch.setattr("finetune_trainer.local.make_base_model", model)
+    with pytest.raises(StageError, match="There is no dataset at "):
+        run_config([f"dataset.source={tmp_path / 'none.csv'}"], tmp_path)
+    assert not made
+    write_csv(tmp_path / "my.csv")
+    assert run_config([f"dataset.source={tmp_path / 'my.csv'}"], tmp_path).model.source == "a/b"
+    assert made
 
 
 def test_the_samples_held_out_rows_ask_for_facts_that_are_trained_on() -> None:

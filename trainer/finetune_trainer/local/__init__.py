@@ -34,6 +34,7 @@ from finetune_trainer.contract import (
     REJECTED,
     WHOLE_MODEL,
     Artifact,
+    Dataset,
     Export,
     PreparedRunConfig,
     Quality,
@@ -42,12 +43,14 @@ from finetune_trainer.contract import (
     Stage,
     StageError,
     StageResult,
+    Storage,
 )
 from finetune_trainer.contract.verdict import Statement, Tone, explain_failures, word_for
 from finetune_trainer.export.gguf import MODELFILE
 from finetune_trainer.local.fields import apply_settings, in_local_words, settable_fields
 from finetune_trainer.memory.machine import this_machine
 from finetune_trainer.model import prequantized
+from finetune_trainer.prepare.dataset_files import find_data_files
 from finetune_trainer.runtime.lifecycle import set_up_libraries
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.stage_runner import as_prepared, guarded, perform, stop_on_signal
@@ -290,6 +293,8 @@ def run_config(settings: Sequence[str], folder: Path) -> RunConfig:
         if (path := dataset.get(key)) and not path.startswith(("s3://", HUB_DATASETS)):
             dataset[key] = str(Path(path).resolve()) + ("/" if path.endswith("/") else "")
     if "source" not in model:
+        storage = Storage.model_validate(fields.get("storage") or {})
+        find_data_files(Dataset.model_validate(dataset), storage)  # a wrong name shows first
         model["source"] = make_base_model()
     elif Path(model["source"]).is_dir():
         model["source"] = str(Path(model["source"]).resolve())
