@@ -207,7 +207,12 @@ def jobs(plane: ControlPlane, namespace: str, selector: str = "") -> int:
     headers = {"Authorization": f"Bearer {plane.admin_token}", "Accept": METADATA_ONLY}
     trusted = _trusted(str(plane.ca))
     answer = httpx.get(
-        plane.server + path, params=query, headers=headers, verify=trusted, trust_env=False
+        plane.server + path,
+        params=query,
+        headers=headers,
+        verify=trusted,
+        trust_env=False,
+        timeout=120,
     )
     answer.raise_for_status()
     return len(answer.json()["items"] or ())
