@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from finetune_trainer.__main__ import app as trainer
 from finetune_trainer.contract import Reason, StageError
 from finetune_trainer.local import app
 from finetune_trainer.local.fields import (
@@ -16,6 +19,8 @@ from finetune_trainer.local.fields import (
     in_local_words,
     settable_fields,
 )
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
@@ -163,8 +168,26 @@ def test_every_flag_is_of_a_field_and_of_a_command() -> None:
     assert set(FLAGS) <= set(settable_fields())
 
 
-@pytest.mark.parametrize("command", ["train", "merge", "gguf"])
-def test_help_fits_a_screen(command: str) -> None:
-    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"})
+@pytest.mark.parametrize(
+    "words", [[], ["local"], ["local", "train"], ["local", "merge"], ["local", "gguf"], ["run"]]
+)
+def test_help_fits_a_screen(words: list[str]) -> None:
+    shown = CliRunner().invoke(trainer, [*words, "--help"], env={"COLUMNS": "80"})
     assert shown.exit_code == 0
     assert len(shown.output.splitlines()) <= 40
+
+
+@pytest.mark.parametrize(
+    ("target", "command"),
+    [
+        ("gguf GGUF=Q4_K_M,Q8_0", 'local gguf --output "models" --gguf "Q4_K_M,Q8_0"'),
+        ("train METHOD=qlora EPOCHS=3", '--epochs "3" --method "qlora"'),
+    ],
+)
+def test_make_passes_its_variables_on(target: str, command: str) -> None:
+    """`make --dry-run` prints what it would run."""
+    made = subprocess.run(
+        ["make", "--dry-run", *target.split()], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    said = " ".join(made.stdout.replace("\\\n", " ").split())
+    assert command in said
