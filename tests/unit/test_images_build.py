@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hack import REPOSITORY
 from hack.images.base import apt_sources
 from hack.images.build import (
     INPUTS,
@@ -119,6 +120,12 @@ class TestDockerfile:
             [hadolint, "--no-color", str(file)], capture_output=True, text=True, check=False
         )
         assert done.stdout == ""
+
+
+def test_the_trainers_image_asks_the_driver_for_cuda() -> None:
+    text = (REPOSITORY / "images" / "trainer" / "Dockerfile").read_text()
+    *_, last = text.split("\nFROM ")
+    assert "ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility\n" in last
 
 
 def test_requirements_are_the_packages_own_and_those_of_one_extra(tmp_path: Path) -> None:
