@@ -188,7 +188,7 @@ def test_on_one_machine_the_whole_model_lies_where_the_adapter_would(
     ]
     with Reporter() as reporter:
         said = train_adapter(settings, models, reporter)
-        assert said.message == f"the tuned model is in {models / 'tuned'}"
+        assert said.message.startswith(f"the tuned model is in {models / 'tuned'}. Next: `")
         assert not (models / "lora_adapter").exists()
         merge_adapter(models, reporter)
     trained = load_file(models / "tuned" / "model.safetensors")
