@@ -81,6 +81,7 @@ def first_rows(spec: FineTuneJobSpec, endpoint: str | None) -> list[str]:
 def _records(text: str, kind: str, spec: FineTuneJobSpec) -> Iterator[dict[str, Any]]:
     if kind in (".csv", ".tsv"):
         given = spec.dataset.csv
+        csv.field_size_limit(START_BYTES)  # a cell may be as long as what was read
         yield from csv.DictReader(
             io.StringIO(text),
             delimiter=given.delimiter or ("\t" if kind == ".tsv" else _delimiter(text)),
