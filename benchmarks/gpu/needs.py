@@ -31,7 +31,12 @@ MODULES = {
     "safetensors": "safetensors",
     "huggingface_hub": "huggingface-hub",
 }
-OPTIONAL = {"bitsandbytes": "qlora", "triton": "TRL's output layer", "unsloth": "Unsloth"}
+OPTIONAL = {
+    "bitsandbytes": "qlora",
+    "triton": "TRL's output layer",
+    "unsloth": "Unsloth",
+    "liger_kernel": "Liger's kernels, which the fastest figures rest on",
+}
 """Without one of these its cases are left out."""
 
 TRAINER = Path(__file__).parents[2] / "trainer"

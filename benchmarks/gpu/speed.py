@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -33,12 +36,20 @@ from benchmarks.gpu.trainings import (
     missing_for_qlora,
     on_step_end,
     optimizer_of,
+    switched,
 )
 from benchmarks.plain_script import UnfusedTrainer, guide_arguments, guide_lora
+from benchmarks.speed_model import DEVICES, H100, ROW, Setup, cost
 from finetune_trainer.contract import Lora, TrainingMetrics
+from finetune_trainer.memory.gpus import check_gpus, describe_gpus
+from finetune_trainer.memory.machine import find_gpus
 from finetune_trainer.memory.remedies import MARGIN
 from finetune_trainer.model.loading import compute_dtype
+from finetune_trainer.model.shape import Shape
 from finetune_trainer.runtime import binary
+from finetune_trainer.train.link import TrainingWork
+from finetune_trainer.train.recipe import sft
+from finetune_trainer.train.recipe.lora import LIGER
 from finetune_trainer.train.recipe.trainer import RecipeTrainer
 from finetune_trainer.train.supervisor.setup import missing_for_unsloth
 
@@ -66,7 +77,10 @@ def device(bench: Bench) -> Outcome:
             "capability": [found.major, found.minor],
             "cuda": torch.version.cuda,
         }
-    figures |= {"name": name, "peak_flops": peak_flops(name)}
+    seen = find_gpus(wanted=1)
+    if bench.device == "cuda":
+        check_gpus(1, seen)  # as a training that was given a GPU begins; else this case fails
+    figures |= {"name": name, "peak_flops": peak_flops(name), "trainer_sees": describe_gpus(seen)}
     return Outcome(Verdict.MEASURED, f"{name}: matmul {rate / 1e12:.3g} TFLOP/s", figures)
 
 
@@ -84,15 +98,57 @@ def lengths_of(bench: Bench, kind: str) -> tuple[int, ...]:
     return tuple(mixed_lengths(rows * MOST_STEPS, longest))
 
 
-def ours(bench: Bench, model: str, kind: str, **changes: Any) -> Outcome:
-    """The recipe, split into passes as the planner says for this device."""
+LEVERS = ("use_liger", "fuse_adapters")
+"""Functions of the recipe that make a model faster where they can, and say whether they did."""
+
+
+@contextmanager
+def noting_levers(without: str | None) -> Iterator[dict[str, bool]]:
+    """Note what each lever says, while the block runs; one of them is left alone."""
+    said = dict.fromkeys(LEVERS, False)
+
+    def noting(name: str) -> Callable[..., bool]:
+        lever = vars(sft)[name]
+
+        def call(*given: Any) -> bool:
+            said[name] = name != without and bool(lever(*given))
+            return said[name]
+
+        return call
+
+    with switched(sft, **{name: noting(name) for name in LEVERS}):
+        yield said
+
+
+def expected_rate(bench: Bench, work: TrainingWork, *, liger: bool) -> float | None:
+    """Tokens a second by the model of the cost (docs/performance.md), for rows of its length; None
+    on a GPU that it doesn't know."""
+    shape = Shape.of_model(work.model.path)
+    name = torch.cuda.get_device_name() if bench.device == "cuda" else H100.name
+    known = (each for each in DEVICES if each.name.split()[0] in name.split("-")[0].split())
+    device = next(known, None)
+    if shape is None or device is None:
+        return None
+    plan = work.plan
+    tokens = plan.pass_tokens or plan.batch_size * ROW
+    setup = Setup(shape, device, work.config.training, plan, tokens, liger=liger)
+    return cost(setup).tokens_per_second
+
+
+def ours(
+    bench: Bench, model: str, kind: str, *, without: str | None = None, **changes: Any
+) -> Outcome:
+    """The recipe, split into passes as the planner says for this device; `without` one lever."""
+    if without == "use_liger" and find_spec(LIGER) is None:
+        return Outcome.left_out("Liger isn't installed")
     rows = bench.scale.step_rows // (4 if kind == "long" else 1)
     settings = {"batchSize": rows, "gradientAccumulationSteps": 1, "loggingSteps": 1}
     ask = Ask(model=model, lengths=lengths_of(bench, kind), settings=settings)
     ask = ask.but(**changes)
     work = make_work(bench, ask, "ours")
     clock, seen = StepClock(bench.scale.measured_seconds), list[RecipeTrainer]()
-    trained = fine_tune(work, clock.attach, seen.append)
+    with noting_levers(without) as levers:
+        trained = fine_tune(work, clock.attach, seen.append)
     first, last = clock.counts
     tokens = seen[0].schedule.tokens(last) - seen[0].schedule.tokens(first)
     figures = {
@@ -103,6 +159,8 @@ def ours(bench: Bench, model: str, kind: str, **changes: Any) -> Outcome:
         "optimizer": optimizer_of(seen[0]),
         "loss": [trained.metrics.train_loss, trained.metrics.final_loss],
         "memory": memory_figures(trained.metrics),
+        "levers": levers,
+        "predicted_tokens_per_second": expected_rate(bench, work, liger=levers["use_liger"]),
     }
     seen.clear()
     free_memory()
@@ -174,6 +232,9 @@ def _timed(
         "step_seconds": statistics.median(b - a for a, b in pairwise(clock.times[first - 1 :])),
     }
     words = f"{rate:,.0f} tokens/s"
+    expected = figures.get("predicted_tokens_per_second")
+    if expected and bench.device == "cuda":
+        words += f", {rate / expected:.2f} of what was predicted"
     return Outcome(Verdict.MEASURED, words, figures)
 
 
