@@ -22,7 +22,7 @@ from tests.fixtures import start_or_leave_out
 
 QUEUE, HELD_QUEUE = "team", "team-held"
 ROUTINE, URGENT = "routine", "urgent"
-ROWS, BATCH, EPOCHS = 28, 4, 50
+ROWS, BATCH, EPOCHS = 28, 4, 80
 STEPS = ROWS // BATCH * EPOCHS
 
 pytestmark = pytest.mark.timeout(1800)
