@@ -40,6 +40,7 @@ from finetune_trainer.model.tokenizer import (
     begins_with_bos,
     encode,
     load_tokenizer,
+    message_pair,
 )
 from tests.integration.trainer import go_text
 from tests.integration.trainer.vocabulary import write_vocabulary
@@ -180,6 +181,14 @@ def test_tools_are_written_as_the_training_wrote_them(
     assert go_text.render(template, told, tmp_path, TOOLS) == expected
     plain = trial_conversations(system=True)
     assert go_text.render(template, plain, tmp_path) == [written(each) for each in plain]
+    # Of a long chat Ollama drops the beginning; and an answer may be empty.
+    say, tell = message_pair("Hi", "Hello")["prompt"][0], {"role": "assistant", "content": "So."}
+    cut, empty = go_text.render(
+        template, [[tell, say], [say, {**tell, "content": ""}, say]], tmp_path
+    )
+    for text in (cut, empty):
+        assert text.endswith(tools.between["answer", "user"] + "Hi" + tools.between["user", "end"])
+    assert tools.between["user", "answer"] + "So." in cut
     # What Ollama looks for in what the model says, up to the brace.
     _, _, behind = template.partition("{{- if .ToolCalls }}{{ range .ToolCalls }}")
     assert behind.partition("{")[0] == tag

@@ -177,10 +177,11 @@ def go_messages(shape: ToolShape, inside: str, literal: Written) -> list[str]:
         end = literal(shape.between[kind, "end"])
         return "{{ if $last }}" + end + '{{ end }}{{ $was = "' + kind + '" }}'
 
-    answers = "{{ if .Content }}" if shape.beside else "{{ if and .Content (not $calls) }}"
+    answers = "{{ if or .Content (not $calls) }}" if shape.beside else "{{ if not $calls }}"
     told = "{{ json .Content }}" if shape.quotes else "{{ .Content }}"
+    # The head begins the user's turn; Ollama drops old messages, so an answer may come first.
     return [
-        '{{ $was := "" }}{{ range $i, $_ := .Messages }}',
+        '{{ $was := "user" }}{{ range $i, $_ := .Messages }}',
         "{{- $last := eq (len (slice $.Messages $i)) 1 }}{{ $calls := .ToolCalls }}",
         '{{- if eq .Role "user" }}' + before("user") + inside + "{{ .Content }}" + then("user"),
         '{{- else if eq .Role "assistant" }}',

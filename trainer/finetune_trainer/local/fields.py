@@ -56,7 +56,7 @@ _OF_A_CLUSTER = (
 )
 """What messages say of a cluster, and what it is on one machine."""
 
-_FIELD = re.compile(r"\b(?:spec\.)?([a-z]\w*(?:\.[a-z]\w*)+)")
+_FIELD = re.compile(r"(?<![\w./-])(?:spec\.)?([a-z]\w*(?:\.[a-z]\w*)+)")
 
 
 @dataclass(frozen=True)

@@ -350,7 +350,10 @@ def fp8_problem(weights: MergedWeights, folder: Path) -> str | None:
                 if names.pop(name, None) is None:
                     return f"{name} is no tensor of the model, or is there twice"
                 scale = tensors.get_tensor(scales) if scales in tensors.keys() else None  # noqa: SIM118
-                if (row := _other_row(weights, name, tensors.get_slice(name), scale)) is not None:
+                found = tensors.get_slice(name)
+                if not found.get_shape():  # which can't be sliced
+                    found = tensors.get_tensor(name).reshape(1)
+                if (row := _other_row(weights, name, found, scale)) is not None:
                     return f"row {row} of {name} isn't the merged model's in FP8"
     return f"{min(names)} is missing" if names else None
 
