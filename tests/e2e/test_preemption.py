@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from hack.cluster.native import NativeCluster
-from hack.demo.environment import EXAMPLE, NAMESPACE, Environment
+from hack.demo.environment import NAMESPACE, Environment
 from hack.demo.follow import poll, ready_message, stage_of
 from hack.demo.models import version_folder
 from hack.kueue import Kueue
-from hack.process import Unavailable
-from tests.e2e.test_resuming import checkpoints, pods_of, stage_of_pod, steps_of, wait
+from hack.process import wait_until
+from tests.e2e.jobs import Job, apply, checkpoints, pods_of, stage_of_pod, steps_of, wait
 from tests.fixtures import start_or_leave_out
 
 QUEUE, HELD_QUEUE = "team", "team-held"
@@ -27,8 +26,6 @@ STEPS = ROWS // BATCH * EPOCHS
 
 pytestmark = pytest.mark.timeout(1800)
 
-Job = dict[str, Any]
-
 
 @pytest.fixture(scope="module")
 def kueue(
@@ -37,12 +34,13 @@ def kueue(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Kueue]:
     """Kueue beside the node."""
+    if not isinstance(environment.cluster, NativeCluster):
+        pytest.skip("Kueue runs beside the native node: FINETUNE_CLUSTER=native")
+    plane = environment.cluster.plane
     started: list[Kueue] = []
 
     def start() -> None:
-        if not isinstance(environment.cluster, NativeCluster):
-            raise Unavailable("it runs beside the native node; set FINETUNE_CLUSTER=native")
-        started.append(Kueue(environment.cluster.plane, folder))
+        started.append(Kueue(plane, folder))
         started[0].start()
 
     folder: Path = tmp_path_factory.mktemp("kueue")
@@ -51,26 +49,23 @@ def kueue(
     started[0].stop()
 
 
-def apply(environment: Environment, model: str, name: str, queue: str, priority: str = "") -> None:
-    """Apply the FineTuneJob by a name of its own; two trainings would be more than one CPU."""
-    train: Job = {"resources": {"requests": {"cpu": "600m"}}}
-    job = yaml.safe_load(EXAMPLE.read_text())
-    job["metadata"]["name"] = name
-    job["spec"] |= {
-        "model": {"source": model},
-        "queueName": queue,
-        "stages": {"train": train | ({"priorityClassName": priority} if priority else {})},
-        "export": {"merged": False, "gguf": []},
-        "output": {"uri": f"s3://artifacts/{name}"},
-    }
-    job["spec"]["training"] |= {
-        "epochs": EPOCHS,
-        "batchSize": BATCH,
-        "checkpointSteps": 20,
-        "loggingSteps": 1,
-        "learningRate": 1e-2,
-    }
-    environment.kubectl("apply", "-f", "-", input=json.dumps(job))
+def apply_to(environment: Environment, queue: str, name: str, model: str, **train: Any) -> None:
+    """Apply a FineTuneJob; two of its trainings would be more than one CPU."""
+    apply(
+        environment,
+        name,
+        training={
+            "epochs": EPOCHS,
+            "batchSize": BATCH,
+            "checkpointSteps": 20,
+            "loggingSteps": 1,
+            "learningRate": 1e-2,
+        },
+        model={"source": model},
+        queueName=queue,
+        stages={"train": {"resources": {"requests": {"cpu": "600m"}}, **train}},
+        export={"merged": False, "gguf": []},
+    )
 
 
 def condition(job: Job, kind: str) -> Job:
@@ -105,8 +100,8 @@ def test_a_preempted_training_goes_on_from_its_checkpoint_and_ends_bit_for_bit_t
     environment.kubectl("apply", "-f", "-", input=json.dumps(urgent))
     kueue.add_queue(QUEUE, NAMESPACE, cpus=0)
     kueue.share_queue(QUEUE, of=NAMESPACE, namespace=NAMESPACE, alias=HELD_QUEUE)
-    apply(environment, one_layer, ROUTINE, QUEUE)
-    apply(environment, one_layer, URGENT, HELD_QUEUE, priority=URGENT)
+    apply_to(environment, QUEUE, ROUTINE, one_layer)
+    apply_to(environment, HELD_QUEUE, URGENT, one_layer, priorityClassName=URGENT)
     routine, other = environment.reader(ROUTINE), environment.reader(URGENT)
     for read in (routine, other):
         wait(read, "the queue", lambda job: trains(job, "Queued"), 300)
@@ -114,15 +109,14 @@ def test_a_preempted_training_goes_on_from_its_checkpoint_and_ends_bit_for_bit_t
     # The urgent one is held until the other has a checkpoint: then it takes all that there is.
     kueue.hold(HELD_QUEUE, NAMESPACE, held=True)
     kueue.add_queue(QUEUE, NAMESPACE, cpus=1)
-    deadline = time.monotonic() + 300
-    while not (held := checkpoints(environment, ROUTINE)):
-        assert time.monotonic() < deadline, routine().get("status")
-        time.sleep(0.2)
+    saves = partial(checkpoints, environment, ROUTINE)
+    wait_until(lambda: bool(saves()), what="a checkpoint", seconds=300, interval=0.2)
+    first = min(saves())
     kueue.hold(HELD_QUEUE, NAMESPACE, held=False)
     preempted = wait(routine, "the preemption", lambda job: trains(job, "Preempted"), 120)
     assert preempted["status"]["phase"] == "Queued"
-    saved = max(checkpoints(environment, ROUTINE))
-    assert max(held) <= saved < STEPS, "in the middle of the training"
+    saved = max(saves())
+    assert first <= saved < STEPS, "in the middle of the training"
 
     *_, straight = poll(other, 600)
     assert straight["status"]["phase"] == "Succeeded", ready_message(straight)

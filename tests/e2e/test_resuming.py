@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections.abc import Callable
-from typing import Any
 
 import pytest
-import yaml
 
-from hack.demo.environment import DATASETS, EXAMPLE, Environment
+from hack.demo.environment import DATASETS, Environment
 from hack.demo.follow import poll, ready_message, stage_of
+from tests.e2e.jobs import Job, apply, checkpoints, pods_of, stage_of_pod, steps_of, wait
 
 NAME = "converging"
 KEY = "converging.csv"
@@ -20,8 +17,6 @@ ROWS = 24
 RETRY = "finetune.dev/retry-requested-at"
 
 pytestmark = pytest.mark.timeout(3600)
-
-Job = dict[str, Any]
 
 
 def put_rows(environment: Environment, count: int) -> None:
@@ -31,41 +26,18 @@ def put_rows(environment: Environment, count: int) -> None:
     environment.store.client().put_object(Bucket="datasets", Key=KEY, Body=body.encode())
 
 
-def wait(read: Callable[[], Job], what: str, happened: Callable[[Job], Any], seconds: float) -> Job:
-    """The job as soon as something holds of it."""
-    deadline = time.monotonic() + seconds
-    while not happened(job := read()):
-        assert time.monotonic() < deadline, f"{what}: {job.get('status')}"
-        time.sleep(0.5)
-    return job
-
-
 def step(job: Job) -> int:
     progress = job.get("status", {}).get("progress", {})
     return int(progress.get("step") or 0) if progress.get("stage") == "train" else 0
 
 
-def pods_of(environment: Environment, job: str = NAME) -> list[Job]:
-    """The job's pods that are there."""
-    return environment.items("pods", f"finetune.dev/job={job}")
-
-
-def stage_of_pod(pod: Job) -> str:
-    return str(pod["metadata"]["labels"]["finetune.dev/stage"])
-
-
 def pod_at_work(environment: Environment) -> str | None:
     """The name of the training's pod that runs."""
-    for pod in pods_of(environment):
+    for pod in pods_of(environment, NAME):
         running = pod["status"]["phase"] == "Running" and "deletionTimestamp" not in pod["metadata"]
         if running and stage_of_pod(pod) == "train":
             return str(pod["metadata"]["name"])
     return None
-
-
-def steps_of(environment: Environment, pod: str) -> list[int]:
-    """Steps that a pod trained, by its log."""
-    return [int(n) for n in re.findall(r" step (\d+)/", environment.kubectl("logs", pod))]
 
 
 def first_steps(environment: Environment, seconds: float) -> list[int]:
@@ -85,15 +57,6 @@ def events(environment: Environment) -> list[Job]:
     return [each for each in found if each["involvedObject"]["name"] == NAME]
 
 
-def checkpoints(environment: Environment, output: str = NAME) -> set[int]:
-    """Steps of the whole checkpoints in the store."""
-    prefix = f"{output}/stages/train/"
-    listing = environment.store.client().list_objects_v2(Bucket="artifacts", Prefix=prefix)
-    keys = [item["Key"] for item in listing.get("Contents", [])]
-    found = (re.search(r"/checkpoints/(\d+)/complete\.json$", key) for key in keys)
-    return {int(each[1]) for each in found if each}
-
-
 def set_suspend(environment: Environment, value: bool) -> None:
     patch = json.dumps({"spec": {"suspend": value}})
     environment.kubectl("patch", "ftj", NAME, "--type=merge", "-p", patch)
@@ -103,14 +66,13 @@ def test_a_training_that_loses_its_pod_and_is_suspended_goes_on_from_its_last_st
     environment: Environment,
 ) -> None:
     put_rows(environment, ROWS)
-    job = yaml.safe_load(EXAMPLE.read_text())
-    job["metadata"]["name"] = NAME
-    spec = job["spec"]
-    spec["dataset"] = {"source": f"s3://datasets/{KEY}"}
-    spec["training"] |= {"epochs": 5, "checkpointSteps": 4, "loggingSteps": 1}
-    spec["export"] = {"merged": False, "gguf": []}
-    spec["output"]["uri"] = f"s3://artifacts/{NAME}"
-    environment.kubectl("apply", "-f", "-", input=json.dumps(job))
+    apply(
+        environment,
+        NAME,
+        training={"epochs": 5, "checkpointSteps": 4, "loggingSteps": 1},
+        dataset={"source": f"s3://datasets/{KEY}"},
+        export={"merged": False, "gguf": []},
+    )
     read = environment.reader(NAME)
     before = step(wait(read, "a step", lambda job: step(job) > 4, 600))
 
@@ -124,8 +86,8 @@ def test_a_training_that_loses_its_pod_and_is_suspended_goes_on_from_its_last_st
     condition = "--for=condition=Suspended"
     environment.kubectl("wait", condition, f"ftj/{NAME}", "--timeout=150s")
     assert read()["status"]["phase"] == "Suspended"
-    assert [stage_of_pod(pod) for pod in pods_of(environment)] == ["prepare"]
-    saved = max(checkpoints(environment))
+    assert [stage_of_pod(pod) for pod in pods_of(environment, NAME)] == ["prepare"]
+    saved = max(checkpoints(environment, NAME))
     assert saved >= found[-1], "the step that ran was saved in the grace period"
 
     set_suspend(environment, False)
@@ -137,7 +99,9 @@ def test_a_training_that_loses_its_pod_and_is_suspended_goes_on_from_its_last_st
     train = stage_of(ended, "train")
     assert (train["attempt"], train["failures"], train["disruptions"]) == (3, 0, 1)
     (name,) = [
-        pod["metadata"]["name"] for pod in pods_of(environment) if stage_of_pod(pod) == "train"
+        pod["metadata"]["name"]
+        for pod in pods_of(environment, NAME)
+        if stage_of_pod(pod) == "train"
     ]
     assert steps_of(environment, name)[0] == saved + 1, "no step was trained twice"
     told = events(environment)
@@ -170,10 +134,10 @@ def test_a_new_csv_under_the_same_key_is_trained_on_request(environment: Environ
 
 def test_the_same_request_is_met_once(environment: Environment) -> None:
     """A GitOps tool applies it again and again."""
-    before = [stage_of_pod(pod) for pod in pods_of(environment)]
+    before = [stage_of_pod(pod) for pod in pods_of(environment, NAME)]
     environment.kubectl("annotate", "ftj", NAME, "--overwrite", f"{RETRY}=monday")
     environment.kubectl("label", "ftj", NAME, "touched=yes")
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        assert [stage_of_pod(pod) for pod in pods_of(environment)] == before
+        assert [stage_of_pod(pod) for pod in pods_of(environment, NAME)] == before
         time.sleep(1)

@@ -13,26 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from hack import state_dir
 from hack.cluster.components import NODE_NAME
 from hack.cluster.native import NativeCluster
 from hack.cluster.node import containerd_version
-from hack.demo.environment import EXAMPLE, NAMESPACE, Environment, image_settings, install_operator
+from hack.demo.environment import NAMESPACE, Environment, image_settings, install_operator
 from hack.demo.follow import poll, ready_message
 from hack.images.build import build_images
 from hack.process import Unavailable
-from tests.e2e.test_resuming import pods_of, wait
-from tests.fixtures import start_or_leave_out
+from tests.e2e.jobs import Job, apply, pods_of, stage_of_pod, wait
+from tests.fixtures import leave_out
 from tests.integration.trainer.registry import RunningRegistry, program, running_registry
 
 FIRST, SECOND, FROM_IMAGE = "first", "second", "from-image"
 CACHE, SCRATCH = "models", "scratch"
 
 pytestmark = pytest.mark.timeout(1800)
-
-Job = dict[str, Any]
 
 
 def volume(folder: Path, *, claim: str = "", storage_class: str = "") -> list[Job]:
@@ -65,14 +62,10 @@ def volume(folder: Path, *, claim: str = "", storage_class: str = "") -> list[Jo
 
 
 @pytest.fixture(scope="module")
-def folder(request: pytest.FixtureRequest, environment: Environment) -> Path:
+def folder(environment: Environment) -> Path:
     """Where the volumes are, on an operator that has the cache."""
-
-    def check() -> None:
-        if not isinstance(environment.cluster, NativeCluster):
-            raise Unavailable("it looks into folders of the native node; FINETUNE_CLUSTER=native")
-
-    start_or_leave_out(request.config, "volumes of a node", check)
+    if not isinstance(environment.cluster, NativeCluster):
+        pytest.skip("it looks into the native node's folders: FINETUNE_CLUSTER=native")
     found = state_dir(environment.name) / "volumes"
     by_hand: Job = {
         "apiVersion": "storage.k8s.io/v1",
@@ -108,18 +101,10 @@ def registry(
         yield running
 
 
-def apply(environment: Environment, name: str, model: str, **spec: Any) -> None:
+def train_on(environment: Environment, name: str, model: str, **spec: Any) -> None:
     """Apply a FineTuneJob that trains one epoch and exports the merged model."""
-    job = yaml.safe_load(EXAMPLE.read_text())
-    job["metadata"]["name"] = name
-    job["spec"] |= {
-        "model": {"source": model},
-        "export": {"merged": True, "gguf": []},
-        "output": {"uri": f"s3://artifacts/{name}"},
-    }
-    job["spec"] |= spec
-    job["spec"]["training"]["epochs"] = 1
-    environment.kubectl("apply", "-f", "-", input=json.dumps(job))
+    made = {"model": {"source": model}, "export": {"merged": True, "gguf": []}, **spec}
+    apply(environment, name, training={"epochs": 1}, **made)
 
 
 def succeeded(environment: Environment, name: str) -> Job:
@@ -148,7 +133,9 @@ def first(
     output: Job = {"uri": f"s3://artifacts/{FIRST}"}
     if registry:
         output["oci"] = {"repository": f"{registry.host}/tuned", "insecure": True}
-    apply(environment, FIRST, one_layer, stages={"train": {"workspace": workspace}}, output=output)
+    train_on(
+        environment, FIRST, one_layer, stages={"train": {"workspace": workspace}}, output=output
+    )
     return succeeded(environment, FIRST)
 
 
@@ -158,27 +145,24 @@ def weights(folder: Path) -> list[tuple[int, int]]:
     return [(each.st_ino, each.st_ctime_ns) for each in found]
 
 
+@pytest.mark.usefixtures("first")
 def test_two_jobs_share_the_cache_and_the_model_is_fetched_once(
-    environment: Environment, folder: Path, one_layer: str, first: Job
+    environment: Environment, folder: Path, one_layer: str
 ) -> None:
     assert fetched(environment, FIRST) == [f"Fetching {one_layer}"], "train fetches, export finds"
     before = weights(folder)
     assert len(before) == 1
-    apply(environment, SECOND, one_layer)
+    train_on(environment, SECOND, one_layer)
     succeeded(environment, SECOND)
     assert fetched(environment, SECOND) == []
     assert weights(folder) == before
-    del first
 
 
+@pytest.mark.usefixtures("first")
 def test_a_training_works_on_a_claim_of_its_pods_own_which_goes_with_the_job(
-    environment: Environment, folder: Path, first: Job
+    environment: Environment, folder: Path
 ) -> None:
-    (pod,) = [
-        each
-        for each in pods_of(environment, FIRST)
-        if each["metadata"]["labels"]["finetune.dev/stage"] == "train"
-    ]
+    (pod,) = [each for each in pods_of(environment, FIRST) if stage_of_pod(each) == "train"]
     claim = environment.get("persistentvolumeclaim", f"{pod['metadata']['name']}-workspace")
     assert (claim["status"]["phase"], claim["spec"]["volumeName"]) == ("Bound", SCRATCH)
     assert claim["metadata"]["ownerReferences"][0]["uid"] == pod["metadata"]["uid"]
@@ -191,21 +175,23 @@ def test_a_training_works_on_a_claim_of_its_pods_own_which_goes_with_the_job(
         120,
     )
     assert [each["metadata"]["name"] for each in environment.items("pvc")] == [CACHE]
-    del first
 
 
 def test_a_base_model_that_is_an_image_comes_from_the_registry_to_which_a_job_pushed_it(
-    environment: Environment, registry: RunningRegistry | None, first: Job
+    request: pytest.FixtureRequest,
+    environment: Environment,
+    registry: RunningRegistry | None,
+    first: Job,
 ) -> None:
     if containerd_version() < 2:
         pytest.skip("image volumes need containerd 2.1: put its programs first on PATH")
     if registry is None:
-        pytest.skip("there is no docker-registry: put it on PATH")
+        leave_out(request.config, "there is no docker-registry: put it on PATH")
     assert isinstance(environment.cluster, NativeCluster)
     environment.cluster.pull_without_tls(registry.host)
     asked = registry.requests("GET") + registry.requests("HEAD")
     (image,) = first["status"]["images"]
-    apply(environment, FROM_IMAGE, f"oci://{image['reference']}")
+    train_on(environment, FROM_IMAGE, f"oci://{image['reference']}")
     succeeded(environment, FROM_IMAGE)
     assert fetched(environment, FROM_IMAGE) == []
     assert registry.requests("GET") + registry.requests("HEAD") > asked, "the node came to it"
