@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -41,33 +42,37 @@ def measure(command: list[str]) -> Cost:
     """Run a command to its end; the program ends where the command fails."""
     os.sync()  # what others left to be written is not its cost
     cpu, written, began = _cpu(), _written(), time.perf_counter()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        sampler = _Sampler(process.pid)
-        sampler.start()
+    with (
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process,
+        Peak(lambda: sum(map(_anonymous, _tree(process.pid))), INTERVAL_SECONDS) as anonymous,
+    ):
         said, _ = process.communicate()
         seconds = time.perf_counter() - began
-        sampler.stop()
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{said[-3000:]}")
-    return Cost(seconds, _cpu() - cpu, sampler.peak, _written() - written)
+    return Cost(seconds, _cpu() - cpu, anonymous.value, _written() - written)
 
 
-class _Sampler(threading.Thread):
-    """Looks at a process and its descendants until it is stopped."""
+class Peak(threading.Thread):
+    """The most that `look` finds while the block runs, asked every so many seconds."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, look: Callable[[], int], interval: float) -> None:
         super().__init__(daemon=True)
-        self.peak = 0
-        self._pid = pid
+        self.value = 0
+        self._look, self._interval = look, interval
         self._over = threading.Event()
 
-    def run(self) -> None:
-        while not self._over.wait(INTERVAL_SECONDS):
-            self.peak = max(self.peak, sum(map(_anonymous, _tree(self._pid))))
+    def __enter__(self) -> Self:
+        self.start()
+        return self
 
-    def stop(self) -> None:
+    def run(self) -> None:
+        while not self._over.wait(self._interval):
+            self.value = max(self.value, self._look())
+
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         self.join()
 

@@ -37,11 +37,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import cast
 
-from benchmarks.cost import Cost, measure
+from benchmarks.cost import Cost, Peak, measure
 from finetune_trainer.contract import Export, Quantization, Training
 from finetune_trainer.memory.forecast import (
     ExportWork,
@@ -167,37 +166,17 @@ def run_alone(place: Path, kinds: list[str]) -> None:
         f"files, {disk / 1e9:.0f} GB of disk",
         flush=True,
     )
-    before = shutil.disk_usage(place).free
-    least = LeastFree(place)
-    least.start()
-    cost = step("gated", str(place), *kinds)
-    least.stop()
+    before = shutil.disk_usage(place).used
+    with Peak(lambda: shutil.disk_usage(place).used - before, 1.0) as taken:
+        cost = step("gated", str(place), *kinds)
     print(
         f"took: {cost.seconds:.0f} s, {cost.cpu_seconds:.0f} CPU-s, "
         f"{cost.anonymous_bytes / 1e9:.2f} GB of anonymous memory, "
-        f"{(before - least.bytes) / 1e9:.0f} GB of disk beside the base, load "
+        f"{taken.value / 1e9:.0f} GB of disk beside the base, load "
         f"{os.getloadavg()[0]:.1f}"
     )
     print((place / "ours" / "gate.json").read_text())
     clean(place)
-
-
-class LeastFree(threading.Thread):
-    """Looks at the disk each second until it is stopped."""
-
-    def __init__(self, place: Path) -> None:
-        super().__init__(daemon=True)
-        self.bytes = shutil.disk_usage(place).free
-        self._place = place
-        self._over = threading.Event()
-
-    def run(self) -> None:
-        while not self._over.wait(1):
-            self.bytes = min(self.bytes, shutil.disk_usage(self._place).free)
-
-    def stop(self) -> None:
-        self._over.set()
-        self.join()
 
 
 def perplexity(place: Path, kind: str, tool: Path) -> Cost:

@@ -11,7 +11,6 @@ from pathlib import Path
 import gguf
 import llama_cpp
 import pytest
-import trl
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -25,13 +24,11 @@ from finetune_trainer.export.ollama import (
     dated,
     find_shape,
     go_template,
-    literal,
     make_template,
-    tools_beside,
     trial_conversations,
     write_modelfile,
 )
-from finetune_trainer.export.ollama_tools import TOOLS, NoToolsError, on_lines, trial_calls
+from finetune_trainer.export.ollama_tools import literal
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.rendering import render
 from finetune_trainer.model.tokenizer import (
@@ -40,12 +37,10 @@ from finetune_trainer.model.tokenizer import (
     begins_with_bos,
     encode,
     load_tokenizer,
-    message_pair,
 )
 from tests.integration.trainer import go_text
 from tests.integration.trainer.vocabulary import write_vocabulary
 
-TRL_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 TEMPLATES = Path(__file__).parents[2] / "data" / "chat_templates"
 SYSTEM: Message = {"role": "system", "content": "Be a kettle."}
 CHAT: list[Message] = [
@@ -144,82 +139,6 @@ def test_a_template_that_is_not_fixed_text_has_no_shape(
 ) -> None:
     with pytest.raises(NoShapeError, match=said):
         shape_of(tokenizer, name)
-
-
-def use_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """A model's own template, which TRL carries."""
-    tokenizer.chat_template = (TRL_TEMPLATES / f"{name}.jinja").read_text()
-
-
-@pytest.mark.parametrize(
-    ("name", "tag", "traits"),  # whether it has several calls, and quotes what tools say
-    [
-        ("qwen2_5", "\n<tool_call>\n", (True, False)),
-        ("qwen3", "\n<tool_call>\n", (True, False)),
-        ("llama3_2", "", (False, True)),
-    ],
-)
-def test_tools_are_written_as_the_training_wrote_them(
-    tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-    name: str,
-    tag: str,
-    traits: tuple[bool, bool],
-) -> None:
-    """Definitions, calls and answers; and a conversation without tools as before."""
-    use_template(tokenizer, name)
-    today = date.today().isoformat()
-    shape = find_shape(partial(render, tokenizer, prompt=True, today=dated))
-    tools = tools_beside(shape, tokenizer, head="")
-    several = ("arguments", "name") in tools.between
-    assert (several, tools.quotes) == traits
-    template = go_template(shape, tools).replace("{{ currentDate }}", today)
-    written = partial(render, tokenizer, prompt=True, today=lambda _: today)
-    told = trial_calls(tools, system=True)
-    assert len(told) == (12 if several else 10)
-    expected = [on_lines(written(messages, tools=TOOLS)) for messages in told]
-    assert go_text.render(template, told, tmp_path, TOOLS) == expected
-    plain = trial_conversations(system=True)
-    assert go_text.render(template, plain, tmp_path) == [written(each) for each in plain]
-    # Of a long chat Ollama drops the beginning; and an answer may be empty.
-    say, tell = message_pair("Hi", "Hello")["prompt"][0], {"role": "assistant", "content": "So."}
-    cut, empty = go_text.render(
-        template, [[tell, say], [say, {**tell, "content": ""}, say]], tmp_path
-    )
-    for text in (cut, empty):
-        assert text.endswith(tools.between["answer", "user"] + "Hi" + tools.between["user", "end"])
-    assert tools.between["user", "answer"] + "So." in cut
-    # What Ollama looks for in what the model says, up to the brace.
-    _, _, behind = template.partition("{{- if .ToolCalls }}{{ range .ToolCalls }}")
-    assert behind.partition("{")[0] == tag
-
-
-def test_what_a_template_says_stays_in_its_comment(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Its own error is text of somebody else's: on a line of its own it would be an instruction."""
-    said = "it\nADAPTER ./evil\n" * 40
-    tokenizer.chat_template = (
-        "{%- if tools %}{{ raise_exception(" + repr(said) + ") }}{% endif %}"
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    )
-    shape = find_shape(partial(render, tokenizer, prompt=True, today=dated))
-    with pytest.raises(NoToolsError, match="fails on a conversation with calls") as raised:
-        tools_beside(shape, tokenizer, head="")
-    assert "\n" not in str(raised.value)
-    assert len(str(raised.value)) < 300
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("gptoss", "doesn't write definitions as JSON before the first question"),
-        ("glm4moe", "it leaves out, repeats or reorders what is said"),
-    ],
-)
-def test_why_there_are_no_tools(tokenizer: PreTrainedTokenizerBase, name: str, reason: str) -> None:
-    use_template(tokenizer, name)
-    shape = find_shape(partial(render, tokenizer, prompt=True, today=dated))
-    with pytest.raises(NoToolsError, match=reason):
-        tools_beside(shape, tokenizer, head="")
 
 
 @pytest.mark.parametrize(

@@ -246,25 +246,18 @@ def convert_merged(
 
 def describe(export: ExportRun, base: ModelFolder | None, manifest: Manifest) -> None:
     """Write model card and report of all files so far."""
-    facts = Facts(
-        config=export.config,
-        lineage=manifest.lineage,
-        trained=export.inputs.training,
-        dataset=export.inputs.dataset,
+    written = write_texts(
+        export.result,
+        export.config,
+        export.inputs.training,
+        export.inputs.dataset,
         gate=manifest.gate,
         files=export.publication.artifacts,
         created=manifest.created,
-        license=license_of(base.path if base else None),
+        base=base.path if base else None,
     )
-    for name in write_texts(export.result, facts):
+    for name in written:
         export.publication.add(export.result / name, name)
-
-
-def write_texts(folder: Path, facts: Facts) -> tuple[str, ...]:
-    """Write model card and report to a folder; returns their names."""
-    write_model_card(folder / MODEL_CARD, facts)
-    write_report(folder / REPORT, facts)
-    return MODEL_CARD, REPORT
 
 
 def describe_converted(
@@ -274,23 +267,47 @@ def describe_converted(
     gate: GateReport,
     files: Sequence[Artifact],
 ) -> None:
-    """Model card and report of what `convert_merged` made, in `folder`."""
+    """Write model card and report of what `convert_merged` made, in `folder`."""
     prints = config.resolved.fingerprints
     trained = open_stage(store, Stage.TRAIN, prints.train).read(METRICS)
-    report = open_stage(store, Stage.PREPARE, prints.prepare).read(DATASET_REPORT)
-    training = TrainingRecord.model_validate_json(trained)
-    dataset = DatasetReport.model_validate_json(report)
-    facts = Facts(
-        config=config,
-        lineage=lineage_of(config, training, dataset),
-        trained=training,
-        dataset=dataset,
+    found = open_stage(store, Stage.PREPARE, prints.prepare).read(DATASET_REPORT)
+    write_texts(
+        folder,
+        config,
+        TrainingRecord.model_validate_json(trained),
+        DatasetReport.model_validate_json(found),
         gate=gate,
         files=tuple(files),
         created=timestamp(),
-        license=license_of(folder / MERGED),
+        base=folder / MERGED,
     )
-    write_texts(folder, facts)
+
+
+def write_texts(
+    folder: Path,
+    config: PreparedRunConfig,
+    trained: TrainingRecord,
+    dataset: DatasetReport,
+    *,
+    gate: GateReport,
+    files: tuple[Artifact, ...],
+    created: str,
+    base: Path | None,
+) -> tuple[str, ...]:
+    """Write model card and report to a folder; returns their names. `base` tells the license."""
+    facts = Facts(
+        config=config,
+        lineage=lineage_of(config, trained, dataset),
+        trained=trained,
+        dataset=dataset,
+        gate=gate,
+        files=files,
+        created=created,
+        license=license_of(base),
+    )
+    write_model_card(folder / MODEL_CARD, facts)
+    write_report(folder / REPORT, facts)
+    return MODEL_CARD, REPORT
 
 
 def lineage_of(config: PreparedRunConfig, trained: TrainingRecord, found: DatasetReport) -> Lineage:

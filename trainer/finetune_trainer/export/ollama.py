@@ -25,6 +25,7 @@ from finetune_trainer.export.gguf import MODELFILE
 from finetune_trainer.export.gguf.files import preferred
 from finetune_trainer.export.llama import Reading, TokenizeRequest
 from finetune_trainer.export.ollama_tools import (
+    DATE,
     NoToolsError,
     Said,
     ToolShape,
@@ -32,6 +33,7 @@ from finetune_trainer.export.ollama_tools import (
     find_tools,
     go_head,
     go_messages,
+    literal,
     one_line,
 )
 from finetune_trainer.model.rendering import render
@@ -41,9 +43,6 @@ CONTEXT = 4096  # tokens; Ollama's own default
 CONTINUES = ("It was trained on plain text, and goes on from what it is given: it knows no chat.",)
 
 ISO_DATE = "%Y-%m-%d"
-DATE = re.compile("\ue000(.*?)\ue001", re.DOTALL)
-"""What stands for today's date in a shape, with its format; both characters are for private use."""
-
 log = logging.getLogger(__name__)
 
 
@@ -384,8 +383,8 @@ def go_template(shape: ChatShape, tools: ToolShape | None = None) -> str:
     model goes on with it.
     """
     if tools is not None:
-        head = go_head(tools.definitions, _head(shape, ""), literal)
-        return head + "\n".join(go_messages(tools, _inside(shape), literal))
+        head = go_head(tools.definitions, without=_head(shape, ""))
+        return head + "\n".join(go_messages(tools, _inside(shape)))
     ask = common_end([shape.head, shape.further])
     if shape.system == "first":
         ask = common_end([ask, shape.after_system])
@@ -407,32 +406,6 @@ def go_template(shape: ChatShape, tools: ToolShape | None = None) -> str:
         "{{- end }}",
     ]
     return "\n".join(lines)
-
-
-def literal(text: str) -> str:
-    """Text that Go and the Modelfile's parser leave as it is.
-
-    Today's date becomes Ollama's function of that.
-
-    The parser drops what can't be printed, and three quotes end a value; Go takes `{{` for the
-    beginning of an action, also where the first brace is the text's last character.
-    """
-    if found := DATE.search(text):
-        before, after = text[: found.start()], text[found.end() :]
-        return literal(before) + "{{ currentDate }}" + literal(after)
-    printable = all(c.isprintable() or c == "\n" for c in text)
-    if printable and '"' not in text and "{{" not in text and not text.endswith("{"):
-        return text
-    return '{{ "' + "".join(_escaped(c) for c in text) + '" }}'
-
-
-def _escaped(char: str) -> str:
-    """A character in a Go string."""
-    if char in '"\\':
-        return "\\" + char
-    if char == "\n":
-        return "\\n"
-    return char if char.isprintable() else f"\\U{ord(char):08x}"
 
 
 def _head(shape: ChatShape, ask: str) -> str:

@@ -9,7 +9,8 @@ before the first question. Else there are no tools, with the reason.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -142,11 +143,37 @@ def common_end(texts: Sequence[str]) -> str:
 
 # --- For Ollama ----------------------------------------------------------------------------------
 
-Written = Callable[[str], str]
-"""Text as the template in Go has it."""
+DATE = re.compile("\ue000(.*?)\ue001", re.DOTALL)
+"""What stands for today's date in a shape, with its format; both characters are for private use."""
 
 
-def go_head(listed: Definitions, without: str, literal: Written) -> str:
+def literal(text: str) -> str:
+    """Text that Go and the Modelfile's parser leave as it is.
+
+    Today's date becomes Ollama's function of that.
+
+    The parser drops what can't be printed, and three quotes end a value; Go takes `{{` for the
+    beginning of an action, also where the first brace is the text's last character.
+    """
+    if found := DATE.search(text):
+        before, after = text[: found.start()], text[found.end() :]
+        return literal(before) + "{{ currentDate }}" + literal(after)
+    printable = all(c.isprintable() or c == "\n" for c in text)
+    if printable and '"' not in text and "{{" not in text and not text.endswith("{"):
+        return text
+    return '{{ "' + "".join(_escaped(c) for c in text) + '" }}'
+
+
+def _escaped(char: str) -> str:
+    """A character in a Go string."""
+    if char in '"\\':
+        return "\\" + char
+    if char == "\n":
+        return "\\n"
+    return char if char.isprintable() else f"\\U{ord(char):08x}"
+
+
+def go_head(listed: Definitions, without: str) -> str:
     """The template up to the first question; `without` is what it is where there are no tools."""
     head = literal(listed.head)
     if listed.before_system is not None:
@@ -158,7 +185,7 @@ def go_head(listed: Definitions, without: str, literal: Written) -> str:
     return "{{ if .Tools }}" + head + tools + "{{ else }}" + without + "{{ end }}"
 
 
-def go_messages(shape: ToolShape, inside: str, literal: Written) -> list[str]:
+def go_messages(shape: ToolShape, inside: str) -> list[str]:
     """The template's lines for the messages; `inside` stands before what the user says."""
 
     def before(to: Kind) -> str:
@@ -177,7 +204,7 @@ def go_messages(shape: ToolShape, inside: str, literal: Written) -> list[str]:
         end = literal(shape.between[kind, "end"])
         return "{{ if $last }}" + end + '{{ end }}{{ $was = "' + kind + '" }}'
 
-    answers = "{{ if or .Content (not $calls) }}" if shape.beside else "{{ if not $calls }}"
+    answers = "if or .Content (not $calls)" if shape.beside else "if not $calls"
     told = "{{ json .Content }}" if shape.quotes else "{{ .Content }}"
     # The head begins the user's turn; Ollama drops old messages, so an answer may come first.
     return [
@@ -185,10 +212,10 @@ def go_messages(shape: ToolShape, inside: str, literal: Written) -> list[str]:
         "{{- $last := eq (len (slice $.Messages $i)) 1 }}{{ $calls := .ToolCalls }}",
         '{{- if eq .Role "user" }}' + before("user") + inside + "{{ .Content }}" + then("user"),
         '{{- else if eq .Role "assistant" }}',
-        "{{- " + answers.removeprefix("{{ ") + before("answer"),
+        "{{- " + answers + " }}" + before("answer"),
         '{{- .Content }}{{ $was = "answer" }}{{ end }}',
         "{{- if $calls }}" + before("name") + "{{ end }}",
-        "{{- if .ToolCalls }}{{ range .ToolCalls }}" + _go_call(shape, literal) + "{{ end }}",
+        "{{- if .ToolCalls }}{{ range .ToolCalls }}" + _go_call(shape) + "{{ end }}",
         '{{- $was = "arguments" }}{{ end }}',
         '{{- else if eq .Role "tool" }}' + before("tool") + told + then("tool"),
         "{{- end }}",
@@ -196,7 +223,7 @@ def go_messages(shape: ToolShape, inside: str, literal: Written) -> list[str]:
     ]
 
 
-def _go_call(shape: ToolShape, literal: Written) -> str:
+def _go_call(shape: ToolShape) -> str:
     """A call. What begins one is text of its own, up to the first brace.
 
     Ollama looks for that in what the model says: the first text below `if .ToolCalls`

@@ -9,7 +9,7 @@ the results laid out where people look for them:
     models/gguf/            GGUF files                 (local gguf)
     models/report.html      what came out, with README.md, the model card
 
-Messages speak of flags and environment variables, not of a FineTuneJob's fields and of Secrets.
+Messages are put into words of flags and environment variables (local/fields).
 """
 
 from __future__ import annotations

@@ -341,28 +341,32 @@ def fp8_problem(weights: MergedWeights, folder: Path) -> str | None:
     found, a tensor in another's place, and what the disk lost.
     """
     names = dict(weights.infos)
+    for name, found, scale in _read_back(folder):
+        if names.pop(name, None) is None:
+            return f"{name} is no tensor of the model, or is there twice"
+        if (row := _other_row(weights, name, found, scale)) is not None:
+            return f"row {row} of {name} isn't the merged model's in FP8"
+    return f"{min(names)} is missing" if names else None
+
+
+def _read_back(folder: Path) -> Iterator[tuple[str, Any, torch.Tensor | None]]:
+    """Each tensor of a folder in FP8 by its name, to be sliced, with its scale if it has one."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
-                scales = f"{name.removesuffix(SCALE)}{SCALE}"
-                if name == scales:
-                    continue
-                if names.pop(name, None) is None:
-                    return f"{name} is no tensor of the model, or is there twice"
-                scale = tensors.get_tensor(scales) if scales in tensors.keys() else None  # noqa: SIM118
+            names = set(tensors.keys())
+            for name in sorted(name for name in names if not name.endswith(SCALE)):
                 found = tensors.get_slice(name)
                 if not found.get_shape():  # which can't be sliced
                     found = tensors.get_tensor(name).reshape(1)
-                if (row := _other_row(weights, name, found, scale)) is not None:
-                    return f"row {row} of {name} isn't the merged model's in FP8"
-    return f"{min(names)} is missing" if names else None
+                scales = name + SCALE
+                yield name, found, tensors.get_tensor(scales) if scales in names else None
 
 
 def _other_row(
     weights: MergedWeights, name: str, found: Any, scale: torch.Tensor | None
 ) -> int | None:
     """The first row whose values, times its scale, are not the merged ones rounded."""
-    rows = weights.infos[name].shape[0] if weights.infos[name].shape else 1
+    rows = next(iter(weights.infos[name].shape), 1)
     for low in range(0, rows, SPAN_ROWS):
         exact, read = weights.rows(name, low, low + SPAN_ROWS), found[low : low + SPAN_ROWS]
         if scale is None:
@@ -371,8 +375,9 @@ def _other_row(
             factor = scale[low : low + SPAN_ROWS].float()
             off = (read.float() * factor - exact.float()).abs()
             same = off <= exact.float().abs() * ROUNDING + factor * SMALLEST
-        if not same.all():
-            return low + int((~same).flatten(1).any(1).nonzero()[0]) if same.dim() > 1 else low
+        others = (~same).reshape(len(same), -1).any(1).nonzero()
+        if len(others):
+            return low + int(others[0])
     return None
 
 
