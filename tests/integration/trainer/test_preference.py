@@ -204,7 +204,7 @@ def first_step(trainer: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
 def test_a_step_is_the_same_however_it_is_split(
     tiny_model: Path, tmp_path: Path, objective: str
 ) -> None:
@@ -212,7 +212,7 @@ def test_a_step_is_the_same_however_it_is_split(
 
     def gradients(batch: int, passes: int) -> dict[str, torch.Tensor]:
         fields: dict[str, Any] = {"batchSize": batch, "gradientAccumulationSteps": passes}
-        rows = PAIRS if objective == "dpo" else make_labelled(6)
+        rows = make_labelled(6) if objective == "kto" else PAIRS
         return first_step(build(tiny_model, tmp_path, rows, objective=objective, **fields))
 
     large, small = gradients(4, 1), gradients(1, 4)
@@ -313,14 +313,14 @@ def test_only_the_judged_answer_is_learnt(tiny_model: Path, tmp_path: Path) -> N
         assert "Good day" not in text
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
 def test_a_training_that_is_broken_off_ends_with_the_same_adapter(
     tiny_model: Path, tmp_path: Path, objective: str
 ) -> None:
     """Bit for bit: from the last complete step, though a pass of the next one failed."""
 
     def make(resume_from: Path | None = None) -> tuple[Any, TrainingWork]:
-        rows = PAIRS if objective == "dpo" else make_labelled(4)
+        rows = make_labelled(4) if objective == "kto" else PAIRS
         work = make_work(
             tiny_model,
             tmp_path,

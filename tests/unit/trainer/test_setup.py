@@ -18,6 +18,8 @@ from finetune_trainer.contract import (
 from finetune_trainer.memory.gpus import Gpu
 from finetune_trainer.train.supervisor.setup import (
     EngineChoice,
+    MemoryNeeds,
+    adapt_to_machine,
     beyond_context,
     choose_engine,
     count_devices,
@@ -29,6 +31,7 @@ from finetune_trainer.train.supervisor.training_session import (
     worker_command,
     worker_environment,
 )
+from tests.unit.trainer.training_work import work_in
 
 H100 = Gpu("NVIDIA H100", 80 << 30, (9, 0))
 OLD = Gpu("Tesla P100", 16 << 30, (6, 0))
@@ -253,3 +256,16 @@ def test_rows_beyond_the_models_context_are_said() -> None:
     assert notice.code == NoticeCode.BEYOND_CONTEXT
     assert "9000 tokens" in notice.evidence
     assert "maxSequenceLength to 8192" in notice.remedy
+
+
+def test_the_training_is_told_of_rows_beyond_the_context(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 512}')
+    needs = MemoryNeeds(None, 600)
+
+    work, notices = adapt_to_machine(work_in(tmp_path), needs, ())
+
+    assert work.engine == "transformers"
+    assert [notice.code for notice in notices] == [NoticeCode.BEYOND_CONTEXT]
+    within, none = adapt_to_machine(work_in(tmp_path), MemoryNeeds(None, 512), ())
+    assert within == work
+    assert none == []
