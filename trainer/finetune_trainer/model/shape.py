@@ -293,11 +293,21 @@ def _mlp_bias(kind: str, config: dict[str, Any], hidden: int) -> int:
 
 def context_length(model: Path) -> int | None:
     """Tokens that the model in a folder was made for; None where its config.json doesn't say."""
+    return _number_of_text(model, "max_position_embeddings")
+
+
+def vocabulary_size(model: Path) -> int | None:
+    """Rows of the input embedding of the model in a folder; None as above."""
+    return _number_of_text(model, "vocab_size")
+
+
+def _number_of_text(model: Path, name: str) -> int | None:
+    """A positive number in config.json; models with more than text have a part for that."""
     config = json.loads((model / "config.json").read_bytes())
     text = config.get("text_config")
     if isinstance(text, dict):
         config = text
-    found = config.get("max_position_embeddings")
+    found = config.get(name)
     return found if isinstance(found, int) and found > 0 else None
 
 

@@ -32,7 +32,7 @@ from finetune_trainer.model.adapter import (
 from finetune_trainer.model.base_model import BaseModelFiles
 from finetune_trainer.model.prequantized import needs_whole, outline
 from finetune_trainer.model.rendering import render, render_example
-from finetune_trainer.model.shape import Shape
+from finetune_trainer.model.shape import Shape, vocabulary_size
 from finetune_trainer.model.tokenizer import (
     end_of_turn_ids,
     is_plain_template,
@@ -79,6 +79,23 @@ def check_template(tokenizer: PreTrainedTokenizerBase, *, system: bool) -> None:
         )
     if system:
         _check_system(tokenizer)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, base: ModelFolder) -> None:
+    """Raise StageError(ModelUnsupported) for tokens that the model's embedding has no row for."""
+    size = vocabulary_size(base.path)
+    tokens = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    if size is None or (extra := [each for each in tokens if each[0] >= size]) == []:
+        return
+    (first, token), (last, _) = extra[0], extra[-1]
+    raise StageError(
+        Reason.MODEL_UNSUPPORTED,
+        f"The base model's tokenizer has {len(extra)} tokens that the model has no embedding for, "
+        f"such as {token!r} ({first}; vocab_size in config.json is {size}). Take the tokenizer "
+        f"that came with the model; or, to teach it new tokens, grow the model once by "
+        f"transformers' resize_token_embeddings({last + 1}), save both into a folder, and train "
+        "it with spec.training.lora.modulesToSave: [embed_tokens].",
+    )
 
 
 def describe_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:

@@ -316,12 +316,14 @@ def encode_rows(
     from finetune_trainer.prepare.checks import (  # noqa: PLC0415
         check_model,
         check_template,
+        check_vocabulary,
         describe_template,
     )
     from finetune_trainer.prepare.examples import check_lengths, write_examples  # noqa: PLC0415
 
     config, rows, eval_rows = findings.config, findings.rows, findings.eval_rows
     tokenizer = load_tokenizer(base)
+    check_vocabulary(tokenizer, base)
     check_template(tokenizer, system=any(each.has_system for each in findings.all_rows()))
     findings.template = describe_template(tokenizer)
     names = (f"row {rows.name_of(number)}" for number in rows.numbers.tolist())
