@@ -64,6 +64,7 @@ def test_new_tokens_are_learnt_by_an_embedding_that_has_grown(
         if done.result.resolved:
             spec["resolved"] = done.result.resolved.model_dump(mode="json")
 
+    assert done.result is not None
     version = Path(spec["output"]["uri"]) / "versions" / str(done.result.version)
     before = load_file(base / "model.safetensors")[EMBEDDING]
     after = load_file(version / "merged" / "model.safetensors")[EMBEDDING]

@@ -38,7 +38,7 @@ def write_labelled(folder: Path) -> Path:
         table = csv.writer(stream)
         table.writerow(("prompt", "completion", "label"))
         for row in make_labelled(ROWS):
-            said = (row[name][0]["content"] for name in ("prompt", "completion"))  # type: ignore[literal-required]
+            said = (row[name][0]["content"] for name in ("prompt", "completion"))
             table.writerow((*said, str(row["label"]).lower()))
     return file
 
