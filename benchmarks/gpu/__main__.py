@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.gpu import needs
+from benchmarks.gpu.cases import CASES, select
 
 
 def main() -> int:
@@ -18,6 +19,12 @@ def main() -> int:
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install from beforehand")
     parser.add_argument("--tiny", action="store_true", help="run every line on a CPU")
     options = parser.parse_args()
+    words = [word for word in options.cases.split(",") if word]
+    if not select(words):
+        names = ", ".join(case.name for case in CASES)
+        parser.error(
+            f"--cases: no case has one of these words: {options.cases}. There are: {names}"
+        )
     if missing := needs.prepare(options.wheels, tiny=options.tiny):
         sys.exit(missing)
     from benchmarks.gpu import program  # noqa: PLC0415 - what it imports may be missing
@@ -25,7 +32,7 @@ def main() -> int:
     return program.run(
         program.Options(
             minutes=options.minutes,
-            cases=[word for word in options.cases.split(",") if word],
+            cases=words,
             output=options.output,
             folder=options.folder,
             tiny=options.tiny,

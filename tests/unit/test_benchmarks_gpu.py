@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from zipfile import ZipFile
@@ -143,13 +145,11 @@ def test_what_is_not_installed_is_named_with_the_way_to_bring_it(
     assert "--wheels FOLDER" in found
 
 
-@pytest.mark.parametrize("by_pip", [True, False])
-def test_wheels_are_installed_with_and_without_pip(
-    by_pip: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wheel, metadata = tmp_path / "brought-1.0-py3-none-any.whl", "brought-1.0.dist-info"
+def make_wheel(folder: Path, module: str, text: str = "") -> Path:
+    """A wheel of one module, that pip accepts."""
+    wheel, metadata = folder / "brought-1.0-py3-none-any.whl", "brought-1.0.dist-info"
     with ZipFile(wheel, "w") as archive:
-        archive.writestr("brought/__init__.py", "")
+        archive.writestr(module, text)
         archive.writestr(
             f"{metadata}/METADATA", "Metadata-Version: 2.1\nName: brought\nVersion: 1.0\n"
         )
@@ -157,6 +157,36 @@ def test_wheels_are_installed_with_and_without_pip(
             f"{metadata}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         archive.writestr(f"{metadata}/RECORD", "")
+    return wheel
+
+
+def test_it_starts_over_once_with_the_wheels_that_were_brought(tmp_path: Path) -> None:
+    make_wheel(tmp_path, "sitecustomize.py", "print('brought')")  # Python imports it as it starts
+    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--cases=device", "--minutes=0"]
+    command += [f"--wheels={tmp_path}", f"--output={tmp_path / 'gpu.json'}"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("brought") == 1
+    assert json.loads((tmp_path / "gpu.json").read_text())["ended"] == "complete"
+
+
+def test_a_case_that_is_not_there_is_no_success() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--cases", "no such case"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert "no case has one of these words: no such case. There are: device, " in done.stderr
+
+
+def test_a_folder_without_a_wheel_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="There is no wheel in"):
+        needs.start_over(tmp_path)
+
+
+@pytest.mark.parametrize("by_pip", [True, False])
+def test_wheels_are_installed_with_and_without_pip(
+    by_pip: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel, metadata = make_wheel(tmp_path, "brought/__init__.py"), "brought-1.0.dist-info"
     if not by_pip:
         monkeypatch.setattr(needs, "find_spec", lambda _: None)
     elif find_spec("pip") is None:

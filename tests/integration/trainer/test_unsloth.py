@@ -22,6 +22,7 @@ from finetune_trainer.train.recipe.unsloth_engine import (
     UnslothFailedError,
     or_transformers,
     restart_with_transformers,
+    row_lengths,
     sequence_limit,
     until_first_step,
 )
@@ -151,3 +152,36 @@ def test_only_who_named_it_is_told_that_it_failed(
     assert len(started) == 1
     assert or_transformers(work).engine == "transformers"
     assert bool(notices) == told
+
+
+@pytest.mark.parametrize(
+    ("positions", "lengths"),
+    [
+        ([[0, 1, 2, 0, 1, 0]], [3, 2, 1]),
+        ([[0, 1, 2]], [3]),
+        ([[0, 0]], [1, 1]),
+        ([[1, 2, 0]], None),  # a part of a row
+        ([[1, 2, 3]], None),
+        ([[0, 1], [0, 1]], None),  # padded, not packed
+        ([0, 1], None),
+    ],
+)
+def test_its_attention_is_told_the_lengths_of_packed_rows(
+    positions: Any, lengths: list[int] | None
+) -> None:
+    given = torch.tensor(positions)
+    found = row_lengths(given)
+    assert (None if found is None else found.tolist()) == lengths
+    seen = dict[str, Any]()
+
+    class Model(torch.nn.Module):
+        def forward(self, **options: Any) -> None:
+            seen.update(options)
+
+    model = Model()
+    model.register_forward_pre_hook(unsloth_engine._pass_row_lengths, with_kwargs=True)
+    model(position_ids=given)
+    assert seen["position_ids"] is given
+    assert ("packed_seq_lengths" in seen) is (lengths is not None)
+    if lengths:
+        assert seen["packed_seq_lengths"].dtype == torch.int32
