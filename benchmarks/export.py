@@ -67,7 +67,7 @@ def main() -> None:
     default = Path(tempfile.gettempdir()) / "finetune-benchmark-export"
     parser.add_argument("--folder", type=Path, default=default, help=f"default: {default}")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--types", default="F16,Q8_0,Q4_K_M", help="the first is F16 or BF16")
+    parser.add_argument("--types", default="BF16,Q8_0,Q4_K_M", help="the first is BF16 or F16")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--gate", action="store_true")
     parser.add_argument(

@@ -42,7 +42,7 @@ from finetune_trainer.train.supervisor import training_session
 from finetune_trainer.train.supervisor.checkpoints import CheckpointStore
 from tests.integration.trainer.fork_server import ForkedWorker, with_popen
 
-ROOM = "FINETUNE_BENCHMARK_ROOM"  # environment variable: bytes
+ROOM = "FINETUNE_WORKER_ROOM"  # environment variable: bytes
 SLACK = 130_000_000  # what else a training takes once it runs: stacks of threads, workspaces
 SHARE = 0.6  # of what the first plan's passes take, so that a half or a quarter of them fits
 

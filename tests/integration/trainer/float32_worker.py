@@ -1,5 +1,7 @@
 """The worker in float32, on whatever processor; it notes what of the model this process holds.
 
+Variables tell it more; each name begins with FINETUNE_WORKER_, since a worker gets no others.
+
 COMPUTE_DTYPE=bfloat16 computes in that instead.
 
 FAIL=RANK:STEP:HOW lets one of the processes run out of GPU memory (full), meet an error of NCCL
@@ -52,7 +54,7 @@ class Failing(TrainerCallback):
         control: Any,  # noqa: ARG002 - transformers' name
         **_: Any,
     ) -> None:
-        rank, step, how = os.environ["FAIL"].split(":")
+        rank, step, how = os.environ["FINETUNE_WORKER_FAIL"].split(":")
         if os.environ.get("RANK", "0") != rank or state.global_step != int(step):
             return
         if how == "crowded":
@@ -91,7 +93,7 @@ class Holding(TrainerCallback):
 
 
 def _fail_while_crowded(trainer: Any) -> None:
-    rank, failing, how = os.environ["FAIL"].split(":")
+    rank, failing, how = os.environ["FINETUNE_WORKER_FAIL"].split(":")
     if how != "crowded" or os.environ.get("RANK", "0") != rank:
         return
 
@@ -147,12 +149,12 @@ def _fuse_on_a_cpu(workdir: list[Path]) -> None:
 
 def main(address: Path, parent: int) -> int:
     """Train; bfloat16 would hide the differences that the tests look for."""
-    dtype: torch.dtype = getattr(torch, os.environ.get("COMPUTE_DTYPE", "float32"))
+    dtype: torch.dtype = getattr(torch, os.environ.get("FINETUNE_WORKER_COMPUTE_DTYPE", "float32"))
     loading.compute_dtype = lambda: dtype
     workdir: list[Path] = []
     gathered, guard = processes.gathered_state, training_log.guard_trackers
 
-    if os.environ.get("FUSED"):
+    if os.environ.get("FINETUNE_WORKER_FUSED"):
         _fuse_on_a_cpu(workdir)
 
     def noting(model: torch.nn.Module) -> Any:
@@ -166,10 +168,10 @@ def main(address: Path, parent: int) -> int:
     def guarding(trainer: Any) -> None:
         guard(trainer)
         workdir.append(Path(trainer.args.output_dir).parent)
-        if "FAIL" in os.environ:
+        if "FINETUNE_WORKER_FAIL" in os.environ:
             trainer.add_callback(Failing())
             _fail_while_crowded(trainer)
-        if "HOLD" in os.environ:
+        if "FINETUNE_WORKER_HOLD" in os.environ:
             trainer.add_callback(Holding())
 
     processes.gathered_state, training_log.guard_trackers = noting, guarding

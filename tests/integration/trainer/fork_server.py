@@ -116,11 +116,14 @@ class Forked(subprocess.Popen[Any]):
 class ForkedWorker(subprocess.Popen[bytes]):
     """What the stage starts as its worker: a fork of the stage itself, which dies with it."""
 
-    def _execute_child(self, args: list[str], *_: Any) -> None:
-        # python -m <module> <request> <parent>
+    def _execute_child(self, args: list[str], *rest: Any) -> None:
+        # python -m <module> <request> <parent>; of the rest see above
         module, request, parent = args[2], Path(args[-2]), int(args[-1])
+        environment: dict[str, str] = rest[5]
 
         def work() -> int:
+            os.environ.clear()
+            os.environ.update(environment)
             status: int = importlib.import_module(module).main(request, parent)
             return status
 

@@ -20,7 +20,7 @@ import torch
 from finetune_trainer.contract import Base
 from finetune_trainer.train.supervisor import training_session
 
-VARIABLE = "TEST_FULL_MEMORY"  # a Fault as JSON
+VARIABLE = "FINETUNE_WORKER_FAULT"  # a Fault as JSON
 MESSAGE = (
     "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 23.65 GiB of "
     "which 11.06 MiB is free. Including non-PyTorch memory, this process has 23.60 GiB in use."

@@ -117,7 +117,7 @@ def run(work: TrainingWork, module: str = FLOAT32) -> Run:
 
 def run_in_bfloat16(work: TrainingWork) -> Run:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COMPUTE_DTYPE", "bfloat16")
+        patch.setenv("FINETUNE_WORKER_COMPUTE_DTYPE", "bfloat16")
         return run(work)
 
 
@@ -214,7 +214,7 @@ def test_recomputed_layers_drop_the_same_values_again(
 def test_in_bfloat16_as_well_it_trains_like_one(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COMPUTE_DTYPE", "bfloat16")
+    monkeypatch.setenv("FINETUNE_WORKER_COMPUTE_DTYPE", "bfloat16")
     alone = run(work_of(tiny_model, tmp_path / "alone", 1))
     settings: dict[str, Any] = {"gradientCheckpointing": "always"}
     together = run(work_of(tiny_model, tmp_path / "together", 2, "fsdp", **settings))
@@ -232,13 +232,13 @@ def test_adapters_as_one_operation_train_the_same_spread_over_processes(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With recomputed layers and dropout, whose numbers come again in each backward pass."""
-    monkeypatch.setenv("COMPUTE_DTYPE", "bfloat16")
+    monkeypatch.setenv("FINETUNE_WORKER_COMPUTE_DTYPE", "bfloat16")
     rows = make_rows(8, 1), make_rows(2, 2)
     runs = []
     for name in ("plain", "fused"):
         settings = {**RECOMPUTED, "epochs": 1}
         runs.append(run(work_of(tiny_model, tmp_path / name, 2, "fsdp", rows, **settings)))
-        monkeypatch.setenv("FUSED", "yes")
+        monkeypatch.setenv("FINETUNE_WORKER_FUSED", "yes")
     plain, fused = runs
     assert len(fused.series("loss")) == 2
     assert fused.series("loss") == plain.series("loss")
@@ -260,7 +260,7 @@ def test_weights_of_4_bits_are_spread_over_processes_and_train_as_in_one(
     from finetune_trainer.model import loading
     from finetune_trainer.train.recipe import sft
 
-    monkeypatch.setenv("COMPUTE_DTYPE", "bfloat16")
+    monkeypatch.setenv("FINETUNE_WORKER_COMPUTE_DTYPE", "bfloat16")
     monkeypatch.setattr(loading, "compute_dtype", lambda: torch.bfloat16)
     settings: dict[str, Any] = {
         "method": "qlora",
@@ -315,8 +315,8 @@ def test_a_stop_leaves_one_checkpoint_of_all_processes_to_go_on_from(
     stopper.start()
     with pytest.MonkeyPatch.context() as patch:
         if whole == "sharded":
-            patch.setenv("COMPUTE_DTYPE", "bfloat16")
-        patch.setenv("HOLD", "yes")  # or it might be over before the stop comes
+            patch.setenv("FINETUNE_WORKER_COMPUTE_DTYPE", "bfloat16")
+        patch.setenv("FINETUNE_WORKER_HOLD", "yes")  # or it might be over before the stop comes
         stopped = workers.run(work, hear)
     stopper.join()
 
@@ -382,7 +382,7 @@ def test_the_process_that_fails_gives_the_reason_for_all(
     capfd: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
 ) -> None:
-    request.getfixturevalue("monkeypatch").setenv("FAIL", fail)
+    request.getfixturevalue("monkeypatch").setenv("FINETUNE_WORKER_FAIL", fail)
     tiny_model: Path = request.getfixturevalue("tiny_model")
     work = work_of(tiny_model, tmp_path / "failing", 2)
     began = time.monotonic()
@@ -406,7 +406,7 @@ def test_memory_that_runs_out_in_one_process_makes_the_passes_of_all_smaller(
     alone: Run, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No process can save: one failed, the other waits for it. The newest checkpoint is left."""
-    monkeypatch.setenv("FAIL", "1:3:crowded")
+    monkeypatch.setenv("FINETUNE_WORKER_FAIL", "1:3:crowded")
     asked: list[TrainingWork] = []
     written: list[Path] = []
     notices: list[Notice] = []

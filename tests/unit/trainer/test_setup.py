@@ -12,6 +12,7 @@ from finetune_trainer.contract import (
     Reason,
     RunConfig,
     StageError,
+    Tracker,
     Training,
     TrainingPlan,
 )
@@ -236,12 +237,46 @@ def test_one_process_is_started_directly_and_several_through_torchrun() -> None:
 )
 def test_one_process_sees_one_gpu(processes: int, given: str | None, expected: str | None) -> None:
     """With more the Trainer would use DataParallel, and TRL refuses that."""
-    environment = {"A": "b"} if given is None else {"A": "b", "CUDA_VISIBLE_DEVICES": given}
+    environment = {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
 
-    seen = worker_environment(processes, environment)
+    seen = worker_environment(processes, [], environment)
 
-    assert seen["A"] == "b"
     assert seen.get("CUDA_VISIBLE_DEVICES") == expected
+
+
+TRACKING = {
+    Tracker.MLFLOW: {"MLFLOW_TRACKING_URI": "http://mlflow", "MLFLOW_TRACKING_TOKEN": "m"},
+    Tracker.WANDB: {"WANDB_API_KEY": "w", "WANDB_PROJECT": "mine"},
+    Tracker.TENSORBOARD: {},
+}
+
+
+@pytest.mark.parametrize("trackers", [[], *([each] for each in Tracker), [*Tracker]])
+def test_a_worker_gets_what_tunes_it_and_the_keys_of_its_trackers_alone(
+    trackers: list[Tracker],
+) -> None:
+    tuning = {
+        "CUDA_VISIBLE_DEVICES": "0",
+        "FI_PROVIDER": "efa",
+        "HF_HOME": "/cache",
+        "NCCL_DEBUG": "INFO",
+        "OMP_NUM_THREADS": "4",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    }
+    keys = {
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_WEB_IDENTITY_TOKEN_FILE": "/var/run/secrets/token",
+        "FINETUNE_HUB_TOKEN": "h",
+        "FINETUNE_MODEL_AWS_SECRET_ACCESS_KEY": "s",
+        "HF_TOKEN": "t",
+        "NCCL_API_KEY": "n",
+    }
+    given = {**tuning, **keys, **{n: v for each in TRACKING.values() for n, v in each.items()}}
+
+    seen = worker_environment(2, trackers, given)
+
+    assert seen == {**tuning, **{n: v for each in trackers for n, v in TRACKING[each].items()}}
 
 
 @pytest.mark.parametrize(("longest", "context"), [(8192, 8192), (9000, None)])

@@ -335,6 +335,8 @@ def build_empty(model: ModelFolder) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
 
     trusted = model.trust_remote_code
+    if trusted:
+        child.deny_secrets()
     config = AutoConfig.from_pretrained(model.path, trust_remote_code=trusted)
     auto: Any = AutoModelForCausalLM
     with torch.device("meta"):

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.shape import number_type, overflows_in_float16
 from finetune_trainer.model.tokenizer import unsupported
+from finetune_trainer.runtime import child
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,10 +36,13 @@ def load_model(
 
     With `quantize` its linear layers are held in 4 bits (NF4), and `dtype` is what they compute in.
     With `sharded` as well, FSDP can spread them over processes.
+    A model that comes with trusted code runs it here: the process has to be a child of the stage.
     Raises StageError(ModelUnsupported) when transformers can't load it.
     """
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
+    if model.trust_remote_code:
+        child.deny_secrets()
     disable_progress_bar()  # type: ignore[no-untyped-call] # it moves per tensor
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if quantize:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from finetune_trainer.contract import Example, Reason, StageError, as_example, is_document
 from finetune_trainer.model import ModelFolder
@@ -73,12 +73,13 @@ BEGIN_OF_TEXT = "{{ bos_token }}"
 def load_tokenizer(model: ModelFolder) -> PreTrainedTokenizerBase:
     """Load the tokenizer; it always has a chat template, an end token and a padding token.
 
+    A trusted model's own code is run only where the tokenizer itself is made of it: stages, which
+    hold the keys of the store, load the tokenizer in their own process.
     Raises StageError when transformers can't read it.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.path, trust_remote_code=model.trust_remote_code
-        )
+        trusted = model.trust_remote_code and has_code(model.path)
+        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trusted)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         # What transformers raises for a broken or unknown tokenizer depends on where it broke.
         raise unsupported("tokenizer", error, model) from error
@@ -97,6 +98,28 @@ def load_tokenizer(model: ModelFolder) -> PreTrainedTokenizerBase:
         # Not a new token: the vocabulary must keep the shape of the embeddings.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def has_code(model: Path) -> bool:
+    """Whether the tokenizer in a folder comes with Python code of its own."""
+    try:
+        settings = json.loads((model / TOKENIZER_CONFIG).read_bytes())
+    except FileNotFoundError:
+        return False
+    named = settings.get("auto_map") or {}
+    return bool(named.get("AutoTokenizer") if isinstance(named, dict) else named)
+
+
+def settings_of(model: Path) -> PreTrainedConfig:
+    """The configuration of the model in a folder, without running code of its own.
+
+    That of an architecture which transformers doesn't have is what its file says.
+    """
+    try:
+        found: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except ValueError:
+        found = PreTrainedConfig.from_pretrained(model)
+    return found
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ say why it failed. So its native code runs in a child, which also gives all memo
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import signal
@@ -43,13 +44,15 @@ _READ_FILE, _PATH_BENEATH = 1 << 2, 1
 
 _INHERITED = re.compile(
     r"PATH|HOME|USER|LOGNAME|SHELL|TMPDIR|LANG|LANGUAGE|TZ|LC_\w+|VIRTUAL_ENV|(https?|no)_proxy"
-    r"|FINETUNE_(LOG_FORMAT|STAGE)|HF_(HOME|ENDPOINT|HUB_\w+)|(SSL_CERT|XDG|COVERAGE)_\w+"
+    r"|FINETUNE_(LOG_FORMAT|STAGE|WORKER_\w+)|HF_(HOME|ENDPOINT|HUB_\w+)"
+    r"|(ACCELERATE|BITSANDBYTES|BNB|COVERAGE|DNNL|EFA|FI|FLASH_ATTENTION|GLOO|HSA|IBV|MALLOC|NCCL"
+    r"|ONEDNN|RDMAV|ROCR|SSL_CERT|UCX|UNSLOTH|XDG)_\w+"
     r"|(CUDA|GGML|GOMP|HIP|KMP|LD|LLAMA|MKL|NVIDIA|OMP|OPENBLAS|PYTHON|PYTORCH|REQUESTS|TOKENIZERS"
     r"|TORCH|TRANSFORMERS|TRITON)_?\w+",
     re.IGNORECASE,
 )
-"""Variables that a child needs: how to find programs, libraries, certificates and the Hub, and how
-many threads to use."""
+"""Variables that a child needs: how to find programs, libraries, certificates and the Hub, how many
+threads to use, and what tunes the libraries that train, of one GPU or between several."""
 
 SETTINGS = {
     "GGML_NO_BACKTRACE": "1",  # its own handler would call a debugger for a stack trace
@@ -63,6 +66,11 @@ glibc gives a freed block back to the kernel only if the block was mapped, and m
 larger the freed ones are (mallopt(3)). A fixed limit keeps large matrices from staying in the heap:
 the reference takes 50 MiB less for a vocabulary of 49,152, and the same in each run.
 """
+
+log = logging.getLogger(__name__)
+
+SECRETS = Path("/var/run/secrets")
+"""Where Kubernetes and the clouds mount the tokens of a pod's identity."""
 
 _running: set[subprocess.Popen[str]] = set()
 
@@ -172,6 +180,13 @@ def deny_reading(folder: Path) -> bool:
     done = bool(library.syscall(_LANDLOCK_RESTRICT, rules, 0) == 0)
     os.close(rules)
     return done
+
+
+def deny_secrets() -> None:
+    """In a child, before a model's own code runs in it: the tokens of the pod's identity as well
+    are none of its business."""
+    if SECRETS.is_dir() and not deny_reading(SECRETS):
+        log.warning("This system has no Landlock: a model's own code could read %s", SECRETS)
 
 
 @contextmanager

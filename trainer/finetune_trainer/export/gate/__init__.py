@@ -27,8 +27,6 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from finetune_trainer.contract import (
     UNQUANTIZED,
     Export,
@@ -52,7 +50,12 @@ from finetune_trainer.export.llama import GenerateAnswer, GenerateRequest, Llama
 from finetune_trainer.export.reference import Generated, Reference, ReferenceRequest
 from finetune_trainer.export.reference.float32 import compute_reference
 from finetune_trainer.memory.machine import find_gpus
-from finetune_trainer.model.tokenizer import load_tokenizer, other_tokens, rows_read_otherwise
+from finetune_trainer.model.tokenizer import (
+    load_tokenizer,
+    other_tokens,
+    rows_read_otherwise,
+    settings_of,
+)
 from finetune_trainer.runtime.child import as_steps
 
 SAMPLE_TOKENS = 128
@@ -261,13 +264,13 @@ def expect(inputs: GateInputs, workspace: Path) -> Expected:
     # transformers takes another class for some families, with other tokens (Mistral, Phi-3).
     tokenizer = load_tokenizer(base)
     rows = choose_rows(tokenizer, () if off else inputs.examples, inputs.names)
-    config = AutoConfig.from_pretrained(base.path, trust_remote_code=base.trust_remote_code)
+    settings = settings_of(base.path).get_text_config()
     return Expected(
         inputs=inputs,
         tokenizer=tokenizer,
         rows=rows,
         text=file_checks.trained_text(tokenizer, rows),
-        context_length=getattr(config.get_text_config(), "max_position_embeddings", None),
+        context_length=getattr(settings, "max_position_embeddings", None),
         reference=None,
         prompts=prompts_of(tokenizer, rows.examples),
         workspace=workspace,

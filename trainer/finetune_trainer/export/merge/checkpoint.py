@@ -202,10 +202,10 @@ def _refuse_tied(base: Path, modules: list[str]) -> None:
     outputs = [module for module in modules if module.split(".")[-1] in OUTPUT_LAYERS]
     if not outputs:
         return
-    from transformers import AutoConfig  # noqa: PLC0415 - slow to import, and seldom needed
+    # Here and not above: slow to import, and seldom needed.
+    from finetune_trainer.model.tokenizer import settings_of  # noqa: PLC0415
 
-    config = AutoConfig.from_pretrained(base).get_text_config()
-    if config.tie_word_embeddings:
+    if settings_of(base).get_text_config().tie_word_embeddings:
         raise StageError(
             Reason.MODEL_UNSUPPORTED,
             f"The adapter changes {shortened(outputs)}, whose weight is the input embedding's as "

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Protocol
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_trainer.export.merge import UNREACHED, MergedWeights
 from finetune_trainer.export.merge.checkpoint import (
@@ -36,7 +36,12 @@ from finetune_trainer.export.merge.checkpoint import (
 )
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.loading import use_available_cpus
-from finetune_trainer.model.tokenizer import end_of_turn_ids, load_tokenizer, save_tokenizer
+from finetune_trainer.model.tokenizer import (
+    end_of_turn_ids,
+    load_tokenizer,
+    save_tokenizer,
+    settings_of,
+)
 from finetune_trainer.store import OnBytes, replacing
 
 GENERATION = "generation_config.json"
@@ -140,8 +145,7 @@ def generation_settings(base: ModelFolder) -> dict[str, Any]:
     if (base.path / GENERATION).is_file():
         settings = dict(json.loads((base.path / GENERATION).read_bytes()))
     else:
-        config = AutoConfig.from_pretrained(base.path, trust_remote_code=base.trust_remote_code)
-        settings = GenerationConfig.from_model_config(config).to_diff_dict()
+        settings = GenerationConfig.from_model_config(settings_of(base.path)).to_diff_dict()
     # It marks settings that nobody chose, and that a program may replace.
     settings.pop("_from_model_config", None)
     return settings

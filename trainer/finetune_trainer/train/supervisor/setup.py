@@ -312,6 +312,13 @@ TRACKER_PACKAGES = {
     Tracker.WANDB: ("wandb",),
 }
 
+TRACKER_VARIABLES = {
+    Tracker.TENSORBOARD: (),
+    Tracker.MLFLOW: ("MLFLOW_", "HF_MLFLOW_", "DATABRICKS_"),
+    Tracker.WANDB: ("WANDB_",),
+}
+"""How the names of the variables begin that each is set up by, credentials among them."""
+
 
 def check_trackers(
     report_to: Iterable[Tracker], environment: Mapping[str, str], home: Path | None = None

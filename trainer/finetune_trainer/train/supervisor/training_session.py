@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,12 +19,14 @@ from finetune_trainer.contract import (
     NoticeCode,
     Reason,
     StageError,
+    Tracker,
     Training,
     TrainingPlan,
     parse_duration,
 )
 from finetune_trainer.memory.gpus import HIDING, first_visible
 from finetune_trainer.runtime import duration, lifecycle
+from finetune_trainer.runtime.child import inherited
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.train.link import (
     CLOSE_SECONDS,
@@ -42,6 +44,7 @@ from finetune_trainer.train.supervisor.checkpoints import (
     CheckpointUploader,
     LocalCheckpoint,
 )
+from finetune_trainer.train.supervisor.setup import TRACKER_VARIABLES
 
 # Programs. The names are text, because the stage imports nothing of the recipe.
 TRAIN_WORKER = "finetune_trainer.train.recipe.train_worker"
@@ -240,7 +243,11 @@ class WorkerProcess:
         self._over.clear()
         try:
             with listening(work, hear, lambda: self._stored_step) as self._link:
-                status = self._run(self._command(work, self._link.address), work.processes, watch)
+                command = self._command(work, self._link.address)
+                environment = worker_environment(
+                    work.processes, work.config.training.report_to, os.environ
+                )
+                status = self._run(command, environment, watch)
         finally:
             self._over.set()
         # A worker that was told to stop ends as well. Then the stop has the last word.
@@ -269,13 +276,13 @@ class WorkerProcess:
         if self._link:
             self._link.tell_stored_step()
 
-    def _run(self, command: list[str], processes: int, watch: StallWatch) -> int:
+    def _run(self, command: list[str], environment: dict[str, str], watch: StallWatch) -> int:
         # A session of its own: Ctrl-C is for the stage, which then tells the worker to save.
         with (
             subprocess.Popen(
                 [*command, str(os.getpid())],
                 start_new_session=True,
-                env=worker_environment(processes, os.environ),
+                env=environment,
             ) as self._process,
             watch.over(self._process),
         ):
@@ -359,11 +366,17 @@ class StallWatch:
         process.kill()  # workers of torchrun die with it
 
 
-def worker_environment(processes: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """One process sees one GPU: with more, the Trainer would split each pass between them."""
-    if processes > 1:
-        return dict(environment)
-    return {**environment, HIDING: first_visible(environment)}
+def worker_environment(
+    processes: int, trackers: Iterable[Tracker], environment: Mapping[str, str]
+) -> dict[str, str]:
+    """What a child gets, and what its trackers need: a model's own code runs in the worker.
+
+    One process sees one GPU: with more, the Trainer would split each pass between them.
+    """
+    prefixes = tuple(prefix for each in trackers for prefix in TRACKER_VARIABLES[each])
+    asked = {name: environment[name] for name in environment if name.startswith(prefixes)}
+    seen = inherited(environment) | asked
+    return seen if processes > 1 else {**seen, HIDING: first_visible(environment)}
 
 
 def worker_command(
