@@ -26,8 +26,9 @@ def figures(result: StageResult | None) -> dict[str, Quality | None]:
     return {path: paths[path] for path in paths if path.endswith(".gguf") and "LoRA" not in path}
 
 
-def ended(run: Run, code: int) -> StageResult:
+def ended(run: Run, code: int, said: str = "") -> StageResult:
     assert run.code == code, run.output
+    assert said in run.output
     assert run.result is not None
     return run.result
 
@@ -37,7 +38,9 @@ def test_a_refused_file_is_published_apart_and_the_export_is_not_complete(
 ) -> None:
     limits = [{"quantization": "Q8_0", "maxKLDivergence": NO_FILE_KEEPS}]
     export = {"merged": False, "gguf": ["F16", "Q8_0"], "qualityLimits": limits}
-    result = ended(trainer("run", {**run_config, "export": export}), code=15)
+    result = ended(
+        trainer("run", {**run_config, "export": export}), code=15, said="Asking tiny-F16.gguf and"
+    )  # the smaller one failed
     assert result.reason is Reason.QUALITY_GATE_FAILED
     for word in (BAD, "1e-09", "spec.export.qualityLimits", "rejected/"):
         assert word in result.message
@@ -69,7 +72,7 @@ def test_a_refused_file_is_published_apart_and_the_export_is_not_complete(
 
     warn = {**export, "verify": "warn", "gguf": ["F16", "Q8_0", "Q6_K", "Q4_K_M"]}
     warned = goes_on(trainer, {**run_config, "export": warn}, moto)
-    result = ended(warned, code=0)
+    result = ended(warned, code=0, said="Asking tiny-Q4_K_M.gguf and")  # the smallest
     assert "Training examples" not in warned.output
     assert figures(result)[GOOD] == good, "those of a file that was checked before the pod died"
     assert f"{BAD}: " in result.message
@@ -90,6 +93,40 @@ def test_a_refused_file_is_published_apart_and_the_export_is_not_complete(
     assert (cached.version, cached.manifest_uri) == (result.version, result.manifest_uri)
     goes_back_to(refusal, trainer, {**run_config, "export": export})
     assert current(moto, run_config["output"]["uri"]) == manifest
+
+
+def test_a_refused_merged_model_is_published_apart_where_there_is_no_other_file(
+    trainer: Trainer, run_config: dict[str, Any], moto: Credentials
+) -> None:
+    limits = [{"quantization": "F16", "maxKLDivergence": NO_FILE_KEEPS}]
+    export = {"merged": True, "gguf": [], "qualityLimits": limits}
+    result = ended(trainer("run", {**run_config, "export": export}), code=15)
+    assert result.reason is Reason.QUALITY_GATE_FAILED
+    assert "merged" in result.message
+    uri = f"{run_config['output']['uri']}/versions/{result.version}"
+    client, (bucket, _, prefix) = moto.client(), uri.removeprefix("s3://").partition("/")
+    listed = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/")["Contents"]
+    paths = {item["Key"].removeprefix(f"{prefix}/") for item in listed}
+    assert "rejected/merged/model.safetensors" in paths
+    assert not any(path.startswith("merged/") for path in paths)
+    weights = {each.path: each.quality for each in result.artifacts if each.quality}
+    assert [*weights] == ["rejected/merged/model.safetensors"]
+    assert not weights["rejected/merged/model.safetensors"].passed
+
+
+def test_an_adapter_file_that_is_not_asked_for_only_lets_the_base_model_answer(
+    trainer: Trainer, run_config: dict[str, Any], moto: Credentials
+) -> None:
+    export = {"merged": False, "gguf": ["F16"], "adapterGguf": False}
+    run = trainer("run", {**run_config, "export": export})
+    result = ended(run, code=0)
+    assert not any("LoRA" in each.path for each in result.artifacts)
+    held, manifest, _ = in_bucket(moto, f"{run_config['output']['uri']}/versions/{result.version}")
+    assert not any("LoRA" in path for path in held)
+    assert [each["file"] for each in manifest["gate"]["files"]] == ["tiny-F16.gguf"]
+    assert "Checking tiny-LoRA" not in run.output
+    assert all(sample["base"] for sample in manifest["gate"]["samples"])
+    assert manifest["gate"]["samples"]
 
 
 def goes_on(trainer: Trainer, config: dict[str, Any], moto: Credentials) -> Run:

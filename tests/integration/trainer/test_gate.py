@@ -42,14 +42,27 @@ from finetune_trainer.contract.output import NEED_IMPORTANCE
 from finetune_trainer.export import gate as gate_module
 from finetune_trainer.export import llama
 from finetune_trainer.export.export_stage import expected_work
-from finetune_trainer.export.gate import DerivedGate, SourceGate, expect, file_checks, rejects
+from finetune_trainer.export.gate import (
+    DerivedGate,
+    SourceGate,
+    expect,
+    expected,
+    file_checks,
+    rejects,
+)
+from finetune_trainer.export.gate.expected import llama_threads
 from finetune_trainer.export.gate.kept import KeptFigures
 from finetune_trainer.export.gate.rows import ExampleFiles
 from finetune_trainer.export.gguf.header import Header
 from finetune_trainer.export.inputs import ExportContext, open_tuned_model
 from finetune_trainer.export.llama import CheckRequest
+from finetune_trainer.export.llama.llama_worker import (
+    DECODE_ROWS,
+    LOGITS_BYTES,
+    decodes_of,
+)
 from finetune_trainer.export.pipeline import make_models
-from finetune_trainer.export.reference import float32
+from finetune_trainer.export.reference import MeasuredRow, float32
 from finetune_trainer.memory.forecast import (
     Machine,
     Widths,
@@ -58,6 +71,7 @@ from finetune_trainer.memory.forecast import (
     reference_bytes,
 )
 from finetune_trainer.model import ModelFolder
+from finetune_trainer.model.loading import idle_cpus
 from finetune_trainer.runtime import child
 from finetune_trainer.runtime.reporter import Reporter
 from finetune_trainer.store import LocalFolder
@@ -623,3 +637,35 @@ def test_percent_is_of_the_whole_export(
     upload = seconds["upload"] / sum(seconds.values())
     assert reporter.percents[-1] == min(99, int(100 * (1 - upload)))
     assert reporter.total_steps == {None}
+
+
+@pytest.mark.parametrize(
+    ("running", "usable", "threads"),
+    [(1, 8, 8), (5, 8, 4), (4, 8, 5), (99, 8, 4), (1, 1, 1), (99, 1, 1), (None, 8, 4)],
+)
+def test_llama_cpp_has_the_cpus_that_are_idle_and_half_of_ours_at_least(
+    running: int | None, usable: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loadavg = tmp_path / "loadavg"
+    if running is not None:
+        loadavg.write_text(f"0.50 0.40 0.30 {running}/310 4711\n")
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr(expected, "available_cpus", lambda: usable)
+    monkeypatch.setattr(expected, "idle_cpus", lambda: idle_cpus(loadavg))
+    assert llama_threads() == threads
+
+
+def test_rows_share_a_call_as_far_as_its_memory_goes() -> None:
+    """Their number, tokens and logits are bounded; a row too large for that has its own."""
+    many = [MeasuredRow((1, 2), (1,))] * (DECODE_ROWS + 3)
+    assert [len(group) for group in decodes_of(many, 100)] == [DECODE_ROWS, 3]
+    long = [MeasuredRow((1,) * size, (1,)) for size in (2000, 48, 1, 5000, 7)]
+    assert [[len(row.ids) for row in group] for group in decodes_of(long, 100)] == [
+        [2000, 48],
+        [1],
+        [5000],
+        [7],
+    ]
+    outputs = LOGITS_BYTES // (4 * 128_256)
+    answers = [MeasuredRow((1,) * (outputs // 2 + 2), tuple(range(1, outputs // 2 + 1)))] * 3
+    assert [len(group) for group in decodes_of(answers, 128_256)] == [2, 1]

@@ -211,7 +211,8 @@ def make_gguf(context: ExportContext, source_gate: SourceGate, missing: Missing)
         adapter_made = beside.submit(make_adapter, context)
         gate = check_source(context, source_gate, written, missing)
         adapter = adapter_made.result()
-    adapter_verdicts = [check_adapter(context, gate, adapter)] if adapter else []
+    asked = adapter if config.export.adapter_gguf is not False else None
+    adapter_verdicts = [check_adapter(context, gate, asked)] if asked else []
     if importance and not context.kept.bring(importance):
         rows = read_examples(context.examples.trained)
         with reporter.part("importance"):
@@ -274,15 +275,15 @@ def bring_logprobs(context: ExportContext, expected: Expected) -> bool:
 
 
 def check_adapter(context: ExportContext, gate: DerivedGate, file: Path) -> FileVerdict:
-    """Check the adapter's own file, and publish it where that is asked for."""
-    path, asked = f"{GGUF}/{file.name}", context.config.export.adapter_gguf is not False
+    """Check the adapter's own file, and publish it."""
+    path = f"{GGUF}/{file.name}"
     known = context.kept.of(path, file) if gate.source.exists() else context.kept.file(path)
     if known and known.verdict:
         verdict = known.verdict
     else:
         with checking(context, file, "adapter"):
             verdict = gate.check_adapter(file)
-    publish_file(context, file, verdict, path, asked=asked)
+    publish_file(context, file, verdict, path)
     return verdict
 
 
@@ -295,8 +296,8 @@ def discard_merged(context: ExportContext) -> None:
 
 
 def make_adapter(context: ExportContext) -> Path | None:
-    """The adapter alone as GGUF; None if there is none, or llama.cpp can't apply it and the spec
-    doesn't ask."""
+    """The adapter alone as GGUF, which also lets llama.cpp answer as the base model; None if there
+    is none, or llama.cpp can't apply it and the spec doesn't ask."""
     model = context.model.files
     if model.adapter is None or is_whole_model(model.adapter):
         return None

@@ -96,6 +96,15 @@ def device_name() -> str:
     return f"CPU, {torch.get_num_threads()} threads, {memory / 2**30:.1f} GiB"
 
 
+def idle_cpus(loadavg: Path = Path("/proc/loadavg")) -> int:
+    """CPUs of the machine on which nothing runs at this moment; 0 where it isn't told."""
+    try:
+        running = int(loadavg.read_text().split()[3].partition("/")[0])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return max(0, (os.cpu_count() or 1) - (running - 1))  # without the thread that asks
+
+
 def use_available_cpus() -> None:
     """Run as many threads as the container may use CPUs; more of them only wait for each other."""
     if "OMP_NUM_THREADS" in os.environ:

@@ -19,7 +19,7 @@ from finetune_trainer.export.gguf.header import Header, HeaderError
 from finetune_trainer.export.llama import CheckAnswer, CheckRequest, LlamaError
 from finetune_trainer.export.reference import Measurement, Reference
 from finetune_trainer.model import ModelFolder
-from finetune_trainer.model.loading import available_cpus
+from finetune_trainer.model.loading import available_cpus, idle_cpus
 from finetune_trainer.runtime.child import as_steps
 from finetune_trainer.runtime.reporter import Reporter
 
@@ -229,5 +229,9 @@ def _logged(verdict: FileVerdict) -> FileVerdict:
 
 
 def llama_threads() -> int:
-    # llama.cpp's threads wait actively: on busy CPUs more of them are slower.
-    return max(1, available_cpus() // 2)
+    """As many as CPUs are idle, and at least half of those that this process may use.
+
+    llama.cpp's threads wait actively: on busy CPUs more of them are slower.
+    """
+    usable = available_cpus()
+    return max(1, usable // 2, min(usable, idle_cpus()))
