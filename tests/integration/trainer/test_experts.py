@@ -20,10 +20,11 @@ from finetune_trainer.export.gguf.files import write_adapter
 from finetune_trainer.export.merge import MergedWeights
 from finetune_trainer.export.reference import MeasuredRow
 from finetune_trainer.export.reference.float32 import load_streamed, logits_of, logits_of_both
-from finetune_trainer.memory.forecast import STAGE_BYTES, reference_bytes
+from finetune_trainer.memory.forecast import STAGE_BYTES, export_memory, reference_bytes
 from finetune_trainer.model import ModelFolder
 from finetune_trainer.model.adapter import OutlineRequest, check_stored, lora_config, outline_here
 from finetune_trainer.model.loading import load_model
+from finetune_trainer.model.shape import Shape
 from finetune_trainer.model.tokenizer import message_pair
 from finetune_trainer.prepare.prepare_stage import check_config
 from finetune_trainer.runtime.reporter import Reporter
@@ -145,9 +146,15 @@ def test_the_reference_of_experts_takes_what_was_predicted(
     files = [base / "model.safetensors", tmp_path / "tuned.npy", tmp_path / "base.npy"]
     measured = took(processes, "reference", base, tmp_path / "adapter", tmp_path)
     measured -= sum(file.stat().st_size for file in files)
-    assert 0.9 * measured < predicted < 1.6 * measured
+    # With 96 MiB of experts the rest is small, and processors differ in what their kernels take.
+    assert 0.9 * measured < predicted < 2.4 * measured
     wanted = memory_need(weights, Export(gguf=()))
     assert wanted == 2 * STAGE_BYTES + predicted, "of the whole export"
+
+    shape = Shape.of_model(base)
+    assert shape is not None
+    for export in (Export(gguf=()), Export(), Export(verify="off")):  # and what `prepare` says
+        assert 0 <= export_memory(shape, export) / memory_need(weights, export) - 1 < 0.1
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -156,6 +157,48 @@ def test_a_buckets_model_stays_in_the_cache_as_well(
     assert {file.name for file in folder.iterdir()} == set(files.sizes)  # nothing half done
     client.delete_object(Bucket=bucket, Key="cached/model.safetensors")
     assert fetched(files, tmp_path, storage) == folder
+
+
+def test_what_a_dead_job_began_to_fetch_leaves_the_cache_after_a_day(
+    moto: Credentials, bucket: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_keys(moto, monkeypatch)
+    storage = Storage(endpoint=moto.endpoint)
+    files = found(f"s3://{bucket}/models/tiny", storage)
+    folder = cache / "folders" / files.revision.replace(":", "-")
+    folder.mkdir(parents=True)
+    dead, alive = folder / ".partial-0a1b2c3d-model.safetensors", folder / ".partial-4e5f-a.json"
+    for file, hours in ((dead, 25), (alive, 23)):
+        file.write_bytes(b"half")
+        then = time.time() - 3600 * hours
+        os.utime(file, (then, then))
+    assert fetched(files, tmp_path, storage) == folder
+    assert not dead.exists()
+    assert alive.exists()
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_in_the_cache(
+    moto: Credentials, bucket: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_keys(moto, monkeypatch)
+    storage, synced = Storage(endpoint=moto.endpoint), list[str]()
+    files = found(f"s3://{bucket}/models/tiny", storage)
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    folder = fetched(files, tmp_path, storage)
+    assert folder.is_relative_to(cache)
+    for name in files.sizes:
+        assert (folder / name).exists()
+        assert any(each.startswith(".partial-") and each.endswith(name) for each in synced)
+    synced.clear()
+    monkeypatch.delenv(MODEL_CACHE)
+    fetched(files, tmp_path, storage)
+    assert not synced, "a pod's own folder dies with it"
 
 
 def test_without_a_cache_models_go_where_they_went(

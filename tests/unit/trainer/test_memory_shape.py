@@ -52,6 +52,13 @@ def test_the_parameters_of_published_models(name: str, count: int) -> None:
     assert shape(name).parameters == count
 
 
+def test_a_mixture_that_transformers_5_saved_is_the_same() -> None:
+    """It names the number of experts alike for all."""
+    saved = config("qwen3-30b-a3b")
+    saved["num_local_experts"] = saved.pop("num_experts")
+    assert Shape.from_config(saved) == shape("qwen3-30b-a3b")
+
+
 @pytest.mark.parametrize(
     ("name", "targets"),
     [

@@ -246,13 +246,17 @@ def export_bytes(widths: Widths, export: Export, largest: int, experts: int = 0)
     return STAGE_BYTES + max(phases)
 
 
-def export_memory(shape: Shape, export: Export) -> int | None:
-    """The same by config.json alone, before there are weights; None for a mixture of experts, of
-    which it doesn't tell what the converter has in memory."""
-    if shape.experts:
-        return None
+def export_memory(shape: Shape, export: Export) -> int:
+    """The same by config.json alone, before there are weights."""
     widths = Widths(shape.vocabulary, shape.hidden, shape.mlp, shape.key_value, shape.layers)
-    return export_bytes(widths, export, shape.hidden * max(shape.vocabulary, shape.mlp))
+    if not shape.experts:
+        return export_bytes(widths, export, shape.hidden * max(shape.vocabulary, shape.mlp))
+    # gpt-oss's files hold all experts of a layer in two tensors, which are mapped; others' each
+    # expert by itself, which transformers and the converter stack.
+    stacked = shape.model_type == "gpt_oss"
+    width = shape.mlp // shape.active * (2 if stacked else 1)
+    largest = shape.hidden * max(shape.vocabulary, shape.experts * width)
+    return export_bytes(widths, export, largest, 0 if stacked else 2 * shape.all_experts)
 
 
 BLOCK = 256  # weights in one block of the K types

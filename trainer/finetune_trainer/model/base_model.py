@@ -42,7 +42,13 @@ from finetune_trainer.contract import (
 )
 from finetune_trainer.model import ModelCache, ModelFolder, holds, size_of
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.store import LocalFolder, OnBytes, open_folder
+from finetune_trainer.store import (
+    LocalFolder,
+    OnBytes,
+    open_folder,
+    remove_old_partials,
+    replacing,
+)
 
 CARD = "README.md"
 """Names the license. It changes no result, so it is no part of a folder's revision."""
@@ -141,9 +147,12 @@ def fetch(
     folder = open_folder(model.source, storage)
     if cache is not None:
         target = cache.folder(files.revision)
+        remove_old_partials(target)
     for name, size in wanted.items():
         if size_of(target / name) != size:  # downloads are whole or not there
-            folder.download(name, target / name, moved)
+            # In the cache also after the machine failed: its files are known by their size.
+            with replacing(target / name, lasting=cache is not None) as partial:
+                folder.download(name, partial, moved)
     return ModelFolder(target, model.trust_remote_code)
 
 

@@ -280,7 +280,9 @@ def _experts(kind: str, config: dict[str, Any]) -> tuple[int, int, int]:
         return 0, 0, int(config["intermediate_size"])
     number, width, usual = _MIXTURES[kind]
     active = int(config.get("num_experts_per_tok") or usual)
-    return int(config[number]), active, active * int(config[width])
+    # transformers 5 writes the number of experts by the same name for all.
+    experts = int(config[number] if number in config else config["num_local_experts"])
+    return experts, active, active * int(config[width])
 
 
 def _mlp_bias(kind: str, config: dict[str, Any], hidden: int) -> int:

@@ -15,9 +15,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from uuid import uuid4
@@ -138,6 +139,7 @@ def check_sha256(source: Path, found: str, expected: str | None) -> None:
 # --- A folder on disk --------------------------------------------------------------------------
 
 PARTIAL = ".partial-"  # begins the name of a file that is still being written
+OLD_SECONDS = 24 * 3600
 _CHUNK = 4 << 20
 # What a file system says that has no hard links, or no more of them for this file.
 _NO_LINKS = {errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}
@@ -187,6 +189,14 @@ def replacing(target: Path, *, lasting: bool = False) -> Iterator[Path]:
         os.replace(partial, target)  # noqa: PTH105 - says that it overwrites
         if lasting:
             sync(target.parent)
+
+
+def remove_old_partials(folder: Path) -> None:
+    """Remove what was begun here a day ago and more: its process is gone, and nobody else would."""
+    for file in folder.rglob(f"{PARTIAL}*"):
+        with suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime > OLD_SECONDS:
+                file.unlink()
 
 
 def sync(path: Path) -> None:

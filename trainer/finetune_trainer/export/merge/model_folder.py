@@ -248,7 +248,6 @@ def _index(weights: Weights) -> dict[str, Any]:
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 SCALE = "_scale"  # behind the weight's name
-SPAN_ROWS = 1024  # whose largest values are looked for at a time
 
 _LAYER = re.compile(r"\.(layers|h|blocks)\.\d+\.")
 _SIXTEEN_BITS = ("gate", "router", "shared_expert_gate")
@@ -284,10 +283,10 @@ class Fp8Weights:
     def _scale(self, name: str) -> torch.Tensor:
         """(out, 1) of a weight. The scales of all are some megabytes, so they are kept."""
         if name not in self._scales:
-            rows, dtype = self._weights.infos[name].shape[0], self.infos[name + SCALE].dtype
+            info, dtype = self._weights.infos[name], self.infos[name + SCALE].dtype
             largest = [
-                self._weights.rows(name, low, low + SPAN_ROWS).float().abs().amax(1, keepdim=True)
-                for low in range(0, rows, SPAN_ROWS)
+                self._weights.rows(name, low, high).float().abs().amax(1, keepdim=True)
+                for low, high in _blocks(info)
             ]
             scale = torch.cat(largest) / LARGEST
             self._scales[name] = scale.clamp_(min=torch.finfo(dtype).tiny).to(dtype)
@@ -370,13 +369,12 @@ def _other_row(
     weights: MergedWeights, name: str, found: Any, scale: torch.Tensor | None
 ) -> int | None:
     """The first row whose values, times its scale, are not the merged ones rounded."""
-    rows = next(iter(weights.infos[name].shape), 1)
-    for low in range(0, rows, SPAN_ROWS):
-        exact, read = weights.rows(name, low, low + SPAN_ROWS), found[low : low + SPAN_ROWS]
+    for low, high in _blocks(weights.infos[name]):
+        exact, read = weights.rows(name, low, high), found[low:high]
         if scale is None:
             same = read == exact
         else:
-            factor = scale[low : low + SPAN_ROWS].float()
+            factor = scale[low:high].float()
             off = (read.float() * factor - exact.float()).abs()
             same = off <= exact.float().abs() * ROUNDING + factor * SMALLEST
         others = (~same).reshape(len(same), -1).any(1).nonzero()
