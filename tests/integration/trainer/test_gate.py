@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -23,6 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks import limits
 from finetune_trainer.contract import (
     Export,
     FileVerdict,
@@ -669,3 +671,20 @@ def test_rows_share_a_call_as_far_as_its_memory_goes() -> None:
     outputs = LOGITS_BYTES // (4 * 128_256)
     answers = [MeasuredRow((1,) * (outputs // 2 + 2), tuple(range(1, outputs // 2 + 1)))] * 3
     assert [len(group) for group in decodes_of(answers, 128_256)] == [2, 1]
+
+
+@pytest.mark.parametrize("more", [[], ["--blur"]])
+def test_what_types_cost_any_file_is_measured_as_the_gate_does(
+    more: list[str],
+    tuned: Tuned,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tuned.file(Q.Q8_0)
+    monkeypatch.setattr(sys, "argv", ["limits", str(file), "--types", "F16,Q8_0", *more])
+    limits.main()
+    assert [each.name for each in file.parent.iterdir() if each.name.startswith("limits-")] == []
+    found = re.findall(r"^(\S+) +(\S+)  limit (\S+)$", capsys.readouterr().out, re.MULTILINE)
+    assert [kind for kind, *_ in found] == ["F16", "Q8_0"]
+    sixteen, eight = (float(off) for _, off, _ in found)
+    assert sixteen < eight < float(found[1][2])
