@@ -22,6 +22,7 @@ from finetune_trainer.contract import (
     Tolerated,
     read_run_config,
 )
+from finetune_trainer.local.fields import without_cluster
 from finetune_trainer.memory.machine import describe_machine
 from finetune_trainer.runtime.lifecycle import (
     FORMAT_VARIABLE,
@@ -144,6 +145,8 @@ def _run_stages(
         _finish(as_result(stages[0], read), termination_log)
     ignored = _say_what_is_ignored(read)
     config = read.value
+    if config.job is None:  # by hand, or by `finetune run`
+        local.log_in_words(without_cluster)
     reporter = reporter_for(config.job)
     stop_on_signal(lambda: current[0], termination_log, reporter)
     with reporter:

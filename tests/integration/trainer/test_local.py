@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from finetune_trainer.contract import StageError
-from finetune_trainer.local import SAMPLE, SAMPLE_EVAL, run_config
+from finetune_trainer.contract import Stage, StageError
+from finetune_trainer.local import SAMPLE, SAMPLE_EVAL, _done, run_config
 from tests.integration.trainer.conftest import ATTENTION, MLP, Trainer, write_csv
 
 
@@ -105,6 +107,44 @@ def test_train_merge_and_convert(local: Local, tiny_model: Path) -> None:
     assert "Modelfile" not in local.files("."), "the former one names files that are gone"
 
 
+def test_the_next_command_can_be_pasted() -> None:
+    folder = Path("/a b/models")
+    said = _done(Stage.TRAIN, "the adapter is there", "merge", folder).message
+    command, make = re.findall("`(.*?)`", said)
+    assert shlex.split(command)[3:] == ["--output", str(folder)]
+    assert shlex.split(make) == ["make", "merge", f"OUTPUT={folder}"]
+
+
+def test_a_machine_that_is_too_small_is_told_in_its_own_words(
+    local: Local, tiny_model: Path
+) -> None:
+    write_csv(local.folder / "my.csv")
+    given = ["train", "--dataset=my.csv", f"--base-model={tiny_model}"]
+    said = local(*given, "--set=hardware.ephemeralStorageBytes=1000000", code=13)
+    assert "and there are 1 MiB: free at least " in said
+
+
+def test_so_it_is_where_run_json_is_of_no_job(
+    trainer: Trainer, tiny_model: Path, tmp_path: Path
+) -> None:
+    """As `finetune run` writes it."""
+    write_csv(tmp_path / "my.csv")
+    settings = [f"dataset.source={tmp_path / 'my.csv'}", f"model.source={tiny_model}"]
+    config = run_config([*settings, "hardware.ephemeralStorageBytes=1000000"], tmp_path)
+    (tmp_path / "run.json").write_text(config.model_dump_json())
+    command = [sys.executable, "-m", "finetune_trainer", "run", "--config=run.json"]
+    done = subprocess.run(
+        command,
+        env=trainer.full_environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 13
+    assert "and there are 1 MiB: free at least " in done.stdout + done.stderr
+
+
 def test_what_comes_first_is_said(local: Local) -> None:
     assert "run `make train` first" in local("merge", code=11)
     assert "run `make train` first" in local("gguf", code=11)
@@ -128,7 +168,13 @@ def test_what_comes_first_is_said(local: Local) -> None:
         (
             ["--set=training.learningrate=1e-3", "--base-model=a/b"],
             11,
-            "the nearest is --learning-rate",
+            "the nearest is --set training.learningRate",
+        ),
+        (["--set=training.epochs=x", "--base-model=a/b"], 11, "--set training.epochs: Input"),
+        (
+            ["--set=dataset.columns.text=a", "--set=dataset.columns.prompt=a"],
+            11,
+            " dataset.columns",
         ),
     ],
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +78,16 @@ def test_settings_keep_what_is_there_and_the_last_one_wins() -> None:
     ("setting", "said"),
     [
         ("training.packing", "write path=value, e.g. training.packing=false"),
-        ("training.learningrate=1", "no field training.learningrate"),
-        ("training.learningrate=1", "the nearest is training.learningRate."),
-        ("learningRate=1", "the nearest is training.learningRate."),
-        ("training.lora.rank=4", "the nearest is training.lora"),
-        ("training.=1", "no field training."),
-        ("output.uri=/x", "no field output.uri"),
-        ("job.name=x", "no field job.name"),
+        ("training.learningrate=1", "--set training.learningrate=1: there is no such field"),
+        ("training.learningrate=1", "the nearest is --set training.learningRate."),
+        ("learningRate=1", "the nearest is --set training.learningRate."),
+        ("training.lora.rank=4", "the nearest is --set training.lora"),
+        ("training.=1", "there is no such field"),
+        ("output.uri=/x", "there is no such field"),
+        ("job.name=x", "there is no such field"),
+        ("--epochs=x", "--epochs: Input should be a valid integer"),
+        ("--gguf=Q9", "--gguf: "),
+        ("training.epochs=x", "--set training.epochs: Input should be a valid integer"),
         ("training.epochs=0", "training.epochs: must be a whole number from 1 to 1000, or auto"),
         ("training.learningRate=2", "training.learningRate: Input should be less than or equal"),
         ("training.learningRate=2", "(got 2). Peak learning rate of AdamW, above 0 and up to 1."),
@@ -98,11 +104,13 @@ def test_a_wrong_setting_says_what_is_allowed(setting: str, said: str) -> None:
         apply_settings({}, [setting])
     assert caught.value.reason is Reason.INVALID_CONFIG
     assert said in caught.value.message
+    assert in_local_words(caught.value.message).startswith(caught.value.message.split(" ")[0])
+    assert said in in_local_words(caught.value.message), "as it was given"
 
 
 def test_only_the_parts_that_are_asked_for_can_be_set() -> None:
     assert apply_settings({}, ["export.gguf=Q8_0"], ["export"]) == {"export": {"gguf": ["Q8_0"]}}
-    with pytest.raises(StageError, match=r"no field training\.seed to set here"):
+    with pytest.raises(StageError, match=r"training\.seed=1: there is no such field"):
         apply_settings({}, ["training.seed=1"], ["export"])
 
 
@@ -153,12 +161,88 @@ def test_a_field_that_needs_another_is_read_by_itself() -> None:
             "set stages.train.resources.limits.memory to at least 17Gi",
             "free 17Gi at least",
         ),
+        (
+            "The export needs 9Gi of memory, and there are 2Gi: set "
+            "spec.stages.export.resources.limits.memory to at least 9Gi.",
+            "The export needs 9Gi of memory, and there are 2Gi: free 9Gi at least.",
+        ),
+        (
+            "there are 2Gi: set stages.export.resources.limits.ephemeral-storage (or the volume) "
+            "to at least 9Gi.",
+            "there are 2Gi: free at least 9Gi.",
+        ),
+        (
+            "can't be written. Give the training's pod more ephemeral storage: three checkpoints",
+            "can't be written. Free some disk: three checkpoints",
+        ),
+        (
+            "The store refuses access to s3://a/b (AccessDenied): check that "
+            "spec.serviceAccountName's identity (there is no spec.storage.secretRef) may read",
+            "The store refuses access to s3://a/b (AccessDenied): check that the account of your "
+            "AWS profile may read",
+        ),
+        (
+            "did not pass the GPU on. Set spec.stages.train.runtimeClassName to the node's class "
+            "for NVIDIA GPUs (usually nvidia), or make that the node's default runtime.",
+            "did not pass the GPU on. Start the container with its GPUs (docker run --gpus all).",
+        ),
+        (
+            "There is no model in /a/b: upload config.json",
+            "There is no model in /a/b: put config.json",
+        ),
+        ("would do: a memory limit of 2Gi.", "would do: 2Gi of free memory."),
+        ("There is no model in s3://a/b: upload config.json",) * 2,
+        ("spec.training: must leave out lora", "training: must leave out lora"),
         ("step 10/120  epoch 3.33  loss 0.5", "step 10/120  epoch 3.33  loss 0.5"),
         ("/data/model.source.csv has 3 rows", "/data/model.source.csv has 3 rows"),
     ],
 )
 def test_messages_speak_of_flags_and_variables(message: str, said: str) -> None:
     assert in_local_words(message) == said
+
+
+WORDS_OF_A_CLUSTER = re.compile(
+    r"\bpods?\b|Secret|[Ee]phemeral|[sS]erviceAccount|\bstages\.|runtimeClass|\bnodes?\b"
+)
+NOT_HERE = (
+    "export/publish/",  # nothing is pushed or signed
+    "contract/output.py",
+    "local/fields.py",
+    "prepare/stored.py",  # no version is rolled back to
+)
+
+
+def test_no_message_of_the_trainer_speaks_of_a_cluster_here() -> None:
+    """All text of its code, with X in place of what is filled in."""
+    seen = 0
+    for file in sorted((ROOT / "trainer" / "finetune_trainer").rglob("*.py")):
+        if any(part in file.as_posix() for part in NOT_HERE):
+            continue
+        for line, text in _messages(file):
+            seen += bool(WORDS_OF_A_CLUSTER.search(text))
+            found = WORDS_OF_A_CLUSTER.search(in_local_words(text))
+            assert found is None, f"{file}:{line}: {in_local_words(text)}"
+    assert seen > 20, "the search finds them"
+
+
+def _messages(file: Path) -> Iterator[tuple[int, str]]:
+    """The sentences in a file that are no docstrings."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    nodes = list(ast.walk(tree))
+    passed_over = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    passed_over |= {id(part) for n in nodes if isinstance(n, ast.JoinedStr) for part in n.values}
+    for node in nodes:
+        if id(node) in passed_over or not isinstance(node, ast.expr):
+            continue
+        text = ""
+        if isinstance(node, ast.JoinedStr):
+            text = "".join(
+                str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values
+            )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = node.value
+        if " " in text:
+            yield node.lineno, text
 
 
 def test_every_flag_is_of_a_field_and_of_a_command() -> None:

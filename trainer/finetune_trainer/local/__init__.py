@@ -15,6 +15,7 @@ Messages are put into words of flags and environment variables (local/fields).
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,6 @@ from finetune_trainer.contract import (
     REJECTED,
     WHOLE_MODEL,
     Artifact,
-    Dataset,
     Export,
     PreparedRunConfig,
     Quality,
@@ -43,7 +43,6 @@ from finetune_trainer.contract import (
     Stage,
     StageError,
     StageResult,
-    Storage,
 )
 from finetune_trainer.contract.verdict import Statement, Tone, explain_failures, word_for
 from finetune_trainer.export.gguf import MODELFILE
@@ -122,17 +121,17 @@ def train(
 ) -> None:
     """Fine-tune: leaves OUTPUT/lora_adapter, or OUTPUT/tuned with the method full."""
     flags = {
-        "dataset.source": dataset,
-        "dataset.evalSource": eval_dataset,
-        "model.source": base_model,
-        "training.method": method,
-        "training.objective": objective,
-        "training.epochs": epochs,
-        "training.learningRate": learning_rate,
-        "training.batchSize": batch_size,
-        "training.maxSequenceLength": max_sequence_length,
+        "--dataset": dataset,
+        "--eval-dataset": eval_dataset,
+        "--base-model": base_model,
+        "--method": method,
+        "--objective": objective,
+        "--epochs": epochs,
+        "--learning-rate": learning_rate,
+        "--batch-size": batch_size,
+        "--max-sequence-length": max_sequence_length,
     }
-    given = [f"{path}={value}" for path, value in flags.items() if value is not None]
+    given = [f"{flag}={value}" for flag, value in flags.items() if value is not None]
     given += settings or []
     _finish(Stage.TRAIN, lambda reporter: train_adapter(given, output.resolve(), reporter))
 
@@ -162,7 +161,7 @@ def gguf(
 ) -> None:
     """Convert the merged model to GGUF files, and measure each: leaves OUTPUT/gguf, a Modelfile,
     a report and a model card."""
-    given = ([f"export.gguf={types}"] if types else []) + (settings or [])
+    given = ([f"--gguf={types}"] if types else []) + (settings or [])
     _finish(Stage.EXPORT, lambda reporter: convert_to_gguf(given, output.resolve(), reporter))
 
 
@@ -178,15 +177,25 @@ def fields() -> None:
 class LocalWords(logging.Filter):
     """Puts what is logged into the words of one machine."""
 
+    def __init__(self, words: Callable[[str], str]) -> None:
+        super().__init__()
+        self._words = words
+
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = in_local_words(record.getMessage()), ()
+        """Change the record; it is always logged."""
+        record.msg, record.args = self._words(record.getMessage()), ()
         return True
+
+
+def log_in_words(words: Callable[[str], str]) -> None:
+    """Have all that is logged from now on pass through `words`."""
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(LocalWords(words))
 
 
 def _finish(stage: Stage, work: Callable[[Reporter], StageResult]) -> None:
     set_up_libraries()
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(LocalWords())
+    log_in_words(in_local_words)
     with Reporter() as reporter:
         stop_on_signal(lambda: stage, None, reporter)
         result = guarded(stage, lambda: work(reporter))
@@ -259,9 +268,10 @@ def convert_to_gguf(settings: Sequence[str], folder: Path, reporter: Reporter) -
             (folder / REJECTED).mkdir(exist_ok=True)
             (folder / "gguf" / Path(item.path).name).rename(folder / item.path)
     export_stage.describe_converted(config, folder, store, gate, files)
+    modelfile = shlex.quote(str(folder / MODELFILE))
     done = (
         f"{len(export.gguf)} GGUF files are in {folder / 'gguf'}, and a Modelfile beside. Next: "
-        f"look at {folder / export_stage.REPORT}, then `ollama create NAME -f {folder / MODELFILE}`"
+        f"look at {folder / export_stage.REPORT}, then `ollama create NAME -f {modelfile}`"
     )
     return StageResult(
         stage=Stage.EXPORT,
@@ -293,8 +303,8 @@ def run_config(settings: Sequence[str], folder: Path) -> RunConfig:
         if (path := dataset.get(key)) and not path.startswith(("s3://", HUB_DATASETS)):
             dataset[key] = str(Path(path).resolve()) + ("/" if path.endswith("/") else "")
     if "source" not in model:
-        storage = Storage.model_validate(fields.get("storage") or {})
-        find_data_files(Dataset.model_validate(dataset), storage)  # a wrong name shows first
+        before = RunConfig.model_validate(fields | {"model": {"source": "later"}})
+        find_data_files(before.dataset, before.storage)  # a wrong name shows first
         model["source"] = make_base_model()
     elif Path(model["source"]).is_dir():
         model["source"] = str(Path(model["source"]).resolve())
@@ -351,9 +361,10 @@ def _result_noun(config: RunConfig) -> str:
 
 def _done(stage: Stage, message: str, then: str, folder: Path) -> StageResult:
     """`then` is the command that goes on from here."""
-    where = "" if folder == DEFAULT_OUTPUT.resolve() else f" --output {folder}"
-    make = f"make {then}" + (f" OUTPUT={folder}" if where else "")
-    following = f"Next: `finetune-trainer local {then}{where}` (`{make}`)"
+    elsewhere = folder != DEFAULT_OUTPUT.resolve()
+    command = ["finetune-trainer", "local", then, *(["--output", str(folder)] if elsewhere else [])]
+    make = ["make", then, *([f"OUTPUT={folder}"] if elsewhere else [])]
+    following = f"Next: `{shlex.join(command)}` (`{shlex.join(make)}`)"
     return StageResult(stage=stage, reason=Reason.SUCCEEDED, message=f"{message}. {following}")
 
 
