@@ -154,6 +154,7 @@ class WebPage:
         # A page elsewhere could otherwise read this one by a name that leads to this machine.
         if self._local and _host(request) not in THIS_MACHINE:
             return self._problem(
+                request,
                 HTTPStatus.MISDIRECTED_REQUEST,
                 "This page is served to this machine alone: open it as localhost, or serve it to "
                 "others (web.service.enabled of the chart).",
@@ -162,12 +163,14 @@ class WebPage:
             response: web.StreamResponse = await handler(request)
         except web.HTTPException as error:
             words = {404: "There is no such page.", 405: "This page is for reading only."}
-            answer = self._problem(HTTPStatus(error.status), words.get(error.status, error.reason))
+            answer = self._problem(
+                request, HTTPStatus(error.status), words.get(error.status, error.reason)
+            )
             if hdrs.ALLOW in error.headers:
                 answer.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
             return answer
         except OperatorError as error:
-            return self._problem(HTTPStatus.SERVICE_UNAVAILABLE, f"Not yet: {error}.")
+            return self._problem(request, HTTPStatus.SERVICE_UNAVAILABLE, f"Not yet: {error}.")
         return response
 
     async def _list(self, request: web.Request) -> web.Response:
@@ -181,7 +184,9 @@ class WebPage:
                 curve = self._curves.of(raw["metadata"]["uid"])
                 page = job_page(raw, curve, self._settings.web_report_url, self._now())
                 return self._html("job", request, page=page)
-        return self._problem(HTTPStatus.NOT_FOUND, "There is no such FineTuneJob, or not any more.")
+        return self._problem(
+            request, HTTPStatus.NOT_FOUND, "There is no such FineTuneJob, or not any more."
+        )
 
     async def _stylesheet(self, _: web.Request) -> web.Response:
         return web.Response(text=self._style, content_type="text/css")
@@ -197,9 +202,10 @@ class WebPage:
         ]
         return sorted(found, key=_age, reverse=True)
 
-    def _problem(self, status: HTTPStatus, message: str) -> web.Response:
+    def _problem(self, request: web.Request, status: HTTPStatus, message: str) -> web.Response:
         title = f"{status.value} {status.phrase}"
-        text = self._render("problem", title=title, message=message, root="/", refresh=None)
+        root = _root(request)
+        text = self._render("problem", title=title, message=message, root=root, refresh=None)
         return web.Response(status=status, text=text, content_type="text/html")
 
     def _html(self, name: str, request: web.Request, **values: Any) -> web.Response:
@@ -207,7 +213,7 @@ class WebPage:
         others = [(key, value) for key, value in request.query.items() if key != "refresh"]
         text = self._render(
             name,
-            root="../../" if name == "job" else "./",
+            root=_root(request),
             refresh=refresh,
             here=f"?{urlencode(others)}",
             refreshing=f"?{urlencode([*others, ('refresh', '15')])}",
@@ -219,6 +225,11 @@ class WebPage:
         version = hashlib.sha256(self._style.encode()).hexdigest()[:8]
         template = self._templates.get_template(f"{name}.html.jinja")
         return template.render(style_version=version, now=self._now(), **values)
+
+
+def _root(request: web.Request) -> str:
+    """The way up to the list: relative, since a proxy may serve all of it below another path."""
+    return "../" * (request.rel_url.raw_path.count("/") - 1) or "./"
 
 
 async def _add_headers(_: web.Request, response: web.StreamResponse) -> None:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from html.parser import HTMLParser
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urljoin
 
 import httpx
 import pytest
@@ -397,6 +397,37 @@ async def test_a_status_that_another_version_wrote_is_shown_as_far_as_it_is_unde
     assert "Pondering" in one
     assert "org/base" in one
     assert "Pending" in none
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("/", 200),
+        ("/?phase=Running", 200),
+        ("/jobs/ml/support", 200),
+        ("/jobs/ml/none", 404),
+        ("/jobs/ml", 404),
+        ("/a/b/c/d%2Fe", 404),
+        ("/none", 404),
+    ],
+)
+async def test_every_link_stays_below_a_proxys_path(path: str, code: int) -> None:
+    """An ingress takes its own part of the path away, so nothing here knows of it."""
+    outside = "http://host/team/tool"
+    async with page(raw()) as client:
+        tags = Elements(await text_of(client, path, code)).tags
+        links = [
+            link
+            for _, attributes in tags
+            for name in ("href", "src", "action")
+            if (link := attributes.get(name))
+        ]
+        assert len(links) >= 3
+        for link in links:
+            leads = urljoin(outside + path, link)
+            assert leads.startswith(f"{outside}/"), link
+            if not link.startswith("#"):
+                assert (await client.get(leads.removeprefix(outside))).status_code == 200, link
 
 
 async def test_without_a_port_nothing_listens() -> None:
