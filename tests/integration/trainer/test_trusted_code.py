@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,65 @@ def test_no_process_that_runs_it_has_a_key(
     assert len(environments) == 3, "the training, the reference and the samples"
     keys = {trainer.environment["AWS_SECRET_ACCESS_KEY"], *KEYS.values()}
     assert [name for found in environments for name in found if found[name] in keys] == []
+
+
+# Root may read every environment, by any of these; without them it is like any other user.
+READING = "-sys_ptrace,-perfmon,-sys_admin"
+LIKE_A_USER = ["setpriv", f"--bounding-set={READING}", f"--inh-caps={READING}"]
+LOOK = """
+def environment_of(process):
+    try:
+        with open(f"/proc/{{process}}/environ") as file:
+            return file.read()
+    except OSError:
+        return None
+
+found = {{process: environment_of(process) for process in os.listdir("/proc") if process.isdigit()}}
+with open({found!r}, "w") as file:
+    json.dump(
+        {{
+            "parent": str(os.getppid()),
+            "read": [process for process, text in found.items() if text is not None],
+            "keys": [process for process, text in found.items() if text and {key!r} in text],
+            "own": str(os.getpid()),
+        }},
+        file,
+    )
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has /proc")
+def test_the_training_finds_no_key_in_the_environment_of_any_process(
+    trainer: Trainer, run_config: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    key = uuid.uuid4().hex  # in no other process of this machine
+    trainer.environment |= dict.fromkeys(KEYS, key)
+    found = tmp_path / "found.json"
+    with (base / "theirs.py").open("a") as file:
+        file.write(LOOK.format(found=str(found), key=key))
+    spec = run_config | {
+        "model": {"source": str(base), "trustRemoteCode": True},
+        "training": run_config["training"] | {"epochs": 1},
+        "export": {"gguf": [], "merged": True},
+    }
+    prepared = trainer("prepare", spec)
+    assert prepared.result is not None, prepared.output
+    assert prepared.result.resolved is not None, prepared.output
+    spec["resolved"] = prepared.result.resolved.model_dump(mode="json")
+    # Not a fork: what /proc shows is what a process was started with.
+    done = subprocess.run(
+        [*(LIKE_A_USER if os.geteuid() == 0 else []), *trainer.command("train", spec)],
+        env=trainer.full_environment,
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = json.loads(found.read_text())
+    assert seen["own"] in seen["read"]
+    assert seen["parent"] not in seen["read"]
+    assert seen["keys"] == []
 
 
 def test_a_tokenizer_runs_it_only_where_it_is_made_of_it(base: Path, seen: Path) -> None:
