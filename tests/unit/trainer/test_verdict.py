@@ -13,6 +13,7 @@ from finetune_trainer.contract import (
     Quantization,
 )
 from finetune_trainer.contract.verdict import explain_failures, word_for
+from finetune_trainer.export.gate import rejects
 
 GOOD = Quality(kl_divergence=0.01, same_top_token=0.97, perplexity=5.5, max_kl_divergence=0.08)
 BAD = GOOD.model_copy(update={"kl_divergence": 0.4, "passed": False})
@@ -101,3 +102,14 @@ def test_a_manifest_of_an_earlier_version_is_read_with_one_verdict() -> None:
     (read,) = GateReport.model_validate({"files": [former]}).files
     assert read.quality is not None
     assert read.passed is read.quality.passed is True
+
+
+def test_too_few_rows_to_judge_refuse_no_file() -> None:
+    """The mean is over the limit, but not beyond doubt: `judge` leaves that open."""
+    doubtful = BAD.model_copy(update={"judged": False, "passed": True, "kl_divergence_low": 0.01})
+    verdict = check(quality=doubtful)
+    assert word_for(None, verdict).text == "too few rows to judge"
+    published = Artifact(path="gguf/m-Q4_K_M.gguf", bytes=1, sha256="aa", quality=doubtful)
+    assert word_for(published).text == "too few rows to judge", "where only status is"
+    assert not rejects(Export(), verdict)
+    assert message([FINE, verdict], Export()) == ""
