@@ -15,7 +15,7 @@ import pytest
 from finetune_trainer.contract import Artifact, Quality, Reason, Stage, StageError
 from finetune_trainer.export.publish import SHA256SUMS, Publication, finish, sha256sums
 from finetune_trainer.runtime.reporter import Reporter
-from finetune_trainer.store import LocalFolder
+from finetune_trainer.store import PARTIAL, LocalFolder
 from finetune_trainer.store.marker import MANIFEST, find_complete
 from finetune_trainer.store.versions import current
 from tests.dying_folder import DyingFolder, KilledError, contents
@@ -230,6 +230,26 @@ def test_an_interrupted_export_sends_no_finished_file_again(
         publication.commit(lambda files: manifest("fp", files))
     assert counting.uploaded == ["one", "two"]
     assert counting.read(f"{folder('fp')}/one") == one.read_bytes()
+
+
+def test_what_a_killed_export_had_written_in_part_goes_at_once(
+    output: LocalFolder, workspace: Path
+) -> None:
+    """Its version's alone; others' go when a version is published."""
+    (one,) = files_of(workspace, "one")
+    with Publication(output, fingerprint("fp"), REPORTER) as publication:
+        publication.add(one, "gguf/one")
+    left, others = (
+        output.root / folder(name) / "gguf" / f"{PARTIAL}0-two" for name in ("fp", "other")
+    )
+    for file in (left, others):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"half")
+    with Publication(output, fingerprint("fp"), REPORTER) as publication:
+        assert (left.exists(), others.exists()) == (False, True)
+        publication.add(one, "gguf/one")
+        publication.commit(lambda files: manifest("fp", files))
+    assert output.read(f"{folder('fp')}/gguf/one") == one.read_bytes()
 
 
 def test_a_file_with_other_bytes_is_sent_again(counting: Counting, workspace: Path) -> None:

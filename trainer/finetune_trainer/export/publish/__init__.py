@@ -154,6 +154,8 @@ class Publication:
         self._fingerprint = fingerprint
         self._reporter = reporter
         withdraw(output, fingerprint)
+        # What a killed attempt was writing, beside the files that it had finished.
+        output.abandon(f"{version_folder(version_name(fingerprint))}/")
         self._record = UploadRecord(output, fingerprint)
         self._files: dict[str, Artifact] = {}
         self._queue: SimpleQueue[tuple[Path, Artifact] | None] = SimpleQueue()
