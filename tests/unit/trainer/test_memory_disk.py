@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from finetune_trainer.contract import (
     EarlyStopping,
     Export,
+    Model,
     Quantization,
     Reason,
     StageError,
@@ -20,6 +25,10 @@ from finetune_trainer.memory.forecast import (
     gguf_bytes,
     training_disk,
 )
+from finetune_trainer.model import ModelFolder
+from finetune_trainer.model.base_model import BaseModelFiles
+from finetune_trainer.prepare.prepare_stage import model_on_disk
+from tests import report_facts
 from tests.unit.trainer.test_memory_shape import shape
 
 GIB, MB = 2**30, 10**6
@@ -111,6 +120,30 @@ def test_only_what_is_downloaded_counts() -> None:
     assert downloaded("org/name", sizes) == 101
     assert downloaded("s3://bucket/model", sizes) == 101
     assert downloaded("/mnt/model", sizes) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "copied"),
+    [
+        (None, False),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, True),
+        ({"format": "mxfp4"}, True),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, False),
+    ],
+)
+def test_a_copy_in_16_bits_counts_where_one_is_made(
+    settings: dict[str, Any] | None, copied: bool, tmp_path: Path
+) -> None:
+    """A format that isn't read stays as it is."""
+    quantization = {"quantization_config": settings} if settings else {}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **quantization}))
+    config = report_facts.config()
+    model = Model(source="org/model")
+    config = config.model_copy(update={"model": model})
+    files = BaseModelFiles(model, "revision", {"model.safetensors": 100})
+    llama = shape("llama-3.1-8b")
+    size = model_on_disk(config, files, ModelFolder(tmp_path), llama)
+    assert size == 100 + (2 * llama.parameters if copied else 0)
 
 
 def test_too_little_disk_is_refused_with_the_size_that_is_enough() -> None:

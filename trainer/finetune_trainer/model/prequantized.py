@@ -122,7 +122,7 @@ def widen(config: Mapping[str, Any], headers: Headers) -> Widened | None:
     narrow = sorted({tensor.dtype for tensor in tensors.values()} & NARROW_TYPES)
     if not settings and not narrow:
         return None
-    method = str(settings.get("quant_method") or settings.get("format") or ", ".join(narrow))
+    method = _method(settings) or ", ".join(narrow)
     find = _METHODS.get(method)
     if find is None:
         raise unreadable(method or SETTINGS)
@@ -194,6 +194,18 @@ def write_whole(
 def is_quantized(folder: Path) -> bool:
     """Whether the config.json in a folder says so."""
     return bool(settings_of(json.loads((folder / CONFIG).read_bytes())))
+
+
+def is_widened(folder: Path) -> bool:
+    """Whether `fetch_whole` writes it in 16 bits beside itself, by the config.json in a folder.
+
+    A model in a format that isn't read stays as it is, or is refused where it is merged.
+    """
+    return _method(settings_of(json.loads((folder / CONFIG).read_bytes()))) in _METHODS
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    return str(settings.get("quant_method") or settings.get("format") or "")
 
 
 def needs_whole(export: Export) -> bool:

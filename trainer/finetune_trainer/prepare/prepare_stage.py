@@ -381,7 +381,7 @@ def model_on_disk(config: RunConfig, model: BaseModelFiles, base: ModelFolder, s
     """Bytes of the base model on the disk of a later stage's pod."""
     cached = base_model.stays_in_cache(model)
     size = 0 if cached else downloaded(config.model.source, model.sizes)
-    if prequantized.is_quantized(base.path):
+    if prequantized.is_widened(base.path):
         size += 2 * shape.parameters  # it is there in 16 bits as well
     return size
 
