@@ -113,7 +113,9 @@ def complete() -> None:
         app(prog_name="finetune")
     for candidate in found.getvalue().split():
         typer.echo(candidate)
-    typer.echo(":0" if words and words[-1] in TAKES_A_FILE else ":4")
+    flag, equals, _ = incomplete.partition("=")
+    named = flag if equals else (words or [""])[-1]
+    typer.echo(":0" if named in TAKES_A_FILE or words == ["init"] else ":4")
 
 
 if __name__ == "__main__":

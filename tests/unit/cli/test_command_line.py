@@ -76,6 +76,10 @@ def test_a_wrong_flag_is_a_usage_error() -> None:
         (["submit", "--wa"], "--watch", ":4"),
         (["list", "-o", "j"], "json", ":4"),
         (["submit", "-f", ""], ":0", ":0"),
+        (["submit", "--filename=job"], ":0", ":0"),
+        (["list", "--context=job"], ":4", ":4"),
+        (["init", ""], ":0", ":0"),
+        (["init", "--na"], "--name", ":0"),
     ],
 )
 def test_kubectl_completes_commands_flags_values_and_files(
