@@ -28,10 +28,10 @@ from finetune_operator.cluster import (
     SUPPORTS,
     AlreadyExistsError,
     Cluster,
-    ClusterError,
     ConflictError,
     DeniedError,
     ForbiddenError,
+    InvalidError,
     NotFoundError,
 )
 from finetune_operator.manifests import StageObjects
@@ -112,7 +112,7 @@ class Starts:
         self._gone.pop(_key(finetunejob), None)
         try:
             made = await ensure(self._cluster, finetunejob, job)
-        except ClusterError:
+        except (DeniedError, InvalidError):
             _remember(self._denied, finetunejob.namespace, DENIED_SECONDS)
             raise
         _remember(self._admitted, _likeness(job), ADMITTED_SECONDS)
@@ -238,7 +238,7 @@ class Starts:
         """Ask the API server whether it would admit the Job."""
         try:
             await ensure(self._cluster, finetunejob, job, dry_run=True)
-        except ClusterError:
+        except (DeniedError, InvalidError):
             _remember(self._denied, finetunejob.namespace, DENIED_SECONDS)
             raise
 
