@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.operator import requests
 from finetune_trainer.contract import Stage
 from hack.kwok import cluster, stages
+from hack.operator_process import Operator
 from hack.process import Unavailable
 from tests.integration.operator.stage import Namespace
 
@@ -63,3 +65,22 @@ def running(here: Namespace, stage: Stage) -> str | None:
         if mine and pod["status"]["phase"] == "Running":
             return str(pod["metadata"]["name"])
     return None
+
+
+def test_a_life_costs_so_many_writes_and_no_more(here: Namespace, operator: Operator) -> None:
+    """Whoever makes it more has to say here what for. The others of its requests are few, too."""
+    before = requests(operator)
+    here.apply()
+    here.wait_phase("Succeeded")
+    here.wait("what the stages needed is gone", lambda: not here.children("configmaps"))
+    here.wait("all is told", lambda: len(here.events()) == 7)
+    after = requests(operator)
+    found = {verb: int(count - before.get(verb, 0)) for verb, count in after.items()}
+    # Three Jobs, each asked for beforehand, since no such Job was admitted here lately; a
+    # ServiceAccount, a Role and a RoleBinding for all; a ConfigMap until the spec is resolved and
+    # one from then on; seven Events.
+    assert found["POST"] <= 3 + 3 + 3 + 2 + 7
+    assert found["DELETE"] <= 3 + 2
+    # The status as each stage begins, runs and ends, some of them in one. PUT renews the lease.
+    assert found["PATCH"] <= 9
+    assert found["GET"] <= 6
